@@ -1,0 +1,82 @@
+"""An adapter in memory, or lazily over a file: an ordered mapping of sparse tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from shira_format.tensors import SparseTensor, WholeTensor
+
+
+_T = TypeVar("_T", SparseTensor, WholeTensor)
+
+
+class Adapter(Mapping[str, SparseTensor]):
+    """An ordered mapping from tensor name to :class:`SparseTensor`, with whole tensors and a manifest beside it.
+
+    An adapter that was loaded from a file reads each tensor when it is asked for, and keeps none.
+
+    Attributes:
+        whole: the tensors that are replaced as a whole, by name.
+        manifest: the manifest as plain JSON values. For a new adapter it holds provenance only (``base_model``,
+            ``source``, ``alpha``, ...); what follows from the tensors is written by ``save``.
+
+    Example:
+        >>> adapter = Adapter([SparseTensor("w", (2, 3), [1, 4], np.float32([1, 2]), base=np.float32([0, 0]))])
+        >>> adapter["w"].nnz
+        2
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, SparseTensor] | Iterable[SparseTensor] = (),
+        *,
+        whole: Mapping[str, WholeTensor] | Iterable[WholeTensor] = (),
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tensors = tensors if isinstance(tensors, Mapping) else _by_name(tensors)
+        self.whole: Mapping[str, WholeTensor] = whole if isinstance(whole, Mapping) else _by_name(whole)
+        self.manifest: dict[str, Any] = dict(manifest or {})
+
+    @property
+    def alpha(self) -> float:
+        """The strength at which the adapter is meant to be applied."""
+        return float(self.manifest.get("alpha", 1.0))
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # without reading the tensor
+
+    def __eq__(self, other: object) -> bool:
+        """Equal content: the same tensors and strength, whatever the codecs, the order and the provenance."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return (
+            self.alpha == other.alpha
+            and self.keys() == other.keys()
+            and self.whole.keys() == other.whole.keys()
+            and all(self[name] == other[name] for name in self)
+            and all(self.whole[name] == other.whole[name] for name in self.whole)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Adapter({len(self)} sparse tensors, {len(self.whole)} whole tensors)"
+
+
+def _by_name(tensors: Iterable[_T]) -> dict[str, _T]:
+    found: dict[str, _T] = {}
+    for tensor in tensors:
+        if tensor.name in found:
+            raise ValueError(f"two tensors are named {tensor.name!r}")
+        found[tensor.name] = tensor
+    return found

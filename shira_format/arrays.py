@@ -1,0 +1,52 @@
+"""Arrays as others hand them to us: numpy, torch (never imported here) and what numpy can read."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+# torch dtypes that numpy cannot take over, with an integer of the same size to carry the bits across.
+_VIA_BITS: dict[str, tuple[str, Any]] = {
+    "torch.bfloat16": ("int16", ml_dtypes.bfloat16),
+    "torch.float8_e4m3fn": ("uint8", ml_dtypes.float8_e4m3fn),
+    "torch.float8_e5m2": ("uint8", ml_dtypes.float8_e5m2),
+}
+
+
+def as_array(tensor: Any) -> Array:
+    """``tensor`` as a numpy array that shares memory where it can: a numpy array, or a torch tensor on the CPU.
+
+    A torch tensor elsewhere is copied to the CPU. bfloat16 and float8 become ``ml_dtypes`` arrays, bit for bit.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(tensor, torch.Tensor):
+        return np.asarray(tensor)
+    tensor = tensor.detach().cpu()
+    if (bits := _VIA_BITS.get(str(tensor.dtype))) is None:
+        return np.asarray(tensor.numpy())
+    carrier, dtype = bits
+    return np.asarray(tensor.view(getattr(torch, carrier)).numpy().view(dtype))
+
+
+def bits(array: Array) -> Array:
+    """The bytes of ``array`` as flat uint8, without a copy if it is contiguous; compares NaN and -0.0 exactly."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def digest(array: Array) -> str:
+    """SHA-256 of the array's bytes in row-major order, 64 hex digits (spec, section 6)."""
+    return hashlib.sha256(bits(array).data).hexdigest()
+
+
+def frozen(array: Array) -> Array:
+    """A read-only view of ``array``."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,50 @@
+"""The block directory of the gap codecs (spec, section 5.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_format.codecs.base import Indices
+from shira_format.errors import FormatError
+
+
+def gaps_of(indices: Indices) -> Indices:
+    """``x_0, x_1 - x_0 - 1, ...``: how many positions each entry skips."""
+    gaps = np.diff(indices, prepend=np.int64(-1))
+    gaps -= 1
+    return gaps
+
+
+def block_count(nnz: int, block_size: int | None) -> int:
+    """Rows of the directory; 0 if there is none."""
+    return 0 if block_size is None or nnz <= block_size else -(-nnz // block_size)
+
+
+def make_blocks(indices: Indices, ends: npt.NDArray[np.int64], block_size: int) -> Indices | None:
+    """The directory, int64 ``[blocks, 2]``, from the position of each code's last byte; None if one block is enough."""
+    if not block_count(indices.size, block_size):
+        return None
+    starts = np.concatenate([np.zeros(1, np.int64), ends[block_size - 1 : -1 : block_size] + 1])
+    return np.stack([indices[::block_size], starts], axis=1)
+
+
+def check_blocks(blocks: Indices, indices: Indices, is_end: npt.NDArray[np.bool_], block_size: int) -> None:
+    """Raise unless the directory says the truth about decoded ``indices`` and the last bytes of their codes."""
+    offsets = blocks[:, 1]
+    if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= is_end.size:
+        raise FormatError("block-directory", "offsets do not rise from 0 within the stream")
+    counts = np.add.reduceat(is_end, offsets, dtype=np.int64)
+    lies = np.flatnonzero((counts[:-1] != block_size) | ~is_end[offsets[1:] - 1])
+    if lies.size:
+        row = int(lies[0]) + 1
+        raise FormatError(
+            "block-directory", f"row {row} says offset {offsets[row]}, which is not where its entry starts"
+        )
+    lies = np.flatnonzero(blocks[:, 0] != indices[::block_size])
+    if lies.size:
+        row = int(lies[0])
+        raise FormatError(
+            "block-directory",
+            f"row {row} says first index {blocks[row, 0]}, decoded {indices[row * block_size]}",
+        )

@@ -1,0 +1,67 @@
+"""``gap8``: each gap as ``gap // 255`` bytes of 255 and one byte ``gap % 255`` (spec, section 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shira_format.arrays import Array
+from shira_format.codecs.base import Encoded, Indices
+from shira_format.codecs.blocks import check_blocks, gaps_of, make_blocks
+from shira_format.errors import FormatError
+
+# Bytes decoded at a time: the chunk's int32 sums stay in the first-level caches.
+CHUNK = 1 << 14
+
+
+class Gap8:
+    """Near the entropy bound at 1 % density: 8.67 bits an entry against 8.08."""
+
+    name = "gap8"
+    stream = "U8"
+    blocks = True
+    counted = False
+
+    def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
+        return int(indices.size + np.sum(gaps_of(indices) // 255))
+
+    def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
+        escapes, last = np.divmod(gaps_of(indices), 255)
+        ends = np.cumsum(escapes) + np.arange(indices.size)
+        stream = np.full(int(ends[-1]) + 1 if indices.size else 0, 255, np.uint8)
+        stream[ends] = last
+        blocks = make_blocks(indices, ends, block_size)
+        return Encoded({"codec": self.name, "block_size": block_size}, stream, blocks)
+
+    def decode(
+        self,
+        params: Mapping[str, Any],
+        stream: Array | None,
+        blocks: Indices | None,
+        shape: tuple[int, ...],
+        nnz: int,
+    ) -> Indices:
+        assert stream is not None
+        if nnz > stream.size:
+            raise FormatError("stream-truncated", f"{stream.size} bytes cannot hold {nnz} entries")
+        is_end = stream != 255
+        found = int(np.count_nonzero(is_end))
+        if found < nnz:
+            raise FormatError("stream-truncated", f"the stream ends after {found} of {nnz} entries")
+        if found > nnz or (stream.size and not is_end[-1]):
+            raise FormatError("stream-trailing", f"bytes follow after the last of {nnz} entries")
+        indices = np.empty(nnz, np.int64)
+        at, done = -1, 0
+        for start in range(0, stream.size, CHUNK):
+            ends = is_end[start : start + CHUNK]
+            # A byte v < 255 moves on by v + 1, a byte of 255 by 255; the entry is where the move ends.
+            moves = np.cumsum(stream[start : start + CHUNK] + ends.astype(np.uint8), dtype=np.int32)
+            entries = moves[ends]
+            np.add(entries, at, out=indices[done : done + entries.size])
+            done += entries.size
+            at += int(moves[-1])
+        if blocks is not None:
+            check_blocks(blocks, indices, is_end, params["block_size"])
+        return indices

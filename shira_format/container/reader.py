@@ -1,0 +1,226 @@
+"""Reading adapter files: everything that the header can tell is checked at once, a tensor when it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shira_format.adapter import Adapter
+from shira_format.arrays import Array, digest
+from shira_format.codecs import CODECS, Indices
+from shira_format.codecs.blocks import block_count
+from shira_format.dtypes import FLOATS
+from shira_format.errors import FormatError
+from shira_format.manifest import (
+    METADATA_KEY,
+    SparseEntry,
+    WholeEntry,
+    check_shared_target,
+    parse_manifest,
+    stream_name,
+)
+from shira_format.safetensors_file import SafetensorsFile
+from shira_format.tensors import SparseTensor, WholeTensor
+
+_T = TypeVar("_T")
+
+
+def load(
+    path: str | os.PathLike[str], *, verify: bool = True, masks: str | os.PathLike[str] | None = None
+) -> Adapter:
+    """Open an adapter file.
+
+    The header, the manifest and all sizes are checked now; a tensor's bytes are mapped, decoded and checked when the
+    adapter is asked for it, and not kept.
+
+    Args:
+        path: the file.
+        verify: check each stream's digest when it is read. Order, range and counts are checked in any case.
+        masks: folder of mask files, by default that of ``path``.
+
+    Raises:
+        FormatError: the file breaks a rule of the format.
+        OSError: it cannot be read.
+    """
+    file = AdapterFile(path, verify=verify, masks=masks)
+    return Adapter(
+        _Lazy(file.manifest.tensors, file.sparse),
+        whole=_Lazy(file.manifest.whole, file.whole),
+        manifest=file.manifest.raw,
+    )
+
+
+class _Lazy(Mapping[str, _T]):
+    """A mapping whose values are read when they are asked for."""
+
+    def __init__(self, names: Mapping[str, Any], read: Callable[[str], _T]) -> None:
+        self._names = names
+        self._read = read
+
+    def __getitem__(self, name: str) -> _T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class AdapterFile:
+    """An open adapter file: the checked manifest, and its tensors one by one.
+
+    Attributes:
+        path: the file.
+        manifest: the checked manifest.
+        streams: the checked safetensors header.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        masks: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._verify = verify
+        self._masks = Path(masks) if masks is not None else self.path.parent
+        self._mask_files: dict[str, AdapterFile] = {}
+        self.streams = SafetensorsFile(self.path)
+        try:
+            text = self.streams.metadata.get(METADATA_KEY)
+            if text is None:
+                raise FormatError("no-manifest", "a safetensors file, but not a SHiRA adapter")
+            self.manifest = parse_manifest(text)
+            self._check_streams()
+        except FormatError as error:
+            self.streams.close()
+            raise error.at(file=self.path) from None
+
+    def sparse(self, name: str) -> SparseTensor:
+        """Read, check and decode one sparse tensor.
+
+        Raises:
+            FormatError: a rule of the tensor is broken.
+        """
+        entry = self.manifest.tensors[name]
+        try:
+            values = self._read(entry, "values") if entry.values != "none" else None
+            base = self._read(entry, "base") if entry.base_values else None
+            return SparseTensor(
+                name,
+                entry.shape,
+                self.indices(entry),
+                values,
+                meaning=entry.values,
+                dtype=FLOATS[entry.dtype],
+                base=base,
+                base_digest=entry.digests.get("base"),
+            )
+        except FormatError as error:
+            raise error.at(file=self.path, tensor=name) from None
+
+    def whole(self, name: str) -> WholeTensor:
+        """Read and check one whole tensor."""
+        entry = self.manifest.whole[name]
+        try:
+            values = self._checked(name, entry.digests["values"])
+            base = self._checked(stream_name(name, "base"), entry.digests["base"]) if entry.base_values else None
+            return WholeTensor(name, values, base=base, base_digest=entry.digests.get("base"))
+        except FormatError as error:
+            raise error.at(file=self.path, tensor=name) from None
+
+    def indices(self, entry: SparseEntry) -> Indices:
+        """The decoded indices of one tensor; `SparseTensor` checks their order and range."""
+        if entry.codec == "shared":
+            return self._shared_indices(entry)
+        codec = CODECS[entry.codec]
+        stream = self._read(entry, "indices") if codec.stream is not None else None
+        blocks = self._read(entry, "blocks") if "blocks" in entry.streams() else None
+        return codec.decode(entry.indices, stream, blocks, entry.shape, entry.nnz)
+
+    def _shared_indices(self, entry: SparseEntry) -> Indices:
+        target, file = entry.indices["tensor"], entry.indices.get("file")
+        if file is None:
+            return self.indices(self.manifest.tensors[target])
+        masks = self._mask_file(file)
+        other = masks.manifest.tensors.get(target)
+        if other is None:
+            raise FormatError("shared-target", f"the mask file {file!r} has no tensor {target!r}")
+        check_shared_target(entry, other)
+        return masks.indices(other)
+
+    def _mask_file(self, name: str) -> AdapterFile:
+        if name not in self._mask_files:
+            path = self._masks / name
+            try:
+                with open(path, "rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise FormatError("mask-file", f"the mask file {path} cannot be read: {error.strerror}") from None
+            if found != self.manifest.raw["mask_files"][name]:
+                raise FormatError("mask-file", f"the mask file {path} is another one (its digest differs)")
+            # Its digest vouches for every byte.
+            self._mask_files[name] = AdapterFile(path, verify=False)
+        return self._mask_files[name]
+
+    def _read(self, entry: SparseEntry, role: str) -> Array:
+        return self._checked(stream_name(entry.name, role), entry.digests[role])
+
+    def _checked(self, stream: str, expected: str) -> Array:
+        array = self.streams.read(stream)
+        if self._verify and digest(array) != expected:
+            raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
+        return array
+
+    def _check_streams(self) -> None:
+        for entry in self.manifest.tensors.values():
+            for role in entry.streams():
+                self._check_stream(entry, role)
+        for whole in self.manifest.whole.values():
+            self._check_whole(whole)
+        if stray := sorted(set(self.streams) - set(self.manifest.stream_names())):
+            raise FormatError("stray-stream", "the manifest does not know it", tensor=stray[0])
+
+    def _check_stream(self, entry: SparseEntry, role: str) -> None:
+        name = stream_name(entry.name, role)
+        codec = CODECS.get(entry.codec)
+        counted = role != "indices" or (codec is not None and codec.counted)
+        if role == "indices" and codec is not None and codec.stream is not None:
+            self._check_shape(name, {codec.stream}, (entry.nnz,) if counted else None)
+        elif role == "blocks":
+            rows = block_count(entry.nnz, entry.indices["block_size"])
+            self._check_shape(name, {"I64"}, (rows, 2), "block-directory")
+        elif role == "values" and entry.values == "delta":
+            same = "base" not in entry.digests  # then nobody knows another dtype of the base
+            self._check_shape(name, {entry.dtype} if same else set(FLOATS), (entry.nnz,))
+        else:
+            self._check_shape(name, {entry.dtype}, (entry.nnz,))
+
+    def _check_shape(
+        self, name: str, dtypes: set[str], shape: tuple[int, ...] | None, rule: str = "count-mismatch"
+    ) -> None:
+        if name not in self.streams:
+            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=name)
+        stream = self.streams[name]
+        if stream.dtype not in dtypes or len(stream.shape) != len(shape or (0,)):
+            wanted = "/".join(sorted(dtypes))
+            raise FormatError("stream-dtype", f"{stream.dtype}{list(stream.shape)}, expected {wanted}", tensor=name)
+        if shape is not None and stream.shape != shape:
+            raise FormatError(rule, f"shape {list(stream.shape)}, expected {list(shape)}", tensor=name)
+
+    def _check_whole(self, entry: WholeEntry) -> None:
+        if entry.name not in self.streams:
+            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=entry.name)
+        if entry.base_values:
+            stream = self.streams[entry.name]
+            self._check_shape(stream_name(entry.name, "base"), {stream.dtype}, stream.shape)

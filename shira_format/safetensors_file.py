@@ -1,0 +1,223 @@
+"""Reading a safetensors file strictly and lazily: the header is checked whole, data is mapped only when asked for.
+
+The safetensors package checks less than the spec asks (repeated keys, the metadata's types) and copies what it reads;
+adapters, LoRAs and checkpoints all go through this module instead. Section numbers are those of ``spec/SPEC.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shira_format.arrays import Array, frozen
+from shira_format.dtypes import DTYPES
+from shira_format.errors import FormatError
+from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
+
+MAX_HEADER = 100_000_000
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One array of the file: dtype, shape and its byte range within the buffer."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+class SafetensorsFile(Mapping[str, Stream]):
+    """The checked header of one file as a mapping from name to :class:`Stream`, in file order of the header.
+
+    Attributes:
+        path: the file.
+        metadata: the strings of ``__metadata__``.
+        size: bytes of the whole file.
+
+    Raises:
+        FormatError: a rule of section 2 is broken.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = open(self.path, "rb")  # noqa: SIM115 - lives as long as the object
+        try:
+            self.size = os.fstat(self._file.fileno()).st_size
+            self._start, header = self._read_header()
+            self.metadata = _metadata(header)
+            self._streams = _streams(header, self.size - self._start)
+        except FormatError as error:
+            self._file.close()
+            raise error.at(file=self.path) from None
+        except BaseException:
+            self._file.close()
+            raise
+        self._map: mmap.mmap | None = None
+
+    def _read_header(self) -> tuple[int, dict[str, Any]]:
+        prefix = self._file.read(8)
+        if len(prefix) < 8:
+            raise FormatError("file-truncated", f"{len(prefix)} bytes are no safetensors file")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER:
+            raise FormatError(
+                "header-too-large", f"the header says it has {length} bytes, the limit is {MAX_HEADER}"
+            )
+        if 8 + length > self.size:
+            raise FormatError(
+                "file-truncated", f"the header says it has {length} bytes, the file has {self.size}"
+            )
+        text = self._file.read(length)
+        if not text.startswith(b"{"):
+            raise FormatError("header-json", "the header does not start with '{'")
+        return 8 + length, parse_object(text.rstrip(b" "), "header-json")
+
+    def __getitem__(self, name: str) -> Stream:
+        return self._streams[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._streams)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def read(self, name: str) -> Array:
+        """The array ``name``, read-only, from one map of the whole file that all arrays share.
+
+        Only the pages that are touched are read. The map lives as long as any array of it.
+        """
+        stream = self._streams[name]
+        if stream.nbytes == 0:
+            return _array(b"", 0, stream)
+        if self._map is None:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return _array(self._map, self._start + stream.begin, stream)
+
+    def read_apart(self, name: str) -> Array:
+        """The array ``name``, read-only, from a map of its own, which goes when the array goes.
+
+        For checkpoints: resident and virtual memory stay at one tensor, however large the file.
+        """
+        stream = self._streams[name]
+        if stream.nbytes == 0:
+            return _array(b"", 0, stream)
+        skip = (self._start + stream.begin) % mmap.ALLOCATIONGRANULARITY
+        at = self._start + stream.begin - skip
+        mapped = mmap.mmap(self._file.fileno(), skip + stream.nbytes, access=mmap.ACCESS_READ, offset=at)
+        return _array(mapped, skip, stream)
+
+    def close(self) -> None:
+        """Close the file; arrays that were read stay valid."""
+        self._map = None
+        self._file.close()
+
+
+def _array(buffer: Any, offset: int, stream: Stream) -> Array:
+    flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
+    return frozen(flat.reshape(stream.shape))
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError("header-entry", "__metadata__ does not map strings to strings")
+    return metadata
+
+
+def _streams(header: dict[str, Any], buffer_size: int) -> dict[str, Stream]:
+    streams = {name: _stream(name, entry) for name, entry in header.items() if name != "__metadata__"}
+    at = 0
+    for name, stream in sorted(streams.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if stream.begin != at:
+            raise FormatError("offsets", f"it begins at {stream.begin}, the one before ends at {at}", tensor=name)
+        at = stream.end
+    if at > buffer_size:
+        raise FormatError("file-truncated", f"the streams take {at} bytes, the file has {buffer_size} for them")
+    if at < buffer_size:
+        raise FormatError("file-trailing", f"{buffer_size - at} bytes follow after the last stream")
+    return streams
+
+
+def _stream(name: str, entry: Any) -> Stream:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name) from None
+    if not (
+        len(entry) == 3
+        and isinstance(dtype, str)
+        and isinstance(shape, list)
+        and len(shape) <= MAX_RANK
+        and all(is_uint(n) for n in [*shape, begin, end])
+        and begin <= end
+    ):
+        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name)
+    if dtype not in DTYPES:
+        raise FormatError("unknown-dtype", f"dtype {dtype!r} is not known", tensor=name)
+    if numel(tuple(shape)) > MAX_NUMEL:
+        raise FormatError("shape-overflow", f"shape {shape} has more than 2^53 - 1 elements", tensor=name)
+    stream = Stream(dtype, tuple(shape), begin, end)
+    if stream.nbytes != numel(stream.shape) * DTYPES[dtype].itemsize:
+        raise FormatError("dtype-length", f"{stream.nbytes} bytes for {dtype} of shape {shape}", tensor=name)
+    return stream
+
+
+def is_uint(value: Any) -> bool:
+    """Whether a parsed JSON value is an integer >= 0 (``true`` is not)."""
+    return type(value) is int and value >= 0
+
+
+def parse_object(text: bytes, rule: str) -> dict[str, Any]:
+    """Parse strict JSON: valid UTF-8, an object, no repeated keys, no NaN, at most 32 levels.
+
+    Raises:
+        FormatError: with the given rule.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FormatError(rule, f"the key {twice!r} occurs twice")
+        return found
+
+    def constant(word: str) -> Any:
+        raise FormatError(rule, f"{word} is not JSON")
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(rule, f"invalid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(rule, "not a JSON object")
+    if _depth(parsed) > MAX_DEPTH:
+        raise FormatError(rule, f"nested more than {MAX_DEPTH} deep")
+    return parsed
+
+
+def _depth(value: Any) -> int:
+    deepest, todo = 0, [(value, 1)]
+    while todo:
+        item, depth = todo.pop()
+        if isinstance(item, dict | list):
+            deepest = max(deepest, depth)
+            children = item.values() if isinstance(item, dict) else item
+            todo.extend((child, depth + 1) for child in children if isinstance(child, dict | list))
+    return deepest

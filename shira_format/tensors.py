@@ -1,0 +1,347 @@
+"""The two kinds of tensor that an adapter holds: sparse ones and whole replacements. Immutable, checked when made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_format.arrays import Array, as_array, bits, digest, frozen
+from shira_format.dtypes import dtype_name, is_float, working_dtype
+from shira_format.errors import BaseMismatch, BaseRequired, FormatError
+
+Meaning = Literal["target", "delta", "none"]
+
+MAX_NUMEL = 2**53 - 1  # every index stays exact in a JSON number and in a float64
+MAX_RANK = 64
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    """The number of elements of ``shape``: the product of its dimensions, exact at any size."""
+    return math.prod(shape)
+
+
+def matrix_view(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of the matrix view of ``shape`` (spec, section 1): axis 0 against all others."""
+    if not shape:
+        return 1, 1
+    return shape[0], math.prod(shape[1:])
+
+
+class SparseTensor:
+    """The entries of one weight that an adapter sets.
+
+    Attributes:
+        name: the weight's name in the base's checkpoint.
+        shape: its shape, any rank.
+        dtype: its dtype in the base, a float numpy dtype (``ml_dtypes`` for bfloat16 and float8).
+        indices: int64 ``[nnz]``: flat row-major positions, strictly increasing, read-only.
+        meaning: what the values are: ``"target"`` (what the entries become), ``"delta"`` (what is added to them) or
+            ``"none"`` (a mask).
+        base: ``[nnz]`` values of the base at the entries in ``dtype``, or None if they are not at hand.
+        base_digest: SHA-256 of those values, or None if they were never known.
+    """
+
+    __slots__ = ("_values", "base", "base_digest", "dtype", "indices", "meaning", "name", "shape")
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    indices: npt.NDArray[np.int64]
+    meaning: Meaning
+    base: Array | None
+    base_digest: str | None
+    _values: Array | None
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        indices: Any,
+        values: Any = None,
+        *,
+        meaning: Meaning = "target",
+        dtype: Any = None,
+        base: Any = None,
+        base_digest: str | None = None,
+    ) -> None:
+        """Check and take over one tensor's entries; arrays are shared, not copied, and seen read-only.
+
+        Args:
+            name: the weight's name in the base's checkpoint.
+            shape: the weight's shape.
+            indices: ``[nnz]`` integers, flat row-major, strictly increasing.
+            values: ``[nnz]`` floats, numpy or torch; left out for a mask (``meaning="none"``).
+            meaning: see the class.
+            dtype: the weight's dtype; by default that of ``values``, which targets must have.
+            base: ``[nnz]`` values of the base at the entries.
+            base_digest: their SHA-256; computed if ``base`` is given.
+
+        Raises:
+            FormatError: a rule of the format is broken; ``rule`` says which.
+        """
+        set_ = object.__setattr__
+        set_(self, "name", name)
+        set_(self, "shape", tuple(int(n) for n in shape))
+        set_(self, "meaning", meaning)
+        set_(self, "indices", frozen(_checked_indices(name, self.shape, indices)))
+        if (values is None) != (meaning == "none"):
+            raise FormatError("count-mismatch", f"a {meaning} tensor with values={values}", tensor=name)
+        set_(self, "_values", None if values is None else frozen(as_array(values)))
+        set_(self, "dtype", np.dtype(dtype if dtype is not None else self._guess_dtype()))
+        set_(self, "base", None if base is None else frozen(as_array(base)))
+        if self.base is not None:
+            base_digest = digest(self.base)
+        set_(self, "base_digest", base_digest)
+        self._check_values()
+
+    def _guess_dtype(self) -> Any:
+        return np.dtype(np.float32) if self._values is None else self._values.dtype
+
+    def _check_values(self) -> None:
+        if not is_float(self.dtype):
+            raise FormatError("sparse-dtype", f"dtype {self.dtype} is not a float dtype", tensor=self.name)
+        for what, array in (("values", self._values), ("base", self.base)):
+            if array is None:
+                continue
+            if array.shape != (self.nnz,):
+                raise FormatError(
+                    "count-mismatch",
+                    f"{what} of shape {list(array.shape)} for {self.nnz} indices",
+                    tensor=self.name,
+                )
+            same = array.dtype == self.dtype
+            if not (same or (what == "values" and self.meaning == "delta" and is_float(array.dtype))):
+                raise FormatError(
+                    "stream-dtype",
+                    f"{what} of dtype {array.dtype} in a tensor of {self.dtype}",
+                    tensor=self.name,
+                )
+        if self.meaning == "none" and self.base_digest is not None:
+            raise FormatError("manifest-schema", "a mask has no base values", tensor=self.name)
+        if self.meaning == "delta" and self.base_digest is None and self._guess_dtype() != self.dtype:
+            raise FormatError(
+                "stream-dtype",
+                f"deltas in {self._guess_dtype()} for a base of {self.dtype} that has no digest",
+                tensor=self.name,
+            )
+
+    def __setattr__(self, key: str, value: object) -> None:
+        raise AttributeError(f"SparseTensor is immutable; cannot set {key}")
+
+    def __delattr__(self, key: str) -> None:
+        raise AttributeError(f"SparseTensor is immutable; cannot delete {key}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # __slots__ without setattr defeats pickle's default; adapters travel between processes.
+        return _rebuild, (
+            self.name, self.shape, self.indices, self._values, self.meaning, self.dtype, self.base, self.base_digest,
+        )  # fmt: skip
+
+    @property
+    def nnz(self) -> int:
+        """How many entries are stored."""
+        return int(self.indices.size)
+
+    @property
+    def numel(self) -> int:
+        """How many elements the whole weight has."""
+        return numel(self.shape)
+
+    @property
+    def density(self) -> float:
+        """``nnz / numel``; 0 for a weight without elements."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def values(self) -> Array:
+        """``[nnz]`` targets in ``dtype``, or deltas in a float dtype, read-only.
+
+        Raises:
+            ValueError: the tensor is a mask.
+        """
+        if self._values is None:
+            raise ValueError(f"tensor {self.name!r} is a mask and has no values")
+        return self._values
+
+    def at_entries(self, weight: Any) -> Array:
+        """The elements of ``weight`` (``[*shape]``, numpy or torch) at the entries, as a new ``[nnz]`` array.
+
+        Raises:
+            BaseMismatch: ``weight`` has another shape.
+        """
+        array = as_array(weight)
+        if array.shape != self.shape:
+            raise BaseMismatch(
+                f"tensor {self.name!r}: the adapter is for shape {list(self.shape)}, "
+                f"the weight has {list(array.shape)}"
+            )
+        return array.reshape(-1)[self.indices]
+
+    def checked_base(self, weight: Any) -> Array:
+        """``at_entries(weight)``, if ``weight`` is the base that this tensor was made for.
+
+        Raises:
+            BaseMismatch: another shape, dtype or values at the entries.
+        """
+        found = self.at_entries(weight)
+        if self.base_digest is None:
+            if not is_float(found.dtype):
+                raise BaseMismatch(f"tensor {self.name!r}: cannot add deltas to a weight of {found.dtype}")
+            return found
+        if found.dtype != self.dtype:
+            raise BaseMismatch(
+                f"tensor {self.name!r}: the adapter is for {self.dtype}, the weight has {found.dtype}"
+            )
+        if digest(found) != self.base_digest:
+            raise BaseMismatch(
+                f"tensor {self.name!r}: the base holds other values at the adapter's entries (digest differs)"
+            )
+        return found
+
+    def delta(self, base: Any = None) -> Array:
+        """What the adapter adds to each entry, ``[nnz]`` in float32 (float64 for a float64 weight).
+
+        For targets this is target - base, from ``base`` (the whole weight ``[*shape]``, checked by digest) or, if it
+        is None, from the base values that the file holds.
+
+        Raises:
+            BaseRequired: targets, and no base values.
+            BaseMismatch: ``base`` is not the base of this adapter.
+        """
+        work = working_dtype(self.dtype)
+        if self.meaning == "delta":
+            return self.values.astype(work)
+        found = self.base if base is None else self.checked_base(base)
+        if found is None:
+            raise BaseRequired(
+                f"tensor {self.name!r} holds target values without those of the base: pass the base weight, "
+                "or convert with --self-contained"
+            )
+        return np.subtract(self.values.astype(work), found.astype(work))
+
+    def applied(self, base: Array, alpha: float = 1.0) -> Array:
+        """The entries' new values at strength ``alpha``, ``[nnz]`` in ``base.dtype`` (spec, section 4.1).
+
+        ``base`` holds the base's values at the entries, ``[nnz]``; see :meth:`checked_base`.
+        """
+        if alpha == 0:
+            return base.copy()
+        if self.meaning == "target" and alpha == 1:
+            return self.values
+        work = working_dtype(base.dtype)
+        strength = work.type(alpha)
+        start = base.astype(work)
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow has a defined result
+            if self.meaning == "target":
+                step = self.values.astype(work) - start
+            else:
+                step = self.values.astype(work)
+            return (start + strength * step).astype(base.dtype)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal content: names, shapes, dtypes, indices and the bits of all values."""
+        if not isinstance(other, SparseTensor):
+            return NotImplemented
+        return (
+            (self.name, self.shape, self.dtype, self.meaning, self.base_digest)
+            == (other.name, other.shape, other.dtype, other.meaning, other.base_digest)
+            and np.array_equal(self.indices, other.indices)
+            and same_bits(self._values, other._values)
+            and same_bits(self.base, other.base)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseTensor({self.name!r}, shape={list(self.shape)}, dtype={dtype_name(self.dtype)}, "
+            f"nnz={self.nnz}, values={self.meaning})"
+        )
+
+
+def _rebuild(
+    name: str, shape: tuple[int, ...], indices: Any, values: Any, meaning: Meaning, dtype: Any, base: Any, seen: Any
+) -> SparseTensor:
+    return SparseTensor(
+        name, shape, indices, values, meaning=meaning, dtype=dtype, base=base, base_digest=seen
+    )
+
+
+class WholeTensor:
+    """A tensor that the adapter replaces as a whole: a bias, a norm, a head; any dtype and shape.
+
+    Attributes:
+        name: its name in the base's checkpoint, or a new one.
+        values: ``[*shape]``, read-only.
+        base: the base's tensor in the same dtype and shape, or None.
+        base_digest: its SHA-256, or None if the base has no such tensor or was not at hand.
+    """
+
+    __slots__ = ("base", "base_digest", "name", "values")
+
+    def __init__(self, name: str, values: Any, *, base: Any = None, base_digest: str | None = None) -> None:
+        self.name = name
+        self.values = frozen(as_array(values))
+        dtype_name(self.values.dtype)
+        self.base = None if base is None else frozen(as_array(base))
+        if self.base is not None:
+            if self.base.dtype != self.values.dtype:
+                raise FormatError("stream-dtype", "base of another dtype", tensor=name)
+            if self.base.shape != self.values.shape:
+                raise FormatError("count-mismatch", "base of another shape", tensor=name)
+            base_digest = digest(self.base)
+        self.base_digest = base_digest
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WholeTensor):
+            return NotImplemented
+        return (
+            (self.name, self.base_digest) == (other.name, other.base_digest)
+            and same_bits(self.values, other.values)
+            and same_bits(self.base, other.base)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"WholeTensor({self.name!r}, shape={list(self.values.shape)}, dtype={self.values.dtype})"
+
+
+def same_bits(a: Array | None, b: Array | None) -> bool:
+    """Whether two arrays have the same dtype, shape and bits (so NaN equals itself and -0.0 is not 0.0)."""
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))
+
+
+def _checked_indices(name: str, shape: tuple[int, ...], indices: Any) -> npt.NDArray[np.int64]:
+    if len(shape) > MAX_RANK or any(n < 0 for n in shape):
+        raise FormatError("manifest-schema", f"shape {list(shape)} is not a shape", tensor=name)
+    if (size := numel(shape)) > MAX_NUMEL:
+        raise FormatError("shape-overflow", f"shape {list(shape)} has more than 2^53 - 1 elements", tensor=name)
+    found = as_array(indices)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise FormatError("stream-dtype", f"indices are {found.dtype}{list(found.shape)}, not [nnz] integers", tensor=name)  # fmt: skip
+    if found.dtype == np.uint64 and found.size and int(found.max()) > MAX_NUMEL:
+        raise FormatError("out-of-range", "an index above 2^53", tensor=name)
+    found = found.astype(np.int64, copy=False)
+    check_increasing(found, size, name)
+    return found
+
+
+def check_increasing(indices: npt.NDArray[np.int64], size: int, name: str | None = None) -> None:
+    """Raise FormatError unless ``indices`` are strictly increasing within ``range(size)``."""
+    if indices.size == 0:
+        return
+    if not bool((indices[1:] > indices[:-1]).all()):
+        at = int(np.flatnonzero(indices[1:] <= indices[:-1])[0])
+        rule = "duplicate" if indices[at] == indices[at + 1] else "unsorted"
+        raise FormatError(
+            rule, f"entry {at + 1} has index {indices[at + 1]} after {indices[at]}", tensor=name
+        )
+    if indices[0] < 0 or indices[-1] >= size:
+        bad = indices[0] if indices[0] < 0 else indices[-1]
+        raise FormatError("out-of-range", f"index {bad} in a tensor of {size} elements", tensor=name)

@@ -1,0 +1,1479 @@
+"""Write the conformance vectors of SHiRA adapter files 1.0.
+
+    python make_vectors.py [FOLDER]        (default: vectors, beside this file)
+
+`good/NAME.st` is a file that every reader must accept, `good/NAME.json` its content (SPEC.md, section 11).
+`bad/RULE--what.st` is a file that every reader must refuse, and RULE is the only rule that it breaks.
+
+The expected content is what this program put in, never what a reader found. Running it again changes no byte.
+Standard library alone; it shares no code with reader.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+SIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
+MAX_NUMEL = 2**53 - 1
+HUGE = 10**40 + 7  # stands for a number of 5000 digits, which json.dumps would not write
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def noise(label: str, size: int) -> bytes:
+    """Bytes that look random and are the same every time."""
+    return hashlib.shake_256(label.encode()).digest(size)
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def elements(shape: Iterable[int]) -> int:
+    numel = 1
+    for dimension in shape:
+        numel *= dimension
+    return numel
+
+
+def f32(*values: float) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def bf16(*values: float) -> bytes:
+    """Upper halves of binary32; only for values that BF16 holds exactly."""
+    halves = [struct.pack("<f", value) for value in values]
+    assert all(half[:2] == b"\0\0" for half in halves)
+    return b"".join(half[2:] for half in halves)
+
+
+def i64(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+# Indices
+
+
+def gaps_of(indices: Sequence[int]) -> list[int]:
+    return [index - before - 1 for before, index in pairwise([-1, *indices])]
+
+
+def gap8_code(gap: int) -> bytes:
+    return b"\xff" * (gap // 255) + bytes([gap % 255])
+
+
+def varint_code(gap: int) -> bytes:
+    code = bytearray()
+    while gap > 127:
+        code.append(gap & 127 | 128)
+        gap >>= 7
+    return bytes([*code, gap])
+
+
+def encode(codec: str, indices: Sequence[int]) -> list[bytes]:
+    """One code for each entry."""
+    return [gap8_code(gap) if codec == "gap8" else varint_code(gap) for gap in gaps_of(indices)]
+
+
+def directory(indices: Sequence[int], codes: Sequence[bytes], block_size: int) -> list[tuple[int, int]]:
+    starts = [0]
+    for code in codes:
+        starts.append(starts[-1] + len(code))
+    return [(indices[k], starts[k]) for k in range(0, len(indices), block_size)]
+
+
+def rows(step: int, offset: int) -> Json:
+    return {"kind": "rows", "step": step, "offset": offset}
+
+
+def columns(step: int, offset: int) -> Json:
+    return {"kind": "columns", "step": step, "offset": offset}
+
+
+def diagonal(offset: int) -> Json:
+    return {"kind": "diagonal", "offset": offset}
+
+
+def chosen(part: Json, r: int, c: int) -> bool:
+    if part["kind"] == "diagonal":
+        return bool(c - r == part["offset"])
+    return bool((r if part["kind"] == "rows" else c) % part["step"] == part["offset"])
+
+
+def pattern_indices(shape: Sequence[int], pattern: Sequence[Json]) -> list[int]:
+    """By the definition: every element of a small matrix view is asked whether a part has it."""
+    height, width = (shape[0], elements(shape[1:])) if shape else (1, 1)
+    return [
+        r * width + c
+        for r, c in product(range(height), range(width))
+        if any(chosen(p, r, c) for p in pattern)
+    ]
+
+
+# Files
+
+
+class Maker:
+    """A file in the making: streams, manifest, and the content that a reader must find."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, tuple[str, list[int], bytes]] = {}
+        self.manifest: Json = {"format_version": "1.0", "features": [], "digest": "sha256", "tensors": []}
+        self.content: Json = {"format_version": "1.0", "alpha": 1, "tensors": [], "whole": []}
+        self.metadata: dict[str, str] = {}
+        self.order: list[str] = []  # streams in the buffer; those that are not named follow by element size
+        self.spaces: int | None = None  # behind the header; None: up to a multiple of 8
+        self.style: Json = {"separators": (",", ":"), "ensure_ascii": False}  # of the JSON texts
+
+    def set(self, **keys: Any) -> Maker:
+        self.manifest |= keys
+        for key in ("alpha", "format_version"):
+            if key in keys:
+                self.content[key] = keys[key]
+        return self
+
+    def stream(self, name: str, dtype: str, shape: Sequence[int], data: bytes) -> str:
+        self.streams[name] = (dtype, list(shape), data)
+        return sha(data)
+
+    def sparse(
+        self,
+        name: str,
+        shape: Sequence[int],
+        indices: Sequence[int],
+        codec: str = "gap8",
+        *,
+        dtype: str = "F32",
+        values: str = "target",
+        value_dtype: str | None = None,
+        value_bytes: bytes | None = None,
+        base: bytes | None = None,
+        base_digest: bool = True,
+        store_base: bool = False,
+        block_size: int | None = None,
+        more: Json | None = None,
+    ) -> Maker:
+        """`more` goes into the object `indices`: what the codec needs, or keys that no reader knows."""
+        nnz = len(indices)
+        digests: dict[str, str] = {}
+        item: Json = {"name": name, "shape": list(shape), "dtype": dtype, "nnz": nnz, "values": values}
+        item |= {"indices": {"codec": codec} | (more or {}), "digests": digests}
+        found: Json = {"name": name, "shape": list(shape), "dtype": dtype, "values": values, "nnz": nnz}
+        found |= {"indices": list(indices), "value_dtype": None, "value_hex": None, "base_hex": None}
+        found["base_digest"] = None
+        if codec == "flat":
+            digests["indices"] = self.stream(name + "#indices", "I64", [nnz], i64(*indices))
+        elif codec in ("gap8", "varint"):
+            codes = encode(codec, indices)
+            data = b"".join(codes)
+            digests["indices"] = self.stream(name + "#indices", "U8", [len(data)], data)
+            if block_size is not None:
+                item["indices"]["block_size"] = block_size
+                if nnz > block_size:
+                    table = directory(indices, codes, block_size)
+                    data = b"".join(i64(*row) for row in table)
+                    digests["blocks"] = self.stream(name + "#blocks", "I64", [len(table), 2], data)
+        if values != "none":
+            value_dtype = value_dtype or dtype
+            if value_bytes is None:
+                value_bytes = noise("values of " + name, nnz * SIZE[value_dtype])
+            digests["values"] = self.stream(name + "#values", value_dtype, [nnz], value_bytes)
+            found |= {"value_dtype": value_dtype, "value_hex": value_bytes.hex()}
+        if values != "none" and base_digest:
+            if base is None:
+                base = noise("base of " + name, nnz * SIZE[dtype])
+            digests["base"] = found["base_digest"] = sha(base)
+            if store_base:
+                item["base_values"] = True
+                self.stream(name + "#base", dtype, [nnz], base)
+                found["base_hex"] = base.hex()
+        self.manifest["tensors"].append(item)
+        self.content["tensors"].append(found)
+        return self
+
+    def mask(
+        self, name: str, shape: Sequence[int], indices: Sequence[int], codec: str = "gap8", **more: Any
+    ) -> Maker:
+        return self.sparse(name, shape, indices, codec, values="none", **more)
+
+    def structured(self, name: str, shape: Sequence[int], *pattern: Json, **more: Any) -> Maker:
+        indices = pattern_indices(shape, pattern)
+        return self.sparse(name, shape, indices, "structured", more={"pattern": list(pattern)}, **more)
+
+    def whole(
+        self,
+        name: str,
+        dtype: str,
+        shape: Sequence[int],
+        *,
+        data: bytes | None = None,
+        base: bytes | None = None,
+        store_base: bool = False,
+    ) -> Maker:
+        if data is None:
+            data = noise("whole " + name, elements(shape) * SIZE[dtype])
+        digests = {"values": self.stream(name, dtype, shape, data)}
+        item: Json = {"name": name, "digests": digests}
+        found: Json = {"name": name, "shape": list(shape), "dtype": dtype, "value_hex": data.hex()}
+        found |= {"base_hex": None, "base_digest": None}
+        if base is not None:
+            digests["base"] = found["base_digest"] = sha(base)
+            if store_base:
+                item["base_values"] = True
+                self.stream(name + "#base", dtype, shape, base)
+                found["base_hex"] = base.hex()
+        self.manifest.setdefault("whole", []).append(item)
+        self.content["whole"].append(found)
+        return self
+
+    def tensor(self, number: int = 0) -> Any:
+        return self.manifest["tensors"][number]
+
+    def replace(
+        self, name: str, data: bytes, shape: Sequence[int] | None = None, dtype: str | None = None
+    ) -> Maker:
+        """Another stream of the same name, with the right digest, for a bad file."""
+        old_dtype, _, _ = self.streams[name]
+        dtype = dtype or old_dtype
+        self.stream(name, dtype, [len(data) // SIZE[dtype]] if shape is None else shape, data)
+        tensor, _, role = name.rpartition("#")
+        for item in self.manifest["tensors"]:
+            if item["name"] == tensor:
+                item["digests"][role] = sha(data)
+        for item in self.manifest.get("whole", []):
+            if item["name"] == name:
+                item["digests"]["values"] = sha(data)
+            if item["name"] == tensor and role == "base":
+                item["digests"]["base"] = sha(data)
+        return self
+
+    def layout(self) -> tuple[Json, bytes]:
+        """The header as an object, and the buffer."""
+        header: Json = {}
+        buffer = b""
+        rest = [name for name in self.streams if name not in self.order]
+        for name in self.order + sorted(rest, key=lambda name: -SIZE[self.streams[name][0]]):
+            dtype, shape, data = self.streams[name]
+            header[name] = {
+                "dtype": dtype,
+                "shape": shape,
+                "data_offsets": [len(buffer), len(buffer) + len(data)],
+            }
+            buffer += data
+        return {
+            "__metadata__": self.metadata | {"shira": json.dumps(self.manifest, **self.style)}
+        } | header, buffer
+
+    def file(self) -> bytes:
+        header, buffer = self.layout()
+        return assemble(json.dumps(header, **self.style), buffer, self.spaces)
+
+
+def assemble(header: str | bytes, buffer: bytes, spaces: int | None = None) -> bytes:
+    data = header if isinstance(header, bytes) else header.encode()
+    data += b" " * (-len(data) % 8 if spaces is None else spaces)
+    return struct.pack("<Q", len(data)) + data + buffer
+
+
+GOOD: dict[str, Maker] = {}
+BAD: dict[str, bytes] = {}
+MASKS: dict[str, bytes] = {}  # mask files of bad files; they are good themselves, so no `.st`
+
+
+def good(name: str) -> Maker:
+    assert name not in GOOD
+    GOOD[name] = Maker()
+    return GOOD[name]
+
+
+def bad(name: str, file: Maker | bytes) -> None:
+    assert name not in BAD
+    BAD[name] = file.file() if isinstance(file, Maker) else file
+
+
+# Good files
+
+
+def good_values() -> None:
+    good("example").set(writer="SPEC.md").sparse(
+        "w",
+        [4, 300],
+        [0, 1, 256, 1199],
+        block_size=4096,
+        dtype="BF16",
+        value_bytes=bf16(1.0, -2.0, 0.5, 3.140625),
+        base=bf16(0.5, -1.0, 0.25, 3.0),
+    )
+    for dtype in FLOATS:
+        good(f"target-{dtype}").sparse("w", [5, 7], [0, 3, 11, 34], dtype=dtype)
+        good(f"base-values-{dtype}").sparse("w", [5, 7], [2, 33], dtype=dtype, store_base=True)
+        file = good(f"delta-{dtype}")
+        for other in FLOATS:
+            file.sparse(f"to.{other}", [40], [1, 39], dtype=other, values="delta", value_dtype=dtype)
+        file.sparse("no.base", [40], [0, 20], dtype=dtype, values="delta", base_digest=False)
+    good("delta-base-values").sparse(
+        "w", [6, 6], [7, 8, 9], dtype="BF16", values="delta", value_dtype="F32", store_base=True
+    )
+    good("mask").mask("w", [16, 16], [5, 100, 255])
+    good("mask-beside-values").mask("m", [9], [8], "flat").sparse("w", [9], [1, 2], "varint")
+    special = {
+        "F64": "010000000000f07f 010000000000f8ff 0000000000000080 000000000000f07f 0100000000000000",
+        "F32": "010080ff efbec07f 00000080 000080ff 01000000",
+        "F16": "017c 01fe 0080 00fc 0100",
+        "BF16": "81ff c17f 0080 80ff 0100",
+        "F8_E4M3": "7f ff 80 7e 01",
+        "F8_E5M2": "7d ff 80 fc 01",
+    }
+    file = good("nan-and-minus-zero")
+    for dtype, text in special.items():
+        data = bytes.fromhex(text)
+        file.sparse(
+            dtype,
+            [8],
+            [1, 2, 3, 5, 7],
+            "flat",
+            dtype=dtype,
+            value_bytes=data,
+            base=data[::-1],
+            store_base=True,
+        )
+        file.whole("whole." + dtype, dtype, [5], data=data)
+
+
+def good_codecs() -> None:
+    wide = [0, 1, 2, 257, 513, 1023, 1279, 2000]  # gaps 0 0 0 254 255 509 255 720
+    escapes = [255, 510, 766, 1021, 1532, 2043]  # gaps 255 254 255 254 510 510
+    good("gap8-escapes").sparse("a", [3000], wide).sparse("b", [3000], escapes).sparse("c", [3000], [2999])
+    good("gap8-every-gap").sparse(
+        "w", [200_000], [sum(range(n + 1)) + n for n in range(520)], dtype="F8_E5M2"
+    )
+    many = [
+        3 * k + 600 * (k // 16) for k in range(70)
+    ]  # blocks of 16 start with escapes, the last one is short
+    good("gap8-directory").sparse("w", [60, 100], many, block_size=16)
+    good("gap8-directory-full-last-block").sparse("w", [60, 100], many[:48], block_size=16)
+    good("gap8-directory-one-more").sparse("w", [60, 100], many[:17], block_size=16, store_base=True)
+    good("gap8-no-directory").sparse("w", [60, 100], many[:16], block_size=16)
+    good("gap8-mask-directory").mask("w", [60, 100], many, block_size=17)
+    good("varint").sparse("w", [2**40], [0, 127, 128, 257, 16_642, 300_000, 2**40 - 1], "varint")
+    good("varint-of-page").sparse("a", [2**40], [0, 127, 128], "varint").sparse(
+        "b", [2**40], [128], "varint"
+    ).sparse("c", [2**40], [300, 2**40 - 1], "varint")
+    sizes = [
+        2 ** (7 * n) - d for n in range(1, 8) for d in (1, 0)
+    ]  # the last and first gap of each code length
+    good("varint-every-length").sparse(
+        "w", [2**51], [sum(sizes[: n + 1]) + n for n in range(len(sizes))], "varint"
+    )
+    sparse = [1000 * k + 100_000 * (k // 20) for k in range(50)]
+    good("varint-directory").sparse("w", [1000, 1000], sparse, "varint", block_size=20)
+    good("varint-no-directory").sparse("w", [1000, 1000], sparse, "varint", block_size=2**31 - 1)
+    good("flat").sparse("w", [3, 5], [0, 7, 14], "flat").sparse(
+        "far", [MAX_NUMEL], [3, MAX_NUMEL - 1], "flat"
+    )
+    for codec in ("gap8", "varint", "flat"):
+        file = good(f"{codec}-counts").sparse("none", [3, 4], [], codec).sparse("one", [3, 4], [11], codec)
+        file.sparse("all", [3, 4], range(12), codec).sparse("empty", [0, 5], [], codec)
+        file.sparse("scalar", [], [0], codec).sparse("no.scalar", [], [], codec)
+        file.sparse("rank5", [2, 1, 3, 2, 2], [0, 23], codec)
+
+
+def good_structured() -> None:
+    file = (
+        good("structured").structured("rows", [3, 4], rows(2, 1)).structured("columns", [3, 4], columns(3, 1))
+    )
+    file.structured("all", [3, 4], rows(1, 0)).structured("all.columns", [3, 4], columns(1, 0))
+    file.structured("wide.step", [3, 4], rows(100, 2), columns(2**60, 3))
+    file.structured("main", [3, 4], diagonal(0)).structured("below", [3, 4], diagonal(-2))
+    file.structured("above", [3, 4], diagonal(3)).structured(
+        "tall", [5, 2], diagonal(-1), diagonal(1), diagonal(-4)
+    )
+    file.structured("empty.pattern", [3, 4])
+    file = good("structured-unions").structured("page1", [3, 4], rows(3, 0), diagonal(0))
+    file.structured("page2", [3, 2, 2], columns(4, 1), diagonal(-1)).structured(
+        "twice", [3, 4], rows(2, 0), rows(2, 0)
+    )
+    file.structured("eight", [9, 9], *[diagonal(k) for k in range(-4, 2)], rows(5, 4), columns(7, 3))
+    file = good("structured-ranks").structured("conv", [4, 2, 3, 3], rows(2, 1), columns(9, 4), diagonal(-1))
+    file.structured("rank1.rows", [7], rows(3, 1)).structured("rank1.column", [7], columns(1, 0))
+    file.structured("rank1.diagonal", [7], diagonal(-6), diagonal(0)).structured("scalar", [], diagonal(0))
+    file.structured("scalar.row", [], rows(5, 0)).structured("scalar.none", [])
+    file.structured("no.rows", [0, 5], columns(2, 1), diagonal(3)).structured(
+        "no.columns", [3, 0], rows(1, 0)
+    )
+    file.structured("base", [2, 2], diagonal(0), store_base=True)
+    good("structured-mask").structured("w", [6, 6], rows(3, 0), columns(3, 0), values="none")
+
+
+def good_shared() -> None:
+    file = (
+        good("shared")
+        .sparse("q", [10, 10], [3, 50, 99])
+        .structured("d", [2, 5, 2], diagonal(0), values="none")
+    )
+    file.sparse("k", [10, 10], [3, 50, 99], "shared", more={"tensor": "q"}, dtype="BF16", store_base=True)
+    file.sparse("e", [2, 5, 2], [0, 11], "shared", more={"tensor": "d"}, values="delta", base_digest=False)
+    file.mask("m", [10, 10], [3, 50, 99], "shared", more={"tensor": "q"})
+    file.sparse("before", [20], [1, 19], "shared", more={"tensor": "later"}).sparse(
+        "later", [20], [1, 19], "varint"
+    )
+    file = (
+        good("masks")
+        .mask("q", [10, 10], [3, 50, 99])
+        .structured("d", [8, 8], diagonal(0), rows(4, 1), values="none")
+    )
+    file.mask("long", [60, 100], range(0, 6000, 300), block_size=16).sparse(
+        "with.values", [5], [0, 4], "flat"
+    )
+    file.mask("q.too", [10, 10], [3, 50, 99], "shared", more={"tensor": "q"})
+    use_masks(good("mask-file"), "masks.st", GOOD["masks"].file())
+    good("mask-file-unused").set(features=["mask-file"]).sparse("w", [4], [1])
+
+
+def use_masks(file: Maker, name: str, data: bytes) -> Maker:
+    """Tensors with the indices of the good file `masks`."""
+    file.set(features=["mask-file"], mask_files={name: sha(data)})
+    diagonal_and_rows = pattern_indices([8, 8], [diagonal(0), rows(4, 1)])
+    file.sparse("a", [10, 10], [3, 50, 99], "shared", more={"tensor": "q", "file": name})
+    file.sparse("b", [8, 8], diagonal_and_rows, "shared", more={"tensor": "d", "file": name}, dtype="F16")
+    file.sparse(
+        "q", [60, 100], range(0, 6000, 300), "shared", more={"tensor": "long", "file": name}, store_base=True
+    )
+    return file.sparse(
+        "own", [5], [0, 4], "shared", more={"tensor": "with.values", "file": name}, dtype="BF16"
+    )
+
+
+def good_shapes() -> None:
+    file = good("large-shapes").sparse(
+        "tall", [3_000_000_000, 2], [0, 4_294_967_296, 5_999_999_999], "varint"
+    )
+    file.sparse("max", [MAX_NUMEL], [0, MAX_NUMEL - 1], "varint")
+    file.sparse("max.product", [6361, 69_431, 20_394_401], [2**52, MAX_NUMEL - 1], "flat")
+    file.sparse("zero.last", [2**32, 2**32, 2**32, 0], []).sparse("zero.first", [0, MAX_NUMEL, MAX_NUMEL], [])
+    file.sparse(
+        "one.row",
+        [3_000_000_000, 2],
+        [6_000_000, 6_000_001],
+        "structured",
+        values="none",
+        more={"pattern": [rows(3_000_000_000, 3_000_000)]},
+    )
+    file.sparse(
+        "corner",
+        [2, 3_000_000_000],
+        [2_999_999_999, 5_999_999_999],
+        "structured",
+        more={"pattern": [columns(3_000_000_000, 2_999_999_999)]},
+    )
+    file.sparse("no.columns", [MAX_NUMEL, 0], [], "structured", more={"pattern": [rows(1, 0), diagonal(-5)]})
+    good("rank-64").sparse("w", [1] * 62 + [3, 4], [0, 11]).whole("b", "F32", [1] * 64)
+    good("empty")
+    good("empty-whole-list").set(whole=[])
+
+
+def good_whole() -> None:
+    file = good("whole-every-dtype")
+    for dtype in SIZE:
+        data = bytes([1, 0, 1]) if dtype == "BOOL" else None
+        file.whole("b." + dtype, dtype, [3], data=data)
+    file = good("whole-base").whole("same", "BF16", [2, 2], base=noise("before", 8))
+    file.whole("stored", "F32", [2, 3], base=noise("stored", 24), store_base=True)
+    file.whole("ids", "I64", [2], base=i64(-1, 5), store_base=True)
+    file = (
+        good("whole-shapes")
+        .whole("scalar", "F32", [])
+        .whole("none", "F16", [0])
+        .whole("zero", "I32", [3, 0, 2])
+    )
+    file.whole("rank5", "U8", [2, 1, 2, 1, 2]).whole("zero.base", "F32", [0], base=b"", store_base=True)
+    good("whole-and-sparse").sparse("w", [4], [2], store_base=True).whole("b", "F32", [4]).whole(
+        "w#other", "I8", [1]
+    )
+
+
+def good_names() -> None:
+    file = (
+        good("names")
+        .sparse("модель.слой.0.вес", [4], [1])
+        .sparse("重み/🧠", [4], [2])
+        .sparse("e\u0301", [4], [3])
+    )
+    file.sparse("é", [4], [0]).sparse(" ", [4], [1]).sparse("a#values", [4], [2]).sparse("a", [4], [3])
+    file.sparse('"\\quoted\\"', [4], [0]).sparse("../../etc/passwd", [4], [1]).sparse(
+        "C1\x85\u2028\u202e", [4], [2]
+    )
+    file.sparse("#", [4], [3]).whole("x#base#base", "U8", [1]).whole("shira", "U8", [1]).whole(
+        "format_version", "U8", [1]
+    )
+    good("names-of-1024-bytes").sparse("n" * 1024, [4], [1]).sparse("é" * 512, [4], [2])
+    # A tensor may bear the name of a stream that is not there.
+    good("name-like-stream").structured("w", [2, 2], diagonal(0)).whole("w#indices", "U8", [2]).whole(
+        "w#base", "U8", [2]
+    )
+    file = (
+        good("components").sparse("unet/w", [4], [1]).sparse("text/w", [4], [2]).whole("unet/b/c", "F32", [1])
+    )
+    base_model = {"id": "someone/something", "revision": "abc"}
+    file.set(
+        components={"unet": {"base_model": base_model}, "text": {}, "not used": {}}, base_model=base_model
+    )
+    good("components-empty").set(components={}).manifest["tensors"] = []
+    good("slash-without-components").sparse("a/b", [4], [1]).sparse("/", [4], [2]).sparse("a/", [4], [3])
+
+
+def good_manifests() -> None:
+    for name, alpha in {
+        "alpha-half": 0.5,
+        "alpha-zero": 0,
+        "alpha-negative": -1.25,
+        "alpha-large": 1e300,
+    }.items():
+        good(name).set(alpha=alpha).sparse("w", [4], [1])
+    good("minor-7").set(format_version="1.7").sparse("w", [4], [1])
+    good("minor-long").set(format_version="1." + "9" * 30).sparse("w", [4], [1])
+    files = [{"name": "model.safetensors", "digest": sha(b"model")}, {"name": "without-digest"}]
+    file = good("provenance").set(
+        base_model={"id": "org/model", "revision": "main", "files": files},
+        source={
+            "kind": "lora",
+            "dialect": "peft",
+            "files": files,
+            "rank": 16,
+            "scale": 0.5,
+            "nested": [[1], {"a": None}],
+        },
+        selection={
+            "rule": "top-k",
+            "scope": "tensor",
+            "density": 0.02,
+            "top_k": 1,
+            "include": ["*.weight"],
+            "exclude": [],
+            "energy_kept": 0.75,
+            "relative_error": 0.5,
+        },
+        mask={"rule": "snip", "seed": -7, "calibration_digest": sha(b"calibration")},
+        license="Apache-2.0",
+        writer="make_vectors.py",
+        description="Every key.\nTwo lines, é, \u202e.",
+        alpha=1,
+    )
+    file.sparse("w", [4], [1]).tensor().update(energy_kept=1, relative_error=0.0)
+    file = good("unknown-keys").set(future={"a": [1, None, True, {"b": 1.5e-7}]}, zstd=False, null=None)
+    file.sparse("w", [4], [1], more={"future": [], "file": 5, "pattern": "x", "tensor": {}})
+    file.sparse("f", [4], [1], "flat", more={"block_size": "none of flat"})
+    file.structured("s", [2, 2], diagonal(0) | {"width": 1, "step": 0}, rows(2, 1) | {"name": "x"})
+    file.whole("b", "F32", [1])
+    file.tensor(0).update(future=1, blocks=None)
+    file.tensor(0)["digests"].update(future="not a digest")
+    file.manifest["whole"][0].update(future=1, shape="x", dtype=5)
+    file.manifest["whole"][0]["digests"].update(future=None)
+    file.set(base_model={"future": 1}, source={"future": 1}, selection={"future": 1}, mask={"future": 1})
+    good("large-numbers").set(seed=10**300, other=-(10**300), tiny=1e-300).sparse("w", [4], [1])
+    file = good("depth-32").sparse("w", [4], [1])
+    file.set(deep=nested(31), brackets="[" * 100 + "{" * 100 + '\\"[[[')
+    good("base-values-false").sparse("w", [4], [1]).mask("m", [4], [1]).whole("b", "F32", [1])
+    for item in GOOD["base-values-false"].manifest["tensors"] + GOOD["base-values-false"].manifest["whole"]:
+        item["base_values"] = False
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth > 1 else []
+
+
+def good_containers() -> None:
+    file = good("other-metadata").sparse("w", [4], [1])
+    file.metadata = {"format": "pt", "": "", "shira2": "{", "é": '\n\t"\\ \u0000'}
+    file = good("header-spaces").sparse("w", [4], [1])
+    file.spaces = 1000
+    file = good("json-escapes").sparse("é/重み/🧠", [4], [1]).whole("\u20ac", "F32", [1])
+    file.style = {"ensure_ascii": True}
+    file = good("json-white-space").sparse("w", [4], [1])
+    file.style = {"indent": "\t", "separators": (" ,\r", " : ")}
+    file = (
+        good("unaligned").sparse("w", [40], [1, 3, 39], dtype="F64", store_base=True).whole("b", "F32", [1])
+    )
+    file.sparse("f", [40], [1], "flat")
+    file.order, file.spaces = ["w#indices", "b", "f#indices", "w#base", "w#values", "f#values"], 0
+    if len(compact(file.layout()[0]).encode()) % 2 == 0:
+        file.spaces = 1
+    file = (
+        good("order").sparse("b", [40], [1, 3]).sparse("a", [40], [], store_base=True).whole("c", "U8", [1])
+    )
+    file.order = ["c", "a#values", "b#values", "a#indices", "a#base", "b#indices"]
+
+
+# Bad files
+
+
+def one() -> Maker:
+    return Maker().sparse("w", [4, 300], [0, 1, 256, 1199])
+
+
+def header_of(file: Maker) -> tuple[Json, str, bytes]:
+    header, buffer = file.layout()
+    return header, compact(header), buffer
+
+
+def bad_container() -> None:
+    file = one().file()
+    header, text, buffer = header_of(one())
+    end = len(file)
+    bad("file-truncated--empty", b"")
+    bad("file-truncated--seven-bytes", file[:7])
+    bad("file-truncated--no-header", file[:8])
+    bad("file-truncated--short-header", file[:100])
+    bad("file-truncated--no-buffer", file[: end - len(buffer)])
+    bad("file-truncated--short-buffer", file[:-1])
+    bad("file-trailing--one-byte", file + b"\0")
+    bad("file-trailing--without-streams", Maker().file() + b" ")
+    bad("header-too-large--2-to-60", struct.pack("<Q", 2**60))
+    bad("header-too-large--all-ones", b"\xff" * 8 + file[8:])
+    bad("header-too-large--one-more", struct.pack("<Q", 100_000_001) + file[8:])
+
+    def header_json(what: str, data: str | bytes) -> None:
+        bad("header-json--" + what, assemble(data, buffer))
+
+    header_json("not-json", text[:-1] + ",}")
+    header_json("unfinished", text[:-1])
+    header_json("single-quotes", text.replace('"dtype"', "'dtype'"))
+    header_json("comment", text[:-1] + "/* */}")
+    header_json("leading-space", " " + text)
+    header_json("bom", "\ufeff" + text)
+    header_json("trailing-nul", text + "\0")
+    header_json("second-object", text + "{}")
+    header_json("array", "[" + text + "]")
+    header_json("empty", "")
+    header_json(
+        "control-character-in-string",
+        text[:-1].replace('"__metadata__":{', '"__metadata__":{"a":"\n",') + "}",
+    )
+    header_json("invalid-utf8", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xff",'))
+    header_json(
+        "utf8-surrogate", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xed\xa0\x80",')
+    )
+    header_json(
+        "utf8-overlong", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xc1\xa1",')
+    )
+    entry = compact(header["w#values"])
+    header_json("duplicate-stream", text[:-1] + f',"w#values":{entry}}}')
+    header_json("duplicate-stream-escaped", text[:-1] + f',"w#\\u0076alues":{entry}}}')
+    header_json("duplicate-metadata", text[:-1] + ',"__metadata__":' + compact(header["__metadata__"]) + "}")
+    header_json("duplicate-in-metadata", text.replace('"__metadata__":{', '"__metadata__":{"a":"","a":"",'))
+    header_json("duplicate-in-entry", text.replace('"dtype":"F32"', '"dtype":"F32","dtype":"F32"'))
+    # These break rule header-entry as well, as such a value would in any place. JSON comes first.
+    header_json("nan", text[:-1] + ',"x":NaN}')
+    header_json("minus-infinity", text[:-1] + ',"x":-Infinity}')
+    header_json("deep", text[:-1] + ',"x":' + "[" * 40 + "]" * 40 + "}")
+    header_json("very-deep", text[:-1] + ',"x":' + '[{"":' * 700 + "0" + "}]" * 700 + "}")
+
+    def changed(name: str, key: str, value: Any, **more: Any) -> None:
+        new, _, _ = header_of(one())
+        new["w#values"] |= {key: value} | more
+        bad(name, assemble(compact(new), buffer))
+
+    changed("header-entry--shape-true", "shape", [True, 4])
+    changed("header-entry--shape-float", "shape", [4.0])
+    changed("header-entry--shape-string", "shape", ["4"])
+    changed("header-entry--shape-number", "shape", 4)
+    changed("header-entry--shape-null", "shape", None)
+    changed("header-entry--shape-negative", "shape", [-1, -4])
+    changed("header-entry--rank-65", "shape", [1] * 64 + [4])
+    changed("header-entry--one-offset", "data_offsets", [16])
+    changed("header-entry--three-offsets", "data_offsets", [0, 16, 16])
+    changed("header-entry--offset-false", "data_offsets", [False, 16])
+    changed("header-entry--offset-float", "data_offsets", [0, 16.0])
+    changed("header-entry--offset-negative", "data_offsets", [-16, 0])
+    changed("header-entry--offsets-swapped", "data_offsets", [16, 0])
+    changed("header-entry--dtype-number", "dtype", 32)
+    changed("header-entry--unknown-key", "strides", [1])
+    changed("unknown-dtype--F12", "dtype", "F12")
+    changed("unknown-dtype--lower-case", "dtype", "f32")
+    changed("unknown-dtype--fnuz", "dtype", "F8_E4M3FNUZ")
+    changed("shape-overflow--stream", "shape", [2**52, 2], data_offsets=[0, 2**55])
+    changed("shape-overflow--stream-wraps-to-4", "shape", [4, 2**32 + 1, 2**32, 2**32 - 1, 2**62 + 1])
+    changed("shape-overflow--stream-5000-digits", "shape", [4, HUGE])
+    longer = one()
+    dtype, shape, data = longer.streams["w#values"]
+    longer.stream("w#values", dtype, shape, data + b"\0")  # all else fits, the digest too
+    longer.tensor()["digests"]["values"] = sha(data + b"\0")
+    bad("dtype-length--one-byte-more", longer)
+    changed("dtype-length--shape", "shape", [5])
+    changed("dtype-length--dtype", "dtype", "BF16")
+    changed("dtype-length--rank-0", "shape", [])
+    changed("dtype-length--5000-digits", "data_offsets", [0, HUGE])
+
+    def raw_header(name: str, change: Json, drop: str = "") -> None:
+        new = {key: value for key, value in header.items() if key != drop} | change
+        bad(name, assemble(compact(new), buffer))
+
+    raw_header("header-entry--list", {"w#values": ["F32", [4], [0, 16]]})
+    raw_header("header-entry--null", {"w#values": None})
+    raw_header("header-entry--no-shape", {"w#values": {"dtype": "F32", "data_offsets": [0, 16]}})
+    raw_header("header-entry--metadata-number", {"__metadata__": header["__metadata__"] | {"a": 1}})
+    raw_header("header-entry--metadata-null", {"__metadata__": None})
+    raw_header("header-entry--metadata-list", {"__metadata__": []})
+    raw_header("no-manifest--no-metadata", {}, "__metadata__")
+    raw_header("no-manifest--other-keys", {"__metadata__": {"format": "pt", "SHIRA": "{}"}})
+    bad("no-manifest--empty-safetensors", assemble("{}", b""))
+
+
+def bad_offsets() -> None:
+    file = Maker().sparse("w", [10], [1, 2, 3, 4], "flat", store_base=True)
+    header, _, buffer = header_of(file)  # 32 bytes of indices, 16 of values, 16 of base
+
+    def place(what: str, data: bytes, **begins: int) -> None:
+        new = json.loads(compact(header))
+        for role, begin in begins.items():
+            entry = new["w#" + role]
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            entry["data_offsets"] = [begin, begin + size]
+        bad("offsets--" + what, assemble(compact(new), data))
+
+    place("hole", buffer[:48] + bytes(8) + buffer[48:], base=56)
+    place("hole-at-start", bytes(8) + buffer, indices=8, values=40, base=56)
+    place("hole-at-start-one-stream-moved", buffer + buffer[:32], indices=64)
+    place("overlap", buffer[:-8], base=40)
+    file.replace("w#base", buffer[32:48])  # the same bytes, so that their digests stay right
+    header, _, _ = header_of(file)
+    place("same-bytes-twice", buffer[:48], base=32)
+    empty = Maker().sparse("w", [10], [], "flat").sparse("v", [10], [3], "flat")
+    header, text, buffer = header_of(empty)
+    text = text.replace(compact(header["w#values"]), '{"dtype":"F32","shape":[0],"data_offsets":[5,5]}')
+    bad("offsets--empty-stream-inside-another", assemble(text, buffer))
+    text = header_of(empty)[1].replace(
+        compact(header["w#values"]), '{"dtype":"F32","shape":[0],"data_offsets":[99,99]}'
+    )
+    bad("offsets--empty-stream-beyond", assemble(text, buffer))
+
+
+def with_manifest(text: str, file: Maker | None = None) -> bytes:
+    header, buffer = (file or one()).layout()
+    header["__metadata__"]["shira"] = text
+    return assemble(compact(header), buffer)
+
+
+def bad_manifest_json() -> None:
+    text = compact(one().manifest)
+
+    def manifest_json(what: str, new: str) -> None:
+        bad("manifest-json--" + what, with_manifest(new))
+
+    manifest_json("empty", "")
+    manifest_json("unfinished", text[:-1])
+    manifest_json("array", "[" + text + "]")
+    manifest_json("string", '"x"')
+    manifest_json("second-object", text + text)
+    manifest_json("nan", text[:-1] + ',"alpha":NaN}')
+    manifest_json("infinity", text[:-1] + ',"unknown":[Infinity]}')
+    manifest_json("duplicate-key", text[:-1] + ',"digest":"sha256"}')
+    manifest_json("duplicate-unknown-key", text[:-1] + ',"a":{"b":1,"c":2,"b":1}}')
+    manifest_json("duplicate-key-escaped", text.replace('"nnz":4', '"nnz":4,"\\u006enz":4'))
+    manifest_json("depth-33", text[:-1] + ',"deep":' + "[" * 32 + "]" * 32 + "}")
+    manifest_json("very-deep", text[:-1] + ',"deep":' + "[" * 1500 + "]" * 1500 + "}")
+    manifest_json("deep-objects", text[:-1] + ',"deep":' + '{"":' * 1500 + "1" + "}" * 1500 + "}")
+    manifest_json("leading-zero", text.replace('"nnz":4', '"nnz":04'))
+    manifest_json("hexadecimal", text.replace('"nnz":4', '"nnz":0x4'))
+    manifest_json("trailing-comma", text[:-1] + ",}")
+    manifest_json("bad-escape", text[:-1] + ',"a":"\\x41"}')
+    header, buffer = one().layout()
+    plain = compact(header)
+    quoted = compact(text)
+    assert quoted in plain
+    cut = quoted[:-2] + ',\\"a\\":\\"\\n\\"}"'  # a raw line feed inside a string of the manifest
+    bad("manifest-json--control-character-in-string", assemble(plain.replace(quoted, cut), buffer))
+
+
+def bad_versions() -> None:
+    for version in ("2.0", "0.9", "10.0", "9" * 40 + ".0"):
+        bad(f"unknown-major--{version[:4]}", one().set(format_version=version))
+    bad("unknown-major--rest-of-another-form", with_manifest('{"format_version":"2.0"}', Maker()))
+    for version in ("1", "1.0.0", "01.0", "1.00", "1.", "", "v1.0", "1.0\n", " 1.0", "1,0", "1.-1", "１.0"):
+        name = version.replace("\n", "n").replace(" ", "space").replace("１", "full-width-1") or "empty"
+        bad(f"manifest-schema--format-version-{name}", one().set(format_version=version))
+    bad("manifest-schema--format-version-number", one().set(format_version=1.0))
+    for feature in ("zstd", "byte-planes", "xor-base", "shards", "x-experiment", "", "Mask-File"):
+        bad(f"unknown-feature--{feature or 'empty'}", one().set(features=[feature]))
+    bad("unknown-feature--second", one().set(features=["mask-file", "future"]))
+    bad("unknown-feature--higher-minor", one().set(format_version="1.1", features=["future"]))
+    rest = '{"format_version":"1.5","features":["future"],"tensors":"elsewhere"}'
+    bad("unknown-feature--rest-of-another-form", with_manifest(rest, Maker()))
+    bad("manifest-schema--features-string", one().set(features="mask-file"))
+    bad("manifest-schema--features-object", one().set(features={}))
+    bad("manifest-schema--features-number-inside", one().set(features=[1]))
+    bad("manifest-schema--features-twice", one().set(features=["mask-file", "mask-file"]))
+    for digest in ("sha512", "SHA256", "sha256 ", "blake3"):
+        bad(f"unknown-digest--{digest.strip()}{'-space' * digest.endswith(' ')}", one().set(digest=digest))
+    bad("manifest-schema--digest-null", one().set(digest=None))
+
+
+def bad_schema() -> None:
+    for key in ("format_version", "features", "digest", "tensors"):
+        file = one() if key != "tensors" else Maker()
+        del file.manifest[key]
+        bad(f"manifest-schema--no-{key.replace('_', '-')}", file)
+    for key in ("name", "shape", "dtype", "nnz", "values", "indices", "digests"):
+        file = one()
+        del file.tensor()[key]
+        bad(f"manifest-schema--tensor-no-{key}", file)
+    tops: Json = {
+        "alpha-string": {"alpha": "1"},
+        "alpha-true": {"alpha": True},
+        "alpha-null": {"alpha": None},
+        "whole-object": {"whole": {}},
+        "whole-null": {"whole": None},
+        "components-list": {"components": []},
+        "mask-files-list": {"mask_files": []},
+        "writer-number": {"writer": 1},
+        "license-null": {"license": None},
+        "description-list": {"description": []},
+        "base-model-string": {"base_model": "org/model"},
+        "base-model-id-number": {"base_model": {"id": 5}},
+        "base-model-file-string": {"base_model": {"files": ["a"]}},
+        "base-model-file-without-name": {"base_model": {"files": [{"digest": sha(b"")}]}},
+        "source-kind-list": {"source": {"kind": ["lora"]}},
+        "source-files-object": {"source": {"files": {}}},
+        "selection-top-k-negative": {"selection": {"top_k": -1}},
+        "selection-density": {"selection": {"density": "1%"}},
+        "selection-include-string": {"selection": {"include": "*"}},
+        "selection-exclude-number-inside": {"selection": {"exclude": [1]}},
+        "mask-seed-string": {"mask": {"seed": "7"}},
+        "mask-list": {"mask": []},
+        "mask-file-digest": {"mask_files": {"m.st": "abc"}},
+        "mask-file-slash": {"mask_files": {"a/m.st": sha(b"")}},
+        "mask-file-backslash": {"mask_files": {"a\\m.st": sha(b"")}},
+        "mask-file-dot": {"mask_files": {".": sha(b"")}},
+        "mask-file-dots": {"mask_files": {"..": sha(b"")}},
+        "mask-file-empty-name": {"mask_files": {"": sha(b"")}},
+    }
+    for what, keys in tops.items():
+        bad(f"manifest-schema--{what}", one().set(**keys))
+    bad("manifest-schema--tensors-object", Maker().set(tensors={}))
+    bad("manifest-schema--tensor-list", Maker().set(tensors=[["w"]]))
+    bad("manifest-schema--tensor-null", Maker().set(tensors=[None]))
+    components: Json = {
+        "slash": {"a/b": {}},
+        "empty-name": {"": {}},
+        "string": {"a": "x"},
+        "base-model": {"a": {"base_model": 1}},
+    }
+    for what, value in components.items():
+        bad(f"manifest-schema--component-{what}", Maker().set(components=value))
+    items: Json = {
+        "name-number": {"name": 5},
+        "name-null": {"name": None},
+        "shape-negative": {"shape": [-4, -300]},
+        "shape-string": {"shape": "4x300"},
+        "shape-true": {"shape": [True, 1200]},
+        "shape-float": {"shape": [4.0, 300]},
+        "shape-rank-65": {"shape": [1] * 63 + [4, 300]},
+        "shape-null": {"shape": None},
+        "dtype-number": {"dtype": 32},
+        "nnz-negative": {"nnz": -1},
+        "nnz-float": {"nnz": 4.0},
+        "nnz-string": {"nnz": "4"},
+        "nnz-null": {"nnz": None},
+        "values-other": {"values": "sum"},
+        "values-upper-case": {"values": "TARGET"},
+        "values-list": {"values": ["target"]},
+        "indices-string": {"indices": "gap8"},
+        "indices-no-codec": {"indices": {}},
+        "codec-number": {"indices": {"codec": 8}},
+        "digests-list": {"digests": []},
+        "digests-null": {"digests": None},
+        "base-values-number": {"base_values": 0},
+        "base-values-string": {"base_values": "false"},
+        "base-values-null": {"base_values": None},
+        "energy-kept-string": {"energy_kept": "1"},
+        "relative-error-true": {"relative_error": True},
+    }
+    for what, keys in items.items():
+        file = one()
+        file.tensor().update(keys)
+        bad(f"manifest-schema--{what}", file)
+    file = Maker().sparse("w", [4], [2])
+    file.tensor()["nnz"] = True
+    bad("manifest-schema--nnz-true", file)
+    sizes: Json = {
+        "0": 0,
+        "15": 15,
+        "negative": -16,
+        "2-to-31": 2**31,
+        "float": 16.0,
+        "true": True,
+        "null": None,
+    }
+    for what, size in (sizes | {"string": "4096"}).items():
+        file = one()
+        file.tensor()["indices"]["block_size"] = size
+        bad(f"manifest-schema--block-size-{what}", file)
+
+
+def bad_schema_digests() -> None:
+    def with_digest(what: str, value: Any, role: str = "base") -> None:
+        file = one()
+        file.tensor()["digests"][role] = value
+        bad(f"manifest-schema--{what}", file)
+
+    right = one().tensor()["digests"]["base"]
+    with_digest("digest-upper-case", right.upper())
+    with_digest("digest-short", right[:-1])
+    with_digest("digest-long", right + "0")
+    with_digest("digest-not-hex", "g" + right[1:])
+    with_digest("digest-line-feed", right + "\n")
+    with_digest("digest-prefix", "sha256:" + right)
+    with_digest("digest-number", 5)
+    with_digest("digest-of-tensor-null", None)
+    with_digest("digest-of-blocks", "", "blocks")
+    for role in ("indices", "values", "base"):
+        file = one()
+        del file.tensor()["digests"][role]
+        bad(f"manifest-schema--target-no-digest-{role}", file)
+    for codec in ("varint", "flat"):
+        file = Maker().sparse("w", [40], [3], codec)
+        del file.tensor()["digests"]["indices"]
+        bad(f"manifest-schema--{codec}-no-digest-indices", file)
+    file = Maker().sparse("w", [40], range(20), block_size=16)
+    del file.tensor()["digests"]["blocks"]
+    bad("manifest-schema--no-digest-blocks", file)
+    file = Maker().sparse("w", [40], [3], values="delta")
+    del file.tensor()["digests"]["values"]
+    bad("manifest-schema--delta-no-digest-values", file)
+    file = Maker().sparse("w", [40], [3], values="delta", store_base=True)
+    del file.tensor()["digests"]["base"]
+    bad("manifest-schema--delta-base-values-no-digest", file)
+    for role in ("values", "base"):
+        file = Maker().mask("w", [40], [3])
+        file.tensor()["digests"][role] = sha(b"")
+        bad(f"manifest-schema--mask-with-digest-{role}", file)
+    file = Maker().mask("w", [40], [3])
+    file.tensor()["base_values"] = True
+    file.stream("w#base", "F32", [1], f32(1))
+    bad("manifest-schema--mask-with-base-values", file)
+    whole: Json = {
+        "no-name": {"digests": {"values": sha(b"")}},
+        "no-digests": {"name": "b"},
+        "string": "b",
+        "no-digest-values": {"name": "b", "digests": {"base": sha(b"")}},
+        "base-values-string": {"name": "b", "digests": {"values": sha(b"")}, "base_values": "yes"},
+    }
+    for what, item in whole.items():
+        file = Maker().set(whole=[item])
+        file.stream("b", "U8", [0], b"")
+        bad(f"manifest-schema--whole-{what}", file)
+    file = Maker().whole("b", "F32", [1], base=f32(3), store_base=True)
+    del file.manifest["whole"][0]["digests"]["base"]
+    bad("manifest-schema--whole-base-values-no-digest", file)
+    file = Maker().whole("b", "F32", [1], base=f32(3))
+    file.manifest["whole"][0]["digests"]["base"] = "?"
+    bad("manifest-schema--whole-digest-base", file)
+
+
+def bad_schema_codecs() -> None:
+    parts: Json = {
+        "no-pattern": None,
+        "pattern-object": diagonal(0),
+        "part-string": ["diagonal"],
+        "part-no-kind": [{"offset": 0}],
+        "part-no-offset": [{"kind": "diagonal"}],
+        "rows-no-step": [{"kind": "rows", "offset": 0}],
+        "columns-no-step": [{"kind": "columns", "offset": 0}],
+        "part-kind": [{"kind": "blocks", "offset": 0, "step": 1}],
+        "kind-list": [{"kind": ["rows"], "offset": 0, "step": 1}],
+        "offset-float": [diagonal(0) | {"offset": 0.0}],
+        "offset-false": [diagonal(0) | {"offset": False}],
+        "step-string": [rows(1, 0) | {"step": "1"}],
+        "step-true": [rows(1, 0) | {"step": True}],
+    }
+    for what, pattern in parts.items():
+        file = Maker().structured("w", [4, 4], diagonal(0))
+        file.tensor()["indices"]["pattern"] = pattern
+        if pattern is None:
+            del file.tensor()["indices"]["pattern"]
+        bad(f"manifest-schema--{what}", file)
+
+    def shared(what: str, change: Json, drop: Sequence[str] = ()) -> None:
+        file = Maker().sparse("v", [9], [1]).sparse("w", [9], [1], "shared", more={"tensor": "v"})
+        file.tensor(1)["indices"].update(change)
+        for key in drop:
+            del file.tensor(1)["indices"][key]
+        bad(f"manifest-schema--shared-{what}", file)
+
+    shared("no-tensor", {}, ["tensor"])
+    shared("tensor-number", {"tensor": 0})
+    shared("tensor-null", {"tensor": None})
+    shared("file-null", {"file": None})
+    mask = GOOD["masks"].file()
+    file = use_masks(Maker(), "mask-file.masks", mask).set(features=[])
+    bad("manifest-schema--mask-file-no-feature", file)
+    file = use_masks(Maker(), "mask-file.masks", mask)
+    del file.manifest["mask_files"]
+    bad("manifest-schema--no-mask-files", file)
+    file = use_masks(Maker(), "mask-file.masks", mask)
+    file.manifest["mask_files"] = {"MASK-FILE.masks": sha(mask)}
+    bad("manifest-schema--mask-files-of-another-name", file)
+    for what, name in {
+        "slash": "../bad/mask-file.masks",
+        "backslash": "..\\mask-file.masks",
+        "dots": "..",
+    }.items():
+        bad(f"manifest-schema--shared-file-{what}", use_masks(Maker(), name, mask))
+
+
+def bad_names() -> None:
+    names = {
+        "empty": "",
+        "line-feed": "a\nb",
+        "nul": "a\0",
+        "delete": "\x7f",
+        "unit-separator": "\x1f",
+        "1025-bytes": "n" * 1025,
+        "1026-bytes-of-513-characters": "é" * 513,
+    }
+    for what, name in names.items():
+        bad(f"name--{what}", Maker().sparse(name, [4], [1]))
+        if what != "empty":
+            bad(f"name--whole-{what}", Maker().whole(name, "F32", [1]))
+    bad("name--metadata", Maker().sparse("__metadata__", [4], [1]))
+    bad("name--metadata-structured-mask", Maker().structured("__metadata__", [4], diagonal(0), values="none"))
+    file = one()
+    file.manifest["tensors"] *= 2
+    bad("duplicate-name--sparse", file)
+    file = Maker().whole("b", "F32", [1])
+    file.manifest["whole"] *= 2
+    bad("duplicate-name--whole", file)
+    bad("duplicate-name--sparse-and-whole", one().whole("w", "F32", [1]))
+    for role, dtype in {"values": "F32", "indices": "U8", "base": "F32"}.items():
+        file = Maker().sparse("w", [4], [1], store_base=True)
+        file.whole("w#" + role, dtype, [1], data=file.streams["w#" + role][2])
+        bad(f"duplicate-name--stream-{role}", file)
+    file = (
+        Maker().whole("b", "F32", [1], base=f32(2), store_base=True).whole("b#base", "F32", [1], data=f32(2))
+    )
+    bad("duplicate-name--whole-base", file)
+    components: Json = {"unet": {}, "text": {}}
+    for what, name in {
+        "unknown": "vae/w",
+        "none": "w",
+        "prefix": "unet2/w",
+        "empty": "/w",
+        "no-slash": "unet",
+    }.items():
+        bad(f"component--{what}", Maker().set(components=components).sparse(name, [4], [1]))
+    bad(
+        "component--whole",
+        Maker().set(components=components).sparse("unet/w", [4], [1]).whole("b", "F32", [1]),
+    )
+    bad("component--no-components", Maker().set(components={}).sparse("unet/w", [4], [1]))
+
+
+def bad_tensors() -> None:
+    for dtype in ("I8", "BOOL", "U64", "F12", "bf16", ""):
+        file = Maker().mask("w", [4], [1])
+        file.tensor()["dtype"] = dtype
+        bad(f"sparse-dtype--{dtype or 'empty'}", file)
+    bad("sparse-dtype--values", Maker().sparse("w", [4], [1], dtype="I32"))
+    for codec in ("gap16", "GAP8", "", "x-mine", "zstd"):
+        file = Maker().mask("w", [4], [1])
+        file.tensor()["indices"]["codec"] = codec
+        bad(f"unknown-codec--{codec or 'empty'}", file)
+    for what, shape in {
+        "2-to-53": [2**53],
+        "product": [2**27, 2**27],
+        "wraps-to-0": [2**32, 2**32],
+        "wraps-to-1200": [1200, 2**63 + 1, 2**63 + 1],
+        "5000-digits": [HUGE],
+    }.items():
+        bad(f"shape-overflow--{what}", Maker().sparse("w", shape, [1]))
+
+
+def bad_shared() -> None:
+    def shared(
+        what: str, target: str, file: Maker, shape: Sequence[int] = (9,), indices: Sequence[int] = (1,)
+    ) -> None:
+        bad(f"shared-target--{what}", file.sparse("w", shape, indices, "shared", more={"tensor": target}))
+
+    shared("missing", "nothing", Maker())
+    shared("self", "w", Maker())
+    shared("whole", "b", Maker().whole("b", "F32", [9]))
+    shared("stream-name", "v#indices", Maker().sparse("v", [9], [1]))
+    shared("other-shape", "v", Maker().sparse("v", [10], [1]))
+    shared("same-numel", "v", Maker().sparse("v", [3, 3], [1]))
+    shared("other-rank", "v", Maker().sparse("v", [9, 1], [1]))
+    shared("other-nnz", "v", Maker().sparse("v", [9], [1, 2]))
+    shared("chain", "v", Maker().sparse("u", [9], [1]).sparse("v", [9], [1], "shared", more={"tensor": "u"}))
+    shared("ring", "v", Maker().sparse("v", [9], [1], "shared", more={"tensor": "w"}))
+    mask = GOOD["masks"].file()
+    MASKS["mask-file.masks"] = mask
+
+    def with_mask(
+        name: str, tensor: str, shape: Sequence[int], indices: Sequence[int], **change: Any
+    ) -> None:
+        file = Maker().set(features=["mask-file"], mask_files={"mask-file.masks": sha(mask)}).set(**change)
+        bad(
+            name,
+            file.sparse("w", shape, indices, "shared", more={"tensor": tensor, "file": "mask-file.masks"}),
+        )
+
+    with_mask("shared-target--mask-file-missing", "w", [10, 10], [3, 50, 99])
+    with_mask("shared-target--mask-file-shared", "q.too", [10, 10], [3, 50, 99])
+    with_mask("shared-target--mask-file-other-shape", "q", [100], [3, 50, 99])
+    with_mask("shared-target--mask-file-other-nnz", "q", [10, 10], [3, 50])
+    wrong = {"mask-file.masks": sha(mask + b"\0")}
+    with_mask("mask-file--other-digest", "q", [10, 10], [3, 50, 99], mask_files=wrong)
+    file = Maker().set(features=["mask-file"], mask_files={"not-there.masks": sha(mask)})
+    file.sparse("w", [10, 10], [3, 50, 99], "shared", more={"tensor": "q", "file": "not-there.masks"})
+    bad("mask-file--missing", file)
+    file = Maker().set(features=["mask-file"], mask_files={"nul\0.masks": sha(mask)})
+    file.sparse("w", [10, 10], [3, 50, 99], "shared", more={"tensor": "q", "file": "nul\0.masks"})
+    bad("mask-file--missing-nul-in-name", file)
+
+
+def bad_streams() -> None:
+    for role in ("indices", "blocks", "values", "base"):
+        file = Maker().sparse("w", [40], range(20), block_size=16, store_base=True)
+        del file.streams["w#" + role]
+        bad(f"missing-stream--{role}", file)
+    file = Maker().whole("b", "F32", [1], base=f32(1), store_base=True)
+    del file.streams["b"]
+    bad("missing-stream--whole", file)
+    file = Maker().whole("b", "F32", [1], base=f32(1), store_base=True)
+    del file.streams["b#base"]
+    bad("missing-stream--whole-base", file)
+
+    def stray(what: str, name: str, file: Maker, dtype: str = "F32", shape: Sequence[int] = (1,)) -> None:
+        file.stream(name, dtype, shape, bytes(elements(shape) * SIZE[dtype]))
+        bad(f"stray-stream--{what}", file)
+
+    stray("other-name", "v#values", one())
+    stray("tensor-name", "w", one())
+    stray("empty-name", "", one())
+    stray("empty-stream", "x", one(), "U8", [0])
+    stray("without-tensors", "x", Maker())
+    stray("base", "w#base", one(), "F32", [4])
+    stray("blocks-without-block-size", "w#blocks", one(), "I64", [1, 2])
+    stray(
+        "blocks-nnz-is-block-size",
+        "w#blocks",
+        Maker().sparse("w", [40], range(16), block_size=16),
+        "I64",
+        [1, 2],
+    )
+    stray("blocks-of-flat", "w#blocks", Maker().sparse("w", [40], [1], "flat"), "I64", [1, 2])
+    stray("values-of-mask", "w#values", Maker().mask("w", [40], [1]))
+    stray("indices-of-structured", "w#indices", Maker().structured("w", [2, 2], diagonal(0)), "U8", [2])
+    stray(
+        "indices-of-shared",
+        "v#indices",
+        Maker().sparse("w", [9], [1]).sparse("v", [9], [1], "shared", more={"tensor": "w"}),
+    )
+    stray("base-of-whole", "b#base", Maker().whole("b", "F32", [1]))
+    stray("role-in-upper-case", "w#VALUES", one(), "F32", [4])
+
+    def other(
+        what: str, role: str, dtype: str, shape: Sequence[int], file: Maker, rule: str = "stream-dtype"
+    ) -> None:
+        data = file.streams["w#" + role][2]
+        assert len(data) == elements(shape) * SIZE[dtype]
+        bad(f"{rule}--{what}", file.replace("w#" + role, data, shape, dtype))
+
+    blocks = Maker().sparse("w", [40], range(20), block_size=16)
+    other("target-dtype", "values", "I32", [4], one())
+    other("target-other-float", "values", "BF16", [2], Maker().sparse("w", [9], [1, 2], dtype="F16"))
+    other("values-rank-2", "values", "F32", [4, 1], one())
+    other("values-rank-0", "values", "F32", [], Maker().sparse("w", [9], [1]))
+    other("gap8-I8", "indices", "I8", [7], one())
+    other("gap8-rank-2", "indices", "U8", [1, 7], one())
+    other("varint-BOOL", "indices", "BOOL", [1], Maker().sparse("w", [9], [1], "varint"))
+    other("flat-U64", "indices", "U64", [2], Maker().sparse("w", [9], [1, 2], "flat"))
+    other("flat-rank-2", "indices", "I64", [2, 1], Maker().sparse("w", [9], [1, 2], "flat"))
+    other("blocks-U64", "blocks", "U64", [2, 2], blocks)
+    other("blocks-rank-1", "blocks", "I64", [4], Maker().sparse("w", [40], range(20), block_size=16))
+    other("base-dtype", "base", "U32", [1], Maker().sparse("w", [9], [1], store_base=True))
+    other("base-rank-2", "base", "F32", [1, 1], Maker().sparse("w", [9], [1], store_base=True))
+    other("delta-integer", "values", "I32", [1], Maker().sparse("w", [9], [1], values="delta"))
+    file = Maker().sparse("w", [9], [1], values="delta", value_dtype="F32", dtype="BF16", base_digest=False)
+    bad("stream-dtype--delta-without-base-digest", file)
+    file = Maker().whole("w", "F32", [2, 2], base=noise("x", 16), store_base=True)
+    other("whole-base-dtype", "base", "I32", [2, 2], file)
+    file = Maker().whole("w", "F32", [2, 2], base=noise("x", 16), store_base=True)
+    other("whole-base-rank", "base", "F32", [4], file)
+    file = Maker().whole("w", "F32", [1, 4], base=noise("x", 16), store_base=True)
+    other("whole-base-shape", "base", "F32", [4, 1], file, "count-mismatch")
+    file = Maker().sparse("w", [40], range(20), block_size=16)
+    other("shape-swapped", "blocks", "I64", [1, 4], file, "block-directory")
+
+
+def bad_counts() -> None:
+    bad("count-mismatch--values-too-few", one().replace("w#values", f32(1, 2, 3)))
+    bad("count-mismatch--values-too-many", one().replace("w#values", f32(1, 2, 3, 4, 5)))
+    bad(
+        "count-mismatch--base-too-few",
+        Maker().sparse("w", [9], [1, 2], store_base=True).replace("w#base", f32(1)),
+    )
+    bad(
+        "count-mismatch--base-too-many",
+        Maker().sparse("w", [9], [1], store_base=True).replace("w#base", f32(1, 2)),
+    )
+    bad("count-mismatch--flat-too-few", Maker().sparse("w", [9], [1, 2], "flat").replace("w#indices", i64(1)))
+    bad(
+        "count-mismatch--flat-too-many",
+        Maker().sparse("w", [9], [1, 2], "flat").replace("w#indices", i64(1, 2, 3)),
+    )
+    whole = Maker().whole("w", "F32", [3], base=f32(1, 2, 3), store_base=True)
+    bad("count-mismatch--whole-base", whole.replace("w#base", f32(1, 2)))
+
+    def structured(what: str, nnz: int, shape: Sequence[int], *pattern: Json) -> None:
+        file = Maker().sparse("w", shape, range(nnz), "structured", more={"pattern": list(pattern)})
+        bad(f"count-mismatch--{what}", file)
+
+    structured("structured-too-few", 3, [3, 4], rows(3, 1))
+    structured("structured-too-many", 5, [3, 4], rows(3, 1))
+    structured("structured-overlap", 7, [3, 4], rows(3, 0), diagonal(0))
+    structured("structured-union-larger", 4, [3, 4], rows(3, 0), diagonal(0))
+    structured("structured-empty-pattern", 1, [3, 4])
+    structured("structured-part-of-2-to-52", 4, [2**26, 2**26], diagonal(2**26 - 4), rows(1, 0))
+    structured("structured-huge-part", 4, [MAX_NUMEL, 1], diagonal(0), columns(1, 0))
+    empty = Maker().sparse("w", [0, 4], [], "structured", more={"pattern": []})
+    empty.tensor()["nnz"] = 1
+    bad("count-mismatch--nnz-of-empty-shape", empty.replace("w#values", f32(1)))
+
+    def too_many(what: str, file: Maker, nnz: int) -> None:
+        file.tensor()["nnz"] = nnz
+        bad(f"count-mismatch--nnz-{what}", file)
+
+    pattern = {"pattern": [rows(1, 0)]}
+    too_many(
+        "5000-digits", Maker().sparse("w", [3, 4], range(12), "structured", values="none", more=pattern), HUGE
+    )
+    too_many(
+        "above-numel", Maker().sparse("w", [3, 4], range(12), "structured", values="none", more=pattern), 13
+    )
+
+
+def bad_digests() -> None:
+    for role in ("indices", "blocks", "values", "base"):
+        file = Maker().sparse("w", [40], range(20), block_size=16, store_base=True)
+        file.tensor()["digests"][role] = sha(b"something else")
+        bad(f"digest-mismatch--{role}", file)
+    file = Maker().mask("w", [40], [7])
+    file.tensor()["digests"]["indices"] = sha(b"something else")
+    bad("digest-mismatch--mask", file)
+    file = Maker().sparse("w", [40], [7], "flat", values="delta")
+    file.tensor()["digests"]["values"] = sha(b"")
+    bad("digest-mismatch--delta", file)
+    file = Maker().sparse("w", [40], [])
+    file.tensor()["digests"]["values"] = sha(b"\0")
+    bad("digest-mismatch--empty-stream", file)
+    file = Maker().sparse("v", [40], [1]).sparse("w", [40], [1], "shared", more={"tensor": "v"})
+    file.tensor(1)["digests"]["values"] = sha(b"")
+    bad("digest-mismatch--second-tensor", file)
+    for role in ("values", "base"):
+        file = Maker().whole("b", "F32", [2], base=f32(1, 2), store_base=True)
+        file.manifest["whole"][0]["digests"][role] = sha(b"something else")
+        bad(f"digest-mismatch--whole-{role}", file)
+    data = bytearray(one().file())
+    data[-1] ^= 1  # the last byte is one of the indices
+    bad("digest-mismatch--one-bit", bytes(data))
+
+
+def bad_codes() -> None:
+    def stream(name: str, codec: str, text: str, nnz: int, shape: Sequence[int] = (4, 300)) -> None:
+        file = Maker().sparse("w", shape, range(nnz), codec)
+        bad(name, file.replace("w#indices", bytes.fromhex(text)))
+
+    stream("stream-truncated--gap8-empty", "gap8", "", 1)
+    stream("stream-truncated--gap8-too-few", "gap8", "000000", 4)
+    stream("stream-truncated--gap8-in-escape", "gap8", "0000ff", 3)
+    stream("stream-truncated--gap8-escapes-only", "gap8", "ffff", 1)
+    stream("stream-truncated--varint-empty", "varint", "", 1)
+    stream("stream-truncated--varint-too-few", "varint", "0000", 3)
+    stream("stream-truncated--varint-in-code", "varint", "00ac", 2)
+    stream("stream-truncated--varint-in-long-code", "varint", "ffffff", 1, [2**40])
+    stream("stream-trailing--gap8-one-entry", "gap8", "000000", 2)
+    stream("stream-trailing--gap8-escape", "gap8", "0000ff", 2)
+    stream("stream-trailing--gap8-nnz-0", "gap8", "00", 0)
+    stream("stream-trailing--varint-one-entry", "varint", "007e00", 2)
+    stream("stream-trailing--varint-unfinished", "varint", "0080", 1)
+    stream("stream-trailing--varint-nnz-0", "varint", "00", 0)
+    stream("varint--overlong-zero", "varint", "8000", 1)
+    stream("varint--overlong-one", "varint", "008100", 2)
+    stream("varint--overlong-three-bytes", "varint", "ac8200", 1)
+    stream("varint--overlong-eight-bytes", "varint", "81" + "80" * 6 + "00", 1)
+    stream("varint--nine-bytes", "varint", "80" * 8 + "01", 1, [MAX_NUMEL])
+    stream("varint--endless", "varint", "ff" * 40, 1, [MAX_NUMEL])
+    stream("out-of-range--gap8", "gap8", "0000feffffffb2", 4)
+    stream("out-of-range--gap8-first", "gap8", "04", 1, [4])
+    stream("out-of-range--varint", "varint", "ac02b507", 2, [1250])
+    stream("out-of-range--varint-largest-code", "varint", "ff" * 7 + "7f", 1, [MAX_NUMEL])
+    stream("out-of-range--varint-just", "varint", varint_code(MAX_NUMEL).hex(), 1, [MAX_NUMEL])
+    stream("out-of-range--varint-2-to-32", "varint", varint_code(2**32).hex(), 1, [100])
+
+    def flat(name: str, *indices: int, shape: Sequence[int] = (10,)) -> None:
+        file = Maker().sparse("w", shape, range(len(indices)), "flat")
+        bad(name, file.replace("w#indices", i64(*indices)))
+
+    flat("out-of-range--flat", 0, 10)
+    flat("out-of-range--flat-negative", -1, 3)
+    flat("out-of-range--flat-2-to-32", 3, 2**32 + 4)
+    flat("out-of-range--flat-largest", 3, 2**63 - 1)
+    flat("out-of-range--flat-2-to-53", 3, 2**53, shape=[MAX_NUMEL])
+    flat("unsorted--flat", 0, 5, 3, 9)
+    flat("unsorted--flat-last", 0, 5, 4)
+    flat("unsorted--flat-duplicate-apart", 1, 5, 1)
+    flat("duplicate--flat", 0, 3, 3, 9)
+    flat("duplicate--flat-zero", 0, 0)
+
+
+def bad_directories() -> None:
+    indices = [3 * k + 600 * (k // 16) for k in range(50)]
+    for codec in ("gap8", "varint"):
+        codes = encode(codec, indices)
+        right = directory(indices, codes, 16)
+        long = max(len(code) for code in codes)  # of a code that starts a block
+        tables = {
+            "first-index": [right[0], (right[1][0] + 1, right[1][1]), *right[2:]],
+            "first-index-of-row-0": [(1, 0), *right[1:]],
+            "first-index-negative": [(-1, 0), *right[1:]],
+            "offset": [*right[:2], (right[2][0], right[2][1] + 1), right[3]],
+            "offset-of-row-0": [(0, 1), *right[1:]],
+            "offset-behind-escapes": [right[0], (right[1][0], right[1][1] + long - 1), *right[2:]],
+            "offset-beyond-stream": [*right[:3], (right[3][0], 2**40)],
+            "offset-negative": [*right[:3], (right[3][0], -1)],
+            "next-entry": [right[0], (indices[17], right[1][1] + len(codes[16])), *right[2:]],
+            "columns-swapped": [(offset, index) for index, offset in right],
+            "rows-swapped": [right[0], right[2], right[1], right[3]],
+            "of-another-block-size": directory(indices, codes, 17) + right[3:],
+            "zeros": [(0, 0)] * 4,
+            "one-row-too-few": right[:-1],
+            "one-row-too-many": [*right, (indices[-1], sum(map(len, codes[:-1])))],
+            "no-rows": [],
+        }
+        for what, table in tables.items():
+            file = Maker().sparse("w", [60, 100], indices, codec, block_size=16)
+            assert table != right
+            file.replace("w#blocks", b"".join(i64(*row) for row in table), [len(table), 2])
+            bad(f"block-directory--{codec}-{what}", file)
+
+
+def bad_patterns() -> None:
+    def pattern(what: str, part: Json, shape: Sequence[int] = (3, 4), nnz: int = 0) -> None:
+        file = Maker().sparse("w", shape, range(nnz), "structured", values="none", more={"pattern": [part]})
+        bad(f"pattern--{what}", file)
+
+    pattern("step-0", rows(0, 0))
+    pattern("step-negative", columns(-1, 0))
+    pattern("offset-negative", rows(2, -1))
+    pattern("offset-is-step", rows(2, 2))
+    pattern("columns-offset-is-step", columns(2, 2))
+    pattern("offset-above-rows", rows(9, 3))
+    pattern("offset-above-columns", columns(9, 4))
+    pattern("diagonal-above", diagonal(4))
+    pattern("diagonal-below", diagonal(-3))
+    pattern("diagonal-5000-digits", diagonal(HUGE))
+    pattern("rank-0-diagonal", diagonal(1), [])
+    pattern("rank-1-column", columns(2, 1), [7])
+    pattern("no-rows", rows(1, 0), [0, 4])
+    pattern("no-columns", columns(1, 0), [3, 0])
+    file = Maker().structured("w", [20, 20], *[diagonal(k) for k in range(9)])
+    bad("pattern--nine-parts", file)
+
+
+# Writing
+
+
+def enlarge(data: bytes) -> bytes:
+    """Put a number of 5000 digits in place of HUGE, and mend the header's length."""
+    small, large = str(HUGE).encode(), b"9" * 5000
+    if small not in data:
+        return data
+    (size,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + size].rstrip(b" ").replace(small, large)
+    return assemble(header, data[8 + size :])
+
+
+def make() -> dict[str, bytes]:
+    """Every file by its path inside the folder."""
+    for part in (
+        good_values,
+        good_codecs,
+        good_structured,
+        good_shared,
+        good_shapes,
+        good_whole,
+        good_names,
+        good_manifests,
+        good_containers,
+        bad_container,
+        bad_offsets,
+        bad_manifest_json,
+        bad_versions,
+        bad_schema,
+        bad_schema_digests,
+        bad_schema_codecs,
+        bad_names,
+        bad_tensors,
+        bad_shared,
+        bad_streams,
+        bad_counts,
+        bad_digests,
+        bad_codes,
+        bad_directories,
+        bad_patterns,
+    ):
+        part()
+    files: dict[str, bytes] = {}
+    for name, maker in GOOD.items():
+        files[f"good/{name}.st"] = maker.file()
+        files[f"good/{name}.json"] = (json.dumps(maker.content) + "\n").encode()
+    for name, data in BAD.items():
+        files[f"bad/{name}.st"] = enlarge(data)
+    for name, data in MASKS.items():
+        files[f"bad/{name}"] = data
+    return files
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "vectors"
+    files = make()
+    for old in [*folder.glob("good/*"), *folder.glob("bad/*")]:
+        if old.relative_to(folder).as_posix() not in files:
+            old.unlink()
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    print(f"{len(GOOD)} good and {len(BAD)} bad files, {sum(map(len, files.values()))} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,761 @@
+"""A reader of SHiRA adapter files 1.0 in plain Python, written from SPEC.md alone.
+
+    python reader.py FILE [--masks DIR]
+
+prints the content (SPEC.md, section 11) and exits with 0, or prints `refused: RULE: text` and exits with 1. A
+file that cannot be read at all, or asks for more than this reader lists, gives `error: text` and exit 2.
+
+It aims to be read, not to be fast: container, manifest, streams, indices, content, in the order of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_HEADER = 100_000_000
+MAX_NUMEL = 2**53 - 1
+MAX_DIMENSION = 2**64 - 1  # safetensors has none above; it matters only beside a dimension of 0
+MAX_DEPTH = 32
+MAX_LISTED = 2**24  # this reader's own limit: entries of masks that no bytes in the file account for
+HUGE = 10**400
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+SIZES = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+KNOWN_FEATURES = {"mask-file"}
+CODECS_WITH_STREAM = {"gap8", "varint", "flat"}
+
+Item = dict[str, Any]
+
+
+class Refused(Exception):
+    """The file breaks a rule of section 10."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(f"{rule}: {message}")
+        self.rule = rule
+        self.message = message
+
+
+class TooLarge(Exception):
+    """The file breaks no rule, but asks for more than this reader lists."""
+
+
+def shown(name: str) -> str:
+    """A name for people: strangers choose names, so no control characters, surrogates or endless lines."""
+    return ascii(name if len(name) <= 80 else name[:77] + "...")
+
+
+@dataclass
+class Stream:
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+@dataclass
+class File:
+    """An open file that keeps all rules of the file."""
+
+    buffer: memoryview
+    streams: dict[str, Stream]
+    manifest: Item
+    tensors: dict[str, Item]
+    indices: dict[str, list[int]] = field(default_factory=dict)  # what has been decoded so far
+
+    def bytes_of(self, name: str, digest: str) -> memoryview:
+        """A stream's bytes, of which none is used before the digest is right."""
+        stream = self.streams[name]
+        data = self.buffer[stream.begin : stream.end]
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise Refused("digest-mismatch", f"stream {shown(name)} has another digest")
+        return data
+
+
+# JSON (section 2, point 2)
+
+
+def check_depth(text: str) -> None:
+    """Count brackets before parsing, because json recurses. The quantifiers are possessive: linear time."""
+    depth = 0
+    for token in re.finditer(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
+        if token[0] in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        elif token[0] in "]}":
+            depth -= 1
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> Item:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice in an object")
+    return result
+
+
+def no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def integer(text: str) -> int:
+    """int() takes quadratic time and fails above 4300 digits. No rule tells such large numbers apart."""
+    if len(text) <= 400:
+        return int(text)
+    return -HUGE if text.startswith("-") else HUGE
+
+
+def parse_object(data: bytes, rule: str, where: str) -> Item:
+    try:
+        text = data.decode("utf-8")
+        check_depth(text)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant, parse_int=integer)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise Refused(rule, f"{where}: {error}") from None
+    if not isinstance(value, dict):
+        raise Refused(rule, f"{where} is not a JSON object")
+    return value
+
+
+# The container (section 2)
+
+
+def map_file(path: str) -> memoryview:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return memoryview(b"")  # which cannot be mapped
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except ValueError as error:  # a zero byte or a lone surrogate in the path
+        raise OSError(str(error)) from None
+
+
+def split_file(data: memoryview) -> tuple[Item, memoryview]:
+    """The header, parsed, and the buffer."""
+    if len(data) < 8:
+        raise Refused("file-truncated", f"{len(data)} bytes are too few for a header")
+    (size,) = struct.unpack("<Q", data[:8])
+    if size > MAX_HEADER:
+        raise Refused("header-too-large", f"the header is said to have {size} bytes")
+    if len(data) < 8 + size:
+        raise Refused("file-truncated", f"the header has {size} bytes, the file {len(data)}")
+    header = bytes(data[8 : 8 + size]).rstrip(b" ")  # nothing else than spaces may follow the object
+    if not (header.startswith(b"{") and header.endswith(b"}")):
+        raise Refused("header-json", "the header does not start with { or does not end with }")
+    return parse_object(header, "header-json", "the header"), data[8 + size :]
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0  # not isinstance: True is an int
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(is_count(dimension) for dimension in value)
+
+
+def count_elements(shape: list[int], where: str) -> int:
+    numel = 0 if 0 in shape else 1
+    for dimension in shape:
+        numel *= dimension
+        if numel > MAX_NUMEL or dimension > MAX_DIMENSION:
+            raise Refused("shape-overflow", f"{where} has more than 2^53 - 1 elements")
+    return numel
+
+
+def read_stream_entry(name: str, entry: Any) -> Stream:
+    where = f"stream {shown(name)}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise Refused("header-entry", f"{where} is not an object of dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not is_shape(shape):
+        raise Refused("header-entry", f"{where}: dtype or shape has the wrong form")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(is_count(offset) for offset in offsets)):
+        raise Refused("header-entry", f"{where}: data_offsets are not two integers >= 0")
+    begin, end = offsets
+    if begin > end:
+        raise Refused("header-entry", f"{where}: data_offsets end before they begin")
+    if dtype not in SIZES:
+        raise Refused("unknown-dtype", f"{where} has the dtype {shown(dtype)}")
+    if end - begin != count_elements(shape, where) * SIZES[dtype]:
+        raise Refused("dtype-length", f"{where}: data_offsets do not fit dtype and shape")
+    return Stream(dtype, shape, begin, end)
+
+
+def check_tiling(streams: dict[str, Stream], length: int) -> None:
+    at = 0
+    for name, stream in sorted(streams.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
+        if stream.begin != at:
+            raise Refused("offsets", f"stream {shown(name)} does not begin where the one before it ends")
+        at = stream.end
+    if length < at:
+        raise Refused("file-truncated", f"the streams have {at} bytes, the buffer {length}")
+    if length > at:
+        raise Refused("file-trailing", f"the streams have {at} bytes, the buffer {length}")
+
+
+def read_container(data: memoryview) -> tuple[dict[str, Stream], Item, memoryview]:
+    header, buffer = split_file(data)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise Refused("header-entry", "__metadata__ does not map strings to strings")
+    streams = {name: read_stream_entry(name, entry) for name, entry in header.items()}
+    check_tiling(streams, len(buffer))
+    return streams, metadata, buffer
+
+
+# The manifest's form (section 3 and manifest.schema.json)
+
+Form = Any  # see conform
+
+
+def schema_error(text: str) -> Refused:
+    return Refused("manifest-schema", text)
+
+
+def conform(form: Form, value: Any, where: str) -> None:
+    """A form is an object's keys (`?` marks optional ones), a list of one form, or a test with its text."""
+    if isinstance(form, tuple):
+        test, text = form
+        if not test(value):
+            raise schema_error(f"{where} is not {text}")
+    elif isinstance(form, list):
+        conform(LIST, value, where)
+        for number, element in enumerate(value):
+            conform(form[0], element, f"{where}[{number}]")
+    else:
+        conform(OBJECT, value, where)
+        for key, inner in form.items():
+            name = key.removesuffix("?")
+            if name in value:
+                conform(inner, value[name], f"{where}.{name}")
+            elif name == key:
+                raise schema_error(f"{where} lacks the key {name}")
+
+
+def is_finite(value: Any) -> bool:
+    """A JSON number such as 1e999, or one of 400 digits, is beyond binary64 and no strength."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+OBJECT = (lambda value: isinstance(value, dict), "an object")
+LIST = (lambda value: isinstance(value, list), "a list")
+TEXT = (lambda value: isinstance(value, str), "a string")
+BOOLEAN = (lambda value: isinstance(value, bool), "a boolean")
+NUMBER = (lambda value: type(value) in (int, float), "a number")
+INTEGER = (lambda value: type(value) is int, "an integer")
+NATURAL = (is_count, "an integer >= 0")
+SHAPE = (is_shape, "a list of at most 64 integers >= 0")
+STRENGTH = (is_finite, "a finite number")
+DIGEST = (is_digest, "a SHA-256 digest")
+VALUES = (lambda value: value in ("target", "delta", "none"), "target, delta or none")
+BLOCK_SIZE = (lambda value: is_count(value) and 16 <= value < 2**31, "an integer from 16 to 2^31 - 1")
+KIND = (lambda value: value in ("rows", "columns", "diagonal"), "rows, columns or diagonal")
+
+FILES = [{"name": TEXT, "digest?": TEXT}]
+BASE_MODEL = {"id?": TEXT, "revision?": TEXT, "files?": FILES}
+SELECTION_TEXTS = {"rule?": TEXT, "scope?": TEXT, "include?": [TEXT], "exclude?": [TEXT]}
+SELECTION_NUMBERS = {"density?": NUMBER, "top_k?": NATURAL, "energy_kept?": NUMBER, "relative_error?": NUMBER}
+SPARSE_DIGESTS = {"indices?": DIGEST, "blocks?": DIGEST, "values?": DIGEST, "base?": DIGEST}
+SPARSE = {
+    "name": TEXT,
+    "shape": SHAPE,
+    "dtype": TEXT,
+    "nnz": NATURAL,
+    "values": VALUES,
+    "indices": {"codec": TEXT},
+    "digests": SPARSE_DIGESTS,
+    "base_values?": BOOLEAN,
+    "energy_kept?": NUMBER,
+    "relative_error?": NUMBER,
+}
+WHOLE = {"name": TEXT, "digests": {"values": DIGEST, "base?": DIGEST}, "base_values?": BOOLEAN}
+MANIFEST = {
+    "tensors": [SPARSE],
+    "whole?": [WHOLE],
+    "alpha?": STRENGTH,
+    "components?": OBJECT,
+    "mask_files?": OBJECT,
+    "base_model?": BASE_MODEL,
+    "source?": {"kind?": TEXT, "dialect?": TEXT, "files?": FILES},
+    "selection?": SELECTION_TEXTS | SELECTION_NUMBERS,
+    "mask?": {"rule?": TEXT, "seed?": INTEGER, "calibration_digest?": TEXT},
+    "license?": TEXT,
+    "writer?": TEXT,
+    "description?": TEXT,
+}
+PARAMETERS: dict[str, Form] = {
+    "gap8": {"block_size?": BLOCK_SIZE},
+    "varint": {"block_size?": BLOCK_SIZE},
+    "flat": {},
+    "structured": {"pattern": [{"kind": KIND, "offset": INTEGER, "step?": INTEGER}]},
+    "shared": {"tensor": TEXT, "file?": TEXT},
+}
+
+
+def check_maps(manifest: Item) -> None:
+    """The two objects whose keys are names."""
+    for name, component in manifest.get("components", {}).items():
+        if name == "" or "/" in name:
+            raise schema_error(f"{shown(name)} cannot name a component")
+        conform({"base_model?": BASE_MODEL}, component, f"component {shown(name)}")
+    for name, digest in manifest.get("mask_files", {}).items():
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise schema_error(f"{shown(name)} cannot name a mask file")
+        conform(DIGEST, digest, f"mask file {shown(name)}")
+
+
+def check_parameters(item: Item, where: str) -> None:
+    codec = item["indices"]["codec"]
+    if codec not in PARAMETERS:
+        raise Refused("unknown-codec", f"{where} has the codec {shown(codec)}")
+    conform(PARAMETERS[codec], item["indices"], f"{where}: indices")
+    for part in item["indices"]["pattern"] if codec == "structured" else []:
+        if part["kind"] != "diagonal" and "step" not in part:
+            raise schema_error(f"{where}: a part of the pattern lacks the key step")
+
+
+def has_directory(item: Item) -> bool:
+    indices = item["indices"]
+    return indices["codec"] in ("gap8", "varint") and item["nnz"] > indices.get("block_size", math.inf)
+
+
+def check_version(manifest: Item) -> None:
+    """What must be understood before anything else is read, in the order of section 3."""
+    conform({"format_version": TEXT}, manifest, "manifest")
+    version = re.fullmatch(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)", manifest["format_version"])
+    if version is None:
+        raise schema_error("manifest.format_version is not MAJOR.MINOR")
+    if version[1] != "1":
+        raise Refused("unknown-major", f"format version {shown(version[0])}")
+    conform({"features": [TEXT]}, manifest, "manifest")
+    features = manifest["features"]
+    if len(set(features)) != len(features):
+        raise schema_error("manifest.features names a feature twice")
+    for feature in features:
+        if feature not in KNOWN_FEATURES:
+            raise Refused("unknown-feature", f"feature {shown(feature)}")
+    conform({"digest": TEXT}, manifest, "manifest")
+    if manifest["digest"] != "sha256":
+        raise Refused("unknown-digest", f"digest {shown(manifest['digest'])}")
+
+
+def check_digest_keys(item: Item, where: str) -> None:
+    """Section 4 and 6: which digests a sparse tensor must have, and must not."""
+    digests, kind, with_base = item["digests"], item["values"], item.get("base_values", False)
+    needed = {
+        "indices": item["indices"]["codec"] in CODECS_WITH_STREAM,
+        "blocks": has_directory(item),
+        "values": kind != "none",
+        "base": kind == "target" or with_base,
+    }
+    for role, wanted in needed.items():
+        if wanted and role not in digests:
+            raise schema_error(f"{where}.digests lacks {role}")
+    if kind == "none" and (with_base or "values" in digests or "base" in digests):
+        raise schema_error(f"{where} is a mask and has values or base values")
+
+
+def check_mask_reference(item: Item, manifest: Item, where: str) -> None:
+    indices = item["indices"]
+    if indices["codec"] == "shared" and "file" in indices:
+        if "mask-file" not in manifest["features"]:
+            raise schema_error(f"{where} needs the feature mask-file")
+        if indices["file"] not in manifest.get("mask_files", {}):
+            raise schema_error(f"{where}: mask_files lacks {shown(indices['file'])}")
+
+
+def check_sparse(item: Item, manifest: Item) -> None:
+    where = f"tensor {shown(item['name'])}"
+    check_parameters(item, where)
+    check_digest_keys(item, where)
+    check_mask_reference(item, manifest, where)
+    if item["dtype"] not in FLOATS:
+        raise Refused("sparse-dtype", f"{where} has the dtype {shown(item['dtype'])}")
+    if item["nnz"] > count_elements(item["shape"], where):
+        raise Refused("count-mismatch", f"{where} has more entries than elements")
+
+
+def check_name(name: str) -> None:
+    try:
+        size = len(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise Refused("name", f"tensor {shown(name)}: a lone surrogate has no UTF-8") from None
+    if not 1 <= size <= 1024 or name == "__metadata__" or re.search("[\x00-\x1f\x7f]", name):
+        raise Refused("name", f"{shown(name)} cannot name a tensor")
+
+
+def check_names(manifest: Item) -> None:
+    seen: set[str] = set()
+    for item in manifest["tensors"] + manifest["whole"]:
+        name = item["name"]
+        check_name(name)
+        if name in seen:
+            raise Refused("duplicate-name", f"tensor {shown(name)} occurs twice")
+        seen.add(name)
+        if "components" in manifest:
+            component, _, rest = name.partition("/")
+            if not rest or component not in manifest["components"]:
+                raise Refused("component", f"tensor {shown(name)} belongs to no component")
+
+
+def check_shared_target(item: Item, tensors: dict[str, Item]) -> None:
+    name = item["indices"]["tensor"]
+    where = f"tensor {shown(item['name'])}: the tensor {shown(name)} whose indices it shares"
+    target = tensors.get(name)
+    if target is None:
+        raise Refused("shared-target", f"{where} does not exist")
+    if target["indices"]["codec"] == "shared":
+        raise Refused("shared-target", f"{where} shares indices itself")
+    if target["shape"] != item["shape"] or target["nnz"] != item["nnz"]:
+        raise Refused("shared-target", f"{where} has another shape or nnz")
+
+
+def read_manifest(metadata: Item) -> Item:
+    if "shira" not in metadata:
+        raise Refused("no-manifest", "__metadata__ has no key shira")
+    text: str = metadata["shira"]  # may hold lone surrogates, which then are no UTF-8
+    manifest = parse_object(text.encode("utf-8", "surrogatepass"), "manifest-json", "the manifest")
+    check_version(manifest)
+    conform(MANIFEST, manifest, "manifest")
+    check_maps(manifest)
+    manifest.setdefault("whole", [])
+    for item in manifest["tensors"]:
+        check_sparse(item, manifest)
+    for item in manifest["whole"]:
+        if item.get("base_values", False) and "base" not in item["digests"]:
+            raise schema_error(f"whole tensor {shown(item['name'])}: digests lacks base")
+    check_names(manifest)
+    return manifest
+
+
+# The manifest against the streams (section 3.1)
+
+
+@dataclass
+class Expected:
+    name: str
+    dtypes: set[str]
+    shape: list[int | None]  # None: any length
+    rule: str = "count-mismatch"  # what another length breaks
+
+
+def expected_of_sparse(item: Item) -> Iterator[Expected]:
+    name, nnz, codec, dtype = item["name"], item["nnz"], item["indices"]["codec"], item["dtype"]
+    if codec == "flat":
+        yield Expected(name + "#indices", {"I64"}, [nnz])
+    elif codec in CODECS_WITH_STREAM:
+        yield Expected(name + "#indices", {"U8"}, [None])
+    if has_directory(item):
+        blocks = -(-nnz // item["indices"]["block_size"])
+        yield Expected(name + "#blocks", {"I64"}, [blocks, 2], "block-directory")
+    if item["values"] != "none":
+        any_float = item["values"] == "delta" and "base" in item["digests"]
+        yield Expected(name + "#values", set(FLOATS) if any_float else {dtype}, [nnz])
+    if item.get("base_values", False):
+        yield Expected(name + "#base", {dtype}, [nnz])
+
+
+def expected_of_whole(item: Item, streams: dict[str, Stream]) -> Iterator[Expected]:
+    """The stream itself may be anything; the base's has the same dtype and shape."""
+    name = item["name"]
+    stream = streams.get(name, Stream("U8", [], 0, 0))  # one that is not there is refused anyway
+    yield Expected(name, {stream.dtype}, list(stream.shape))
+    if item.get("base_values", False):
+        yield Expected(name + "#base", {stream.dtype}, list(stream.shape))
+
+
+def check_stream(expected: Expected, stream: Stream | None) -> None:
+    where = f"stream {shown(expected.name)}"
+    if stream is None:
+        raise Refused("missing-stream", f"{where} is not in the file")
+    if stream.dtype not in expected.dtypes or len(stream.shape) != len(expected.shape):
+        raise Refused("stream-dtype", f"{where} has dtype {stream.dtype} and {len(stream.shape)} dimensions")
+    if any(want not in (None, have) for want, have in zip(expected.shape, stream.shape, strict=True)):
+        raise Refused(expected.rule, f"{where} has the shape {stream.shape} instead of {expected.shape}")
+
+
+def check_streams(manifest: Item, streams: dict[str, Stream]) -> None:
+    expected = [e for item in manifest["tensors"] for e in expected_of_sparse(item)]
+    expected += [e for item in manifest["whole"] for e in expected_of_whole(item, streams)]
+    names: set[str] = set()
+    for one in expected:
+        if one.name in names:
+            raise Refused("duplicate-name", f"two tensors need the stream {shown(one.name)}")
+        names.add(one.name)
+    for one in expected:
+        check_stream(one, streams.get(one.name))
+    for name in streams:
+        if name not in names:
+            raise Refused("stray-stream", f"stream {shown(name)} belongs to nothing in the manifest")
+
+
+def open_file(data: memoryview) -> File:
+    """Check all rules of the file."""
+    streams, metadata, buffer = read_container(data)
+    manifest = read_manifest(metadata)
+    tensors = {item["name"]: item for item in manifest["tensors"]}
+    for item in manifest["tensors"]:
+        if item["indices"]["codec"] == "shared" and "file" not in item["indices"]:
+            check_shared_target(item, tensors)
+    check_streams(manifest, streams)
+    return File(buffer, streams, manifest, tensors)
+
+
+# Indices (section 5)
+
+
+def gap_of_gap8(data: bytes, at: int) -> tuple[int, int]:
+    """The gap whose code begins at `at`, and where the code ends."""
+    gap = 0
+    while at < len(data):
+        byte = data[at]
+        gap += byte
+        at += 1
+        if byte < 255:
+            return gap, at
+    raise Refused("stream-truncated", "ends before the last entry is complete")
+
+
+def gap_of_varint(data: bytes, at: int) -> tuple[int, int]:
+    gap = 0
+    for place in range(8):
+        if at + place >= len(data):
+            raise Refused("stream-truncated", "ends before the last entry is complete")
+        byte = data[at + place]
+        gap |= (byte & 127) << (7 * place)
+        if byte < 128:
+            if byte == 0 and place > 0:
+                raise Refused("varint", f"the code at {at} is longer than it must be")
+            return gap, at + place + 1
+    raise Refused("varint", f"the code at {at} has more than 8 bytes")
+
+
+def decode_gaps(item: Item, stream: memoryview, directory: memoryview | None) -> list[int]:
+    data = bytes(stream)
+    gap_of = gap_of_gap8 if item["indices"]["codec"] == "gap8" else gap_of_varint
+    numel = count_elements(item["shape"], "")
+    block_size: int = item["indices"]["block_size"] if directory is not None else MAX_NUMEL
+    indices: list[int] = []
+    rows: list[bytes] = []
+    position = at = 0
+    while len(indices) < item["nnz"]:
+        start = at
+        gap, at = gap_of(data, at)
+        index = position + gap
+        if index >= numel:
+            raise Refused("out-of-range", f"entry {len(indices)} is at {index} of {numel}")
+        if len(indices) % block_size == 0:
+            rows.append(struct.pack("<qq", index, start))
+        indices.append(index)
+        position = index + 1
+    if at < len(data):
+        raise Refused("stream-trailing", f"{len(data) - at} bytes follow the last entry")
+    if directory is not None and b"".join(rows) != directory:
+        raise Refused("block-directory", "the block directory does not fit the stream")
+    return indices
+
+
+def decode_flat(item: Item, stream: memoryview) -> list[int]:
+    indices = [index for (index,) in struct.iter_unpack("<q", stream)]
+    numel = count_elements(item["shape"], "")
+    before = -1
+    for index in indices:
+        if not 0 <= index < numel:
+            raise Refused("out-of-range", f"index {index} of {numel}")
+        if index <= before:
+            raise Refused("duplicate" if index == before else "unsorted", f"index {index} follows {before}")
+        before = index
+    return indices
+
+
+def list_part(part: Item, rows: int, columns: int, nnz: int) -> Iterator[int]:
+    """The flat indices of one part, of which there are at most nnz."""
+    kind, offset, step = part["kind"], part["offset"], part.get("step", 1)
+    if kind == "diagonal":
+        if not -rows < offset < columns:
+            raise Refused("pattern", f"there is no diagonal {offset}")
+        first = max(0, -offset)
+        size = max(0, min(rows, columns - offset) - first)
+    else:
+        count = rows if kind == "rows" else columns
+        if not (step >= 1 and 0 <= offset < step and offset < count):
+            raise Refused("pattern", f"there are no {kind} from {offset} in steps of {step}")
+        chosen = range(offset, count, step)
+        size = -(-(count - offset) // step) * (columns if kind == "rows" else rows)
+    if size > nnz:
+        raise Refused("count-mismatch", f"a part of the pattern has {size} entries, nnz is {nnz}")
+    if size == 0:  # a loop over rows of no columns could last for years
+        return iter(())
+    if kind == "diagonal":
+        return (row * columns + row + offset for row in range(first, first + size))
+    if kind == "rows":
+        return (row * columns + column for row in chosen for column in range(columns))
+    return (row * columns + column for row in range(rows) for column in chosen)
+
+
+def list_pattern(item: Item) -> list[int]:
+    shape, nnz, pattern = item["shape"], item["nnz"], item["indices"]["pattern"]
+    if len(pattern) > 8:
+        raise Refused("pattern", f"the pattern has {len(pattern)} parts")
+    rows = shape[0] if shape else 1
+    columns = count_elements(shape[1:], "")
+    parts = [list_part(part, rows, columns, nnz) for part in pattern]
+    union: set[int] = set()
+    for part in parts:
+        union.update(part)
+    if len(union) != nnz:
+        raise Refused("count-mismatch", f"the pattern has {len(union)} entries, nnz is {nnz}")
+    return sorted(union)
+
+
+def own_indices(file: File, item: Item) -> list[int]:
+    """The indices of a tensor that is not `shared`; each tensor is decoded once."""
+    name, codec, digests = item["name"], item["indices"]["codec"], item["digests"]
+    if name not in file.indices:
+        if codec == "structured":
+            file.indices[name] = list_pattern(item)
+        else:
+            stream = file.bytes_of(name + "#indices", digests["indices"])
+            if codec == "flat":
+                file.indices[name] = decode_flat(item, stream)
+            else:
+                blocks = file.bytes_of(name + "#blocks", digests["blocks"]) if has_directory(item) else None
+                file.indices[name] = decode_gaps(item, stream, blocks)
+    return file.indices[name]
+
+
+def open_mask_file(file: File, name: str, folder: str) -> File:
+    where = f"mask file {shown(name)}"
+    try:
+        data = map_file(os.path.join(folder, name))
+    except OSError as error:
+        raise Refused("mask-file", f"{where}: {error}") from None
+    if hashlib.sha256(data).hexdigest() != file.manifest["mask_files"][name]:
+        raise Refused("mask-file", f"{where} has another digest")
+    try:
+        return open_file(data)
+    except Refused as refused:
+        raise Refused(refused.rule, f"{where}: {refused.message}") from None
+
+
+def find_indices(file: File, item: Item, folder: str, masks: dict[str, File]) -> list[int]:
+    reference = item["indices"]
+    if reference["codec"] != "shared":
+        return own_indices(file, item)
+    if "file" in reference:
+        if reference["file"] not in masks:
+            masks[reference["file"]] = open_mask_file(file, reference["file"], folder)
+        file = masks[reference["file"]]
+        check_shared_target(item, file.tensors)
+    return own_indices(file, file.tensors[reference["tensor"]])
+
+
+# The content (section 11)
+
+
+def check_listing(manifest: Item) -> None:
+    """Nothing in the file bounds the nnz of a mask without a stream; a few bytes could ask for any memory."""
+    free = [
+        item["nnz"]
+        for item in manifest["tensors"]
+        if item["values"] == "none" and item["indices"]["codec"] not in CODECS_WITH_STREAM
+    ]
+    if sum(free) > MAX_LISTED:
+        raise TooLarge(f"the masks have {sum(free)} entries, this reader lists {MAX_LISTED}")
+
+
+def hex_of(file: File, name: str, digest: str) -> str:
+    return file.bytes_of(name, digest).hex()
+
+
+def sparse_content(file: File, item: Item, folder: str, masks: dict[str, File]) -> Item:
+    name, digests = item["name"], item["digests"]
+    with_values, with_base = item["values"] != "none", item.get("base_values", False)
+    try:
+        values = hex_of(file, name + "#values", digests["values"]) if with_values else None
+        base = hex_of(file, name + "#base", digests["base"]) if with_base else None
+        indices = find_indices(file, item, folder, masks)
+    except Refused as refused:
+        raise Refused(refused.rule, f"tensor {shown(name)}: {refused.message}") from None
+    return {
+        "name": name,
+        "shape": item["shape"],
+        "dtype": item["dtype"],
+        "values": item["values"],
+        "nnz": item["nnz"],
+        "indices": indices,
+        "value_dtype": file.streams[name + "#values"].dtype if with_values else None,
+        "value_hex": values,
+        "base_hex": base,
+        "base_digest": digests.get("base"),
+    }
+
+
+def whole_content(file: File, item: Item) -> Item:
+    name, digests = item["name"], item["digests"]
+    stream = file.streams[name]
+    return {
+        "name": name,
+        "shape": stream.shape,
+        "dtype": stream.dtype,
+        "value_hex": hex_of(file, name, digests["values"]),
+        "base_hex": hex_of(file, name + "#base", digests["base"]) if item.get("base_values", False) else None,
+        "base_digest": digests.get("base"),
+    }
+
+
+def read(path: str, masks: str | None = None) -> Item:
+    """The content of the file, after all rules; `masks` is the folder of its mask files, if not its own."""
+    folder = os.path.dirname(path) if masks is None else masks
+    opened: dict[str, File] = {}
+    data = map_file(path)
+    try:
+        file = open_file(data)
+        check_listing(file.manifest)
+        return {
+            "format_version": file.manifest["format_version"],
+            "alpha": file.manifest.get("alpha", 1),
+            "tensors": [sparse_content(file, item, folder, opened) for item in file.manifest["tensors"]],
+            "whole": [whole_content(file, item) for item in file.manifest["whole"]],
+        }
+    except Refused as refused:
+        raise Refused(refused.rule, f"{path}: {refused.message}") from None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Print the content of a SHiRA adapter file as JSON.")
+    parser.add_argument("file")
+    parser.add_argument("--masks", metavar="DIR", help="where the mask files are; default: beside FILE")
+    arguments = parser.parse_args()
+    try:
+        content = read(arguments.file, arguments.masks)
+    except Refused as refused:
+        print(f"refused: {refused}", file=sys.stderr)
+        return 1
+    except (OSError, TooLarge) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
