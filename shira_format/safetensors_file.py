@@ -199,8 +199,14 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
     def constant(word: str) -> Any:
         raise FormatError(rule, f"{word} is not JSON")
 
+    def integer(digits: str) -> int:
+        # Python refuses to parse very long integers. Whatever it was, it is beyond every limit of the format.
+        return int(digits[:40])
+
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        parsed = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer
+        )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         if isinstance(error, FormatError):
             raise

@@ -54,13 +54,16 @@ def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indic
     rows, columns = matrix_view(shape)
     if len(pattern) > MAX_PARTS:
         raise FormatError("pattern", f"{len(pattern)} parts, at most {MAX_PARTS} are allowed")
+    sized = []
     for part in pattern:
         _check_part(part, rows, columns)
         if (size := part_size(part, rows, columns)) > nnz:
             raise FormatError("count-mismatch", f"the part {part} has {size} entries, the tensor {nnz}")
+        if size:  # lines of no elements can be many
+            sized.append(part)
     if nnz > MAX_LISTED:
         raise FormatError("count-mismatch", f"{nnz} entries by pattern are more than this reader lists")
-    union = np.unique(np.concatenate([_list_part(part, rows, columns) for part in pattern] or [_NONE]))
+    union = np.unique(np.concatenate([_NONE, *(_list_part(part, rows, columns) for part in sized)]))
     if union.size != nnz:
         raise FormatError("count-mismatch", f"the pattern has {union.size} entries, the tensor {nnz}")
     return union

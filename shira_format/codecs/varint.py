@@ -51,13 +51,14 @@ class Varint:
         assert stream is not None
         is_end = stream < 128
         ends = np.flatnonzero(is_end)
+        lengths = np.diff(ends, prepend=-1, append=stream.size - 1)  # the last: an unfinished code
+        if (lengths > MAX_BYTES).any() or lengths[-1] == MAX_BYTES:
+            raise FormatError("varint", "a code of more than 8 bytes")
+        lengths = lengths[:-1]
         if ends.size < nnz:
             raise FormatError("stream-truncated", f"the stream ends after {ends.size} of {nnz} entries")
         if ends.size > nnz or (stream.size and not is_end[-1]):
             raise FormatError("stream-trailing", f"bytes follow after the last of {nnz} entries")
-        lengths = np.diff(ends, prepend=-1)
-        if (lengths > MAX_BYTES).any():
-            raise FormatError("varint", "a code of more than 8 bytes")
         if ((lengths > 1) & (stream[ends] == 0)).any():
             raise FormatError("varint", "a code is longer than it has to be")
         starts = ends - lengths + 1

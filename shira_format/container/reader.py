@@ -165,8 +165,8 @@ class AdapterFile:
             try:
                 with open(path, "rb") as stream:
                     found = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                raise FormatError("mask-file", f"the mask file {path} cannot be read: {error.strerror}") from None
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
             if found != self.manifest.raw["mask_files"][name]:
                 raise FormatError("mask-file", f"the mask file {path} is another one (its digest differs)")
             # Its digest vouches for every byte.
