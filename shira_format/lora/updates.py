@@ -1,0 +1,84 @@
+"""What a LoRA is once its dialect has been left behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from shira_format.arrays import Array
+from shira_format.checkpoints import Checkpoint
+
+
+class Update(Protocol):
+    """A dense change of one weight that is never held whole: any rows of its matrix view can be computed.
+
+    Attributes:
+        name: the weight's name in the base.
+        shape: its shape.
+        dtype: float32 or float64, in which the update is computed.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        """Fill ``out``, ``[stop - start, columns]`` in ``dtype``, with rows ``start`` to ``stop`` of the update."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``up @ down``: ``up`` is ``[rows, r]``, scale included, ``down`` is ``[r, columns]``."""
+
+    name: str
+    shape: tuple[int, ...]
+    up: Array
+    down: Array
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.up.dtype
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        np.matmul(self.up[start:stop], self.down, out=out)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA as updates of a base.
+
+    Attributes:
+        updates: changes of weights, to be made sparse.
+        whole: tensors that replace the base's, or are new to it, by name.
+        additions: small tensors (biases) that are added to the base's as a whole, by name.
+        source: provenance: dialect, rank, alpha and so on, as plain JSON values.
+        base_model: ``id`` and ``revision`` of the base, as far as the LoRA says.
+        files: the files that were read.
+        notices: what a user should know: names that had to be mapped, and the like.
+    """
+
+    updates: list[Update]
+    whole: dict[str, Array] = field(default_factory=dict)
+    additions: dict[str, Array] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    base_model: dict[str, Any] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+class Dialect(Protocol):
+    """One way of writing LoRAs to disk."""
+
+    name: str
+
+    def recognises(self, path: Path) -> bool:
+        """Whether ``path`` looks like this dialect."""
+
+    def read(self, path: Path, base: Checkpoint) -> Lora:
+        """Read it; see :func:`shira_format.lora.open_lora`."""
