@@ -295,6 +295,14 @@ class WholeTensor:
             base_digest = digest(self.base)
         self.base_digest = base_digest
 
+    def check_base(self, weight: Any) -> None:
+        """Raise BaseMismatch if the base's tensor is known and ``weight`` is not that tensor."""
+        found = as_array(weight)
+        if self.base_digest is None:
+            return
+        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or digest(found) != self.base_digest:
+            raise BaseMismatch(f"tensor {self.name!r}: the base holds another tensor (digest differs)")
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WholeTensor):
             return NotImplemented

@@ -12,11 +12,11 @@ from pathlib import Path
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft import Peft
-from shira_format.lora.updates import Dialect, Lora, LowRank, Update
+from shira_format.lora.updates import Dialect, Lora, LowRank
 
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (Peft(),)}
 
-__all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "Update", "open_lora"]
+__all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "open_lora"]
 
 
 def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None) -> Lora:

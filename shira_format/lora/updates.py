@@ -10,26 +10,7 @@ import numpy as np
 
 from shira_format.arrays import Array
 from shira_format.checkpoints import Checkpoint
-
-
-class Update(Protocol):
-    """A dense change of one weight that is never held whole: any rows of its matrix view can be computed.
-
-    Attributes:
-        name: the weight's name in the base.
-        shape: its shape.
-        dtype: float32 or float64, in which the update is computed.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-    def tile(self, start: int, stop: int, out: Array) -> None:
-        """Fill ``out``, ``[stop - start, columns]`` in ``dtype``, with rows ``start`` to ``stop`` of the update."""
+from shira_format.update import Update
 
 
 @dataclass(frozen=True)

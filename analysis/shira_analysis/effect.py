@@ -1,0 +1,41 @@
+"""How much of a source's effect on a model's outputs an adapter reproduces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An adapter's outputs against those of the base and of the source that it was made from.
+
+    Attributes:
+        kept: ``1 - ||adapter - source|| / ||base - source||`` over all outputs: 1 if the outputs are the source's,
+            0 if they are no nearer than the base's, negative if they are farther away.
+        cosine: of the angle between ``adapter - base`` and ``source - base``: whether the outputs move the same way,
+            whatever the length.
+    """
+
+    kept: float
+    cosine: float
+
+
+def effect(base: Floats, source: Floats, adapter: Floats) -> Effect:
+    """Compare outputs (logits, embeddings) of the same shape on the same inputs."""
+    wanted = (source - base).astype(np.float64).ravel()
+    moved = (adapter - base).astype(np.float64).ravel()
+    norm = float(np.linalg.norm(wanted))
+    both = norm * float(np.linalg.norm(moved))
+    kept = 1.0 - float(np.linalg.norm(moved - wanted)) / norm if norm else 1.0
+    return Effect(kept=kept, cosine=float(wanted @ moved) / both if both else 0.0)
+
+
+def accuracy(logits: Floats, labels: npt.NDArray[np.integer[Any]]) -> float:
+    """Share of rows of ``[n, classes]`` logits whose largest entry is the label."""
+    return float(np.mean(logits.argmax(axis=1) == labels))

@@ -1,0 +1,29 @@
+"""The one thing that every source of an adapter offers: dense changes of named weights, computed piece by piece."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from shira_format.arrays import Array
+
+
+class Update(Protocol):
+    """A dense change of one weight that is never held whole: any rows of its matrix view can be computed.
+
+    Attributes:
+        name: the weight's name in the base.
+        shape: its shape.
+        dtype: float32 or float64, in which the update is computed.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        """Fill ``out``, ``[stop - start, columns]`` in ``dtype``, with rows ``start`` to ``stop`` of the update."""
