@@ -1,0 +1,142 @@
+"""What all commands share: results on stdout, notices on stderr, one line for a known error, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shira_format import ShiraError, __version__
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+DEBUG = "SHIRA_DEBUG"
+
+
+def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser with the example at the end of its help, and the options that every command has."""
+    made = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return made
+
+
+def add_output_options(to: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--quiet``."""
+    to.add_argument("--json", action="store_true", help="print the result as JSON")
+    to.add_argument("--quiet", action="store_true", help="no notices, warnings or progress bars on stderr")
+
+
+def run(prog: str, command: Callable[[], int]) -> int:
+    """Run a command and turn known errors into one line on stderr and an exit code.
+
+    With the environment variable SHIRA_DEBUG set, the traceback is shown instead.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _fail(prog, "interrupted; nothing was written", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output went away, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except ShiraError as error:
+        return _fail(prog, printable(str(error)), EXIT_FAILED)
+    except OSError as error:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return _fail(prog, printable(f"{names}: {error.strerror or error}" if names else f"{error.strerror or error}"), EXIT_FAILED)  # fmt: skip
+    except MemoryError:
+        return _fail(prog, "out of memory; nothing was written", EXIT_FAILED)
+    return code
+
+
+def _fail(prog: str, message: str, code: int) -> int:
+    if os.environ.get(DEBUG):
+        raise  # noqa: PLE0704 - called from except blocks only
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return code
+
+
+def usage_error(prog: str, message: str) -> NoReturn:
+    """End the program as argparse does for a wrong option."""
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    raise SystemExit(EXIT_USAGE)
+
+
+def terminate_like_interrupt() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that temporary files go."""
+
+    def stop(_number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def notice(message: str, *, quiet: bool) -> None:
+    """Tell something on stderr that is not the result."""
+    if not quiet:
+        print(printable(message), file=sys.stderr)
+
+
+def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Raise ShiraError if ``path`` must not be written: it exists and ``--force`` is missing, or it is an input."""
+    if path.is_dir():
+        raise ShiraError(f"{path}: is a folder, not a file to write")
+    if not path.parent.is_dir():
+        raise ShiraError(f"{path}: the folder {path.parent} does not exist")
+    if not path.exists():
+        return
+    if any(source.exists() and path.samefile(source) for source in inputs):
+        raise ShiraError(f"{path}: is one of the inputs")
+    if not force:
+        raise ShiraError(f"{path}: exists; --force replaces it")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def printable(text: str) -> str:
+    """``text`` without what could move the cursor or reorder the line: names come from strangers' files."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns of text; the first is flush left, the others flush right."""
+    lines = [list(head), *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def count(number: int) -> str:
+    """12345678 as 12,345,678."""
+    return f"{number:,}"
+
+
+def percent(share: float) -> str:
+    """0.01234 as 1.23 %, with more digits where it is small."""
+    return f"{share:.2%}".replace("%", " %") if share >= 0.001 or share == 0 else f"{share * 100:.2g} %"
+
+
+def size(number: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1000
+    raise AssertionError

@@ -1,0 +1,274 @@
+"""``shira-inspect``: what an adapter file is, before anyone trusts it. Imports neither torch nor the converters."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shira_cli import console
+from shira_format import AdapterFile, BaseMismatch
+from shira_format.manifest import SparseEntry, stream_name
+from shira_format.tensors import numel
+
+PROG = "shira-inspect"
+
+EXAMPLE = """examples:
+  shira-inspect adapter.st --sort nnz
+  shira-inspect adapter.st --verify --base my-model/
+"""
+
+_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "name": lambda row: row["name"],
+    "nnz": lambda row: -row["nnz"],
+    "density": lambda row: -row["density"],
+    "bytes": lambda row: -row["bytes"],
+    "energy": lambda row: row["energy_kept"] if row["energy_kept"] is not None else 2,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = console.parser(PROG, "Show what an adapter file is, for which base, and how it was made.", EXAMPLE)
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="an adapter file")
+    add("--sort", choices=("file", *_KEYS), default="file", help="order of the tensors: as in the file (default), name, most entries, density or bytes first, least energy kept first")  # fmt: skip
+    add("--include", action="append", default=[], metavar="REGEX", help="list only tensors in whose name this is found")
+    add("--exclude", action="append", default=[], metavar="REGEX", help="do not list tensors in whose name this is found")
+    add("--verify", action="store_true", help="read everything: check all digests and every rule of the format")
+    add("--base", type=Path, help="a checkpoint: does the adapter fit it, by shapes, dtypes and digests?")
+    console.add_output_options(parser)
+    options = parser.parse_args(argv)
+    return console.run(PROG, lambda: _inspect(options))
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    keep = _filter(options.include, options.exclude)
+    file = AdapterFile(options.file)
+    info = describe(file)
+    info["tensors"] = [row for row in info["tensors"] if keep(row["name"])]
+    if options.sort != "file":
+        info["tensors"].sort(key=_KEYS[options.sort])
+    failed = False
+    if options.verify:
+        verify(file)
+        info["verified"] = True
+    if options.base is not None:
+        misfits = fit(file, options.base)
+        failed = bool(misfits)
+        info["base"] = {"path": str(options.base), "fits": not failed, "reasons": misfits}
+    if options.json:
+        console.print_json(info)
+    else:
+        print(as_text(info))
+    if failed:
+        console.notice(f"{PROG}: error: the adapter does not fit {options.base}", quiet=options.quiet)
+    return console.EXIT_FAILED if failed else 0
+
+
+def _filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    import re
+
+    try:
+        wanted, unwanted = [re.compile(p) for p in include], [re.compile(p) for p in exclude]
+    except re.error as error:
+        console.usage_error(PROG, f"not a regular expression: {error.pattern!r}: {error}")
+    return lambda name: (
+        (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
+    )
+
+
+def describe(file: AdapterFile) -> dict[str, Any]:
+    """Everything that the header tells, as plain JSON values; no tensor is read."""
+    raw = file.manifest.raw
+    rows = [_row(file, entry) for entry in file.manifest.tensors.values()]
+    whole = [_whole_row(file, name) for name in file.manifest.whole]
+    nnz, elements = sum(row["nnz"] for row in rows), sum(numel(tuple(row["shape"])) for row in rows)
+    index_bytes = sum(row["index_bytes"] for row in rows)
+    base_bytes = sum(row["base_bytes"] for row in rows)
+    own_bytes = file.streams.size - base_bytes - sum(row["bytes"] for row in whole)
+    return {
+        "file": str(file.path),
+        "format_version": raw["format_version"],
+        "features": raw["features"],
+        "base_model": raw.get("base_model"),
+        "components": raw.get("components"),
+        "source": raw.get("source"),
+        "selection": raw.get("selection"),
+        "mask": raw.get("mask"),
+        "alpha": raw.get("alpha", 1.0),
+        "license": raw.get("license"),
+        "description": raw.get("description"),
+        "writer": raw.get("writer"),
+        "self_contained": bool(rows) and all(row["values"] == "delta" or row["base_values"] for row in rows),
+        "totals": {
+            "tensors": len(rows),
+            "nnz": nnz,
+            "numel": elements,
+            "density": nnz / elements if elements else 0.0,
+            "whole_tensors": len(whole),
+            "file_bytes": file.streams.size,
+            "index_bits_per_entry": 8 * index_bytes / nnz if nnz else None,
+            "bits_per_entry": 8 * own_bytes / nnz if nnz else None,
+        },
+        "tensors": rows,
+        "whole": whole,
+    }
+
+
+def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:
+    sizes = {role: file.streams[stream_name(entry.name, role)].nbytes for role in entry.streams()}
+    elements = numel(entry.shape)
+    return {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "dtype": entry.dtype,
+        "nnz": entry.nnz,
+        "density": entry.nnz / elements if elements else 0.0,
+        "index_codec": entry.codec,
+        "values": entry.values,
+        "base_values": entry.base_values,
+        "base_digest": entry.digests.get("base"),
+        "energy_kept": entry.raw.get("energy_kept"),
+        "relative_error": entry.raw.get("relative_error"),
+        "bytes": sum(sizes.values()),
+        "index_bytes": sizes.get("indices", 0) + sizes.get("blocks", 0),
+        "base_bytes": sizes.get("base", 0),
+    }
+
+
+def _whole_row(file: AdapterFile, name: str) -> dict[str, Any]:
+    entry, stream = file.manifest.whole[name], file.streams[name]
+    copies = 2 if entry.base_values else 1
+    return {
+        "name": name,
+        "shape": list(stream.shape),
+        "dtype": stream.dtype,
+        "base_digest": entry.digests.get("base"),
+        "bytes": copies * stream.nbytes,
+    }
+
+
+def verify(file: AdapterFile) -> None:
+    """Read every tensor under every rule; raises FormatError at the first that is broken."""
+    for name in file.manifest.tensors:
+        file.sparse(name)
+    for name in file.manifest.whole:
+        file.whole(name)
+
+
+def fit(file: AdapterFile, base: Path) -> list[str]:
+    """Why the adapter does not fit ``base``: one line for each tensor that does not; empty if it fits."""
+    from shira_format.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(base)
+    misfits = []
+    for name in file.manifest.tensors:
+        if name not in checkpoint:
+            misfits.append(f"tensor {name!r}: not in the base")
+            continue
+        try:
+            tensor = file.sparse(name)
+            tensor.checked_base(checkpoint[name])
+        except BaseMismatch as error:
+            misfits.append(str(error))
+    for name in file.manifest.whole:
+        whole = file.whole(name)
+        if whole.base_digest is None:
+            continue
+        try:
+            if name not in checkpoint:
+                raise BaseMismatch(f"tensor {name!r}: not in the base")
+            whole.check_base(checkpoint[name])
+        except BaseMismatch as error:
+            misfits.append(str(error))
+    return misfits
+
+
+def as_text(info: dict[str, Any]) -> str:
+    """The description for a terminal."""
+    totals = info["totals"]
+    facts = [
+        ("file", f"{info['file']} ({console.size(totals['file_bytes'])})"),
+        ("format", f"{info['format_version']}, written by {info['writer'] or 'an unnamed writer'}"),
+        ("base model", _model(info["base_model"])),
+        *((f"  {name}", _model(part.get("base_model"))) for name, part in (info["components"] or {}).items()),
+        ("made from", _made_from(info["source"])),
+        ("selection", _selection(info["selection"])),
+        ("strength", f"{info['alpha']:g}"),
+        ("undo, scale, measure", "from the file alone" if info["self_contained"] else "needs the base"),
+        ("entries", f"{console.count(totals['nnz'])} of {console.count(totals['numel'])} ({console.percent(totals['density'])}) "
+                    f"in {totals['tensors']} tensors; {totals['whole_tensors']} replaced as a whole"),
+        ("bits an entry", _bits(totals)),
+        *((key, str(info[key])) for key in ("license", "description") if info[key]),
+    ]  # fmt: skip
+    if info.get("verified"):
+        facts.append(("verified", "all digests and rules"))
+    if "base" in info:
+        reasons = info["base"]["reasons"]
+        verdict = f"yes, by shapes, dtypes and digests ({info['base']['path']})" if not reasons else f"NO: {reasons[0]}"
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        facts.append(("fits the base", verdict + more))
+    width = max(len(key) for key, _ in facts)
+    lines = [f"{key.ljust(width)}  {console.printable(value)}" for key, value in facts]
+    if info["tensors"]:
+        lines += ["", _tensor_table(info["tensors"])]
+    if info["whole"]:
+        rows = [(w["name"], w["dtype"], _shape(w["shape"]), console.size(w["bytes"])) for w in info["whole"]]
+        lines += ["", console.table(("whole tensor", "dtype", "shape", "size"), rows)]
+    return "\n".join(lines)
+
+
+def _tensor_table(tensors: list[dict[str, Any]]) -> str:
+    head = ("tensor", "dtype", "shape", "entries", "density", "codec", "values", "size", "energy kept")
+    return console.table(
+        head,
+        (
+            (t["name"], t["dtype"], _shape(t["shape"]), console.count(t["nnz"]), console.percent(t["density"]),
+             t["index_codec"], t["values"], console.size(t["bytes"]),
+             "" if t["energy_kept"] is None else f"{t['energy_kept']:.1%}")
+            for t in tensors
+        ),
+    )  # fmt: skip
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _model(model: dict[str, Any] | None) -> str:
+    if not model or not model.get("id"):
+        return "not named"
+    return f"{model['id']}@{model['revision']}" if model.get("revision") else str(model["id"])
+
+
+def _made_from(source: dict[str, Any] | None) -> str:
+    if not source:
+        return "not said"
+    files = ", ".join(item["name"] for item in source.get("files", []))
+    kind = " ".join(str(source[key]) for key in ("dialect", "kind") if key in source)
+    return f"{kind or 'unknown kind'}{f' ({files})' if files else ''}"
+
+
+def _selection(selection: dict[str, Any] | None) -> str:
+    if not selection:
+        return "not said"
+    amount = f"density {selection['density']:g}" if "density" in selection else f"{selection.get('top_k', '?')} entries"
+    text = f"{selection.get('rule', '?')}, {amount}, per {selection.get('scope', '?')}".replace("per global", "over all tensors")
+    if "energy_kept" in selection:
+        text += f"; keeps {selection['energy_kept']:.1%} of the update's energy"
+    if "relative_error" in selection:
+        text += f", relative error {selection['relative_error']:.3f}"
+    return text
+
+
+def _bits(totals: dict[str, Any]) -> str:
+    if totals["bits_per_entry"] is None:
+        return "no entries"
+    return f"{totals['bits_per_entry']:.2f}, of which indices {totals['index_bits_per_entry']:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
