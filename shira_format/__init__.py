@@ -1,9 +1,9 @@
 """shira-format: sparse high rank adapters as small, exact, checked files.
 
-    >>> import shira_format
-    >>> adapter = shira_format.load("adapter.st")
-    >>> adapter["encoder.layer.0.attention.self.query.weight"].nnz
-    1475
+>>> import shira_format
+>>> adapter = shira_format.load("adapter.st")
+>>> adapter["encoder.layer.0.attention.self.query.weight"].nnz
+1475
 """
 
 from __future__ import annotations

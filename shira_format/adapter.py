@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from shira_format.tensors import SparseTensor, WholeTensor
 
-
 _T = TypeVar("_T", SparseTensor, WholeTensor)
 
 

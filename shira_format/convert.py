@@ -43,10 +43,12 @@ class TensorReport:
 
     @property
     def numel(self) -> int:
+        """Elements of the weight."""
         return numel(self.shape)
 
     @property
     def density(self) -> float:
+        """``nnz / numel``; 0 for a weight without elements."""
         return self.nnz / self.numel if self.numel else 0.0
 
     @property
@@ -77,14 +79,17 @@ class ConversionReport:
 
     @property
     def nnz(self) -> int:
+        """Entries of all tensors."""
         return sum(tensor.nnz for tensor in self.tensors)
 
     @property
     def numel(self) -> int:
+        """Elements of all tensors."""
         return sum(tensor.numel for tensor in self.tensors)
 
     @property
     def density(self) -> float:
+        """Entries of all tensors over their elements."""
         return self._total().density
 
     @property
@@ -235,7 +240,9 @@ def sparse_target(
         )
     as_bits = np.dtype(f"u{weight.dtype.itemsize}")
     moved = before.view(as_bits) != target.view(as_bits)
-    indices, values, before, target = (array[moved] for array in (selected.indices, selected.values, before, target))
+    indices, values, before, target = (
+        array[moved] for array in (selected.indices, selected.values, before, target)
+    )
     tensor = SparseTensor(
         update.name, update.shape, indices, target,
         base=before if self_contained else None, base_digest=digest(before),
@@ -246,9 +253,7 @@ def sparse_target(
     # Energy and stored part come from sums in different precision; what rounds below zero is zero.
     error = max(0.0, selected.energy - stored) + float(np.dot(missed, missed))
     energy = max(selected.energy, stored)
-    report = TensorReport(
-        update.name, update.shape, dtype_name(weight.dtype), tensor.nnz, energy, stored, error
-    )
+    report = TensorReport(update.name, update.shape, dtype_name(weight.dtype), tensor.nnz, energy, stored, error)
     return tensor, report
 
 
@@ -269,7 +274,7 @@ def _whole_tensors(source: Lora, base: Checkpoint, self_contained: bool) -> Iter
     if twice := source.whole.keys() & source.additions.keys():
         raise SourceError(f"tensor {min(twice)!r} is both replaced and added to")
     for name, array in source.whole.items():
-        yield _whole(name, array, base[name] if name in base else None, self_contained)
+        yield _whole(name, array, base.get(name), self_contained)
     for name, addition in source.additions.items():
         weight = base[name]
         work = working_dtype(weight.dtype)
@@ -285,12 +290,19 @@ def _whole(name: str, array: Array, weight: Array | None, self_contained: bool) 
     with np.errstate(over="ignore"):
         values = array.astype(weight.dtype)
     if not np.isfinite(values.astype(working_dtype(weight.dtype))).all():
-        raise SourceError(f"tensor {name!r} does not fit the base's dtype {dtype_name(weight.dtype)}, or holds NaN")
+        raise SourceError(
+            f"tensor {name!r} does not fit the base's dtype {dtype_name(weight.dtype)}, or holds NaN"
+        )
     return WholeTensor(name, values, base=weight if self_contained else None, base_digest=digest(weight))
 
 
 def _provenance(
-    source: Lora, base: Checkpoint, rule: TopK, include: Sequence[str], exclude: Sequence[str], report: ConversionReport
+    source: Lora,
+    base: Checkpoint,
+    rule: TopK,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    report: ConversionReport,
 ) -> dict[str, Any]:
     """What the manifest says of how the file was made; the same input gives the same text, so no date and no paths."""
     selection: dict[str, Any] = {"rule": "top-k", "scope": rule.scope}

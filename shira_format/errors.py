@@ -19,9 +19,7 @@ class FormatError(ShiraError, ValueError):
         tensor: the tensor or stream, if the rule is about one.
     """
 
-    def __init__(
-        self, rule: str, reason: str, *, file: Path | None = None, tensor: str | None = None
-    ) -> None:
+    def __init__(self, rule: str, reason: str, *, file: Path | None = None, tensor: str | None = None) -> None:
         super().__init__(rule, reason)
         self.rule = rule
         self.reason = reason

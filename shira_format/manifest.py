@@ -43,6 +43,7 @@ class SparseEntry:
 
     @property
     def codec(self) -> str:
+        """The index codec's name."""
         return str(self.indices["codec"])
 
     def streams(self) -> Iterator[str]:
@@ -106,7 +107,7 @@ def parse_manifest(text: str) -> Manifest:
     whole = [_whole(item) for item in _list(raw, "whole")]
     _check_provenance(raw)
     components = _components(raw)
-    names = [entry.name for entry in [*tensors, *whole]]
+    names = [entry.name for entry in tensors] + [entry.name for entry in whole]
     for name in names:
         check_name(name, components)
     manifest = Manifest(raw, {t.name: t for t in tensors}, {w.name: w for w in whole})
@@ -128,7 +129,9 @@ def check_name(name: str, components: Mapping[str, Any] | None) -> None:
         raise FormatError("name", f"{name[:80]!r} cannot name a tensor")
     component, slash, rest = name.partition("/")
     if components is not None and not (slash and rest and component in components):
-        raise FormatError("component", f"it does not start with one of the components {list(components)}", tensor=name)
+        raise FormatError(
+            "component", f"it does not start with one of the components {list(components)}", tensor=name
+        )
 
 
 def _check_version(raw: Mapping[str, Any]) -> None:
@@ -231,9 +234,7 @@ def _check_shared(entry: SparseEntry, manifest: Manifest) -> None:
     target, file = entry.indices["tensor"], entry.indices.get("file")
     if file is not None:
         if "mask-file" not in manifest.raw["features"] or file not in manifest.raw.get("mask_files", {}):
-            raise FormatError(
-                "manifest-schema", f"the mask file {file!r} is not declared", tensor=entry.name
-            )
+            raise FormatError("manifest-schema", f"the mask file {file!r} is not declared", tensor=entry.name)
         return
     other = manifest.tensors.get(target)
     if other is None:

@@ -36,6 +36,7 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes in the file."""
         return self.end - self.begin
 
 
@@ -78,9 +79,7 @@ class SafetensorsFile(Mapping[str, Stream]):
                 "header-too-large", f"the header says it has {length} bytes, the limit is {MAX_HEADER}"
             )
         if 8 + length > self.size:
-            raise FormatError(
-                "file-truncated", f"the header says it has {length} bytes, the file has {self.size}"
-            )
+            raise FormatError("file-truncated", f"the header says it has {length} bytes, the file has {self.size}")
         text = self._file.read(length)
         if not text.startswith(b"{"):
             raise FormatError("header-json", "the header does not start with '{'")

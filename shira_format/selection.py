@@ -317,13 +317,19 @@ def _global_edge(updates: Iterable[Update], k: int, tiles: _Tiles, progress: Pro
 
 def _leading_bits(magnitudes: Array) -> npt.NDArray[np.int64]:
     """The 16 bits after the sign, as bin numbers that grow with the magnitude."""
-    unsigned, shift = (np.uint64, 47) if magnitudes.dtype.itemsize == 8 else (np.uint32, 15)
-    return (magnitudes.view(unsigned) >> unsigned(shift)).astype(np.int64)
+    unsigned, shift = _layout(magnitudes.dtype)
+    return np.asarray(np.right_shift(magnitudes.view(unsigned), shift), np.int64)
 
 
 def _lower_edge(bin_number: int, dtype: np.dtype[Any]) -> Array:
-    unsigned, shift = (np.uint64, 47) if dtype.itemsize == 8 else (np.uint32, 15)
-    return np.array(bin_number, unsigned).__lshift__(unsigned(shift)).view(dtype)  # type: ignore[no-any-return]
+    """The smallest magnitude of a bin."""
+    unsigned, shift = _layout(dtype)
+    return np.array(bin_number << shift, unsigned).view(dtype)
+
+
+def _layout(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], int]:
+    """An unsigned type of the same size, and how many bits lie below the leading 16 after the sign."""
+    return np.dtype(f"u{dtype.itemsize}"), 8 * dtype.itemsize - 17
 
 
 def _bin_of(histogram: npt.NDArray[np.int64], k: int) -> int:

@@ -220,7 +220,7 @@ class SparseTensor:
                 f"tensor {self.name!r} holds target values without those of the base: pass the base weight, "
                 "or convert with --self-contained"
             )
-        return np.subtract(self.values.astype(work), found.astype(work))
+        return np.asarray(self.values.astype(work) - found.astype(work))
 
     def applied(self, base: Array, alpha: float = 1.0) -> Array:
         """The entries' new values at strength ``alpha``, ``[nnz]`` in ``base.dtype`` (spec, section 4.1).
@@ -235,11 +235,10 @@ class SparseTensor:
         strength = work.type(alpha)
         start = base.astype(work)
         with np.errstate(over="ignore", invalid="ignore"):  # overflow has a defined result
+            step = self.values.astype(work)
             if self.meaning == "target":
-                step = self.values.astype(work) - start
-            else:
-                step = self.values.astype(work)
-            return (start + strength * step).astype(base.dtype)
+                step -= start
+            return np.asarray((start + strength * step).astype(base.dtype))
 
     def __eq__(self, other: object) -> bool:
         """Equal content: names, shapes, dtypes, indices and the bits of all values."""
@@ -263,11 +262,16 @@ class SparseTensor:
 
 
 def _rebuild(
-    name: str, shape: tuple[int, ...], indices: Any, values: Any, meaning: Meaning, dtype: Any, base: Any, seen: Any
+    name: str,
+    shape: tuple[int, ...],
+    indices: Any,
+    values: Any,
+    meaning: Meaning,
+    dtype: Any,
+    base: Any,
+    seen: Any,
 ) -> SparseTensor:
-    return SparseTensor(
-        name, shape, indices, values, meaning=meaning, dtype=dtype, base=base, base_digest=seen
-    )
+    return SparseTensor(name, shape, indices, values, meaning=meaning, dtype=dtype, base=base, base_digest=seen)
 
 
 class WholeTensor:
@@ -300,7 +304,9 @@ class WholeTensor:
         found = as_array(weight)
         if self.base_digest is None:
             return
-        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or digest(found) != self.base_digest:
+        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or digest(
+            found
+        ) != self.base_digest:
             raise BaseMismatch(f"tensor {self.name!r}: the base holds another tensor (digest differs)")
 
     def __eq__(self, other: object) -> bool:
@@ -347,9 +353,7 @@ def check_increasing(indices: npt.NDArray[np.int64], size: int, name: str | None
     if not bool((indices[1:] > indices[:-1]).all()):
         at = int(np.flatnonzero(indices[1:] <= indices[:-1])[0])
         rule = "duplicate" if indices[at] == indices[at + 1] else "unsorted"
-        raise FormatError(
-            rule, f"entry {at + 1} has index {indices[at + 1]} after {indices[at]}", tensor=name
-        )
+        raise FormatError(rule, f"entry {at + 1} has index {indices[at + 1]} after {indices[at]}", tensor=name)
     if indices[0] < 0 or indices[-1] >= size:
         bad = indices[0] if indices[0] < 0 else indices[-1]
         raise FormatError("out-of-range", f"index {bad} in a tensor of {size} elements", tensor=name)

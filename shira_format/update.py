@@ -10,20 +10,19 @@ from shira_format.arrays import Array
 
 
 class Update(Protocol):
-    """A dense change of one weight that is never held whole: any rows of its matrix view can be computed.
-
-    Attributes:
-        name: the weight's name in the base.
-        shape: its shape.
-        dtype: float32 or float64, in which the update is computed.
-    """
+    """A dense change of one weight that is never held whole: any rows of its matrix view can be computed."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The weight's name in the base."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[Any]:
+        """float32 or float64, in which the update is computed."""
 
     def tile(self, start: int, stop: int, out: Array) -> None:
         """Fill ``out``, ``[stop - start, columns]`` in ``dtype``, with rows ``start`` to ``stop`` of the update."""

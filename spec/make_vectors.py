@@ -132,9 +132,7 @@ def pattern_indices(shape: Sequence[int], pattern: Sequence[Json]) -> list[int]:
     """By the definition: every element of a small matrix view is asked whether a part has it."""
     height, width = (shape[0], elements(shape[1:])) if shape else (1, 1)
     return [
-        r * width + c
-        for r, c in product(range(height), range(width))
-        if any(chosen(p, r, c) for p in pattern)
+        r * width + c for r, c in product(range(height), range(width)) if any(chosen(p, r, c) for p in pattern)
     ]
 
 
@@ -372,12 +370,8 @@ def good_codecs() -> None:
     wide = [0, 1, 2, 257, 513, 1023, 1279, 2000]  # gaps 0 0 0 254 255 509 255 720
     escapes = [255, 510, 766, 1021, 1532, 2043]  # gaps 255 254 255 254 510 510
     good("gap8-escapes").sparse("a", [3000], wide).sparse("b", [3000], escapes).sparse("c", [3000], [2999])
-    good("gap8-every-gap").sparse(
-        "w", [200_000], [sum(range(n + 1)) + n for n in range(520)], dtype="F8_E5M2"
-    )
-    many = [
-        3 * k + 600 * (k // 16) for k in range(70)
-    ]  # blocks of 16 start with escapes, the last one is short
+    good("gap8-every-gap").sparse("w", [200_000], [sum(range(n + 1)) + n for n in range(520)], dtype="F8_E5M2")
+    many = [3 * k + 600 * (k // 16) for k in range(70)]  # blocks of 16 start with escapes, the last one is short
     good("gap8-directory").sparse("w", [60, 100], many, block_size=16)
     good("gap8-directory-full-last-block").sparse("w", [60, 100], many[:48], block_size=16)
     good("gap8-directory-one-more").sparse("w", [60, 100], many[:17], block_size=16, store_base=True)
@@ -387,18 +381,14 @@ def good_codecs() -> None:
     good("varint-of-page").sparse("a", [2**40], [0, 127, 128], "varint").sparse(
         "b", [2**40], [128], "varint"
     ).sparse("c", [2**40], [300, 2**40 - 1], "varint")
-    sizes = [
-        2 ** (7 * n) - d for n in range(1, 8) for d in (1, 0)
-    ]  # the last and first gap of each code length
+    sizes = [2 ** (7 * n) - d for n in range(1, 8) for d in (1, 0)]  # the last and first gap of each code length
     good("varint-every-length").sparse(
         "w", [2**51], [sum(sizes[: n + 1]) + n for n in range(len(sizes))], "varint"
     )
     sparse = [1000 * k + 100_000 * (k // 20) for k in range(50)]
     good("varint-directory").sparse("w", [1000, 1000], sparse, "varint", block_size=20)
     good("varint-no-directory").sparse("w", [1000, 1000], sparse, "varint", block_size=2**31 - 1)
-    good("flat").sparse("w", [3, 5], [0, 7, 14], "flat").sparse(
-        "far", [MAX_NUMEL], [3, MAX_NUMEL - 1], "flat"
-    )
+    good("flat").sparse("w", [3, 5], [0, 7, 14], "flat").sparse("far", [MAX_NUMEL], [3, MAX_NUMEL - 1], "flat")
     for codec in ("gap8", "varint", "flat"):
         file = good(f"{codec}-counts").sparse("none", [3, 4], [], codec).sparse("one", [3, 4], [11], codec)
         file.sparse("all", [3, 4], range(12), codec).sparse("empty", [0, 5], [], codec)
@@ -407,9 +397,7 @@ def good_codecs() -> None:
 
 
 def good_structured() -> None:
-    file = (
-        good("structured").structured("rows", [3, 4], rows(2, 1)).structured("columns", [3, 4], columns(3, 1))
-    )
+    file = good("structured").structured("rows", [3, 4], rows(2, 1)).structured("columns", [3, 4], columns(3, 1))
     file.structured("all", [3, 4], rows(1, 0)).structured("all.columns", [3, 4], columns(1, 0))
     file.structured("wide.step", [3, 4], rows(100, 2), columns(2**60, 3))
     file.structured("main", [3, 4], diagonal(0)).structured("below", [3, 4], diagonal(-2))
@@ -426,19 +414,13 @@ def good_structured() -> None:
     file.structured("rank1.rows", [7], rows(3, 1)).structured("rank1.column", [7], columns(1, 0))
     file.structured("rank1.diagonal", [7], diagonal(-6), diagonal(0)).structured("scalar", [], diagonal(0))
     file.structured("scalar.row", [], rows(5, 0)).structured("scalar.none", [])
-    file.structured("no.rows", [0, 5], columns(2, 1), diagonal(3)).structured(
-        "no.columns", [3, 0], rows(1, 0)
-    )
+    file.structured("no.rows", [0, 5], columns(2, 1), diagonal(3)).structured("no.columns", [3, 0], rows(1, 0))
     file.structured("base", [2, 2], diagonal(0), store_base=True)
     good("structured-mask").structured("w", [6, 6], rows(3, 0), columns(3, 0), values="none")
 
 
 def good_shared() -> None:
-    file = (
-        good("shared")
-        .sparse("q", [10, 10], [3, 50, 99])
-        .structured("d", [2, 5, 2], diagonal(0), values="none")
-    )
+    file = good("shared").sparse("q", [10, 10], [3, 50, 99]).structured("d", [2, 5, 2], diagonal(0), values="none")
     file.sparse("k", [10, 10], [3, 50, 99], "shared", more={"tensor": "q"}, dtype="BF16", store_base=True)
     file.sparse("e", [2, 5, 2], [0, 11], "shared", more={"tensor": "d"}, values="delta", base_digest=False)
     file.mask("m", [10, 10], [3, 50, 99], "shared", more={"tensor": "q"})
@@ -450,9 +432,7 @@ def good_shared() -> None:
         .mask("q", [10, 10], [3, 50, 99])
         .structured("d", [8, 8], diagonal(0), rows(4, 1), values="none")
     )
-    file.mask("long", [60, 100], range(0, 6000, 300), block_size=16).sparse(
-        "with.values", [5], [0, 4], "flat"
-    )
+    file.mask("long", [60, 100], range(0, 6000, 300), block_size=16).sparse("with.values", [5], [0, 4], "flat")
     file.mask("q.too", [10, 10], [3, 50, 99], "shared", more={"tensor": "q"})
     use_masks(good("mask-file"), "masks.st", GOOD["masks"].file())
     good("mask-file-unused").set(features=["mask-file"]).sparse("w", [4], [1])
@@ -467,15 +447,11 @@ def use_masks(file: Maker, name: str, data: bytes) -> Maker:
     file.sparse(
         "q", [60, 100], range(0, 6000, 300), "shared", more={"tensor": "long", "file": name}, store_base=True
     )
-    return file.sparse(
-        "own", [5], [0, 4], "shared", more={"tensor": "with.values", "file": name}, dtype="BF16"
-    )
+    return file.sparse("own", [5], [0, 4], "shared", more={"tensor": "with.values", "file": name}, dtype="BF16")
 
 
 def good_shapes() -> None:
-    file = good("large-shapes").sparse(
-        "tall", [3_000_000_000, 2], [0, 4_294_967_296, 5_999_999_999], "varint"
-    )
+    file = good("large-shapes").sparse("tall", [3_000_000_000, 2], [0, 4_294_967_296, 5_999_999_999], "varint")
     file.sparse("max", [MAX_NUMEL], [0, MAX_NUMEL - 1], "varint")
     file.sparse("max.product", [6361, 69_431, 20_394_401], [2**52, MAX_NUMEL - 1], "flat")
     file.sparse("zero.last", [2**32, 2**32, 2**32, 0], []).sparse("zero.first", [0, MAX_NUMEL, MAX_NUMEL], [])
@@ -509,10 +485,7 @@ def good_whole() -> None:
     file.whole("stored", "F32", [2, 3], base=noise("stored", 24), store_base=True)
     file.whole("ids", "I64", [2], base=i64(-1, 5), store_base=True)
     file = (
-        good("whole-shapes")
-        .whole("scalar", "F32", [])
-        .whole("none", "F16", [0])
-        .whole("zero", "I32", [3, 0, 2])
+        good("whole-shapes").whole("scalar", "F32", []).whole("none", "F16", [0]).whole("zero", "I32", [3, 0, 2])
     )
     file.whole("rank5", "U8", [2, 1, 2, 1, 2]).whole("zero.base", "F32", [0], base=b"", store_base=True)
     good("whole-and-sparse").sparse("w", [4], [2], store_base=True).whole("b", "F32", [4]).whole(
@@ -522,10 +495,7 @@ def good_whole() -> None:
 
 def good_names() -> None:
     file = (
-        good("names")
-        .sparse("модель.слой.0.вес", [4], [1])
-        .sparse("重み/🧠", [4], [2])
-        .sparse("e\u0301", [4], [3])
+        good("names").sparse("модель.слой.0.вес", [4], [1]).sparse("重み/🧠", [4], [2]).sparse("e\u0301", [4], [3])
     )
     file.sparse("é", [4], [0]).sparse(" ", [4], [1]).sparse("a#values", [4], [2]).sparse("a", [4], [3])
     file.sparse('"\\quoted\\"', [4], [0]).sparse("../../etc/passwd", [4], [1]).sparse(
@@ -539,13 +509,9 @@ def good_names() -> None:
     good("name-like-stream").structured("w", [2, 2], diagonal(0)).whole("w#indices", "U8", [2]).whole(
         "w#base", "U8", [2]
     )
-    file = (
-        good("components").sparse("unet/w", [4], [1]).sparse("text/w", [4], [2]).whole("unet/b/c", "F32", [1])
-    )
+    file = good("components").sparse("unet/w", [4], [1]).sparse("text/w", [4], [2]).whole("unet/b/c", "F32", [1])
     base_model = {"id": "someone/something", "revision": "abc"}
-    file.set(
-        components={"unet": {"base_model": base_model}, "text": {}, "not used": {}}, base_model=base_model
-    )
+    file.set(components={"unet": {"base_model": base_model}, "text": {}, "not used": {}}, base_model=base_model)
     good("components-empty").set(components={}).manifest["tensors"] = []
     good("slash-without-components").sparse("a/b", [4], [1]).sparse("/", [4], [2]).sparse("a/", [4], [3])
 
@@ -619,16 +585,12 @@ def good_containers() -> None:
     file.style = {"ensure_ascii": True}
     file = good("json-white-space").sparse("w", [4], [1])
     file.style = {"indent": "\t", "separators": (" ,\r", " : ")}
-    file = (
-        good("unaligned").sparse("w", [40], [1, 3, 39], dtype="F64", store_base=True).whole("b", "F32", [1])
-    )
+    file = good("unaligned").sparse("w", [40], [1, 3, 39], dtype="F64", store_base=True).whole("b", "F32", [1])
     file.sparse("f", [40], [1], "flat")
     file.order, file.spaces = ["w#indices", "b", "f#indices", "w#base", "w#values", "f#values"], 0
     if len(compact(file.layout()[0]).encode()) % 2 == 0:
         file.spaces = 1
-    file = (
-        good("order").sparse("b", [40], [1, 3]).sparse("a", [40], [], store_base=True).whole("c", "U8", [1])
-    )
+    file = good("order").sparse("b", [40], [1, 3]).sparse("a", [40], [], store_base=True).whole("c", "U8", [1])
     file.order = ["c", "a#values", "b#values", "a#indices", "a#base", "b#indices"]
 
 
@@ -681,9 +643,7 @@ def bad_container() -> None:
     header_json(
         "utf8-surrogate", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xed\xa0\x80",')
     )
-    header_json(
-        "utf8-overlong", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xc1\xa1",')
-    )
+    header_json("utf8-overlong", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xc1\xa1",'))
     entry = compact(header["w#values"])
     header_json("duplicate-stream", text[:-1] + f',"w#values":{entry}}}')
     header_json("duplicate-stream-escaped", text[:-1] + f',"w#\\u0076alues":{entry}}}')
@@ -1076,9 +1036,7 @@ def bad_names() -> None:
         file = Maker().sparse("w", [4], [1], store_base=True)
         file.whole("w#" + role, dtype, [1], data=file.streams["w#" + role][2])
         bad(f"duplicate-name--stream-{role}", file)
-    file = (
-        Maker().whole("b", "F32", [1], base=f32(2), store_base=True).whole("b#base", "F32", [1], data=f32(2))
-    )
+    file = Maker().whole("b", "F32", [1], base=f32(2), store_base=True).whole("b#base", "F32", [1], data=f32(2))
     bad("duplicate-name--whole-base", file)
     components: Json = {"unet": {}, "text": {}}
     for what, name in {
@@ -1135,9 +1093,7 @@ def bad_shared() -> None:
     mask = GOOD["masks"].file()
     MASKS["mask-file.masks"] = mask
 
-    def with_mask(
-        name: str, tensor: str, shape: Sequence[int], indices: Sequence[int], **change: Any
-    ) -> None:
+    def with_mask(name: str, tensor: str, shape: Sequence[int], indices: Sequence[int], **change: Any) -> None:
         file = Maker().set(features=["mask-file"], mask_files={"mask-file.masks": sha(mask)}).set(**change)
         bad(
             name,
@@ -1275,9 +1231,7 @@ def bad_counts() -> None:
     too_many(
         "5000-digits", Maker().sparse("w", [3, 4], range(12), "structured", values="none", more=pattern), HUGE
     )
-    too_many(
-        "above-numel", Maker().sparse("w", [3, 4], range(12), "structured", values="none", more=pattern), 13
-    )
+    too_many("above-numel", Maker().sparse("w", [3, 4], range(12), "structured", values="none", more=pattern), 13)
 
 
 def bad_digests() -> None:

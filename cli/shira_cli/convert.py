@@ -37,10 +37,17 @@ def _add_lora_to_shira(commands: Any) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("lora", type=Path, metavar="LORA", help="a LoRA: PEFT folder, or its adapter_model.safetensors or .bin")
-    add("--base", type=Path, required=True, help="the model that it adapts: a folder, a .safetensors file or an index of shards")
+    add(
+        "--base",
+        type=Path,
+        required=True,
+        help="the model that it adapts: a folder, a .safetensors file or an index of shards",
+    )
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the adapter file to write")
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--density", type=float, metavar="D", help="share of the entries to keep, in (0, 1] (default: 0.01)")
+    amount.add_argument(
+        "--density", type=float, metavar="D", help="share of the entries to keep, in (0, 1] (default: 0.01)"
+    )
     amount.add_argument("--top-k", type=int, metavar="N", help="number of entries to keep instead: per tensor, or in all with --scope global")  # fmt: skip
     add("--scope", choices=("tensor", "global"), default="tensor", help="largest entries of each tensor (default) or of all tensors together")  # fmt: skip
     add("--include", action="append", default=[], metavar="REGEX", help="convert only tensors in whose name this is found; may be repeated")  # fmt: skip

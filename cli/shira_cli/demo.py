@@ -36,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = console.parser(PROG, text, EXAMPLE)
     add = parser.add_argument
     add("--task", choices=TASKS, action="append", help="one task only (default: both)")
-    add("--density", type=float, action="append", metavar="D", help="densities to try (default: 0.01, 0.02 and 0.05)")
+    add(
+        "--density",
+        type=float,
+        action="append",
+        metavar="D",
+        help="densities to try (default: 0.01, 0.02 and 0.05)",
+    )
     add("--scope", choices=("tensor", "global"), default="tensor", help="as in shira-convert")
     add("--base", type=Path, help=f"folder of all-MiniLM-L6-v2 (default: the package {BASE_PACKAGE})")
     add("--keep", type=Path, metavar="DIR", help="keep the adapter files in this folder")
@@ -219,7 +225,9 @@ def _show(result: dict[str, Any], example: Path) -> None:
     gain = result["accuracy_lora"] - result["accuracy_base"]
     for row in result["adapters"]:
         share = (row["accuracy"] - result["accuracy_base"]) / gain if gain else float("nan")
-        print(f"{100 * row['density']:g} % keeps {share:.0%} of the accuracy that the LoRA gained on {result['texts']} texts.")
+        print(
+            f"{100 * row['density']:g} % keeps {share:.0%} of the accuracy that the LoRA gained on {result['texts']} texts."
+        )
 
 
 if __name__ == "__main__":

@@ -35,8 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="an adapter file")
     add("--sort", choices=("file", *_KEYS), default="file", help="order of the tensors: as in the file (default), name, most entries, density or bytes first, least energy kept first")  # fmt: skip
-    add("--include", action="append", default=[], metavar="REGEX", help="list only tensors in whose name this is found")
-    add("--exclude", action="append", default=[], metavar="REGEX", help="do not list tensors in whose name this is found")
+    add(
+        "--include",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="list only tensors in whose name this is found",
+    )
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="do not list tensors in whose name this is found",
+    )
     add("--verify", action="store_true", help="read everything: check all digests and every rule of the format")
     add("--base", type=Path, help="a checkpoint: does the adapter fit it, by shapes, dtypes and digests?")
     console.add_output_options(parser)
@@ -199,8 +211,7 @@ def as_text(info: dict[str, Any]) -> str:
         ("selection", _selection(info["selection"])),
         ("strength", f"{info['alpha']:g}"),
         ("undo, scale, measure", "from the file alone" if info["self_contained"] else "needs the base"),
-        ("entries", f"{console.count(totals['nnz'])} of {console.count(totals['numel'])} ({console.percent(totals['density'])}) "
-                    f"in {totals['tensors']} tensors; {totals['whole_tensors']} replaced as a whole"),
+        ("entries", _entries(totals)),
         ("bits an entry", _bits(totals)),
         *((key, str(info[key])) for key in ("license", "description") if info[key]),
     ]  # fmt: skip
@@ -208,7 +219,9 @@ def as_text(info: dict[str, Any]) -> str:
         facts.append(("verified", "all digests and rules"))
     if "base" in info:
         reasons = info["base"]["reasons"]
-        verdict = f"yes, by shapes, dtypes and digests ({info['base']['path']})" if not reasons else f"NO: {reasons[0]}"
+        verdict = (
+            f"yes, by shapes, dtypes and digests ({info['base']['path']})" if not reasons else f"NO: {reasons[0]}"
+        )
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         facts.append(("fits the base", verdict + more))
     width = max(len(key) for key, _ in facts)
@@ -255,13 +268,22 @@ def _made_from(source: dict[str, Any] | None) -> str:
 def _selection(selection: dict[str, Any] | None) -> str:
     if not selection:
         return "not said"
-    amount = f"density {selection['density']:g}" if "density" in selection else f"{selection.get('top_k', '?')} entries"
-    text = f"{selection.get('rule', '?')}, {amount}, per {selection.get('scope', '?')}".replace("per global", "over all tensors")
+    amount = (
+        f"density {selection['density']:g}" if "density" in selection else f"{selection.get('top_k', '?')} entries"
+    )
+    text = f"{selection.get('rule', '?')}, {amount}, per {selection.get('scope', '?')}".replace(
+        "per global", "over all tensors"
+    )
     if "energy_kept" in selection:
         text += f"; keeps {selection['energy_kept']:.1%} of the update's energy"
     if "relative_error" in selection:
         text += f", relative error {selection['relative_error']:.3f}"
     return text
+
+
+def _entries(totals: dict[str, Any]) -> str:
+    share = f"{console.count(totals['nnz'])} of {console.count(totals['numel'])} ({console.percent(totals['density'])})"
+    return f"{share} in {totals['tensors']} tensors; {totals['whole_tensors']} replaced as a whole"
 
 
 def _bits(totals: dict[str, Any]) -> str:

@@ -62,7 +62,9 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint | None:
         return None if found is None else open_safetensors(found)
     if path.name.endswith(_INDEX):
         weight_map = _weight_map(path)
-        return SafetensorsCheckpoint(path, [path.parent / file for file in dict.fromkeys(weight_map.values())], weight_map)
+        return SafetensorsCheckpoint(
+            path, [path.parent / file for file in dict.fromkeys(weight_map.values())], weight_map
+        )
     return SafetensorsCheckpoint(path, [path]) if path.name.endswith(_FILE) else None
 
 

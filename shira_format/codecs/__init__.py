@@ -17,7 +17,8 @@ from shira_format.codecs.varint import Varint
 
 BLOCK_SIZE = 4096  # entries a block: 16 bytes of directory for them is 0.03 bit an entry
 
-CODECS: dict[str, IndexCodec] = {codec.name: codec for codec in (Gap8(), Varint(), Structured(), Flat())}
+_ALL: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured(), Flat())
+CODECS = {codec.name: codec for codec in _ALL}
 
 __all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "Indices", "encode_smallest", "stored_bytes"]
 

@@ -38,10 +38,14 @@ class IndexCodec(Protocol):
         counted: whether the stream has exactly ``nnz`` elements.
     """
 
-    name: str
-    stream: str | None
-    blocks: bool
-    counted: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def stream(self) -> str | None: ...
+    @property
+    def blocks(self) -> bool: ...
+    @property
+    def counted(self) -> bool: ...
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
         """Bytes that ``encode`` would take, directory left out; None if this codec cannot hold these indices."""

@@ -95,7 +95,7 @@ def _list_part(part: Part, rows: int, columns: int) -> Indices:
     offset = part["offset"]
     if part["kind"] == "diagonal":
         r = np.arange(max(0, -offset), min(rows, columns - offset), dtype=np.int64)
-        return r * (columns + 1) + offset
+        return np.asarray(r * (columns + 1) + offset)
     if part["kind"] == "rows":
         starts = np.arange(offset, rows, part["step"], dtype=np.int64) * columns
         return (starts[:, None] + np.arange(columns, dtype=np.int64)).ravel()

@@ -214,7 +214,9 @@ class AdapterFile:
         stream = self.streams[name]
         if stream.dtype not in dtypes or len(stream.shape) != len(shape or (0,)):
             wanted = "/".join(sorted(dtypes))
-            raise FormatError("stream-dtype", f"{stream.dtype}{list(stream.shape)}, expected {wanted}", tensor=name)
+            raise FormatError(
+                "stream-dtype", f"{stream.dtype}{list(stream.shape)}, expected {wanted}", tensor=name
+            )
         if shape is not None and stream.shape != shape:
             raise FormatError(rule, f"shape {list(stream.shape)}, expected {list(shape)}", tensor=name)
 

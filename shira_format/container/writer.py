@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -92,7 +92,7 @@ class AdapterWriter:
         self._whole: list[dict[str, Any]] = []
         self._seen: dict[tuple[Any, ...], str] = {}
 
-    def __enter__(self) -> AdapterWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

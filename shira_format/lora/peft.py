@@ -159,9 +159,13 @@ class _Reader:
         needed = [f"{module}.weight" for module in self.factors]
         rename, words = match_names(needed, self.base, self.path)
         return Lora(
-            updates=[self._update(module, pair, rename(f"{module}.weight")) for module, pair in self.factors.items()],
+            updates=[
+                self._update(module, pair, rename(f"{module}.weight")) for module, pair in self.factors.items()
+            ],
             whole=dict(self._replacement(name, array, rename(name)) for name, array in self.plain.items()),
-            additions=dict(self._addition(module, bias, rename(f"{module}.bias")) for module, bias in self.biases.items()),
+            additions=dict(
+                self._addition(module, bias, rename(f"{module}.bias")) for module, bias in self.biases.items()
+            ),
             source=self._source(),
             base_model=self._base_model(),
             files=files,
@@ -174,7 +178,9 @@ class _Reader:
             raise SourceError(f"{self.path}: unmatched key {key!r}: it does not start with {PREFIX!r}")
         if not is_float(array.dtype):
             raise SourceError(f"{self.path}: {key!r} is of dtype {array.dtype}, not a float")
-        if not np.isfinite(array.astype(np.float64) if array.dtype.itemsize == 8 else array.astype(np.float32)).all():
+        if not np.isfinite(
+            array.astype(np.float64) if array.dtype.itemsize == 8 else array.astype(np.float32)
+        ).all():
             raise SourceError(f"{self.path}: {key!r} holds NaN or Inf")
         if match := _FACTOR.fullmatch(name):
             # A second target on one module nests: "base_layer" inside the name would be another parameter.
@@ -186,7 +192,9 @@ class _Reader:
             else:
                 raise SourceError(f"{self.path}: unmatched key {key!r}: lora_bias is not set")
         elif _OTHER_LORA.search(name):
-            raise SourceError(f"{self.path}: unmatched key {key!r}: embeddings, convolutions and DoRA are not read")
+            raise SourceError(
+                f"{self.path}: unmatched key {key!r}: embeddings, convolutions and DoRA are not read"
+            )
         else:
             self.plain[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = array
 
@@ -261,8 +269,19 @@ class _Reader:
         return name, bias.astype(np.float32) * np.float32(self._scale(module))
 
     def _source(self) -> dict[str, Any]:
-        keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "modules_to_save", "peft_version")
-        return {"kind": "lora", "dialect": "peft"} | {key: self.config[key] for key in keys if self.config.get(key)}
+        keys = (
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "rank_pattern",
+            "alpha_pattern",
+            "bias",
+            "modules_to_save",
+            "peft_version",
+        )
+        return {"kind": "lora", "dialect": "peft"} | {
+            key: self.config[key] for key in keys if self.config.get(key)
+        }
 
     def _base_model(self) -> dict[str, Any]:
         wanted = {"id": self.config.get("base_model_name_or_path"), "revision": self.config.get("revision")}
