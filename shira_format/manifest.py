@@ -21,6 +21,7 @@ MAJOR = 1
 METADATA_KEY = "shira"
 FEATURES = frozenset({"mask-file"})
 DIGEST = "sha256"
+ROLES = ("indices", "blocks", "values", "base")
 
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -176,7 +177,7 @@ def _sparse(item: Any) -> SparseEntry:
     _check_indices(indices, name)
     entry = SparseEntry(
         name, tuple(shape), dtype, nnz, cast(Meaning, values), indices,
-        _digests(item, name), _flag(item, "base_values", name), item,
+        _digests(item, name, ROLES), _flag(item, "base_values", name), item,
     )  # fmt: skip
     _check_digests(entry)
     return entry
@@ -223,7 +224,7 @@ def _whole(item: Any) -> WholeEntry:
     if not isinstance(item, dict):
         raise FormatError("manifest-schema", "an item of 'whole' is not an object")
     name = _need(item, "name", str, None)
-    entry = WholeEntry(name, _digests(item, name), _flag(item, "base_values", name), item)
+    entry = WholeEntry(name, _digests(item, name, ("values", "base")), _flag(item, "base_values", name), item)
     needed = {"values", "base"} if entry.base_values else {"values"}
     if missing := needed - entry.digests.keys():
         raise FormatError("manifest-schema", f"digests lack {', '.join(sorted(missing))}", tensor=name)
@@ -267,6 +268,8 @@ def _components(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _check_provenance(raw: Mapping[str, Any]) -> None:
     """Types only: nothing here changes how the file is read."""
     _number(raw, "alpha", None)
+    if "alpha" in raw and not _finite(raw["alpha"]):
+        raise FormatError("manifest-schema", "'alpha' is not a finite number")
     for key in ("license", "writer", "description"):
         _optional(raw, key, str)
     _check_base_model(raw)
@@ -333,8 +336,8 @@ def _strings(raw: Mapping[str, Any], key: str, *, required: bool = False) -> lis
 
 
 def _number(raw: Mapping[str, Any], key: str, tensor: str | None) -> None:
-    if key in raw and (type(raw[key]) not in (int, float) or not _finite(raw[key])):
-        raise FormatError("manifest-schema", f"{key!r} is not a finite number", tensor=tensor)
+    if key in raw and type(raw[key]) not in (int, float):
+        raise FormatError("manifest-schema", f"{key!r} is not a number", tensor=tensor)
 
 
 def _finite(value: float) -> bool:
@@ -352,9 +355,9 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and bool(_DIGEST.fullmatch(value))
 
 
-def _digests(raw: Mapping[str, Any], tensor: str) -> dict[str, str]:
+def _digests(raw: Mapping[str, Any], tensor: str, roles: tuple[str, ...]) -> dict[str, str]:
     digests = cast(dict[str, Any], _need(raw, "digests", dict, tensor))
-    for role in ("indices", "blocks", "values", "base"):
+    for role in roles:
         if role in digests and not _is_digest(digests[role]):
             raise FormatError("manifest-schema", f"the digest of {role} is not 64 hex digits", tensor=tensor)
     return digests

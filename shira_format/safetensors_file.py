@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class SafetensorsFile(Mapping[str, Stream]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file = open(self.path, "rb")  # noqa: SIM115 - lives as long as the object
+        weakref.finalize(self, self._file.close)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             self._start, header = self._read_header()
@@ -83,7 +85,10 @@ class SafetensorsFile(Mapping[str, Stream]):
         text = self._file.read(length)
         if not text.startswith(b"{"):
             raise FormatError("header-json", "the header does not start with '{'")
-        return 8 + length, parse_object(text.rstrip(b" "), "header-json")
+        text = text.rstrip(b" ")
+        if not text.endswith(b"}"):
+            raise FormatError("header-json", "something other than spaces follows the header's object")
+        return 8 + length, parse_object(text, "header-json")
 
     def __getitem__(self, name: str) -> Stream:
         return self._streams[name]
@@ -127,7 +132,10 @@ class SafetensorsFile(Mapping[str, Stream]):
 
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:
     flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
-    return frozen(flat.reshape(stream.shape))
+    try:
+        return frozen(flat.reshape(stream.shape))
+    except ValueError as error:  # no elements, but dimensions that numpy cannot multiply
+        raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
@@ -200,7 +208,7 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
 
     def integer(digits: str) -> int:
         # Python refuses to parse very long integers. Whatever it was, it is beyond every limit of the format.
-        return int(digits[:40])
+        return int(digits[:400])
 
     try:
         parsed = json.loads(

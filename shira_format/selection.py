@@ -181,7 +181,13 @@ def usable_cores() -> int:
 
 
 def _energy(values: Array) -> float:
-    return float(np.dot(values, values))
+    """The sum of squares, in the values' own type unless it leaves that type's normal range."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        energy = float(np.dot(values, values))
+    if not 1e-30 < energy < 1e30:  # squares may have vanished, or overflowed; or there is a NaN, which stays
+        wide = values.astype(np.float64)
+        energy = float(np.dot(wide, wide))
+    return energy
 
 
 def _check_energy(update: Update, energy: float) -> None:

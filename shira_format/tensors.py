@@ -82,6 +82,8 @@ class SparseTensor:
         Raises:
             FormatError: a rule of the format is broken; ``rule`` says which.
         """
+        if meaning not in ("target", "delta", "none"):
+            raise FormatError("manifest-schema", f"meaning {meaning!r}", tensor=name)
         set_ = object.__setattr__
         set_(self, "name", name)
         set_(self, "shape", tuple(int(n) for n in shape))
@@ -213,28 +215,30 @@ class SparseTensor:
         """
         work = working_dtype(self.dtype)
         if self.meaning == "delta":
-            return self.values.astype(work)
+            with np.errstate(over="ignore", invalid="ignore"):  # a float64 delta of a narrower weight
+                return self.values.astype(work)
         found = self.base if base is None else self.checked_base(base)
         if found is None:
             raise BaseRequired(
                 f"tensor {self.name!r} holds target values without those of the base: pass the base weight, "
                 "or convert with --self-contained"
             )
-        return np.asarray(self.values.astype(work) - found.astype(work))
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
+            return np.asarray(self.values.astype(work) - found.astype(work))
 
     def applied(self, base: Array, alpha: float = 1.0) -> Array:
         """The entries' new values at strength ``alpha``, ``[nnz]`` in ``base.dtype`` (spec, section 4.1).
 
         ``base`` holds the base's values at the entries, ``[nnz]``; see :meth:`checked_base`.
         """
-        if alpha == 0:
-            return base.copy()
-        if self.meaning == "target" and alpha == 1:
-            return self.values
         work = working_dtype(base.dtype)
-        strength = work.type(alpha)
-        start = base.astype(work)
         with np.errstate(over="ignore", invalid="ignore"):  # overflow has a defined result
+            strength = work.type(alpha)
+            if strength == 0:
+                return base.copy()
+            if self.meaning == "target" and strength == 1:
+                return self.values
+            start = base.astype(work)
             step = self.values.astype(work)
             if self.meaning == "target":
                 step -= start
@@ -286,18 +290,33 @@ class WholeTensor:
 
     __slots__ = ("base", "base_digest", "name", "values")
 
+    name: str
+    values: Array
+    base: Array | None
+    base_digest: str | None
+
     def __init__(self, name: str, values: Any, *, base: Any = None, base_digest: str | None = None) -> None:
-        self.name = name
-        self.values = frozen(as_array(values))
+        set_ = object.__setattr__
+        set_(self, "name", name)
+        set_(self, "values", frozen(as_array(values)))
         dtype_name(self.values.dtype)
-        self.base = None if base is None else frozen(as_array(base))
+        set_(self, "base", None if base is None else frozen(as_array(base)))
         if self.base is not None:
             if self.base.dtype != self.values.dtype:
                 raise FormatError("stream-dtype", "base of another dtype", tensor=name)
             if self.base.shape != self.values.shape:
                 raise FormatError("count-mismatch", "base of another shape", tensor=name)
             base_digest = digest(self.base)
-        self.base_digest = base_digest
+        set_(self, "base_digest", base_digest)
+
+    def __setattr__(self, key: str, value: object) -> None:
+        raise AttributeError(f"WholeTensor is immutable; cannot set {key}")
+
+    def __delattr__(self, key: str) -> None:
+        raise AttributeError(f"WholeTensor is immutable; cannot delete {key}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_whole, (self.name, self.values, self.base, self.base_digest)
 
     def check_base(self, weight: Any) -> None:
         """Raise BaseMismatch if the base's tensor is known and ``weight`` is not that tensor."""
@@ -322,6 +341,10 @@ class WholeTensor:
 
     def __repr__(self) -> str:
         return f"WholeTensor({self.name!r}, shape={list(self.values.shape)}, dtype={self.values.dtype})"
+
+
+def _rebuild_whole(name: str, values: Any, base: Any, seen: Any) -> WholeTensor:
+    return WholeTensor(name, values, base=base, base_digest=seen)
 
 
 def same_bits(a: Array | None, b: Array | None) -> bool:

@@ -32,7 +32,8 @@ def make_blocks(indices: Indices, ends: npt.NDArray[np.int64], block_size: int) 
 def check_blocks(blocks: Indices, indices: Indices, is_end: npt.NDArray[np.bool_], block_size: int) -> None:
     """Raise unless the directory says the truth about decoded ``indices`` and the last bytes of their codes."""
     offsets = blocks[:, 1]
-    if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= is_end.size:
+    # Compared, not subtracted: a difference of hostile offsets could overflow.
+    if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any() or offsets[-1] >= is_end.size:
         raise FormatError("block-directory", "offsets do not rise from 0 within the stream")
     counts = np.add.reduceat(is_end, offsets, dtype=np.int64)
     lies = np.flatnonzero((counts[:-1] != block_size) | ~is_end[offsets[1:] - 1])

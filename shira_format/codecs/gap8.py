@@ -59,7 +59,7 @@ class Gap8:
             # A byte v < 255 moves on by v + 1, a byte of 255 by 255; the entry is where the move ends.
             moves = np.cumsum(stream[start : start + CHUNK] + ends.astype(np.uint8), dtype=np.int32)
             entries = moves[ends]
-            np.add(entries, at, out=indices[done : done + entries.size])
+            np.add(entries, at, out=indices[done : done + entries.size], dtype=np.int64)
             done += entries.size
             at += int(moves[-1])
         if blocks is not None:

@@ -88,7 +88,12 @@ def part_size(part: Part, rows: int, columns: int) -> int:
     if part["kind"] == "diagonal":
         return int(min(rows, columns - offset) - max(0, -offset))
     along, across = (rows, columns) if part["kind"] == "rows" else (columns, rows)
-    return int(len(range(offset, along, part["step"])) * across)
+    return _ceil_div(along - offset, part["step"]) * across
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """Exact at any size; ``len(range(..))`` fails from 2^63 on."""
+    return -(-a // b)
 
 
 def _list_part(part: Part, rows: int, columns: int) -> Indices:
@@ -169,6 +174,7 @@ def _regular_lines(kind: str, where: Indices, along: int, across: int) -> Part |
         return None
     # A single line is the pattern whose next line would lie outside.
     step, offset = int(full[1] - full[0]) if full.size > 1 else along, int(full[0])
-    if offset >= step or not np.array_equal(full, np.arange(offset, along, step)):
+    regular = full.size == _ceil_div(along - offset, step) and bool((np.diff(full) == step).all())
+    if offset >= step or not regular:
         return None
     return {"kind": kind, "step": step, "offset": offset}

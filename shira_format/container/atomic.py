@@ -17,7 +17,7 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     It is written under a hidden name in the same folder, flushed to disk and renamed; on any exception, Ctrl-C
     included, it is removed and ``path`` is as it was.
     """
-    hidden = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    hidden = path.with_name(f".{path.name[:48]}.{secrets.token_hex(6)}.tmp")
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
     try:
         with open(os.open(hidden, flags, 0o666), "wb") as file:

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -84,6 +85,7 @@ class AdapterWriter:
         self.path = Path(path)
         self.manifest = dict(manifest or {})
         self._masks = AdapterFile(masks) if masks is not None else None
+        self._open = ExitStack()
         self._block_size = block_size
         self._spools: dict[int, IO[bytes]] = {}
         self._sizes: dict[int, int] = {}
@@ -104,8 +106,9 @@ class AdapterWriter:
         except FormatError as bad:
             raise bad.at(file=self.path) from None
         finally:
-            for spool in self._spools.values():
-                spool.close()
+            if self._masks is not None:
+                self._masks.streams.close()
+            self._open.close()
 
     def add(self, tensor: SparseTensor, notes: Mapping[str, Any] | None = None) -> int:
         """Write one sparse tensor; returns the bytes that its streams take.
@@ -115,8 +118,13 @@ class AdapterWriter:
             notes: more keys for its item in the manifest, such as ``energy_kept``.
 
         Raises:
-            FormatError: a name that is not allowed or not new.
+            FormatError: a name that is not allowed or not new, or targets of which nothing tells the base. Nothing
+                of the tensor is kept then, and others may follow.
         """
+        with self._whole_or_not():
+            return self._add(tensor, notes)
+
+    def _add(self, tensor: SparseTensor, notes: Mapping[str, Any] | None) -> int:
         check_name(tensor.name, None)
         before = sum(self._sizes.values())
         item: dict[str, Any] = {
@@ -142,7 +150,11 @@ class AdapterWriter:
         return sum(self._sizes.values()) - before
 
     def add_whole(self, tensor: WholeTensor, notes: Mapping[str, Any] | None = None) -> None:
-        """Write one whole tensor."""
+        """Write one whole tensor; see :meth:`add`."""
+        with self._whole_or_not():
+            self._add_whole(tensor, notes)
+
+    def _add_whole(self, tensor: WholeTensor, notes: Mapping[str, Any] | None) -> None:
         check_name(tensor.name, None)
         digests = {"values": self._spool(tensor.name, tensor.values)}
         item: dict[str, Any] = {"name": tensor.name, "digests": digests}
@@ -152,6 +164,23 @@ class AdapterWriter:
             self._spool(stream_name(tensor.name, "base"), tensor.base)
             item["base_values"] = True
         self._whole.append(item | _others(notes, _DERIVED_OF_TENSOR))
+
+    @contextmanager
+    def _whole_or_not(self) -> Iterator[None]:
+        """On an exception, forget what was spooled in the block: no stream may be left without a tensor."""
+        streams, seen, sizes = len(self._streams), len(self._seen), dict(self._sizes)
+        try:
+            yield
+        except BaseException:
+            while len(self._streams) > streams:
+                self._streams.popitem()
+            while len(self._seen) > seen:
+                self._seen.popitem()
+            for size, spool in self._spools.items():
+                self._sizes[size] = sizes.get(size, 0)
+                spool.seek(self._sizes[size])
+                spool.truncate()
+            raise
 
     def _add_indices(self, tensor: SparseTensor, digests: dict[str, str]) -> dict[str, Any]:
         if self._masks is not None and self._in_mask_file(tensor):
@@ -187,7 +216,8 @@ class AdapterWriter:
             raise FormatError("duplicate-name", f"the stream name {name!r} occurs twice", tensor=name)
         size = array.dtype.itemsize
         if size not in self._spools:
-            self._spools[size] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed on exit
+            spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed on exit
+            self._spools[size] = self._open.enter_context(spool)
             self._sizes[size] = 0
         raw = bits(array)
         self._spools[size].write(raw.data)

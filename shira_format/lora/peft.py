@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
             raise SourceError(f"{path}: {key} must map module names to numbers")
+    if not _is_names(config.get("modules_to_save") or []):
+        raise SourceError(f"{path}: modules_to_save must be a list of names")
     return config
 
 
@@ -109,7 +113,14 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _read_weights(path: Path) -> Mapping[str, Array]:
@@ -127,17 +138,29 @@ def _read_bin(path: Path) -> Mapping[str, Array]:
     import pickle
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has opinions on old files; it reads them or raises
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SourceError(
-            f"{path}: refused: the pickle holds more than tensors, and unpickling could run code "
-            f"({str(error).splitlines()[0]})"
+            f"{path}: refused: the pickle holds more than tensors, and unpickling could run code ({_first_line(error)})"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise SourceError(f"{path}: not a PyTorch file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file ends in about any exception
+        raise SourceError(f"{path}: not a PyTorch file: {_first_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise SourceError(f"{path}: not a mapping from names to tensors")
-    return {str(name): as_array(value) for name, value in state.items()}
+    return {str(name): _dense(path, str(name), value) for name, value in state.items()}
+
+
+def _dense(path: Path, name: str, tensor: Any) -> Array:
+    try:
+        return as_array(tensor)
+    except (TypeError, RuntimeError) as error:  # sparse, without data, or of a dtype that numpy cannot take over
+        raise SourceError(f"{path}: {name!r} is not read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Reader:
@@ -150,14 +173,18 @@ class _Reader:
         self.factors: dict[str, dict[str, Array]] = {}
         self.plain: dict[str, Array] = {}
         self.biases: dict[str, Array] = {}
+        self._rename: Callable[[str], str] = str
 
     def read(self, files: list[Path]) -> Lora:
         for key, array in _read_weights(self.path).items():
             self._sort(key, array)
         if not self.factors:
             raise SourceError(f"{self.path}: no key ends in lora_A.weight and lora_B.weight: not a LoRA")
-        needed = [f"{module}.weight" for module in self.factors]
-        rename, words = match_names(needed, self.base, self.path)
+        needed = {f"{module}.weight": None for module in self.factors}.keys()
+        self._rename, words = match_names(needed, self.base, self.path)
+        rename = self._rename
+        for name in needed & self.plain.keys():
+            self._check_own_base(name, self.plain.pop(name), rename(name))
         return Lora(
             updates=[
                 self._update(module, pair, rename(f"{module}.weight")) for module, pair in self.factors.items()
@@ -197,6 +224,15 @@ class _Reader:
             )
         else:
             self.plain[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = array
+
+    def _check_own_base(self, name: str, array: Array, base_name: str) -> None:
+        """PEFT saves the weight under an adapted ``lm_head``, too: it must be that of the base, maybe rounded."""
+        weight = self.base[base_name]
+        if weight.shape != array.shape or not np.array_equal(weight.astype(array.dtype), array):
+            raise SourceError(
+                f"{self.path}: {name!r} lies below its LoRA and is not the base's {base_name!r} (resized or trained): "
+                "merge the LoRA with PEFT and convert the full checkpoint"
+            )
 
     def _update(self, module: str, pair: Mapping[str, Array], name: str) -> LowRank:
         if pair.keys() != {"lora_A", "lora_B"}:
@@ -239,7 +275,14 @@ class _Reader:
         """
         shape = self.base.shape(name)
         if shape == update == update[::-1]:
-            return bool(self.config.get("fan_in_fan_out"))
+            transposed = bool(self.config.get("fan_in_fan_out"))
+            # PEFT leaves the option as the last adapted layer set it, so other layers can prove it wrong.
+            if (not transposed) in self._orientations:
+                raise SourceError(
+                    f"{self.path}: {module!r} updates a square weight, and other layers are not stored as "
+                    f"fan_in_fan_out={transposed} says (Conv1D or Linear): nothing tells how this one is"
+                )
+            return transposed
         if shape == update:
             return False
         if shape == update[::-1]:
@@ -247,6 +290,30 @@ class _Reader:
         raise SourceError(
             f"{self.path}: {module!r} updates a weight of shape {list(update)}, the base's {name!r} has {list(shape)}"
         )
+
+    @cached_property
+    def _orientations(self) -> set[bool]:
+        """Which ways of storing weights this LoRA and its base surely have: ``[out, in]`` (False), ``[in, out]`` (True).
+
+        A layer that is not square tells by its shape, or, where it is not adapted, by the length of its bias.
+        """
+        found = set()
+        for module, pair in self.factors.items():
+            if len(pair) == 2 and all(factor.ndim == 2 for factor in pair.values()):
+                update = (pair["lora_B"].shape[0], pair["lora_A"].shape[1])
+                shape = self.base.shape(self._rename(f"{module}.weight"))
+                if update != update[::-1] and shape in (update, update[::-1]):
+                    found.add(shape != update)
+        for name in self.base:
+            shape, bias = self.base.shape(name), f"{name.removesuffix('weight')}bias"
+            if (
+                len(shape) == 2
+                and shape[0] != shape[1]
+                and bias in self.base
+                and self.base.shape(bias) == shape[1:]
+            ):
+                found.add(True)
+        return found
 
     def _replacement(self, name: str, array: Array, base_name: str) -> tuple[str, Array]:
         saved = self.config.get("modules_to_save") or []

@@ -1,0 +1,283 @@
+"""The index codecs against plain reference coders, and the sizes that the format promises."""
+
+# ruff: noqa: SIM300 - the expected value comes first
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from shira_format import FormatError
+from shira_format.codecs import BLOCK_SIZE, CODECS, Encoded, Indices, encode_smallest, stored_bytes
+from shira_format.codecs.structured import MAX_LISTED, find_pattern, list_pattern, part_size
+from shira_format.tensors import MAX_NUMEL, matrix_view, numel
+from tests.strategies import HUGE_SHAPES, Part, Shape, masks, pattern_indices, patterns, small_shapes
+
+SHAPES = small_shapes() | st.sampled_from(HUGE_SHAPES)
+BLOCK_SIZES = st.sampled_from([16, 17, 64, BLOCK_SIZE])
+
+
+@st.composite
+def indexed(draw: st.DrawFn) -> tuple[Indices, Shape]:
+    shape = draw(SHAPES)
+    return draw(masks(shape)), shape
+
+
+def decode(encoded: Encoded, shape: Shape, nnz: int) -> Indices:
+    codec = CODECS[encoded.params["codec"]]
+    return codec.decode(encoded.params, encoded.stream, encoded.blocks, shape, nnz)
+
+
+def can_hold(name: str, indices: Indices, shape: Shape) -> bool:
+    """gap8 writes a byte for every 255 positions: not for a few entries of a huge tensor."""
+    size = CODECS[name].size(indices, shape)
+    return size is not None and size < 1 << 20
+
+
+def gaps(indices: Iterable[int]) -> list[int]:
+    before, found = -1, []
+    for index in indices:
+        found.append(index - before - 1)
+        before = index
+    return found
+
+
+def gap8_code(gap: int) -> bytes:
+    return b"\xff" * (gap // 255) + bytes([gap % 255])
+
+
+def varint_code(gap: int) -> bytes:
+    code = bytearray()
+    while gap >= 128:
+        code.append(gap % 128 + 128)
+        gap //= 128
+    return bytes([*code, gap])
+
+
+REFERENCE: dict[str, Callable[[int], bytes]] = {"gap8": gap8_code, "varint": varint_code}
+
+
+def reference_blocks(codes: list[bytes], indices: list[int], block_size: int) -> list[list[int]] | None:
+    if len(indices) <= block_size:
+        return None
+    return [[indices[k], sum(map(len, codes[:k]))] for k in range(0, len(indices), block_size)]
+
+
+@given(indexed(), BLOCK_SIZES)
+def test_every_codec_gives_back_what_it_was_given(case: tuple[Indices, Shape], block_size: int) -> None:
+    indices, shape = case
+    for name, codec in CODECS.items():
+        if can_hold(name, indices, shape):
+            encoded = codec.encode(indices, shape, block_size)
+            assert name == encoded.params["codec"]
+            assert indices.tolist() == decode(encoded, shape, indices.size).tolist()
+            assert np.int64 == decode(encoded, shape, indices.size).dtype
+            if name != "structured":
+                expected = 0 if encoded.stream is None else encoded.stream.nbytes
+                assert expected == codec.size(indices, shape)
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE))
+@given(case=indexed(), block_size=BLOCK_SIZES)
+def test_gap_codecs_equal_the_reference(name: str, case: tuple[Indices, Shape], block_size: int) -> None:
+    indices, shape = case
+    if not can_hold(name, indices, shape):
+        indices = indices[:0]
+    codes = [REFERENCE[name](gap) for gap in gaps(indices.tolist())]
+    encoded = CODECS[name].encode(indices, shape, block_size)
+    assert encoded.stream is not None
+    assert b"".join(codes) == encoded.stream.tobytes()
+    blocks = None if encoded.blocks is None else encoded.blocks.tolist()
+    assert reference_blocks(codes, indices.tolist(), block_size) == blocks
+    assert {"codec": name, "block_size": block_size} == encoded.params
+
+
+@pytest.mark.parametrize("k", range(54))
+def test_varint_at_every_power_of_two(k: int) -> None:
+    shape = (MAX_NUMEL,)
+    for first in {2**k - 1, 2**k, 2**k + 1}:
+        if first < MAX_NUMEL:
+            indices = np.array([first], np.int64)
+            encoded = CODECS["varint"].encode(indices, shape, BLOCK_SIZE)
+            assert encoded.stream is not None
+            assert varint_code(first) == encoded.stream.tobytes()
+            assert [first] == decode(encoded, shape, 1).tolist()
+
+
+@pytest.mark.parametrize("gap", [0, 1, 126, 127, 128, 253, 254, 255, 256, 509, 510, 511, 65535, 65536])
+@pytest.mark.parametrize("name", sorted(REFERENCE))
+def test_gaps_at_the_edges_of_a_code(name: str, gap: int) -> None:
+    indices = np.cumsum(np.array([gap, gap, 0, gap], np.int64) + 1) - 1
+    encoded = CODECS[name].encode(indices, (10**6,), 16)
+    assert encoded.stream is not None
+    assert b"".join(REFERENCE[name](g) for g in [gap, gap, 0, gap]) == encoded.stream.tobytes()
+    assert indices.tolist() == decode(encoded, (10**6,), 4).tolist()
+
+
+def test_gap8_beyond_two_to_the_31() -> None:
+    size = 2**31 + 2**20
+    indices = np.array([7, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 300, size - 1], np.int64)
+    encoded = CODECS["gap8"].encode(indices, (size,), BLOCK_SIZE)
+    assert indices.tolist() == decode(encoded, (size,), indices.size).tolist()
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE))
+def test_long_streams_cross_every_chunk(name: str) -> None:
+    random = np.random.default_rng(3)
+    indices = np.flatnonzero(random.random(3_000_000) < 0.02).astype(np.int64)
+    encoded = CODECS[name].encode(indices, (3000, 1000), 16)
+    assert np.array_equal(indices, decode(encoded, (3000, 1000), indices.size))
+
+
+@given(indexed(), BLOCK_SIZES)
+def test_the_smallest_is_never_larger_than_any(case: tuple[Indices, Shape], block_size: int) -> None:
+    indices, shape = case
+    encoded = encode_smallest(indices, shape, block_size)
+    assert indices.tolist() == decode(encoded, shape, indices.size).tolist()
+    sizes = {name: codec.size(indices, shape) for name, codec in CODECS.items()}
+    chosen = sizes[encoded.params["codec"]]
+    assert chosen is not None
+    assert chosen <= min(size for size in sizes.values() if size is not None)
+    assert encoded.stream_bytes - (0 if encoded.blocks is None else encoded.blocks.nbytes) <= 8 * indices.size
+    assert encode_smallest(indices, shape).stream_bytes <= 8 * indices.size
+
+
+def test_ties_go_to_the_first_codec() -> None:
+    assert encode_smallest(np.empty(0, np.int64), (4, 4)).params["codec"] == "gap8"
+    assert encode_smallest(np.array([0, 2, 5], np.int64), (4, 4)).params["codec"] == "gap8"
+
+
+def test_one_percent_costs_under_nine_bits() -> None:
+    random = np.random.default_rng(0)
+    shape = (4096, 4096)
+    indices = np.sort(random.choice(numel(shape), numel(shape) // 100, replace=False)).astype(np.int64)
+    encoded = encode_smallest(indices, shape)
+    assert encoded.params["codec"] == "gap8"
+    assert encoded.blocks is not None
+    assert stored_bytes(encoded) * 8 / indices.size <= 8.8
+
+
+def test_ten_entries_in_half_a_billion_cost_under_100_bytes() -> None:
+    shape = (500_000, 1000)
+    indices = np.sort(np.random.default_rng(1).integers(0, numel(shape), 10))
+    encoded = encode_smallest(indices, shape)
+    assert encoded.params["codec"] == "varint"
+    assert stored_bytes(encoded) < 100
+
+
+@st.composite
+def structured(draw: st.DrawFn) -> tuple[list[Part], Shape]:
+    """Patterns in matrices where a few diagonals and columns cannot fill a line by chance."""
+    shape = draw(st.sampled_from([(24, 31), (40, 25), (30, 5, 6), (64, 64), (23, 2, 3, 4)]))
+    return draw(patterns(shape).filter(bool)), shape
+
+
+@settings(max_examples=300)
+@given(structured())
+@example(([{"kind": "rows", "step": 2, "offset": 1}, {"kind": "columns", "step": 2, "offset": 0}], (24, 31)))
+@example(([{"kind": "diagonal", "offset": k} for k in (-23, 0, 30)], (24, 31)))
+def test_unions_of_lines_and_diagonals_are_found(case: tuple[list[Part], Shape]) -> None:
+    pattern, shape = case
+    indices = pattern_indices(pattern, shape)
+    found = find_pattern(indices, shape)
+    assert found is not None
+    assert len(found) <= len(pattern)
+    assert indices.tolist() == list_pattern(found, shape, indices.size).tolist()
+    rows, columns = matrix_view(shape)
+    for part in found:
+        assert pattern_indices([part], shape).size == part_size(part, rows, columns)
+    if indices.size > 1000:  # then the pattern is smaller than any stream
+        assert encode_smallest(indices, shape).params["codec"] == "structured"
+
+
+@given(structured(), st.data())
+def test_an_entry_more_or_less_is_not_structured(case: tuple[list[Part], Shape], data: st.DataObject) -> None:
+    pattern, shape = case
+    indices = pattern_indices(pattern, shape)
+    changed = np.setxor1d(indices, [data.draw(st.integers(0, numel(shape) - 1))]).astype(np.int64)
+    found = find_pattern(changed, shape)
+    if found is not None:  # short diagonals are structured again
+        assert changed.tolist() == list_pattern(found, shape, changed.size).tolist()
+
+
+@pytest.mark.parametrize("shape", [(1000, 1000), (100, 10_000), (1, 5000), (5000,), (10_000, 3)])
+def test_random_masks_are_not_structured(shape: Shape) -> None:
+    random = np.random.default_rng(5)
+    for density in (0.01, 0.3):
+        indices = np.flatnonzero(random.random(numel(shape)) < density).astype(np.int64)
+        found = find_pattern(indices, shape)
+        assert found is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern", "nnz", "rule"),
+    [
+        ((3, 4), [{"kind": "rows", "step": 0, "offset": 0}], 4, "pattern"),
+        ((3, 4), [{"kind": "rows", "step": 4, "offset": 3}], 4, "pattern"),
+        ((3, 4), [{"kind": "columns", "step": 2, "offset": 2}], 4, "pattern"),
+        ((3, 4), [{"kind": "columns", "step": 2, "offset": -1}], 4, "pattern"),
+        ((3, 4), [{"kind": "diagonal", "offset": 4}], 4, "pattern"),
+        ((3, 4), [{"kind": "diagonal", "offset": -3}], 4, "pattern"),
+        ((3, 4), [{"kind": "diagonal", "offset": 0}] * 9, 3, "pattern"),
+        ((3, 4), [{"kind": "diagonal", "offset": 0}], 2, "count-mismatch"),
+        ((3, 4), [{"kind": "diagonal", "offset": 0}], 4, "count-mismatch"),
+        ((3, 4), [], 1, "count-mismatch"),
+        ((2**27, 2**26 - 1), [{"kind": "rows", "step": 1, "offset": 0}], 5, "count-mismatch"),
+        ((2**20, 2**20), [{"kind": "rows", "step": 2**8, "offset": 0}], MAX_LISTED * 2, "count-mismatch"),
+        ((2**64 - 1, 0), [{"kind": "rows", "step": 1, "offset": 0}], 1, "count-mismatch"),
+        ((0, 4), [{"kind": "diagonal", "offset": 0}], 0, "pattern"),
+    ],
+)
+def test_patterns_are_refused(shape: Shape, pattern: list[Part], nnz: int, rule: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        list_pattern(pattern, shape, nnz)
+    assert rule == caught.value.rule
+
+
+@pytest.mark.parametrize("shape", [(2**64 - 1, 0), (0, 2**64 - 1), (2**70, 0, 3)])
+def test_lines_without_elements_are_empty(shape: Shape) -> None:
+    kind = "columns" if shape[0] == 0 else "rows"
+    assert list_pattern([{"kind": kind, "step": 1, "offset": 0}], shape, 0).tolist() == []
+
+
+def test_offsets_whose_differences_overflow_are_refused() -> None:
+    indices = np.arange(80, dtype=np.int64)
+    for name in ("gap8", "varint"):
+        encoded = CODECS[name].encode(indices, (80,), 16)
+        assert encoded.blocks is not None
+        encoded.blocks[:, 1] = [0, 2**63 - 1, -(2**63), -1, 5]
+        with pytest.raises(FormatError) as caught:
+            decode(encoded, (80,), 80)
+        assert caught.value.rule == "block-directory"
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[bytes, int]:
+    """Streams that are often wrong: random bytes, or codes that were cut, extended or changed."""
+    codes = draw(
+        st.lists(st.sampled_from([b"\x00", b"\x05", b"\xff", b"\x80", b"\x81\x00", b"\xff\x7f"]), max_size=12)
+    )
+    return b"".join(codes) + draw(st.binary(max_size=12)), draw(st.integers(0, 14))
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE))
+@settings(max_examples=300)
+@given(case=streams(), size=st.sampled_from([1, 300, 2**40, MAX_NUMEL]))
+def test_any_stream_is_decoded_to_its_only_meaning_or_refused(
+    name: str, case: tuple[bytes, int], size: int
+) -> None:
+    stream, nnz = case
+    nnz = min(nnz, size)
+    params = {"codec": name, "block_size": BLOCK_SIZE}
+    try:
+        found = CODECS[name].decode(params, np.frombuffer(stream, np.uint8), None, (size,), nnz)
+    except FormatError as error:
+        assert error.rule in {"stream-truncated", "stream-trailing", "varint", "out-of-range"}
+        return
+    assert nnz == found.size
+    assert np.all(np.diff(found) > 0)
+    assert stream == b"".join(REFERENCE[name](gap) for gap in gaps(found.tolist()))
