@@ -1,0 +1,378 @@
+"""The library against the plain reader: files that the library wrote, and manifests that were changed at random."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from shira_format import Adapter, FormatError, load, save
+from shira_format.codecs import CODECS, Indices
+from shira_format.dtypes import dtype_name
+from spec import reader, run_vectors
+from tests.spec.test_text import SCHEMA, manifest_of
+from tests.spec.test_vectors import content
+from tests.strategies import adapters
+
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@settings(max_examples=150)
+@given(adapter=adapters(), block_size=st.sampled_from([16, 4096]))
+def test_the_plain_reader_finds_what_the_library_wrote(folder: Path, adapter: Adapter, block_size: int) -> None:
+    path = folder / "a.st"
+    save(adapter, path, block_size=block_size)
+    expected = content(
+        Adapter(adapter, whole=adapter.whole, manifest={"format_version": "1.0"} | adapter.manifest)
+    )
+    assert run_vectors.difference(reader.read(str(path)), expected) is None
+    VALIDATOR.validate(manifest_of(path))
+
+
+# Manifests that were changed
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def encoded(codec: str, indices: list[int], shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Indices]]:
+    made = CODECS[codec].encode(np.array(indices, np.int64), shape, 16)
+    streams = {"indices": made.stream, "blocks": made.blocks}
+    return made.params, {role: array for role, array in streams.items() if array is not None}
+
+
+class Maker:
+    """A file with one tensor of every kind, whose manifest is then changed."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, tuple[str, list[int], bytes]] = {}
+        tensors = [
+            self.sparse("g", "gap8", [4, 30], range(0, 60, 3), "target", ["base"]),
+            self.sparse("v", "varint", [4, 30], [0, 119], "delta", []),
+            self.sparse("f", "flat", [7], [1, 6], "delta", ["digest"]),
+            self.sparse("s", "structured", [3, 4], [0, 5, 10], "none", []),
+            self.sparse("h", "shared", [4, 30], range(0, 60, 3), "target", ["digest"]),
+        ]
+        self.streams["b"] = ("I8", [2], b"\x01\x02")
+        self.streams["b#base"] = ("I8", [2], b"\x03\x04")
+        whole = {
+            "name": "b",
+            "digests": {"values": sha(b"\x01\x02"), "base": sha(b"\x03\x04")},
+            "base_values": True,
+        }
+        self.manifest: dict[str, Any] = {
+            "format_version": "1.0",
+            "features": ["mask-file"],
+            "digest": "sha256",
+            "alpha": 0.5,
+            "tensors": tensors,
+            "whole": [whole],
+            "mask_files": {"m.masks": "0" * 64},
+            "base_model": {"id": "a/b", "revision": "r", "files": [{"name": "x", "digest": "y"}]},
+            "source": {"kind": "lora", "dialect": "peft", "files": [{"name": "x"}]},
+            "selection": {"rule": "top-k", "scope": "tensor", "density": 0.01, "top_k": 3, "include": ["*"]}
+            | {"exclude": [], "energy_kept": 0.5, "relative_error": 0.1},
+            "mask": {"rule": "rand", "seed": 1, "calibration_digest": "z"},
+            "license": "MIT",
+            "writer": "me",
+            "description": "text",
+        }
+
+    def sparse(
+        self, name: str, codec: str, shape: list[int], indices: Any, values: str, base: list[str]
+    ) -> dict[str, Any]:
+        item: dict[str, Any] = {
+            "name": name,
+            "shape": shape,
+            "dtype": "F16",
+            "nnz": len(indices),
+            "values": values,
+        }
+        digests: dict[str, str] = {}
+        if codec == "shared":
+            item["indices"] = {"codec": "shared", "tensor": "g"}
+        else:
+            item["indices"], streams = encoded(codec, list(indices), tuple(shape))
+            for role, array in streams.items():
+                digests[role] = sha(array.tobytes())
+                self.streams[f"{name}#{role}"] = (dtype_name(array.dtype), list(array.shape), array.tobytes())
+        data = hashlib.shake_256(name.encode()).digest(2 * len(indices))
+        if values != "none":
+            digests["values"] = sha(data)
+            self.streams[f"{name}#values"] = ("F16", [len(indices)], data)
+        if base:
+            digests["base"] = sha(data)
+        if base == ["base"]:
+            self.streams[f"{name}#base"] = ("F16", [len(indices)], data)
+            item["base_values"] = True
+        return item | {"digests": digests, "energy_kept": 1, "relative_error": 0.5}
+
+    def header(self) -> dict[str, Any]:
+        header: dict[str, Any] = {}
+        at = 0
+        for name, (dtype, shape, data) in self.streams.items():
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+            at += len(data)
+        return header
+
+    def file(self, manifest: str, header: dict[str, Any]) -> bytes:
+        text = dumped({"__metadata__": {"shira": manifest}} | header)
+        return len(text).to_bytes(8, "little") + text + b"".join(data for *_, data in self.streams.values())
+
+
+RAW: dict[str, str] = {"@1e999": "1e999", "@-1e999": "-1e999", "@1.0": "1.0", "@1e2": "1e2", "@NaN": "NaN"}
+
+
+def dumped(value: Any) -> bytes:
+    """As JSON, with literals that json.dumps does not write in place of their marks."""
+    text = json.dumps(value)
+    for mark, literal in RAW.items():
+        text = text.replace(json.dumps(mark), literal)
+    return text.encode()
+
+
+MAKER = Maker()
+SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 30, 2**31 - 1, 2**31, 2**32, 2**53 - 1, 2**53, 2**63, 2**64 - 1, -1]
+WORDS = [
+    "",
+    "g",
+    "v",
+    "f",
+    "s",
+    "h",
+    "b",
+    "g#values",
+    "target",
+    "delta",
+    "none",
+    "gap8",
+    "varint",
+    "flat",
+    "structured",
+]
+WORDS += [
+    "shared",
+    "rows",
+    "columns",
+    "diagonal",
+    "F16",
+    "F32",
+    "I8",
+    "BOOL",
+    "1.0",
+    "1.7",
+    "2.0",
+    "sha256",
+    "mask-file",
+]
+WORDS += ["m.masks", "..", "\n", "__metadata__", "x/y", "\ud800", "0" * 64, "A" * 64, "é", *RAW]
+KEYS = [
+    "name",
+    "shape",
+    "nnz",
+    "values",
+    "indices",
+    "digests",
+    "base",
+    "blocks",
+    "base_values",
+    "file",
+    "tensor",
+    "step",
+]
+KEYS += [
+    "block_size",
+    "pattern",
+    "components",
+    "whole",
+    "codec",
+    "x-new",
+    "offset",
+    "kind",
+    "dtype",
+    "seed",
+    "digest",
+]
+PARTS: list[Any] = [
+    {"kind": kind, "step": s, "offset": o} for kind in ("rows", "columns") for s, o in ((1, 0), (3, 2))
+]
+PARTS += [{"kind": "diagonal", "offset": offset} for offset in (0, 1, -2, 9)]
+OBJECTS: list[Any] = [
+    {},
+    [],
+    [[]],
+    {"x": {}},
+    {"x": {"base_model": 3}},
+    {"codec": "flat"},
+    {"codec": "shared", "tensor": "g"},
+]
+OBJECTS += [
+    {"codec": "shared", "tensor": "g", "file": "m.masks"},
+    {"codec": "structured", "pattern": []},
+    PARTS,
+    [0, 4],
+]
+new_values: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, False, 0.5, -0.0, *SIZES, *WORDS, *PARTS, *OBJECTS]
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@st.composite
+def changed(draw: st.DrawFn, original: Any, most: int = 3) -> Any:
+    """The JSON value with up to three places set, removed, added or exchanged."""
+    value = copy.deepcopy(original)
+    for _ in range(draw(st.integers(1, most))):
+        *path, last = draw(st.sampled_from(sorted(places(value), key=str)))
+        holder = value
+        for key in path:
+            holder = holder[key]
+        how = draw(st.sampled_from(["set", "set", "set", "remove", "add", "other", "twice"]))
+        new = copy.deepcopy(draw(new_values))
+        if how == "set":
+            holder[last] = new
+        elif how == "remove":
+            del holder[last]
+        elif how == "add" and isinstance(holder, dict):
+            holder[draw(st.sampled_from(KEYS))] = new
+        elif how == "add" or (how == "twice" and isinstance(holder, list)):
+            holder.append(new if how == "add" else copy.deepcopy(holder[last]))
+        elif how == "other":
+            *there, end = draw(st.sampled_from(sorted(places(value), key=str)))
+            source = value
+            for key in there:
+                source = source[key]
+            holder[last] = copy.deepcopy(source[end])
+        if not any(places(value)):
+            break
+    return value
+
+
+def answers(path: Path) -> tuple[Any, Any]:
+    """What the two readers find: content, or that the file is refused."""
+    found: list[Any] = []
+    reads: list[Callable[[], Any]] = [lambda: content(load(path)), lambda: reader.read(str(path))]
+    for read in reads:
+        try:
+            found.append(read())
+        except (FormatError, reader.Refused):
+            found.append("refused")
+    return found[0], found[1]
+
+
+def check_agreement(folder: Path, data: bytes) -> None:
+    path = folder / "changed.st"
+    path.write_bytes(data)
+    library, plain = answers(path)
+    assert run_vectors.difference(library, plain) is None
+
+
+def test_the_original_is_accepted(folder: Path) -> None:
+    data = MAKER.file(json.dumps(MAKER.manifest), MAKER.header())
+    check_agreement(folder, data)
+    assert 5 == len(load(folder / "changed.st"))
+    assert list(range(0, 60, 3)) == load(folder / "changed.st")["h"].indices.tolist()
+
+
+def put(*path_and_value: Any) -> Any:
+    *path, last, value = path_and_value
+    manifest = copy.deepcopy(MAKER.manifest)
+    holder: Any = manifest
+    for key in path:
+        holder = holder[key]
+    holder[last] = value
+    return manifest
+
+
+@settings(max_examples=1500)
+@given(manifest=changed(MAKER.manifest))
+@example(manifest=put("whole", 0, "digests", "indices", 5))
+@example(manifest=put("tensors", 0, "energy_kept", "@1e999"))
+@example(manifest=put("selection", "density", "@-1e999"))
+@example(manifest=put("alpha", "@1e999"))
+@example(manifest=put("tensors", 3, "nnz", "@1e2"))
+@example(manifest=put("mask", "seed", 10**350))
+def test_both_readers_accept_the_same_manifests(folder: Path, manifest: Any) -> None:
+    check_agreement(folder, MAKER.file(dumped(manifest).decode(), MAKER.header()))
+
+
+@settings(max_examples=600)
+@given(header=changed(MAKER.header()))
+def test_both_readers_accept_the_same_headers(folder: Path, header: Any) -> None:
+    check_agreement(folder, MAKER.file(json.dumps(MAKER.manifest), header))
+
+
+@settings(max_examples=600)
+@given(data=st.data())
+def test_both_readers_accept_the_same_streams(folder: Path, data: st.DataObject) -> None:
+    """Digests are made to fit, so that the decoders see what was changed."""
+    maker = copy.deepcopy(MAKER)
+    name = data.draw(st.sampled_from([name for name in maker.streams if name.endswith(("#indices", "#blocks"))]))
+    dtype, shape, stream = maker.streams[name]
+    if dtype == "I64":
+        array = np.frombuffer(stream, "<i8").copy()
+        for _ in range(data.draw(st.integers(1, 2))):
+            array[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from([*SIZES[:13], -1, 2, 20]))
+        stream = array.tobytes()
+    else:
+        at = data.draw(st.integers(0, len(stream)))
+        cut = data.draw(st.integers(0, 2))
+        piece = bytes(data.draw(st.lists(st.sampled_from([0, 1, 2, 127, 128, 254, 255]), max_size=4)))
+        stream = stream[:at] + piece + stream[at + cut :]
+        shape = [len(stream)]
+    maker.streams[name] = (dtype, shape, stream)
+    owner, _, role = name.partition("#")
+    item = next(item for item in maker.manifest["tensors"] if item["name"] == owner)
+    item["digests"][role] = sha(stream)
+    check_agreement(folder, maker.file(json.dumps(maker.manifest), maker.header()))
+
+
+HEADER_ENDS = [b"", b" ", b"\n", b"\t", b"\r\n", b" \x00", b"x", b"}", b",", b"\xff", b"{}"]
+
+
+@pytest.mark.parametrize("end", HEADER_ENDS, ids=repr)
+def test_only_spaces_may_follow_the_header(folder: Path, end: bytes) -> None:
+    text = json.dumps(
+        {"__metadata__": {"shira": json.dumps({**MAKER.manifest, "tensors": [], "whole": []})}}
+    ).encode()
+    path = folder / "end.st"
+    path.write_bytes((len(text) + len(end)).to_bytes(8, "little") + text + end)
+    library, plain = answers(path)
+    assert library == plain
+    assert (library != "refused") == (end.strip(b" ") == b"")
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62, 4], [2**64 - 1, 0], [0, 2**63]])
+def test_shapes_without_elements_that_numpy_cannot_hold(folder: Path, shape: list[int]) -> None:
+    """The page allows them; the library refuses them in its own words where it needs an array of that shape."""
+    maker = copy.deepcopy(MAKER)
+    maker.manifest |= {"tensors": [], "whole": [{"name": "b", "digests": {"values": sha(b"")}}]}
+    maker.streams = {"b": ("F64", shape, b"")}
+    path = folder / "shape.st"
+    path.write_bytes(maker.file(json.dumps(maker.manifest), maker.header()))
+    with pytest.raises(FormatError) as caught:
+        content(load(path))
+    assert "shape-overflow" == caught.value.rule

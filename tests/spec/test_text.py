@@ -1,0 +1,220 @@
+"""SPEC.md holds what it says: its worked examples, its rules and its schema are read from the page and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+import shira_format
+from shira_format.codecs import BLOCK_SIZE, CODECS
+from shira_format.codecs.blocks import gaps_of
+from shira_format.codecs.structured import list_pattern
+from shira_format.dtypes import DTYPES, FLOATS
+from shira_format.manifest import FEATURES
+from spec import reader, run_vectors
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "spec" / "SPEC.md").read_text("utf-8")
+SCHEMA = json.loads((ROOT / "spec" / "manifest.schema.json").read_text("utf-8"))
+
+
+def section(number: str) -> str:
+    """The text under a heading, up to the next heading of any level."""
+    found = re.search(rf"^#+ {re.escape(number)}[. ].*?$(.*?)(?=^#|\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert found is not None, number
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all table rows but the headings."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    heads = {i for i, line in enumerate(lines) if i + 1 < len(lines) and set(lines[i + 1]) <= set("|- ")}
+    body = [line for i, line in enumerate(lines) if i not in heads and not set(line) <= set("|- ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"-?\d+", text)]
+
+
+def rules() -> set[str]:
+    return set(re.findall(r"`([a-z0-9-]+)`", "\n".join(row[1] for row in rows(section("10")))))
+
+
+# Sections 5.1, 5.2 and 5.4
+
+
+GAP_EXAMPLES: list[tuple[str, tuple[int, ...], list[str]]]
+GAP_EXAMPLES = [("gap8", (4, 300), row) for row in rows(section("5.1"))]
+GAP_EXAMPLES += [("varint", (1099511627776,), row) for row in rows(section("5.2"))]
+
+
+def test_the_examples_are_found() -> None:
+    assert [5, 3] == [sum(codec == name for codec, *_ in GAP_EXAMPLES) for name in ("gap8", "varint")]
+    assert "indices, in shape `[4, 300]`" in section("5.1")
+    assert "indices, in shape `[1099511627776]`" in section("5.2")
+
+
+@pytest.mark.parametrize(("codec", "shape", "row"), GAP_EXAMPLES)
+def test_examples_of_the_gap_codecs(codec: str, shape: tuple[int, ...], row: list[str]) -> None:
+    indices = np.array(numbers(row[0]), np.int64)
+    assert numbers(row[1]) == gaps_of(indices).tolist()
+    encoded = CODECS[codec].encode(indices, shape, BLOCK_SIZE)
+    assert encoded.stream is not None
+    assert row[2].strip("`") == encoded.stream.tobytes().hex()
+    stream = np.frombuffer(bytes.fromhex(row[2].strip("`")), np.uint8)
+    assert indices.tolist() == CODECS[codec].decode(encoded.params, stream, None, shape, indices.size).tolist()
+    item = {"nnz": indices.size, "shape": list(shape), "indices": {"codec": codec}}
+    assert indices.tolist() == reader.decode_gaps(item, memoryview(stream.tobytes()), None)
+
+
+def parts(text: str) -> list[dict[str, Any]]:
+    found = []
+    for part in text.split(";"):
+        kind = part.split(",")[0].strip()
+        found.append(
+            {"kind": kind} | {key: int(value) for key, value in re.findall(r"(step|offset) (-?\d+)", part)}
+        )
+    return found
+
+
+PATTERN_EXAMPLES = [row for row in rows(section("5.4")) if row[0].startswith("`[")]
+
+
+@pytest.mark.parametrize("row", PATTERN_EXAMPLES)
+def test_examples_of_patterns(row: list[str]) -> None:
+    shape, indices = tuple(numbers(row[0])), numbers(row[2])
+    assert indices == list_pattern(parts(row[1]), shape, len(indices)).tolist()
+    item = {
+        "shape": list(shape),
+        "nnz": len(indices),
+        "indices": {"codec": "structured", "pattern": parts(row[1])},
+    }
+    assert indices == reader.list_pattern(item)
+    assert indices == sorted(set(indices))
+
+
+def test_the_example_of_a_flat_index() -> None:
+    assert "`[4, 300]` has element `(2, 5)` at flat index 605" in " ".join(section("1").split())
+    assert 605 == np.ravel_multi_index((2, 5), (4, 300))
+    assert 3 == len(PATTERN_EXAMPLES)
+
+
+# Appendix A
+
+
+def test_the_whole_file_of_the_appendix() -> None:
+    header = re.findall(r"^```json\n(.*?)\n```", TEXT, re.MULTILINE | re.DOTALL)
+    buffer = re.findall(r"^```hex\n(.*?)\n```", TEXT, re.MULTILINE | re.DOTALL)
+    assert (1, 1) == (len(header), len(buffer))
+    text, data = header[0].encode(), bytes.fromhex(buffer[0])
+    padded = text + b" " * (-len(text) % 8)
+    file = len(padded).to_bytes(8, "little") + padded + data
+    assert (run_vectors.VECTORS / "good" / "example.st").read_bytes() == file
+    appendix = TEXT.split("## Appendix A")[1]
+    assert f"The file has {len(file)} bytes." in appendix
+    assert f"`N` = {len(padded)}" in appendix
+    assert f"| {len(text)} bytes |" in appendix
+    assert f"bytes {8 + len(padded)} to {len(file) - 1} of the file" in appendix
+    for offset, cell, *_ in rows(appendix):
+        if cell.startswith("`"):
+            piece = bytes.fromhex(cell.strip("`"))
+            assert piece == file[int(offset) : int(offset) + len(piece)]
+    manifest = json.loads(json.loads(text)["__metadata__"]["shira"])
+    digests = manifest["tensors"][0]["digests"]
+    assert {
+        "values": hashlib.sha256(bytes.fromhex("803f00c0003f4940")).hexdigest(),
+        "indices": hashlib.sha256(bytes.fromhex("0000feffffffb1")).hexdigest(),
+        "base": hashlib.sha256(bytes.fromhex("003f80bf803e4040")).hexdigest(),
+    } == digests
+    assert ["803f00c0003f4940", "0000feffffffb1"] == [buffer[0][:16], buffer[0][16:]]
+    tensor = shira_format.load(run_vectors.VECTORS / "good" / "example.st")["w"]
+    assert [1.0, -2.0, 0.5, 3.140625] == tensor.values.astype(float).tolist()
+    for number in (*tensor.values.astype(float), 942):
+        assert f"{number:g}"[:8] in appendix
+
+
+# Rules, dtypes, features
+
+
+def test_every_rule_has_a_bad_vector_and_every_bad_vector_a_rule() -> None:
+    bad = {run_vectors.expected_rule(file) for file in run_vectors.vectors(only="^bad/")}
+    assert rules() == bad
+    assert 30 <= len(rules())
+
+
+def test_every_rule_of_the_text_is_listed() -> None:
+    assert set(re.findall(r"[Rr]ules? `([a-z0-9-]+)`", TEXT)) <= rules()
+
+
+@pytest.mark.parametrize(
+    ("folder", "call"), [("shira_format", r"FormatError\(\s*"), ("spec", r"Refused\(\s*"), ("spec", r"\], ")]
+)
+def test_every_rule_that_is_raised_is_listed(folder: str, call: str) -> None:
+    raised: set[str] = set()
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        if file.name not in {"make_vectors.py", "run_vectors.py"}:
+            raised |= set(re.findall(call + r'"([a-z0-9-]+)"', file.read_text("utf-8")))
+    assert raised
+    assert raised <= rules()
+
+
+def test_the_library_raises_every_rule() -> None:
+    text = "\n".join(file.read_text("utf-8") for file in (ROOT / "shira_format").rglob("*.py"))
+    assert rules() == {rule for rule in rules() if f'"{rule}"' in text}
+
+
+def test_the_table_of_dtypes() -> None:
+    table = section("2").split("Table 1")[1]
+    found: dict[str, int] = {}
+    floats: set[str] = set()
+    for left, size, right, right_size in rows(table):
+        floats |= set(re.findall(r"`(\w+)`", left))
+        found |= dict.fromkeys(re.findall(r"`(\w+)`", left), int(size))
+        found |= dict.fromkeys(re.findall(r"`(\w+)`", right), int(right_size))
+    assert found == {name: dtype.itemsize for name, dtype in DTYPES.items()}
+    assert floats == set(FLOATS)
+    assert found == reader.SIZES
+
+
+def test_codecs_and_features_are_those_of_the_page() -> None:
+    codecs = {row[0].strip("`") for row in rows(section("5"))}
+    assert codecs == {*CODECS, "shared"}
+    features = {row[0].strip("`") for row in rows(section("9")) if row[1] != "reserved"}
+    assert features == FEATURES
+
+
+# The schema
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def manifest_of(file: Path) -> Any:
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["shira"])
+
+
+@pytest.mark.parametrize("file", run_vectors.vectors(only="^good/"), ids=lambda file: file.stem)
+def test_the_schema_accepts_good_vectors(file: Path) -> None:
+    jsonschema.Draft202012Validator(SCHEMA).validate(manifest_of(file))
+
+
+def test_the_schema_refuses_most_vectors_that_are_bad_by_it() -> None:
+    """It cannot know which names point where, nor finiteness: the rest is the readers' work."""
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    files = run_vectors.vectors(only="^bad/manifest-schema--")
+    left = [file.stem.split("--")[1] for file in files if validator.is_valid(manifest_of(file))]
+    assert len(files) - len(left) > 100, left
+    assert len(left) <= 12, left
+    for file in run_vectors.vectors(only="^bad/(digest-mismatch|unsorted|varint|out-of-range)--"):
+        validator.validate(manifest_of(file))
