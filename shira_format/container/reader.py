@@ -212,7 +212,8 @@ class AdapterFile:
         if name not in self.streams:
             raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=name)
         stream = self.streams[name]
-        if stream.dtype not in dtypes or len(stream.shape) != len(shape or (0,)):
+        rank = 1 if shape is None else len(shape)
+        if stream.dtype not in dtypes or len(stream.shape) != rank:
             wanted = "/".join(sorted(dtypes))
             raise FormatError(
                 "stream-dtype", f"{stream.dtype}{list(stream.shape)}, expected {wanted}", tensor=name

@@ -298,9 +298,8 @@ HUGE = 1 << 33  # bytes of one stream; the file is sparse and takes no disk
 
 def huge_file(path: Path) -> SparseTensor:
     """A valid file of more than 16 GB in which `small` lies between two tensors that nobody can afford to read."""
-    small = SparseTensor(
-        "small", (10**6,), np.arange(0, 10**6, 1000), np.zeros(1000, np.float32), base_digest="0" * 64
-    )
+    indices = np.sort(np.random.default_rng(0).choice(10**6, 1000, replace=False))
+    small = SparseTensor("small", (10**6,), indices, np.zeros(1000, np.float32), base_digest="0" * 64)
     encoded = encode_smallest(small.indices, small.shape)
     assert encoded.stream is not None
     sizes = {
@@ -457,10 +456,9 @@ def test_a_mask_file_holds_the_indices(masked: Path, tmp_path: Path) -> None:
     assert {"style.masks": digest} == found.manifest["mask_files"]
     shared = [{"codec": "shared", "tensor": name, "file": "style.masks"} for name in ("a", "b")]
     assert shared == [item["indices"] for item in found.manifest["tensors"][:2]]
-    assert "gap8" == found.manifest["tensors"][2]["indices"]["codec"]
-    assert ["a#values", "a#base", "b#values", "c#values", "c#base", "c#indices"] == sorted(
-        SafetensorsFile(masked), key=["a#values", "a#base", "b#values", "c#values", "c#base", "c#indices"].index
-    )
+    assert "varint" == found.manifest["tensors"][2]["indices"]["codec"]
+    expected = {"a#values", "a#base", "b#values", "c#values", "c#base", "c#indices"}
+    assert expected == set(SafetensorsFile(masked))
     assert same_entries("a")[0] == found["a"]
     assert list(range(0, 10_000, 101)) == found["b"].indices.tolist()
     # Written without the mask file, it stands alone again.
@@ -478,7 +476,7 @@ def test_a_mask_file_is_needed_and_checked(masked: Path, tmp_path: Path) -> None
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     masks.rename(elsewhere / "style.masks")
-    with pytest.raises(FormatError, match="style.masks") as caught:
+    with pytest.raises(FormatError, match=r"style\.masks") as caught:
         load(masked)["a"]
     assert ("mask-file", masked, "a") == (caught.value.rule, caught.value.file, caught.value.tensor)
     assert entries("c", 10) == load(masked)["c"]

@@ -1,0 +1,169 @@
+"""The manifest's parser: what it keeps, what it refuses and how it says so. The vectors hold the full list."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shira_format import FormatError
+from shira_format.errors import ShiraError
+from shira_format.manifest import check_name, parse_manifest, stream_name
+
+HEX = "0" * 64
+MINIMAL: dict[str, Any] = {"format_version": "1.0", "features": [], "digest": "sha256", "tensors": []}
+TENSOR: dict[str, Any] = {
+    "name": "w",
+    "shape": [4, 30],
+    "dtype": "BF16",
+    "nnz": 20,
+    "values": "target",
+    "indices": {"codec": "gap8", "block_size": 16},
+    "digests": {"indices": HEX, "blocks": HEX, "values": HEX, "base": HEX},
+}
+
+
+def manifest(*tensors: Any, **changes: Any) -> str:
+    return json.dumps(MINIMAL | {"tensors": list(tensors)} | changes)
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    return copy.deepcopy(TENSOR) | changes
+
+
+def refused(text: str) -> FormatError:
+    with pytest.raises(FormatError) as caught:
+        parse_manifest(text)
+    return caught.value
+
+
+def test_streams_follow_from_the_manifest() -> None:
+    whole: list[Any] = [{"name": "b", "digests": {"values": HEX}}]
+    whole += [{"name": "c", "digests": {"values": HEX, "base": HEX}, "base_values": True}]
+    tensors = [
+        tensor(base_values=True),
+        tensor(name="v", nnz=16),
+        tensor(name="n", values="none", digests={"indices": HEX, "blocks": HEX}),
+        tensor(name="f", indices={"codec": "flat"}),
+        tensor(name="s", indices={"codec": "structured", "pattern": []}, values="delta"),
+        tensor(name="h", indices={"codec": "shared", "tensor": "w"}),
+    ]
+    found = parse_manifest(manifest(*tensors, whole=whole))
+    expected = ["w#indices", "w#blocks", "w#values", "w#base", "v#indices", "v#values", "n#indices", "n#blocks"]
+    expected += ["f#indices", "f#values", "s#values", "h#values", "b", "c", "c#base"]
+    assert expected == list(found.stream_names())
+    assert ["w", "v", "n", "f", "s", "h"] == list(found.tensors)
+    assert ["b", "c"] == list(found.whole)
+    assert ["gap8", "flat"] == [found.tensors[name].codec for name in "wf"]
+    assert "w#base" == stream_name("w", "base")
+
+
+def test_raw_keeps_what_nobody_knows() -> None:
+    text = manifest(tensor(x=[1, {"y": None}]), x={"z": 1.5}, format_version="1.99")
+    found = parse_manifest(text)
+    assert json.loads(text) == found.raw
+    assert [1, {"y": None}] == found.tensors["w"].raw["x"]
+
+
+@pytest.mark.parametrize("digits", [1, 39, 100, 400])
+def test_long_numbers_are_kept(digits: int) -> None:
+    for number in (10**digits - 1, 1 - 10 ** (digits - 1)):
+        assert number == parse_manifest(manifest(x=number)).raw["x"]
+
+
+def test_numbers_of_any_length_are_parsed() -> None:
+    assert parse_manifest(manifest(x="@").replace('"@"', "9" * 5000)).raw["x"] > 2**1000
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "words"),
+    [
+        ("", "manifest-json", "invalid JSON"),
+        ("[]", "manifest-json", "not a JSON object"),
+        ('{"a":1,"a":2}', "manifest-json", "'a' occurs twice"),
+        ('{"a":NaN}', "manifest-json", "NaN is not JSON"),
+        ("[" * 100_000, "manifest-json", ""),
+        ('{"a":"\ud800"}', "manifest-json", "surrogates"),
+        ("{}", "manifest-schema", "'format_version' is missing"),
+        (manifest(format_version=1), "manifest-schema", "'format_version' is not of type str"),
+        (manifest(format_version="2.0", features=3), "unknown-major", "format version 2.0"),
+        (manifest(features=["zstd", "mask-file"]), "unknown-feature", "'zstd'"),
+        (manifest(features=["mask-file"] * 2), "manifest-schema", "twice"),
+        (manifest(digest="md5"), "unknown-digest", "'md5'"),
+        (manifest(3), "manifest-schema", "not an object"),
+        (manifest(tensor(dtype="I8")), "sparse-dtype", "'I8'"),
+        (manifest(tensor(nnz=121)), "count-mismatch", "nnz 121 in a tensor of 120"),
+        (manifest(tensor(nnz=True)), "manifest-schema", "'nnz' is not of type int"),
+        (manifest(tensor(shape=[2**27, 2**26])), "shape-overflow", "2^53 - 1"),
+        (manifest(tensor(indices={"codec": "zip"})), "unknown-codec", "'zip'; known: gap8, varint, structured"),
+        (manifest(tensor(digests={"values": HEX})), "manifest-schema", "digests lack base, blocks, indices"),
+        (manifest(tensor(values="none", base_values=True)), "manifest-schema", "lack|a mask with values"),
+        (manifest(tensor(values="none")), "manifest-schema", "a mask with values"),
+        (manifest(tensor(), tensor()), "duplicate-name", "'w' occurs twice"),
+        (manifest(alpha=None), "manifest-schema", "'alpha' is not a number"),
+        (manifest(alpha=10**400), "manifest-schema", "'alpha' is not a finite number"),
+        (manifest(alpha="@").replace('"@"', "1e999"), "manifest-schema", "'alpha' is not a finite number"),
+        (manifest(components={"a/b": {}}), "manifest-schema", "component 'a/b'"),
+        (manifest(tensor(), components={"unet": {}}), "component", "['unet']"),
+        (manifest(mask_files={"../x": HEX}), "manifest-schema", "mask file '../x'"),
+    ],
+)
+def test_refusals_say_what_and_where(text: str, rule: str, words: str) -> None:
+    error = refused(text)
+    assert rule == error.rule
+    assert any(word in error.reason for word in words.split("|"))
+    assert "\n" not in str(error)
+    assert str(error).endswith(f"(rule: {rule})")
+
+
+@pytest.mark.parametrize(
+    ("indices", "rule"),
+    [
+        ({"codec": "shared", "tensor": "x"}, "shared-target"),
+        ({"codec": "shared", "tensor": "v"}, "shared-target"),
+        ({"codec": "shared", "tensor": "w", "file": "m"}, "manifest-schema"),
+        ({"codec": "shared"}, "manifest-schema"),
+    ],
+)
+def test_shared_indices_need_a_tensor(indices: dict[str, Any], rule: str) -> None:
+    error = refused(manifest(tensor(), tensor(name="v", indices=indices)))
+    assert (rule, "v") == (error.rule, error.tensor)
+
+
+@pytest.mark.parametrize("key", ["energy_kept", "relative_error"])
+def test_only_the_strength_must_be_finite(key: str) -> None:
+    text = manifest(tensor(**{key: "@"}), selection={key: "@"}).replace('"@"', "1e999")
+    assert float("inf") == parse_manifest(text).raw["selection"][key]
+
+
+def test_digests_of_roles_that_whole_tensors_have_not_are_unknown_keys() -> None:
+    whole = [{"name": "b", "digests": {"values": HEX, "indices": 3}}]
+    assert ["b"] == list(parse_manifest(manifest(whole=whole)).whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["w", "é" * 512, "x" * 1024, "a/b", "#", "\u0080", "\u2028", " ", "__metadata__2"]
+)
+def test_names(name: str) -> None:
+    check_name(name, None)
+
+
+def test_names_of_components() -> None:
+    check_name("unet/a/b", {"unet": {}})
+    for name in ("unet", "unet/", "/unet", "vae/x", "x"):
+        with pytest.raises(FormatError) as caught:
+            check_name(name, {"unet": {}})
+        assert "component" == caught.value.rule
+
+
+def test_where_an_error_happened_is_told_once() -> None:
+    error = FormatError("name", "it is bad")
+    assert "it is bad (rule: name)" == str(error)
+    assert error is error.at(file=Path("a.st"), tensor="w")
+    assert "a.st: tensor 'w': it is bad (rule: name)" == str(error)
+    assert "a.st: tensor 'w': it is bad (rule: name)" == str(error.at(file=Path("b.st"), tensor="v"))
+    assert isinstance(error, ShiraError)
+    assert isinstance(error, ValueError)

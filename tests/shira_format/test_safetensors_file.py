@@ -1,0 +1,243 @@
+"""The strict reader of safetensors files, against files of the safetensors package and hand-made ones."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from shira_format import FormatError
+from shira_format.arrays import Array, as_array
+from shira_format.dtypes import DTYPES, FLOATS
+from shira_format.safetensors_file import SafetensorsFile, Stream, is_uint, parse_object
+from shira_format.tensors import same_bits
+from tests.strategies import any_bits, small_shapes
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def write(path: Path, header: Any, buffer: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + buffer)
+    return path
+
+
+def refused(path: Path) -> FormatError:
+    with pytest.raises(FormatError) as caught:
+        SafetensorsFile(path)
+    assert path == caught.value.file
+    return caught.value
+
+
+@st.composite
+def torch_tensors(draw: st.DrawFn) -> torch.Tensor:
+    kinds = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+    name = draw(st.sampled_from(sorted(kinds)))
+    array = draw(any_bits(DTYPES[name], draw(small_shapes(max_numel=64))))
+    if array.size == 0:
+        return torch.empty(array.shape, dtype=kinds[name])
+    flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy())
+    return flat.view(kinds[name]).reshape(array.shape)
+
+
+@given(
+    tensors=st.dictionaries(st.text("abc.é/", min_size=1, max_size=5), torch_tensors(), max_size=5),
+    # An empty dictionary beside no tensors makes the package write a header that it cannot read itself.
+    metadata=st.none() | st.dictionaries(st.text("abé", max_size=4), st.text("xyé\n", max_size=4), min_size=1),
+)
+def test_files_of_the_safetensors_package(
+    folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
+) -> None:
+    path = folder / "theirs.safetensors"
+    save_file(tensors, path, metadata)
+    file = SafetensorsFile(path)
+    assert tensors.keys() == file.keys()
+    assert len(tensors) == len(file)
+    assert (metadata or {}) == file.metadata
+    assert path.stat().st_size == file.size
+    for name, tensor in tensors.items():
+        for read in (file.read, file.read_apart):
+            found = read(name)
+            assert same_bits(as_array(tensor), found)
+            assert not found.flags.writeable
+        assert tensor.numel() * tensor.element_size() == file[name].nbytes
+
+
+def test_arrays_outlive_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.st", {"w": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}, b"abc")
+    file = SafetensorsFile(path)
+    arrays = [file.read("w"), file.read_apart("w")]
+    file.close()
+    path.unlink()
+    assert [b"abc"] * 2 == [array.tobytes() for array in arrays]
+    assert Stream("U8", (3,), 0, 3) == file["w"]
+    with pytest.raises(KeyError):
+        file.read("v")
+
+
+def test_files_are_closed_without_being_asked_to(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.st", {})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        file = SafetensorsFile(path)
+        handle = file._file
+        del file
+    assert handle.closed
+    assert [] == caught
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refused(write(tmp_path / "b.st", []))
+    assert [] == caught
+
+
+def test_each_read_apart_has_a_map_of_its_own(tmp_path: Path) -> None:
+    size = 3 * 65536 + 5  # begins in the middle of a page
+    data = np.random.default_rng(0).bytes(2 * size)
+    header = {
+        n: {"dtype": "U8", "shape": [size], "data_offsets": [k * size, (k + 1) * size]} for k, n in enumerate("ab")
+    }
+    file = SafetensorsFile(write(tmp_path / "a.st", header, data))
+    first, second = file.read_apart("a"), file.read_apart("b")
+    assert data == first.tobytes() + second.tobytes()
+    assert data == file.read("a").tobytes() + file.read("b").tobytes()
+    assert not np.shares_memory(first, second)
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
+
+
+@pytest.mark.parametrize(
+    ("header", "buffer", "rule"),
+    [
+        (entry(), bytes(7), "file-truncated"),
+        (entry(), bytes(9), "file-trailing"),
+        ({}, b"x", "file-trailing"),
+        (entry(dtype="F12"), bytes(8), "unknown-dtype"),
+        (entry(dtype=["F32"]), bytes(8), "header-entry"),
+        (entry(shape=[3]), bytes(8), "dtype-length"),
+        (entry(shape=[2.0]), bytes(8), "header-entry"),
+        (entry(shape=[True, 2]), bytes(8), "header-entry"),
+        (entry(shape=[-2]), bytes(8), "header-entry"),
+        (entry(shape=[1] * 65), bytes(8), "header-entry"),
+        (entry(shape=[2**32, 2**32]), bytes(8), "shape-overflow"),
+        (entry(shape=[2**64 // 3, 3]), bytes(8), "shape-overflow"),
+        (entry(shape=[10**300] * 64), bytes(8), "shape-overflow"),
+        (entry(data_offsets=[8, 0]), bytes(8), "header-entry"),
+        (entry(data_offsets=[0, 8, 8]), bytes(8), "header-entry"),
+        (entry(data_offsets={"0": 1, "8": 2}), bytes(8), "header-entry"),
+        (entry(data_offsets="08"), bytes(8), "header-entry"),
+        (entry(data_offsets=[1, 9]), bytes(9), "offsets"),
+        (entry(x=1), bytes(8), "header-entry"),
+        (entry() | {"v": None}, bytes(8), "header-entry"),
+        (entry() | {"v": "abc"}, bytes(8), "header-entry"),
+        (entry() | {"v": []}, bytes(8), "header-entry"),
+        (entry() | {"__metadata__": {"a": 1}}, bytes(8), "header-entry"),
+        (entry() | {"__metadata__": []}, bytes(8), "header-entry"),
+        (entry() | {"v": entry()["w"]}, bytes(8), "offsets"),
+        (b"[]", b"", "header-json"),
+        (b"", b"", "header-json"),
+        (b" {}", b"", "header-json"),
+        (b"{}\n", b"", "header-json"),
+        (b"{}\x00", b"", "header-json"),
+        (b'{"a":"\xff"}', b"", "header-json"),
+        (b'{"w":1,"w":2}', b"", "header-json"),
+        (b'{"w":' * 40 + b"1" + b"}" * 40, b"", "header-json"),
+        (b'{"w":' * 100_000, b"", "header-json"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, header: Any, buffer: bytes, rule: str) -> None:
+    assert rule == refused(write(tmp_path / "a.st", header, buffer)).rule
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (b"", "file-truncated"),
+        (b"\x02\0\0\0\0\0\0", "file-truncated"),
+        (b"\x03\0\0\0\0\0\0\0{}", "file-truncated"),
+        ((100_000_001).to_bytes(8, "little") + b"{}", "header-too-large"),
+        ((100_000_000).to_bytes(8, "little") + b"{}", "file-truncated"),
+        (b"\xff" * 8, "header-too-large"),
+    ],
+)
+def test_lengths_are_checked_before_anything_is_read(tmp_path: Path, data: bytes, rule: str) -> None:
+    (tmp_path / "a.st").write_bytes(data)
+    assert rule == refused(tmp_path / "a.st").rule
+
+
+def test_empty_streams_lie_anywhere(tmp_path: Path) -> None:
+    def empty(at: int, shape: list[int]) -> dict[str, Any]:
+        return {"dtype": "F32", "shape": shape, "data_offsets": [at, at]}
+
+    header = entry() | {"x": empty(0, [0]), "y": empty(8, [0, 2**40]), "z": empty(8, [5, 0, 2])}
+    file = SafetensorsFile(write(tmp_path / "a.st", header, bytes(8)))
+    assert [(0,), (0, 2**40), (5, 0, 2)] == [file.read(name).shape for name in "xyz"]
+    assert [(0,), (0, 2**40), (5, 0, 2)] == [file.read_apart(name).shape for name in "xyz"]
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**63, 0], [0, 10**30]])
+def test_shapes_that_numpy_cannot_hold_are_refused_when_read(tmp_path: Path, shape: list[int]) -> None:
+    header = {"w": {"dtype": "F64", "shape": shape, "data_offsets": [0, 0]}}
+    file = SafetensorsFile(write(tmp_path / "a.st", header))
+    for read in (file.read, file.read_apart):
+        with pytest.raises(FormatError) as caught:
+            read("w")
+        assert "shape-overflow" == caught.value.rule
+
+
+def test_every_dtype_is_read_bit_for_bit(tmp_path: Path) -> None:
+    arrays: dict[str, Array] = {
+        name: np.arange(24).astype("u1")[: 3 * d.itemsize].view(d) for name, d in DTYPES.items()
+    }
+    arrays["BOOL"] = np.array([True, False, True])
+    header, buffer = {}, b""
+    for name, array in arrays.items():
+        header[name] = {"dtype": name, "shape": [3, 1], "data_offsets": [len(buffer), len(buffer) + array.nbytes]}
+        buffer += array.tobytes()
+    file = SafetensorsFile(write(tmp_path / "a.st", header, buffer))
+    for name, array in arrays.items():
+        assert same_bits(array.reshape(3, 1), file.read(name))
+    assert set(FLOATS) < set(file)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, True), (5, True), (-1, False), (True, False), (1.0, False), ("1", False)]
+)
+def test_integers_of_json(value: Any, expected: bool) -> None:
+    assert expected == is_uint(value)
+
+
+def test_depth_is_counted_in_lists_and_objects() -> None:
+    assert {"a": json.loads("[" * 31 + "]" * 31)} == parse_object(b'{"a":' + b"[" * 31 + b"]" * 31 + b"}", "rule")
+    with pytest.raises(FormatError, match="nested more than 32 deep"):
+        parse_object(b'{"a":' + b"[" * 32 + b"]" * 32 + b"}", "rule")
+    text = json.dumps({"a": "[" * 100, "b": ["}" * 5, "\\"]})
+    assert json.loads(text) == parse_object(text.encode(), "rule")
