@@ -1,0 +1,56 @@
+"""``python -m benchmarks``: all comparisons, as a table on stdout and as JSON in a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks import conversion, reading, sizes
+from benchmarks.model import LARGE, SMALL, make_base, make_lora
+from benchmarks.table import Row, as_text, machine
+
+
+def main() -> int:
+    """Entry point; exit code 1 if a requirement is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and the machine to FILE")
+    parser.add_argument("--quick", action="store_true", help="a model of 14 M parameters in place of 0.97 G")
+    parser.add_argument("--dir", type=Path, help="keep the files of the run in this folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="shira-benchmarks-") as scratch:
+        rows = list(_rows(options.dir or Path(scratch), quick=options.quick))
+    print(as_text(rows))
+    if options.json:
+        result = {
+            "machine": machine(),
+            "quick": options.quick,
+            "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if any(row.met is False for row in rows) else 0
+
+
+def _rows(folder: Path, *, quick: bool) -> Iterator[Row]:
+    shape = SMALL if quick else LARGE
+    folder.mkdir(parents=True, exist_ok=True)
+    _say("writing the base and the LoRA ...")
+    base, lora = make_base(shape, folder / "base"), make_lora(shape, folder / "lora")
+    _say("converting ...")
+    yield from conversion.rows(shape, base, lora, folder)
+    _say("sizes ...")
+    yield from sizes.rows(shape, folder)
+    _say("reading ...")
+    yield from reading.rows(folder / "uniform.st", folder)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

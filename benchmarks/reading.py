@@ -1,0 +1,82 @@
+"""Opening a file and reading one tensor; decoding and encoding; the start of a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import shira_format
+from benchmarks.sizes import uniform
+from benchmarks.table import Row, seconds
+from shira_format.codecs import BLOCK_SIZE, CODECS
+
+
+def rows(adapter: Path, folder: Path) -> Iterator[Row]:
+    """Reading beside safetensors, and what is beneath it."""
+    file = shira_format.AdapterFile(adapter)
+    name = max(file.manifest.tensors, key=lambda key: file.manifest.tensors[key].nnz)
+    plain = _plain(adapter, folder / "plain.safetensors")
+
+    def peer() -> torch.Tensor:
+        with safe_open(plain, "pt") as opened:
+            return torch.Tensor(opened.get_tensor(f"{name}#values").float() + opened.get_tensor(f"{name}#indices"))
+
+    def open_peer() -> object:
+        with safe_open(plain, "pt") as opened:
+            return opened.keys()
+
+    entries = file.manifest.tensors[name].nnz
+    yield Row("open the adapter, header and manifest checked", 1e3 * seconds(lambda: shira_format.load(adapter)), 1e3 * seconds(open_peer), "ms", "safetensors, int32 + bf16")  # fmt: skip
+    for verify in (True, False):
+        ours = seconds(lambda verify=verify: shira_format.load(adapter, verify=verify)[name], repeat=20)  # type: ignore[misc]
+        what = "digests checked" if verify else "digests not checked"
+        yield Row(f"open and read one tensor of {entries} entries, decoded, {what}", 1e3 * ours, 1e3 * seconds(peer, repeat=20), "ms", "safetensors, not checked, summed")  # fmt: skip
+    yield from _coding()
+    yield _start(adapter)
+
+
+def _plain(adapter: Path, path: Path) -> Path:
+    """The same content as int32 indices and bf16 values."""
+    loaded = shira_format.load(adapter)
+    tensors = {}
+    for name, tensor in loaded.items():
+        tensors[f"{name}#indices"] = torch.from_numpy(tensor.indices.astype(np.int32))
+        tensors[f"{name}#values"] = torch.from_numpy(tensor.values.view(np.int16).copy()).view(torch.bfloat16)
+    save_file(tensors, path)
+    return path
+
+
+def _coding() -> Iterator[Row]:
+    shape = (4096, 4096)
+    indices = uniform(shape[0] * shape[1], 0.01, 7)
+    gap8 = CODECS["gap8"]
+    encoded = gap8.encode(indices, shape, BLOCK_SIZE)
+    target = np.empty_like(indices)
+    copy = seconds(lambda: np.copyto(target, indices), repeat=50)
+    decode = seconds(
+        lambda: gap8.decode(encoded.params, encoded.stream, encoded.blocks, shape, indices.size), repeat=20
+    )
+    encode = seconds(lambda: gap8.encode(indices, shape, BLOCK_SIZE), repeat=20)
+    per = 1e9 / indices.size
+    yield Row(
+        "decode gap8, directory checked, one thread",
+        decode * per,
+        copy * per,
+        "ns/entry",
+        "copying the int64 indices",
+    )
+    yield Row("encode gap8, one thread", encode * per, copy * per, "ns/entry", "copying the int64 indices")
+
+
+def _start(adapter: Path) -> Row:
+    command = [sys.executable, "-m", "shira_cli.inspect", str(adapter)]
+    ours = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+    peer = seconds(lambda: subprocess.run([sys.executable, "-c", "import numpy"], check=True))
+    return Row("shira-inspect, whole process", ours, peer, "s", "python that imports numpy", "< 0.3 s", ours < 0.3)
