@@ -216,6 +216,8 @@ def _largest(update: Update, k: int, tiles: _Tiles, progress: Progress) -> Selec
         _check_energy(update, energy)
         if pool.size >= k or floor <= pool.smallest:
             indices, values = pool.result()
+            if k == numel(update.shape):  # nothing is left out, and sums in two precisions must not say otherwise
+                energy = float(np.dot(values.astype(np.float64), values.astype(np.float64)))
             return Selected(indices, values, energy)
         floor = pool.smallest
 

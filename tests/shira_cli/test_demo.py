@@ -1,0 +1,32 @@
+"""The demo on the real base, short."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import shira_format
+from shira_cli import demo
+from tests import models
+
+
+def test_the_demo_tells_what_survives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == demo.main(["--task", "spam", "--density", "0.02", "--json", "--quiet", "--keep", str(tmp_path)])
+    (result,) = json.loads(capsys.readouterr().out)
+    recorded = json.loads((models.LORAS / "spam" / "metrics.json").read_text())
+    # The figures that were recorded when the LoRA was trained; another machine may round one text differently.
+    assert recorded["base"] == pytest.approx(result["accuracy_base"], abs=0.01)
+    assert recorded["lora"] == pytest.approx(result["accuracy_lora"], abs=0.01)
+    (row,) = result["adapters"]
+    assert result["accuracy_base"] < row["accuracy"] < result["accuracy_lora"]
+    assert 0 < row["effect_kept"] < 0.5 < row["effect_cosine"]
+    assert 36 == len(shira_format.load(tmp_path / "spam-0.02.st"))
+
+
+def test_a_density_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        demo.main(["--density", "2"])
+    assert 2 == caught.value.code
+    assert "not in (0, 1]" in capsys.readouterr().err
