@@ -226,11 +226,14 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    deepest, todo = 0, [(value, 1)]
-    while todo:
-        item, depth = todo.pop()
-        if isinstance(item, dict | list):
-            deepest = max(deepest, depth)
-            children = item.values() if isinstance(item, dict) else item
-            todo.extend((child, depth + 1) for child in children if isinstance(child, dict | list))
-    return deepest
+    """Levels of objects and lists, counted one level at a time so that no depth can exhaust the stack."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            child
+            for item in level
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) is dict or type(child) is list
+        ]
+    return depth

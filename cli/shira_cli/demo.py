@@ -59,7 +59,9 @@ def _demo(options: argparse.Namespace) -> int:
     except ValueError as error:
         console.usage_error(PROG, str(error))
     base = options.base or find_base()
-    with _folder(options.keep) as folder:
+    with _folder(options.keep) as folder, warnings.catch_warnings():
+        # What transformers and PEFT deprecate in each other tells a user of ours nothing.
+        warnings.simplefilter("ignore")
         results = [
             _run_task(task, base, rules, folder, quiet=options.quiet, show=not options.json)
             for task in options.task or TASKS
@@ -160,14 +162,8 @@ class _Bench:
         from transformers import AutoModelForSequenceClassification, logging
 
         logging.set_verbosity_error()
-        # transformers reports that the head is new; it is, until the adapter brings its own. Its warnings about its own
-        # deprecated parts tell a user of ours nothing.
-        with (
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
+        # transformers reports that the head is new; it is, until the adapter brings its own.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return AutoModelForSequenceClassification.from_pretrained(self._base, num_labels=2)
 
     @staticmethod
