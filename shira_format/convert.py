@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.container import AdapterWriter
 from shira_format.dtypes import dtype_name, is_float, working_dtype
 from shira_format.errors import SourceError
+from shira_format.filters import name_filter
 from shira_format.lora import Lora, open_lora
 from shira_format.selection import Progress, Selected, TopK, select
 from shira_format.tensors import SparseTensor, WholeTensor, numel
@@ -169,14 +169,7 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     Raises:
         SourceError: a bad regex, or no update is left.
     """
-    try:
-        wanted, unwanted = [re.compile(p) for p in include], [re.compile(p) for p in exclude]
-    except re.error as error:
-        raise SourceError(f"not a regular expression: {error.pattern!r}: {error}") from None
-
-    def match(name: str) -> bool:
-        return (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
-
+    match = name_filter(include, exclude)
     updates = [update for update in source.updates if match(update.name)]
     if not updates:
         raise SourceError(f"no adapted weight is left by --include {list(include)} --exclude {list(exclude)}")

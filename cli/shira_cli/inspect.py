@@ -10,6 +10,7 @@ from typing import Any
 
 from shira_cli import console
 from shira_format import AdapterFile, BaseMismatch
+from shira_format.filters import name_filter
 from shira_format.manifest import SparseEntry, stream_name
 from shira_format.tensors import numel
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    keep = _filter(options.include, options.exclude)
+    keep = name_filter(options.include, options.exclude)
     file = AdapterFile(options.file)
     info = describe(file)
     info["tensors"] = [row for row in info["tensors"] if keep(row["name"])]
@@ -78,18 +79,6 @@ def _inspect(options: argparse.Namespace) -> int:
     if failed:
         console.notice(f"{PROG}: error: the adapter does not fit {options.base}", quiet=options.quiet)
     return console.EXIT_FAILED if failed else 0
-
-
-def _filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    import re
-
-    try:
-        wanted, unwanted = [re.compile(p) for p in include], [re.compile(p) for p in exclude]
-    except re.error as error:
-        console.usage_error(PROG, f"not a regular expression: {error.pattern!r}: {error}")
-    return lambda name: (
-        (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
-    )
 
 
 def describe(file: AdapterFile) -> dict[str, Any]:
