@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,9 @@ def convert(
     """The pipeline behind :func:`lora_to_shira`, for updates that are open already."""
     report = ConversionReport(notices=list(source.notices))
     _check_base(source.updates, base)
-    with AdapterWriter(out) if out is not None else nullcontext() as writer:
+    if out is not None:
+        _check_not_input(Path(out), [base.path, *base.files, *source.files])
+    with _blamed_on(source.files), AdapterWriter(out) if out is not None else nullcontext() as writer:
         for update, selected in select(source.updates, rule, threads=threads, progress=progress):
             tensor, kept = sparse_target(update, selected, base[update.name], self_contained=self_contained)
             report.tensors.append(kept)
@@ -213,6 +215,20 @@ def convert(
     if out is not None:
         report.file_bytes = Path(out).stat().st_size
     return report
+
+
+def _check_not_input(out: Path, inputs: Iterable[Path]) -> None:
+    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+        raise SourceError(f"{out}: is one of the inputs")
+
+
+@contextmanager
+def _blamed_on(files: Sequence[Path]) -> Iterator[None]:
+    """Put the source's file before what is wrong with one of its tensors."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(": ".join([*map(str, files[:1]), str(error)])) from None
 
 
 def sparse_target(

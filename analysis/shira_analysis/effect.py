@@ -17,7 +17,8 @@ class Effect:
 
     Attributes:
         kept: ``1 - ||adapter - source|| / ||base - source||`` over all outputs: 1 if the outputs are the source's,
-            0 if they are no nearer than the base's, negative if they are farther away.
+            0 if they are no nearer than the base's, negative if they are farther away. Of a source without any effect,
+            1 if the outputs are the same and 0 if not.
         cosine: of the angle between ``adapter - base`` and ``source - base``: whether the outputs move the same way,
             whatever the length.
     """
@@ -28,11 +29,12 @@ class Effect:
 
 def effect(base: Floats, source: Floats, adapter: Floats) -> Effect:
     """Compare outputs (logits, embeddings) of the same shape on the same inputs."""
-    wanted = (source - base).astype(np.float64).ravel()
-    moved = (adapter - base).astype(np.float64).ravel()
-    norm = float(np.linalg.norm(wanted))
+    # float64 before the differences: in float32 two outputs could differ and their distances to the base not.
+    base, source, adapter = (outputs.astype(np.float64).ravel() for outputs in (base, source, adapter))
+    wanted, moved = source - base, adapter - base
+    norm, missed = float(np.linalg.norm(wanted)), float(np.linalg.norm(adapter - source))
     both = norm * float(np.linalg.norm(moved))
-    kept = 1.0 - float(np.linalg.norm(moved - wanted)) / norm if norm else 1.0
+    kept = 1.0 - missed / norm if norm else float(missed == 0)
     return Effect(kept=kept, cosine=float(wanted @ moved) / both if both else 0.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -40,19 +41,23 @@ def run(prog: str, command: Callable[[], int]) -> int:
 
     With the environment variable SHIRA_DEBUG set, the traceback is shown instead.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
         code = command()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail(prog, "interrupted; nothing was written", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except ShiraError as error:
-        return _fail(prog, printable(str(error)), EXIT_FAILED)
+        return _fail(prog, str(error), EXIT_FAILED)
     except OSError as error:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        return _fail(prog, printable(f"{names}: {error.strerror or error}" if names else f"{error.strerror or error}"), EXIT_FAILED)  # fmt: skip
+        reason = str(error.strerror or error)
+        return _fail(prog, f"{names}: {reason}" if names else reason, EXIT_FAILED)
     except MemoryError:
         return _fail(prog, "out of memory; nothing was written", EXIT_FAILED)
     return code
@@ -61,8 +66,13 @@ def run(prog: str, command: Callable[[], int]) -> int:
 def _fail(prog: str, message: str, code: int) -> int:
     if os.environ.get(DEBUG):
         raise  # noqa: PLE0704 - called from except blocks only
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    complain(prog, message)
     return code
+
+
+def complain(prog: str, message: str) -> None:
+    """Say on stderr, in one line, why there is no result or not the one that was hoped for."""
+    print(f"{prog}: error: {printable(message)}", file=sys.stderr)
 
 
 def usage_error(prog: str, message: str) -> NoReturn:
@@ -86,28 +96,25 @@ def notice(message: str, *, quiet: bool) -> None:
         print(printable(message), file=sys.stderr)
 
 
-def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Raise ShiraError if ``path`` must not be written: it exists and ``--force`` is missing, or it is an input."""
+def check_output(path: Path, *, force: bool) -> None:
+    """Raise ShiraError if ``path`` cannot be written, or exists and ``--force`` is missing."""
     if path.is_dir():
         raise ShiraError(f"{path}: is a folder, not a file to write")
     if not path.parent.is_dir():
         raise ShiraError(f"{path}: the folder {path.parent} does not exist")
-    if not path.exists():
-        return
-    if any(source.exists() and path.samefile(source) for source in inputs):
-        raise ShiraError(f"{path}: is one of the inputs")
-    if not force:
+    if path.exists() and not force:
         raise ShiraError(f"{path}: exists; --force replaces it")
 
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
 
 
 def printable(text: str) -> str:
-    """``text`` without what could move the cursor or reorder the line: names come from strangers' files."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """``text`` in one line, without what could move the cursor or reorder it: names come from strangers' files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -83,7 +83,7 @@ def _lora_to_shira(options: argparse.Namespace) -> int:
     base = open_checkpoint(options.base)
     source = filtered(open_lora(options.lora, base, dialect=options.dialect), options.include, options.exclude)
     if not options.dry_run:
-        console.check_output(options.output, [*base.files, *source.files], force=options.force)
+        console.check_output(options.output, force=options.force)
     work = sum(numel(update.shape) for update in source.updates) * passes(rule)
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(total=work, unit="entries", unit_scale=True, disable=hidden, leave=False) as bar:
@@ -153,7 +153,7 @@ def as_text(report: ConversionReport, output: Path | None) -> str:
     if output is None:
         lines.append("dry run: nothing was written")
     else:
-        lines.append(f"{output}: {console.size(report.file_bytes or 0)}")
+        lines.append(f"{console.printable(str(output))}: {console.size(report.file_bytes or 0)}")
     return "\n".join(lines)
 
 

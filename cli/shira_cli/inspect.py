@@ -64,21 +64,20 @@ def _inspect(options: argparse.Namespace) -> int:
     info["tensors"] = [row for row in info["tensors"] if keep(row["name"])]
     if options.sort != "file":
         info["tensors"].sort(key=_KEYS[options.sort])
-    failed = False
+    misfits: list[str] = []
     if options.verify:
         verify(file)
         info["verified"] = True
     if options.base is not None:
         misfits = fit(file, options.base)
-        failed = bool(misfits)
-        info["base"] = {"path": str(options.base), "fits": not failed, "reasons": misfits}
+        info["base"] = {"path": str(options.base), "fits": not misfits, "reasons": misfits}
     if options.json:
         console.print_json(info)
     else:
         print(as_text(info))
-    if failed:
-        console.notice(f"{PROG}: error: the adapter does not fit {options.base}", quiet=options.quiet)
-    return console.EXIT_FAILED if failed else 0
+    if misfits:
+        console.complain(PROG, f"{options.base}: the adapter does not fit: {misfits[0]}")
+    return console.EXIT_FAILED if misfits else 0
 
 
 def describe(file: AdapterFile) -> dict[str, Any]:

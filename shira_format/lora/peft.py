@@ -247,7 +247,8 @@ class _Reader:
                 f"lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}"
             )
         work = np.dtype(np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32)
-        a, b = a.astype(work), b.astype(work) * work.type(self._scale(module))
+        with np.errstate(over="ignore"):  # an update that overflows is found, and named, when it is computed
+            a, b = a.astype(work), b.astype(work) * np.asarray(self._scale(module)).astype(work)
         if self._is_transposed(module, name, (b.shape[0], a.shape[1])):
             a, b = b.T, a.T
         return LowRank(name, self.base.shape(name), np.ascontiguousarray(b), np.ascontiguousarray(a))
@@ -333,7 +334,8 @@ class _Reader:
             raise SourceError(f"{self.path}: lora_bias for {module!r}, but the base has no {name!r}")
         if self.base.shape(name) != bias.shape:
             raise SourceError(f"{self.path}: {module}.lora_B.bias has shape {list(bias.shape)}, {name!r} {list(self.base.shape(name))}")  # fmt: skip
-        return name, bias.astype(np.float32) * np.float32(self._scale(module))
+        with np.errstate(over="ignore"):  # found, and named, when it is added
+            return name, bias.astype(np.float32) * np.asarray(self._scale(module)).astype(np.float32)
 
     def _source(self) -> dict[str, Any]:
         keys = (

@@ -21,6 +21,12 @@ def test_the_ends_of_the_scale(base: np.ndarray, source: np.ndarray) -> None:
         assert pytest.approx(1) == effect(base, source, source).cosine
 
 
+def test_small_differences_far_from_the_base_count() -> None:
+    base, source, adapter = (np.full((1, 1), value, np.float32) for value in (1e8, 3, 2))
+    assert effect(base, source, adapter).kept < 1
+    assert (1, 0) == (effect(base, base, base).kept, effect(base, base, adapter).kept)
+
+
 @given(OUTPUTS, OUTPUTS, OUTPUTS)
 def test_bounds(base: np.ndarray, source: np.ndarray, adapter: np.ndarray) -> None:
     found = effect(base, source, adapter)
