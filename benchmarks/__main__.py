@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,16 +15,21 @@ from benchmarks import conversion, reading, sizes
 from benchmarks.model import LARGE, SMALL, make_base, make_lora
 from benchmarks.table import Row, as_text, machine
 
+GROUPS = ("conversion", "sizes", "reading")
+
 
 def main() -> int:
     """Entry point; exit code 1 if a requirement is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and the machine to FILE")
     parser.add_argument("--quick", action="store_true", help="a model of 14 M parameters in place of 0.97 G")
+    parser.add_argument(
+        "--only", type=_regex, default="", metavar="REGEX", help=f"only the groups {', '.join(GROUPS)} that match"
+    )
     parser.add_argument("--dir", type=Path, help="keep the files of the run in this folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shira-benchmarks-") as scratch:
-        rows = list(_rows(options.dir or Path(scratch), quick=options.quick))
+        rows = list(_rows(options.dir or Path(scratch), options.only, quick=options.quick))
     print(as_text(rows))
     if options.json:
         result = {
@@ -35,17 +41,34 @@ def main() -> int:
     return 1 if any(row.met is False for row in rows) else 0
 
 
-def _rows(folder: Path, *, quick: bool) -> Iterator[Row]:
+def _rows(folder: Path, only: re.Pattern[str], *, quick: bool) -> Iterator[Row]:
     shape = SMALL if quick else LARGE
     folder.mkdir(parents=True, exist_ok=True)
-    _say("writing the base and the LoRA ...")
-    base, lora = make_base(shape, folder / "base"), make_lora(shape, folder / "lora")
-    _say("converting ...")
-    yield from conversion.rows(shape, base, lora, folder)
-    _say("sizes ...")
-    yield from sizes.rows(shape, folder)
-    _say("reading ...")
-    yield from reading.rows(folder / "uniform.st", folder)
+    if only.search("conversion"):
+        _say("writing the base and the LoRA ...")
+        base, lora = make_base(shape, folder / "base"), make_lora(shape, folder / "lora")
+        _say("converting ...")
+        yield from conversion.rows(shape, base, lora, folder)
+    if not any(map(only.search, ("sizes", "reading"))):
+        return
+    uniform = sizes.uniform_adapter(shape, folder / "uniform.st")
+    if only.search("sizes"):
+        _say("sizes ...")
+        yield from sizes.rows(shape, folder, uniform)
+    if only.search("reading"):
+        _say("reading ...")
+        yield from reading.rows(uniform, folder)
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    """Raises argparse.ArgumentTypeError: not a regex, or one that no group matches."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+    if not any(map(pattern.search, GROUPS)):
+        raise argparse.ArgumentTypeError(f"none of the groups {', '.join(GROUPS)} matches")
+    return pattern
 
 
 def _say(text: str) -> None:

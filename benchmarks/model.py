@@ -67,26 +67,39 @@ SMALL = Shape(hidden=512, intermediate=1408, layers=4, heads=8, key_heads=2, voc
 
 
 def make_base(shape: Shape, folder: Path) -> Path:
-    """Write the base as one file with its config; the weights are normal, of a usual size."""
+    """Write the base as one file with its config, one tensor in memory at a time; weights normal, of a usual size."""
     folder.mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(0)
-
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=random).mul_(0.02).bfloat16()
-
-    weights = {f"{name}.weight": normal(rows, columns) for name, rows, columns in shape.linear()}
+    sizes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, cols) for name, rows, cols in shape.linear()}
     for name in ("model.embed_tokens", "lm_head"):
-        weights[f"{name}.weight"] = normal(shape.vocabulary, shape.hidden)
+        sizes[f"{name}.weight"] = (shape.vocabulary, shape.hidden)
     norms = [
         f"model.layers.{i}.{n}"
         for i in range(shape.layers)
         for n in ("input_layernorm", "post_attention_layernorm")
     ]
     for name in (*norms, "model.norm"):
-        weights[f"{name}.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        sizes[f"{name}.weight"] = (shape.hidden,)
+    with open(folder / "model.safetensors", "wb") as file:
+        header = _header(sizes)
+        file.write(len(header).to_bytes(8, "little") + header)
+        for size in sizes.values():
+            weight = torch.randn(size, generator=random).mul_(0.02) if len(size) == 2 else torch.ones(size)
+            file.write(weight.bfloat16().view(torch.int16).numpy().data)
     shape.config().save_pretrained(folder)
     return folder
+
+
+def _header(sizes: dict[str, tuple[int, ...]]) -> bytes:
+    """A safetensors header of bf16 tensors that lie in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, size in sizes.items():
+        end = at + 2 * math.prod(size)
+        entries[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def make_lora(shape: Shape, folder: Path) -> Path:

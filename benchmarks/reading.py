@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import shira_format
 from benchmarks.sizes import uniform
 from benchmarks.table import Row, seconds
 from shira_format.codecs import BLOCK_SIZE, CODECS
+from shira_format.safetensors_file import SafetensorsFile
 
 
 def rows(adapter: Path, folder: Path) -> Iterator[Row]:
@@ -26,7 +28,7 @@ def rows(adapter: Path, folder: Path) -> Iterator[Row]:
 
     def peer() -> torch.Tensor:
         with safe_open(plain, "pt") as opened:
-            return torch.Tensor(opened.get_tensor(f"{name}#values").float() + opened.get_tensor(f"{name}#indices"))
+            return _touch(opened, name)
 
     def open_peer() -> object:
         with safe_open(plain, "pt") as opened:
@@ -38,8 +40,31 @@ def rows(adapter: Path, folder: Path) -> Iterator[Row]:
         ours = seconds(lambda verify=verify: shira_format.load(adapter, verify=verify)[name], repeat=20)  # type: ignore[misc]
         what = "digests checked" if verify else "digests not checked"
         yield Row(f"open and read one tensor of {entries} entries, decoded, {what}", 1e3 * ours, 1e3 * seconds(peer, repeat=20), "ms", "safetensors, not checked, summed")  # fmt: skip
+    # In an open file, so that the check of the whole header is not counted for one tensor.
+    with safe_open(plain, "pt") as opened:
+        ready = seconds(lambda: _touch(opened, name), repeat=20)
+    for verify in (True, False):
+        reader = shira_format.load(adapter, verify=verify)
+        ours = seconds(lambda reader=reader: reader[name], repeat=20)  # type: ignore[misc]
+        what = "digests checked" if verify else "digests not checked"
+        yield Row(f"read one tensor of an open file, decoded, {what}", 1e3 * ours, 1e3 * ready, "ms", "safetensors, not checked, summed")  # fmt: skip
+    touched, plainly = _bytes(adapter, name), _bytes(plain, name)
+    yield Row("bytes of the file that opening and reading it needs", touched, plainly, "bytes", "int32 + bf16")
     yield from _coding()
     yield _start(adapter)
+
+
+def _touch(opened: Any, name: str) -> torch.Tensor:
+    """Both arrays of one tensor, summed: safetensors maps them, and nothing is read until somebody looks."""
+    values, indices = (opened.get_tensor(f"{name}#{role}") for role in ("values", "indices"))
+    return torch.Tensor(values.float() + indices)
+
+
+def _bytes(path: Path, name: str) -> int:
+    """The header and the streams of one tensor."""
+    file = SafetensorsFile(path)
+    header = file.size - sum(stream.nbytes for stream in file.values())
+    return header + sum(stream.nbytes for key, stream in file.items() if key.partition("#")[0] == name)
 
 
 def _plain(adapter: Path, path: Path) -> Path:

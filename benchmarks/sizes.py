@@ -35,10 +35,9 @@ def entropy(density: float) -> float:
     return (-p * math.log2(p) - (1 - p) * math.log2(1 - p)) / p
 
 
-def rows(shape: Shape, folder: Path) -> Iterator[Row]:
+def rows(shape: Shape, folder: Path, uniform_file: Path) -> Iterator[Row]:
     """The file of the whole model, PEFT's files, and the codecs."""
-    path = uniform_adapter(shape, folder / "uniform.st")
-    index, whole = account(path)
+    index, whole = account(uniform_file)
     limit = entropy(0.01)
     case = f"indices of {shape.adapted / 1e9:.2f} G at 1 %, uniform, directory included"
     yield Row(case, index, limit, "bits/entry", "entropy", "<= 8.8", index <= 8.8)
@@ -93,7 +92,7 @@ def _against_peft(folder: Path) -> Iterator[Row]:
         peer = (folder / kind / "adapter_model.safetensors").stat().st_size / parameters
         for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
             ours = _one_layer(folder / "one.st", side, indices, np.zeros(indices.size, dtype))
-            case = f"file of {parameters} parameters, {dtype}"
+            case = f"file of {parameters} parameters, {dtype}, beside PEFT {kind}"
             yield Row(case, ours, peer, "bytes/entry", f"PEFT {kind}, float32")
 
 
