@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -43,6 +44,17 @@ def bits(array: Array) -> Array:
 def digest(array: Array) -> str:
     """SHA-256 of the array's bytes in row-major order, 64 hex digits (spec, section 6)."""
     return hashlib.sha256(bits(array).data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: the name holds a NUL.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def frozen(array: Array) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, digest
+from shira_format.arrays import Array, digest, file_digest
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.container import AdapterWriter
 from shira_format.dtypes import dtype_name, is_float, working_dtype
@@ -23,7 +23,7 @@ from shira_format.errors import SourceError
 from shira_format.filters import name_filter
 from shira_format.lora import Lora, open_lora
 from shira_format.selection import Progress, Selected, TopK, select
-from shira_format.tensors import SparseTensor, WholeTensor, numel
+from shira_format.tensors import SparseTensor, WholeTensor, density, numel
 from shira_format.update import Update
 
 LITTLE = 0.5  # below this share of the update's energy, much of what the source does is lost
@@ -49,7 +49,7 @@ class TensorReport:
     @property
     def density(self) -> float:
         """``nnz / numel``; 0 for a weight without elements."""
-        return self.nnz / self.numel if self.numel else 0.0
+        return density(self.nnz, self.numel)
 
     @property
     def energy_kept(self) -> float:
@@ -257,7 +257,7 @@ def sparse_target(
     )
     tensor = SparseTensor(
         update.name, update.shape, indices, target,
-        base=before if self_contained else None, base_digest=digest(before),
+        base=before if self_contained else None, base_digest=None if self_contained else digest(before),
     )  # fmt: skip
     wide = values.astype(np.float64)
     stored = float(np.dot(wide, wide))
@@ -328,11 +328,3 @@ def _provenance(
         "source": source.source | {"files": files},
         "selection": selection,
     }
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    import hashlib
-
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,6 +23,11 @@ def numel(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
+def density(nnz: int, elements: int) -> float:
+    """``nnz / elements``; 0 for a weight without elements."""
+    return nnz / elements if elements else 0.0
+
+
 def matrix_view(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of the matrix view of ``shape`` (spec, section 1): axis 0 against all others."""
     if not shape:
@@ -155,7 +160,7 @@ class SparseTensor:
     @property
     def density(self) -> float:
         """``nnz / numel``; 0 for a weight without elements."""
-        return self.nnz / self.numel if self.numel else 0.0
+        return density(self.nnz, self.numel)
 
     @property
     def values(self) -> Array:

@@ -201,10 +201,11 @@ class _Bench:
 
 
 def _show(result: dict[str, Any], example: Path) -> None:
+    from shira_analysis.summary import describe
     from shira_cli import inspect
     from shira_format import AdapterFile
 
-    summary = inspect.as_text(inspect.describe(AdapterFile(example)) | {"tensors": [], "whole": []})
+    summary = inspect.as_text(describe(AdapterFile(example)) | {"tensors": [], "whole": []})
     print(f"\n=== {result['task']} ===\n{summary}\n")
     ends = [
         ("base, LoRA's head", "", "", "", f"{result['accuracy_base']:.3f}", "0.00", ""),

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shira_analysis.summary import describe, misfits_with
 from shira_cli import console
-from shira_format import AdapterFile, BaseMismatch
+from shira_format import AdapterFile
+from shira_format.checkpoints import open_checkpoint
 from shira_format.filters import name_filter
-from shira_format.manifest import SparseEntry, stream_name
-from shira_format.tensors import numel
 
 PROG = "shira-inspect"
 
@@ -66,10 +66,10 @@ def _inspect(options: argparse.Namespace) -> int:
         info["tensors"].sort(key=_KEYS[options.sort])
     misfits: list[str] = []
     if options.verify:
-        verify(file)
+        file.verify()
         info["verified"] = True
     if options.base is not None:
-        misfits = fit(file, options.base)
+        misfits = misfits_with(file, open_checkpoint(options.base))
         info["base"] = {"path": str(options.base), "fits": not misfits, "reasons": misfits}
     if options.json:
         console.print_json(info)
@@ -78,113 +78,6 @@ def _inspect(options: argparse.Namespace) -> int:
     if misfits:
         console.complain(PROG, f"{options.base}: the adapter does not fit: {misfits[0]}")
     return console.EXIT_FAILED if misfits else 0
-
-
-def describe(file: AdapterFile) -> dict[str, Any]:
-    """Everything that the header tells, as plain JSON values; no tensor is read."""
-    raw = file.manifest.raw
-    rows = [_row(file, entry) for entry in file.manifest.tensors.values()]
-    whole = [_whole_row(file, name) for name in file.manifest.whole]
-    nnz, elements = sum(row["nnz"] for row in rows), sum(numel(tuple(row["shape"])) for row in rows)
-    index_bytes = sum(row["index_bytes"] for row in rows)
-    base_bytes = sum(row["base_bytes"] for row in rows)
-    own_bytes = file.streams.size - base_bytes - sum(row["bytes"] for row in whole)
-    return {
-        "file": str(file.path),
-        "format_version": raw["format_version"],
-        "features": raw["features"],
-        "base_model": raw.get("base_model"),
-        "components": raw.get("components"),
-        "source": raw.get("source"),
-        "selection": raw.get("selection"),
-        "mask": raw.get("mask"),
-        "alpha": raw.get("alpha", 1.0),
-        "license": raw.get("license"),
-        "description": raw.get("description"),
-        "writer": raw.get("writer"),
-        "self_contained": bool(rows) and all(row["values"] == "delta" or row["base_values"] for row in rows),
-        "totals": {
-            "tensors": len(rows),
-            "nnz": nnz,
-            "numel": elements,
-            "density": nnz / elements if elements else 0.0,
-            "whole_tensors": len(whole),
-            "file_bytes": file.streams.size,
-            "index_bits_per_entry": 8 * index_bytes / nnz if nnz else None,
-            "bits_per_entry": 8 * own_bytes / nnz if nnz else None,
-        },
-        "tensors": rows,
-        "whole": whole,
-    }
-
-
-def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:
-    sizes = {role: file.streams[stream_name(entry.name, role)].nbytes for role in entry.streams()}
-    elements = numel(entry.shape)
-    return {
-        "name": entry.name,
-        "shape": list(entry.shape),
-        "dtype": entry.dtype,
-        "nnz": entry.nnz,
-        "density": entry.nnz / elements if elements else 0.0,
-        "index_codec": entry.codec,
-        "values": entry.values,
-        "base_values": entry.base_values,
-        "base_digest": entry.digests.get("base"),
-        "energy_kept": entry.raw.get("energy_kept"),
-        "relative_error": entry.raw.get("relative_error"),
-        "bytes": sum(sizes.values()),
-        "index_bytes": sizes.get("indices", 0) + sizes.get("blocks", 0),
-        "base_bytes": sizes.get("base", 0),
-    }
-
-
-def _whole_row(file: AdapterFile, name: str) -> dict[str, Any]:
-    entry, stream = file.manifest.whole[name], file.streams[name]
-    copies = 2 if entry.base_values else 1
-    return {
-        "name": name,
-        "shape": list(stream.shape),
-        "dtype": stream.dtype,
-        "base_digest": entry.digests.get("base"),
-        "bytes": copies * stream.nbytes,
-    }
-
-
-def verify(file: AdapterFile) -> None:
-    """Read every tensor under every rule; raises FormatError at the first that is broken."""
-    for name in file.manifest.tensors:
-        file.sparse(name)
-    for name in file.manifest.whole:
-        file.whole(name)
-
-
-def fit(file: AdapterFile, base: Path) -> list[str]:
-    """Why the adapter does not fit ``base``: one line for each tensor that does not; empty if it fits."""
-    from shira_format.checkpoints import open_checkpoint
-
-    checkpoint = open_checkpoint(base)
-    misfits = []
-    for name in file.manifest.tensors:
-        if name not in checkpoint:
-            misfits.append(f"tensor {name!r}: not in the base")
-            continue
-        try:
-            tensor = file.sparse(name)
-            tensor.checked_base(checkpoint[name])
-        except BaseMismatch as error:
-            misfits.append(str(error))
-    for name in file.manifest.whole:
-        whole = file.whole(name)
-        if whole.base_digest is None:
-            continue
-        try:
-            if name not in checkpoint:
-                raise BaseMismatch(f"tensor {name!r}: not in the base")
-            whole.check_base(checkpoint[name])
-        except BaseMismatch as error:
-            misfits.append(str(error))
-    return misfits
 
 
 def as_text(info: dict[str, Any]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shira_format.adapter import Adapter
-from shira_format.arrays import Array, digest
+from shira_format.arrays import Array, digest, file_digest
 from shira_format.codecs import CODECS, Indices
 from shira_format.codecs.blocks import block_count
 from shira_format.dtypes import FLOATS
@@ -139,6 +138,13 @@ class AdapterFile:
         except FormatError as error:
             raise error.at(file=self.path, tensor=name) from None
 
+    def verify(self) -> None:
+        """Read every tensor; raises FormatError at the first rule that is broken."""
+        for name in self.manifest.tensors:
+            self.sparse(name)
+        for name in self.manifest.whole:
+            self.whole(name)
+
     def indices(self, entry: SparseEntry) -> Indices:
         """The decoded indices of one tensor; `SparseTensor` checks their order and range."""
         if entry.codec == "shared":
@@ -163,8 +169,7 @@ class AdapterFile:
         if name not in self._mask_files:
             path = self._masks / name
             try:
-                with open(path, "rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                found = file_digest(path)
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name
                 raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
             if found != self.manifest.raw["mask_files"][name]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,15 +15,15 @@ from typing import IO, Any, Self
 import numpy as np
 
 from shira_format.adapter import Adapter
-from shira_format.arrays import Array, bits, digest
-from shira_format.codecs import BLOCK_SIZE, Encoded, encode_smallest
+from shira_format.arrays import Array, bits, digest, file_digest
+from shira_format.codecs import BLOCK_SIZE, encode_smallest
 from shira_format.container.atomic import replaced_file
 from shira_format.container.reader import AdapterFile
 from shira_format.dtypes import dtype_name
 from shira_format.errors import FormatError
 from shira_format.manifest import DIGEST, FORMAT_VERSION, METADATA_KEY, check_name, parse_manifest, stream_name
 from shira_format.safetensors_file import MAX_HEADER
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.tensors import SparseTensor, WholeTensor, numel
 from shira_format.version import __version__
 
 # What `add` and `close` derive; everything else of a manifest is taken over as it is.
@@ -144,7 +143,7 @@ class AdapterWriter:
             raise FormatError("manifest-schema", "target values need the base's values or their digest", tensor=tensor.name)  # fmt: skip
         item["digests"] = digests
         if tensor.base is not None:
-            self._spool(stream_name(tensor.name, "base"), tensor.base)
+            self._spool(stream_name(tensor.name, "base"), tensor.base, tensor.base_digest)
             item["base_values"] = True
         self._tensors.append(item | _others(notes, _DERIVED_OF_TENSOR))
         return sum(self._sizes.values()) - before
@@ -161,7 +160,7 @@ class AdapterWriter:
         if tensor.base_digest is not None:
             digests["base"] = tensor.base_digest
         if tensor.base is not None:
-            self._spool(stream_name(tensor.name, "base"), tensor.base)
+            self._spool(stream_name(tensor.name, "base"), tensor.base, tensor.base_digest)
             item["base_values"] = True
         self._whole.append(item | _others(notes, _DERIVED_OF_TENSOR))
 
@@ -187,11 +186,14 @@ class AdapterWriter:
             return {"codec": "shared", "tensor": tensor.name, "file": self._masks.path.name}
         encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size)
         if encoded.stream is not None:
-            key = (tensor.shape, encoded.params["codec"], digest(encoded.stream))
+            found = digest(encoded.stream)
+            key = (tensor.shape, encoded.params["codec"], found)
             twin = self._seen.setdefault(key, tensor.name)
             if twin != tensor.name and encoded.stream_bytes > len(twin):
                 return {"codec": "shared", "tensor": twin}
-        self._spool_encoded(tensor.name, encoded, digests)
+            digests["indices"] = self._spool(stream_name(tensor.name, "indices"), encoded.stream, found)
+        if encoded.blocks is not None:
+            digests["blocks"] = self._spool(stream_name(tensor.name, "blocks"), encoded.blocks)
         return encoded.params
 
     def _in_mask_file(self, tensor: SparseTensor) -> bool:
@@ -204,14 +206,8 @@ class AdapterWriter:
             and np.array_equal(self._masks.indices(entry), tensor.indices)
         )
 
-    def _spool_encoded(self, name: str, encoded: Encoded, digests: dict[str, str]) -> None:
-        if encoded.stream is not None:
-            digests["indices"] = self._spool(stream_name(name, "indices"), encoded.stream)
-        if encoded.blocks is not None:
-            digests["blocks"] = self._spool(stream_name(name, "blocks"), encoded.blocks)
-
-    def _spool(self, name: str, array: Array) -> str:
-        """Append an array to the spool of its element size; returns its digest."""
+    def _spool(self, name: str, array: Array, known: str | None = None) -> str:
+        """Append an array to the spool of its element size; returns its digest, which may be known already."""
         if name in self._streams:
             raise FormatError("duplicate-name", f"the stream name {name!r} occurs twice", tensor=name)
         size = array.dtype.itemsize
@@ -224,7 +220,7 @@ class AdapterWriter:
         begin = self._sizes[size]
         self._sizes[size] += raw.size
         self._streams[name] = (dtype_name(array.dtype), list(array.shape), size, begin)
-        return digest(array)
+        return known or digest(array)
 
     def _finish(self) -> None:
         header = self._header()
@@ -245,7 +241,7 @@ class AdapterWriter:
         entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
         for name, (dtype, shape, size, begin) in self._streams.items():
             start = begins[size] + begin
-            length = int(np.prod(shape, dtype=object)) * size
+            length = numel(tuple(shape)) * size
             entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + length]}
         header = _json(entries).encode()
         header += b" " * (-len(header) % 8)
@@ -259,9 +255,7 @@ class AdapterWriter:
         if any("file" in item["indices"] for item in self._tensors):
             assert self._masks is not None
             manifest["features"] = ["mask-file"]
-            with open(self._masks.path, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            manifest["mask_files"] = {self._masks.path.name: found}
+            manifest["mask_files"] = {self._masks.path.name: file_digest(self._masks.path)}
         manifest["tensors"] = self._tensors
         if self._whole:
             manifest["whole"] = self._whole

@@ -19,7 +19,7 @@ import numpy as np
 
 from shira_format.arrays import Array, as_array
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import is_float
+from shira_format.dtypes import is_float, working_dtype
 from shira_format.errors import SourceError
 from shira_format.lora.names import match_names
 from shira_format.lora.updates import Lora, LowRank
@@ -205,9 +205,7 @@ class _Reader:
             raise SourceError(f"{self.path}: unmatched key {key!r}: it does not start with {PREFIX!r}")
         if not is_float(array.dtype):
             raise SourceError(f"{self.path}: {key!r} is of dtype {array.dtype}, not a float")
-        if not np.isfinite(
-            array.astype(np.float64) if array.dtype.itemsize == 8 else array.astype(np.float32)
-        ).all():
+        if not np.isfinite(array.astype(working_dtype(array.dtype))).all():
             raise SourceError(f"{self.path}: {key!r} holds NaN or Inf")
         if match := _FACTOR.fullmatch(name):
             # A second target on one module nests: "base_layer" inside the name would be another parameter.
