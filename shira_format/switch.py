@@ -56,6 +56,8 @@ def apply(
     alpha = adapter.alpha if alpha is None else alpha
     if not np.isfinite(alpha):
         raise ValueError(f"alpha {alpha} is not a finite number")
+    if adapter.removed:
+        raise BaseMismatch(f"the adapter removes tensors, {adapter.removed[0]!r} for example: {_PATCH}")
     steps: list[_Step] = []
     for name in adapter:
         array = _weight(weights, rename(name), name)
@@ -70,6 +72,9 @@ def apply(
     return applied
 
 
+_PATCH = (
+    "a patch of whole checkpoints, which live weights cannot take (shira_to_full writes the patched checkpoint)"
+)
 _Step = tuple[Callable[[], object], Callable[[], object]]
 
 
@@ -88,6 +93,8 @@ def _weight(weights: MutableMapping[str, Any], key: str, name: str) -> Array:
 def _sparse_step(tensor: SparseTensor, array: Array, alpha: float) -> _Step:
     if tensor.meaning == "none":
         raise BaseMismatch(f"tensor {tensor.name!r} is a mask: there is nothing to apply")
+    if tensor.is_patch:
+        raise BaseMismatch(f"tensor {tensor.name!r}: the adapter renames or resizes it: {_PATCH}")
     before = tensor.checked_base(array)
     after = tensor.applied(before, alpha)
     indices = tensor.indices

@@ -47,11 +47,23 @@ class SparseTensor:
             ``"none"`` (a mask).
         base: ``[nnz]`` values of the base at the entries in ``dtype``, or None if they are not at hand.
         base_digest: SHA-256 of those values, or None if they were never known.
+        base_name: the name of the base's tensor from which this one starts; ``name`` unless the adapter is a patch that
+            renames or derives tensors (spec, section 3.5). ``shape`` and all that is said of the base is said of that one.
+        rows: size of dimension 0 of the result; None: as ``shape`` says.
+        new_rows: ``[rows - shape[0], *shape[1:]]``, the further rows of a result that has more; else None.
+        result_digest: SHA-256 of the whole result at strength 1, or None if nobody computed it.
     """
 
-    __slots__ = ("_values", "base", "base_digest", "dtype", "indices", "meaning", "name", "shape")
+    __slots__ = (
+        "_values", "base", "base_digest", "base_name", "dtype", "indices", "meaning", "name", "new_rows",
+        "result_digest", "rows", "shape",
+    )  # fmt: skip
 
     name: str
+    base_name: str
+    rows: int | None
+    new_rows: Array | None
+    result_digest: str | None
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     indices: npt.NDArray[np.int64]
@@ -71,6 +83,10 @@ class SparseTensor:
         dtype: Any = None,
         base: Any = None,
         base_digest: str | None = None,
+        base_name: str | None = None,
+        rows: int | None = None,
+        new_rows: Any = None,
+        result_digest: str | None = None,
     ) -> None:
         """Check and take over one tensor's entries; arrays are shared, not copied, and seen read-only.
 
@@ -83,6 +99,10 @@ class SparseTensor:
             dtype: the weight's dtype; by default that of ``values``, which targets must have.
             base: ``[nnz]`` values of the base at the entries.
             base_digest: their SHA-256; computed if ``base`` is given.
+            base_name: see the class; by default ``name``.
+            rows: see the class.
+            new_rows: see the class.
+            result_digest: see the class.
 
         Raises:
             FormatError: a rule of the format is broken; ``rule`` says which.
@@ -102,7 +122,12 @@ class SparseTensor:
         if self.base is not None:
             base_digest = digest(self.base)
         set_(self, "base_digest", base_digest)
+        set_(self, "base_name", name if base_name is None else base_name)
+        set_(self, "rows", None if rows is None else int(rows))
+        set_(self, "new_rows", None if new_rows is None else frozen(as_array(new_rows)))
+        set_(self, "result_digest", result_digest)
         self._check_values()
+        self._check_rows()
 
     def _guess_dtype(self) -> Any:
         return np.dtype(np.float32) if self._values is None else self._values.dtype
@@ -135,6 +160,43 @@ class SparseTensor:
                 tensor=self.name,
             )
 
+    def _check_rows(self) -> None:
+        if self.result_digest is not None and self.meaning != "target":
+            raise FormatError("manifest-schema", "a result digest without target values", tensor=self.name)
+        if self.rows is None:
+            if self.new_rows is not None:
+                raise FormatError("stray-stream", "new rows, and no count of rows", tensor=self.name)
+            return
+        if not self.shape or self.rows < 0 or self.meaning == "none":
+            raise FormatError("manifest-schema", f"rows {self.rows} of a {self.meaning} tensor of shape {list(self.shape)}", tensor=self.name)  # fmt: skip
+        if numel(self.result_shape) > MAX_NUMEL:
+            raise FormatError(
+                "shape-overflow", f"{self.rows} rows make more than 2^53 - 1 elements", tensor=self.name
+            )
+        more = self.rows - self.shape[0]
+        if (more > 0) != (self.new_rows is not None):
+            rule = "missing-stream" if more > 0 else "stray-stream"
+            raise FormatError(rule, f"{self.rows} rows for a base of {self.shape[0]}", tensor=self.name)
+        if self.new_rows is not None:
+            if self.new_rows.dtype != self.dtype or self.new_rows.ndim != len(self.shape):
+                raise FormatError("stream-dtype", "new rows of another dtype or rank", tensor=self.name)
+            if self.new_rows.shape != (more, *self.shape[1:]):
+                raise FormatError(
+                    "count-mismatch", f"new rows of shape {list(self.new_rows.shape)}", tensor=self.name
+                )
+        if more < 0 and self.nnz and self.indices[-1] >= numel(self.result_shape):
+            raise FormatError("out-of-range", f"index {self.indices[-1]} lies in the rows that are dropped", tensor=self.name)  # fmt: skip
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """The shape of the result: ``shape``, with ``rows`` rows if a patch resizes the tensor."""
+        return self.shape if self.rows is None else (self.rows, *self.shape[1:])
+
+    @property
+    def is_patch(self) -> bool:
+        """Whether the tensor starts from one of another name or size (feature ``patch``)."""
+        return self.base_name != self.name or self.rows is not None
+
     def __setattr__(self, key: str, value: object) -> None:
         raise AttributeError(f"SparseTensor is immutable; cannot set {key}")
 
@@ -145,6 +207,7 @@ class SparseTensor:
         # __slots__ without setattr defeats pickle's default; adapters travel between processes.
         return _rebuild, (
             self.name, self.shape, self.indices, self._values, self.meaning, self.dtype, self.base, self.base_digest,
+            self.base_name, self.rows, self.new_rows, self.result_digest,
         )  # fmt: skip
 
     @property
@@ -231,23 +294,24 @@ class SparseTensor:
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
             return np.asarray(self.values.astype(work) - found.astype(work))
 
-    def applied(self, base: Array, alpha: float = 1.0) -> Array:
-        """The entries' new values at strength ``alpha``, ``[nnz]`` in ``base.dtype`` (spec, section 4.1).
+    def applied(self, base: Array, alpha: float = 1.0, start: int = 0) -> Array:
+        """The entries' new values at strength ``alpha``, ``[n]`` in ``base.dtype`` (spec, section 4.1).
 
-        ``base`` holds the base's values at the entries, ``[nnz]``; see :meth:`checked_base`.
+        ``base`` holds the base's values at the entries from the ``start``-th on, ``[n]``; see :meth:`checked_base`.
         """
+        values = self.values[start : start + base.size]
         work = working_dtype(base.dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # overflow has a defined result
             strength = work.type(alpha)
             if strength == 0:
                 return base.copy()
             if self.meaning == "target" and strength == 1:
-                return self.values
-            start = base.astype(work)
-            step = self.values.astype(work)
+                return values
+            origin = base.astype(work)
+            step = values.astype(work)
             if self.meaning == "target":
-                step -= start
-            return np.asarray((start + strength * step).astype(base.dtype))
+                step -= origin
+            return np.asarray((origin + strength * step).astype(base.dtype))
 
     def __eq__(self, other: object) -> bool:
         """Equal content: names, shapes, dtypes, indices and the bits of all values."""
@@ -259,6 +323,9 @@ class SparseTensor:
             and np.array_equal(self.indices, other.indices)
             and same_bits(self._values, other._values)
             and same_bits(self.base, other.base)
+            and (self.base_name, self.result_shape, self.result_digest)
+            == (other.base_name, other.result_shape, other.result_digest)
+            and same_bits(self.new_rows, other.new_rows)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -271,16 +338,13 @@ class SparseTensor:
 
 
 def _rebuild(
-    name: str,
-    shape: tuple[int, ...],
-    indices: Any,
-    values: Any,
-    meaning: Meaning,
-    dtype: Any,
-    base: Any,
-    seen: Any,
-) -> SparseTensor:
-    return SparseTensor(name, shape, indices, values, meaning=meaning, dtype=dtype, base=base, base_digest=seen)
+    name: str, shape: tuple[int, ...], indices: Any, values: Any, meaning: Meaning, dtype: Any, base: Any, seen: Any,
+    base_name: str, rows: int | None, new_rows: Any, result: Any,
+) -> SparseTensor:  # fmt: skip
+    return SparseTensor(
+        name, shape, indices, values, meaning=meaning, dtype=dtype, base=base, base_digest=seen,
+        base_name=base_name, rows=rows, new_rows=new_rows, result_digest=result,
+    )  # fmt: skip
 
 
 class WholeTensor:

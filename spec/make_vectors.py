@@ -252,6 +252,67 @@ class Maker:
         self.content["whole"].append(found)
         return self
 
+    # Patches (section 3.5): the three below speak of the sparse tensor that was added last.
+
+    def origin(self, name: str) -> Maker:
+        item = self.patch().tensor(-1)
+        item["from"] = name
+        if name != item["name"]:
+            self.content["tensors"][-1]["from"] = name
+        return self
+
+    def resize(self, size: int, data: bytes | None = None) -> Maker:
+        item = self.patch().tensor(-1)
+        item["rows"] = self.content["tensors"][-1]["rows"] = size
+        further = [size - item["shape"][0], *item["shape"][1:]]
+        if further[0] > 0:
+            if data is None:
+                data = noise("rows of " + item["name"], elements(further) * SIZE[item["dtype"]])
+            item["digests"]["rows"] = self.stream(item["name"] + "#rows", item["dtype"], further, data)
+            self.content["tensors"][-1]["rows_hex"] = data.hex()
+        return self
+
+    def result(self, data: bytes) -> Maker:
+        self.tensor(-1)["digests"]["result"] = self.content["tensors"][-1]["result_digest"] = sha(data)
+        return self
+
+    def removed(self, *names: str) -> Maker:
+        self.content["removed"] = list(names)
+        return self.patch().set(removed=list(names))
+
+    def patch(self) -> Maker:
+        if "patch" not in self.manifest["features"]:
+            self.manifest["features"].append("patch")
+        return self
+
+    def patched(
+        self,
+        name: str,
+        shape: Sequence[int],
+        indices: Sequence[int],
+        codec: str = "gap8",
+        *,
+        dtype: str = "F32",
+        origin: str | None = None,
+        size: int | None = None,
+        **more: Any,
+    ) -> Maker:
+        """A sparse tensor of targets, from a whole base tensor and so with the digest of the whole result."""
+        width = SIZE[dtype]
+        whole = bytearray(noise("base tensor " + (origin or name), elements(shape) * width))
+        base = b"".join(whole[k * width : (k + 1) * width] for k in indices)
+        self.sparse(name, shape, indices, codec, dtype=dtype, base=base, **more)
+        values = bytes.fromhex(self.content["tensors"][-1]["value_hex"])
+        for at, k in enumerate(indices):
+            whole[k * width : (k + 1) * width] = values[at * width : (at + 1) * width]
+        if origin is not None:
+            self.origin(origin)
+        if size is not None:
+            self.resize(size)
+            del whole[size * elements(shape[1:]) * width :]
+            whole += bytes.fromhex(self.content["tensors"][-1].get("rows_hex", ""))
+        return self.result(bytes(whole))
+
     def tensor(self, number: int = 0) -> Any:
         return self.manifest["tensors"][number]
 
@@ -564,6 +625,8 @@ def good_manifests() -> None:
     file.manifest["whole"][0].update(future=1, shape="x", dtype=5)
     file.manifest["whole"][0]["digests"].update(future=None)
     file.set(base_model={"future": 1}, source={"future": 1}, selection={"future": 1}, mask={"future": 1})
+    selection = {"rule": "exact", "energy": 0.99, "min_change": 1e-8}
+    good("provenance-exact").set(source={"kind": "full"}, selection=selection).sparse("w", [4], [1])
     good("large-numbers").set(seed=10**300, other=-(10**300), tiny=1e-300).sparse("w", [4], [1])
     file = good("depth-32").sparse("w", [4], [1])
     file.set(deep=nested(31), brackets="[" * 100 + "{" * 100 + '\\"[[[')
@@ -592,6 +655,91 @@ def good_containers() -> None:
         file.spaces = 1
     file = good("order").sparse("b", [40], [1, 3]).sparse("a", [40], [], store_base=True).whole("c", "U8", [1])
     file.order = ["c", "a#values", "b#values", "a#indices", "a#base", "b#indices"]
+
+
+def good_patches() -> None:
+    good("patch-rename").patched("w.new", [5, 7], [0, 3, 34], origin="w.old")
+    good("patch-rename-and-nothing-else").patched("w.new", [5, 7], [], origin="w.old", dtype="BF16")
+    good("patch-rename-and-remove").patched("w.new", [5, 7], [6], origin="w.old").removed("w.old")
+    good("patch-swap").patched("a", [6], [1], origin="b").patched("b", [6], [2, 5], origin="a")
+    good("patch-from-own-name").patched("w", [4], [3], origin="w")
+    file = good("patch-tie").patched("head", [4, 6], [0, 23], "varint", origin="embed")
+    file.patched("embed", [4, 6], [5], dtype="F32").patched("third", [4, 6], [], origin="embed", store_base=True)
+    file = good("patch-tie-of-a-tensor-that-goes").patched("q", [3, 3], [8], origin="qkv", dtype="F16")
+    file.patched("k", [3, 3], [0, 1, 2], "flat", origin="qkv", dtype="F16").removed("qkv")
+    good("patch-delta").sparse("w", [9], [1, 8], values="delta", value_dtype="BF16").origin("v").sparse(
+        "no.base", [9], [2], values="delta", base_digest=False
+    ).origin("v")
+    good("patch-mask").mask("m", [16], [2, 3]).origin("w").removed("v")
+    for dtype in FLOATS:
+        good(f"patch-rows-{dtype}").patched("w", [5, 3], [0, 7, 14], dtype=dtype, size=8).patched(
+            "less", [5, 3], [0, 5], dtype=dtype, size=2
+        )
+    file = (
+        good("patch-grown-ranks").patched("rank1", [5], [0, 4], size=7).patched("rank3", [2, 3, 2], [11], size=3)
+    )
+    file.patched("rank5", [1, 2, 1, 2, 2], [0], "varint", size=3, dtype="F8_E4M3")
+    file.patched("no.columns", [4, 0], [], size=6).patched("by.one", [1, 1], [0], "flat", size=2)
+    file.structured("structured", [3, 4], rows(2, 1), diagonal(3)).resize(5)
+    good("patch-grown-from-no-rows").patched("w", [0, 4], [], size=3).patched("b", [0], [], size=2, dtype="F64")
+    file = good("patch-grown-delta").sparse("w", [4, 2], [7], values="delta", value_dtype="F32", dtype="BF16")
+    file.resize(5).sparse("no.base", [4], [1], values="delta", base_digest=False).resize(6)
+    file.sparse("stored", [4], [1], values="delta", store_base=True).resize(6)
+    file = good("patch-grown-everything").patched("w", [60, 100], range(0, 6000, 100), size=61, block_size=16)
+    file.tensor()["base_values"] = True
+    base = b"".join(noise("base tensor w", 24_000)[4 * k : 4 * k + 4] for k in range(0, 6000, 100))
+    file.stream("w#base", "F32", [60], base)
+    file.content["tensors"][0]["base_hex"] = base.hex()
+    for codec in ("gap8", "varint", "flat"):
+        file = good(f"patch-shrunk-{codec}").patched("last.kept", [6, 5], [0, 3, 19], codec, size=4)
+        file.patched("to.nothing", [6, 5], [], codec, size=0).patched("rank1", [6], [1], codec, size=2)
+        file.patched("rank3", [4, 2, 3], [0, 11], codec, size=2).patched("no.columns", [4, 0], [], codec, size=1)
+        file.patched("directory", [6, 50], range(0, 100, 5), codec, size=2, block_size=16)
+    file = good("patch-shrunk-structured").structured("rows", [6, 4], rows(9, 1)).resize(2)
+    file.structured("below.the.main", [9, 3], diagonal(1)).resize(2)
+    file.structured("to.nothing", [3, 3]).resize(0)
+    file = good("patch-rows-shared").patched("long", [10, 10], [3, 50, 99])
+    for size in (9, 10, 11):
+        origin, shared = f"from.{size}", {"tensor": "long" if size > 9 else "short"}
+        file.patched(f"w.{size}", [10, 10], [3, 50, 99] if size > 9 else [3, 50], "shared", size=size,
+                     origin=origin, more=shared)  # fmt: skip
+    file.patched("short", [10, 10], [3, 50])
+    file = use_masks(good("patch-mask-file"), "masks.st", GOOD["masks"].file())
+    file.patched("long", [60, 100], range(0, 6000, 300), "shared", origin="q", size=58,
+                 more={"tensor": "long", "file": "masks.st"})  # fmt: skip
+    good("patch-same-rows").patched("w", [5, 3], [0, 14], size=5).patched("none", [0, 3], [], size=0).patched(
+        "v", [2], [1], size=2, origin="w.old"
+    )
+    good("patch-removed").removed("a", "b.c", "gone/with/a/slash").sparse("w", [4], [1])
+    good("patch-removed-alone").removed("a")
+    file = good("patch-removed-empty").removed().sparse("w", [4], [1])
+    file.set(features=[])
+    good("patch-feature-unused").set(features=["patch"]).sparse("w", [4], [1])
+    good("patch-unused-digest").sparse("w", [4], [1]).tensor()["digests"]["rows"] = sha(b"")
+    file = good("patch-names").patched("w", [4], [1], origin="w#rows").patched("v", [4], [2], origin="é" * 512)
+    file.patched(" ", [4], [2], origin="rows").whole("w#rows", "U8", [2]).removed("w#values", "\u202e", "n" * 1024)
+    file = good("patch-components").set(components={"unet": {}, "text": {}, "not used": {}})
+    file.patched("unet/w", [4, 3], [2], origin="unet/down/w", dtype="F16")
+    file.patched("unet/v", [4, 3], [], origin="unet/down/w", dtype="F16")
+    file.patched("text/embed", [4, 3], [0, 11], size=6, dtype="BF16")
+    file.patched("text/head", [4, 3], [5], origin="text/embed", size=6, dtype="BF16")
+    file.patched("text/positions", [8, 2], [1, 3], "varint", size=2).sparse("unet/plain", [4], [0])
+    file.whole("text/new", "I64", [2]).whole("unet/bias", "F32", [2], base=f32(1, 2), store_base=True)
+    file.removed("unet/down/w", "text/a/b", "not used/x")
+    file = good("patch-large").sparse("less", [3_000_000_000, 2], [0, 3_999_999_999], "varint").resize(2 * 10**9)
+    file.sparse("one", [MAX_NUMEL], [0], "flat").resize(1).sparse("none", [MAX_NUMEL], []).resize(0)
+    file.sparse("more", [MAX_NUMEL - 2], [MAX_NUMEL - 3], "varint").resize(MAX_NUMEL)
+    file.sparse("same.rows", [3_002_399_751_580_330, 3], [5], "varint", dtype="F8_E5M2").resize(
+        3_002_399_751_580_330
+    )
+    file = good("result-digest").patched("plain", [5, 7], [1, 2, 34]).patched("none", [5, 7], [], "varint")
+    for dtype in FLOATS:
+        file.patched(dtype, [2, 2, 2], [3, 7], "flat", dtype=dtype)
+    file.patched("scalar", [], [0]).patched("empty", [0, 3], []).sparse("without", [4], [1])
+    file = good("patch-of-page")
+    for size, further in {3: bf16(5, 6), 2: b"", 1: b""}.items():
+        file.sparse(f"rows.{size}", [2, 2], [1], dtype="BF16", value_bytes=bf16(-2), base=bf16(2))
+        file.origin("w").resize(size, further).result(bf16(1, -2, 3, 4)[: 4 * size] + further)
 
 
 # Bad files
@@ -824,6 +972,8 @@ def bad_schema() -> None:
         "source-files-object": {"source": {"files": {}}},
         "selection-top-k-negative": {"selection": {"top_k": -1}},
         "selection-density": {"selection": {"density": "1%"}},
+        "selection-energy-string": {"selection": {"energy": "0.9"}},
+        "selection-min-change-true": {"selection": {"min_change": True}},
         "selection-include-string": {"selection": {"include": "*"}},
         "selection-exclude-number-inside": {"selection": {"exclude": [1]}},
         "mask-seed-string": {"mask": {"seed": "7"}},
@@ -1362,6 +1512,228 @@ def bad_patterns() -> None:
     bad("pattern--nine-parts", file)
 
 
+def bad_patches_schema() -> None:
+    def grown() -> Maker:
+        return Maker().sparse("w", [4, 3], [0, 11]).resize(6)
+
+    uses = {
+        "from": Maker().sparse("w", [4, 3], [1]).origin("v"),
+        "from-own-name": Maker().sparse("w", [4, 3], [1]).origin("w"),
+        "grown": grown(),
+        "shrunk": Maker().sparse("w", [4, 3], [1]).resize(2),
+        "same-rows": Maker().sparse("w", [4, 3], [1]).resize(4),
+        "removed": one().removed("v"),
+        "removed-alone": Maker().removed("v"),
+        "second-tensor": one().sparse("v", [4], [1]).origin("u"),
+        "mask": Maker().mask("w", [4], [1]).origin("v"),
+    }
+    for what, file in uses.items():
+        bad(f"manifest-schema--patch-no-feature-{what}", file.set(features=[]))
+    bad("manifest-schema--patch-other-feature", grown().set(features=["mask-file"]))
+    bad("unknown-feature--Patch", one().set(features=["Patch"]))
+    wrong: Json = {
+        "from-number": {"from": 5},
+        "from-null": {"from": None},
+        "from-list": {"from": ["v"]},
+        "from-false": {"from": False},
+        "rows-negative": {"rows": -1},
+        "rows-negative-5000-digits": {"rows": -HUGE},
+        "rows-true": {"rows": True},
+        "rows-fraction": {"rows": 1.5},
+        "rows-float": {"rows": 4.0},
+        "rows-string": {"rows": "4"},
+        "rows-null": {"rows": None},
+        "rows-list": {"rows": [4, 300]},
+    }
+    for what, keys in wrong.items():
+        file = one().patch()
+        file.tensor().update(keys)
+        bad(f"manifest-schema--{what}", file)
+    lists: Json = {
+        "string": "v",
+        "object": {"v": {}},
+        "null": None,
+        "number-inside": ["v", 5],
+        "list-inside": [["v"]],
+    }
+    for what, value in lists.items():
+        bad(f"manifest-schema--removed-{what}", one().patch().set(removed=value))
+    for what, file in {
+        "rank-0": Maker().sparse("w", [], [0]),
+        "rank-0-nothing": Maker().sparse("w", [], [], "varint"),
+        "mask": Maker().mask("w", [4], [1]),
+        "mask-structured": Maker().structured("w", [4], diagonal(0), values="none"),
+    }.items():
+        file.patch().tensor()["rows"] = 1
+        bad(f"manifest-schema--rows-of-{what}", file)
+    file = Maker().mask("w", [4], [1]).patch()
+    file.tensor()["rows"] = 4
+    bad("manifest-schema--rows-of-mask-as-in-base", file)
+    file = grown()
+    del file.tensor()["digests"]["rows"]
+    bad("manifest-schema--no-digest-rows", file)
+    file = Maker().sparse("w", [4, 0], [], values="delta").resize(5)
+    del file.tensor()["digests"]["rows"]
+    bad("manifest-schema--no-digest-rows-delta", file)
+    right = sha(b"")
+    wrong = {"upper-case": right.upper(), "short": right[1:], "long": right + "0", "line-feed": right + "\n"}
+    for what, value in (wrong | {"not-hex": "g" * 64, "number": 5, "null": None, "empty": ""}).items():
+        file = one()
+        file.tensor()["digests"]["result"] = value
+        bad(f"manifest-schema--digest-result-{what}", file)
+        file = grown()
+        file.tensor()["digests"]["rows"] = value
+        bad(f"manifest-schema--digest-rows-{what}", file)
+    file = one()
+    file.tensor()["digests"]["rows"] = "?"
+    bad("manifest-schema--digest-rows-without-rows", file)
+    bad("manifest-schema--digest-result-of-delta", Maker().sparse("w", [4], [1], values="delta").result(b""))
+    file = Maker().sparse("w", [4], [1], values="delta", store_base=True).resize(5)
+    bad("manifest-schema--digest-result-of-grown-delta", file.result(b""))
+    bad("manifest-schema--digest-result-of-mask", Maker().mask("w", [4], [1]).result(b""))
+
+
+def bad_patches_names() -> None:
+    names = {
+        "empty": "",
+        "line-feed": "a\nb",
+        "nul": "\0",
+        "delete": "a\x7f",
+        "1025-bytes": "n" * 1025,
+        "1026-bytes-of-513-characters": "é" * 513,
+        "metadata": "__metadata__",
+    }
+    for what, name in names.items():
+        bad(f"name--from-{what}", one().origin(name))
+        bad(f"name--removed-{what}", one().removed("v", name))
+    for what, name in {
+        "unknown": "vae/w",
+        "none": "w",
+        "empty": "/w",
+        "no-rest": "unet/",
+        "prefix": "une/w",
+    }.items():
+        file = Maker().set(components={"unet": {}, "text": {}}).sparse("unet/v", [4], [1])
+        bad(f"component--from-{what}", file.origin(name))
+        file = Maker().set(components={"unet": {}, "text": {}}).sparse("unet/v", [4], [1])
+        bad(f"component--removed-{what}", file.removed("unet/x", name))
+    bad("component--removed-no-components", Maker().set(components={}).removed("unet/w"))
+    bad("duplicate-name--removed-twice", one().removed("u", "v", "u"))
+    bad("duplicate-name--removed-and-sparse", one().removed("v", "w"))
+    bad("duplicate-name--removed-and-own-origin", one().origin("w").removed("w"))
+    bad("duplicate-name--removed-and-whole", Maker().whole("b", "F32", [1]).removed("b"))
+    file = Maker().sparse("w", [4], [1]).resize(5)
+    bad("duplicate-name--stream-rows", file.whole("w#rows", "F32", [1], data=file.streams["w#rows"][2]))
+    bad("duplicate-name--two-from-one", Maker().sparse("w", [4], [1]).origin("v").sparse("w", [4], [1]))
+    file = Maker().sparse("w", [9], [1]).origin("v")
+    bad("shared-target--name-in-base", file.sparse("x", [9], [1], "shared", more={"tensor": "v"}))
+    file = Maker().sparse("v", [9], [1]).sparse("w", [10], [1], "shared", more={"tensor": "v"})
+    bad("shared-target--shape-of-result", file.resize(9))
+
+
+def bad_patches_streams() -> None:
+    def grown(dtype: str = "F32", **more: Any) -> Maker:
+        return Maker().sparse("w", [4, 3], [0, 11], dtype=dtype, **more).resize(6)
+
+    file = grown()
+    del file.streams["w#rows"]
+    bad("missing-stream--rows", file)
+    file = Maker().sparse("w", [4, 0], []).resize(6)
+    del file.streams["w#rows"]
+    bad("missing-stream--rows-without-bytes", file)
+    file = grown()
+    file.streams["v#rows"] = file.streams.pop("w#rows")
+    file.origin("v")
+    bad("missing-stream--rows-under-the-name-in-base", file)
+    file = Maker().sparse("w", [4, 3], [1]).patch()
+    file.tensor()["rows"] = 2**50
+    file.tensor()["digests"]["rows"] = sha(b"")
+    bad("missing-stream--rows-2-to-50", file)
+    for what, size in {"no-key": None, "as-in-base": 4, "dropped": 2}.items():
+        file = Maker().sparse("w", [4, 3], [1])
+        if size is not None:
+            file.resize(size)
+        file.tensor()["digests"]["rows"] = file.stream("w#rows", "F32", [2, 3], noise("stray", 24))
+        bad(f"stray-stream--rows-{what}", file)
+    file = Maker().mask("w", [4, 3], [1]).origin("v")
+    file.stream("w#rows", "F32", [1, 3], noise("stray", 12))
+    bad("stray-stream--rows-of-mask", file)
+    file = Maker().sparse("w", [4], [1]).resize(4)
+    file.stream("w#rows", "F32", [0], b"")
+    bad("stray-stream--rows-without-elements", file)
+
+    def other(name: str, file: Maker, dtype: str, shape: Sequence[int]) -> None:
+        bad(name, file.replace("w#rows", noise(name, elements(shape) * SIZE[dtype]), shape, dtype))
+
+    other("stream-dtype--rows-integer", grown(), "I32", [2, 3])
+    other("stream-dtype--rows-other-float", grown("BF16"), "F16", [2, 3])
+    file = grown("BF16", values="delta", value_dtype="F32")
+    other("stream-dtype--rows-in-dtype-of-deltas", file, "F32", [2, 3])
+    other("stream-dtype--rows-flat", grown(), "F32", [6])
+    other("stream-dtype--rows-rank-3", grown(), "F32", [2, 3, 1])
+    other("stream-dtype--rows-rank-0", Maker().sparse("w", [4], [1]).resize(5), "F32", [])
+    other("count-mismatch--rows-too-few", grown(), "F32", [1, 3])
+    other("count-mismatch--rows-too-many", grown(), "F32", [3, 3])
+    other("count-mismatch--rows-all-of-the-result", grown(), "F32", [6, 3])
+    other("count-mismatch--rows-of-other-columns", grown(), "F32", [2, 4])
+    other("count-mismatch--rows-turned", grown(), "F32", [3, 2])
+    other("count-mismatch--rows-none", grown(), "F32", [0, 3])
+    other("count-mismatch--rows-other-without-bytes", Maker().sparse("w", [4, 0], []).resize(6), "F32", [1, 0])
+    file = grown()
+    file.tensor()["rows"] = 2**50
+    bad("count-mismatch--rows-2-to-50", file)
+    file = Maker().sparse("w", [MAX_NUMEL], [1], "varint", dtype="BF16").resize(2**53)
+    bad("shape-overflow--rows-one-more", file)
+    file = Maker().sparse("w", [4, 2**26], [1], "varint", dtype="F8_E5M2").patch()
+    # These three break other rules as well, because no stream is that large. The manifest comes first.
+    for what, size in {"product": 2**27, "wraps-to-2-to-28": 2**38 + 4, "5000-digits": HUGE}.items():
+        file.tensor()["rows"] = size
+        file.tensor()["digests"]["rows"] = file.stream("w#rows", "F8_E5M2", [1, 1], b"\0")
+        bad(f"shape-overflow--rows-{what}", file)
+    file = grown()
+    file.tensor()["digests"]["rows"] = sha(b"something else")
+    bad("digest-mismatch--rows", file)
+    file = grown()
+    data = bytearray(file.streams["w#rows"][2])
+    data[-1] ^= 1
+    file.stream("w#rows", "F32", [2, 3], bytes(data))
+    bad("digest-mismatch--rows-one-bit", file)
+    file = Maker().sparse("w", [4, 0], []).resize(6)
+    file.tensor()["digests"]["rows"] = sha(b"\0")
+    bad("digest-mismatch--rows-without-bytes", file)
+
+
+def bad_patches_indices() -> None:
+    for codec in ("gap8", "varint", "flat"):
+        bad(f"out-of-range--dropped-row-{codec}", Maker().sparse("w", [6, 5], [3, 20], codec).resize(4))
+    bad("out-of-range--dropped-last-row", Maker().sparse("w", [6, 5], [29]).resize(5))
+    bad("out-of-range--dropped-rank-1", Maker().sparse("w", [6], [1, 2], "flat").resize(2))
+    bad("out-of-range--dropped-rank-3", Maker().sparse("w", [4, 2, 3], [12], "varint").resize(2))
+    bad("out-of-range--dropped-all-rows", Maker().sparse("w", [6, 5], [0]).resize(0))
+    bad("out-of-range--dropped-delta", Maker().sparse("w", [6, 5], [20], values="delta").resize(4))
+    bad("out-of-range--dropped-from", Maker().sparse("w", [6, 5], [20]).origin("v").resize(4))
+    bad("out-of-range--dropped-structured", Maker().structured("w", [4, 4], diagonal(0)).resize(3))
+    bad("out-of-range--dropped-2-to-32", Maker().sparse("w", [2**33], [3, 2**32], "varint").resize(2**32))
+    many = range(0, 300, 10)
+    bad("out-of-range--dropped-directory", Maker().sparse("w", [6, 50], many, block_size=16).resize(5))
+    file = Maker().sparse("v", [6, 5], [3, 20])
+    bad(
+        "out-of-range--dropped-shared", file.sparse("w", [6, 5], [3, 20], "shared", more={"tensor": "v"}).resize(4)
+    )
+    mask = MASKS["mask-file.masks"]
+    file = Maker().set(features=["mask-file"], mask_files={"mask-file.masks": sha(mask)})
+    shared = {"tensor": "q", "file": "mask-file.masks"}
+    file.sparse("w", [10, 10], [3, 50, 99], "shared", more=shared)
+    bad("out-of-range--dropped-mask-file", file.resize(9))
+    for codec, data in {"gap8": gap8_code(12), "varint": varint_code(12), "flat": i64(12)}.items():
+        file = Maker().sparse("w", [4, 3], [1], codec).resize(6)
+        bad(f"out-of-range--further-row-{codec}", file.replace("w#indices", data))
+    file = Maker().sparse("w", [0, 3], [], "flat").resize(2)
+    file.tensor()["nnz"] = 1
+    file.replace("w#indices", i64(0)).replace("w#values", f32(1))
+    bad("count-mismatch--nnz-in-further-rows", file)
+
+
 # Writing
 
 
@@ -1387,6 +1759,7 @@ def make() -> dict[str, bytes]:
         good_names,
         good_manifests,
         good_containers,
+        good_patches,
         bad_container,
         bad_offsets,
         bad_manifest_json,
@@ -1403,6 +1776,10 @@ def make() -> dict[str, bytes]:
         bad_codes,
         bad_directories,
         bad_patterns,
+        bad_patches_schema,
+        bad_patches_names,
+        bad_patches_streams,
+        bad_patches_indices,
     ):
         part()
     files: dict[str, bytes] = {}

@@ -32,7 +32,7 @@ HUGE = 10**400
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 SIZES = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-KNOWN_FEATURES = {"mask-file"}
+KNOWN_FEATURES = {"mask-file", "patch"}
 CODECS_WITH_STREAM = {"gap8", "varint", "flat"}
 
 Item = dict[str, Any]
@@ -272,8 +272,10 @@ KIND = (lambda value: value in ("rows", "columns", "diagonal"), "rows, columns o
 FILES = [{"name": TEXT, "digest?": TEXT}]
 BASE_MODEL = {"id?": TEXT, "revision?": TEXT, "files?": FILES}
 SELECTION_TEXTS = {"rule?": TEXT, "scope?": TEXT, "include?": [TEXT], "exclude?": [TEXT]}
-SELECTION_NUMBERS = {"density?": NUMBER, "top_k?": NATURAL, "energy_kept?": NUMBER, "relative_error?": NUMBER}
+SELECTION_NUMBERS = {"density?": NUMBER, "top_k?": NATURAL, "energy?": NUMBER, "min_change?": NUMBER}
+SELECTION_NUMBERS |= {"energy_kept?": NUMBER, "relative_error?": NUMBER}
 SPARSE_DIGESTS = {"indices?": DIGEST, "blocks?": DIGEST, "values?": DIGEST, "base?": DIGEST}
+SPARSE_DIGESTS |= {"rows?": DIGEST, "result?": DIGEST}
 SPARSE = {
     "name": TEXT,
     "shape": SHAPE,
@@ -283,6 +285,8 @@ SPARSE = {
     "indices": {"codec": TEXT},
     "digests": SPARSE_DIGESTS,
     "base_values?": BOOLEAN,
+    "from?": TEXT,
+    "rows?": NATURAL,
     "energy_kept?": NUMBER,
     "relative_error?": NUMBER,
 }
@@ -292,6 +296,7 @@ MANIFEST = {
     "whole?": [WHOLE],
     "alpha?": STRENGTH,
     "components?": OBJECT,
+    "removed?": [TEXT],
     "mask_files?": OBJECT,
     "base_model?": BASE_MODEL,
     "source?": {"kind?": TEXT, "dialect?": TEXT, "files?": FILES},
@@ -337,6 +342,11 @@ def has_directory(item: Item) -> bool:
     return indices["codec"] in ("gap8", "varint") and item["nnz"] > indices.get("block_size", math.inf)
 
 
+def further_rows(item: Item) -> int:
+    """How many rows the result has beyond those of the base; below 0 if rows are dropped."""
+    return item["rows"] - item["shape"][0] if "rows" in item else 0
+
+
 def check_version(manifest: Item) -> None:
     """What must be understood before anything else is read, in the order of section 3."""
     conform({"format_version": TEXT}, manifest, "manifest")
@@ -365,12 +375,26 @@ def check_digest_keys(item: Item, where: str) -> None:
         "blocks": has_directory(item),
         "values": kind != "none",
         "base": kind == "target" or with_base,
+        "rows": further_rows(item) > 0,
     }
     for role, wanted in needed.items():
         if wanted and role not in digests:
             raise schema_error(f"{where}.digests lacks {role}")
     if kind == "none" and (with_base or "values" in digests or "base" in digests):
         raise schema_error(f"{where} is a mask and has values or base values")
+    if kind != "target" and "result" in digests:
+        raise schema_error(f"{where} has the digest of a result, but no targets")
+
+
+def check_patch(item: Item, manifest: Item, where: str) -> None:
+    if ("from" in item or "rows" in item) and "patch" not in manifest["features"]:
+        raise schema_error(f"{where} needs the feature patch")
+    if "rows" in item:
+        if item["values"] == "none":
+            raise schema_error(f"{where} is a mask and has rows")
+        if item["shape"] == []:
+            raise schema_error(f"{where} has rows, but no dimension")
+        count_elements([item["rows"], *item["shape"][1:]], f"the result of {where}")
 
 
 def check_mask_reference(item: Item, manifest: Item, where: str) -> None:
@@ -385,6 +409,7 @@ def check_mask_reference(item: Item, manifest: Item, where: str) -> None:
 def check_sparse(item: Item, manifest: Item) -> None:
     where = f"tensor {shown(item['name'])}"
     check_parameters(item, where)
+    check_patch(item, manifest, where)
     check_digest_keys(item, where)
     check_mask_reference(item, manifest, where)
     if item["dtype"] not in FLOATS:
@@ -393,27 +418,29 @@ def check_sparse(item: Item, manifest: Item) -> None:
         raise Refused("count-mismatch", f"{where} has more entries than elements")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, manifest: Item) -> None:
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         raise Refused("name", f"tensor {shown(name)}: a lone surrogate has no UTF-8") from None
     if not 1 <= size <= 1024 or name == "__metadata__" or re.search("[\x00-\x1f\x7f]", name):
         raise Refused("name", f"{shown(name)} cannot name a tensor")
+    if "components" in manifest:
+        component, _, rest = name.partition("/")
+        if not rest or component not in manifest["components"]:
+            raise Refused("component", f"tensor {shown(name)} belongs to no component")
 
 
 def check_names(manifest: Item) -> None:
+    names = [item["name"] for item in manifest["tensors"] + manifest["whole"]] + manifest.get("removed", [])
     seen: set[str] = set()
-    for item in manifest["tensors"] + manifest["whole"]:
-        name = item["name"]
-        check_name(name)
+    for name in names:
+        check_name(name, manifest)
         if name in seen:
             raise Refused("duplicate-name", f"tensor {shown(name)} occurs twice")
         seen.add(name)
-        if "components" in manifest:
-            component, _, rest = name.partition("/")
-            if not rest or component not in manifest["components"]:
-                raise Refused("component", f"tensor {shown(name)} belongs to no component")
+    for item in manifest["tensors"]:
+        check_name(item.get("from", item["name"]), manifest)
 
 
 def check_shared_target(item: Item, tensors: dict[str, Item]) -> None:
@@ -437,6 +464,8 @@ def read_manifest(metadata: Item) -> Item:
     conform(MANIFEST, manifest, "manifest")
     check_maps(manifest)
     manifest.setdefault("whole", [])
+    if manifest.get("removed", []) and "patch" not in manifest["features"]:
+        raise schema_error("manifest.removed needs the feature patch")
     for item in manifest["tensors"]:
         check_sparse(item, manifest)
     for item in manifest["whole"]:
@@ -471,6 +500,8 @@ def expected_of_sparse(item: Item) -> Iterator[Expected]:
         yield Expected(name + "#values", set(FLOATS) if any_float else {dtype}, [nnz])
     if item.get("base_values", False):
         yield Expected(name + "#base", {dtype}, [nnz])
+    if further_rows(item) > 0:
+        yield Expected(name + "#rows", {dtype}, [further_rows(item), *item["shape"][1:]])
 
 
 def expected_of_whole(item: Item, streams: dict[str, Stream]) -> Iterator[Expected]:
@@ -668,6 +699,14 @@ def find_indices(file: File, item: Item, folder: str, masks: dict[str, File]) ->
     return own_indices(file, file.tensors[reference["tensor"]])
 
 
+def check_dropped(item: Item, indices: list[int]) -> None:
+    """No entry may lie in a row that the result lacks. The indices increase, so the last one decides."""
+    if further_rows(item) < 0 and indices:
+        limit = count_elements([item["rows"], *item["shape"][1:]], "")
+        if indices[-1] >= limit:
+            raise Refused("out-of-range", f"index {indices[-1]}, of which the result keeps {limit}")
+
+
 # The content (section 11)
 
 
@@ -692,10 +731,12 @@ def sparse_content(file: File, item: Item, folder: str, masks: dict[str, File]) 
     try:
         values = hex_of(file, name + "#values", digests["values"]) if with_values else None
         base = hex_of(file, name + "#base", digests["base"]) if with_base else None
+        rows = hex_of(file, name + "#rows", digests["rows"]) if further_rows(item) > 0 else None
         indices = find_indices(file, item, folder, masks)
+        check_dropped(item, indices)
     except Refused as refused:
         raise Refused(refused.rule, f"tensor {shown(name)}: {refused.message}") from None
-    return {
+    content = {
         "name": name,
         "shape": item["shape"],
         "dtype": item["dtype"],
@@ -707,6 +748,15 @@ def sparse_content(file: File, item: Item, folder: str, masks: dict[str, File]) 
         "base_hex": base,
         "base_digest": digests.get("base"),
     }
+    if rows is not None:
+        content["rows_hex"] = rows
+    if "result" in digests:
+        content["result_digest"] = digests["result"]
+    if item.get("from", name) != name:
+        content["from"] = item["from"]
+    if "rows" in item:
+        content["rows"] = item["rows"]
+    return content
 
 
 def whole_content(file: File, item: Item) -> Item:
@@ -730,12 +780,15 @@ def read(path: str, masks: str | None = None) -> Item:
     try:
         file = open_file(data)
         check_listing(file.manifest)
-        return {
+        content = {
             "format_version": file.manifest["format_version"],
             "alpha": file.manifest.get("alpha", 1),
             "tensors": [sparse_content(file, item, folder, opened) for item in file.manifest["tensors"]],
             "whole": [whole_content(file, item) for item in file.manifest["whole"]],
         }
+        if "removed" in file.manifest:
+            content["removed"] = file.manifest["removed"]
+        return content
     except Refused as refused:
         raise Refused(refused.rule, f"{path}: {refused.message}") from None
 

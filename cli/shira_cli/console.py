@@ -106,6 +106,25 @@ def check_output(path: Path, *, force: bool) -> None:
         raise ShiraError(f"{path}: exists; --force replaces it")
 
 
+def check_output_folder(path: Path, inputs: Sequence[Path], *, force: bool) -> None:
+    """Raise ShiraError if a folder cannot be written at ``path``, or is there and ``--force`` is missing.
+
+    A folder that holds an input, or the work itself, is never replaced.
+    """
+    if not path.absolute().parent.is_dir():
+        raise ShiraError(f"{path}: the folder {path.parent} does not exist")
+    if not path.exists():
+        return
+    if not force:
+        raise ShiraError(f"{path}: exists; --force replaces it")
+    if not path.is_dir():
+        raise ShiraError(f"{path}: is a file, not a folder to write")
+    here = path.resolve()
+    for other in (Path.cwd(), *(p for p in inputs if isinstance(p, Path))):
+        if here == other.resolve() or here in other.resolve().parents:
+            raise ShiraError(f"{path}: holds {other}, and is not replaced")
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")

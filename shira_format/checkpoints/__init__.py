@@ -11,25 +11,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.dcp import open_dcp
+from shira_format.checkpoints.diffusers import open_diffusers
+from shira_format.checkpoints.gguf import open_gguf
 from shira_format.checkpoints.safetensors import open_safetensors
+from shira_format.checkpoints.torch_bin import open_torch_bin
 from shira_format.errors import SourceError
+from shira_format.storage import located
 
-LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [open_safetensors]
+LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [
+    open_diffusers, open_safetensors, open_torch_bin, open_gguf, open_dcp,
+]  # fmt: skip
 
 __all__ = ["LAYOUTS", "Checkpoint", "open_checkpoint"]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open the checkpoint at ``path``: a safetensors file, an index of shards, or a folder with one of these.
+    """Open the checkpoint at ``path``.
+
+    That is a safetensors file, a file of ``torch.save`` (.bin, .pt, .pth, .ckpt), an index of shards of either, a GGUF
+    file, or a folder with one of these; a diffusers pipeline; or a folder of ``torch.distributed.checkpoint``.
 
     Raises:
         SourceError: there is none, or it is of a layout that is not read.
         FormatError: a safetensors file is damaged.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     for layout in LAYOUTS:
         if (checkpoint := layout(path)) is not None:
             return checkpoint
-    raise SourceError(f"{path}: not a safetensors checkpoint: need a .safetensors file, its .index.json, or a folder with one")  # fmt: skip
+    raise SourceError(f"{path}: not a safetensors checkpoint, nor another one that is read: need a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, an .index.json of shards, or a folder with one, of a pipeline, or of a distributed checkpoint")  # fmt: skip

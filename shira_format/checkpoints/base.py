@@ -18,10 +18,14 @@ class Checkpoint(Mapping[str, Array]):
     Attributes:
         path: what was opened.
         files: the files that hold the tensors.
+        components: the parts of a model of several, such as a pipeline; then every name is ``COMPONENT/NAME``.
+        notices: what a user should know, such as that a quantised file was dequantised.
     """
 
     path: Path
     files: list[Path]
+    components: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -30,3 +34,34 @@ class Checkpoint(Mapping[str, Array]):
     @abstractmethod
     def dtype(self, name: str) -> np.dtype[Any]:
         """The dtype of a tensor, without reading it."""
+
+    def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        """Elements ``start`` to ``stop`` of the flat tensor, read from storage alone: ``[stop - start]``.
+
+        Memory stays at the part, not the tensor, in layouts that can do so. Safe from several threads.
+
+        Args:
+            name: the tensor.
+            start: first flat index.
+            stop: flat index after the last.
+            out: a contiguous buffer of the tensor's dtype and of at least this many elements, to fill and return a
+                part of; some layouts return another array.
+        """
+        return self[name].reshape(-1)[start:stop]
+
+    @property
+    def shards(self) -> dict[str, list[str]] | None:
+        """The names by the safetensors file, relative to a folder, that a copy in the same layout has; in order.
+
+        None: the layout has no such files; whoever writes a copy divides it by size.
+        """
+        return None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder whose other files (config, tokenizer) belong to the model; None if there is none."""
+        return None
+
+    def metadata(self, shard: str) -> dict[str, str]:
+        """``__metadata__`` of one of :attr:`shards`, or of a file that would take its place."""
+        return {"format": "pt"}

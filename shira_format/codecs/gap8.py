@@ -25,11 +25,17 @@ class Gap8:
     counted = False
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
-        return int(indices.size + np.sum(gaps_of(indices) // 255))
+        gaps = gaps_of(indices)
+        return int(indices.size + np.sum(gaps[gaps >= 255] // 255))
 
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
-        escapes, last = np.divmod(gaps_of(indices), 255)
-        ends = np.cumsum(escapes) + np.arange(indices.size)
+        gaps = gaps_of(indices)
+        last = gaps.astype(np.uint8)
+        ends = np.arange(indices.size)
+        wide = np.flatnonzero(gaps >= 255)  # few, at the densities that this codec is for
+        escapes, last[wide] = np.divmod(gaps[wide], 255)
+        lengths = np.diff(wide, prepend=0, append=indices.size)
+        ends += np.repeat(np.concatenate([[0], np.cumsum(escapes)]), lengths)
         stream = np.full(int(ends[-1]) + 1 if indices.size else 0, 255, np.uint8)
         stream[ends] = last
         blocks = make_blocks(indices, ends, block_size)

@@ -25,7 +25,9 @@ class Varint:
     counted = False
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
-        return int(np.sum(_lengths(gaps_of(indices))))
+        gaps = gaps_of(indices)
+        longest = (int(gaps.max(initial=0)).bit_length() + 6) // 7
+        return int(gaps.size + sum(np.count_nonzero(gaps >= 1 << 7 * k) for k in range(1, longest)))
 
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         gaps = gaps_of(indices)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from shira_format.container.reader import AdapterFile, load
-from shira_format.container.writer import AdapterWriter, save
+from shira_format.container.writer import AdapterWriter, Prepared, save
 
-__all__ = ["AdapterFile", "AdapterWriter", "load", "save"]
+__all__ = ["AdapterFile", "AdapterWriter", "Prepared", "load", "save"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,3 +44,30 @@ def _sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill that takes the place of ``path`` when the block ends without an exception.
+
+    Like :func:`replaced_file`: it has a hidden name beside ``path`` until then, and on any exception it is removed and
+    ``path`` is as it was.
+    """
+    hidden = path.with_name(f".{path.name[:48]}.{secrets.token_hex(6)}.tmp")
+    old = hidden.with_suffix(".old")
+    try:
+        hidden.mkdir()
+        yield hidden
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(hidden, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -89,7 +89,10 @@ class AdapterFile:
         *,
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
+        apart: bool = False,
     ) -> None:
+        """Open it; see :func:`load`. With ``apart``, memory is given back as soon as a tensor goes, at the price of more maps."""
+        self._apart = apart
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
@@ -115,6 +118,7 @@ class AdapterFile:
         try:
             values = self._read(entry, "values") if entry.values != "none" else None
             base = self._read(entry, "base") if entry.base_values else None
+            rows = self._read(entry, "rows") if entry.new_rows else None
             return SparseTensor(
                 name,
                 entry.shape,
@@ -124,6 +128,10 @@ class AdapterFile:
                 dtype=FLOATS[entry.dtype],
                 base=base,
                 base_digest=entry.digests.get("base"),
+                base_name=entry.base_name,
+                rows=entry.rows,
+                new_rows=rows,
+                result_digest=entry.digests.get("result"),
             )
         except FormatError as error:
             raise error.at(file=self.path, tensor=name) from None
@@ -182,7 +190,7 @@ class AdapterFile:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        array = self.streams.read(stream)
+        array = self.streams.read_apart(stream) if self._apart else self.streams.read(stream)
         if self._verify and digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array
@@ -205,6 +213,8 @@ class AdapterFile:
         elif role == "blocks":
             rows = block_count(entry.nnz, entry.indices["block_size"])
             self._check_shape(name, {"I64"}, (rows, 2), "block-directory")
+        elif role == "rows":
+            self._check_shape(name, {entry.dtype}, (entry.new_rows, *entry.shape[1:]))
         elif role == "values" and entry.values == "delta":
             same = "base" not in entry.digests  # then nobody knows another dtype of the base
             self._check_shape(name, {entry.dtype} if same else set(FLOATS), (entry.nnz,))

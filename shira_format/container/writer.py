@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -16,7 +19,7 @@ import numpy as np
 
 from shira_format.adapter import Adapter
 from shira_format.arrays import Array, bits, digest, file_digest
-from shira_format.codecs import BLOCK_SIZE, encode_smallest
+from shira_format.codecs import BLOCK_SIZE, Encoded, encode_smallest
 from shira_format.container.atomic import replaced_file
 from shira_format.container.reader import AdapterFile
 from shira_format.dtypes import dtype_name
@@ -28,7 +31,9 @@ from shira_format.version import __version__
 
 # What `add` and `close` derive; everything else of a manifest is taken over as it is.
 _DERIVED = {"format_version", "features", "digest", "mask_files", "tensors", "whole"}
-_DERIVED_OF_TENSOR = {"name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values"}
+_DERIVED_OF_TENSOR = {
+    "name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values", "from", "rows",
+}  # fmt: skip
 
 
 def save(
@@ -59,6 +64,15 @@ def save(
             writer.add(adapter[name], notes.get(name, {}))
         for name in adapter.whole:
             writer.add_whole(adapter.whole[name], notes.get(name, {}))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sparse tensor whose streams are encoded and hashed: the work of :meth:`AdapterWriter.add` that needs no file."""
+
+    tensor: SparseTensor
+    encoded: Encoded
+    digests: dict[str, str]
 
 
 class AdapterWriter:
@@ -109,11 +123,19 @@ class AdapterWriter:
                 self._masks.streams.close()
             self._open.close()
 
-    def add(self, tensor: SparseTensor, notes: Mapping[str, Any] | None = None) -> int:
+    def prepared(self, tensor: SparseTensor) -> Prepared:
+        """Encode and hash a tensor's streams; may run on any thread, ahead of :meth:`add`."""
+        encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size)
+        streams = {"indices": encoded.stream, "blocks": encoded.blocks, "rows": tensor.new_rows}
+        if tensor.meaning != "none":
+            streams["values"] = tensor.values
+        return Prepared(tensor, encoded, {role: digest(s) for role, s in streams.items() if s is not None})
+
+    def add(self, tensor: SparseTensor | Prepared, notes: Mapping[str, Any] | None = None) -> int:
         """Write one sparse tensor; returns the bytes that its streams take.
 
         Args:
-            tensor: the tensor.
+            tensor: the tensor, or what :meth:`prepared` made of it.
             notes: more keys for its item in the manifest, such as ``energy_kept``.
 
         Raises:
@@ -121,9 +143,10 @@ class AdapterWriter:
                 of the tensor is kept then, and others may follow.
         """
         with self._whole_or_not():
-            return self._add(tensor, notes)
+            return self._add(tensor if isinstance(tensor, Prepared) else self.prepared(tensor), notes)
 
-    def _add(self, tensor: SparseTensor, notes: Mapping[str, Any] | None) -> int:
+    def _add(self, prepared: Prepared, notes: Mapping[str, Any] | None) -> int:
+        tensor = prepared.tensor
         check_name(tensor.name, None)
         before = sum(self._sizes.values())
         item: dict[str, Any] = {
@@ -134,9 +157,9 @@ class AdapterWriter:
             "values": tensor.meaning,
         }
         digests: dict[str, str] = {}
-        item["indices"] = self._add_indices(tensor, digests)
+        item["indices"] = self._add_indices(prepared, digests)
         if tensor.meaning != "none":
-            digests["values"] = self._spool(stream_name(tensor.name, "values"), tensor.values)
+            self._spool_digest(tensor, "values", tensor.values, prepared, digests)
         if tensor.base_digest is not None:
             digests["base"] = tensor.base_digest
         elif tensor.meaning == "target":
@@ -145,24 +168,63 @@ class AdapterWriter:
         if tensor.base is not None:
             self._spool(stream_name(tensor.name, "base"), tensor.base, tensor.base_digest)
             item["base_values"] = True
+        if tensor.base_name != tensor.name:
+            item["from"] = tensor.base_name
+        if tensor.rows is not None:
+            item["rows"] = tensor.rows
+        if tensor.new_rows is not None:
+            self._spool_digest(tensor, "rows", tensor.new_rows, prepared, digests)
+        if tensor.result_digest is not None:
+            digests["result"] = tensor.result_digest
         self._tensors.append(item | _others(notes, _DERIVED_OF_TENSOR))
         return sum(self._sizes.values()) - before
 
+    def _spool_digest(
+        self, tensor: SparseTensor, role: str, array: Array, prepared: Prepared, digests: dict[str, str]
+    ) -> None:
+        digests[role] = prepared.digests[role]
+        self._spool(stream_name(tensor.name, role), array, digests[role])
+
     def add_whole(self, tensor: WholeTensor, notes: Mapping[str, Any] | None = None) -> None:
         """Write one whole tensor; see :meth:`add`."""
-        with self._whole_or_not():
-            self._add_whole(tensor, notes)
+        values, base = tensor.values, tensor.base
+        self.add_parts(
+            tensor.name, values.dtype, values.shape, [values],
+            base=None if base is None else [base], base_digest=tensor.base_digest, notes=notes,
+        )  # fmt: skip
 
-    def _add_whole(self, tensor: WholeTensor, notes: Mapping[str, Any] | None) -> None:
-        check_name(tensor.name, None)
-        digests = {"values": self._spool(tensor.name, tensor.values)}
-        item: dict[str, Any] = {"name": tensor.name, "digests": digests}
-        if tensor.base_digest is not None:
-            digests["base"] = tensor.base_digest
-        if tensor.base is not None:
-            self._spool(stream_name(tensor.name, "base"), tensor.base, tensor.base_digest)
-            item["base_values"] = True
-        self._whole.append(item | _others(notes, _DERIVED_OF_TENSOR))
+    def add_parts(
+        self,
+        name: str,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        parts: Iterable[Array],
+        *,
+        base: Iterable[Array] | None = None,
+        base_digest: str | Future[str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one whole tensor that comes in parts, so that it is never in memory whole.
+
+        Args:
+            name: its name.
+            dtype: its dtype.
+            shape: its shape.
+            parts: its elements in row-major order.
+            base: those of the base's tensor, in the same dtype and shape, to be kept.
+            base_digest: SHA-256 of the base's tensor, which may still be computed.
+            notes: see :meth:`add`.
+        """
+        with self._whole_or_not():
+            check_name(name, None)
+            digests = {"values": self._spool_parts(name, dtype, shape, parts)}
+            item: dict[str, Any] = {"name": name, "digests": digests}
+            if base is not None:
+                base_digest = self._spool_parts(stream_name(name, "base"), dtype, shape, base)
+                item["base_values"] = True
+            if base_digest is not None:
+                digests["base"] = base_digest if isinstance(base_digest, str) else base_digest.result()
+            self._whole.append(item | _others(notes, _DERIVED_OF_TENSOR))
 
     @contextmanager
     def _whole_or_not(self) -> Iterator[None]:
@@ -181,19 +243,18 @@ class AdapterWriter:
                 spool.truncate()
             raise
 
-    def _add_indices(self, tensor: SparseTensor, digests: dict[str, str]) -> dict[str, Any]:
+    def _add_indices(self, prepared: Prepared, digests: dict[str, str]) -> dict[str, Any]:
+        tensor, encoded = prepared.tensor, prepared.encoded
         if self._masks is not None and self._in_mask_file(tensor):
             return {"codec": "shared", "tensor": tensor.name, "file": self._masks.path.name}
-        encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size)
         if encoded.stream is not None:
-            found = digest(encoded.stream)
-            key = (tensor.shape, encoded.params["codec"], found)
+            key = (tensor.shape, encoded.params["codec"], prepared.digests["indices"])
             twin = self._seen.setdefault(key, tensor.name)
             if twin != tensor.name and encoded.stream_bytes > len(twin):
                 return {"codec": "shared", "tensor": twin}
-            digests["indices"] = self._spool(stream_name(tensor.name, "indices"), encoded.stream, found)
+            self._spool_digest(tensor, "indices", encoded.stream, prepared, digests)
         if encoded.blocks is not None:
-            digests["blocks"] = self._spool(stream_name(tensor.name, "blocks"), encoded.blocks)
+            self._spool_digest(tensor, "blocks", encoded.blocks, prepared, digests)
         return encoded.params
 
     def _in_mask_file(self, tensor: SparseTensor) -> bool:
@@ -208,19 +269,29 @@ class AdapterWriter:
 
     def _spool(self, name: str, array: Array, known: str | None = None) -> str:
         """Append an array to the spool of its element size; returns its digest, which may be known already."""
+        return self._spool_parts(name, array.dtype, array.shape, [array], known)
+
+    def _spool_parts(
+        self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[Array], known: str | None = None
+    ) -> str:  # fmt: skip
         if name in self._streams:
             raise FormatError("duplicate-name", f"the stream name {name!r} occurs twice", tensor=name)
-        size = array.dtype.itemsize
+        size = dtype.itemsize
         if size not in self._spools:
             spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed on exit
             self._spools[size] = self._open.enter_context(spool)
             self._sizes[size] = 0
-        raw = bits(array)
-        self._spools[size].write(raw.data)
-        begin = self._sizes[size]
-        self._sizes[size] += raw.size
-        self._streams[name] = (dtype_name(array.dtype), list(array.shape), size, begin)
-        return known or digest(array)
+        begin, found = self._sizes[size], hashlib.sha256()
+        for part in parts:
+            raw = bits(part).data
+            self._spools[size].write(raw)
+            self._sizes[size] += len(raw)
+            if known is None:
+                found.update(raw)
+        if self._sizes[size] - begin != numel(shape) * size:
+            raise FormatError("count-mismatch", f"its parts are not of shape {list(shape)}", tensor=name)
+        self._streams[name] = (dtype_name(dtype), list(shape), size, begin)
+        return known or found.hexdigest()
 
     def _finish(self) -> None:
         header = self._header()
@@ -254,8 +325,10 @@ class AdapterWriter:
         manifest |= {"writer": f"shira-format {__version__}"} | _others(self.manifest, _DERIVED)
         if any("file" in item["indices"] for item in self._tensors):
             assert self._masks is not None
-            manifest["features"] = ["mask-file"]
+            manifest["features"].append("mask-file")
             manifest["mask_files"] = {self._masks.path.name: file_digest(self._masks.path)}
+        if manifest.get("removed") or any("from" in item or "rows" in item for item in self._tensors):
+            manifest["features"].append("patch")
         manifest["tensors"] = self._tensors
         if self._whole:
             manifest["whole"] = self._whole

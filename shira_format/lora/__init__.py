@@ -7,12 +7,12 @@ kind, and turns it into a :class:`Lora`: updates that can fill any tile of ``del
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft import Peft
 from shira_format.lora.updates import Dialect, Lora, LowRank
+from shira_format.storage import located
 
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (Peft(),)}
 
@@ -31,7 +31,7 @@ def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | 
         SourceError: not a LoRA, or one with a key, a shape or an option that cannot be taken over exactly.
         FormatError: a safetensors file is damaged.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:

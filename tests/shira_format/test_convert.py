@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from shira_format import ShiraError, SourceError, load
 from shira_format.arrays import as_array, digest
 from shira_format.checkpoints import open_checkpoint
-from shira_format.convert import convert, lora_to_shira
+from shira_format.convert import LoraJob, convert, lora_to_shira
+from shira_format.convert.lora import opened
 from shira_format.lora import Lora, LowRank, open_lora
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
@@ -187,7 +188,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    where = {"select": "shira_format.convert.sparse_target", "fsync": "os.fsync", "replace": "os.replace"}
+    where = {"select": "shira_format.convert.pipeline.sparse_target", "fsync": "os.fsync", "replace": "os.replace"}
     monkeypatch.setattr(where[when], stop)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +211,8 @@ def test_tensors_that_are_named_twice(tmp_path: Path) -> None:
     ):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(ShiraError, match=reason):
-            convert(source, checkpoint, tmp_path / "a.st", rule=TopK())
+            job = LoraJob("unused", str(base))
+            convert(job, tmp_path / "a.st", rule=TopK(), opened=opened(source, checkpoint))
         assert before == sorted(tmp_path.iterdir())
 
 

@@ -107,7 +107,7 @@ def test_files_are_closed_without_being_asked_to(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         file = SafetensorsFile(path)
-        handle = file._file
+        handle = file._storage._file
         del file
     assert handle.closed
     assert [] == caught

@@ -69,7 +69,14 @@ class Maker:
             self.sparse("f", "flat", [7], [1, 6], "delta", ["digest"]),
             self.sparse("s", "structured", [3, 4], [0, 5, 10], "none", []),
             self.sparse("h", "shared", [4, 30], range(0, 60, 3), "target", ["digest"]),
+            self.sparse("p", "gap8", [3, 5], [0, 7, 14], "target", ["digest"]),
+            self.sparse("q", "varint", [3, 5], [1, 9], "delta", ["base"]),
         ]
+        more = hashlib.shake_256(b"rows").digest(2 * 10)
+        self.streams["p#rows"] = ("F16", [2, 5], more)
+        tensors[5]["digests"] |= {"rows": sha(more), "result": sha(b"")}
+        tensors[5] |= {"from": "old", "rows": 5}
+        tensors[6] |= {"from": "p", "rows": 2}
         self.streams["b"] = ("I8", [2], b"\x01\x02")
         self.streams["b#base"] = ("I8", [2], b"\x03\x04")
         whole = {
@@ -79,16 +86,17 @@ class Maker:
         }
         self.manifest: dict[str, Any] = {
             "format_version": "1.0",
-            "features": ["mask-file"],
+            "features": ["mask-file", "patch"],
             "digest": "sha256",
             "alpha": 0.5,
             "tensors": tensors,
             "whole": [whole],
             "mask_files": {"m.masks": "0" * 64},
+            "removed": ["old", "gone"],
             "base_model": {"id": "a/b", "revision": "r", "files": [{"name": "x", "digest": "y"}]},
             "source": {"kind": "lora", "dialect": "peft", "files": [{"name": "x"}]},
             "selection": {"rule": "top-k", "scope": "tensor", "density": 0.01, "top_k": 3, "include": ["*"]}
-            | {"exclude": [], "energy_kept": 0.5, "relative_error": 0.1},
+            | {"exclude": [], "energy_kept": 0.5, "relative_error": 0.1, "energy": 0.9, "min_change": 0},
             "mask": {"rule": "rand", "seed": 1, "calibration_digest": "z"},
             "license": "MIT",
             "writer": "me",
@@ -149,7 +157,7 @@ def dumped(value: Any) -> bytes:
 
 
 MAKER = Maker()
-SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 30, 2**31 - 1, 2**31, 2**32, 2**53 - 1, 2**53, 2**63, 2**64 - 1, -1]
+SIZES = [0, 1, 2, 3, 5, 7, 15, 16, 17, 30, 2**31 - 1, 2**31, 2**32, 2**53 - 1, 2**53, 2**63, 2**64 - 1, -1]
 WORDS = [
     "",
     "g",
@@ -181,8 +189,25 @@ WORDS += [
     "2.0",
     "sha256",
     "mask-file",
+    "patch",
 ]
-WORDS += ["m.masks", "..", "\n", "__metadata__", "x/y", "\ud800", "0" * 64, "A" * 64, "é", *RAW]
+WORDS += [
+    "p",
+    "q",
+    "old",
+    "gone",
+    "p#rows",
+    "m.masks",
+    "..",
+    "\n",
+    "__metadata__",
+    "x/y",
+    "\ud800",
+    "0" * 64,
+    "A" * 64,
+    "é",
+    *RAW,
+]
 KEYS = [
     "name",
     "shape",
@@ -209,6 +234,10 @@ KEYS += [
     "dtype",
     "seed",
     "digest",
+    "from",
+    "rows",
+    "removed",
+    "result",
 ]
 PARTS: list[Any] = [
     {"kind": kind, "step": s, "offset": o} for kind in ("rows", "columns") for s, o in ((1, 0), (3, 2))
@@ -293,7 +322,7 @@ def check_agreement(folder: Path, data: bytes) -> None:
 def test_the_original_is_accepted(folder: Path) -> None:
     data = MAKER.file(json.dumps(MAKER.manifest), MAKER.header())
     check_agreement(folder, data)
-    assert 5 == len(load(folder / "changed.st"))
+    assert 7 == len(load(folder / "changed.st"))
     assert list(range(0, 60, 3)) == load(folder / "changed.st")["h"].indices.tolist()
 
 
@@ -315,6 +344,14 @@ def put(*path_and_value: Any) -> Any:
 @example(manifest=put("alpha", "@1e999"))
 @example(manifest=put("tensors", 3, "nnz", "@1e2"))
 @example(manifest=put("mask", "seed", 10**350))
+@example(manifest=put("features", ["mask-file"]))
+@example(manifest=put("tensors", 5, "rows", "@1e2"))
+@example(manifest=put("tensors", 5, "rows", 2**53))
+@example(manifest=put("tensors", 5, "rows", 3))
+@example(manifest=put("tensors", 6, "rows", 1))
+@example(manifest=put("tensors", 6, "from", "__metadata__"))
+@example(manifest=put("tensors", 6, "digests", "result", "0" * 64))
+@example(manifest=put("removed", ["p"]))
 def test_both_readers_accept_the_same_manifests(folder: Path, manifest: Any) -> None:
     check_agreement(folder, MAKER.file(dumped(manifest).decode(), MAKER.header()))
 
@@ -335,7 +372,7 @@ def test_both_readers_accept_the_same_streams(folder: Path, data: st.DataObject)
     if dtype == "I64":
         array = np.frombuffer(stream, "<i8").copy()
         for _ in range(data.draw(st.integers(1, 2))):
-            array[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from([*SIZES[:13], -1, 2, 20]))
+            array[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from([*SIZES[:14], -1, 2, 20]))
         stream = array.tobytes()
     else:
         at = data.draw(st.integers(0, len(stream)))

@@ -107,6 +107,33 @@ def test_the_example_of_a_flat_index() -> None:
     assert 3 == len(PATTERN_EXAMPLES)
 
 
+# Section 3.5
+
+
+PATCH_EXAMPLES = rows(section("3.5"))
+
+
+def test_the_examples_of_a_patch_are_found() -> None:
+    assert ["3", "2", "1"] == [row[0] for row in PATCH_EXAMPLES]
+
+
+@pytest.mark.parametrize("row", PATCH_EXAMPLES, ids=lambda row: f"rows {row[0]}")
+def test_examples_of_a_patch(row: list[str]) -> None:
+    file = run_vectors.VECTORS / "good" / "patch-of-page.st"
+    tensor = shira_format.load(file)[f"rows.{row[0]}"]
+    further = [] if tensor.new_rows is None else tensor.new_rows.astype(float).ravel().tolist()
+    assert further == numbers(row[1])
+    base = np.array([1, 2, 3, 4], tensor.dtype)
+    assert hashlib.sha256(base[tensor.indices].tobytes()).hexdigest() == tensor.base_digest
+    base[tensor.indices] = tensor.values
+    result = np.append(base[: 2 * int(row[0])], np.array(further, tensor.dtype))
+    assert result.astype(float).tolist() == numbers(row[2])
+    assert result.tobytes().hex() == row[3].strip("`")
+    assert hashlib.sha256(result.tobytes()).hexdigest() == tensor.result_digest
+    items = {item["name"]: item for item in reader.read(str(file))["tensors"]}
+    assert items[tensor.name]["result_digest"] == tensor.result_digest
+
+
 # Appendix A
 
 
@@ -201,7 +228,8 @@ def test_the_schema_is_one() -> None:
 def manifest_of(file: Path) -> Any:
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["shira"])
+    text = json.loads(data[8 : 8 + size])["__metadata__"]["shira"]
+    return json.loads(text, parse_int=reader.integer)  # some bad files hold numbers of 5000 digits
 
 
 @pytest.mark.parametrize("file", run_vectors.vectors(only="^good/"), ids=lambda file: file.stem)
@@ -210,11 +238,12 @@ def test_the_schema_accepts_good_vectors(file: Path) -> None:
 
 
 def test_the_schema_refuses_most_vectors_that_are_bad_by_it() -> None:
-    """It cannot know which names point where, nor finiteness: the rest is the readers' work."""
+    """It cannot tell 4.0 from 4, compare numbers or know which names point where: that is the readers' work."""
     validator = jsonschema.Draft202012Validator(SCHEMA)
     files = run_vectors.vectors(only="^bad/manifest-schema--")
     left = [file.stem.split("--")[1] for file in files if validator.is_valid(manifest_of(file))]
     assert len(files) - len(left) > 100, left
-    assert len(left) <= 12, left
+    known = r"-float|-line-feed|version-1\.0n|no-digest-(blocks|rows)|mask-files-of-another-name"
+    assert [] == [name for name in left if not re.search(known, name)]
     for file in run_vectors.vectors(only="^bad/(digest-mismatch|unsorted|varint|out-of-range)--"):
         validator.validate(manifest_of(file))

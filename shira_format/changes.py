@@ -1,0 +1,200 @@
+"""What a source says of one weight: a dense change of the base's values, seen tile by tile and never held whole.
+
+Selection, the exact comparison and the pipeline work on :class:`Change`; whoever has an :class:`Update` (a LoRA) or
+two checkpoints makes changes of them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from shira_format.arrays import Array, scratch, widened
+from shira_format.checkpoints import Checkpoint
+from shira_format.codecs import Indices
+from shira_format.dtypes import working_dtype
+from shira_format.tensors import matrix_view, numel
+from shira_format.update import Update
+
+TILE = 1 << 18  # elements: 1 MB of float32, which stays in a second-level cache beside its factors
+
+# Gives the base's and the new values at positions within a tile.
+Ends = Callable[[Indices], tuple[Array, Array]]
+
+
+class Change(Protocol):
+    """A dense change of one weight.
+
+    Attributes:
+        name: the weight's name.
+        shape: its shape in the base.
+        weight_dtype: its dtype in the base.
+        dtype: float32 or float64, in which the change is computed.
+        size: how many elements, from flat index 0 on, there are to look at.
+        grain: elements that come together, such as a row; tiles begin and end at multiples of it, or at ``size``.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def weight_dtype(self) -> np.dtype[Any]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def grain(self) -> int: ...
+
+    def tile(self, start: int, stop: int, out: Array) -> Ends:
+        """Fill ``out``, ``[stop - start]`` in ``dtype``, with the change of these elements.
+
+        What it returns reads ``out`` and this thread's buffers, and is good until the thread's next tile.
+        """
+
+
+def tile_size(change: Change) -> int:
+    """Elements a tile of ``change``."""
+    return max(1, TILE // change.grain) * change.grain
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Some entries of one change, in index order.
+
+    Attributes:
+        indices: int64 ``[n]``, strictly increasing flat positions.
+        values: ``[n]`` the change at these, in the change's dtype.
+        base: ``[n]`` the base's values, in the weight's dtype.
+        target: ``[n]`` what they become, in the weight's dtype.
+        energy: sum of squares of the whole change.
+    """
+
+    indices: Indices
+    values: Array
+    base: Array
+    target: Array
+    energy: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """How many."""
+        return int(self.indices.size)
+
+    def kept(self, which: Array) -> Entries:
+        """Those chosen by a mask or by positions."""
+        return Entries(self.indices[which], self.values[which], self.base[which], self.target[which], self.energy)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], change: Change, energy: float = 0.0) -> Entries:
+        """Parts that follow each other, as one."""
+        empty = Entries(
+            np.empty(0, np.int64), np.empty(0, change.dtype), np.empty(0, change.weight_dtype),
+            np.empty(0, change.weight_dtype),
+        )  # fmt: skip
+        indices, values, base, target = (
+            np.concatenate([getattr(part, column) for part in (empty, *parts)])
+            for column in ("indices", "values", "base", "target")
+        )
+        return Entries(indices, values, base, target, energy)
+
+
+@dataclass(frozen=True)
+class AddedTo:
+    """An update, such as a LoRA's, that is added to a weight of ``base``; tiles are whole rows of the matrix view."""
+
+    update: Update
+    base: Checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.update.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.update.shape
+
+    @property
+    def weight_dtype(self) -> np.dtype[Any]:
+        return self.base.dtype(self.name)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.update.dtype
+
+    @property
+    def size(self) -> int:
+        return numel(self.shape)
+
+    @property
+    def grain(self) -> int:
+        return max(1, matrix_view(self.shape)[1])
+
+    def tile(self, start: int, stop: int, out: Array) -> Ends:
+        columns = matrix_view(self.shape)[1]
+        self.update.tile(start // columns, stop // columns, out.reshape(-1, columns))
+
+        def ends(found: Indices) -> tuple[Array, Array]:
+            dtype = self.weight_dtype
+            weight = self.base.part(self.name, start, stop, scratch("base", stop - start, dtype))
+            before, values = weight[found], out[found]
+            work = np.result_type(working_dtype(dtype), values.dtype)
+            with np.errstate(over="ignore"):  # found, and named, where the entries are finished
+                target = (before.astype(work) + values.astype(work)).astype(dtype)
+            return before, target
+
+        return ends
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What lies between a weight of ``base`` and one of ``tuned``: the change is ``tuned - base``, the target ``tuned``.
+
+    ``size`` is below the number of elements if one of the two has more rows: then the common rows are compared.
+    """
+
+    name: str
+    base: Checkpoint
+    base_name: str
+    tuned: Checkpoint
+    tuned_name: str
+    size: int
+    grain: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape(self.base_name)
+
+    @property
+    def weight_dtype(self) -> np.dtype[Any]:
+        return self.base.dtype(self.base_name)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.result_type(working_dtype(self.weight_dtype), working_dtype(self.tuned.dtype(self.tuned_name)))
+
+    def both(self, start: int, stop: int) -> tuple[Array, Array]:
+        """These elements of the base and of the tuned weight, each ``[stop - start]``, in buffers of this thread."""
+        a, b = (
+            checkpoint.part(name, start, stop, scratch(use, stop - start, checkpoint.dtype(name)))
+            for use, checkpoint, name in (
+                ("base", self.base, self.base_name),
+                ("tuned", self.tuned, self.tuned_name),
+            )
+        )
+        return a, b
+
+    def tile(self, start: int, stop: int, out: Array) -> Ends:
+        before, after = self.both(start, stop)
+        widened(after, out)
+        out -= widened(before, scratch("wide", stop - start, self.dtype))
+
+        def ends(found: Indices) -> tuple[Array, Array]:
+            with np.errstate(over="ignore"):
+                return before[found], after[found].astype(before.dtype, copy=False)
+
+        return ends

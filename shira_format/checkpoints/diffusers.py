@@ -1,0 +1,171 @@
+"""Diffusers pipelines: a folder with ``model_index.json``, and a folder of weights for each component in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shira_format.arrays import Array
+from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.naming import usual_weights
+from shira_format.errors import FormatError, SourceError
+from shira_format.safetensors_file import parse_object
+
+_PIPELINE = "model_index.json"
+# The names under which each library looks for weights, for a copy of weights that were in no safetensors file.
+_COPIES = {"transformers": "model.safetensors"}
+_COPY = "diffusion_pytorch_model.safetensors"
+# Endings of the names of classes that have no weights.
+_WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor")
+# Weights that no layout reads; a component of these is no component without weights.
+_UNREAD = (".onnx", ".msgpack", ".h5", ".ckpt", ".pt", ".pth", ".pb", ".xml", ".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class _Component:
+    library: str
+    cls: str
+
+
+class PipelineCheckpoint(Checkpoint):
+    """The tensors of all components under one roof, each as ``COMPONENT/NAME``."""
+
+    def __init__(
+        self, folder: Path, parts: dict[str, Checkpoint], copies: dict[str, str], notices: list[str]
+    ) -> None:
+        """Args: ``copies`` says for each of ``parts`` how a single file of its weights would be called."""
+        self.path = folder
+        self.components = tuple(parts)
+        self.files = [file for part in parts.values() for file in part.files]
+        self.notices = (
+            *notices,
+            *(f"{name}: {notice}" for name, part in parts.items() for notice in part.notices),
+        )
+        self._parts = parts
+        self._copies = copies
+
+    def __getitem__(self, name: str) -> Array:
+        part, inner = self._find(name)
+        return part[inner]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{component}/{name}" for component, part in self._parts.items() for name in part)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts.values()))
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        component, _, inner = name.partition("/")
+        return component in self._parts and inner in self._parts[component]
+
+    def _find(self, name: str) -> tuple[Checkpoint, str]:
+        component, _, inner = name.partition("/")
+        if component not in self._parts or inner not in self._parts[component]:
+            raise KeyError(name)
+        return self._parts[component], inner
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        part, inner = self._find(name)
+        return part.shape(inner)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        part, inner = self._find(name)
+        return part.dtype(inner)
+
+    def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        part, inner = self._find(name)
+        return part.part(inner, start, stop, out)
+
+    @property
+    def shards(self) -> dict[str, list[str]]:
+        found = {}
+        for component, part in self._parts.items():
+            # A loader looks for weights in the component's folder, so that a copy cannot be divided otherwise.
+            shards = part.shards or {self._copies[component]: list(part)}
+            for shard, names in shards.items():
+                found[f"{component}/{shard}"] = [f"{component}/{name}" for name in names]
+        return found
+
+    @property
+    def folder(self) -> Path:
+        return self.path
+
+    def metadata(self, shard: str) -> dict[str, str]:
+        component, _, inner = shard.partition("/")
+        return self._parts[component].metadata(inner)
+
+
+def open_diffusers(path: Path) -> PipelineCheckpoint | None:
+    """Open ``path`` if it is the folder, or the ``model_index.json``, of a diffusers pipeline."""
+    if path.name == _PIPELINE and path.is_file():
+        path = path.parent
+    if not path.is_dir() or not (path / _PIPELINE).is_file():
+        return None
+    parts: dict[str, Checkpoint] = {}
+    copies: dict[str, str] = {}
+    notices: list[str] = []
+    for name, component in _components(path / _PIPELINE).items():
+        part = _open(path / name, component, notices)
+        if part is not None:
+            parts[name] = part
+            copies[name] = _COPIES.get(component.library, _COPY)
+    if not parts:
+        raise SourceError(f"{path}: no component of {_PIPELINE} has weights")
+    return PipelineCheckpoint(path, parts, copies, notices)
+
+
+def _components(path: Path) -> dict[str, _Component]:
+    """What ``model_index.json`` lists as ``name: [library, class]``; its other entries are settings, or left empty."""
+    try:
+        entries = parse_object(path.read_text("utf-8").encode(), "json")
+    except (FormatError, ValueError) as error:
+        raise SourceError(f"{path}: not the index of a pipeline: {getattr(error, 'reason', error)}") from None
+    found = {}
+    for name, entry in entries.items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
+            continue
+        library, cls = entry
+        # A pipeline with code of its own names the module and the class by a list and a string.
+        if not isinstance(cls, str) or not isinstance(library, (str, list)):
+            continue
+        if not name.isidentifier():  # it is an argument of the pipeline's class; and no path that leads elsewhere
+            raise SourceError(f"{path}: {name!r} is not the name of a component")
+        found[name] = _Component(str(library), cls)
+    return found
+
+
+def _open(folder: Path, component: _Component, notices: list[str]) -> Checkpoint | None:
+    """The weights in the folder of a component; None if it is of a kind without weights."""
+    from shira_format.checkpoints import LAYOUTS
+
+    files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else None
+    usual = usual_weights(files or ())
+    if usual is None and component.cls.endswith(_WEIGHTLESS):
+        return None
+    if files is None:
+        raise SourceError(
+            f"{folder}: the folder of a component that {_PIPELINE} lists ({component.cls}) is missing"
+        )
+    if _PIPELINE in files:
+        raise SourceError(f"{folder}: a pipeline within a pipeline")
+    if usual is not None and usual.variant is not None:
+        if usual.others:
+            variants = ", ".join(sorted([usual.variant, *usual.others]))
+            raise SourceError(f"{folder}: several variants ({variants}) and no plain weights; keep one")
+        notices.append(f"{folder.name}: there is the variant {usual.variant} alone, which is read")
+    elif usual is not None and usual.others:
+        notices.append(f"{folder.name}: the plain weights are read, not the variant {', '.join(usual.others)}")
+    path = folder if usual is None else folder / usual.name
+    for layout in LAYOUTS:
+        if layout is not open_diffusers and (found := layout(path)) is not None:
+            return found
+    # What is a model has config.json; other objects have settings under other names.
+    if "config.json" in files or not files or any(name.endswith(_UNREAD) for name in files):
+        raise SourceError(f"{folder}: no weights that can be read, of a component that {_PIPELINE} lists ({component.cls})")  # fmt: skip
+    return None

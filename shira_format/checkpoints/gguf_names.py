@@ -1,0 +1,129 @@
+"""What GGUF calls a tensor and how it stores it, by architecture, beside what Hugging Face has.
+
+The converter of llama.cpp renames tensors, and for some architectures changes them as well. Both must be known to give
+a tensor back as it was: an architecture that is not in :data:`ARCHITECTURES` is refused, since a guess could be wrong
+without a sign of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Form(Enum):
+    """What the file did to a tensor, which reading undoes."""
+
+    SAME = "nothing"
+    ROTARY = "the rows of every head are paired (0, n/2, 1, n/2 + 1, ...) as Meta's rotary embedding wants them"
+    TRANSPOSED = "it is transposed, since a Conv1D of Hugging Face holds [in, out]"
+    SHIFTED = "1 is added"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The names of one architecture, as GGUF's stem to Hugging Face's module, and what was done to its tensors.
+
+    Attributes:
+        model: of the tensors that are there once.
+        layer: of the tensors of every layer.
+        layers: the module that holds the layers.
+        rotary: whether the rows of ``attn_q`` and ``attn_k`` are in another order.
+        transposed: stems of weights that are transposed.
+        shifted: whether the weights of norms have 1 added.
+    """
+
+    model: dict[str, str]
+    layer: dict[str, str]
+    layers: str = "model.layers"
+    rotary: bool = False
+    transposed: tuple[str, ...] = ()
+    shifted: bool = False
+
+    def find(self, name: str) -> tuple[str, Form] | None:
+        """The Hugging Face name of the tensor ``name`` of a GGUF file, and its form; None if there is none."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        number, stem, ending = match.groups()
+        module = (self.model if number is None else self.layer).get(stem)
+        if module is None:
+            return None
+        form = Form.SAME
+        if self.rotary and stem in HEADS:
+            form = Form.ROTARY
+        elif stem in self.transposed and ending == "weight":
+            form = Form.TRANSPOSED
+        elif self.shifted and stem.endswith("norm") and ending == "weight":
+            form = Form.SHIFTED
+        return f"{module if number is None else f'{self.layers}.{number}.{module}'}.{ending}", form
+
+
+# No leading zeros: two names must not mean one tensor.
+_NAME = re.compile(r"(?:blk\.(0|[1-9][0-9]{0,8})\.)?([a-z0-9_]+)\.(weight|bias)")
+
+# Which of the architecture's keys says how many heads a tensor has.
+HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+
+# What llama.cpp computes from the configuration; no Hugging Face checkpoint has it.
+COMPUTED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.[0-9]+\.(attn_rot_embd|rope_freqs)\.weight")  # fmt: skip
+
+_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_NORMS_OF_HEADS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GATED = {
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER = {**_ATTENTION, **_GATED}
+_GEMMA_LAYER = {
+    **_LAYER,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_LLAMA = Architecture(_MODEL, _LAYER, rotary=True)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gemma": Architecture(_MODEL, _LAYER, shifted=True),
+    "gemma2": Architecture(_MODEL, _GEMMA_LAYER, shifted=True),
+    "gemma3": Architecture(_MODEL, {**_GEMMA_LAYER, **_NORMS_OF_HEADS}, shifted=True),
+    "gpt2": Architecture(
+        {"token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f", "output": "lm_head"},
+        {
+            "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+        },
+        layers="transformer.h", transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+    ),
+    "granite": _LLAMA,
+    "llama": _LLAMA,  # and Mistral and others, which llama.cpp calls llama
+    "nemotron": Architecture(
+        _MODEL,
+        {**_ATTENTION, "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"},
+        shifted=True,
+    ),
+    "phi3": Architecture(
+        _MODEL,
+        {
+            "attn_norm": "input_layernorm", "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
+        },
+    ),
+    "qwen2": Architecture(_MODEL, _LAYER),
+    "qwen3": Architecture(_MODEL, {**_LAYER, **_NORMS_OF_HEADS}),
+    "smollm3": _LLAMA,
+    "starcoder2": Architecture(
+        _MODEL,
+        {**_ATTENTION, "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    ),
+}  # fmt: skip

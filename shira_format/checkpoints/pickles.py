@@ -1,0 +1,196 @@
+"""Reading pickles of strangers: plain values, and what an allow-list names; no code of the pickle's choice ever runs.
+
+``pickle.Unpickler`` with a ``find_class`` of one's own comes close, but its memo grows to any index that the pickle
+names, it hashes tuples of any depth, and it sets attributes on whatever it was given. This reader does none of that,
+and is what ``torch.load(weights_only=True)`` is, for any list, without torch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+MAX_PICKLE = 2**28  # bytes: millions of chunks of a sharded checkpoint
+
+# (module, name) to what stands for it: a function to call where the pickle calls, or a value.
+Names = Mapping[tuple[str, str], Any]
+
+
+class PickleError(ValueError):
+    """A pickle is damaged, or asks for something that the allow-list does not have."""
+
+
+class Record:
+    """An object that was asked for: its class, and what the pickle says that it holds.
+
+    Attributes:
+        kind: the name of its class.
+        state: the pickled state, most often a dict of its attributes; None if there was none.
+    """
+
+    __slots__ = ("kind", "state")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.state: Any = None
+
+
+def record(kind: str) -> Callable[..., Record]:
+    """For an allow-list: a class whose objects become a :class:`Record`, whatever the arguments."""
+    return lambda *_: Record(kind)
+
+
+def ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    """For an allow-list: ``collections.OrderedDict``, as a dict."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        _put(found, key, value)
+    return found
+
+
+def load(file: IO[bytes], names: Names, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """Read one pickle from ``file`` and stop behind it.
+
+    Args:
+        file: where it starts; must not allocate more than there is when asked for too many bytes.
+        names: what it may name. Values are used as they are; functions are called with arguments from the pickle.
+        persistent: makes an object from a persistent id.
+
+    Raises:
+        PickleError: it is damaged, too long, or names something else.
+    """
+    import pickletools
+
+    machine = _Machine(names, persistent)
+    start = file.tell()
+    try:
+        for opcode, argument, at in pickletools.genops(file):
+            if at is None or at - start > MAX_PICKLE:
+                raise PickleError(f"the pickle has more than {MAX_PICKLE} bytes")
+            if (step := machine.steps.get(opcode.name)) is None:
+                raise PickleError(f"the pickle has the opcode {opcode.name}, which is not read")
+            step(argument)
+        (result,) = machine.stack
+    except PickleError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error) as error:
+        raise PickleError(f"a damaged pickle: {error}") from None
+    return result
+
+
+class _Machine:
+    """The stack machine that a pickle is a program for."""
+
+    def __init__(self, names: Names, persistent: Callable[[Any], Any] | None) -> None:
+        self._names = names
+        self._persistent = persistent
+        self.stack: list[Any] = []
+        self._below: list[list[Any]] = []  # the stacks under each mark
+        self._memo: dict[int, Any] = {}
+        constants: dict[str, Callable[[], Any]] = {
+            "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+            "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+        }  # fmt: skip
+        literals = (
+            "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING",
+            "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
+        )  # fmt: skip
+        self.steps: dict[str, Callable[[Any], None]] = {
+            **dict.fromkeys(("PROTO", "FRAME", "STOP"), self._ignored),
+            **{name: self._made(make) for name, make in constants.items()},
+            **dict.fromkeys(literals, self._literal),
+            "MARK": self._mark,
+            "TUPLE": lambda _: self._literal(tuple(self._to_mark())),
+            "TUPLE1": lambda _: self._tuple(1),
+            "TUPLE2": lambda _: self._tuple(2),
+            "TUPLE3": lambda _: self._tuple(3),
+            "MEMOIZE": lambda _: self._memoize(len(self._memo)),
+            "BINPUT": self._memoize,
+            "LONG_BINPUT": self._memoize,
+            "BINGET": self._recall,
+            "LONG_BINGET": self._recall,
+            "APPEND": lambda _: self._append([self.stack.pop()]),
+            "APPENDS": lambda _: self._append(self._to_mark()),
+            "SETITEM": lambda _: self._set([self.stack.pop(-2), self.stack.pop()]),
+            "SETITEMS": lambda _: self._set(self._to_mark()),
+            "GLOBAL": lambda name: self._global(*name.split(" ", 1)),
+            "STACK_GLOBAL": lambda _: self._global(self.stack.pop(-2), self.stack.pop()),
+            "REDUCE": self._call,
+            "NEWOBJ": self._call,
+            "BUILD": self._build,
+            "BINPERSID": self._persist,
+        }
+
+    def _ignored(self, _: Any) -> None:
+        pass
+
+    def _literal(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def _made(self, make: Callable[[], Any]) -> Callable[[Any], None]:
+        return lambda _: self.stack.append(make())
+
+    def _mark(self, _: Any) -> None:
+        self._below.append(self.stack)
+        self.stack = []
+
+    def _to_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self._below.pop()
+        return items
+
+    def _tuple(self, count: int) -> None:
+        items = tuple(self.stack[-count:])
+        if len(items) != count:
+            raise PickleError("a damaged pickle: too few values for a tuple")
+        self.stack[-count:] = [items]
+
+    def _memoize(self, index: int) -> None:
+        self._memo[index] = self.stack[-1]
+
+    def _recall(self, index: int) -> None:
+        self.stack.append(self._memo[index])
+
+    def _append(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise PickleError("a damaged pickle: it appends to something other than a list")
+        self.stack[-1].extend(items)
+
+    def _set(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not dict:
+            raise PickleError("a damaged pickle: it sets items of something other than a dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _put(self.stack[-1], key, value)
+
+    def _global(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise PickleError("a damaged pickle: it asks for something without a name")
+        if (module, name) not in self._names:
+            raise PickleError(f"the pickle asks for {module:.200}.{name:.200}, which is not allowed")
+        self.stack.append(self._names[module, name])
+
+    def _call(self, _: Any) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        # Only what the allow-list gave can be a function here: nothing else that a pickle makes is callable.
+        if type(arguments) is not tuple or not callable(function):
+            raise PickleError("a damaged pickle: it calls something that is not a function")
+        self.stack.append(function(*arguments))
+
+    def _build(self, _: Any) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is Record:
+            target.state = state
+        elif type(target) is not dict:  # the attributes of an OrderedDict are of no use here
+            raise PickleError("a damaged pickle: it sets the state of a plain value")
+
+    def _persist(self, _: Any) -> None:
+        if self._persistent is None:
+            raise PickleError("the pickle has persistent ids, which do not belong there")
+        self.stack.append(self._persistent(self.stack.pop()))
+
+
+def _put(target: dict[Any, Any], key: Any, value: Any) -> None:
+    # The hash of a tuple goes as deep as the tuple, and a deep one would end the process.
+    if not (key is None or isinstance(key, (str, bytes, int, float, Record))):
+        raise PickleError(f"a key of a dict is a {type(key).__name__}")
+    target[key] = value

@@ -1,0 +1,81 @@
+"""Parts of tensors that do not lie in memory order: as boxes, and from a storage with strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from shira_format.arrays import Array
+from shira_format.tensors import numel
+
+_SMALL = 2**16  # bytes that are read at once even if only a few of them are asked for
+_LARGE = 2**25  # bytes that are read at once at most
+
+# Offsets and sizes, one of each for every dimension.
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Divide the flat range from ``start`` to ``stop`` of a tensor into boxes, in order, each without gaps in it.
+
+    Each box has size 1 in the dimensions before some one, and is whole in those after it.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = numel(shape[1:])
+    row, last = start // inner, stop // inner
+    if head := start - row * inner:  # it begins within a row
+        for offsets, sizes in boxes(shape[1:], head, min(stop - row * inner, inner)):
+            yield (row, *offsets), (1, *sizes)
+        row += 1
+    if row < last:
+        yield (row, *(0 for _ in shape[1:])), (last - row, *shape[1:])
+    if last >= row:  # it may end within a row
+        for offsets, sizes in boxes(shape[1:], 0, stop - last * inner):
+            yield (last, *offsets), (1, *sizes)
+
+
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements with these strides, in elements, lie in row-major order without gaps."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return numel(shape) == 0
+        expected *= size
+    return True
+
+
+def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The elements from the first to the last of a tensor with these strides, both included."""
+    if numel(shape) == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def gather(read: Callable[[int, memoryview], None], first: int, strides: tuple[int, ...], out: Array) -> None:
+    """Fill ``out``, of any shape, with the elements from ``first`` on that lie ``strides`` apart.
+
+    Args:
+        read: fills a buffer with the bytes from an element on.
+        first: the element, as ``read`` counts.
+        strides: steps in elements, at least 0, one for each dimension of ``out``.
+        out: what to fill; it takes at most twice its memory beside it, and no more than 32 MiB.
+    """
+    span = extent(out.shape, strides)
+    if span == 0:
+        return
+    if span * out.itemsize <= max(min(2 * out.nbytes, _LARGE), _SMALL):
+        buffer = np.empty(span, out.dtype)
+        read(first, buffer.view(np.uint8).data)
+        out[...] = np.ndarray(out.shape, out.dtype, buffer, 0, tuple(stride * out.itemsize for stride in strides))
+        return
+    # It would take too much memory, or most of it is what lies between: halve the longest way.
+    axis = max(range(out.ndim), key=lambda n: (out.shape[n] - 1) * strides[n])
+    half = out.shape[axis] // 2
+    lower, upper = np.split(out, [half], axis)
+    gather(read, first, strides, lower)
+    gather(read, first + half * strides[axis], strides, upper)

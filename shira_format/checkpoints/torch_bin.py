@@ -1,0 +1,155 @@
+"""Checkpoints of ``torch.save``: one file, or shards with an index, or a folder with one of these. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shira_format.arrays import Array, frozen
+from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
+from shira_format.checkpoints.pickles import PickleError
+from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
+from shira_format.errors import SourceError
+from shira_format.storage import open_storage
+from shira_format.tensors import numel
+
+_INDEX = ".bin.index.json"
+_FILES = (".bin", ".pt", ".pth", ".ckpt")
+# Names that transformers and diffusers give to the weights of a folder.
+_USUAL = ("pytorch_model", "diffusion_pytorch_model")
+# What trainers leave beside the weights.
+_IGNORED = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+
+
+class TorchBinCheckpoint(Checkpoint):
+    """The tensors of one or more files of ``torch.save`` under one roof."""
+
+    def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
+        """Args: ``weight_map`` is that of an index, from tensor name to file name; it must tell the truth."""
+        self.path = path
+        self.files = files
+        opened = {file.name: _File(file) for file in files}
+        if weight_map is None:
+            weight_map = {name: file for file, found in opened.items() for name in found.tensors}
+        check_weight_map(path, weight_map, {file: found.tensors for file, found in opened.items()})
+        self._where = {name: opened[file] for name, file in weight_map.items()}
+        self.notices = tuple(found.notice for found in opened.values() if found.notice)
+
+    def __getitem__(self, name: str) -> Array:
+        shape = self.shape(name)
+        return frozen(self.part(name, 0, numel(shape)).reshape(shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        return self._where[name].part(name, start, stop, out)
+
+    @property
+    def shards(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {_safetensors_name(file.name): [] for file in self.files}
+        for name, file in self._where.items():
+            found[_safetensors_name(file.path.name)].append(name)
+        return found
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name].tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return TORCH_DTYPES[self._where[name].tensors[name].dtype]
+
+
+class _File:
+    """One file, whose tensors all lie within it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notice = ""
+        try:
+            self._file = TorchFile(open_storage(path))
+        except PickleError as error:
+            raise SourceError(f"{path}: {error}") from None
+        self.tensors = self._state_dict(self._file.root)
+        for name, tensor in self.tensors.items():
+            try:
+                self._file.check(tensor)
+            except PickleError as error:
+                raise SourceError(f"{path}: tensor {name!r}: {error}") from None
+
+    def part(self, name: str, start: int, stop: int, out: Array | None) -> Array:
+        try:
+            return self._file.read(self.tensors[name], start, stop, out)
+        except PickleError as error:  # a header that is first read now
+            raise SourceError(f"{self.path}: tensor {name!r}: {error}") from None
+
+    def _state_dict(self, root: Any) -> dict[str, Stored]:
+        """The tensors by name: those of ``root``, or of the only dict of tensors in it."""
+        if type(root) is not dict:
+            raise SourceError(f"{self.path}: it holds a {_kind(root)}, not a dict of tensors")
+        if _has_tensors(root):
+            return self._tensors(root, "")
+        inner = [key for key, value in root.items() if type(value) is dict and _has_tensors(value)]
+        if not inner:
+            raise SourceError(f"{self.path}: it holds no tensors")
+        if len(inner) > 1:
+            names = ", ".join(map(repr, inner))
+            raise SourceError(f"{self.path}: several dicts of tensors ({names}); save the one that is meant alone")
+        others = ", ".join(sorted(f"{key!r}" for key in root if key != inner[0]))
+        self.notice = f"{self.path.name}: the tensors under {inner[0]!r} are read" + (
+            f"; left out: {others}" if others else ""
+        )
+        return self._tensors(root[inner[0]], f" under {inner[0]!r}")
+
+    def _tensors(self, found: Mapping[Any, Any], where: str) -> dict[str, Stored]:
+        for key, value in found.items():
+            if type(key) is not str:
+                raise SourceError(f"{self.path}: the key {key!r}{where} is not a name")
+            if type(value) is not Stored:
+                raise SourceError(f"{self.path}: {key!r}{where} is a {_kind(value)}, not a tensor")
+        return dict(found)
+
+
+def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
+    """Open ``path`` if it is, or holds, a checkpoint of ``torch.save``."""
+    if path.is_dir():
+        # Beside the metadata of a distributed checkpoint, single files are what a trainer left.
+        if (path / ".metadata").is_file():
+            return None
+        found = find(path, _USUAL, _INDEX, _FILES, _IGNORED)
+        return None if found is None else open_torch_bin(found)
+    if path.name.endswith(_INDEX):
+        weight_map = read_weight_map(path)
+        return TorchBinCheckpoint(
+            path, [path.parent / file for file in dict.fromkeys(weight_map.values())], weight_map
+        )
+    return TorchBinCheckpoint(path, [path]) if path.name.endswith(_FILES) else None
+
+
+def _safetensors_name(file: str) -> str:
+    """The name that transformers and diffusers give to the same weights in a safetensors file."""
+    stem = file.rpartition(".")[0] or file
+    if stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")
+    return f"{stem}.safetensors"
+
+
+def _has_tensors(found: Mapping[Any, Any]) -> bool:
+    return any(type(value) is Stored for value in found.values())
+
+
+def _kind(value: Any) -> str:
+    return "tensor" if type(value) is Stored else type(value).__name__

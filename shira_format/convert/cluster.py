@@ -1,0 +1,98 @@
+"""The stages of a conversion on the workers of a ``dask.distributed`` cluster, one tensor a task.
+
+Workers open the same inputs by the same paths, so these must lie on storage that all of them reach. What comes back are
+the entries alone; they are put in order and written here, so that the bytes are those of a local run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from shira_format.convert.jobs import Job, Opened
+from shira_format.errors import ShiraError, SourceError
+from shira_format.selection import Progress, Workers
+from shira_format.selection.stages import Stage
+
+_C = TypeVar("_C")
+_R = TypeVar("_R")
+
+RETRIES = 5  # of a task whose worker was lost, or could not read for the moment
+_AHEAD = 4  # tasks a thread of the cluster
+
+
+class Cluster:
+    """An engine on a cluster; a context manager."""
+
+    def __init__(self, scheduler: str, job: Job, progress: Progress) -> None:
+        """Connect to the scheduler at an address such as ``tcp://host:8786``.
+
+        Raises:
+            SourceError: it does not answer, has no workers, or the package is not installed.
+        """
+        try:
+            from distributed import Client
+        except ImportError:
+            raise SourceError("a cluster needs dask.distributed: pip install 'shira-format[dask]'") from None
+        try:
+            self._client = Client(scheduler, set_as_default=False, timeout="20s")
+            self._client.wait_for_workers(1, timeout=60)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise SourceError(f"{scheduler}: {error}") from None
+        self._scheduler, self._job, self._progress = scheduler, job, progress
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
+        """See :class:`shira_format.selection.stages.Engine`."""
+        threads = max(1, sum(self._client.nthreads().values()))
+        running: deque[tuple[Any, int]] = deque()
+        try:
+            for change in changes:
+                named = cast(Any, change)
+                # Not pure: the same task of an earlier run must not stand in for this one, whose inputs may differ.
+                future = self._client.submit(
+                    compute, self._job, named.name, stage, pure=False, retries=RETRIES, key=None
+                )
+                running.append((future, named.size))
+                if len(running) > _AHEAD * threads:
+                    yield self._next(running)
+            while running:
+                yield self._next(running)
+        finally:
+            self._client.cancel([future for future, _ in running])
+
+    def _next(self, running: deque[tuple[Any, int]]) -> Any:
+        future, size = running.popleft()
+        try:
+            result = future.result()
+        except ShiraError:
+            raise
+        except Exception as error:
+            raise SourceError(f"{self._scheduler}: a worker failed: {type(error).__name__}: {error}") from error
+        self._progress(size)
+        return result
+
+
+def compute(job: Job, name: str, stage: Stage[Any, _R]) -> _R:
+    """One stage for one change; runs on a worker."""
+    with Workers(1) as workers:
+        return stage(_changes(job)[name], workers, lambda _: None)
+
+
+@lru_cache(maxsize=2)
+def _opened(job: Job) -> Opened:
+    return job.open()
+
+
+def _changes(job: Job) -> dict[str, Any]:
+    return {change.name: change for change in _opened(cast(Any, job)).changes}

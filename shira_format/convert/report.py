@@ -1,0 +1,118 @@
+"""What a conversion kept, per tensor and in all, and what its user should know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from shira_format.tensors import density, numel
+
+LITTLE = 0.5  # below this share of the update's energy, much of what the source does is lost
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one weight; energies are sums of squares of the update."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nnz: int
+    energy: float
+    energy_stored: float
+    error: float
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return numel(self.shape)
+
+    @property
+    def density(self) -> float:
+        """``nnz / numel``; 0 for a weight without elements."""
+        return density(self.nnz, self.numel)
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the update's energy at the stored entries, in [0, 1]; 1 for an update of zeros."""
+        return self.energy_stored / self.energy if self.energy else 1.0
+
+    @property
+    def relative_error(self) -> float:
+        """``||update - stored|| / ||update||`` in the Frobenius norm, rounding to the base's dtype included.
+
+        What is left out is a difference of sums in float32: below about 1e-4 the figure is an upper bound.
+        """
+        return math.sqrt(self.error / self.energy) if self.energy else 0.0
+
+
+@dataclass
+class ConversionReport:
+    """The account of one conversion.
+
+    Attributes:
+        tensors: the sparse tensors.
+        whole: names of the tensors that are replaced as a whole.
+        structure: what changes beyond entries, by name: ``"new"``, ``"removed"``, ``"rows 100 -> 104"``, ...
+        unchanged: how many tensors of the base are in no way touched, of those that were compared.
+        exact: whether every difference is stored.
+        notices: what a user should know.
+        file_bytes: the size of the file; None if none was written.
+    """
+
+    tensors: list[TensorReport] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    structure: dict[str, str] = field(default_factory=dict)
+    unchanged: int = 0
+    exact: bool = False
+    notices: list[str] = field(default_factory=list)
+    file_bytes: int | None = None
+
+    def _total(self) -> TensorReport:
+        return TensorReport(
+            "", (self.numel,), "", self.nnz,
+            *(sum(getattr(t, key) for t in self.tensors) for key in ("energy", "energy_stored", "error")),
+        )  # fmt: skip
+
+    @property
+    def nnz(self) -> int:
+        """Entries of all tensors."""
+        return sum(tensor.nnz for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def density(self) -> float:
+        """Entries of all tensors over their elements."""
+        return self._total().density
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the energy of all updates together."""
+        return self._total().energy_kept
+
+    @property
+    def relative_error(self) -> float:
+        """Relative error of all updates together."""
+        return self._total().relative_error
+
+    def warnings(self) -> list[str]:
+        """What is lost, in plain words; empty if little is."""
+        if self.exact:
+            return []
+        found = []
+        if self.energy_kept < LITTLE:
+            found.append(
+                f"only {self.energy_kept:.1%} of the update's energy is kept (relative error {self.relative_error:.2f}): "
+                "the adapter will do much less than its source. A higher density keeps more; so does training a "
+                "sparse adapter, instead of cutting a dense one down."
+            )
+        if unchanged := [t.name for t in self.tensors if t.nnz == 0]:
+            found.append(
+                f"{len(unchanged)} of {len(self.tensors)} tensors keep no entry at all, for example {unchanged[0]!r}: "
+                "their updates are zero, or smaller than the base's dtype can show"
+            )
+        return found

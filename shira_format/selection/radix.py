@@ -1,0 +1,222 @@
+"""Exact selection by what all entries together hold: over all tensors, or by a share of the energy; in two passes.
+
+The first pass counts magnitudes by their leading bits, which sort like the numbers themselves, and so finds the bin in
+which the selection ends. The second collects what lies in that bin or above; the distinct magnitudes within the bin then
+give the edge itself, and how many of the entries that equal it belong to the selection. Ties go to the lower index and
+the earlier tensor. Memory: the counts, and the distinct magnitudes of one bin (for float32 at most 32768).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_format.arrays import Array, positions
+from shira_format.changes import Change, Ends, Entries
+from shira_format.selection.rule import TopK
+from shira_format.selection.topk import Pool, at_least, check_energy, sum_of_squares
+from shira_format.selection.workers import Progress, Workers
+
+BINS = 1 << 16
+
+
+@dataclass
+class Survey:
+    """Magnitudes by bin: how many, and, where a share of the energy is asked for, their sum of squares.
+
+    Attributes:
+        counts: int64 ``[BINS]``.
+        energies: float64 ``[BINS]``, or None.
+        energy: the sum of all squares.
+    """
+
+    counts: npt.NDArray[np.int64]
+    energies: npt.NDArray[np.float64] | None
+    energy: float = 0.0
+
+    @classmethod
+    def empty(cls, rule: TopK) -> Survey:
+        """Of nothing."""
+        return cls(np.zeros(BINS, np.int64), np.zeros(BINS) if rule.energy is not None else None)
+
+    def add(self, other: Survey) -> None:
+        """Join what another has counted."""
+        self.counts += other.counts
+        if self.energies is not None and other.energies is not None:
+            self.energies += other.energies
+        self.energy += other.energy
+
+
+def survey(
+    change: Change, rule: TopK, dtype: np.dtype[Any], floor: Any, workers: Workers, progress: Progress
+) -> Survey:
+    """The first pass over one change; magnitudes below ``floor`` are known not to be selected, and not counted.
+
+    Raises:
+        SourceError: the change holds NaN or Inf.
+    """
+
+    def count(_start: int, values: Array, magnitudes: Array, _ends: Ends) -> tuple[Array, Array | None, float]:
+        near = magnitudes[magnitudes >= floor].astype(dtype, copy=False)
+        bins = _leading_bits(near)
+        weights = None
+        if rule.energy is not None:
+            wide = near.astype(np.float64)
+            weights = np.bincount(bins, wide * wide, BINS)
+        return np.bincount(bins, minlength=BINS), weights, sum_of_squares(values)
+
+    total = Survey.empty(rule)
+    for counts, weights, energy in workers.tiles(change, count, progress):
+        total.add(Survey(counts, weights, energy))
+    check_energy(change, total.energy)
+    return total
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the second pass has to collect.
+
+    Attributes:
+        floor: the smallest magnitude that may be selected.
+        sure: from this magnitude on all are selected.
+        most: how many of those between can be.
+    """
+
+    floor: Any
+    sure: Any
+    most: int
+
+
+class Edge:
+    """Where the selection ends: found in two steps, from a survey and from what lies in its last bin."""
+
+    def __init__(self, rule: TopK, seen: Survey, size: int, dtype: np.dtype[Any]) -> None:
+        """Find the bin.
+
+        Args:
+            rule: what to keep.
+            seen: the survey of everything; of a part, if the rule gives a count: then :attr:`floor` is a lower bound.
+            size: elements in all.
+            dtype: in which magnitudes are compared.
+        """
+        self._dtype = dtype
+        self._by_energy = rule.energy is not None
+        lowest = rule.lowest(dtype)
+        falling: Array
+        if rule.energy is not None:
+            assert seen.energies is not None
+            weights: Array = seen.energies
+            wanted: float = rule.energy * seen.energy
+            falling = np.cumsum(weights[::-1])
+            # A sum of squares in other precision may fall short of its own total.
+            all_of_it = rule.energy == 1.0 or falling[-1] <= wanted
+        else:
+            weights, wanted = seen.counts, rule.count(size)
+            falling = np.cumsum(weights[::-1])
+            all_of_it = bool(falling[-1] <= wanted)
+        self._bin: int | None = None
+        self.floor = lowest
+        if not all_of_it:
+            position = int(np.searchsorted(falling, wanted))
+            self._bin = BINS - 1 - position
+            self._missing = wanted - (falling[position - 1] if position else 0)
+            self.floor = max(lowest, _lower_edge(self._bin, dtype))
+        self._known = np.empty(0, dtype), np.empty(0, np.int64)
+
+    @property
+    def reach(self) -> Reach:
+        """What the second pass has to collect."""
+        if self._bin is None:
+            return Reach(self.floor, self.floor, 0)
+        most = self._missing
+        if self._by_energy:
+            most = most / max(float(self.floor) ** 2, np.finfo(np.float64).tiny) + 1
+        sure = _lower_edge(self._bin + 1, self._dtype) if self._bin + 1 < BINS else self._dtype.type(np.inf)
+        return Reach(self.floor, sure, int(min(np.ceil(most), np.iinfo(np.int64).max // 8)))
+
+    def see(self, values: Array) -> None:
+        """Take note of entries at or above :attr:`floor`, of the second pass."""
+        if self._bin is None:
+            return
+        near = np.abs(values).astype(self._dtype, copy=False)
+        found = np.unique(near[_leading_bits(near) == self._bin], return_counts=True)
+        self._known = _merged(self._known, found)
+
+    def decide(self) -> tuple[Any, int]:
+        """The smallest magnitude that is selected, and how many entries of just this magnitude are.
+
+        Call it once all entries at or above :attr:`floor` have been seen.
+        """
+        magnitudes, counts = self._known[0][::-1], self._known[1][::-1]
+        if self._bin is None or magnitudes.size == 0:
+            return self.floor, np.iinfo(np.int64).max
+        each = magnitudes.astype(np.float64) ** 2 if self._by_energy else np.ones(magnitudes.size)
+        falling = np.cumsum(counts * each)
+        position = min(int(np.searchsorted(falling, self._missing)), magnitudes.size - 1)
+        before = falling[position - 1] if position else 0.0
+        ties = int(np.ceil((self._missing - before) / each[position])) if each[position] else int(counts[position])
+        return magnitudes[position], min(max(ties, 1), int(counts[position]))
+
+
+def above(change: Change, reach: Reach, workers: Workers, progress: Progress) -> Entries:
+    """The second pass over one change: all entries that may be selected."""
+    pool = Pool(change, reach.most, reach.floor, reach.sure)
+
+    def work(start: int, values: Array, magnitudes: Array, ends: Ends) -> Entries:
+        found = positions(magnitudes >= pool.floor)
+        return Entries(found + start, values[found], *ends(found))
+
+    for entries in workers.tiles(change, work, progress):
+        pool.add(entries)
+    return pool.result()
+
+
+def cut(entries: Entries, edge: Any, ties: int, energy: float) -> tuple[Entries, int]:
+    """Those of a change's entries that are selected; returns how many ties are left for later tensors."""
+    magnitudes = np.abs(entries.values)
+    kept = entries.kept(at_least(magnitudes, edge, ties))
+    equal = int(np.count_nonzero(magnitudes == edge))
+    return Entries(kept.indices, kept.values, kept.base, kept.target, energy), max(0, ties - equal)
+
+
+def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Entries:
+    """The fewest entries of one change that hold the share of its energy that ``rule`` asks for."""
+    lowest = rule.lowest(change.dtype)
+    seen = survey(change, rule, change.dtype, lowest, workers, progress)
+    edge = Edge(rule, seen, change.size, change.dtype)
+    entries = above(change, edge.reach, workers, progress)
+    edge.see(entries.values)
+    return cut(entries, *edge.decide(), seen.energy)[0]
+
+
+def common_dtype(changes: Sequence[Change]) -> np.dtype[Any]:
+    """The type in which magnitudes of all changes compare exactly."""
+    return np.result_type(*(change.dtype for change in changes)) if changes else np.dtype(np.float32)
+
+
+def _leading_bits(magnitudes: Array) -> npt.NDArray[np.int64]:
+    """The 16 bits after the sign, as bin numbers that grow with the magnitude."""
+    unsigned, shift = _layout(magnitudes.dtype)
+    return np.asarray(np.right_shift(magnitudes.view(unsigned), shift), np.int64)
+
+
+def _lower_edge(bin_number: int, dtype: np.dtype[Any]) -> Any:
+    """The smallest magnitude of a bin."""
+    unsigned, shift = _layout(dtype)
+    return np.array(bin_number << shift, unsigned).view(dtype)[()]
+
+
+def _layout(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], int]:
+    """An unsigned type of the same size, and how many bits lie below the leading 16 after the sign."""
+    return np.dtype(f"u{dtype.itemsize}"), 8 * dtype.itemsize - 17
+
+
+def _merged(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    values, where = np.unique(np.concatenate([a[0], b[0]]), return_inverse=True)
+    counts = np.zeros(values.size, np.int64)
+    np.add.at(counts, where, np.concatenate([a[1], b[1]]))
+    return values, counts

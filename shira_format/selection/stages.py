@@ -1,0 +1,81 @@
+"""What is computed of one change at a time, and who computes it.
+
+A stage is a small object that can travel: this process, or workers of a cluster, call it with one change after the
+other. Its results do not depend on who called it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from shira_format.changes import Change, Entries
+from shira_format.selection import radix, topk
+from shira_format.selection.rule import TopK
+from shira_format.selection.workers import Progress, Workers
+
+C_contra = TypeVar("C_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+_C = TypeVar("_C")
+_R = TypeVar("_R")
+
+
+class Stage(Protocol[C_contra, R_co]):
+    """One step for one change."""
+
+    def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> R_co:
+        """Compute it; ``progress`` is told of elements done."""
+
+
+class Engine(Protocol):
+    """Who computes."""
+
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
+        """The stage's result for each change, in order; few are computed ahead."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """The threads of this process, one change after the other."""
+
+    workers: Workers
+    progress: Progress = lambda _: None
+
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
+        return (stage(change, self.workers, self.progress) for change in changes)
+
+
+@dataclass
+class Largest:
+    """The selection of each change alone."""
+
+    rule: TopK
+
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
+        work = topk.largest if self.rule.energy is None else radix.by_energy
+        return work(change, self.rule, workers, progress)
+
+
+@dataclass
+class Surveying:
+    """The first pass over all; ``floor`` may rise as results come in."""
+
+    rule: TopK
+    dtype: np.dtype[Any]
+    floor: Any
+
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> radix.Survey:
+        return radix.survey(change, self.rule, self.dtype, self.floor, workers, progress)
+
+
+@dataclass
+class Above:
+    """The second pass over all."""
+
+    reach: radix.Reach
+
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
+        return radix.above(change, self.reach, workers, progress)
