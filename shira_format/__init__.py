@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from shira_format.adapter import Adapter
 from shira_format.container import AdapterFile, AdapterWriter, load, save
-from shira_format.errors import BaseMismatch, BaseRequired, FormatError, ShiraError, SourceError
+from shira_format.errors import BaseMismatch, BaseRequired, FormatError, ShiraError, SourceError, WorkError
 from shira_format.tensors import SparseTensor, WholeTensor
 from shira_format.version import __version__
 
@@ -25,6 +25,7 @@ __all__ = [
     "SourceError",
     "SparseTensor",
     "WholeTensor",
+    "WorkError",
     "__version__",
     "load",
     "save",

@@ -62,6 +62,18 @@ def tile_size(change: Change) -> int:
     return max(1, TILE // change.grain) * change.grain
 
 
+def narrowed(array: Array, dtype: np.dtype[Any]) -> Array:
+    """``array`` in ``dtype``, each value rounded once, to nearest, ties to even; what overflows becomes Inf or NaN."""
+    if array.dtype == np.float64 and dtype not in (np.float64, np.float32, np.float16):
+        # ml_dtypes goes through float32, and would round twice. Rounded to odd there, no value can look like a tie.
+        near = array.astype(np.float32)
+        pattern = near.view(np.uint32)
+        pattern -= np.abs(near) > np.abs(array)
+        pattern |= (near != array) & ~np.isnan(array)
+        array = near
+    return array.astype(dtype, copy=False)
+
+
 @dataclass(frozen=True)
 class Entries:
     """Some entries of one change, in index order.
@@ -144,7 +156,7 @@ class AddedTo:
             before, values = weight[found], out[found]
             work = np.result_type(working_dtype(dtype), values.dtype)
             with np.errstate(over="ignore"):  # found, and named, where the entries are finished
-                target = (before.astype(work) + values.astype(work)).astype(dtype)
+                target = narrowed(before.astype(work) + values.astype(work), dtype)
             return before, target
 
         return ends
@@ -195,6 +207,6 @@ class Difference:
 
         def ends(found: Indices) -> tuple[Array, Array]:
             with np.errstate(over="ignore"):
-                return before[found], after[found].astype(before.dtype, copy=False)
+                return before[found], narrowed(after[found], before.dtype)
 
         return ends

@@ -42,6 +42,10 @@ class SourceError(ShiraError):
     """A LoRA, a checkpoint or another input cannot be converted; nothing was written."""
 
 
+class WorkError(ShiraError):
+    """A conversion cannot go on: kept parts that are unusable, a cluster that fails; nothing was written."""
+
+
 class BaseMismatch(ShiraError):
     """The base is not the one that the adapter was made for; no weight was changed."""
 

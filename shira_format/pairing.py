@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -26,9 +26,9 @@ class Pairs:
 
     Attributes:
         sparse: float tensors that have a base, in the base's order; ``name`` is the result's.
-        whole: names in ``tuned`` of those that have none in the same dtype and shape, with the reason.
+        whole: what is stored whole: the name in ``tuned`` by that in the result.
         removed: names in ``base`` that the result lacks.
-        equal: names of other dtypes (integers) that hold the same bits in both.
+        equal: names of other dtypes (integers) that hold the same bits in both, and keep their name.
         structure: what changes beyond entries, by the result's name.
         notices: what a user should know.
     """
@@ -62,10 +62,12 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
         raise SourceError(f"{tuned.path}: no tensor is left by the choice of names")
     if new and (rename := _prefix(new, gone)):
         prefix, words = rename
-        found = {name: prefix(name) for name in new if prefix(name) in base}
+        missing = set(gone)
+        found = {name: prefix(name) for name in new if prefix(name) in missing}
         pairs.notices.append(f"names: {words}")
         origins |= found
-        new, gone = [n for n in new if n not in found], [n for n in gone if n not in found.values()]
+        missing -= set(found.values())
+        new, gone = [n for n in new if n not in found], [n for n in gone if n in missing]
     if new and exact:
         origins |= _by_content(new, gone, base, tuned)
     new = [name for name in new if name not in origins]
@@ -79,13 +81,13 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     order = {name: place for place, name in enumerate(base)}
     for name, origin in sorted(origins.items(), key=lambda item: order[item[1]]):
         _one(pairs, name, origin, exact=exact)
-    for name in new:
-        pairs.whole[name] = pairs.structure[name] = "new"
-    _gone(pairs, gone, set(origins.values()), exact=exact)
+    _new(pairs, new, origins, exact=exact)
+    _gone(pairs, gone, sorted(used, key=order.__getitem__), exact=exact)
     if exact:
+        uses = Counter(origins.values())
         for name, origin in origins.items():
             if name != origin:
-                kept = origin in tuned or list(origins.values()).count(origin) > 1
+                kept = origin in tuned or uses[origin] > 1
                 words = f"from {origin}" if kept else f"renamed from {origin}"
                 pairs.structure[name] = "; ".join(filter(None, [words, pairs.structure.get(name)]))
         # What was only renamed still has to go under its old name.
@@ -100,15 +102,20 @@ def _one(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
     before, after = base.shape(origin), tuned.shape(name)
     where = f"{tuned.path}: tensor {name!r}"
     if not is_float(here) or not is_float(there):
-        if here == there and before == after and _same(base, origin, tuned, name):
+        if not exact and (before != after or here != there):
+            raise SourceError(f"{where} is {_dtype(there)}{list(after)}, the base has {_dtype(here)}{list(before)}: leave it out, or take every difference (exact)")  # fmt: skip
+        if result == origin and here == there and before == after and _same(base, origin, tuned, name):
             pairs.equal.append(name)
-        elif not exact and (before != after or here != there):
-            raise SourceError(f"{where} is {there}{list(after)}, the base has {here}{list(before)}: leave it out, or take every difference (exact)")  # fmt: skip
-        else:
-            pairs.whole[name] = f"{_dtype(there)} changed"
+            return
+        pairs.whole[result] = name
+        if here != there:
+            pairs.structure[result] = f"{_dtype(here)} -> {_dtype(there)}"
+        elif before != after:
+            pairs.structure[result] = f"shape {list(before)} -> {list(after)}"
         return
     if here != there and exact:
-        pairs.whole[name] = pairs.structure[name] = f"{dtype_name(here)} -> {dtype_name(there)}"
+        pairs.whole[name] = name
+        pairs.structure[name] = f"{dtype_name(here)} -> {dtype_name(there)}"
         return
     if before == after:
         size = numel(before)
@@ -116,7 +123,8 @@ def _one(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
         pairs.structure[result] = f"rows {before[0]} -> {after[0]}"
         size = min(before[0], after[0]) * numel(before[1:])
     elif exact:
-        pairs.whole[name] = pairs.structure[name] = f"shape {list(before)} -> {list(after)}"
+        pairs.whole[name] = name
+        pairs.structure[name] = f"shape {list(before)} -> {list(after)}"
         return
     else:
         raise SourceError(
@@ -126,7 +134,19 @@ def _one(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
     pairs.sparse.append(Difference(result, base, origin, tuned, name, size))
 
 
-def _gone(pairs: Pairs, gone: list[str], used: set[str], *, exact: bool) -> None:
+def _new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bool) -> None:
+    """Tensors of the fine-tune that the base lacks."""
+    tuned = pairs.tuned
+    for name in new:
+        twin = None if exact else _twin(tuned, name, origins)
+        if twin is not None:
+            pairs.notices.append(f"tensor {name!r} of the fine-tune is not in the base: it is tied to {twin!r}, and left out")  # fmt: skip
+            continue
+        pairs.whole[name] = name
+        pairs.structure[name] = "new"
+
+
+def _gone(pairs: Pairs, gone: list[str], used: list[str], *, exact: bool) -> None:
     """Tensors of the base that the fine-tune lacks."""
     if exact:
         pairs.removed += gone
@@ -134,8 +154,8 @@ def _gone(pairs: Pairs, gone: list[str], used: set[str], *, exact: bool) -> None
         return
     base = pairs.base
     for name in gone:
-        twin = next((other for other in used if _alike(base, name, base, other) == 1.0), None)
-        if twin is not None and _same(base, name, base, twin):
+        twin = _twin(base, name, used)
+        if twin is not None:
             pairs.notices.append(f"tensor {name!r} of the base is not in the fine-tune: it is tied to {twin!r}")
         elif not is_float(base.dtype(name)):
             pairs.notices.append(f"tensor {name!r} of the base is not in the fine-tune, and stays as it is")
@@ -175,12 +195,13 @@ def _leading(names: Iterable[str]) -> dict[str, None]:
 def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
     """For each new name the base tensor that holds much the same; renamed tensors before tied ones."""
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    rest = [name for name in base if name not in set(gone)]
-    for name in (*gone, *rest):
+    missing = set(gone)
+    for name in (*gone, *(name for name in base if name not in missing)):
         if is_float(base.dtype(name)):
             kinds[base.dtype(name).name, base.shape(name)].append(name)
     origins: dict[str, str] = {}
     samples: dict[str, Array] = {}
+    taken: set[str] = set()
     for name in new:
         sample = _sample(tuned, name)
         best, origin = 0.0, None
@@ -189,28 +210,39 @@ def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkp
                 samples[candidate] = _sample(base, candidate)
             share = float((samples[candidate] == sample).mean()) if sample.size else 1.0
             # Each renamed tensor has one new name, as long as that says anything: a tie may have several.
-            if share > best and not (candidate in origins.values() and share < 1.0):
+            if share > best and not (candidate in taken and share < 1.0):
                 best, origin = share, candidate
         if origin is not None and best >= _ALIKE:
             origins[name] = origin
+            taken.add(origin)
     return origins
 
 
 def _sample(checkpoint: Checkpoint, name: str) -> Array:
-    """The bits of some elements, ``[n, itemsize]``."""
+    """The bits of some elements, ``[n]`` unsigned."""
     size, width = numel(checkpoint.shape(name)), checkpoint.dtype(name).itemsize
     length = min(_RUN, size)
     starts = sorted({i * (size - length) // (_RUNS - 1) for i in range(_RUNS)}) if length else []
     parts = [checkpoint.part(name, start, start + length).copy() for start in starts]
     flat = bits(np.concatenate(parts)) if parts else np.empty(0, np.uint8)
-    return np.ascontiguousarray(flat).view(f"V{width}").reshape(-1)
+    return np.ascontiguousarray(flat).view(f"u{width}")
 
 
-def _alike(a: Checkpoint, name: str, b: Checkpoint, other: str) -> float:
-    if (a.dtype(name), a.shape(name)) != (b.dtype(other), b.shape(other)):
-        return 0.0
-    first = _sample(a, name)
-    return float((first == _sample(b, other)).mean()) if first.size else 1.0
+def _twin(checkpoint: Checkpoint, name: str, others: Iterable[str]) -> str | None:
+    """The first of ``others`` that holds the same float values as ``name``, as tied weights do."""
+    dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
+    if not is_float(dtype) or numel(shape) == 0:
+        return None
+    sample = _sample(checkpoint, name)
+    for other in others:
+        alike = (checkpoint.dtype(other), checkpoint.shape(other)) == (dtype, shape)
+        if (
+            alike
+            and np.array_equal(sample, _sample(checkpoint, other))
+            and _same(checkpoint, name, checkpoint, other)
+        ):
+            return other
+    return None
 
 
 def _same(a: Checkpoint, name: str, b: Checkpoint, other: str, step: int = 1 << 20) -> bool:

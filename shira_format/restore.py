@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.filters import name_filter
 from shira_format.manifest import SparseEntry
 from shira_format.selection import Progress, Workers
+from shira_format.storage import located
 from shira_format.tensors import SparseTensor, numel
 
 SHARD_BYTES = 5_000_000_000  # what transformers fills a shard with
@@ -125,8 +127,9 @@ class Plan:
         self._sparse = [name for name in manifest.tensors if chosen(name) and not idle]
         self._whole = [name for name in manifest.whole if chosen(name) and not idle]
         self._removed = {name for name in manifest.removed if chosen(name) and not idle}
-        if not idle and not (self._sparse or self._whole or self._removed):
-            raise SourceError("no tensor of the adapter is left by the choice of names")
+        known = manifest.tensors or manifest.whole or manifest.removed  # a patch of equal checkpoints has nothing
+        if known and not idle and not (self._sparse or self._whole or self._removed):
+            raise SourceError(f"{adapter.path}: no tensor of it is left by the choice of names")
         self._report = RestoreReport(notices=list(base.notices))
         self._shards = self._laid_out()
 
@@ -163,8 +166,14 @@ class Plan:
         for name in self._whole:
             if name not in base:
                 _home(shards, name, base.components).append(self._whole_piece(name))
-        shards = {shard: pieces for shard, pieces in shards.items() if pieces}
-        return shards if layout is not None else _by_size(shards["model.safetensors"])
+        if layout is None:
+            shards = _by_size(shards["model.safetensors"])
+        # Larger elements first, so that each tensor is aligned: the adapter may have brought others than the base has.
+        return {
+            shard: sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+            for shard, pieces in shards.items()
+            if pieces
+        }
 
     def _whole_piece(self, name: str) -> _Piece:
         stream = self._adapter.streams[name]
@@ -197,6 +206,8 @@ class Plan:
         progress: Progress,
     ) -> RestoreReport:
         """Write the folder, or with None read and check everything only."""
+        if out is not None:
+            self._check_output(out)
         report = self._report
         report.patched, report.whole, report.removed = len(self._sparse), len(self._whole), len(self._removed)
         with ExitStack() as stack:
@@ -208,6 +219,15 @@ class Plan:
                 _write_indexes(folder, self._shards, self._base)
                 self._copy_others(folder, files_from)
         return report
+
+    def _check_output(self, out: Path) -> None:
+        """The folder is replaced with all that is in it: refuse one that holds an input."""
+        if out.exists() and not out.is_dir():
+            raise SourceError(f"{out}: is a file, not a folder to write")
+        here = out.resolve()
+        for path in (self._adapter.path, self._base.path, *self._base.files):
+            if isinstance(path, Path) and (here == path.resolve() or here in path.resolve().parents):
+                raise SourceError(f"{out}: holds {path}, an input, and cannot be replaced")
 
     def _write_shard(
         self, folder: Path | None, shard: str, pieces: list[_Piece], workers: Workers, progress: Progress
@@ -306,7 +326,7 @@ class Plan:
 
     def _copy_others(self, folder: Path, files_from: str | os.PathLike[str] | None) -> None:
         """Config, tokenizer and the like; links are followed, weights and hidden files are not taken."""
-        source = self._base.folder if files_from is None else Path(files_from)
+        source = self._base.folder if files_from is None else located(files_from)
         if files_from is not None and (source is None or not source.is_dir()):
             raise SourceError(f"{files_from}: no such folder")
         if source is None or not any((source / name).is_file() for name in _MODEL_FOLDER):
@@ -317,7 +337,8 @@ class Plan:
         for name, path in _others(source):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+            with path.open("rb") as there, target.open("wb") as here:
+                shutil.copyfileobj(there, here, 1 << 20)
             self._report.copied.append(name)
         chosen = [self._adapter.manifest.tensors[name] for name in self._sparse]
         resized = [tensor for tensor in chosen if tensor.result_shape != tensor.shape]
@@ -368,10 +389,13 @@ def _header(pieces: list[_Piece], metadata: dict[str, str]) -> bytes:
 def _write_indexes(folder: Path, shards: dict[str, list[_Piece]], base: Checkpoint) -> None:
     """The index of each group of shards, as transformers and diffusers look for it."""
     groups: dict[str, dict[str, list[_Piece]]] = {}
+    several = len(shards) > 1 and not base.components  # under names of their own, which nothing tells but an index
     for shard, pieces in shards.items():
         if match := _SHARD.fullmatch(shard):
             variant = match["variant"] or ""
             groups.setdefault(f"{match['stem']}.safetensors.index{variant}.json", {})[shard] = pieces
+        elif several:
+            groups.setdefault("model.safetensors.index.json", {})[shard] = pieces
     for name, group in groups.items():
         component = name.rpartition("/")[0]
         prefix = f"{component}/" if component in base.components else ""

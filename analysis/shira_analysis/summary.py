@@ -18,7 +18,8 @@ def describe(file: AdapterFile) -> dict[str, Any]:
     nnz, elements = sum(row["nnz"] for row in rows), sum(numel(tuple(row["shape"])) for row in rows)
     index_bytes = sum(row["index_bytes"] for row in rows)
     base_bytes = sum(row["base_bytes"] for row in rows)
-    own_bytes = file.streams.size - base_bytes - sum(row["bytes"] for row in whole)
+    row_bytes = sum(row["row_bytes"] for row in rows)
+    own_bytes = file.streams.size - base_bytes - row_bytes - sum(row["bytes"] for row in whole)
     return {
         "file": str(file.path),
         "format_version": raw["format_version"],
@@ -45,6 +46,7 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         },
         "tensors": rows,
         "whole": whole,
+        "removed": list(file.manifest.removed),
     }
 
 
@@ -65,6 +67,10 @@ def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:
         "bytes": sum(sizes.values()),
         "index_bytes": sizes.get("indices", 0) + sizes.get("blocks", 0),
         "base_bytes": sizes.get("base", 0),
+        "row_bytes": sizes.get("rows", 0),
+        "from": entry.base_name,
+        "result_shape": list(entry.result_shape),
+        "result_digest": entry.digests.get("result"),
     }
 
 
@@ -83,13 +89,14 @@ def _whole_row(file: AdapterFile, name: str) -> dict[str, Any]:
 def misfits_with(file: AdapterFile, base: Checkpoint) -> list[str]:
     """Why the adapter does not fit ``base``: one line for each tensor that does not; empty if it fits."""
     misfits = []
-    for name in file.manifest.tensors:
-        if name not in base:
-            misfits.append(f"tensor {name!r}: not in the base")
+    for name, entry in file.manifest.tensors.items():
+        if entry.base_name not in base:
+            origin = "" if entry.base_name == name else f" (as {entry.base_name!r})"
+            misfits.append(f"tensor {name!r}: not in the base{origin}")
             continue
         try:
             tensor = file.sparse(name)
-            tensor.checked_base(base[name])
+            tensor.checked_base(base[entry.base_name])
         except BaseMismatch as error:
             misfits.append(str(error))
     for name in file.manifest.whole:
@@ -102,4 +109,5 @@ def misfits_with(file: AdapterFile, base: Checkpoint) -> list[str]:
             whole.check_base(base[name])
         except BaseMismatch as error:
             misfits.append(str(error))
+    misfits += [f"tensor {name!r}: to be removed, and not in the base" for name in file.manifest.removed if name not in base]  # fmt: skip
     return misfits

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="do not list tensors in whose name this is found",
     )
     add("--verify", action="store_true", help="read everything: check all digests and every rule of the format")
-    add("--base", type=Path, help="a checkpoint: does the adapter fit it, by shapes, dtypes and digests?")
+    add("--base", help="a checkpoint: does the adapter fit it, by shapes, dtypes and digests?")
     console.add_output_options(parser)
     options = parser.parse_args(argv)
     return console.run(PROG, lambda: _inspect(options))
@@ -94,6 +94,7 @@ def as_text(info: dict[str, Any]) -> str:
         ("undo, scale, measure", "from the file alone" if info["self_contained"] else "needs the base"),
         ("entries", _entries(totals)),
         ("bits an entry", _bits(totals)),
+        *(("patch", text) for text in _patch(info)),
         *((key, str(info[key])) for key in ("license", "description") if info[key]),
     ]  # fmt: skip
     if info.get("verified"):
@@ -128,6 +129,24 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
+def _patch(info: dict[str, Any]) -> list[str]:
+    """What changes beyond entries, one line for each kind; and how much of the result is vouched for."""
+    tensors = info["tensors"]
+    renamed = [f"{t['name']} from {t['from']}" for t in tensors if t["from"] != t["name"]]
+    resized = [
+        f"{t['name']} {t['shape'][0]} -> {t['result_shape'][0]} rows"
+        for t in tensors
+        if t["shape"] != t["result_shape"]
+    ]
+    vouched = sum(t["result_digest"] is not None for t in tensors)
+    found = [
+        f"{what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
+        for what, names in (("renamed", renamed), ("resized", resized), ("removed", info["removed"]))
+        if names
+    ]
+    return found + ([f"{vouched} tensors with the digest of the whole result"] if vouched else [])
+
+
 def _shape(shape: list[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
@@ -149,9 +168,16 @@ def _made_from(source: dict[str, Any] | None) -> str:
 def _selection(selection: dict[str, Any] | None) -> str:
     if not selection:
         return "not said"
-    amount = (
-        f"density {selection['density']:g}" if "density" in selection else f"{selection.get('top_k', '?')} entries"
-    )
+    if selection.get("rule") == "exact":
+        return "every entry whose bits differ"
+    if "energy" in selection:
+        amount = f"{selection['energy']:.1%} of the energy"
+    elif "density" in selection:
+        amount = f"density {selection['density']:g}"
+    else:
+        amount = f"{selection.get('top_k', '?')} entries"
+    if selection.get("min_change"):
+        amount += f", changes of {selection['min_change']:g} or more"
     text = f"{selection.get('rule', '?')}, {amount}, per {selection.get('scope', '?')}".replace(
         "per global", "over all tensors"
     )

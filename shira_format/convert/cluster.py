@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from shira_format.convert.jobs import Job, Opened
-from shira_format.errors import ShiraError, SourceError
+from shira_format.errors import ShiraError, WorkError
 from shira_format.selection import Progress, Workers
 from shira_format.selection.stages import Stage
 
@@ -21,6 +21,7 @@ _C = TypeVar("_C")
 _R = TypeVar("_R")
 
 RETRIES = 5  # of a task whose worker was lost, or could not read for the moment
+PATIENCE = 60  # seconds to wait for a scheduler, and for a first worker
 _AHEAD = 4  # tasks a thread of the cluster
 
 
@@ -31,17 +32,17 @@ class Cluster:
         """Connect to the scheduler at an address such as ``tcp://host:8786``.
 
         Raises:
-            SourceError: it does not answer, has no workers, or the package is not installed.
+            WorkError: it does not answer, has no workers, or the package is not installed.
         """
         try:
             from distributed import Client
         except ImportError:
-            raise SourceError("a cluster needs dask.distributed: pip install 'shira-format[dask]'") from None
+            raise WorkError("a cluster needs dask.distributed: pip install 'shira-format[dask]'") from None
         try:
-            self._client = Client(scheduler, set_as_default=False, timeout="20s")
-            self._client.wait_for_workers(1, timeout=60)
+            self._client = Client(scheduler, set_as_default=False, timeout=PATIENCE)
+            self._client.wait_for_workers(1, timeout=PATIENCE)
         except (OSError, TimeoutError, ValueError) as error:
-            raise SourceError(f"{scheduler}: {error}") from None
+            raise WorkError(f"{scheduler}: {error}") from None
         self._scheduler, self._job, self._progress = scheduler, job, progress
 
     def __enter__(self) -> Self:
@@ -63,7 +64,7 @@ class Cluster:
                 future = self._client.submit(
                     compute, self._job, named.name, stage, pure=False, retries=RETRIES, key=None
                 )
-                running.append((future, named.size))
+                running.append((future, named.size * stage.passes))
                 if len(running) > _AHEAD * threads:
                     yield self._next(running)
             while running:
@@ -78,7 +79,7 @@ class Cluster:
         except ShiraError:
             raise
         except Exception as error:
-            raise SourceError(f"{self._scheduler}: a worker failed: {type(error).__name__}: {error}") from error
+            raise WorkError(f"{self._scheduler}: a worker failed: {type(error).__name__}: {error}") from error
         self._progress(size)
         return result
 

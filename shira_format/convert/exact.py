@@ -46,6 +46,7 @@ class Differing:
     """The stage that compares; see :class:`shira_format.selection.stages.Stage`."""
 
     rule: Exact
+    passes: int = 1
 
     def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Differences:
         """All that differs between the two tensors, which have one dtype."""
@@ -59,17 +60,24 @@ class Differing:
             target = tuned[found]
             return Entries(found + start, target, base[found], target)
 
-        parts: list[Entries] | None = []
-        size, each = 0, change.weight_dtype.itemsize
-        for entries in workers.ranges(change.size, TILE, work, progress):
+        parts: list[Entries] = []
+        whole = False
+        size, each, looked = 0, change.weight_dtype.itemsize, 0
+
+        def told(elements: int) -> None:
+            nonlocal looked
+            looked += elements
+            progress(elements)
+
+        for entries in workers.ranges(change.size, TILE, work, told):
             size += entries.size
-            if parts is not None:
-                parts.append(entries)
+            parts.append(entries)
             if size * (each + _INDEX) >= change.size * each:
-                parts = None
+                whole = True
+                progress(change.size - looked)  # which nobody has to look at
                 break
         digest = seen.result() if seen is not None else None
-        return Differences(None if parts is None else Entries.joined(parts, change), digest)
+        return Differences(None if whole else Entries.joined(parts, change), digest)
 
 
 def parts_of(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Array]:

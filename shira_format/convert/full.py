@@ -7,12 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shira_format.changes import Change, Difference
+import numpy as np
+
+from shira_format.arrays import Array
+from shira_format.changes import Change, Difference, narrowed
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert.exact import Exact
 from shira_format.convert.jobs import Opened, WholeCopy, identified
 from shira_format.convert.pipeline import convert
 from shira_format.convert.report import ConversionReport
+from shira_format.dtypes import dtype_name
+from shira_format.errors import SourceError
 from shira_format.filters import name_filter
 from shira_format.pairing import Pairs, pair
 from shira_format.selection import Progress, TopK
@@ -33,18 +38,19 @@ class FullJob:
         base, tuned = open_checkpoint(self.base), open_checkpoint(self.tuned)
         pairs = pair(base, tuned, name_filter(self.include, self.exclude), exact=self.exact)
 
-        def copy(name: str) -> WholeCopy:
-            same = name in base and (base.dtype(name), base.shape(name)) == (tuned.dtype(name), tuned.shape(name))
-            return WholeCopy(name, tuned, base if same else None)
+        def copy(name: str, source: str) -> WholeCopy:
+            kind = tuned.dtype(source), tuned.shape(source)
+            same = name in base and (base.dtype(name), base.shape(name)) == kind
+            return WholeCopy(name, tuned, source, base if same else None)
 
         def wholes(_self_contained: bool) -> Iterator[WholeTensor | WholeCopy]:
-            yield from map(copy, pairs.whole)
+            return (copy(name, source) for name, source in pairs.whole.items())
 
         return Opened(
             base=base,
             changes=pairs.sparse,
             wholes=wholes,
-            copy=lambda change: copy(change.name),
+            copy=lambda change: copy(change.name, change.name),  # exact: names are those of the fine-tune
             frame=_frame,
             removed=pairs.removed,
             structure=pairs.structure,
@@ -111,8 +117,17 @@ def _frame(change: Change) -> dict[str, Any]:
     frame["rows"] = after[0]
     if after[0] > before[0]:
         part = change.tuned.part(change.tuned_name, numel(before), numel(after))
-        frame["new_rows"] = part.astype(change.weight_dtype).reshape(after[0] - before[0], *before[1:])
+        frame["new_rows"] = _in_dtype(part, change).reshape(after[0] - before[0], *before[1:])
     return frame
+
+
+def _in_dtype(part: Array, change: Change) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = narrowed(part, change.weight_dtype)
+        lost = np.isfinite(part.astype(change.dtype)) & ~np.isfinite(found.astype(change.dtype))
+    if lost.any():
+        raise SourceError(f"tensor {change.name!r}: a new row overflows {dtype_name(change.weight_dtype)}")
+    return found
 
 
 def _notices(pairs: Pairs) -> list[str]:

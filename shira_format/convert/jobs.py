@@ -17,13 +17,15 @@ class WholeCopy:
     """A tensor of ``tuned`` that is stored whole, read in parts.
 
     Attributes:
-        name: in ``tuned``, and in the result.
+        name: in the result.
         tuned: where it is.
+        tuned_name: its name there.
         base: the checkpoint that has a tensor of this name, dtype and shape to be replaced; None if it has none.
     """
 
     name: str
     tuned: Checkpoint
+    tuned_name: str
     base: Checkpoint | None
 
 

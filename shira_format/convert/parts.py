@@ -20,7 +20,7 @@ from shira_format.container.atomic import replaced_file
 from shira_format.convert.exact import Differences, Exact
 from shira_format.convert.jobs import Job, Opened
 from shira_format.dtypes import DTYPES, dtype_name
-from shira_format.errors import SourceError
+from shira_format.errors import WorkError
 from shira_format.selection import Engine, Progress, TopK
 from shira_format.selection.radix import Survey
 from shira_format.selection.stages import Stage
@@ -46,7 +46,7 @@ class Kept:
     def __init__(
         self, engine: Engine, out: Path, job: Job, rule: TopK | Exact, opened: Opened, progress: Progress
     ) -> None:
-        """Raises SourceError if the folder holds parts of something else."""
+        """Raises WorkError if the folder holds parts of something else."""
         self._engine = engine
         self._progress = progress
         self._maps = 0
@@ -60,12 +60,12 @@ class Kept:
             found = note.read_text("ascii")
         except FileNotFoundError:
             if any(self.folder.iterdir()):
-                raise SourceError(f"{self.folder}: is no folder of a conversion's parts") from None
+                raise WorkError(f"{self.folder}: is no folder of a conversion's parts") from None
             with replaced_file(note) as file:
                 file.write(fingerprint.encode())
             return
         if found != fingerprint:
-            raise SourceError(
+            raise WorkError(
                 f"{self.folder}: holds parts of a conversion of other inputs or by another rule: delete it, or convert "
                 "without resuming"
             )
@@ -94,7 +94,7 @@ class Kept:
                 with replaced_file(path) as file:
                     file.write(_packed(result))
             else:
-                self._progress(cast(Any, change).size)
+                self._progress(cast(Any, change).size * stage.passes)
             yield cast(_R, result)
 
 
@@ -129,7 +129,8 @@ def _unpacked(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as found:
+        # Opened here: numpy forgets to close a file that is no archive.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
 
             def full(item: Any) -> Any:
                 if not isinstance(item, dict):
@@ -141,4 +142,4 @@ def _unpacked(path: Path) -> Any:
 
             return full(json.loads(found["text"].tobytes()))
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{path}: a damaged part: {error}; delete the folder to begin anew") from None
+        raise WorkError(f"{path}: a damaged part: {error}; delete the folder to begin anew") from None

@@ -49,7 +49,7 @@ def convert(
     path = None if out is None else Path(out)
     if path is not None:
         _check_not_input(path, [opened.base.path, *opened.files])
-    with _blamed_on(opened.blamed), ExitStack() as stack:
+    with ExitStack() as stack:
         workers = stack.enter_context(Workers(threads))
         engine: Engine = Here(workers, progress)
         if dask is not None:
@@ -62,7 +62,8 @@ def convert(
             engine = stack.enter_context(Kept(engine, path, job, rule, opened, progress))
         # The file is there before what was kept for resuming goes.
         writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
-        _write(opened, rule, engine, workers, report, writer, self_contained)
+        with _blamed_on(opened.blamed):
+            _write(opened, rule, engine, workers, report, writer, self_contained)
         if writer is not None:
             writer.manifest |= _provenance(job, opened, rule, report)
     if path is not None:
@@ -165,10 +166,10 @@ def _ahead(
 
 
 def _copy(whole: WholeCopy, workers: Workers, writer: AdapterWriter, self_contained: bool) -> None:
-    name, tuned, base = whole.name, whole.tuned, whole.base
+    name, tuned, source, base = whole.name, whole.tuned, whole.tuned_name, whole.base
     seen = None if base is None or self_contained else workers.submit(partial(tensor_digest, base, name))
     writer.add_parts(
-        name, tuned.dtype(name), tuned.shape(name), parts_of(tuned, name),
+        name, tuned.dtype(source), tuned.shape(source), parts_of(tuned, source),
         base=parts_of(base, name) if base is not None and self_contained else None,
         base_digest=seen,
     )  # fmt: skip

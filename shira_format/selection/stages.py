@@ -24,7 +24,14 @@ _R = TypeVar("_R")
 
 
 class Stage(Protocol[C_contra, R_co]):
-    """One step for one change."""
+    """One step for one change.
+
+    Attributes:
+        passes: how often it computes the change.
+    """
+
+    @property
+    def passes(self) -> int: ...
 
     def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> R_co:
         """Compute it; ``progress`` is told of elements done."""
@@ -54,6 +61,10 @@ class Largest:
 
     rule: TopK
 
+    @property
+    def passes(self) -> int:
+        return 1 if self.rule.energy is None else 2
+
     def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
         work = topk.largest if self.rule.energy is None else radix.by_energy
         return work(change, self.rule, workers, progress)
@@ -66,6 +77,7 @@ class Surveying:
     rule: TopK
     dtype: np.dtype[Any]
     floor: Any
+    passes: int = 1
 
     def __call__(self, change: Change, workers: Workers, progress: Progress) -> radix.Survey:
         return radix.survey(change, self.rule, self.dtype, self.floor, workers, progress)
@@ -76,6 +88,7 @@ class Above:
     """The second pass over all."""
 
     reach: radix.Reach
+    passes: int = 1
 
     def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
         return radix.above(change, self.reach, workers, progress)

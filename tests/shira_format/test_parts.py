@@ -1,0 +1,171 @@
+"""Conversions that are cut off, and go on: what is done is not done again, and the bytes are those of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from shira_format import WorkError
+from shira_format.changes import Entries
+from shira_format.convert import Exact, full_to_shira, lora_to_shira, parts
+from shira_format.convert.exact import Differences
+from shira_format.dtypes import FLOATS
+from shira_format.selection import TopK
+from shira_format.selection.radix import Survey
+from shira_format.tensors import same_bits
+from tests import models
+
+RULES = {
+    "exact": Exact(),
+    "tensor": TopK(0.02),
+    "global": TopK(0.02, scope="global"),
+    "energy of all": TopK(None, energy=0.8, scope="global"),
+}
+Tune = tuple[Path, Path]
+
+
+class Cut(BaseException):
+    """Stands for Ctrl-C, a crash or a power cut."""
+
+
+@pytest.fixture
+def tune(tmp_path: Path) -> Tune:
+    base = models.save_base(models.llama(), tmp_path / "base", torch.bfloat16)
+    state = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    tuned = {
+        n: torch.where(torch.rand(t.shape, generator=generator) < 0.1, t * 1.125, t) for n, t in state.items()
+    }
+    (tmp_path / "tuned").mkdir()
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    return base, tmp_path / "tuned"
+
+
+def cut_after(calls: int) -> Any:
+    done = []
+
+    def progress(_: int) -> None:
+        done.append(None)
+        if len(done) > calls:
+            raise Cut
+
+    return progress
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 15])
+@pytest.mark.parametrize("rule", RULES)
+def test_it_goes_on_where_it_was_cut_off(rule: str, after: int, tune: Tune, tmp_path: Path) -> None:
+    whole, out, folder = tmp_path / "whole.st", tmp_path / "a.st", tmp_path / "a.st.partial"
+    expected = full_to_shira(*tune, whole, rule=RULES[rule])
+    with pytest.raises(Cut):
+        full_to_shira(*tune, out, rule=RULES[rule], resume=True, progress=cut_after(after))
+    assert not out.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    assert len(kept) >= min(1, after)
+    with pytest.raises(Cut):  # once more, a bit further
+        full_to_shira(*tune, out, rule=RULES[rule], resume=True, progress=cut_after(after + 3))
+    again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    assert kept.items() <= again.items()  # nothing is computed twice
+    report = full_to_shira(*tune, out, rule=RULES[rule], resume=True)
+    assert whole.read_bytes() == out.read_bytes()
+    assert expected.tensors == report.tensors
+    assert not folder.exists()
+
+
+def test_progress_counts_what_was_there(tune: Tune, tmp_path: Path) -> None:
+    done: list[int] = []
+    full_to_shira(*tune, None, progress=done.append)
+    with pytest.raises(Cut):
+        full_to_shira(*tune, tmp_path / "a.st", resume=True, progress=cut_after(5))
+    again: list[int] = []
+    full_to_shira(*tune, tmp_path / "a.st", resume=True, progress=again.append)
+    assert sum(done) == sum(again)
+
+
+def test_a_lora_goes_on_too(tmp_path: Path) -> None:
+    lora, base = models.LORAS / "spam", models.minilm()
+    lora_to_shira(lora, base, tmp_path / "whole.st")
+    with pytest.raises(Cut):
+        lora_to_shira(lora, base, tmp_path / "a.st", resume=True, progress=cut_after(4))
+    lora_to_shira(lora, base, tmp_path / "a.st", resume=True)
+    assert (tmp_path / "whole.st").read_bytes() == (tmp_path / "a.st").read_bytes()
+
+
+def test_without_resuming_nothing_is_kept(tune: Tune, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Cut):
+        full_to_shira(*tune, tmp_path / "a.st", progress=cut_after(5))
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+def test_parts_of_something_else_are_not_used(tune: Tune, tmp_path: Path) -> None:
+    out = tmp_path / "a.st"
+    with pytest.raises(Cut):
+        full_to_shira(*tune, out, resume=True, progress=cut_after(5))
+    reason = rf"^{tmp_path}/a\.st\.partial: holds parts of a conversion of other inputs or by another rule"
+    for other in ({"rule": TopK(0.5)}, {"rule": Exact()}, {"include": ["mlp"]}):
+        with pytest.raises(WorkError, match=reason):
+            full_to_shira(*tune, out, resume=True, **other)
+    state = load_file(tune[1] / "model.safetensors")
+    save_file(
+        state, tune[1] / "model.safetensors"
+    )  # the same content, but nobody can know that without reading it
+    with pytest.raises(WorkError, match=reason):
+        full_to_shira(*tune, out, resume=True)
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_ours(tune: Tune, tmp_path: Path) -> None:
+    folder = tmp_path / "a.st.partial"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(WorkError, match="is no folder of a conversion's parts"):
+        full_to_shira(*tune, tmp_path / "a.st", resume=True)
+    assert "mine" == (folder / "thesis.txt").read_text()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\3\4 nonsense", None])
+def test_a_damaged_part_is_named(damage: bytes | None, tune: Tune, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        full_to_shira(*tune, tmp_path / "a.st", resume=True, progress=cut_after(5))
+    part = min((tmp_path / "a.st.partial").glob("*.npz"))
+    if damage is None:
+        np.savez(part, text=np.array([object()], object))  # a pickle
+    else:
+        part.write_bytes(damage)
+    with pytest.raises(WorkError, match=rf"^{part}: a damaged part: "):
+        full_to_shira(*tune, tmp_path / "a.st", resume=True)
+    assert not (tmp_path / "a.st").exists()
+
+
+@given(
+    dtype=st.sampled_from(list(FLOATS.values())), size=st.integers(0, 50), energy=st.floats(allow_nan=False),
+    whole=st.booleans(),
+)  # fmt: skip
+def test_results_survive_the_disk(
+    dtype: np.dtype[Any], size: int, energy: float, whole: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rng = np.random.default_rng(size)
+    column = np.frombuffer(rng.bytes(size * dtype.itemsize), dtype)
+    entries = Entries(np.arange(size), rng.standard_normal(size), column, column[::-1].copy(), energy)
+    found = Differences(None if whole else entries, "0" * 64)
+    survey = Survey(np.arange(9), None if whole else np.ones(9), energy)
+    path = tmp_path_factory.mktemp("parts") / "part.npz"
+    for value in (found, survey):
+        path.write_bytes(parts._packed(value))
+        assert same(value, parts._unpacked(path))
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return same_bits(a, b)
+    if hasattr(a, "__dict__"):
+        return type(a) is type(b) and all(same(value, getattr(b, key)) for key, value in vars(a).items())
+    return bool(a == b)
