@@ -118,6 +118,9 @@ class _Dense:
         out[:] = self._flat[start:stop]
         return lambda found: (np.zeros(found.size, self.dtype), out[found])
 
+    def completed(self, indices: Array, values: Array) -> tuple[Array, Array]:
+        return np.zeros(indices.size, self.dtype), values
+
 
 def _top_k(side: int = 4096) -> Iterator[Row]:
     weight = np.random.default_rng(0).standard_normal((side, side), np.float32)

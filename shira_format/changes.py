@@ -50,11 +50,15 @@ class Change(Protocol):
     @property
     def grain(self) -> int: ...
 
-    def tile(self, start: int, stop: int, out: Array) -> Ends:
+    def tile(self, start: int, stop: int, out: Array) -> Ends | None:
         """Fill ``out``, ``[stop - start]`` in ``dtype``, with the change of these elements.
 
-        What it returns reads ``out`` and this thread's buffers, and is good until the thread's next tile.
+        What it returns reads ``out`` and this thread's buffers, and is good until the thread's next tile. None: to
+        look at the base for each candidate would be waste; :meth:`completed` does so for those that are selected.
         """
+
+    def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
+        """The base's and the new values of entries whose tiles gave none; safe from several threads."""
 
 
 def tile_size(change: Change) -> int:
@@ -81,8 +85,8 @@ class Entries:
     Attributes:
         indices: int64 ``[n]``, strictly increasing flat positions.
         values: ``[n]`` the change at these, in the change's dtype.
-        base: ``[n]`` the base's values, in the weight's dtype.
-        target: ``[n]`` what they become, in the weight's dtype.
+        base: ``[n]`` the base's values, in the weight's dtype; empty as long as they are not :attr:`complete`.
+        target: ``[n]`` what they become, in the weight's dtype; likewise.
         energy: sum of squares of the whole change.
     """
 
@@ -97,20 +101,35 @@ class Entries:
         """How many."""
         return int(self.indices.size)
 
+    @property
+    def complete(self) -> bool:
+        """Whether the base's and the new values are there."""
+        return self.base.size == self.indices.size
+
+    @classmethod
+    def of_tile(cls, change: Change, start: int, found: Indices, values: Array, ends: Ends | None) -> Entries:
+        """Entries at positions ``found`` of the tile of ``change`` that begins at ``start`` and holds ``values``."""
+        nothing = np.empty(0, change.weight_dtype)
+        base, target = ends(found) if ends is not None else (nothing, nothing)
+        return cls(found + start, values[found], base, target)
+
     def kept(self, which: Array) -> Entries:
         """Those chosen by a mask or by positions."""
+        if not self.complete:
+            return Entries(self.indices[which], self.values[which], self.base, self.target, self.energy)
         return Entries(self.indices[which], self.values[which], self.base[which], self.target[which], self.energy)
 
     @classmethod
     def joined(cls, parts: Sequence[Self], change: Change, energy: float = 0.0) -> Entries:
         """Parts that follow each other, as one."""
-        empty = Entries(
-            np.empty(0, np.int64), np.empty(0, change.dtype), np.empty(0, change.weight_dtype),
-            np.empty(0, change.weight_dtype),
-        )  # fmt: skip
         indices, values, base, target = (
-            np.concatenate([getattr(part, column) for part in (empty, *parts)])
-            for column in ("indices", "values", "base", "target")
+            np.concatenate([np.empty(0, dtype), *(getattr(part, column) for part in parts)])
+            for column, dtype in (
+                ("indices", np.dtype(np.int64)),
+                ("values", change.dtype),
+                ("base", change.weight_dtype),
+                ("target", change.weight_dtype),
+            )
         )
         return Entries(indices, values, base, target, energy)
 
@@ -146,20 +165,15 @@ class AddedTo:
     def grain(self) -> int:
         return max(1, matrix_view(self.shape)[1])
 
-    def tile(self, start: int, stop: int, out: Array) -> Ends:
+    def tile(self, start: int, stop: int, out: Array) -> None:
         columns = matrix_view(self.shape)[1]
         self.update.tile(start // columns, stop // columns, out.reshape(-1, columns))
 
-        def ends(found: Indices) -> tuple[Array, Array]:
-            dtype = self.weight_dtype
-            weight = self.base.part(self.name, start, stop, scratch("base", stop - start, dtype))
-            before, values = weight[found], out[found]
-            work = np.result_type(working_dtype(dtype), values.dtype)
-            with np.errstate(over="ignore"):  # found, and named, where the entries are finished
-                target = narrowed(before.astype(work) + values.astype(work), dtype)
-            return before, target
-
-        return ends
+    def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
+        before = self.base.at(self.name, indices)
+        work = np.result_type(working_dtype(before.dtype), values.dtype)
+        with np.errstate(over="ignore"):  # found, and named, where the entries are finished
+            return before, narrowed(before.astype(work) + values.astype(work), before.dtype)
 
 
 @dataclass(frozen=True)
@@ -210,3 +224,8 @@ class Difference:
                 return before[found], narrowed(after[found], before.dtype)
 
         return ends
+
+    def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
+        before = self.base.at(self.base_name, indices)
+        with np.errstate(over="ignore"):
+            return before, narrowed(self.tuned.at(self.tuned_name, indices), before.dtype)

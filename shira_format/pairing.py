@@ -28,7 +28,7 @@ class Pairs:
         sparse: float tensors that have a base, in the base's order; ``name`` is the result's.
         whole: what is stored whole: the name in ``tuned`` by that in the result.
         removed: names in ``base`` that the result lacks.
-        equal: names of other dtypes (integers) that hold the same bits in both, and keep their name.
+        equal: names in the result of other tensors (integers) that hold the same bits in both.
         structure: what changes beyond entries, by the result's name.
         notices: what a user should know.
     """
@@ -105,7 +105,7 @@ def _one(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
         if not exact and (before != after or here != there):
             raise SourceError(f"{where} is {_dtype(there)}{list(after)}, the base has {_dtype(here)}{list(before)}: leave it out, or take every difference (exact)")  # fmt: skip
         if result == origin and here == there and before == after and _same(base, origin, tuned, name):
-            pairs.equal.append(name)
+            pairs.equal.append(result)
             return
         pairs.whole[result] = name
         if here != there:

@@ -239,7 +239,8 @@ class Plan:
             return
         path = folder / shard
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = _header(pieces, self._base.metadata(shard) if self._base.shards else {"format": "pt"})
+        metadata = self._base.metadata(shard) if self._base.shards else {"format": "pt"}
+        header = _header(pieces, _component(shard, self._base.components), metadata)
         with replaced_file(path) as file:
             file.write(header)
             for piece in pieces:
@@ -373,11 +374,17 @@ def _by_size(pieces: list[_Piece]) -> dict[str, list[_Piece]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _header(pieces: list[_Piece], metadata: dict[str, str]) -> bytes:
+def _component(file: str, components: tuple[str, ...]) -> str:
+    """What names in the adapter have before those in a file of the pipeline: ``"unet/"``, or nothing."""
+    component = file.rpartition("/")[0]
+    return f"{component}/" if component in components else ""
+
+
+def _header(pieces: list[_Piece], prefix: str, metadata: dict[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for piece in pieces:
-        entries[piece.name] = {
+        entries[piece.name.removeprefix(prefix)] = {
             "dtype": dtype_name(piece.dtype), "shape": list(piece.shape), "data_offsets": [at, at + piece.nbytes],
         }  # fmt: skip
         at += piece.nbytes
@@ -397,8 +404,7 @@ def _write_indexes(folder: Path, shards: dict[str, list[_Piece]], base: Checkpoi
         elif several:
             groups.setdefault("model.safetensors.index.json", {})[shard] = pieces
     for name, group in groups.items():
-        component = name.rpartition("/")[0]
-        prefix = f"{component}/" if component in base.components else ""
+        prefix = _component(name, base.components)
         weight_map = {
             piece.name.removeprefix(prefix): shard.rpartition("/")[2]
             for shard, pieces in group.items()

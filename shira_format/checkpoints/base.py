@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from shira_format.arrays import Array
+
+_MAPPED = 1 << 28  # bytes of a tensor up to which it is mapped whole to look at some of its elements
 
 
 class Checkpoint(Mapping[str, Array]):
@@ -48,6 +51,20 @@ class Checkpoint(Mapping[str, Array]):
                 part of; some layouts return another array.
         """
         return self[name].reshape(-1)[start:stop]
+
+    def at(self, name: str, indices: Array) -> Array:
+        """The elements at flat ``indices`` (int64 ``[n]``, rising), ``[n]``; safe from several threads."""
+        size, dtype = math.prod(self.shape(name)), self.dtype(name)
+        if size * dtype.itemsize <= _MAPPED:
+            return self[name].reshape(-1)[indices]
+        found = np.empty(indices.size, dtype)
+        step = _MAPPED // dtype.itemsize
+        for start in range(0, size, step):
+            first, last = np.searchsorted(indices, [start, start + step])
+            if first < last:
+                part = self.part(name, start, min(start + step, size))
+                found[first:last] = part[indices[first:last] - start]
+        return found
 
     @property
     def shards(self) -> dict[str, list[str]] | None:

@@ -21,8 +21,8 @@ class Exact:
     """The rule: keep every difference.
 
     Attributes:
-        digests: record the digest of each whole tensor of the result, changed or not, so that whoever applies the
-            patch can tell that all of it is as it was meant; reads the fine-tune once more.
+        digests: record the digest of each whole float tensor of the result, changed or not, so that whoever applies
+            the patch can tell that all of it is as it was meant; reads the fine-tune once more.
     """
 
     digests: bool = True

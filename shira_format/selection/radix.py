@@ -60,7 +60,9 @@ def survey(
         SourceError: the change holds NaN or Inf.
     """
 
-    def count(_start: int, values: Array, magnitudes: Array, _ends: Ends) -> tuple[Array, Array | None, float]:
+    def count(
+        _start: int, values: Array, magnitudes: Array, _ends: Ends | None
+    ) -> tuple[Array, Array | None, float]:
         near = magnitudes[magnitudes >= floor].astype(dtype, copy=False)
         bins = _leading_bits(near)
         weights = None
@@ -166,9 +168,9 @@ def above(change: Change, reach: Reach, workers: Workers, progress: Progress) ->
     """The second pass over one change: all entries that may be selected."""
     pool = Pool(change, reach.most, reach.floor, reach.sure)
 
-    def work(start: int, values: Array, magnitudes: Array, ends: Ends) -> Entries:
+    def work(start: int, values: Array, magnitudes: Array, ends: Ends | None) -> Entries:
         found = positions(magnitudes >= pool.floor)
-        return Entries(found + start, values[found], *ends(found))
+        return Entries.of_tile(change, start, found, values, ends)
 
     for entries in workers.tiles(change, work, progress):
         pool.add(entries)

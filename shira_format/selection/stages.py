@@ -67,7 +67,7 @@ class Largest:
 
     def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
         work = topk.largest if self.rule.energy is None else radix.by_energy
-        return work(change, self.rule, workers, progress)
+        return topk.completed(change, work(change, self.rule, workers, progress), workers)
 
 
 @dataclass
@@ -91,4 +91,4 @@ class Above:
     passes: int = 1
 
     def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
-        return radix.above(change, self.reach, workers, progress)
+        return topk.completed(change, radix.above(change, self.reach, workers, progress), workers)

@@ -26,6 +26,20 @@ def sum_of_squares(values: Array) -> float:
     return energy
 
 
+def completed(change: Change, entries: Entries, workers: Workers) -> Entries:
+    """With the base's and the new values, which the tiles of some changes do not give."""
+    if entries.complete:
+        return entries
+    step = max(1 << 14, -(-entries.size // workers.threads))
+    parts = list(
+        workers.ranges(
+            entries.size, step, lambda a, b: change.completed(entries.indices[a:b], entries.values[a:b])
+        )
+    )
+    base, target = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    return Entries(entries.indices, entries.values, base, target, entries.energy)
+
+
 def check_energy(change: Change, energy: float) -> None:
     """Raise SourceError for a change that is not finite."""
     if not np.isfinite(energy):
@@ -44,10 +58,10 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
         pool = Pool(change, k, floor)
 
         def work(
-            start: int, values: Array, magnitudes: Array, ends: Ends, pool: Pool = pool
+            start: int, values: Array, magnitudes: Array, ends: Ends | None, pool: Pool = pool
         ) -> tuple[Entries, float]:
             found = positions(magnitudes >= pool.floor)
-            return Entries(found + start, values[found], *ends(found)), sum_of_squares(values)
+            return Entries.of_tile(change, start, found, values, ends), sum_of_squares(values)
 
         energy = 0.0
         for entries, part in workers.tiles(change, work, progress):

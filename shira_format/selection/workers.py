@@ -84,7 +84,7 @@ class Workers:
     def tiles(
         self,
         change: Change,
-        work: Callable[[int, Array, Array, Ends], _R],
+        work: Callable[[int, Array, Array, Ends | None], _R],
         progress: Progress = lambda _: None,
     ) -> Iterator[_R]:
         """``work(start, values, magnitudes, ends)`` for each tile: its first flat index, and its elements, flat."""
