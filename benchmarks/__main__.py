@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import conversion, reading, sizes
+from benchmarks import conversion, embeddings, full, reading, sizes
 from benchmarks.model import LARGE, SMALL, make_base, make_lora
 from benchmarks.table import Row, as_text, machine
 
-GROUPS = ("conversion", "sizes", "reading")
+GROUPS = ("conversion", "full", "embeddings", "sizes", "reading")
 
 
 def main() -> int:
@@ -49,6 +49,12 @@ def _rows(folder: Path, only: re.Pattern[str], *, quick: bool) -> Iterator[Row]:
         base, lora = make_base(shape, folder / "base"), make_lora(shape, folder / "lora")
         _say("converting ...")
         yield from conversion.rows(shape, base, lora, folder)
+    if only.search("full"):
+        _say("writing a checkpoint, a step and a fine-tune of it, and converting ...")
+        yield from full.rows(shape, folder)
+    if only.search("embeddings"):
+        _say("a real fine-tune of an embedding model ...")
+        yield from embeddings.rows(folder, 40 if quick else 300)
     if not any(map(only.search, ("sizes", "reading"))):
         return
     uniform = sizes.uniform_adapter(shape, folder / "uniform.st")

@@ -17,7 +17,7 @@ from benchmarks.model import Shape
 from benchmarks.sizes import account, entropy
 from benchmarks.table import Row, seconds
 from shira_format.arrays import Array
-from shira_format.changes import Ends
+from shira_format.changes import Tile
 from shira_format.selection import Here, TopK, Workers, select
 
 # In a process of its own: the peak of its resident memory is then that of the conversion, imports included.
@@ -114,9 +114,9 @@ class _Dense:
         self.shape, self.size = weight.shape, weight.size
         self.dtype = self.weight_dtype = weight.dtype
 
-    def tile(self, start: int, stop: int, out: Array) -> Ends:
+    def tile(self, start: int, stop: int, out: Array) -> Tile:
         out[:] = self._flat[start:stop]
-        return lambda found: (np.zeros(found.size, self.dtype), out[found])
+        return Tile(out)
 
     def completed(self, indices: Array, values: Array) -> tuple[Array, Array]:
         return np.zeros(indices.size, self.dtype), values

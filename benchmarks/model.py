@@ -74,8 +74,8 @@ def make_base(shape: Shape, folder: Path) -> Path:
     with open(folder / "model.safetensors", "wb") as file:
         header = header_of(sizes)
         file.write(len(header).to_bytes(8, "little") + header)
-        for size in sizes.values():
-            file.write(weight_of(size, random).bfloat16().view(torch.int16).numpy().data)
+        weights = (weight_of(size, random).bfloat16() for size in sizes.values())
+        file.writelines(weight.view(torch.int16).numpy().data for weight in weights)
     shape.config().save_pretrained(folder)
     return folder
 

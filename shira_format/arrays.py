@@ -43,6 +43,12 @@ def bits(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
+def different(a: Array, b: Array) -> Array:
+    """Where the bits of two arrays of one dtype differ."""
+    unsigned = np.dtype(f"u{a.dtype.itemsize}")
+    return np.asarray(a.view(unsigned) != b.view(unsigned))
+
+
 def digest(array: Array) -> str:
     """SHA-256 of the array's bytes in row-major order, 64 hex digits (spec, section 6)."""
     return hashlib.sha256(bits(array).data).hexdigest()

@@ -6,23 +6,40 @@ two checkpoints makes changes of them here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
-from shira_format.arrays import Array, scratch, widened
+from shira_format.arrays import Array, different, positions, scratch, widened
 from shira_format.checkpoints import Checkpoint
 from shira_format.codecs import Indices
 from shira_format.dtypes import working_dtype
 from shira_format.tensors import matrix_view, numel
 from shira_format.update import Update
 
+_FEW = 8  # a tile of which less than one in so many has moved is looked at entry by entry
 TILE = 1 << 18  # elements: 1 MB of float32, which stays in a second-level cache beside its factors
 
-# Gives the base's and the new values at positions within a tile.
+# Gives the base's and the new values at positions among a tile's values.
 Ends = Callable[[Indices], tuple[Array, Array]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A piece of a change. Its arrays belong to the thread that computed it, and are good until its next tile.
+
+    Attributes:
+        values: the change, of all elements or of those at ``where``.
+        where: positions within the tile, rising, outside of which the change is zero; None: there are all.
+        ends: gives the base's and the new values; None: to look at the base for each candidate would be waste, and
+            :meth:`Change.completed` does so for those that are selected.
+    """
+
+    values: Array
+    where: Indices | None = None
+    ends: Ends | None = None
 
 
 class Change(Protocol):
@@ -50,12 +67,8 @@ class Change(Protocol):
     @property
     def grain(self) -> int: ...
 
-    def tile(self, start: int, stop: int, out: Array) -> Ends | None:
-        """Fill ``out``, ``[stop - start]`` in ``dtype``, with the change of these elements.
-
-        What it returns reads ``out`` and this thread's buffers, and is good until the thread's next tile. None: to
-        look at the base for each candidate would be waste; :meth:`completed` does so for those that are selected.
-        """
+    def tile(self, start: int, stop: int, out: Array) -> Tile:
+        """The change of these elements, computed in ``out``, ``[stop - start]`` in ``dtype``."""
 
     def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
         """The base's and the new values of entries whose tiles gave none; safe from several threads."""
@@ -76,6 +89,9 @@ def narrowed(array: Array, dtype: np.dtype[Any]) -> Array:
         pattern |= (near != array) & ~np.isnan(array)
         array = near
     return array.astype(dtype, copy=False)
+
+
+COLUMNS = ("indices", "values", "base", "target")
 
 
 @dataclass(frozen=True)
@@ -107,31 +123,28 @@ class Entries:
         return self.base.size == self.indices.size
 
     @classmethod
-    def of_tile(cls, change: Change, start: int, found: Indices, values: Array, ends: Ends | None) -> Entries:
-        """Entries at positions ``found`` of the tile of ``change`` that begins at ``start`` and holds ``values``."""
+    def of_tile(cls, change: Change, start: int, tile: Tile, found: Indices) -> Entries:
+        """Entries at positions ``found`` among the values of the tile of ``change`` that begins at ``start``."""
         nothing = np.empty(0, change.weight_dtype)
-        base, target = ends(found) if ends is not None else (nothing, nothing)
-        return cls(found + start, values[found], base, target)
+        base, target = tile.ends(found) if tile.ends is not None else (nothing, nothing)
+        indices = found if tile.where is None else tile.where[found]
+        return cls(indices + start, tile.values[found], base, target)
 
-    def kept(self, which: Array) -> Entries:
-        """Those chosen by a mask or by positions."""
-        if not self.complete:
-            return Entries(self.indices[which], self.values[which], self.base, self.target, self.energy)
-        return Entries(self.indices[which], self.values[which], self.base[which], self.target[which], self.energy)
+    def kept(self, which: Array | slice) -> Entries:
+        """Those chosen by a mask, by positions or by a slice."""
+        if isinstance(which, np.ndarray) and which.dtype == np.bool_ and np.count_nonzero(which) * 2 < which.size:
+            which = np.flatnonzero(which)  # faster if few are taken; if many are, a mask needs less memory
+        both = (self.base[which], self.target[which]) if self.complete else (self.base, self.target)
+        return Entries(self.indices[which], self.values[which], *both, self.energy)
 
     @classmethod
-    def joined(cls, parts: Sequence[Self], change: Change, energy: float = 0.0) -> Entries:
-        """Parts that follow each other, as one."""
-        indices, values, base, target = (
-            np.concatenate([np.empty(0, dtype), *(getattr(part, column) for part in parts)])
-            for column, dtype in (
-                ("indices", np.dtype(np.int64)),
-                ("values", change.dtype),
-                ("base", change.weight_dtype),
-                ("target", change.weight_dtype),
-            )
-        )
-        return Entries(indices, values, base, target, energy)
+    def joined(cls, parts: list[Entries], change: Change) -> Entries:
+        """Parts that follow each other, as one; ``parts`` is emptied, so that memory holds them once."""
+        lists = [[getattr(part, column) for part in parts] for column in COLUMNS]
+        parts.clear()
+        dtypes = (np.dtype(np.int64), change.dtype, change.weight_dtype, change.weight_dtype)
+        indices, values, base, target = (np.concatenate([np.empty(0, dtype), *lists.pop(0)]) for dtype in dtypes)
+        return cls(indices, values, base, target)
 
 
 @dataclass(frozen=True)
@@ -165,9 +178,10 @@ class AddedTo:
     def grain(self) -> int:
         return max(1, matrix_view(self.shape)[1])
 
-    def tile(self, start: int, stop: int, out: Array) -> None:
+    def tile(self, start: int, stop: int, out: Array) -> Tile:
         columns = matrix_view(self.shape)[1]
         self.update.tile(start // columns, stop // columns, out.reshape(-1, columns))
+        return Tile(out)
 
     def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
         before = self.base.at(self.name, indices)
@@ -214,16 +228,26 @@ class Difference:
         )
         return a, b
 
-    def tile(self, start: int, stop: int, out: Array) -> Ends:
+    def tile(self, start: int, stop: int, out: Array) -> Tile:
         before, after = self.both(start, stop)
+        where = None
+        if before.dtype == after.dtype:
+            moved = different(before, after)
+            # After a step of training few entries have moved, and only these need any arithmetic.
+            if np.count_nonzero(moved) * _FEW < moved.size:
+                where = positions(moved)
+                before, after = before[where], after[where]
+                out = out[: where.size]
         widened(after, out)
-        out -= widened(before, scratch("wide", stop - start, self.dtype))
+        out -= widened(before, scratch("wide", out.size, out.dtype))
+        if where is None and before.dtype == after.dtype and not np.isfinite(np.dot(out, out)):
+            out[~moved] = 0  # what is infinite or NaN in both has not changed
 
         def ends(found: Indices) -> tuple[Array, Array]:
             with np.errstate(over="ignore"):
                 return before[found], narrowed(after[found], before.dtype)
 
-        return ends
+        return Tile(out, where, ends)
 
     def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
         before = self.base.at(self.base_name, indices)

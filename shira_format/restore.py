@@ -194,9 +194,11 @@ class Plan:
             )
         dtype = base.dtype(origin)
         if "base" not in tensor.digests and tensor.new_rows and dtype != FLOATS[tensor.dtype]:
-            raise BaseMismatch(f"tensor {tensor.name!r}: new rows of {tensor.dtype} for a base of {dtype}")
+            raise BaseMismatch(f"tensor {tensor.name!r}: new rows of {FLOATS[tensor.dtype]} for a base of {dtype}")
         if dtype != FLOATS[tensor.dtype] if "base" in tensor.digests else not is_float(dtype):
-            raise BaseMismatch(f"tensor {tensor.name!r}: the adapter is for {tensor.dtype}, the base has {dtype}")
+            raise BaseMismatch(
+                f"tensor {tensor.name!r}: the adapter is for {FLOATS[tensor.dtype]}, the base has {dtype}"
+            )
 
     def write(
         self,
@@ -423,6 +425,7 @@ def _others(folder: Path, inside: str = "") -> Iterator[tuple[str, Path]]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _others(path, f"{name}/")
+            if not path.is_symlink():  # which could lead back here
+                yield from _others(path, f"{name}/")
         elif not _WEIGHTS.fullmatch(path.name):
             yield name, path

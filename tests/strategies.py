@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what an adapter holds: any dtype, meaning, shape, mask and bit pattern."""
+"""Hypothesis strategies: what an adapter holds (any dtype, meaning, shape, mask and bit pattern), and pairs of checkpoints."""
 
 from __future__ import annotations
 
@@ -142,6 +142,33 @@ def sparse_tensors(
 
 
 @st.composite
+def as_patch(draw: st.DrawFn, tensor: SparseTensor) -> SparseTensor:
+    """The same tensor from one of another name or size, or with a digest of the result; sometimes as it is."""
+    more: dict[str, Any] = {"base_name": draw(st.just(tensor.name) | NAMES)}
+    if tensor.meaning == "target" and draw(st.booleans()):
+        more["result_digest"] = draw(st.sampled_from(["0" * 64, "0123456789abcdef" * 4]))
+    if tensor.shape and tensor.meaning != "none" and draw(st.booleans()):
+        more |= draw(_rows(tensor))
+    return SparseTensor(
+        tensor.name, tensor.shape, tensor.indices, tensor.values if tensor.meaning != "none" else None,
+        meaning=tensor.meaning, dtype=tensor.dtype, base=tensor.base, base_digest=tensor.base_digest, **more,
+    )  # fmt: skip
+
+
+@st.composite
+def _rows(draw: st.DrawFn, tensor: SparseTensor) -> Part:
+    """More rows, fewer than there were but not than have entries, or just as many."""
+    count, columns = tensor.shape[0], numel(tensor.shape[1:])
+    needed = int(tensor.indices[-1]) // columns + 1 if tensor.nnz else 0
+    rows = draw(st.sampled_from([count, needed, count + 1, count + 3]) | st.integers(needed, count))
+    more = max(0, rows - count)
+    if more * columns > 4096 or rows * columns > MAX_NUMEL:
+        return {}
+    new_rows = draw(any_bits(tensor.dtype, (more, *tensor.shape[1:]))) if more else None
+    return {"rows": rows, "new_rows": new_rows}
+
+
+@st.composite
 def whole_tensors(draw: st.DrawFn, name: str = "b") -> WholeTensor:
     """A whole tensor of any dtype and small shape, with its base, the base's digest or neither."""
     dtype, shape = draw(st.sampled_from(list(DTYPES.values()))), draw(small_shapes(max_numel=64))
@@ -166,8 +193,9 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 
 @st.composite
 def adapters(draw: st.DrawFn, max_tensors: int = 4) -> Adapter:
-    """Sparse and whole tensors with provenance, keys that nobody knows, and tensors that share their indices."""
+    """Sparse and whole tensors with provenance, keys that nobody knows, and tensors that share their indices; patches too."""
     names = draw(st.lists(NAMES, max_size=max_tensors, unique=True))
+    patch = draw(st.booleans())
     names = [name for name in names if not any(name.startswith(f"{other}#") for other in names)]
     tensors: list[SparseTensor] = []
     whole: list[WholeTensor] = []
@@ -180,6 +208,8 @@ def adapters(draw: st.DrawFn, max_tensors: int = 4) -> Adapter:
             tensors.append(SparseTensor(name, twin.shape, twin.indices, values, base=values))
         else:
             tensors.append(draw(sparse_tensors(name)))
+        if patch and tensors and tensors[-1].name == name:
+            tensors[-1] = draw(as_patch(tensors[-1]))
     manifest: dict[str, Any] = {}
     if draw(st.booleans()):
         manifest["alpha"] = draw(st.floats(-1e6, 1e6) | st.integers(-3, 3))
@@ -187,4 +217,74 @@ def adapters(draw: st.DrawFn, max_tensors: int = 4) -> Adapter:
         manifest["description"] = draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
     if draw(st.booleans()):
         manifest["x-extra"] = draw(json_values)
+    if patch and draw(st.booleans()):
+        removed = draw(st.lists(NAMES, max_size=3, unique=True))
+        manifest["removed"] = [name for name in removed if name not in names]
     return Adapter(tensors, whole=whole, manifest=manifest)
+
+
+Arrays = dict[str, Array]
+
+_CHANGES = ("keep", "flip", "whole", "dtype", "reshape", "rows", "remove", "rename", "tie")
+
+
+@st.composite
+def flipped(draw: st.DrawFn, array: Array) -> Array:
+    """The array with some of its elements changed: by a bit each, to NaNs and to -0.0 among them."""
+    changed = array.copy()
+    flat = changed.reshape(-1)
+    if flat.size == 0:
+        return changed
+    places = st.integers(0, flat.size - 1)
+    if array.dtype == np.dtype("?"):
+        for place in draw(st.lists(places, max_size=4)):
+            flat[place] = not flat[place]
+        return changed
+    unsigned = flat.view(f"u{array.dtype.itemsize}")
+    for place in draw(st.lists(places, max_size=max(1, min(8, flat.size // 4)))):
+        unsigned[place] ^= unsigned.dtype.type(1 << draw(st.integers(0, 8 * array.dtype.itemsize - 1)))
+    if array.dtype in FLOATS.values() and draw(st.booleans()):
+        flat[draw(places)] = draw(st.sampled_from([-0.0, math.nan]))
+    return changed
+
+
+@st.composite
+def checkpoint_pairs(draw: st.DrawFn, max_tensors: int = 5) -> tuple[Arrays, Arrays]:
+    """A base and a fine-tune of it in which anything may have happened but to one weight, that has some of its values."""
+    kinds = st.sampled_from(list(DTYPES.values())) | float_dtypes
+    names = draw(st.lists(st.sampled_from([f"{a}.{b}.w" for a in "abc" for b in "xyz"]), unique=True, max_size=max_tensors))  # fmt: skip
+    base = {name: draw(any_bits(draw(kinds), draw(small_shapes(max_rank=3, max_numel=300)))) for name in names}
+    anchor = np.arange(40, dtype=np.float32).reshape(8, 5) / 7
+    base["a.anchor"] = anchor
+    tuned: Arrays = {}
+    for name, array in base.items():
+        change = draw(st.sampled_from(_CHANGES)) if name != "a.anchor" else draw(st.sampled_from(["keep", "flip"]))
+        if change == "remove":
+            continue
+        tuned[f"renamed.{name}" if change == "rename" else name] = draw(_changed(array, change, kinds))
+        if change == "tie":
+            tuned[f"tied.{name}"] = draw(st.just(array) | flipped(array))
+    for name in draw(st.lists(st.sampled_from(["new.w", "a.new"]), unique=True)):
+        tuned[name] = draw(any_bits(draw(kinds), draw(small_shapes(max_rank=2, max_numel=40))))
+    if draw(st.integers(0, 4)) == 0:  # each name has the content of another
+        tuned = dict(zip(tuned, draw(st.permutations(list(tuned.values()))), strict=True))
+    prefix = draw(st.sampled_from(["", "", "", "model.", "module.model."]))
+    if draw(st.booleans()):
+        return base, {prefix + name: array for name, array in tuned.items()}
+    return {prefix + name: array for name, array in base.items()}, tuned
+
+
+@st.composite
+def _changed(draw: st.DrawFn, array: Array, change: str, kinds: st.SearchStrategy[np.dtype[Any]]) -> Array:
+    if change == "whole":
+        return draw(any_bits(array.dtype, array.shape))
+    if change == "dtype":
+        with np.errstate(all="ignore"):
+            return array.astype(draw(kinds))
+    if change == "reshape":
+        return draw(any_bits(array.dtype, draw(small_shapes(max_rank=3, max_numel=60))))
+    if change == "rows" and array.ndim:
+        rows = draw(st.integers(0, array.shape[0] + 2))
+        more = draw(any_bits(array.dtype, (max(0, rows - array.shape[0]), *array.shape[1:])))
+        return np.concatenate([draw(flipped(array[:rows])), more])
+    return array if change == "keep" else draw(flipped(array))

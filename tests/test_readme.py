@@ -27,6 +27,7 @@ def blocks(kind: str) -> list[str]:
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(models.minilm(), tmp_path / "my-model")
     shutil.copytree(models.LORAS / "spam", tmp_path / "my-lora")
+    shutil.copytree(models.sre(), tmp_path / "my-tune")
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(lines) >= 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from shira_format.codecs.base import Indices
 from shira_format.errors import FormatError
+
+_CHUNK = 1 << 16  # entries
 
 
 def gaps_of(indices: Indices) -> Indices:
@@ -16,17 +20,25 @@ def gaps_of(indices: Indices) -> Indices:
     return gaps
 
 
+def gaps_by_chunks(indices: Indices) -> Iterator[tuple[int, Indices]]:
+    """:func:`gaps_of` in chunks that stay in the caches, each with the place of its first entry."""
+    before = -1
+    for start in range(0, indices.size, _CHUNK):
+        chunk = indices[start : start + _CHUNK]
+        yield start, np.diff(chunk, prepend=np.int64(before)) - 1
+        before = int(chunk[-1])
+
+
 def block_count(nnz: int, block_size: int | None) -> int:
     """Rows of the directory; 0 if there is none."""
     return 0 if block_size is None or nnz <= block_size else -(-nnz // block_size)
 
 
-def make_blocks(indices: Indices, ends: npt.NDArray[np.int64], block_size: int) -> Indices | None:
-    """The directory, int64 ``[blocks, 2]``, from the position of each code's last byte; None if one block is enough."""
+def make_blocks(indices: Indices, starts: list[Indices], block_size: int) -> Indices | None:
+    """The directory, int64 ``[blocks, 2]``, from the offset of each block's first code; None if one block is enough."""
     if not block_count(indices.size, block_size):
         return None
-    starts = np.concatenate([np.zeros(1, np.int64), ends[block_size - 1 : -1 : block_size] + 1])
-    return np.stack([indices[::block_size], starts], axis=1)
+    return np.stack([indices[::block_size], np.concatenate(starts)], axis=1)
 
 
 def check_blocks(blocks: Indices, indices: Indices, is_end: npt.NDArray[np.bool_], block_size: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from shira_format.arrays import Array
 from shira_format.codecs.base import Encoded, Indices
-from shira_format.codecs.blocks import check_blocks, gaps_of, make_blocks
+from shira_format.codecs.blocks import check_blocks, gaps_by_chunks, make_blocks
 from shira_format.errors import FormatError
 
 # Bytes decoded at a time: the chunk's int32 sums stay in the first-level caches.
@@ -25,20 +25,25 @@ class Gap8:
     counted = False
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
-        gaps = gaps_of(indices)
-        return int(indices.size + np.sum(gaps[gaps >= 255] // 255))
+        return indices.size + sum(int(np.sum(gaps[gaps >= 255] // 255)) for _, gaps in gaps_by_chunks(indices))
 
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
-        gaps = gaps_of(indices)
-        last = gaps.astype(np.uint8)
-        ends = np.arange(indices.size)
-        wide = np.flatnonzero(gaps >= 255)  # few, at the densities that this codec is for
-        escapes, last[wide] = np.divmod(gaps[wide], 255)
-        lengths = np.diff(wide, prepend=0, append=indices.size)
-        ends += np.repeat(np.concatenate([[0], np.cumsum(escapes)]), lengths)
-        stream = np.full(int(ends[-1]) + 1 if indices.size else 0, 255, np.uint8)
-        stream[ends] = last
-        blocks = make_blocks(indices, ends, block_size)
+        stream = np.empty(self.size(indices, shape) or 0, np.uint8)
+        starts, at = [], 0  # of every block's first code, and of the next chunk's
+        for first, gaps in gaps_by_chunks(indices):
+            last = gaps.astype(np.uint8)
+            wide = np.flatnonzero(gaps >= 255)  # few, at the densities that this codec is for
+            escapes, last[wide] = np.divmod(gaps[wide], 255)
+            lengths = np.diff(wide, prepend=0, append=gaps.size)
+            ends = np.arange(at, at + gaps.size)
+            ends += np.repeat(np.concatenate([[0], np.cumsum(escapes)]), lengths)
+            stop = int(ends[-1]) + 1
+            stream[at:stop] = 255
+            stream[ends] = last
+            heads = np.arange(-first % block_size, gaps.size, block_size)
+            starts.append(np.where(heads > 0, ends[heads - 1] + 1, at))
+            at = stop
+        blocks = make_blocks(indices, starts, block_size)
         return Encoded({"codec": self.name, "block_size": block_size}, stream, blocks)
 
     def decode(

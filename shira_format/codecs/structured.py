@@ -143,13 +143,20 @@ def find_pattern(indices: Indices, shape: tuple[int, ...]) -> list[Part] | None:
         return None
 
 
+_CHUNK = 1 << 16  # entries
+
+
 def _has_full_row(indices: Indices, columns: int) -> bool:
     """Whether ``columns`` consecutive indices start at a multiple of ``columns``."""
     reach = indices.size - columns + 1
     if reach <= 0:
         return False
-    runs = indices[columns - 1 :] - indices[:reach] == columns - 1
-    return bool((indices[:reach][runs] % columns == 0).any())
+    for start in range(0, reach, _CHUNK):
+        first = indices[start : min(start + _CHUNK, reach)]
+        last = indices[start + columns - 1 : start + columns - 1 + first.size]
+        if (first[last - first == columns - 1] % columns == 0).any():
+            return True
+    return False
 
 
 def _may_have_full_column(indices: Indices, rows: int, columns: int) -> bool:

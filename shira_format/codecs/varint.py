@@ -9,7 +9,7 @@ import numpy as np
 
 from shira_format.arrays import Array
 from shira_format.codecs.base import Encoded, Indices
-from shira_format.codecs.blocks import check_blocks, gaps_of, make_blocks
+from shira_format.codecs.blocks import check_blocks, gaps_by_chunks, gaps_of, make_blocks
 from shira_format.errors import FormatError
 from shira_format.tensors import numel
 
@@ -25,9 +25,11 @@ class Varint:
     counted = False
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
-        gaps = gaps_of(indices)
-        longest = (int(gaps.max(initial=0)).bit_length() + 6) // 7
-        return int(gaps.size + sum(np.count_nonzero(gaps >= 1 << 7 * k) for k in range(1, longest)))
+        size = indices.size
+        for _, gaps in gaps_by_chunks(indices):
+            longest = (int(gaps.max()).bit_length() + 6) // 7
+            size += sum(int(np.count_nonzero(gaps >= 1 << 7 * k)) for k in range(1, longest))
+        return size
 
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         gaps = gaps_of(indices)
@@ -39,7 +41,7 @@ class Varint:
             longer = np.flatnonzero(lengths > k)
             more = (lengths[longer] > k + 1).astype(np.uint8) << 7
             stream[starts[longer] + k] = ((gaps[longer] >> (7 * k)) & 127).astype(np.uint8) | more
-        blocks = make_blocks(indices, ends, block_size)
+        blocks = make_blocks(indices, [starts[::block_size]], block_size)
         return Encoded({"codec": self.name, "block_size": block_size}, stream, blocks)
 
     def decode(

@@ -87,7 +87,7 @@ class Cluster:
 def compute(job: Job, name: str, stage: Stage[Any, _R]) -> _R:
     """One stage for one change; runs on a worker."""
     with Workers(1) as workers:
-        return stage(_changes(job)[name], workers, lambda _: None)
+        return stage(_changes(job)[name], workers, lambda _: None)()
 
 
 @lru_cache(maxsize=2)

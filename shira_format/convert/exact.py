@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from shira_format.arrays import Array, bits, positions, scratch
+import numpy as np
+
+from shira_format.arrays import Array, bits, different, positions, scratch
 from shira_format.changes import TILE, Difference, Entries
 from shira_format.checkpoints import Checkpoint
-from shira_format.convert.finish import different
 from shira_format.selection import Progress, Workers
 from shira_format.tensors import numel
 
 _INDEX = 1.03  # bytes an index takes at the usual densities
+_PIECES, _PIECE = 8, 1 << 12  # of a large tensor, which are looked at first
 
 
 @dataclass(frozen=True)
@@ -48,36 +50,53 @@ class Differing:
     rule: Exact
     passes: int = 1
 
-    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Differences:
+    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Callable[[], Differences]:
         """All that differs between the two tensors, which have one dtype."""
-        seen = (
-            workers.submit(lambda: tensor_digest(change.tuned, change.tuned_name)) if self.rule.digests else None
-        )
+        nothing = np.empty(0, change.dtype)  # nobody asks by how much they differ
 
         def work(start: int, stop: int) -> Entries:
             base, tuned = change.both(start, stop)
             found = positions(different(base, tuned))
-            target = tuned[found]
-            return Entries(found + start, target, base[found], target)
+            return Entries(found + start, nothing, base[found], tuned[found])
 
-        parts: list[Entries] = []
-        whole = False
-        size, each, looked = 0, change.weight_dtype.itemsize, 0
+        limit = _whole_from(change)
+        if self._many(change, limit, workers):
+            progress(change.size)
+            return lambda: Differences(None, None)
+        parts = list(workers.ranges(change.size, TILE, work, progress))
+        if sum(part.size for part in parts) >= limit:  # a sample had not told
+            return lambda: Differences(None, None)
 
-        def told(elements: int) -> None:
-            nonlocal looked
-            looked += elements
-            progress(elements)
+        def rest() -> Differences:
+            digest = tensor_digest(change.tuned, change.tuned_name) if self.rule.digests else None
+            return Differences(Entries.joined(parts, change), digest)
 
-        for entries in workers.ranges(change.size, TILE, work, told):
-            size += entries.size
-            parts.append(entries)
-            if size * (each + _INDEX) >= change.size * each:
-                whole = True
-                progress(change.size - looked)  # which nobody has to look at
-                break
-        digest = seen.result() if seen is not None else None
-        return Differences(None if whole else Entries.joined(parts, change), digest)
+        return rest
+
+    @staticmethod
+    def _many(change: Difference, limit: float, workers: Workers) -> bool:
+        """Whether at least ``limit`` entries differ: counted, not collected, and only where a sample says that it may be."""
+
+        def count(start: int, stop: int) -> int:
+            return int(np.count_nonzero(different(*change.both(start, stop))))
+
+        if change.size <= TILE:
+            return False
+        starts = [i * (change.size - _PIECE) // (_PIECES - 1) for i in range(_PIECES)]
+        if sum(count(start, start + _PIECE) for start in starts) < limit / change.size * _PIECES * _PIECE / 2:
+            return False
+        seen = 0
+        for found in workers.ranges(change.size, TILE, count):
+            seen += found
+            if seen >= limit:
+                return True
+        return seen >= limit
+
+
+def _whole_from(change: Difference) -> float:
+    """From how many differing entries on the whole tensor takes fewer bytes."""
+    each = change.weight_dtype.itemsize
+    return max(1.0, change.size * each / (each + _INDEX))
 
 
 def parts_of(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Array]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, digest
+from shira_format.arrays import Array, different, digest, widened
 from shira_format.changes import Change, Entries
 from shira_format.convert.report import TensorReport
 from shira_format.dtypes import dtype_name, working_dtype
 from shira_format.errors import SourceError
 from shira_format.tensors import SparseTensor
+
+_STEP = 1 << 18  # entries at a time
 
 
 def sparse_target(
@@ -29,20 +31,26 @@ def sparse_target(
     Raises:
         SourceError: a target that is not finite where the base is.
     """
-    work = working_dtype(change.weight_dtype)
-    bad = np.isfinite(entries.base.astype(work)) & ~np.isfinite(entries.target.astype(work))
-    if bad.any():
-        raise SourceError(
-            f"tensor {change.name!r}: base + update overflows {dtype_name(change.weight_dtype)} "
-            f"at flat index {entries.indices[bad][0]}"
-        )
-    stored = entries.kept(different(entries.base, entries.target))
+    energy_stored = error = 0.0
+    moved = np.empty(entries.size, bool)
+    for start in range(0, entries.size, _STEP):
+        part = entries.kept(slice(start, start + _STEP))
+        base, target = _wide(part.base), _wide(part.target)
+        if not np.isfinite(target).all() and (bad := np.isfinite(base) & ~np.isfinite(target)).any():
+            raise SourceError(
+                f"tensor {change.name!r}: base + update overflows {dtype_name(change.weight_dtype)} "
+                f"at flat index {part.indices[bad][0]}"
+            )
+        here = different(part.base, part.target)
+        moved[start : start + _STEP] = here
+        with np.errstate(invalid="ignore"):  # where both are infinite, nothing is stored
+            missed = target - base - part.values
+        energy_stored += _energy(part.values, here)
+        error += _energy(missed, here)
+    stored = entries if moved.all() else entries.kept(np.flatnonzero(moved))
     tensor = target_tensor(change.name, change.shape, stored, self_contained=self_contained, **frame())
-    wide = stored.values.astype(np.float64)
-    energy_stored = float(np.dot(wide, wide))
-    missed = stored.target.astype(np.float64) - stored.base.astype(np.float64) - wide
     # Energy and stored part come from sums in different precision; what rounds below zero is zero.
-    error = max(0.0, entries.energy - energy_stored) + float(np.dot(missed, missed))
+    error += max(0.0, entries.energy - energy_stored)
     report = TensorReport(
         change.name, change.shape, dtype_name(change.weight_dtype), tensor.nnz,
         max(entries.energy, energy_stored), energy_stored, error,
@@ -61,10 +69,14 @@ def target_tensor(
     )  # fmt: skip
 
 
-def different(a: Array, b: Array) -> Array:
-    """Where the bits of two arrays of one dtype differ."""
-    unsigned = np.dtype(f"u{a.dtype.itemsize}")
-    return np.asarray(a.view(unsigned) != b.view(unsigned))
+def _wide(array: Array) -> Array:
+    return widened(array, np.empty(array.shape, working_dtype(array.dtype)))
+
+
+def _energy(values: Array, which: Array) -> float:
+    """The sum of squares of some, in float64."""
+    wide = values[which].astype(np.float64)
+    return float(np.dot(wide, wide))
 
 
 def rounded(number: float) -> float:

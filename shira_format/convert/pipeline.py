@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from shira_format.errors import SourceError
 from shira_format.selection import AMOUNTS, Engine, Here, Progress, TopK, Workers, passes, select
 from shira_format.tensors import SparseTensor, WholeTensor
 
-_AHEAD = 2  # tensors that are encoded and hashed while the next one is looked at
+_MOST = 1 << 22  # entries that are encoded and hashed while more are looked at
 
 
 def convert(
@@ -79,6 +77,8 @@ def work_of(opened: Opened, rule: TopK | Exact) -> int:
 # Makes a tensor of the file and its account, which is None for a tensor that does not change. Runs on any thread.
 _Finish = Callable[[], "tuple[SparseTensor | None, TensorReport | None]"]
 
+_Finished = tuple[Prepared | SparseTensor | None, TensorReport | None]
+
 
 def _write(
     opened: Opened,
@@ -102,6 +102,7 @@ def _write(
             report.tensors.append(account)
         if writer is not None and tensor is not None:
             writer.add(tensor, None if account is None or report.exact else _notes(account))
+        del tensor  # not to be held while the next one is made
     for whole in (*copies, *opened.wholes(self_contained)):
         report.whole.append(whole.name)
         if isinstance(whole, WholeTensor) and whole.base_digest is None:
@@ -115,24 +116,29 @@ def _write(
 
 def _largest_changes(
     opened: Opened, rule: TopK, engine: Engine, folder: Path | None, self_contained: bool
-) -> Iterator[_Finish]:
+) -> Iterator[tuple[int, _Finish]]:
     selected = select(opened.changes, rule, engine, folder=folder)
-    for change, entries in zip(opened.changes, selected, strict=True):
-        yield partial(
-            sparse_target, change, entries, self_contained=self_contained, frame=partial(opened.frame, change)
-        )
+    for change in opened.changes:
+        entries = next(selected)
+        frame = partial(opened.frame, change)
+        finish = partial(sparse_target, change, entries, self_contained=self_contained, frame=frame)
+        size = entries.size
+        del entries  # not to be held while the next ones are selected
+        yield size, finish
+        del finish
 
 
 def _every_difference(
     opened: Opened, rule: Exact, engine: Engine, copies: list[WholeCopy], self_contained: bool
-) -> Iterator[_Finish]:
+) -> Iterator[tuple[int, _Finish]]:
     changes = cast("Sequence[Difference]", opened.changes)
     for change, found in zip(changes, engine.map(Differing(rule), changes), strict=True):
         if found.entries is None:
             assert opened.copy is not None
             copies.append(opened.copy(change))
         else:
-            yield partial(_difference, opened, change, found.entries, found.digest, self_contained)
+            finish = partial(_difference, opened, change, found.entries, found.digest, self_contained)
+            yield found.entries.size, finish
 
 
 def _difference(
@@ -148,21 +154,20 @@ def _difference(
 
 
 def _ahead(
-    finishes: Iterator[_Finish], workers: Workers, writer: AdapterWriter | None
-) -> Iterator[tuple[Prepared | SparseTensor | None, TensorReport | None]]:
+    finishes: Iterator[tuple[int, _Finish]], workers: Workers, writer: AdapterWriter | None
+) -> Iterator[_Finished]:
     """Finished tensors in order; some are encoded and hashed while the next one is looked at."""
 
-    def finished(finish: _Finish) -> tuple[Prepared | SparseTensor | None, TensorReport | None]:
+    def finished(finish: _Finish) -> _Finished:
         tensor, account = finish()
         return (writer.prepared(tensor) if writer is not None and tensor is not None else tensor), account
 
-    running: deque[Future[tuple[Prepared | SparseTensor | None, TensorReport | None]]] = deque()
-    for finish in finishes:
-        running.append(workers.submit(partial(finished, finish)))
-        if len(running) > _AHEAD:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
+    def tasks() -> Iterator[tuple[int, Callable[[], _Finished]]]:
+        for size, finish in finishes:
+            yield size, partial(finished, finish)
+            del finish  # not to be held while the next one is made
+
+    return workers.ahead(tasks(), _MOST)
 
 
 def _copy(whole: WholeCopy, workers: Workers, writer: AdapterWriter, self_contained: bool) -> None:

@@ -8,7 +8,7 @@ the earlier tensor. Memory: the counts, and the distinct magnitudes of one bin (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format.arrays import Array, positions
-from shira_format.changes import Change, Ends, Entries
+from shira_format.changes import TILE, Change, Entries, Tile
 from shira_format.selection.rule import TopK
-from shira_format.selection.topk import Pool, at_least, check_energy, sum_of_squares
+from shira_format.selection.topk import Pool, at_least, check_energy, completed, sum_of_squares
 from shira_format.selection.workers import Progress, Workers
 
 BINS = 1 << 16
@@ -59,23 +59,48 @@ def survey(
     Raises:
         SourceError: the change holds NaN or Inf.
     """
+    total, few = Survey.empty(rule), _Bins()
 
-    def count(
-        _start: int, values: Array, magnitudes: Array, _ends: Ends | None
-    ) -> tuple[Array, Array | None, float]:
-        near = magnitudes[magnitudes >= floor].astype(dtype, copy=False)
-        bins = _leading_bits(near)
-        weights = None
+    def count(_start: int, tile: Tile, magnitudes: Array) -> tuple[Array, Array | None, float]:
+        near = magnitudes[positions(magnitudes >= floor)].astype(dtype, copy=False)
+        bins, energy = _leading_bits(near), sum_of_squares(tile.values)
         if rule.energy is not None:
             wide = near.astype(np.float64)
-            weights = np.bincount(bins, wide * wide, BINS)
-        return np.bincount(bins, minlength=BINS), weights, sum_of_squares(values)
+            return np.bincount(bins, minlength=BINS), np.bincount(bins, wide * wide, BINS), energy
+        # Where few are counted, to pass them on takes less than to add up all bins.
+        return bins if bins.size < BINS // 8 else np.bincount(bins, minlength=BINS), None, energy
 
-    total = Survey.empty(rule)
     for counts, weights, energy in workers.tiles(change, count, progress):
-        total.add(Survey(counts, weights, energy))
+        total.energy += energy
+        if weights is None and counts.size < BINS:
+            few.add(counts)
+        else:
+            total.add(Survey(counts, weights))
+    total.counts += few.counted()
     check_energy(change, total.energy)
     return total
+
+
+class _Bins:
+    """Bin numbers that are counted many at a time."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(BINS, np.int64)
+        self._waiting: list[Array] = []
+
+    def add(self, bins: Array) -> None:
+        self._waiting.append(bins)
+        if len(self._waiting) == 64:
+            self._counts = self.counted()
+
+    def counted(self) -> Array:
+        """How many of each there were."""
+        waiting, self._waiting = self._waiting, []
+        found: Array = self._counts
+        if waiting:
+            found = found + np.bincount(np.concatenate(waiting), minlength=BINS)
+        self._counts = found
+        return found
 
 
 @dataclass(frozen=True)
@@ -86,11 +111,13 @@ class Reach:
         floor: the smallest magnitude that may be selected.
         sure: from this magnitude on all are selected.
         most: how many of those between can be.
+        expected: how many these are together, in all changes.
     """
 
     floor: Any
     sure: Any
     most: int
+    expected: int
 
 
 class Edge:
@@ -121,40 +148,61 @@ class Edge:
             falling = np.cumsum(weights[::-1])
             all_of_it = bool(falling[-1] <= wanted)
         self._bin: int | None = None
+        self._above, self._within = int(seen.counts.sum()), 0
         self.floor = lowest
         if not all_of_it:
             position = int(np.searchsorted(falling, wanted))
             self._bin = BINS - 1 - position
+            self._above, self._within = int(seen.counts[self._bin + 1 :].sum()), int(seen.counts[self._bin])
             self._missing = wanted - (falling[position - 1] if position else 0)
             self.floor = max(lowest, _lower_edge(self._bin, dtype))
+        # Within a bin the low bits tell magnitudes apart: 15 of a float32, too many to count one by one of a float64.
+        self._low = np.zeros(1 << _layout(dtype)[1], np.int64) if dtype.itemsize == 4 else None
         self._known = np.empty(0, dtype), np.empty(0, np.int64)
 
     @property
     def reach(self) -> Reach:
         """What the second pass has to collect."""
         if self._bin is None:
-            return Reach(self.floor, self.floor, 0)
+            return Reach(self.floor, self.floor, 0, self._above)
         most = self._missing
         if self._by_energy:
             most = most / max(float(self.floor) ** 2, np.finfo(np.float64).tiny) + 1
+        most = int(min(np.ceil(most), self._within))
         sure = _lower_edge(self._bin + 1, self._dtype) if self._bin + 1 < BINS else self._dtype.type(np.inf)
-        return Reach(self.floor, sure, int(min(np.ceil(most), np.iinfo(np.int64).max // 8)))
+        return Reach(self.floor, sure, most, self._above + most)
 
     def see(self, values: Array) -> None:
         """Take note of entries at or above :attr:`floor`, of the second pass."""
         if self._bin is None:
             return
-        near = np.abs(values).astype(self._dtype, copy=False)
-        found = np.unique(near[_leading_bits(near) == self._bin], return_counts=True)
-        self._known = _merged(self._known, found)
+        for start in range(0, values.size, TILE):
+            near = np.abs(values[start : start + TILE]).astype(self._dtype, copy=False)
+            near = near[_leading_bits(near) == self._bin]
+            if self._low is not None:
+                low = near.view(np.uint32) & np.uint32(self._low.size - 1)
+                self._low += np.bincount(low, minlength=self._low.size)
+            else:
+                self._known = _merged(self._known, np.unique(near, return_counts=True))
+
+    def _distinct(self) -> tuple[Array, Array]:
+        """The magnitudes of the last bin, falling, and how many entries have each."""
+        if self._low is None:
+            return self._known[0][::-1], self._known[1][::-1]
+        assert self._bin is not None
+        low = np.flatnonzero(self._low)[::-1]
+        pattern = (low + (self._bin << _layout(self._dtype)[1])).astype(np.uint32)
+        return pattern.view(self._dtype), self._low[low]
 
     def decide(self) -> tuple[Any, int]:
         """The smallest magnitude that is selected, and how many entries of just this magnitude are.
 
         Call it once all entries at or above :attr:`floor` have been seen.
         """
-        magnitudes, counts = self._known[0][::-1], self._known[1][::-1]
-        if self._bin is None or magnitudes.size == 0:
+        if self._bin is None:
+            return self.floor, np.iinfo(np.int64).max
+        magnitudes, counts = self._distinct()
+        if magnitudes.size == 0:
             return self.floor, np.iinfo(np.int64).max
         each = magnitudes.astype(np.float64) ** 2 if self._by_energy else np.ones(magnitudes.size)
         falling = np.cumsum(counts * each)
@@ -164,17 +212,16 @@ class Edge:
         return magnitudes[position], min(max(ties, 1), int(counts[position]))
 
 
-def above(change: Change, reach: Reach, workers: Workers, progress: Progress) -> Entries:
+def above(change: Change, reach: Reach, workers: Workers, progress: Progress) -> Pool:
     """The second pass over one change: all entries that may be selected."""
-    pool = Pool(change, reach.most, reach.floor, reach.sure)
+    pool = Pool(change, reach.most, reach.floor, reach.sure, min(reach.expected, change.size))
 
-    def work(start: int, values: Array, magnitudes: Array, ends: Ends | None) -> Entries:
-        found = positions(magnitudes >= pool.floor)
-        return Entries.of_tile(change, start, found, values, ends)
+    def work(start: int, tile: Tile, magnitudes: Array) -> Entries:
+        return Entries.of_tile(change, start, tile, positions(magnitudes >= pool.floor))
 
     for entries in workers.tiles(change, work, progress):
         pool.add(entries)
-    return pool.result()
+    return pool
 
 
 def cut(entries: Entries, edge: Any, ties: int, energy: float) -> tuple[Entries, int]:
@@ -185,14 +232,23 @@ def cut(entries: Entries, edge: Any, ties: int, energy: float) -> tuple[Entries,
     return Entries(kept.indices, kept.values, kept.base, kept.target, energy), max(0, ties - equal)
 
 
-def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Entries:
-    """The fewest entries of one change that hold the share of its energy that ``rule`` asks for."""
+def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+    """The fewest entries of one change that hold the share of its energy that ``rule`` asks for.
+
+    Returns:
+        What is left to do when the passes are made, on one thread.
+    """
     lowest = rule.lowest(change.dtype)
     seen = survey(change, rule, change.dtype, lowest, workers, progress)
     edge = Edge(rule, seen, change.size, change.dtype)
-    entries = above(change, edge.reach, workers, progress)
-    edge.see(entries.values)
-    return cut(entries, *edge.decide(), seen.energy)[0]
+    pool = above(change, edge.reach, workers, progress)
+
+    def rest() -> Entries:
+        entries = pool.all()  # cut once, as these may be many
+        edge.see(entries.values)
+        return completed(change, cut(entries, *edge.decide(), seen.energy)[0])
+
+    return rest
 
 
 def common_dtype(changes: Sequence[Change]) -> np.dtype[Any]:

@@ -10,9 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from shira_format.changes import Entries
-
-COLUMNS = ("indices", "values", "base", "target")
+from shira_format.changes import COLUMNS, Entries
 
 
 @dataclass(frozen=True)

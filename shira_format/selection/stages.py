@@ -6,7 +6,7 @@ other. Its results do not depend on who called it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,9 @@ from shira_format.selection.workers import Progress, Workers
 
 C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
+_MOST = (
+    1 << 25
+)  # elements of changes whose rest is done while others are looked at: what is kept of them is in memory
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
@@ -33,8 +36,12 @@ class Stage(Protocol[C_contra, R_co]):
     @property
     def passes(self) -> int: ...
 
-    def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> R_co:
-        """Compute it; ``progress`` is told of elements done."""
+    def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> Callable[[], R_co]:
+        """Look at the change; ``progress`` is told of elements done.
+
+        Returns:
+            What is left to do: on one thread, while the next change is looked at. It must not use ``workers``.
+        """
 
 
 class Engine(Protocol):
@@ -52,7 +59,12 @@ class Here:
     progress: Progress = lambda _: None
 
     def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
-        return (stage(change, self.workers, self.progress) for change in changes)
+        rests = ((_size(change), stage(change, self.workers, self.progress)) for change in changes)
+        return self.workers.ahead(rests, _MOST)
+
+
+def _size(change: object) -> int:
+    return int(getattr(change, "size", 0))
 
 
 @dataclass
@@ -65,9 +77,9 @@ class Largest:
     def passes(self) -> int:
         return 1 if self.rule.energy is None else 2
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], Entries]:
         work = topk.largest if self.rule.energy is None else radix.by_energy
-        return topk.completed(change, work(change, self.rule, workers, progress), workers)
+        return work(change, self.rule, workers, progress)
 
 
 @dataclass
@@ -79,8 +91,9 @@ class Surveying:
     floor: Any
     passes: int = 1
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> radix.Survey:
-        return radix.survey(change, self.rule, self.dtype, self.floor, workers, progress)
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], radix.Survey]:
+        found = radix.survey(change, self.rule, self.dtype, self.floor, workers, progress)
+        return lambda: found
 
 
 @dataclass
@@ -90,5 +103,6 @@ class Above:
     reach: radix.Reach
     passes: int = 1
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Entries:
-        return topk.completed(change, radix.above(change, self.reach, workers, progress), workers)
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+        pool = radix.above(change, self.reach, workers, progress)
+        return lambda: topk.completed(change, pool.result())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from shira_format.arrays import Array, positions
-from shira_format.changes import TILE, Change, Ends, Entries
+from shira_format.changes import COLUMNS, TILE, Change, Entries, Tile
 from shira_format.errors import SourceError
 from shira_format.selection.rule import TopK
 from shira_format.selection.workers import Progress, Workers
 
 _SAMPLES = 8  # pieces of a change that are looked at first
-_SAMPLE = 1 << 14  # elements a piece
+_SAMPLE = 1 << 12  # elements a piece
 
 
 def sum_of_squares(values: Array) -> float:
@@ -26,17 +27,11 @@ def sum_of_squares(values: Array) -> float:
     return energy
 
 
-def completed(change: Change, entries: Entries, workers: Workers) -> Entries:
+def completed(change: Change, entries: Entries) -> Entries:
     """With the base's and the new values, which the tiles of some changes do not give."""
     if entries.complete:
         return entries
-    step = max(1 << 14, -(-entries.size // workers.threads))
-    parts = list(
-        workers.ranges(
-            entries.size, step, lambda a, b: change.completed(entries.indices[a:b], entries.values[a:b])
-        )
-    )
-    base, target = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    base, target = change.completed(entries.indices, entries.values)
     return Entries(entries.indices, entries.values, base, target, entries.energy)
 
 
@@ -46,22 +41,23 @@ def check_energy(change: Change, energy: float) -> None:
         raise SourceError(f"the update of tensor {change.name!r} holds NaN or Inf, or overflows")
 
 
-def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Entries:
+def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
     """The entries that ``rule`` keeps of this change alone; the rule gives a count, not a share of the energy.
 
     A sample gives a magnitude that somewhat more than k entries reach; one pass collects these, and the k-th largest
     among them decides. If the sample misled (too few reach it), the pass is made again without it.
+
+    Returns:
+        What is left to do when the pass is made: on one thread, while the next change is looked at.
     """
     k, lowest = rule.count(change.size), rule.lowest(change.dtype)
     floor = max(lowest, _sampled_floor(change, k))
     while True:
         pool = Pool(change, k, floor)
 
-        def work(
-            start: int, values: Array, magnitudes: Array, ends: Ends | None, pool: Pool = pool
-        ) -> tuple[Entries, float]:
+        def work(start: int, tile: Tile, magnitudes: Array, pool: Pool = pool) -> tuple[Entries, float]:
             found = positions(magnitudes >= pool.floor)
-            return Entries.of_tile(change, start, found, values, ends), sum_of_squares(values)
+            return Entries.of_tile(change, start, tile, found), sum_of_squares(tile.values)
 
         energy = 0.0
         for entries, part in workers.tiles(change, work, progress):
@@ -69,12 +65,17 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
             pool.add(entries)
         check_energy(change, energy)
         if pool.size >= k or floor <= lowest:
-            found = pool.result()
-            if k == change.size and rule.min_change == 0:
-                # Nothing is left out, and sums in two precisions must not say otherwise.
-                energy = sum_of_squares(found.values.astype(np.float64))
-            return Entries(found.indices, found.values, found.base, found.target, energy)
+            break
         floor = lowest
+
+    def rest() -> Entries:
+        found = completed(change, pool.result())
+        # If nothing is left out, sums in two precisions must not say otherwise.
+        whole = k == change.size and rule.min_change == 0
+        own = sum_of_squares(found.values.astype(np.float64)) if whole else energy
+        return Entries(found.indices, found.values, found.base, found.target, own)
+
+    return rest
 
 
 def _sampled_floor(change: Change, k: int) -> Any:
@@ -87,8 +88,10 @@ def _sampled_floor(change: Change, k: int) -> Any:
         first = int(start) // change.grain * change.grain
         piece = np.empty(min(length, change.size - first), change.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            change.tile(first, first + piece.size, piece)
-        pieces.append(np.abs(piece))
+            tile = change.tile(first, first + piece.size, piece)
+        magnitudes = np.zeros(piece.size, change.dtype)
+        magnitudes[: tile.values.size] = np.abs(tile.values)
+        pieces.append(magnitudes)
     sample = np.concatenate(pieces)
     share = 1.3 * k / change.size
     reach = int(share * sample.size + 4 * np.sqrt(share * sample.size)) + 1
@@ -103,40 +106,72 @@ class Pool:
     All of magnitude ``free`` or more are kept, and of the others the ``k`` largest, lower indices first among equals.
     """
 
-    def __init__(self, change: Change, k: int, floor: Any, free: Any = np.inf) -> None:
+    def __init__(self, change: Change, k: int, floor: Any, free: Any = np.inf, expected: int = 0) -> None:
+        """Args: ``expected``: how many there will be, if that is known."""
         self.floor = floor
         self.size = 0
         self._change, self._k, self._free = change, k, free
-        self._parts: list[Entries] = []
-        self._limit = 4 * k + TILE
+        self._complete = True
+        self._limit = max(2 * k, expected) + TILE
+        self._columns = self._room(min(self._limit, change.size) + TILE)
+
+    def _room(self, size: int) -> list[Array]:
+        """Columns of :data:`COLUMNS`; what of them is never filled takes no memory."""
+        change = self._change
+        dtypes = (np.dtype(np.int64), change.dtype, change.weight_dtype, change.weight_dtype)
+        return [np.empty(size, dtype) for dtype in dtypes]
 
     def add(self, entries: Entries) -> None:
         """Add the candidates of the next tile; some may be below a floor that has risen since they were found."""
-        self._parts.append(entries)
-        self.size += entries.size
+        stop = self.size + entries.size
+        if stop > self._columns[0].size:
+            old, self._columns = self._columns, self._room(2 * stop)
+            self._fill(0, [column[: self.size] for column in old])
+        self._fill(self.size, [getattr(entries, column) for column in COLUMNS])
+        self.size = stop
+        self._complete &= entries.complete  # no entries are complete in any case
         if self.size > self._limit:
-            self._parts = [self.result()]
-            self.size = self._parts[0].size
+            kept = self.result()
+            self._fill(0, [getattr(kept, column) for column in COLUMNS])
+            self.size = kept.size
             self._limit = max(self._limit, 2 * self.size)
-            magnitudes = np.abs(self._parts[0].values)
-            rest = magnitudes[magnitudes < self._free]
+            magnitudes = np.abs(kept.values)
+            rest = magnitudes if self._free == np.inf else magnitudes[magnitudes < self._free]
             if rest.size == self._k:
                 # Later entries that only tie with the k-th lose to it by index.
                 self.floor = np.nextafter(rest.min(initial=self._free), self._change.dtype.type(np.inf))
 
+    def _fill(self, start: int, columns: list[Array]) -> None:
+        for own, column in zip(self._columns, columns, strict=True):
+            own[start : start + column.size] = column
+
+    def all(self) -> Entries:
+        """All candidates that are held."""
+        indices, values, base, target = (column[: self.size] for column in self._columns)
+        if not self._complete:
+            base, target = base[:0], target[:0]
+        return Entries(indices, values, base, target)
+
     def result(self) -> Entries:
         """What is kept of all that came."""
-        entries = Entries.joined(self._parts, self._change)
+        entries = self.all()
         magnitudes = np.abs(entries.values)
+        if self._free == np.inf:
+            return entries if self.size <= self._k else entries.kept(_largest_of(magnitudes, self._k))
         rest = np.flatnonzero(magnitudes < self._free)
         if rest.size <= self._k:
             return entries
         keep = magnitudes >= self._free
-        if self._k:
-            among = magnitudes[rest]
-            edge = np.partition(among, rest.size - self._k)[rest.size - self._k]
-            keep[rest] = at_least(among, edge, self._k - int(np.count_nonzero(among > edge)))
+        keep[rest[_largest_of(magnitudes[rest], self._k)]] = True
         return entries.kept(keep)
+
+
+def _largest_of(magnitudes: Array, k: int) -> Array:
+    """A mask of the ``k`` largest, lower positions first among equals."""
+    if k == 0:
+        return np.zeros(magnitudes.size, bool)
+    edge = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
+    return at_least(magnitudes, edge, k - int(np.count_nonzero(magnitudes > edge)))
 
 
 def at_least(magnitudes: Array, edge: Any, ties: int) -> Array:

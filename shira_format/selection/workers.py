@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -19,10 +20,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from shira_format.arrays import Array, scratch
-from shira_format.changes import Change, Ends, tile_size
+from shira_format.changes import Change, Tile, tile_size
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+
+_BATCH = 4  # tiles of a task
+_AHEAD = 2  # tasks that are under way while others are made
 
 Progress = Callable[[int], object]
 
@@ -58,6 +62,22 @@ class Workers:
         """Run ``work`` on some thread; it must not wait for others of this pool."""
         return self._pool.submit(work)
 
+    def ahead(self, tasks: Iterable[tuple[int, Callable[[], _R]]], most: int) -> Iterator[_R]:
+        """The results of tasks in their order, while the next tasks are being made.
+
+        Args:
+            tasks: each with its weight, whatever that is; they must not wait for others of this pool.
+            most: weight of tasks together beyond which the first one is waited for.
+        """
+        running: deque[tuple[int, Future[_R]]] = deque()
+        for weight, task in tasks:
+            running.append((weight, self._pool.submit(task)))
+            del task  # which may hold a lot, and would until the next one is made
+            while len(running) > _AHEAD or (running and sum(weight for weight, _ in running) > most):
+                yield running.popleft()[1].result()
+        while running:
+            yield running.popleft()[1].result()
+
     def map(self, work: Callable[[_T], _R], tasks: Iterable[_T]) -> Iterator[_R]:
         """The results in the order of ``tasks``; few are ahead of the one that is waited for."""
         running: deque[Future[_R]] = deque()
@@ -76,26 +96,33 @@ class Workers:
         self, size: int, step: int, work: Callable[[int, int], _R], progress: Progress = lambda _: None
     ) -> Iterator[_R]:
         """``work(start, stop)`` for each tile of ``size`` elements."""
-        starts = range(0, size, step)
-        for start, result in zip(starts, self.map(lambda s: work(s, min(s + step, size)), starts), strict=True):
-            progress(min(step, size - start))
-            yield result
+        # Several at a time, where there are many: to hand over a result takes as long as some of the work.
+        stride = step * max(1, min(_BATCH, size // (step * 4 * self.threads)))
+
+        def several(first: int) -> list[tuple[int, _R]]:
+            stops = (min(start + step, size) for start in range(first, min(first + stride, size), step))
+            return [
+                (stop - start, work(start, stop)) for start, stop in zip(count(first, step), stops, strict=False)
+            ]
+
+        for results in self.map(several, range(0, size, stride)):
+            for elements, result in results:
+                progress(elements)
+                yield result
 
     def tiles(
         self,
         change: Change,
-        work: Callable[[int, Array, Array, Ends | None], _R],
+        work: Callable[[int, Tile, Array], _R],
         progress: Progress = lambda _: None,
     ) -> Iterator[_R]:
-        """``work(start, values, magnitudes, ends)`` for each tile: its first flat index, and its elements, flat."""
+        """``work(start, tile, magnitudes)`` for each tile: its first flat index, itself, and its values' magnitudes."""
 
         def one(start: int, stop: int) -> _R:
-            values = scratch("values", stop - start, change.dtype)
-            magnitudes = scratch("magnitudes", stop - start, change.dtype)
             with np.errstate(over="ignore", invalid="ignore"):  # found, and named, by the energy
-                ends = change.tile(start, stop, values)
-                np.abs(values, out=magnitudes)
-            return work(start, values, magnitudes, ends)
+                tile = change.tile(start, stop, scratch("values", stop - start, change.dtype))
+                magnitudes = np.abs(tile.values, out=scratch("magnitudes", tile.values.size, change.dtype))
+            return work(start, tile, magnitudes)
 
         return self.ranges(change.size, tile_size(change), one, progress)
 

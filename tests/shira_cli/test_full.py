@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,9 @@ def test_reports_as_json(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
     assert report["exact"]
     assert report["totals"]["tensors"] == len(report["tensors"]) == 16
     assert report["totals"]["file_bytes"] == (tmp_path / "p.st").stat().st_size
-    assert 0 == full(pair, tmp_path / "k.st", "--energy", "0.5", "--scope", "global", "--json", "--exclude", "norm")
+    assert 0 == full(
+        pair, tmp_path / "k.st", "--energy", "0.5", "--scope", "global", "--json", "--exclude", "norm"
+    )
     report = json.loads(capsys.readouterr().out)
     assert 0.5 <= report["totals"]["energy_kept"] < 0.51
     assert {"rule": "energy", "scope": "global", "energy": 0.5} == {
@@ -237,9 +238,8 @@ def test_interrupts(number: signal.Signals, resume: bool, pair: Pair, tmp_path: 
         [sys.executable, "-c", _SLOW, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        for _ in range(8):
+        for _ in range(14):
             process.stdout.readline()
-        time.sleep(0.02)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     kept = out.with_name("a.st.partial")
@@ -253,7 +253,7 @@ def test_interrupts(number: signal.Signals, resume: bool, pair: Pair, tmp_path: 
         assert f"shira-convert: error: interrupted; {words}\n" == err
     assert ([kept] if resume else []) == list(out.parent.iterdir())
     if resume:
-        assert len(list(kept.glob("*.npz"))) > 2
+        assert len(list(kept.glob("*.npz"))) > 3
     assert 0 == main([*arguments, "--quiet"])
     assert [out] == list(out.parent.iterdir())
     assert 0 == full(pair, tmp_path / "whole.st", "--exact", "--quiet")

@@ -87,7 +87,7 @@ def test_equality_sees_content_alone(adapter: Adapter, random: Any) -> None:
     names, whole = list(adapter), list(adapter.whole)
     random.shuffle(names)
     random.shuffle(whole)
-    alpha = {"alpha": adapter.alpha}
+    alpha = {"alpha": adapter.alpha, "removed": list(adapter.removed)}
     same = Adapter(
         [adapter[name] for name in names],
         whole=[adapter.whole[name] for name in whole],
@@ -95,7 +95,7 @@ def test_equality_sees_content_alone(adapter: Adapter, random: Any) -> None:
     )
     assert adapter == same
     assert adapter == pickle.loads(pickle.dumps(adapter))
-    assert adapter != Adapter(adapter, whole=adapter.whole, manifest={"alpha": adapter.alpha + 1})
+    assert adapter != Adapter(adapter, whole=adapter.whole, manifest=alpha | {"alpha": adapter.alpha + 1})
     assert adapter != Adapter([*adapter.values(), tensor("new")], whole=adapter.whole, manifest=alpha)
     assert adapter != Adapter(adapter, whole=[*adapter.whole.values(), WholeTensor("new", f32(1))], manifest=alpha)
     assert adapter != dict(adapter)

@@ -52,6 +52,14 @@ def entries(name: str, count: int, shape: tuple[int, ...] = (100, 100), seed: in
     return SparseTensor(name, shape, indices, values, base=values * 2)
 
 
+def grown(name: str) -> SparseTensor:
+    """A patch from a tensor of another name, with a row more."""
+    return SparseTensor(
+        name, (2, 3), [1], f32(5), base=f32(4), base_name="old", rows=3, new_rows=f32(7, 8, 9).reshape(1, 3),
+        result_digest="0" * 64,
+    )  # fmt: skip
+
+
 def read_all(path: Path, *, verify: bool = True) -> Adapter:
     adapter = load(path, verify=verify)
     return Adapter(dict(adapter), whole=dict(adapter.whole), manifest=adapter.manifest)
@@ -109,11 +117,51 @@ def test_the_manifest_of_a_new_file(tmp_path: Path) -> None:
     assert Adapter() == load(tmp_path / "b.st")
 
 
+def test_the_manifest_of_a_patch(tmp_path: Path) -> None:
+    path = tmp_path / "a.st"
+    plain = SparseTensor("w", (2, 3), [1], f32(5), base=f32(4), result_digest="1" * 64)
+    save(Adapter([plain], manifest={"features": ["patch"], "removed": []}), path)
+    manifest = load(path).manifest
+    assert ([], "1" * 64) == (manifest["features"], manifest["tensors"][0]["digests"]["result"])
+    assert not {"from", "rows"} & manifest["tensors"][0].keys()
+    save(Adapter([plain, grown("r")]), path)
+    item = load(path).manifest["tensors"][1]
+    assert (["patch"], "old", 3, [2, 3]) == (
+        load(path).manifest["features"],
+        item["from"],
+        item["rows"],
+        item["shape"],
+    )
+    assert hashlib.sha256(f32(7, 8, 9).tobytes()).hexdigest() == item["digests"]["rows"]
+    assert (1, 3) == SafetensorsFile(path)["r#rows"].shape
+    save(Adapter(manifest={"removed": ["x", "y"]}), path)
+    assert (["patch"], ("x", "y")) == (load(path).manifest["features"], load(path).removed)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "manifest", "rule"),
+    [
+        ([grown("r")], {"removed": ["r"]}, "duplicate-name"),
+        ([], {"removed": ["x", "x"]}, "duplicate-name"),
+        ([], {"removed": [""]}, "name"),
+        ([SparseTensor("w", (1,), [0], f32(1), base=f32(0), base_name="\n")], {}, "name"),
+        ([grown("c/r")], {"components": {"c": {}}}, "component"),
+    ],
+)
+def test_patches_that_the_format_cannot_hold(
+    tmp_path: Path, tensors: list[SparseTensor], manifest: dict[str, Any], rule: str
+) -> None:
+    with pytest.raises(FormatError) as caught:
+        save(Adapter(tensors, manifest=manifest), tmp_path / "a.st")
+    assert rule == caught.value.rule
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_the_result_of_add_is_the_bytes_of_the_streams(tmp_path: Path) -> None:
     with AdapterWriter(tmp_path / "a.st") as writer:
-        added = [writer.add(entries("w", 300)), writer.add(entries("v", 7, seed=1))]
+        added = [writer.add(entries("w", 300)), writer.add(entries("v", 7, seed=1)), writer.add(grown("r"))]
     streams = SafetensorsFile(tmp_path / "a.st")
-    sizes = [sum(s.nbytes for name, s in streams.items() if name.startswith(f"{t}#")) for t in "wv"]
+    sizes = [sum(s.nbytes for name, s in streams.items() if name.startswith(f"{t}#")) for t in "wvr"]
     assert sizes == added
 
 
@@ -179,11 +227,11 @@ def damage(path: Path, stream: str, byte: int = 0) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("stream", ["w#values", "w#base", "w#indices", "w#blocks", "b", "b#base"])
+@pytest.mark.parametrize("stream", ["w#values", "w#base", "w#indices", "w#blocks", "r#rows", "b", "b#base"])
 def test_damage_is_found_by_digest(tmp_path: Path, stream: str) -> None:
     path = tmp_path / "a.st"
     whole = WholeTensor("b", f32(1, 2), base=f32(3, 4))
-    save(Adapter([entries("w", 50)], whole=[whole]), path, block_size=16)
+    save(Adapter([entries("w", 50), grown("r")], whole=[whole]), path, block_size=16)
     read_all(path)
     damage(path, stream)
     with pytest.raises(FormatError) as caught:
@@ -209,11 +257,18 @@ def seeds() -> list[bytes]:
         SparseTensor("v", (30_000, 40_000), few, f32(1, 2), meaning="delta"),
         SparseTensor("s", (30, 20), rows, meaning="none"),
         SparseTensor("h", one.shape, one.indices, one.values, base_digest=one.base_digest),
+        grown("r"),
+        SparseTensor("d", (4, 2), [0, 3], f32(1, 2), base=f32(3, 4), rows=2),
     ]
     found = []
     with tempfile.TemporaryDirectory() as name:
         for some in (tensors, tensors[1:2], []):
-            save(Adapter(some, whole=[WholeTensor("b", f32(1))]), Path(name) / "a.st", block_size=16)
+            manifest = {"removed": ["x"]} if some else {}
+            save(
+                Adapter(some, whole=[WholeTensor("b", f32(1))], manifest=manifest),
+                Path(name) / "a.st",
+                block_size=16,
+            )
             found.append((Path(name) / "a.st").read_bytes())
     return found
 
@@ -263,6 +318,10 @@ def test_damaged_files_are_refused_or_valid(
             dtype=tensor.dtype,
             base=tensor.base,
             base_digest=tensor.base_digest,
+            base_name=tensor.base_name,
+            rows=tensor.rows,
+            new_rows=tensor.new_rows,
+            result_digest=tensor.result_digest,
         )
 
 

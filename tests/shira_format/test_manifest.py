@@ -30,6 +30,10 @@ def manifest(*tensors: Any, **changes: Any) -> str:
     return json.dumps(MINIMAL | {"tensors": list(tensors)} | changes)
 
 
+def patched(*tensors: Any, **changes: Any) -> str:
+    return manifest(*tensors, features=["patch"], **changes)
+
+
 def tensor(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(TENSOR) | changes
 
@@ -59,6 +63,25 @@ def test_streams_follow_from_the_manifest() -> None:
     assert ["b", "c"] == list(found.whole)
     assert ["gap8", "flat"] == [found.tensors[name].codec for name in "wf"]
     assert "w#base" == stream_name("w", "base")
+
+
+def test_what_a_patch_says() -> None:
+    digests = TENSOR["digests"] | {"rows": HEX, "result": HEX}
+    found = parse_manifest(
+        patched(
+            tensor(rows=7, digests=digests, **{"from": "v"}), tensor(name="v", rows=2, **{"from": "w"}), tensor(name="s", rows=4),
+            tensor(name="p"), removed=["x", "y"],
+        )
+    )  # fmt: skip
+    tensors = found.tensors.values()
+    assert ["v", "w", "s", "p"] == [tensor.base_name for tensor in tensors]
+    assert [7, 2, 4, None] == [tensor.rows for tensor in tensors]
+    assert [3, 0, 0, 0] == [tensor.new_rows for tensor in tensors]
+    assert [(7, 30), (2, 30), (4, 30), (4, 30)] == [tensor.result_shape for tensor in tensors]
+    assert [True, True, True, False] == [tensor.is_patch for tensor in tensors]
+    assert ("x", "y") == found.removed
+    assert ["w#rows"] == [name for name in found.stream_names() if name.endswith("#rows")]
+    assert () == parse_manifest(manifest(removed=[])).removed
 
 
 def test_raw_keeps_what_nobody_knows() -> None:
@@ -109,6 +132,40 @@ def test_numbers_of_any_length_are_parsed() -> None:
         (manifest(components={"a/b": {}}), "manifest-schema", "component 'a/b'"),
         (manifest(tensor(), components={"unet": {}}), "component", "['unet']"),
         (manifest(mask_files={"../x": HEX}), "manifest-schema", "mask file '../x'"),
+        (manifest(tensor(**{"from": "v"})), "manifest-schema", "without the feature 'patch'"),
+        (manifest(tensor(rows=4)), "manifest-schema", "without the feature 'patch'"),
+        (manifest(removed=["v"]), "manifest-schema", "without the feature 'patch'"),
+        (patched(tensor(**{"from": 3})), "manifest-schema", "'from' is not of type str"),
+        (patched(tensor(**{"from": ""})), "name", ""),
+        (patched(tensor(**{"from": "a\n"})), "name", ""),
+        (patched(tensor(rows=-1)), "manifest-schema", "rows -1"),
+        (patched(tensor(rows=True)), "manifest-schema", "rows True"),
+        (patched(tensor(rows=None)), "manifest-schema", "rows None"),
+        (patched(tensor(rows=2**52)), "shape-overflow", "2^53 - 1"),
+        (patched(tensor(rows=5)), "manifest-schema", "digests lack rows"),
+        (
+            patched(tensor(rows=5, digests=TENSOR["digests"] | {"rows": "x"})),
+            "manifest-schema",
+            "the digest of rows",
+        ),
+        (
+            patched(tensor(rows=4, values="none", digests={"indices": HEX, "blocks": HEX})),
+            "manifest-schema",
+            "rows 4",
+        ),
+        (patched(tensor(digests=TENSOR["digests"] | {"result": "x"})), "manifest-schema", "the digest of result"),
+        (
+            manifest(tensor(values="delta", digests=TENSOR["digests"] | {"result": HEX})),
+            "manifest-schema",
+            "result digest without target",
+        ),
+        (patched(removed="v"), "manifest-schema", "'removed' is not of type list"),
+        (patched(removed=[1]), "manifest-schema", "'removed' is not a list of strings"),
+        (patched(removed=["\t"]), "name", ""),
+        (patched(removed=["v", "v"]), "duplicate-name", "'v' occurs twice"),
+        (patched(tensor(), removed=["w"]), "duplicate-name", "'w' occurs twice"),
+        (patched(tensor(name="unet/w", **{"from": "w"}), components={"unet": {}}), "component", "['unet']"),
+        (patched(removed=["w"], components={"unet": {}}), "component", "['unet']"),
     ],
 )
 def test_refusals_say_what_and_where(text: str, rule: str, words: str) -> None:

@@ -68,7 +68,7 @@ def test_it_goes_on_where_it_was_cut_off(rule: str, after: int, tune: Tune, tmp_
         full_to_shira(*tune, out, rule=RULES[rule], resume=True, progress=cut_after(after))
     assert not out.exists()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
-    assert len(kept) >= min(1, after)
+    assert len(kept) >= max(0, after - 4)
     with pytest.raises(Cut):  # once more, a bit further
         full_to_shira(*tune, out, rule=RULES[rule], resume=True, progress=cut_after(after + 3))
     again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}

@@ -171,6 +171,37 @@ def test_a_mask_cannot_be_applied() -> None:
         apply(Adapter([SparseTensor("m", (3,), [1], meaning="none")]), {"m": np.zeros(3, F32)})
 
 
+PATCHES: dict[str, tuple[Adapter, str]] = {
+    "rows": (
+        Adapter([SparseTensor("b", (2, 3), np.empty(0, int), F32([]), base=F32([]), rows=1)]),
+        "tensor 'b': the adapter renames or resizes it",
+    ),
+    "name": (
+        Adapter([SparseTensor("b", (2, 3), np.empty(0, int), F32([]), base=F32([]), base_name="a")]),
+        "tensor 'b': the adapter renames or resizes it",
+    ),
+    "removed": (Adapter(manifest={"removed": ["b", "c"]}), "the adapter removes tensors, 'b' for example"),
+}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("case", PATCHES)
+def test_live_weights_take_no_patch(case: str, alpha: float) -> None:
+    patch, reason = PATCHES[case]
+    tensors = [target("a", BASE, [0], [1]), *patch.values()]
+    weights = {name: BASE.copy() for name in "abc"}
+    with pytest.raises(BaseMismatch, match=rf"^{reason}: a patch of whole checkpoints, .* \(shira_to_full "):
+        apply(Adapter(tensors, manifest=patch.manifest), weights, alpha)
+    assert all(same_bits(BASE, weight) for weight in weights.values())
+
+
+def test_a_digest_of_the_result_makes_no_patch() -> None:
+    tensor = SparseTensor("w", (2, 3), [1], F32([5]), base=F32([0]), result_digest="0" * 64)
+    weights = {"w": BASE.copy()}
+    apply(Adapter([tensor]), weights)
+    assert 5 == weights["w"][0, 1]
+
+
 def test_at_strength_zero_whole_tensors_stay() -> None:
     adapter = Adapter(
         [target("a", BASE, [0], [1])], whole=[WholeTensor("old", BASE + 1, base=BASE), WholeTensor("new", BASE)]

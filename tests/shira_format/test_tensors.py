@@ -19,7 +19,7 @@ from shira_format import BaseMismatch, BaseRequired, FormatError, ShiraError, Sp
 from shira_format.arrays import Array, as_array, bits, digest
 from shira_format.dtypes import DTYPES, FLOATS, dtype_name, is_float, working_dtype
 from shira_format.tensors import MAX_NUMEL, Meaning, matrix_view, numel, same_bits
-from tests.strategies import any_bits, float_dtypes, masks, sparse_tensors, whole_tensors
+from tests.strategies import any_bits, as_patch, float_dtypes, masks, sparse_tensors, whole_tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TORCH: dict[str, torch.dtype] = {
@@ -42,6 +42,8 @@ def f64(*values: float) -> Array:
 
 ONE = f32(1)
 HEX = "0" * 64
+TENSORS = sparse_tensors() | sparse_tensors().flatmap(as_patch) | whole_tensors()
+ROW = f32(7, 8, 9).reshape(1, 3)
 
 
 def to_torch(array: Array) -> torch.Tensor:
@@ -101,6 +103,23 @@ def sparse(**changes: Any) -> SparseTensor:
         ({"shape": (2**27, 2**26)}, "shape-overflow"),
         ({"shape": (2**32, 2**32)}, "shape-overflow"),
         ({"shape": (0, 5)}, "out-of-range"),
+        ({"new_rows": ROW}, "stray-stream"),
+        ({"rows": 3}, "missing-stream"),
+        ({"rows": 2, "new_rows": ROW}, "stray-stream"),
+        ({"rows": 2, "new_rows": ROW[:0]}, "stray-stream"),
+        ({"rows": 1, "new_rows": ROW}, "stray-stream"),
+        ({"rows": 4, "new_rows": ROW}, "count-mismatch"),
+        ({"rows": 3, "new_rows": ROW[:, :2]}, "count-mismatch"),
+        ({"rows": 3, "new_rows": ROW.reshape(3)}, "stream-dtype"),
+        ({"rows": 3, "new_rows": ROW.astype(BF16)}, "stream-dtype"),
+        ({"rows": -1}, "manifest-schema"),
+        ({"rows": 1}, "out-of-range"),  # which the entry at 4 is
+        ({"rows": 0}, "out-of-range"),
+        ({"rows": 2**52, "new_rows": ROW}, "shape-overflow"),
+        ({"shape": (), "indices": [0], "values": ONE, "base": ONE, "rows": 1}, "manifest-schema"),
+        ({"meaning": "none", "values": None, "base": None, "rows": 2}, "manifest-schema"),
+        ({"meaning": "none", "values": None, "base": None, "result_digest": HEX}, "manifest-schema"),
+        ({"meaning": "delta", "result_digest": HEX}, "manifest-schema"),
     ],
 )
 def test_the_constructor_refuses(changes: dict[str, Any], rule: str) -> None:
@@ -172,7 +191,7 @@ def test_matrix_view(shape: tuple[int, ...], rows: int, columns: int) -> None:
 # Immutability, equality, pickling
 
 
-@given(sparse_tensors() | whole_tensors())
+@given(TENSORS)
 def test_tensors_are_immutable(tensor: SparseTensor | WholeTensor) -> None:
     for attribute in ("name", "base", "base_digest", "values", "dtype", "indices", "new"):
         with pytest.raises(AttributeError):
@@ -181,7 +200,7 @@ def test_tensors_are_immutable(tensor: SparseTensor | WholeTensor) -> None:
             delattr(tensor, attribute)
     arrays: list[Array | None] = [tensor.base]
     if isinstance(tensor, SparseTensor):
-        arrays += [tensor.indices, tensor._values]
+        arrays += [tensor.indices, tensor._values, tensor.new_rows]
     else:
         arrays += [tensor.values]
     for array in arrays:
@@ -192,7 +211,7 @@ def test_tensors_are_immutable(tensor: SparseTensor | WholeTensor) -> None:
         hash(tensor)
 
 
-@given(sparse_tensors() | whole_tensors())
+@given(TENSORS)
 def test_copies_and_pickles_are_equal_and_immutable(tensor: SparseTensor | WholeTensor) -> None:
     for twin in (pickle.loads(pickle.dumps(tensor)), copy.copy(tensor), copy.deepcopy(tensor)):
         assert tensor == twin
@@ -201,6 +220,13 @@ def test_copies_and_pickles_are_equal_and_immutable(tensor: SparseTensor | Whole
             twin.name = "x"
         base = twin.base
         assert base is None or not base.flags.writeable
+        if isinstance(tensor, SparseTensor):
+            assert (tensor.base_name, tensor.rows, tensor.result_digest) == (
+                twin.base_name,
+                twin.rows,
+                twin.result_digest,
+            )
+            assert same_bits(tensor.new_rows, twin.new_rows)
 
 
 def test_the_caller_keeps_its_array() -> None:
@@ -222,12 +248,40 @@ def test_the_caller_keeps_its_array() -> None:
         {"base": None, "base_digest": sparse().base_digest},
         {"meaning": "delta"},
         {"values": f64(1, 2), "base": f64(0, 5)},
+        {"base_name": "v"},
+        {"rows": 3, "new_rows": ROW},
+        {"result_digest": HEX},
     ],
 )
 def test_what_makes_tensors_differ(changes: dict[str, Any]) -> None:
     assert sparse() == sparse()
     assert sparse() != sparse(**changes)
     assert sparse() != "w"
+
+
+def test_patches() -> None:
+    plain = sparse()
+    assert ("w", None, None, (2, 3)) == (plain.base_name, plain.rows, plain.new_rows, plain.result_shape)
+    assert not plain.is_patch
+    assert not sparse(result_digest=HEX).is_patch
+    assert sparse(base_name="v").is_patch
+    grown, shrunk, same = sparse(rows=3, new_rows=ROW), sparse(indices=[0, 2], rows=1), sparse(rows=2)
+    assert [(3, 3), (1, 3), (2, 3)] == [tensor.result_shape for tensor in (grown, shrunk, same)]
+    assert grown.is_patch
+    assert shrunk.is_patch
+    # What the file says, and what it is about: `shape` speaks of the base, and equal rows mean nothing.
+    assert ((2, 3), 6, 2) == (grown.shape, grown.numel, grown.nnz)
+    assert same.is_patch
+    assert plain == same
+    assert grown != sparse(rows=3, new_rows=ROW + 1)
+    assert sparse(rows=3, new_rows=ROW * 0) != sparse(rows=3, new_rows=-ROW * 0)
+    delta = sparse(meaning="delta", rows=3, new_rows=ROW)
+    assert (3, 3) == delta.result_shape
+
+
+def test_a_patch_is_torchs_too() -> None:
+    tensor = sparse(rows=3, new_rows=torch.from_numpy(ROW))
+    assert tensor == sparse(rows=3, new_rows=ROW)
 
 
 def test_equality_compares_bits() -> None:
