@@ -78,7 +78,7 @@ def positions(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         return np.flatnonzero(mask)
     whole = mask.size & ~7
     words = mask[:whole].view(np.uint64)
-    some = np.flatnonzero(words)
+    some = np.flatnonzero(words != 0)  # for booleans it is several times as fast
     inner = np.flatnonzero(words[some].view(np.bool_))
     found = (some << 3)[inner >> 3] + (inner & 7)
     return found if whole == mask.size else np.concatenate([found, np.flatnonzero(mask[whole:]) + whole])

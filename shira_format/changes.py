@@ -20,7 +20,10 @@ from shira_format.tensors import matrix_view, numel
 from shira_format.update import Update
 
 _FEW = 8  # a tile of which less than one in so many has moved is looked at entry by entry
-TILE = 1 << 18  # elements: 1 MB of float32, which stays in a second-level cache beside its factors
+TILE = 1 << 19  # elements: many enough that Python's own work between them is little, few enough for many threads
+_ROWS = (
+    1 << 18
+)  # elements of a tile of rows: 1 MB of float32, which stays in a second-level cache beside its factors
 
 # Gives the base's and the new values at positions among a tile's values.
 Ends = Callable[[Indices], tuple[Array, Array]]
@@ -76,7 +79,7 @@ class Change(Protocol):
 
 def tile_size(change: Change) -> int:
     """Elements a tile of ``change``."""
-    return max(1, TILE // change.grain) * change.grain
+    return TILE if change.grain == 1 else max(1, _ROWS // change.grain) * change.grain
 
 
 def narrowed(array: Array, dtype: np.dtype[Any]) -> Array:
@@ -136,6 +139,10 @@ class Entries:
             which = np.flatnonzero(which)  # faster if few are taken; if many are, a mask needs less memory
         both = (self.base[which], self.target[which]) if self.complete else (self.base, self.target)
         return Entries(self.indices[which], self.values[which], *both, self.energy)
+
+    def copied(self) -> Entries:
+        """The same, in memory of its own."""
+        return Entries(self.indices.copy(), self.values.copy(), self.base.copy(), self.target.copy(), self.energy)
 
     @classmethod
     def joined(cls, parts: list[Entries], change: Change) -> Entries:

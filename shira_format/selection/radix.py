@@ -246,7 +246,9 @@ def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) 
     def rest() -> Entries:
         entries = pool.all()  # cut once, as these may be many
         edge.see(entries.values)
-        return completed(change, cut(entries, *edge.decide(), seen.energy)[0])
+        found = completed(change, cut(entries, *edge.decide(), seen.energy)[0])
+        pool.close()
+        return found
 
     return rest
 

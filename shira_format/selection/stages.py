@@ -105,4 +105,10 @@ class Above:
 
     def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], Entries]:
         pool = radix.above(change, self.reach, workers, progress)
-        return lambda: topk.completed(change, pool.result())
+
+        def rest() -> Entries:
+            found = topk.completed(change, pool.result())
+            pool.close()
+            return found
+
+        return rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,7 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
 
     def rest() -> Entries:
         found = completed(change, pool.result())
+        pool.close()
         # If nothing is left out, sums in two precisions must not say otherwise.
         whole = k == change.size and rule.min_change == 0
         own = sum_of_squares(found.values.astype(np.float64)) if whole else energy
@@ -119,7 +121,13 @@ class Pool:
         """Columns of :data:`COLUMNS`; what of them is never filled takes no memory."""
         change = self._change
         dtypes = (np.dtype(np.int64), change.dtype, change.weight_dtype, change.weight_dtype)
-        return [np.empty(size, dtype) for dtype in dtypes]
+        return [_rooms.take(size, dtype) for dtype in dtypes]
+
+    def close(self) -> None:
+        """Give the memory to pools to come; what :meth:`all` gave must not be used any more."""
+        for column in self._columns:
+            _rooms.give(column)
+        self._columns = []
 
     def add(self, entries: Entries) -> None:
         """Add the candidates of the next tile; some may be below a floor that has risen since they were found."""
@@ -157,13 +165,47 @@ class Pool:
         entries = self.all()
         magnitudes = np.abs(entries.values)
         if self._free == np.inf:
-            return entries if self.size <= self._k else entries.kept(_largest_of(magnitudes, self._k))
+            return entries.copied() if self.size <= self._k else entries.kept(_largest_of(magnitudes, self._k))
         rest = np.flatnonzero(magnitudes < self._free)
         if rest.size <= self._k:
-            return entries
+            return entries.copied()
         keep = magnitudes >= self._free
         keep[rest[_largest_of(magnitudes[rest], self._k)]] = True
         return entries.kept(keep)
+
+
+class _Rooms:
+    """Memory that is used again: to get it anew from the system for each tensor takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[Array] = []
+
+    def take(self, size: int, dtype: np.dtype[Any]) -> Array:
+        nbytes = size * dtype.itemsize
+        with self._lock:
+            for place, room in enumerate(self._free):
+                if nbytes <= room.size <= 4 * nbytes:
+                    return self._free.pop(place)[:nbytes].view(dtype)
+        return np.empty(nbytes, np.uint8).view(dtype)
+
+    def give(self, column: Array) -> None:
+        room = column
+        while room.base is not None:
+            room = room.base
+        if room.size > _ROOM:
+            return
+        with self._lock:
+            self._free.append(room)
+            if len(self._free) > _ROOMS:
+                self._free.pop(0)
+
+
+_ROOMS, _ROOM = (
+    16,
+    1 << 25,
+)  # how many are kept, four for each pool that is in use at a time; and of how many bytes
+_rooms = _Rooms()
 
 
 def _largest_of(magnitudes: Array, k: int) -> Array:

@@ -25,7 +25,8 @@ from shira_format.changes import Change, Tile, tile_size
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-_BATCH = 4  # tiles of a task
+_BATCH = 1 << 21  # elements of a task
+_THREADS = 16  # beyond so many, they wait for each other
 _AHEAD = 2  # tasks that are under way while others are made
 
 Progress = Callable[[int], object]
@@ -43,8 +44,8 @@ class Workers:
     """A pool of threads, as a context manager."""
 
     def __init__(self, threads: int | None = None) -> None:
-        """Args: ``threads``: all cores by default."""
-        self.threads = threads or usable_cores()
+        """Args: ``threads``: all cores by default, but no more than 16."""
+        self.threads = threads or min(usable_cores(), _THREADS)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shira")
         self._blas = single_threaded_blas()
 
@@ -97,7 +98,7 @@ class Workers:
     ) -> Iterator[_R]:
         """``work(start, stop)`` for each tile of ``size`` elements."""
         # Several at a time, where there are many: to hand over a result takes as long as some of the work.
-        stride = step * max(1, min(_BATCH, size // (step * 4 * self.threads)))
+        stride = step * max(1, min(_BATCH // step, size // (step * 4 * self.threads)))
 
         def several(first: int) -> list[tuple[int, _R]]:
             stops = (min(start + step, size) for start in range(first, min(first + stride, size), step))
