@@ -72,9 +72,12 @@ def frozen(array: Array) -> Array:
     return view
 
 
-def positions(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Where a flat mask is true; for sparse masks faster than ``np.flatnonzero``, which looks at every element."""
-    if np.count_nonzero(mask) * 10 > mask.size:
+def positions(mask: npt.NDArray[np.bool_], count: int | None = None) -> npt.NDArray[np.int64]:
+    """Where a flat mask is true; for sparse masks faster than ``np.flatnonzero``, which looks at every element.
+
+    ``count`` is how often it is true, if that is known.
+    """
+    if (np.count_nonzero(mask) if count is None else count) * 8 > mask.size:
         return np.flatnonzero(mask)
     whole = mask.size & ~7
     words = mask[:whole].view(np.uint64)

@@ -241,8 +241,9 @@ class Difference:
         if before.dtype == after.dtype:
             moved = different(before, after)
             # After a step of training few entries have moved, and only these need any arithmetic.
-            if np.count_nonzero(moved) * _FEW < moved.size:
-                where = positions(moved)
+            few = int(np.count_nonzero(moved))
+            if few * _FEW < moved.size:
+                where = positions(moved, few)
                 before, after = before[where], after[where]
                 out = out[: where.size]
         widened(after, out)

@@ -8,7 +8,9 @@ import math
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from shira_format.selection import Progress, Workers
 from shira_format.storage import located
 from shira_format.tensors import SparseTensor, numel
 
+_HASHING = 16  # parts that wait to be hashed
 SHARD_BYTES = 5_000_000_000  # what transformers fills a shard with
 # Files of weights, in whatever format: a copy of the base has none of the base's own.
 _WEIGHTS = re.compile(
@@ -214,6 +217,7 @@ class Plan:
         report.patched, report.whole, report.removed = len(self._sparse), len(self._whole), len(self._removed)
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(threads))
+            self._hashing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="shira-hash"))
             folder = stack.enter_context(replaced_folder(out)) if out is not None else None
             for shard, pieces in self._shards.items():
                 self._write_shard(folder, shard, pieces, workers, progress)
@@ -277,6 +281,7 @@ class Plan:
     def _patched(self, tensor: SparseTensor, workers: Workers) -> Iterator[Array]:
         before, after = hashlib.sha256(), hashlib.sha256()
         check = tensor.result_digest is not None and self._alpha == 1
+        hashing: deque[Future[None]] = deque()  # in order, on a thread of its own, while the parts are written
         size = min(numel(tensor.shape), numel(tensor.result_shape))
         at = 0
         for start, part in self._base_parts(tensor.base_name, size, workers):
@@ -287,7 +292,9 @@ class Plan:
             part[here] = tensor.applied(found, self._alpha, at)
             at = until
             if check:
-                after.update(bits(part).data)
+                hashing.append(self._hashing.submit(after.update, bits(part).data))
+                if len(hashing) > _HASHING:
+                    hashing.popleft().result()
             yield part
         if tensor.base_digest is not None and before.hexdigest() != tensor.base_digest:
             raise BaseMismatch(
@@ -295,9 +302,11 @@ class Plan:
             )
         if tensor.new_rows is not None:
             if check:
-                after.update(bits(tensor.new_rows).data)
+                hashing.append(self._hashing.submit(after.update, bits(tensor.new_rows).data))
             yield tensor.new_rows.reshape(-1)
         if check:
+            for done in hashing:
+                done.result()
             if after.hexdigest() != tensor.result_digest:
                 raise BaseMismatch(
                     f"tensor {tensor.name!r}: the base {self._base.path} differs from the right one outside the adapter's "
