@@ -52,3 +52,20 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
         for text, figure in ((ours, found[case]["ours"]), (peer, found[case]["peer"])):
             digits = len(text.partition(".")[2])
             assert text == f"{figure:.{digits}f}", case
+
+
+def test_the_losses_are_those_of_the_benchmark() -> None:
+    """The table of what is left of a real fine-tune; its rows of the stored run follow each other in threes."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "2-core-xeon.json").read_text())["rows"]
+    cases = [row["case"] for row in stored]
+    rows = re.findall(
+        r"^\| (\d+) % \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) MB \|$", README, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["1", "2", "5", "10"]
+    for density, *tensor, energy, cosine, size in rows:
+        for scope, found in (("tensor", tensor), ("global", [energy, cosine])):
+            place = cases.index(f"SRE fine-tune of MiniLM, top-k {density}%, {scope} scope: energy kept")
+            kept, file, embeddings = stored[place : place + 3]
+            assert found == [f"{100 * kept['ours']:.1f}", f"{embeddings['ours']:.3f}"]
+            assert f"cosine of the embeddings to the fine-tune's, {embeddings['peer']:.3f} for" in README
+        assert size == f"{file['ours'] / 1e6:.1f}"
