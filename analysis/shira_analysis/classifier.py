@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shira_analysis.texts import rows_of
+
 
 @dataclass(frozen=True)
 class LabelledTexts:
@@ -27,21 +29,5 @@ class LabelledTexts:
 
 
 def logits(model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 16, length: int = 128) -> npt.NDArray[np.float32]:  # fmt: skip
-    """The model's logits, ``[texts, classes]``, in the order of ``texts``.
-
-    Texts of like length share a batch, so that little is computed on padding.
-    """
-    import torch
-
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    rows: list[Any] = [None] * len(texts)
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            inputs = tokenizer(
-                [texts[i] for i in chosen], padding=True, truncation=True, max_length=length, return_tensors="pt"
-            )
-            for i, row in zip(chosen, model(**inputs).logits.float().numpy(), strict=True):
-                rows[i] = row
-    return np.stack(rows)
+    """The model's logits, ``[texts, classes]``, in the order of ``texts``."""
+    return rows_of(model, tokenizer, texts, lambda _, output: output.logits.float(), batch=batch, length=length)

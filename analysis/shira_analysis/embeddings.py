@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shira_analysis.texts import rows_of
+
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -26,21 +28,12 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 16, 
     """
     import torch
 
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    rows: list[Any] = [None] * len(texts)
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            inputs = tokenizer(
-                [texts[i] for i in chosen], padding=True, truncation=True, max_length=length, return_tensors="pt"
-            )
-            states = model(**inputs).last_hidden_state.float()
-            own = inputs["attention_mask"].unsqueeze(-1).float()
-            means = (states * own).sum(1) / own.sum(1)
-            for i, row in zip(chosen, torch.nn.functional.normalize(means).numpy(), strict=True):
-                rows[i] = row
-    return np.stack(rows)
+    def rows(inputs: Any, output: Any) -> Any:
+        own = inputs["attention_mask"].unsqueeze(-1).float()
+        means = (output.last_hidden_state.float() * own).sum(1) / own.sum(1)
+        return torch.nn.functional.normalize(means)
+
+    return rows_of(model, tokenizer, texts, rows, batch=batch, length=length)
 
 
 def mean_cosine(a: Floats, b: Floats) -> float:

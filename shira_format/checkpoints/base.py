@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from shira_format.arrays import Array
 
 _MAPPED = 1 << 28  # bytes of a tensor up to which it is mapped whole to look at some of its elements
+
+_T = TypeVar("_T")
 
 
 class Checkpoint(Mapping[str, Array]):
@@ -82,3 +84,18 @@ class Checkpoint(Mapping[str, Array]):
     def metadata(self, shard: str) -> dict[str, str]:
         """``__metadata__`` of one of :attr:`shards`, or of a file that would take its place."""
         return {"format": "pt"}
+
+
+class Listed(Checkpoint, Generic[_T]):
+    """A checkpoint whose tensors are listed when it is opened, in ``_where``: what is known of each, by name."""
+
+    _where: Mapping[str, _T]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # without reading the tensor

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shira_format.arrays import Array, frozen
-from shira_format.checkpoints.base import Checkpoint
-from shira_format.checkpoints.dcp_metadata import NAME, Chunk, Metadata
+from shira_format.checkpoints.base import Listed
+from shira_format.checkpoints.dcp_metadata import NAME, Chunk, Metadata, Sharded
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.strided import Box, boxes
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
@@ -24,7 +24,7 @@ _OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state", "optimizer
 _MODELS = ("model", "module", "state_dict", "model_state_dict")
 
 
-class DcpCheckpoint(Checkpoint):
+class DcpCheckpoint(Listed[Sharded]):
     """The model's tensors of a distributed checkpoint, put together from their chunks."""
 
     def __init__(self, path: Path) -> None:
@@ -32,15 +32,15 @@ class DcpCheckpoint(Checkpoint):
         metadata = Metadata(path / NAME)
         keys, notices = _model(metadata)
         self.notices = tuple(notices)
-        self._tensors = {name: metadata.tensor(key) for name, key in keys.items()}
+        self._where = {name: metadata.tensor(key) for name, key in keys.items()}
         # A checkpoint of thousands of ranks has more files than a process may have open, and more chunks than need
         # be remembered.
         self._storage = functools.lru_cache(64)(functools.partial(_open_file, path))
         self._chunk = functools.lru_cache(4096)(functools.partial(_open_chunk, self._storage))
-        names = sorted({chunk.file for tensor in self._tensors.values() for chunk in tensor.chunks})
+        names = sorted({chunk.file for tensor in self._where.values() for chunk in tensor.chunks})
         self.files = [path / name for name in names]
         sizes = {name: self._storage(name).size for name in names}
-        for name, tensor in self._tensors.items():
+        for name, tensor in self._where.items():
             for chunk in tensor.chunks:
                 if chunk.begin + chunk.length > sizes[chunk.file]:
                     raise SourceError(f"{path}: tensor {name!r}: {chunk.file} ends before its chunk at {list(chunk.offsets)}")  # fmt: skip
@@ -49,17 +49,8 @@ class DcpCheckpoint(Checkpoint):
         shape = self.shape(name)
         return frozen(self.part(name, 0, numel(shape)).reshape(shape))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
-        tensor = self._tensors[name]
+        tensor = self._where[name]
         part = (np.empty(stop - start, tensor.dtype) if out is None else out)[: stop - start]
         at = 0
         try:
@@ -74,10 +65,10 @@ class DcpCheckpoint(Checkpoint):
         return part
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
+        return self._where[name].shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        return self._tensors[name].dtype
+        return self._where[name].dtype
 
     @property
     def folder(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shira_format.arrays import Array, frozen
-from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.base import Listed
 from shira_format.checkpoints.gguf_file import Entry, GGUFFile, load_gguf
 from shira_format.checkpoints.gguf_names import ARCHITECTURES, COMPUTED, HEADS, Form
 from shira_format.dtypes import DTYPES
@@ -97,7 +97,7 @@ class _Tensor:
             out[low - start : high - start] = values[low - block * entry.block : high - block * entry.block]
 
 
-class GGUFCheckpoint(Checkpoint):
+class GGUFCheckpoint(Listed[_Tensor]):
     """The tensors of one model in one or more GGUF files; quantised ones come as float32."""
 
     def __init__(self, path: Path, files: list[GGUFFile]) -> None:
@@ -137,15 +137,6 @@ class GGUFCheckpoint(Checkpoint):
             mapped = tensor.file.storage.view(begin, begin + count * tensor.dtype.itemsize)
             return frozen(np.frombuffer(mapped, tensor.dtype, count).reshape(tensor.shape))
         return frozen(self.part(name, 0, count).reshape(tensor.shape))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._where[name].shape

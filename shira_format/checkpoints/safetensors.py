@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shira_format.arrays import Array
-from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.base import Listed
 from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.checkpoints.naming import is_index
 from shira_format.dtypes import DTYPES
@@ -21,7 +20,7 @@ _FILE = ".safetensors"
 _USUAL = ("model", "diffusion_pytorch_model")
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class SafetensorsCheckpoint(Listed[SafetensorsFile]):
     """The tensors of one or more safetensors files under one roof."""
 
     def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
@@ -37,15 +36,6 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __getitem__(self, name: str) -> Array:
         return self._where[name].read_apart(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         return self._where[name].read_part(name, start, stop, out)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shira_format.arrays import Array, frozen
-from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.base import Listed
 from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
@@ -25,7 +25,7 @@ _USUAL = ("pytorch_model", "diffusion_pytorch_model")
 _IGNORED = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
 
-class TorchBinCheckpoint(Checkpoint):
+class TorchBinCheckpoint(Listed["_File"]):
     """The tensors of one or more files of ``torch.save`` under one roof."""
 
     def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
@@ -42,15 +42,6 @@ class TorchBinCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> Array:
         shape = self.shape(name)
         return frozen(self.part(name, 0, numel(shape)).reshape(shape))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         return self._where[name].part(name, start, stop, out)

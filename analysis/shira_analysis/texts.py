@@ -1,0 +1,40 @@
+"""Texts through a model, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def rows_of(
+    model: Any, tokenizer: Any, texts: Sequence[str], rows: Callable[[Any, Any], Any], *, batch: int, length: int
+) -> npt.NDArray[np.float32]:
+    """One row a text, ``[texts, ...]``, in the order of ``texts``.
+
+    Texts are cut after ``length`` tokens; those of like length share a batch, so that little is computed on padding.
+
+    Args:
+        model: from transformers, on the CPU; it is put into evaluation mode.
+        tokenizer: its tokenizer.
+        texts: at least one.
+        rows: from the tokenizer's tensors and the model's output to a tensor ``[batch, ...]``.
+        batch: texts at a time.
+        length: tokens of a text that count.
+    """
+    import torch
+
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found: list[Any] = [None] * len(texts)
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            inputs = tokenizer(
+                [texts[i] for i in chosen], padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
+            for i, row in zip(chosen, rows(inputs, model(**inputs)).numpy(), strict=True):
+                found[i] = row
+    return np.stack(found)
