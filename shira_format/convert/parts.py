@@ -83,19 +83,20 @@ class Kept:
         """See :class:`shira_format.selection.stages.Engine`."""
         self._maps += 1
         paths = [self.folder / f"{self._maps}-{place:06d}.npz" for place in range(len(changes))]
-        there = [_unpacked(path) for path in paths]
-        missing = [change for change, found in zip(changes, there, strict=True) if found is None]
-        computed = self._engine.map(stage, missing)
-        for place, (path, change) in enumerate(zip(paths, changes, strict=True)):
-            result = there[place]
-            there[place] = None
-            if result is None:
+        there = [path.exists() for path in paths]
+        computed = self._engine.map(
+            stage, [change for change, found in zip(changes, there, strict=True) if not found]
+        )
+        for path, change, found in zip(paths, changes, there, strict=True):
+            if found:
+                result = cast(_R, _unpacked(path))
+                self._progress(cast(Any, change).size * stage.passes)
+            else:
                 result = next(computed)
                 with replaced_file(path) as file:
                     file.write(_packed(result))
-            else:
-                self._progress(cast(Any, change).size * stage.passes)
-            yield cast(_R, result)
+            yield result
+            del result  # not to be held while the next one is computed
 
 
 def _fingerprint(job: Job, rule: TopK | Exact, opened: Opened) -> str:
@@ -125,9 +126,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _unpacked(path: Path) -> Any:
-    """What :func:`_packed` has written; None if there is nothing."""
-    if not path.exists():
-        return None
+    """What :func:`_packed` has written."""
     try:
         # Opened here: numpy forgets to close a file that is no archive.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:

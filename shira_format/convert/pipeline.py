@@ -132,13 +132,18 @@ def _every_difference(
     opened: Opened, rule: Exact, engine: Engine, copies: list[WholeCopy], self_contained: bool
 ) -> Iterator[tuple[int, _Finish]]:
     changes = cast("Sequence[Difference]", opened.changes)
-    for change, found in zip(changes, engine.map(Differing(rule), changes), strict=True):
+    results = engine.map(Differing(rule), changes)
+    for change in changes:
+        found = next(results)
         if found.entries is None:
             assert opened.copy is not None
             copies.append(opened.copy(change))
-        else:
-            finish = partial(_difference, opened, change, found.entries, found.digest, self_contained)
-            yield found.entries.size, finish
+            continue
+        size = found.entries.size
+        finish = partial(_difference, opened, change, found.entries, found.digest, self_contained)
+        del found  # not to be held while the next one is looked at
+        yield size, finish
+        del finish
 
 
 def _difference(

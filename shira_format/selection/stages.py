@@ -19,9 +19,7 @@ from shira_format.selection.workers import Progress, Workers
 
 C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
-_MOST = (
-    1 << 25
-)  # elements of changes whose rest is done while others are looked at: what is kept of them is in memory
+_MOST = 1 << 25  # elements of changes whose rest is done while others are looked at: what they keep is in memory
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
