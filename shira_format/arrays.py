@@ -87,6 +87,16 @@ def positions(mask: npt.NDArray[np.bool_], count: int | None = None) -> npt.NDAr
     return found if whole == mask.size else np.concatenate([found, np.flatnonzero(mask[whole:]) + whole])
 
 
+def sum_of_squares(values: Array) -> float:
+    """In the values' own type, unless it leaves that type's normal range."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        energy = float(np.dot(values, values))
+    if not 1e-30 < energy < 1e30:  # squares may have vanished, or overflowed; or there is a NaN, which stays
+        wide = values.astype(np.float64)
+        energy = float(np.dot(wide, wide))
+    return energy
+
+
 _held = threading.local()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,8 @@ from shira_format.dtypes import working_dtype
 from shira_format.tensors import matrix_view, numel
 from shira_format.update import Update
 
-_FEW = 8  # a tile of which less than one in so many has moved is looked at entry by entry
+# A tile is looked at entry by entry if less than one in so many of its first elements has moved.
+_FEW, _GLANCE = 8, 1 << 12
 TILE = 1 << 19  # elements: many enough that Python's own work between them is little, few enough for many threads
 _ROWS = (
     1 << 18
@@ -36,6 +38,8 @@ class Tile:
     Attributes:
         values: the change, of all elements or of those at ``where``.
         where: positions within the tile, rising, outside of which the change is zero; None: there are all.
+        moved: makes the mask of values that have changed at all; None: a value says so itself. What is infinite or NaN
+            in both checkpoints has not changed, though its difference is no number.
         ends: gives the base's and the new values; None: to look at the base for each candidate would be waste, and
             :meth:`Change.completed` does so for those that are selected.
     """
@@ -43,6 +47,7 @@ class Tile:
     values: Array
     where: Indices | None = None
     ends: Ends | None = None
+    moved: Callable[[], Array] | None = None
 
 
 class Change(Protocol):
@@ -237,25 +242,22 @@ class Difference:
 
     def tile(self, start: int, stop: int, out: Array) -> Tile:
         before, after = self.both(start, stop)
-        where = None
+        where = moved = None
         if before.dtype == after.dtype:
-            moved = different(before, after)
+            moved = partial(different, before, after)
             # After a step of training few entries have moved, and only these need any arithmetic.
-            few = int(np.count_nonzero(moved))
-            if few * _FEW < moved.size:
-                where = positions(moved, few)
+            if np.count_nonzero(different(before[:_GLANCE], after[:_GLANCE])) * _FEW < min(_GLANCE, out.size):
+                where = positions(moved())
                 before, after = before[where], after[where]
-                out = out[: where.size]
+                out, moved = out[: where.size], None
         widened(after, out)
         out -= widened(before, scratch("wide", out.size, out.dtype))
-        if where is None and before.dtype == after.dtype and not np.isfinite(np.dot(out, out)):
-            out[~moved] = 0  # what is infinite or NaN in both has not changed
 
         def ends(found: Indices) -> tuple[Array, Array]:
             with np.errstate(over="ignore"):
                 return before[found], narrowed(after[found], before.dtype)
 
-        return Tile(out, where, ends)
+        return Tile(out, where, ends, moved)
 
     def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
         before = self.base.at(self.base_name, indices)

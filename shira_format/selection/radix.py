@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_format.arrays import Array, positions
+from shira_format.arrays import Array
 from shira_format.changes import TILE, Change, Entries, Tile
 from shira_format.selection.rule import TopK
-from shira_format.selection.topk import Pool, at_least, check_energy, completed, sum_of_squares
+from shira_format.selection.topk import Pool, at_least, check_energy, completed, reaching
 from shira_format.selection.workers import Progress, Workers
 
 BINS = 1 << 16
@@ -61,9 +61,9 @@ def survey(
     """
     total, few = Survey.empty(rule), _Bins()
 
-    def count(_start: int, tile: Tile, magnitudes: Array) -> tuple[Array, Array | None, float]:
-        near = magnitudes[positions(magnitudes >= floor)].astype(dtype, copy=False)
-        bins, energy = _leading_bits(near), sum_of_squares(tile.values)
+    def count(_start: int, tile: Tile, energy: float) -> tuple[Array, Array | None, float]:
+        near = np.abs(tile.values[reaching(tile.values, floor)]).astype(dtype, copy=False)
+        bins = _leading_bits(near)
         if rule.energy is not None:
             wide = near.astype(np.float64)
             return np.bincount(bins, minlength=BINS), np.bincount(bins, wide * wide, BINS), energy
@@ -216,8 +216,8 @@ def above(change: Change, reach: Reach, workers: Workers, progress: Progress) ->
     """The second pass over one change: all entries that may be selected."""
     pool = Pool(change, reach.most, reach.floor, reach.sure, min(reach.expected, change.size))
 
-    def work(start: int, tile: Tile, magnitudes: Array) -> Entries:
-        return Entries.of_tile(change, start, tile, positions(magnitudes >= pool.floor))
+    def work(start: int, tile: Tile, _energy: float) -> Entries:
+        return Entries.of_tile(change, start, tile, reaching(tile.values, pool.floor))
 
     for entries in workers.tiles(change, work, progress):
         pool.add(entries)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, positions
+from shira_format.arrays import Array, positions, sum_of_squares
 from shira_format.changes import COLUMNS, TILE, Change, Entries, Tile
+from shira_format.codecs import Indices
 from shira_format.errors import SourceError
 from shira_format.selection.rule import TopK
 from shira_format.selection.workers import Progress, Workers
@@ -18,14 +19,11 @@ _SAMPLES = 8  # pieces of a change that are looked at first
 _SAMPLE = 1 << 12  # elements a piece
 
 
-def sum_of_squares(values: Array) -> float:
-    """In the values' own type, unless it leaves that type's normal range."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        energy = float(np.dot(values, values))
-    if not 1e-30 < energy < 1e30:  # squares may have vanished, or overflowed; or there is a NaN, which stays
-        wide = values.astype(np.float64)
-        energy = float(np.dot(wide, wide))
-    return energy
+def reaching(values: Array, floor: Any) -> Indices:
+    """Positions of magnitude ``floor`` or more, rising."""
+    mask = values >= floor
+    mask |= values <= -floor
+    return positions(mask)
 
 
 def completed(change: Change, entries: Entries) -> Entries:
@@ -56,9 +54,8 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
     while True:
         pool = Pool(change, k, floor)
 
-        def work(start: int, tile: Tile, magnitudes: Array, pool: Pool = pool) -> tuple[Entries, float]:
-            found = positions(magnitudes >= pool.floor)
-            return Entries.of_tile(change, start, tile, found), sum_of_squares(tile.values)
+        def work(start: int, tile: Tile, energy: float, pool: Pool = pool) -> tuple[Entries, float]:
+            return Entries.of_tile(change, start, tile, reaching(tile.values, pool.floor)), energy
 
         energy = 0.0
         for entries, part in workers.tiles(change, work, progress):

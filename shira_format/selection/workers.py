@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from shira_format.arrays import Array, scratch
+from shira_format.arrays import scratch, sum_of_squares
 from shira_format.changes import Change, Tile, tile_size
 
 _T = TypeVar("_T")
@@ -114,16 +114,19 @@ class Workers:
     def tiles(
         self,
         change: Change,
-        work: Callable[[int, Tile, Array], _R],
+        work: Callable[[int, Tile, float], _R],
         progress: Progress = lambda _: None,
     ) -> Iterator[_R]:
-        """``work(start, tile, magnitudes)`` for each tile: its first flat index, itself, and its values' magnitudes."""
+        """``work(start, tile, energy)`` for each tile: its first flat index, itself, and its sum of squares."""
 
         def one(start: int, stop: int) -> _R:
             with np.errstate(over="ignore", invalid="ignore"):  # found, and named, by the energy
                 tile = change.tile(start, stop, scratch("values", stop - start, change.dtype))
-                magnitudes = np.abs(tile.values, out=scratch("magnitudes", tile.values.size, change.dtype))
-            return work(start, tile, magnitudes)
+                energy = sum_of_squares(tile.values)
+                if tile.moved is not None and not np.isfinite(energy):
+                    tile.values[~tile.moved()] = 0
+                    energy = sum_of_squares(tile.values)
+            return work(start, tile, energy)
 
         return self.ranges(change.size, tile_size(change), one, progress)
 
