@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shira_format import AdapterFile, BaseMismatch
-from shira_format.checkpoints import Checkpoint
 from shira_format.manifest import SparseEntry, stream_name
 from shira_format.tensors import density, numel
+
+if TYPE_CHECKING:
+    from shira_format.checkpoints import Checkpoint  # with all layouts, which a look at a file does not need
 
 
 def describe(file: AdapterFile) -> dict[str, Any]:

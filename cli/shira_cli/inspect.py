@@ -11,7 +11,6 @@ from typing import Any
 from shira_analysis.summary import describe, misfits_with
 from shira_cli import console
 from shira_format import AdapterFile
-from shira_format.checkpoints import open_checkpoint
 from shira_format.filters import name_filter
 
 PROG = "shira-inspect"
@@ -69,6 +68,8 @@ def _inspect(options: argparse.Namespace) -> int:
         file.verify()
         info["verified"] = True
     if options.base is not None:
+        from shira_format.checkpoints import open_checkpoint
+
         misfits = misfits_with(file, open_checkpoint(options.base))
         info["base"] = {"path": str(options.base), "fits": not misfits, "reasons": misfits}
     if options.json:
