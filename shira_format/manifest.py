@@ -21,6 +21,8 @@ MAJOR = 1
 METADATA_KEY = "shira"
 FEATURES = frozenset({"mask-file", "patch"})
 DIGEST = "sha256"
+# What a writer derives from the tensors; everything else of a manifest is taken over as it is.
+DERIVED = frozenset({"format_version", "features", "digest", "mask_files", "tensors", "whole"})
 ROLES = ("indices", "blocks", "values", "base", "rows")
 
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")

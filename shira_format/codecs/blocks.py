@@ -13,9 +13,9 @@ from shira_format.errors import FormatError
 _CHUNK = 1 << 16  # entries
 
 
-def gaps_of(indices: Indices) -> Indices:
-    """``x_0, x_1 - x_0 - 1, ...``: how many positions each entry skips."""
-    gaps = np.diff(indices, prepend=np.int64(-1))
+def gaps_of(indices: Indices, before: int = -1) -> Indices:
+    """``x_0, x_1 - x_0 - 1, ...``: how many positions each entry skips; ``before`` is the index before the first one."""
+    gaps = np.diff(indices, prepend=np.int64(before))
     gaps -= 1
     return gaps
 
@@ -25,7 +25,7 @@ def gaps_by_chunks(indices: Indices) -> Iterator[tuple[int, Indices]]:
     before = -1
     for start in range(0, indices.size, _CHUNK):
         chunk = indices[start : start + _CHUNK]
-        yield start, np.diff(chunk, prepend=np.int64(before)) - 1
+        yield start, gaps_of(chunk, before)
         before = int(chunk[-1])
 
 

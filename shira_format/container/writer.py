@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,13 +24,20 @@ from shira_format.container.atomic import replaced_file
 from shira_format.container.reader import AdapterFile
 from shira_format.dtypes import dtype_name
 from shira_format.errors import FormatError
-from shira_format.manifest import DIGEST, FORMAT_VERSION, METADATA_KEY, check_name, parse_manifest, stream_name
+from shira_format.manifest import (
+    DERIVED,
+    DIGEST,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    check_name,
+    parse_manifest,
+    stream_name,
+)
 from shira_format.safetensors_file import MAX_HEADER
 from shira_format.tensors import SparseTensor, WholeTensor, numel
 from shira_format.version import __version__
 
-# What `add` and `close` derive; everything else of a manifest is taken over as it is.
-_DERIVED = {"format_version", "features", "digest", "mask_files", "tensors", "whole"}
+# Likewise of an item of its lists.
 _DERIVED_OF_TENSOR = {
     "name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values", "from", "rows",
 }  # fmt: skip
@@ -322,7 +329,7 @@ class AdapterWriter:
 
     def _full_manifest(self) -> dict[str, Any]:
         manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": [], "digest": DIGEST}
-        manifest |= {"writer": f"shira-format {__version__}"} | _others(self.manifest, _DERIVED)
+        manifest |= {"writer": f"shira-format {__version__}"} | _others(self.manifest, DERIVED)
         if any("file" in item["indices"] for item in self._tensors):
             assert self._masks is not None
             manifest["features"].append("mask-file")
@@ -335,7 +342,7 @@ class AdapterWriter:
         return manifest
 
 
-def _others(keys: Mapping[str, Any] | None, known: set[str]) -> dict[str, Any]:
+def _others(keys: Mapping[str, Any] | None, known: Container[str]) -> dict[str, Any]:
     return {key: value for key, value in (keys or {}).items() if key not in known}
 
 

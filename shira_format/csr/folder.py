@@ -15,7 +15,7 @@ import numpy as np
 
 from shira_format.dtypes import FLOATS, dtype_name, working_dtype
 from shira_format.errors import FormatError, SourceError
-from shira_format.manifest import check_name
+from shira_format.manifest import DERIVED, check_name
 from shira_format.safetensors_file import MAX_HEADER, is_uint, parse_object
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, Meaning, numel
 
@@ -24,8 +24,6 @@ ORIGINAL = "original.st"
 FORMAT = "shira-csr"
 VERSION = 1
 
-# Of a manifest, what follows from the tensors and is not provenance.
-_DERIVED = {"format_version", "features", "digest", "mask_files", "tensors", "whole"}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]{0,250}\.npz")
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
@@ -99,7 +97,7 @@ class Index:
 
 def provenance(manifest: Mapping[str, Any], chosen: Callable[[str], bool]) -> dict[str, Any]:
     """What a manifest says beyond what follows from the tensors; of ``removed`` the names that are chosen."""
-    kept = {key: value for key, value in manifest.items() if key not in _DERIVED}
+    kept = {key: value for key, value in manifest.items() if key not in DERIVED}
     if isinstance(kept.get("removed"), list):
         kept["removed"] = [name for name in kept["removed"] if not isinstance(name, str) or chosen(name)]
     return kept
