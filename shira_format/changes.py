@@ -17,7 +17,7 @@ from shira_format.arrays import Array, different, positions, scratch, widened
 from shira_format.checkpoints import Checkpoint
 from shira_format.codecs import Indices
 from shira_format.dtypes import working_dtype
-from shira_format.tensors import matrix_view, numel
+from shira_format.tensors import numel
 from shira_format.update import Update
 
 # A tile is looked at entry by entry if less than one in so many of its first elements has moved.
@@ -161,7 +161,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class AddedTo:
-    """An update, such as a LoRA's, that is added to a weight of ``base``; tiles are whole rows of the matrix view."""
+    """An update, such as a LoRA's, that is added to a weight of ``base``; tiles are whole rows of the update."""
 
     update: Update
     base: Checkpoint
@@ -188,10 +188,10 @@ class AddedTo:
 
     @property
     def grain(self) -> int:
-        return max(1, matrix_view(self.shape)[1])
+        return self.update.columns
 
     def tile(self, start: int, stop: int, out: Array) -> Tile:
-        columns = matrix_view(self.shape)[1]
+        columns = self.update.columns
         self.update.tile(start // columns, stop // columns, out.reshape(-1, columns))
         return Tile(out)
 

@@ -10,7 +10,7 @@ from shira_format.arrays import Array
 
 
 class Update(Protocol):
-    """A dense change of one weight that is never held whole: any rows of its matrix view can be computed."""
+    """A dense change of one weight that is never held whole: any rows of it can be computed."""
 
     @property
     def name(self) -> str:
@@ -24,5 +24,9 @@ class Update(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """float32 or float64, in which the update is computed."""
 
+    @property
+    def columns(self) -> int:
+        """How many elements come together: the flat weight is rows of so many."""
+
     def tile(self, start: int, stop: int, out: Array) -> None:
-        """Fill ``out``, ``[stop - start, columns]`` in ``dtype``, with rows ``start`` to ``stop`` of the update."""
+        """Fill ``out``, ``[stop - start, columns]`` in ``dtype``, with rows ``start`` to ``stop`` of the update; safe from several threads."""

@@ -11,7 +11,8 @@ import os
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft import Peft
-from shira_format.lora.updates import Dialect, Lora, LowRank
+from shira_format.lora.products import LowRank
+from shira_format.lora.updates import Dialect, Lora
 from shira_format.storage import located
 
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (Peft(),)}

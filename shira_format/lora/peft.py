@@ -6,10 +6,8 @@ sqrt(r)`` under rslora; ``rank_pattern`` and ``alpha_pattern`` are regexes on mo
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, as_array
+from shira_format.arrays import Array
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import is_float, working_dtype
 from shira_format.errors import SourceError
+from shira_format.lora.files import is_number, is_rank, read_json, read_tensors
 from shira_format.lora.names import match_names
-from shira_format.lora.updates import Lora, LowRank
-from shira_format.safetensors_file import SafetensorsFile
+from shira_format.lora.products import LowRank
+from shira_format.lora.updates import Lora
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -82,13 +80,9 @@ def _find(path: Path) -> tuple[Path, Path] | None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: unreadable JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise SourceError(f"{path}: not a LoRA (peft_type is {kind!r})")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise SourceError(f"{path}: not a LoRA (peft_type is {config.get('peft_type')!r})")
     for option, reason in _NOT_PLAIN.items():
         if config.get(option):
             raise SourceError(f"{path}: {option} is set: {reason}")
@@ -97,9 +91,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights={start!r} changed the base's weights in training, so B @ A is not an update of "
             "the base; save the adapter with PEFT's path_initial_model_for_weight_conversion first"
         )
-    if not _is_rank(config.get("r")) or not _is_number(config.get("lora_alpha")):
+    if not is_rank(config.get("r")) or not is_number(config.get("lora_alpha")):
         raise SourceError(f"{path}: r and lora_alpha must be numbers, r a positive integer")
-    for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+    for key, good in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
             raise SourceError(f"{path}: {key} must map module names to numbers")
@@ -108,59 +102,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond float64
-        return False
-
-
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _read_weights(path: Path) -> Mapping[str, Array]:
-    if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        return {name: file.read(name) for name in file}
-    return _read_bin(path)
-
-
-def _read_bin(path: Path) -> Mapping[str, Array]:
-    try:
-        import torch
-    except ImportError:
-        raise SourceError(f"{path}: reading .bin files needs torch: pip install 'shira-format[torch]'") from None
-    import pickle
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has opinions on old files; it reads them or raises
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SourceError(
-            f"{path}: refused: the pickle holds more than tensors, and unpickling could run code ({_first_line(error)})"
-        ) from None
-    except Exception as error:  # a damaged file ends in about any exception
-        raise SourceError(f"{path}: not a PyTorch file: {_first_line(error)}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise SourceError(f"{path}: not a mapping from names to tensors")
-    return {str(name): _dense(path, str(name), value) for name, value in state.items()}
-
-
-def _dense(path: Path, name: str, tensor: Any) -> Array:
-    try:
-        return as_array(tensor)
-    except (TypeError, RuntimeError) as error:  # sparse, without data, or of a dtype that numpy cannot take over
-        raise SourceError(f"{path}: {name!r} is not read: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Reader:
@@ -176,7 +119,7 @@ class _Reader:
         self._rename: Callable[[str], str] = str
 
     def read(self, files: list[Path]) -> Lora:
-        for key, array in _read_weights(self.path).items():
+        for key, array in read_tensors(self.path)[0].items():
             self._sort(key, array)
         if not self.factors:
             raise SourceError(f"{self.path}: no key ends in lora_A.weight and lora_B.weight: not a LoRA")
@@ -203,10 +146,6 @@ class _Reader:
         name = key.removeprefix(PREFIX)
         if name == key:
             raise SourceError(f"{self.path}: unmatched key {key!r}: it does not start with {PREFIX!r}")
-        if not is_float(array.dtype):
-            raise SourceError(f"{self.path}: {key!r} is of dtype {array.dtype}, not a float")
-        if not np.isfinite(array.astype(working_dtype(array.dtype))).all():
-            raise SourceError(f"{self.path}: {key!r} holds NaN or Inf")
         if match := _FACTOR.fullmatch(name):
             # A second target on one module nests: "base_layer" inside the name would be another parameter.
             module, factor, what = match["module"], match["factor"], match["what"]

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from shira_format.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.update import Update
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``up @ down``: ``up`` is ``[rows, r]``, scale included, ``down`` is ``[r, columns]``."""
-
-    name: str
-    shape: tuple[int, ...]
-    up: Array
-    down: Array
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.up.dtype
-
-    def tile(self, start: int, stop: int, out: Array) -> None:
-        np.matmul(self.up[start:stop], self.down, out=out)
 
 
 @dataclass(frozen=True)
@@ -38,6 +20,9 @@ class Lora:
         updates: changes of weights, to be made sparse.
         whole: tensors that replace the base's, or are new to it, by name.
         additions: small tensors (biases) that are added to the base's as a whole, by name.
+        copies: names that the result has and the base has under another name, as repeated layers do: from the new
+            name to the base's. Updates speak of new names.
+        removed: names of base tensors that the result lacks.
         source: provenance: dialect, rank, alpha and so on, as plain JSON values.
         base_model: ``id`` and ``revision`` of the base, as far as the LoRA says.
         files: the files that were read.
@@ -47,6 +32,8 @@ class Lora:
     updates: list[Update]
     whole: dict[str, Array] = field(default_factory=dict)
     additions: dict[str, Array] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
     base_model: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
@@ -59,7 +46,7 @@ class Dialect(Protocol):
     name: str
 
     def recognises(self, path: Path) -> bool:
-        """Whether ``path`` looks like this dialect."""
+        """Whether ``path`` looks like this dialect; reads no more than names."""
 
     def read(self, path: Path, base: Checkpoint) -> Lora:
         """Read it; see :func:`shira_format.lora.open_lora`."""

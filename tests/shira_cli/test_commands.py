@@ -16,7 +16,7 @@ import pytest
 
 import shira_format
 from shira_cli import console, convert, inspect
-from shira_format.lora.updates import LowRank
+from shira_format.lora.products import LowRank
 from tests import models
 
 POSIX = os.name == "posix"
@@ -161,7 +161,7 @@ def test_a_known_error_shows_its_traceback_on_request(tmp_path: Path, monkeypatc
 
 _SLOW = """
 import sys, time
-from shira_format.lora.updates import LowRank
+from shira_format.lora.products import LowRank
 fast = LowRank.tile
 def slow(self, start, stop, out):
     time.sleep(0.2)

@@ -514,7 +514,7 @@ def test_a_bad_regex_in_a_pattern(net: Saved) -> None:
 )
 def test_configs_that_are_no_json_object(net: Saved, text: str) -> None:
     (net.lora / "adapter_config.json").write_text(text, "utf-8")
-    with pytest.raises(SourceError, match=r"adapter_config\.json: (unreadable JSON|not a LoRA)"):
+    with pytest.raises(SourceError, match=r"adapter_config\.json: (unreadable JSON|not a (LoRA|JSON object))"):
         net.read()
 
 
@@ -567,9 +567,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(net: Saved, how: str, tmp_pat
         net.read()
     assert not mark.exists()
     message = str(caught.value)
-    assert message.startswith(
-        f"{path}: refused: the pickle holds more than tensors, and unpickling could run code ("
-    )
+    assert message.startswith(f"{path}: not written by torch.save (the pickle asks for ")
     assert "\n" not in message
 
 

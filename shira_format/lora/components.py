@@ -1,0 +1,30 @@
+"""Models of several components (a diffusers pipeline: UNet, text encoders) as the base of one LoRA file."""
+
+from __future__ import annotations
+
+from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
+
+
+def component_names(base: Checkpoint, component: str, where: object, *, alone: bool) -> tuple[str, list[str]]:
+    """What stands before the names of a component's tensors in ``base``, and these names without it.
+
+    That is ``"unet/"`` in a pipeline. A checkpoint of one model has no components: it is taken for ``component`` if the
+    LoRA speaks of no other (``alone``).
+
+    Raises:
+        SourceError: the base has no such component.
+    """
+    if base.components:
+        prefix = f"{component}/"
+        if component not in base.components:
+            raise SourceError(
+                f"{where}: adapts the component {component!r}, the base has {', '.join(base.components)}"
+            )
+        return prefix, [name.removeprefix(prefix) for name in base if name.startswith(prefix)]
+    if not alone:
+        raise SourceError(
+            f"{where}: adapts {component!r} and other components: the base must be the whole pipeline (a folder with "
+            "model_index.json), not one model of it"
+        )
+    return "", list(base)

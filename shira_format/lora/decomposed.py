@@ -1,0 +1,93 @@
+"""Weight-decomposed updates (DoRA, arXiv 2402.09353): the tuned weight is ``magnitude * (W + U) / norm(W + U)``.
+
+The change depends on the base's weights, which are read tile by tile.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shira_format.arrays import Array, scratch, widened
+from shira_format.checkpoints import Checkpoint
+from shira_format.dtypes import working_dtype
+from shira_format.tensors import numel
+from shira_format.update import Update
+
+_ROWS = 1 << 18  # elements that are looked at together for norms of columns
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """The change that brings ``W`` to ``magnitude * (W + update) / (norm(W + update) + eps)``.
+
+    Attributes:
+        update: what is added to the weight before it is scaled.
+        base: where the weight is.
+        magnitude: a number for each norm, in ``update.dtype``: ``[rows]``, or with ``by_column`` ``[columns / kernel]``.
+        by_column: whether norms are over columns (``[in, out]`` weights; LyCORIS where it scales inputs), not over rows.
+        kernel: how many columns that follow each other share a norm: the size of a convolution's kernel.
+        eps: added to each norm.
+    """
+
+    update: Update
+    base: Checkpoint
+    magnitude: Array
+    by_column: bool = False
+    kernel: int = 1
+    eps: float = 0.0
+    _norms: list[Array] = field(default_factory=list, init=False, repr=False, compare=False)
+    _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.update.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.update.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.result_type(self.update.dtype, working_dtype(self.base.dtype(self.name)))
+
+    @property
+    def columns(self) -> int:
+        return self.update.columns
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        weight = self._sum(start, stop, out)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a norm of zero: found, and named, as NaN or Inf
+            if self.by_column:
+                out *= np.repeat(self.magnitude / (self._of_columns() + self.eps), self.kernel).astype(out.dtype)
+            else:
+                norms = np.sqrt(np.einsum("ij,ij->i", out, out, dtype=np.float64)) + self.eps
+                out *= (self.magnitude[start:stop] / norms).astype(out.dtype)[:, None]
+        out -= weight
+
+    def _sum(self, start: int, stop: int, out: Array) -> Array:
+        """Fill ``out`` with rows of ``W + U``; gives those of ``W``, in a buffer of this thread."""
+        self.update.tile(start, stop, out)
+        first, size = start * self.columns, out.size
+        raw = scratch("decomposed base", size, self.base.dtype(self.name))
+        part = self.base.part(self.name, first, first + size, raw)
+        weight = widened(part, scratch("decomposed wide", size, out.dtype)).reshape(out.shape)
+        out += weight
+        return weight
+
+    def _of_columns(self) -> Array:
+        """``[columns / kernel]`` in float64: a pass over the whole weight, made once."""
+        with self._lock:
+            if not self._norms:
+                rows, step = numel(self.shape) // self.columns, max(1, _ROWS // self.columns)
+                squares = np.zeros(self.columns, np.float64)
+                out = np.empty((step, self.columns), self.dtype)
+                for start in range(0, rows, step):
+                    tile = out[: min(step, rows - start)]
+                    self._sum(start, start + len(tile), tile)
+                    squares += np.einsum("ij,ij->j", tile, tile, dtype=np.float64)
+                self._norms.append(np.sqrt(squares.reshape(-1, self.kernel).sum(1)))
+            return self._norms[0]
