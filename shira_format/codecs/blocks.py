@@ -41,12 +41,18 @@ def make_blocks(indices: Indices, starts: list[Indices], block_size: int) -> Ind
     return np.stack([indices[::block_size], np.concatenate(starts)], axis=1)
 
 
-def check_blocks(blocks: Indices, indices: Indices, is_end: npt.NDArray[np.bool_], block_size: int) -> None:
-    """Raise unless the directory says the truth about decoded ``indices`` and the last bytes of their codes."""
+def check_offsets(blocks: Indices, size: int) -> None:
+    """Raise unless the offsets rise from 0 within a stream of ``size`` bytes."""
     offsets = blocks[:, 1]
     # Compared, not subtracted: a difference of hostile offsets could overflow.
-    if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any() or offsets[-1] >= is_end.size:
+    if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any() or offsets[-1] >= size:
         raise FormatError("block-directory", "offsets do not rise from 0 within the stream")
+
+
+def check_blocks(blocks: Indices, indices: Indices, is_end: npt.NDArray[np.bool_], block_size: int) -> None:
+    """Raise unless the directory says the truth about decoded ``indices`` and the last bytes of their codes."""
+    check_offsets(blocks, is_end.size)
+    offsets = blocks[:, 1]
     counts = np.add.reduceat(is_end, offsets, dtype=np.int64)
     lies = np.flatnonzero((counts[:-1] != block_size) | ~is_end[offsets[1:] - 1])
     if lies.size:

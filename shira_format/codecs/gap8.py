@@ -9,7 +9,8 @@ import numpy as np
 
 from shira_format.arrays import Array
 from shira_format.codecs.base import Encoded, Indices
-from shira_format.codecs.blocks import check_blocks, gaps_by_chunks, make_blocks
+from shira_format.codecs.blocks import check_blocks, check_offsets, gaps_by_chunks, make_blocks
+from shira_format.compiled import loaded
 from shira_format.errors import FormatError
 
 # Bytes decoded at a time: the chunk's int32 sums stay in the first-level caches.
@@ -57,12 +58,16 @@ class Gap8:
         assert stream is not None
         if nnz > stream.size:
             raise FormatError("stream-truncated", f"{stream.size} bytes cannot hold {nnz} entries")
+        if (kernels := loaded()) is not None:
+            indices = np.empty(nnz, np.int64)
+            _check_count(stream, kernels.decode_gap8(stream, indices), nnz)
+            if blocks is not None:
+                check_offsets(blocks, stream.size)
+                if kernels.false_block(stream, blocks, indices, params["block_size"]) >= 0:
+                    check_blocks(blocks, indices, stream != 255, params["block_size"])  # says which, and how
+            return indices
         is_end = stream != 255
-        found = int(np.count_nonzero(is_end))
-        if found < nnz:
-            raise FormatError("stream-truncated", f"the stream ends after {found} of {nnz} entries")
-        if found > nnz or (stream.size and not is_end[-1]):
-            raise FormatError("stream-trailing", f"bytes follow after the last of {nnz} entries")
+        _check_count(stream, int(np.count_nonzero(is_end)), nnz)
         indices = np.empty(nnz, np.int64)
         at, done = -1, 0
         for start in range(0, stream.size, CHUNK):
@@ -76,3 +81,10 @@ class Gap8:
         if blocks is not None:
             check_blocks(blocks, indices, is_end, params["block_size"])
         return indices
+
+
+def _check_count(stream: Array, found: int, nnz: int) -> None:
+    if found < nnz:
+        raise FormatError("stream-truncated", f"the stream ends after {found} of {nnz} entries")
+    if found > nnz or (stream.size and stream[-1] == 255):
+        raise FormatError("stream-trailing", f"bytes follow after the last of {nnz} entries")

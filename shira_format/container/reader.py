@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shira_format.adapter import Adapter
-from shira_format.arrays import Array, digest, file_digest
+from shira_format.arrays import Array, digest, file_digest, frozen
 from shira_format.codecs import CODECS, Indices
 from shira_format.codecs.blocks import block_count
 from shira_format.dtypes import FLOATS
@@ -22,7 +23,7 @@ from shira_format.manifest import (
     stream_name,
 )
 from shira_format.safetensors_file import SafetensorsFile
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.tensors import SparseTensor, WholeTensor, numel
 
 _T = TypeVar("_T")
 
@@ -81,6 +82,7 @@ class AdapterFile:
         path: the file.
         manifest: the checked manifest.
         streams: the checked safetensors header.
+        key: digest of the manifest's text, which holds the digests of all else.
     """
 
     def __init__(
@@ -90,9 +92,15 @@ class AdapterFile:
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
         apart: bool = False,
+        copied: bool = False,
     ) -> None:
-        """Open it; see :func:`load`. With ``apart``, memory is given back as soon as a tensor goes, at the price of more maps."""
+        """Open it; see :func:`load`.
+
+        With ``apart``, memory is given back as soon as a tensor goes, at the price of more maps. With ``copied``, bytes are
+        read into memory of their own, so that nothing that happens to the file later can reach them.
+        """
         self._apart = apart
+        self._copied = copied
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
@@ -103,6 +111,7 @@ class AdapterFile:
             if text is None:
                 raise FormatError("no-manifest", "a safetensors file, but not a SHiRA adapter")
             self.manifest = parse_manifest(text)
+            self.key = hashlib.sha256(text.encode()).hexdigest()
             self._check_streams()
         except FormatError as error:
             self.streams.close()
@@ -190,7 +199,11 @@ class AdapterFile:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        array = self.streams.read_apart(stream) if self._apart else self.streams.read(stream)
+        if self._copied:
+            shape = self.streams[stream].shape
+            array = frozen(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
+        else:
+            array = self.streams.read_apart(stream) if self._apart else self.streams.read(stream)
         if self._verify and digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array

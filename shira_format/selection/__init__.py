@@ -13,7 +13,7 @@ from shira_format.selection.radix import Edge, Survey, common_dtype, cut
 from shira_format.selection.rule import AMOUNTS, TopK
 from shira_format.selection.spool import Spool
 from shira_format.selection.stages import Above, Engine, Here, Largest, Surveying
-from shira_format.selection.workers import Progress, Workers, single_threaded_blas, usable_cores
+from shira_format.selection.workers import Progress, Workers, single_threaded_blas
 
 __all__ = [
     "AMOUNTS",
@@ -25,7 +25,6 @@ __all__ = [
     "passes",
     "select",
     "single_threaded_blas",
-    "usable_cores",
 ]
 
 

@@ -6,7 +6,6 @@ there are.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,23 +20,15 @@ from threadpoolctl import threadpool_limits
 
 from shira_format.arrays import scratch, sum_of_squares
 from shira_format.changes import Change, Tile, tile_size
+from shira_format.cores import MOST_THREADS, usable_cores
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 _BATCH = 1 << 21  # elements of a task
-_THREADS = 16  # beyond so many, they wait for each other
 _AHEAD = 2  # tasks that are under way while others are made
 
 Progress = Callable[[int], object]
-
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
 
 
 class Workers:
@@ -45,7 +36,7 @@ class Workers:
 
     def __init__(self, threads: int | None = None) -> None:
         """Args: ``threads``: all cores by default, but no more than 16."""
-        self.threads = threads or min(usable_cores(), _THREADS)
+        self.threads = threads or min(usable_cores(), MOST_THREADS)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shira")
         self._blas = single_threaded_blas()
 

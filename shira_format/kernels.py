@@ -1,0 +1,107 @@
+"""The functions of :mod:`shira_format.compiled` that numba compiles; imported only if it is there.
+
+They work on unsigned integers, one compilation for each size of an item, and let other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from numba import njit
+
+_PIECE = 1 << 16  # elements
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _compiled(function: F) -> F:
+    return cast("F", njit(nogil=True, cache=True)(function))
+
+
+@_compiled
+def take(flat: Any, indices: Any, out: Any) -> None:
+    """``out = flat[indices]``."""
+    for i in range(indices.size):
+        out[i] = flat[indices[i]]
+
+
+@_compiled
+def put(flat: Any, indices: Any, values: Any) -> None:
+    """``flat[indices] = values``."""
+    for i in range(indices.size):
+        flat[indices[i]] = values[i]
+
+
+@_compiled
+def overlay(values: Any, indices: Any, other: Any, other_values: Any) -> int:
+    """A merge of two rising lists; see :func:`shira_format.compiled.overlay`."""
+    i = j = met = 0
+    while i < indices.size and j < other.size:
+        a, b = indices[i], other[j]
+        if a == b:
+            values[i] = other_values[j]
+            met += 1
+        i += a <= b
+        j += b <= a
+    return met
+
+
+@_compiled
+def exchange(flat: Any, old: Any, old_base: Any, new: Any, new_values: Any, new_base: Any) -> None:
+    """``flat[old] = old_base; new_base = flat[new]; flat[new] = new_values``, a piece of ``flat`` at a time.
+
+    Both lists of indices rise, so that each piece comes from memory once, and stays in the cache for all three.
+    """
+    i = j = 0
+    limit = 0
+    while i < old.size or j < new.size:
+        limit += _PIECE
+        while i < old.size and old[i] < limit:
+            flat[old[i]] = old_base[i]
+            i += 1
+        first = j
+        while j < new.size and new[j] < limit:
+            new_base[j] = flat[new[j]]
+            j += 1
+        for k in range(first, j):
+            flat[new[k]] = new_values[k]
+
+
+@_compiled
+def decode_gap8(stream: Any, indices: Any) -> int:
+    """Fill ``indices`` (as many as bytes other than 255 are expected); how many bytes ended an entry.
+
+    Stops writing when ``indices`` is full, but goes on counting.
+    """
+    at, found = -1, 0
+    for i in range(stream.size):
+        byte = stream[i]
+        at += byte
+        if byte != 255:
+            at += 1
+            if found < indices.size:
+                indices[found] = at
+            found += 1
+    return found
+
+
+@_compiled
+def false_block(stream: Any, blocks: Any, indices: Any, block_size: int) -> int:
+    """The first row of a directory that lies about decoded ``indices``, or -1; one pass over what it points to.
+
+    A row is right if its offset is where the code of its entry starts. Between two right offsets lie just as many ends of
+    entries as a block has, so they are counted; see :func:`shira_format.codecs.blocks.check_blocks`.
+    """
+    for row in range(blocks.shape[0]):
+        if blocks[row, 0] != indices[row * block_size]:
+            return row
+    at = 0
+    for row in range(blocks.shape[0] - 1):
+        stop = blocks[row + 1, 1]
+        ends = 0
+        while at < stop:
+            ends += stream[at] != 255
+            at += 1
+        if ends != block_size or stream[stop - 1] == 255:
+            return row + 1
+    return -1
