@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 
@@ -27,48 +26,70 @@ class Term:
     alpha: float
 
 
-def union(terms: Sequence[Term]) -> Indices:
-    """The entries that any term touches, rising."""
-    return reduce(np.union1d, (term.tensor.indices for term in terms))
+@dataclass(frozen=True)
+class Joint:
+    """The terms of one weight together.
 
-
-def at_entries(indices: Indices, values: Array, tensor: SparseTensor) -> Array:
-    """Of ``values`` at ``indices``, those at the entries of ``tensor``, which are all among them."""
-    if indices is tensor.indices:
-        return values
-    return np.asarray(values[np.searchsorted(indices, tensor.indices)])
-
-
-def mixed(terms: Sequence[Term], indices: Indices, base: Array) -> tuple[Array, int]:
-    """The new values at ``indices``, the union of the terms' entries, and how many entries several terms touch.
-
-    Where one term alone touches an entry, it becomes what it would under this term alone. Where several do, the sum is
-    in float64, smallest step first, so that their order does not matter, and rounded once to the dtype of ``base``.
+    Attributes:
+        terms: one or more.
+        indices: the entries that any term touches, rising.
+        places: where among these the entries of each term are; None if there is one term.
     """
-    if len(terms) == 1:
-        return terms[0].tensor.applied(base, terms[0].alpha), 0
-    places = [np.searchsorted(indices, term.tensor.indices) for term in terms]
-    touches = np.zeros(indices.size, np.int32)
-    for at in places:
-        touches[at] += 1
-    new = base.copy()
-    several = np.flatnonzero(touches > 1)
-    steps = np.zeros((len(terms), several.size), np.float64)
-    for row, (term, at) in enumerate(zip(terms, places, strict=True)):
-        new[at] = term.tensor.applied(base[at], term.alpha)
-        shared = touches[at] > 1
-        step = _steps(term, shared, base[at[shared]])
-        steps[row, np.searchsorted(several, at[shared])] = step
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
-        steps.sort(axis=0)
-        total = base[several].astype(np.float64)
-        for step in steps:
-            total += step
-        new[several] = narrowed(total, base.dtype)
-    return new, int(several.size)
+
+    terms: Sequence[Term]
+    indices: Indices
+    places: Sequence[Indices] | None = None
+
+    @classmethod
+    def of(cls, terms: Sequence[Term]) -> Joint:
+        """Join terms of one weight."""
+        if len(terms) == 1:
+            return cls(terms, terms[0].tensor.indices)
+        every = np.concatenate([term.tensor.indices for term in terms])
+        order = np.argsort(every, kind="stable")  # which merges lists that rise
+        rising = every[order]
+        first = np.ones(rising.size, bool)
+        np.not_equal(rising[1:], rising[:-1], out=first[1:])
+        at = np.empty(every.size, np.int64)
+        at[order] = np.cumsum(first) - 1
+        ends = np.cumsum([term.tensor.nnz for term in terms])
+        return cls(terms, rising[first], np.split(at, ends[:-1]))
+
+    def of_term(self, number: int, values: Array) -> Array:
+        """Of ``values`` at :attr:`indices`, those at the entries of one term."""
+        return values if self.places is None else np.asarray(values[self.places[number]])
+
+    def mixed(self, base: Array) -> tuple[Array, int]:
+        """The new values at :attr:`indices`, where ``base`` was, and how many entries several terms touch.
+
+        Where one term alone touches an entry, it becomes what it would under this term alone. Where several do, the sum
+        is in float64, smallest step first, so that their order does not matter, and rounded once to the dtype of ``base``.
+        """
+        if self.places is None:
+            return self.terms[0].tensor.applied(base, self.terms[0].alpha), 0
+        touches = np.zeros(self.indices.size, np.int32)
+        for at in self.places:
+            touches[at] += 1
+        several = np.flatnonzero(touches > 1)
+        row_of = np.empty(self.indices.size, np.int64)
+        row_of[several] = np.arange(several.size)
+        new = base.copy()
+        steps = np.zeros((len(self.terms), several.size), np.float64)
+        for row, term, at in zip(steps, self.terms, self.places, strict=True):
+            here = base[at]
+            new[at] = term.tensor.applied(here, term.alpha)
+            shared = np.flatnonzero(touches[at] > 1)
+            row[row_of[at[shared]]] = _steps(term, shared, here[shared])
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
+            steps.sort(axis=0)
+            total = base[several].astype(np.float64)
+            for row in steps:
+                total += row
+            new[several] = narrowed(total, base.dtype)
+        return new, int(several.size)
 
 
-def _steps(term: Term, which: Array, base: Array) -> Array:
+def _steps(term: Term, which: Indices, base: Array) -> Array:
     """``alpha (target - base)`` in float64 of some entries of a term."""
     values = term.tensor.values[which].astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):

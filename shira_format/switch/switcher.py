@@ -19,7 +19,7 @@ from shira_format.dtypes import is_float
 from shira_format.errors import BaseMismatch
 from shira_format.switch.decoded import Decoded, decoded
 from shira_format.switch.lock import ReadWriteLock
-from shira_format.switch.mixing import Term, at_entries, mixed, union
+from shira_format.switch.mixing import Joint, Term
 from shira_format.switch.models import weights_of
 from shira_format.switch.naming import Rename, renaming
 from shira_format.switch.places import Place, memory_of, place_of
@@ -294,7 +294,8 @@ class Switcher:
 
     def _check(self, name: str, terms: Sequence[_Named], place: Any) -> None:
         """Compare the base's values at the entries of one weight with the digests; nothing is written."""
-        indices = _union(terms)
+        joint = _joint(terms)
+        indices = joint.indices
         base = place.get(indices)
         before = self._state.get(name)
         if isinstance(before, _Entries):
@@ -302,7 +303,7 @@ class Switcher:
         elif before is not None:
             assert before.base is not None
             base = before.base.reshape(-1)[indices]
-        _check_digests(name, terms, indices, base)
+        _check_digests(name, terms, joint, base)
 
     def _whole(self, name: str, found: tuple[WholeTensor, str], place: Place | None) -> _Whole:
         whole, where = found
@@ -337,8 +338,9 @@ class Switcher:
         def forth(name: str) -> None:
             place, before = places[name], self._state.get(name)
             if name in terms:
-                step = _exchange(place, before, terms[name], partial(state.__setitem__, name))
-                _check_digests(name, terms[name], step.indices, step.base)
+                joint = _joint(terms[name])
+                step = _exchange(place, before, joint, partial(state.__setitem__, name))
+                _check_digests(name, terms[name], joint, step.base)
                 return
             if before is not None:
                 self._off(name, place, before)
@@ -380,11 +382,10 @@ class Switcher:
 
 
 def _exchange(
-    place: Any, before: _Entries | _Whole | None, terms: Sequence[_Named], record: Callable[[_Entries], None]
+    place: Any, before: _Entries | _Whole | None, joint: Joint, record: Callable[[_Entries], None]
 ) -> _Entries:
     """Take off what is on one weight, and put new entries on; ``record`` is told of these before anything can fail."""
-    indices = _union(terms)
-    only = [named.term for named in terms]
+    indices, only = joint.indices, joint.terms
     overwrites = len(only) == 1 and only[0].alpha == 1 and only[0].tensor.meaning == "target"
     if overwrites and place.in_one_pass and not isinstance(before, _Whole):
         # This pass over memory takes longer than anything else here.
@@ -396,15 +397,15 @@ def _exchange(
     if before is not None:
         before.off(place)
     base = place.get(indices)
-    values, overlapping = mixed(only, indices, base)
+    values, overlapping = joint.mixed(base)
     step = _Entries(indices, base, values, overlapping)
     record(step)
     step.on(place)
     return step
 
 
-def _union(terms: Sequence[_Named]) -> Indices:
-    return terms[0].term.tensor.indices if len(terms) == 1 else union([named.term for named in terms])
+def _joint(terms: Sequence[_Named]) -> Joint:
+    return Joint.of([named.term for named in terms])
 
 
 @dataclass(frozen=True)
@@ -422,10 +423,10 @@ def _check_frames(name: str, terms: Sequence[_Named], place: Place | None) -> No
         _check_frame(named.term.tensor, f"{named.where}tensor {name!r}", place)
 
 
-def _check_digests(name: str, terms: Sequence[_Named], indices: Indices, base: Array) -> None:
-    for named in terms:
-        tensor = named.term.tensor
-        if tensor.base_digest is not None and digest(at_entries(indices, base, tensor)) != tensor.base_digest:
+def _check_digests(name: str, terms: Sequence[_Named], joint: Joint, base: Array) -> None:
+    for number, named in enumerate(terms):
+        expected = named.term.tensor.base_digest
+        if expected is not None and digest(joint.of_term(number, base)) != expected:
             raise BaseMismatch(
                 f"{named.where}tensor {name!r}: the base holds other values at the adapter's entries (digest differs)"
             )

@@ -569,6 +569,24 @@ def test_a_prefix_that_the_checkpoint_lacks() -> None:
         Switcher(model, prefix="").load(whole)
 
 
+def test_names_of_old_checkpoints() -> None:
+    """TensorFlow's names of norms, which transformers maps when it loads them."""
+    model = models.bert()
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in model.state_dict().items()
+    }
+    adapter = adapter_of(old, [n for n in old if n.endswith(("gamma", "beta"))])
+    before = models.outputs(model)
+    with pytest.raises(BaseMismatch, match="LayerNorm.gamma.* maps names"):
+        Switcher(model).load(adapter)
+    switcher = Switcher(model, rename=lambda n: n.replace("gamma", "weight").replace("beta", "bias"))
+    switcher.load(adapter)
+    assert not torch.equal(before, models.outputs(model))
+    switcher.revert()
+    assert torch.equal(before, models.outputs(model))
+
+
 def test_a_new_tensor_needs_a_place() -> None:
     adapter = Adapter([], whole=[WholeTensor("other.weight", torch.ones(2))])
     with pytest.raises(BaseMismatch, match="'other.weight' is new to the base, and the model has none"):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shira_cli import console
-from shira_cli.convert import csr, full_to_shira, lora_to_shira, shira_to_full
+from shira_cli.convert import (
+    check_merge,
+    csr,
+    full_to_shira,
+    lora_to_shira,
+    peft_shira,
+    shira_to_full,
+    shira_to_lora,
+)
 from shira_cli.convert.common import PROG
 
 EXAMPLE = """examples:
@@ -24,5 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shira_to_full.add(commands)
     csr.add_shira_to_csr(commands)
     csr.add_csr_to_shira(commands)
+    check_merge.add(commands)
+    peft_shira.add_peft_to_shira(commands)
+    peft_shira.add_shira_to_peft(commands)
+    shira_to_lora.add(commands)
     options = parser.parse_args(argv)
     return console.run(PROG, lambda: int(options.run(options)))
