@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import numpy as np
 from numba import njit
 
+_VARINT = 8  # bytes of a code at most
 _PIECE, _LINE = 1 << 17, 64  # bytes: well within a second-level cache; of a cache line
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,8 +98,32 @@ def decode_gap8(stream: Any, indices: Any) -> int:
 
 
 @_compiled
-def false_block(stream: Any, blocks: Any, indices: Any, block_size: int) -> int:
+def decode_varint(stream: Any, indices: Any, numel: int) -> bool:
+    """Fill ``indices`` from a stream that breaks no rule; whether it is one, with as many entries, below ``numel``."""
+    at, found, i = -1, 0, 0
+    while i < stream.size:
+        gap, length = 0, 0
+        byte: Any = 128
+        while byte >= 128:
+            if i == stream.size or length == _VARINT:
+                return False
+            byte = np.int64(stream[i])
+            gap |= (byte & 127) << (7 * length)
+            i += 1
+            length += 1
+        at += gap + 1  # at most 2^56 more than what was below numel
+        if (byte == 0 and length > 1) or at >= numel or found == indices.size:
+            return False
+        indices[found] = at
+        found += 1
+    return bool(found == indices.size)
+
+
+@_compiled
+def false_block(stream: Any, blocks: Any, indices: Any, block_size: int, more: int) -> int:
     """The first row of a directory that lies about decoded ``indices``, or -1; one pass over what it points to.
+
+    Bytes below ``more`` end an entry.
 
     A row is right if its offset is where the code of its entry starts. Between two right offsets lie just as many ends of
     entries as a block has, so they are counted; see :func:`shira_format.codecs.blocks.check_blocks`.
@@ -110,8 +136,8 @@ def false_block(stream: Any, blocks: Any, indices: Any, block_size: int) -> int:
         stop = blocks[row + 1, 1]
         ends = 0
         while at < stop:
-            ends += stream[at] != 255
+            ends += stream[at] < more
             at += 1
-        if ends != block_size or stream[stop - 1] == 255:
+        if ends != block_size or stream[stop - 1] >= more:
             return row + 1
     return -1

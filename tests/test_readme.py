@@ -6,13 +6,16 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from shira_cli import convert, inspect
 from shira_format.checkpoints import open_checkpoint
+from shira_format.convert import lora_to_shira
 from tests import models
 
 ROOT = Path(__file__).parents[1]
@@ -24,10 +27,23 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
 
 
+def merged(folder: Path) -> None:
+    """The model with the LoRA in it, as PEFT merges it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForSequenceClassification.from_pretrained(models.minilm())
+    models.load_lora(model, models.LORAS / "spam").merge_and_unload().save_pretrained(folder)
+
+
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(models.minilm(), tmp_path / "my-model")
     shutil.copytree(models.LORAS / "spam", tmp_path / "my-lora")
     shutil.copytree(models.sre(), tmp_path / "my-tune")
+    merged(tmp_path / "my-merged-model")
+    (tmp_path / "adapters").mkdir()
+    for name, without in (("spam", []), ("genre", ["classifier"])):  # there is one head
+        path = tmp_path / "adapters" / f"{name}.st"
+        lora_to_shira(models.LORAS / name, models.minilm(), path, exclude=without)
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(lines) >= 2
@@ -35,9 +51,10 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         program, *arguments = shlex.split(line.removeprefix("$ "))
         assert 0 == COMMANDS[program](arguments), line
     weights = {name: array.copy() for name, array in open_checkpoint("my-model").items()}
+    model = AutoModelForSequenceClassification.from_pretrained("my-model")
     before = {name: array.copy() for name, array in weights.items()}
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"weights": weights})
+        exec(compile(block, "README.md", "exec"), {"weights": weights, "model": model})
     assert before.keys() == weights.keys()
     assert all((before[name] == weights[name]).all() for name in before)
 

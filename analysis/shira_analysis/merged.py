@@ -35,7 +35,6 @@ from shira_analysis.merge_sources import Change, Source, open_source
 from shira_analysis.strengths import Beside, due_of_whole, explain, same_tensor, unchanged
 from shira_format.arrays import Array
 from shira_format.checkpoints import Checkpoint
-from shira_format.checkpoints.gguf import GGUFCheckpoint
 from shira_format.errors import SourceError
 from shira_format.selection import Progress, Workers
 from shira_format.tensors import numel
@@ -134,7 +133,7 @@ class MergeCheck:
                 reason="a weight-decomposed update is not linear in its strength: only 1 can be checked",
             )  # fmt: skip
         explained = explain(beside, self.expected, workers, progress)
-        quantised = _is_quantised(self.base, change.base_name) or _is_quantised(self.merged, merged_name)
+        quantised = self.base.is_quantised(change.base_name) or self.merged.is_quantised(merged_name)
         return judge(beside, change.kind, explained, self.expected, reason, quantised, workers)
 
     def _find(self, name: str, base_name: str) -> tuple[str | None, str]:
@@ -205,11 +204,6 @@ class MergeCheck:
             ):
                 found.tied.append(name)
                 return
-        hidden = _is_quantised(self.base, name) or _is_quantised(self.merged, merged_name)
+        hidden = self.base.is_quantised(name) or self.merged.is_quantised(merged_name)
         same_shape = self.base.shape(name) == self.merged.shape(merged_name)
         (found.unclear if hidden and same_shape else found.changed).append(name)
-
-
-def _is_quantised(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether what the checkpoint gives was quantised, so that no rounding of floats explains it."""
-    return isinstance(checkpoint, GGUFCheckpoint) and checkpoint._where[name].stored is None  # noqa: SLF001

@@ -68,6 +68,10 @@ class Checkpoint(Mapping[str, Array]):
                 found[first:last] = part[indices[first:last] - start]
         return found
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether the file holds other numbers than these, from which they were dequantised."""
+        return False
+
     @property
     def shards(self) -> dict[str, list[str]] | None:
         """The names by the safetensors file, relative to a folder, that a copy in the same layout has; in order.

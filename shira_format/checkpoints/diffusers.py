@@ -78,6 +78,10 @@ class PipelineCheckpoint(Checkpoint):
         part, inner = self._find(name)
         return part.dtype(inner)
 
+    def is_quantised(self, name: str) -> bool:
+        part, inner = self._find(name)
+        return part.is_quantised(inner)
+
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         part, inner = self._find(name)
         return part.part(inner, start, stop, out)

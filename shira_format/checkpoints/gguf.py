@@ -98,7 +98,11 @@ class _Tensor:
 
 
 class GGUFCheckpoint(Listed[_Tensor]):
-    """The tensors of one model in one or more GGUF files; quantised ones come as float32."""
+    """The tensors of one model in one or more GGUF files; quantised ones come as float32.
+
+    Attributes:
+        header: the numbers and short strings of its metadata; of a split model, those of the first file.
+    """
 
     def __init__(self, path: Path, files: list[GGUFFile]) -> None:
         """Args: ``files`` are the parts of a split model in order; the first one's metadata counts.
@@ -110,7 +114,7 @@ class GGUFCheckpoint(Listed[_Tensor]):
         self.files = [file.path for file in files]
         self._where: dict[str, _Tensor] = {}
         left_out: list[str] = []
-        metadata = files[0].metadata
+        self.header = metadata = files[0].metadata
         name = _architecture(path, files)
         architecture = ARCHITECTURES[name]
         for file in files:
@@ -144,6 +148,9 @@ class GGUFCheckpoint(Listed[_Tensor]):
     def dtype(self, name: str) -> np.dtype[Any]:
         return self._where[name].dtype
 
+    def is_quantised(self, name: str) -> bool:
+        return self._where[name].stored is None
+
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         tensor = self._where[name]
         if out is None:
@@ -152,6 +159,18 @@ class GGUFCheckpoint(Listed[_Tensor]):
         if stop > start:
             tensor.read(start, stop, part)
         return part
+
+
+def read_stored(file: GGUFFile, name: str) -> Array:
+    """A whole tensor as the file has it, whatever it means; one that is quantised comes as float32.
+
+    Raises:
+        SourceError: it is of a type that cannot be dequantised.
+    """
+    tensor = _tensor(file, name, file.entries[name], Form.SAME, 1)
+    out = np.empty(numel(tensor.shape), tensor.dtype)
+    tensor.read(0, out.size, out)
+    return out.reshape(tensor.shape)
 
 
 def open_gguf(path: Path) -> GGUFCheckpoint | None:

@@ -127,3 +127,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**_ATTENTION, "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
     ),
 }  # fmt: skip
+
+# LoRAs of these are read as well, whole models are not. The prefix that a model with a head on top has is left out.
+ADAPTED: dict[str, Architecture] = {
+    **ARCHITECTURES,
+    "bert": Architecture(
+        {"token_embd": "embeddings.word_embeddings"},
+        {
+            "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",
+            "attn_output": "attention.output.dense", "ffn_up": "intermediate.dense", "ffn_down": "output.dense",
+        },
+        layers="encoder.layer",
+    ),
+}  # fmt: skip

@@ -63,7 +63,7 @@ class Gap8:
             _check_count(stream, kernels.decode_gap8(stream, indices), nnz)
             if blocks is not None:
                 check_offsets(blocks, stream.size)
-                if kernels.false_block(stream, blocks, indices, params["block_size"]) >= 0:
+                if kernels.false_block(stream, blocks, indices, params["block_size"], 255) >= 0:
                     check_blocks(blocks, indices, stream != 255, params["block_size"])  # says which, and how
             return indices
         is_end = stream != 255

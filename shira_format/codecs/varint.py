@@ -9,7 +9,8 @@ import numpy as np
 
 from shira_format.arrays import Array
 from shira_format.codecs.base import Encoded, Indices
-from shira_format.codecs.blocks import check_blocks, gaps_by_chunks, gaps_of, make_blocks
+from shira_format.codecs.blocks import check_blocks, check_offsets, gaps_by_chunks, gaps_of, make_blocks
+from shira_format.compiled import loaded
 from shira_format.errors import FormatError
 from shira_format.tensors import numel
 
@@ -53,6 +54,15 @@ class Varint:
         nnz: int,
     ) -> Indices:
         assert stream is not None
+        if (kernels := loaded()) is not None and nnz <= stream.size:
+            indices = np.empty(nnz, np.int64)
+            if kernels.decode_varint(stream, indices, numel(shape)):
+                if blocks is not None:
+                    check_offsets(blocks, stream.size)
+                    if kernels.false_block(stream, blocks, indices, params["block_size"], 128) >= 0:
+                        check_blocks(blocks, indices, stream < 128, params["block_size"])  # says which, and how
+                return indices
+        # What is wrong, if something is, is said below.
         is_end = stream < 128
         ends = np.flatnonzero(is_end)
         lengths = np.diff(ends, prepend=-1, append=stream.size - 1)  # the last: an unfinished code

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from shira_format.changes import Change
 from shira_format.checkpoints import Checkpoint
-from shira_format.tensors import WholeTensor
+from shira_format.tensors import SparseTensor, WholeTensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Opened:
         copy: makes a whole copy of a change that turns out to take fewer bytes whole; None where that cannot be.
         frame: more arguments of the sparse tensor of a change.
         removed: names of base tensors that the result lacks.
+        copies: tensors without entries, which say what of the base the result has under another name.
         structure: what changes beyond entries, by name.
         unchanged: tensors that were compared already, and are equal.
         base_model, source: provenance.
@@ -54,6 +55,7 @@ class Opened:
     copy: Callable[[Change], WholeCopy] | None = None
     frame: Callable[[Change], dict[str, Any]] = lambda _: {}
     removed: list[str] = field(default_factory=list)
+    copies: Sequence[SparseTensor] = ()
     structure: dict[str, str] = field(default_factory=dict)
     unchanged: int = 0
     base_model: dict[str, Any] = field(default_factory=dict)

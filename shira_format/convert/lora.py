@@ -12,6 +12,7 @@ import numpy as np
 from shira_format.arrays import Array, digest, file_digest
 from shira_format.changes import AddedTo
 from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.checkpoints.renamed import rearranged
 from shira_format.convert.jobs import Opened, WholeCopy, identified
 from shira_format.convert.pipeline import convert
 from shira_format.convert.report import ConversionReport
@@ -20,7 +21,7 @@ from shira_format.errors import SourceError
 from shira_format.filters import name_filter
 from shira_format.lora import Lora, open_lora
 from shira_format.selection import Progress, TopK
-from shira_format.tensors import WholeTensor
+from shira_format.tensors import SparseTensor, WholeTensor
 from shira_format.update import Update
 
 
@@ -45,12 +46,22 @@ class LoraJob:
 
 def opened(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> Opened:
     """A LoRA that is open already, as the pipeline takes it."""
-    _check_base(source.updates, base)
+    view = rearranged(base, source.copies, source.removed)
+    _check_base(source.updates, view)
     files = [{"name": path.name, "digest": file_digest(path)} for path in source.files]
     return Opened(
         base=base,
-        changes=[AddedTo(update, base) for update in source.updates],
-        wholes=lambda self_contained: _whole_tensors(source, base, self_contained),
+        changes=[AddedTo(update, view) for update in source.updates],
+        wholes=lambda self_contained: _whole_tensors(source, base, view, self_contained),
+        frame=lambda change: {"base_name": source.copies.get(change.name)},
+        removed=source.removed,
+        copies=[
+            _copy(name, origin, base)
+            for name, origin in _untouched(source).items()
+            if is_float(base.dtype(origin))
+        ],
+        structure={name: f"from {origin}" for name, origin in source.copies.items()}
+        | dict.fromkeys(source.removed, "removed"),
         base_model=source.base_model | (base_model or {}),
         source=source.source | {"files": files},
         files=[*base.files, *source.files],
@@ -117,6 +128,7 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
         updates=updates,
         whole={name: array for name, array in source.whole.items() if match(name)},
         additions={name: array for name, array in source.additions.items() if match(name)},
+        copies=source.copies, removed=source.removed,
         source=source.source, base_model=source.base_model, files=source.files, notices=source.notices,
     )  # fmt: skip
 
@@ -134,27 +146,53 @@ def _check_base(updates: Iterable[Update], base: Checkpoint) -> None:
             )
 
 
-def _whole_tensors(source: Lora, base: Checkpoint, self_contained: bool) -> Iterator[WholeTensor | WholeCopy]:
+def _untouched(source: Lora) -> dict[str, str]:
+    """What the result has under another name than the base, and else unchanged."""
+    changed = {update.name for update in source.updates} | source.whole.keys() | source.additions.keys()
+    return {name: origin for name, origin in source.copies.items() if name not in changed}
+
+
+def _copy(name: str, origin: str, base: Checkpoint) -> SparseTensor:
+    """The base's tensor, under another name, without an entry."""
+    nothing = np.empty(0, base.dtype(origin))
+    return SparseTensor(
+        name, base.shape(origin), np.empty(0, np.int64), nothing, base_name=origin, base_digest=digest(nothing)
+    )
+
+
+def _whole_tensors(
+    source: Lora, base: Checkpoint, view: Checkpoint, self_contained: bool
+) -> Iterator[WholeTensor | WholeCopy]:
     if twice := source.whole.keys() & source.additions.keys():
         raise SourceError(f"tensor {min(twice)!r} is both replaced and added to")
     for name, array in source.whole.items():
-        yield _whole(name, array, base.get(name), self_contained)
+        yield _whole(name, array, base, view, self_contained)
     for name, addition in source.additions.items():
-        weight = base[name]
+        weight = view[name]
         work = working_dtype(weight.dtype)
-        yield _whole(name, weight.astype(work) + addition.astype(work), weight, self_contained)
+        yield _whole(name, weight.astype(work) + addition.astype(work), base, view, self_contained)
+    for name, origin in _untouched(source).items():
+        if not is_float(base.dtype(origin)):
+            same = name in base and (base.shape(name), base.dtype(name)) == (
+                base.shape(origin),
+                base.dtype(origin),
+            )
+            yield WholeCopy(name, base, origin, base if same else None)
 
 
-def _whole(name: str, array: Array, weight: Array | None, self_contained: bool) -> WholeTensor:
-    """A replacement in the base's dtype, if the base has such a tensor of floats."""
-    if weight is None:
+def _whole(name: str, array: Array, base: Checkpoint, view: Checkpoint, self_contained: bool) -> WholeTensor:
+    """A replacement in the dtype that the tensor has in ``view``, if it is there and of floats."""
+    if name not in view:
         return WholeTensor(name, array)
-    if not is_float(weight.dtype):
-        raise SourceError(f"tensor {name!r} is of dtype {weight.dtype} in the base, not a float dtype")
+    dtype = view.dtype(name)
+    if not is_float(dtype):
+        raise SourceError(f"tensor {name!r} is of dtype {dtype} in the base, not a float dtype")
     with np.errstate(over="ignore"):
-        values = array.astype(weight.dtype)
-    if not np.isfinite(values.astype(working_dtype(weight.dtype))).all():
-        raise SourceError(
-            f"tensor {name!r} does not fit the base's dtype {dtype_name(weight.dtype)}, or holds NaN"
-        )
+        values = array.astype(dtype)
+    if not np.isfinite(values.astype(working_dtype(dtype))).all():
+        raise SourceError(f"tensor {name!r} does not fit the base's dtype {dtype_name(dtype)}, or holds NaN")
+    # What the base has under this name, which may be another layer's: it is replaced.
+    weight = base.get(name)
+    if weight is None or (weight.shape, weight.dtype) != (values.shape, values.dtype):
+        return WholeTensor(name, values)
     return WholeTensor(name, values, base=weight if self_contained else None, base_digest=digest(weight))

@@ -103,6 +103,9 @@ def _write(
         if writer is not None and tensor is not None:
             writer.add(tensor, None if account is None or report.exact else _notes(account))
         del tensor  # not to be held while the next one is made
+    for tensor in opened.copies:
+        if writer is not None:
+            writer.add(tensor)
     for whole in (*copies, *opened.wholes(self_contained)):
         report.whole.append(whole.name)
         if isinstance(whole, WholeTensor) and whole.base_digest is None:

@@ -10,12 +10,22 @@ import os
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.lora.diffusers import Diffusers
+from shira_format.lora.gguf import Gguf
+from shira_format.lora.kohya import Kohya
+from shira_format.lora.lycoris import Lycoris
+from shira_format.lora.mlx import Mlx
 from shira_format.lora.peft import Peft
 from shira_format.lora.products import LowRank
+from shira_format.lora.torchtune import Torchtune
 from shira_format.lora.updates import Dialect, Lora
+from shira_format.lora.xlabs import Xlabs
 from shira_format.storage import located
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (Peft(),)}
+DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (Mlx(), Peft(), Gguf(), Torchtune(), Xlabs(), Diffusers(), Kohya(), Lycoris())
+}
 
 __all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "open_lora"]
 

@@ -23,7 +23,7 @@ from shira_format.errors import SourceError
 from shira_format.filters import name_filter
 from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
-from shira_format.lora.names import match_names
+from shira_format.names import match_names
 from shira_format.peft_shira.files import SHIRA, Keys, Kind, find, read_config, sort_keys
 from shira_format.peft_shira.layers import Layer
 from shira_format.storage import located

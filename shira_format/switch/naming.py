@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.lora.names import match_names
+from shira_format.names import match_names
 from shira_format.switch.decoded import Decoded
 
 # Of an adapter and the live tensors: the function from a name in the adapter to one in the model.

@@ -15,6 +15,8 @@ from shira_format.codecs.structured import MAX_LISTED, find_pattern, list_patter
 from shira_format.tensors import MAX_NUMEL, matrix_view, numel
 from tests.strategies import HUGE_SHAPES, Part, Shape, masks, pattern_indices, patterns, small_shapes
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 SHAPES = small_shapes() | st.sampled_from(HUGE_SHAPES)
 BLOCK_SIZES = st.sampled_from([16, 17, 64, BLOCK_SIZE])
 

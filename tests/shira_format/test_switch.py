@@ -131,7 +131,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negative zero": ({"b": -BASE}, r"tensor 'b': .* \(digest differs\)"),
     "read-only": ({"b": np.broadcast_to(F32(0), (2, 3))}, "tensor 'b': the weight is read-only"),
-    "device": ({"b": torch.zeros(2, 3, device="meta")}, "tensor 'b': the weight is on the meta device, without data: load the model first"),
+    "device": (
+        {"b": torch.zeros(2, 3, device="meta")},
+        "tensor 'b': the weight is on the meta device, without data: load the model first",
+    ),
 }
 
 

@@ -27,15 +27,7 @@ DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.floa
 SHAPES = {"a.weight": (6, 9), "b.weight": (40,), "c.weight": (3, 4, 5), "d.weight": (64, 33)}
 
 
-@pytest.fixture(params=["machine code", "numpy"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything here holds with numba and without."""
-    if request.param == "numpy":
-        monkeypatch.setattr(compiled, "_kernels", None)
-        monkeypatch.setattr(compiled, "load", lambda: False)
-    else:
-        assert compiled.load()
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("kernels")  # everything here holds with numba and without
 
 
 def make_base(seed: int, dtype: Any, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Weights:

@@ -77,6 +77,7 @@ def read_all(path: Path) -> dict[str, Any]:
     return content(load(path))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("file", GOOD, ids=lambda file: file.stem)
 def test_the_library_finds_the_content(file: Path) -> None:
     assert run_vectors.difference(read_all(file), run_vectors.expected_content(file)) is None
@@ -87,6 +88,7 @@ def test_the_plain_reader_finds_the_content(file: Path) -> None:
     assert run_vectors.difference(reader.read(str(file)), run_vectors.expected_content(file)) is None
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("file", BAD, ids=lambda file: file.stem)
 def test_the_library_refuses(file: Path) -> None:
     with pytest.raises(FormatError) as caught:

@@ -8,15 +8,31 @@ from typing import Any
 from shira_cli import console
 from shira_cli.convert import common
 
+DESCRIPTION = """\
+Turn a LoRA into a sparse adapter: the largest entries of its update, as exact values of the tuned weights.
+
+What kind of LoRA it is, is seen from its files (--dialect says otherwise):
+  peft       adapter_config.json with adapter_model.safetensors or .bin: LoRA, DoRA, embeddings, convolutions, experts
+  diffusers  pytorch_lora_weights.safetensors, of today and of 2023
+  kohya      lora_unet_..., lora_te_...: files of sd-scripts
+  lycoris    LoCon, LoHa, LoKr, full differences, with dora_scale or without
+  xlabs      FLUX LoRAs of x-flux
+  mlx        mlx-lm's adapters.safetensors
+  gguf       llama.cpp's adapters
+  torchtune  adapter_model.pt
+
+LoRAs of a UNet and its text encoders need the pipeline (the folder with model_index.json) as base. A key that matches
+nothing in the base is an error, never left out."""
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
     parser = common.add_command(
         commands, "lora_to_shira", help="a LoRA, with its base",
-        description="Turn a LoRA into a sparse adapter: the largest entries of its update, as exact values of the tuned weights.",
+        description=DESCRIPTION,
         example="my-lora/ --base my-model/ -o adapter.st --density 0.02",
     )  # fmt: skip
-    parser.add_argument("lora", metavar="LORA", help="a LoRA: PEFT folder, its adapter_model.safetensors or .bin, or hf://owner/name")  # fmt: skip
+    parser.add_argument("lora", metavar="LORA", help="a LoRA: a file or folder of any of these dialects, or hf://owner/name")  # fmt: skip
     parser.add_argument("--base", required=True, help="the model that it adapts: a checkpoint of any layout")
     common.add_selection(parser)
     common.add_filters(parser)

@@ -1,0 +1,335 @@
+"""diffusers' LoRAs: ``pytorch_lora_weights.safetensors``, with or without PEFT's options in its header.
+
+The rules are those of ``diffusers.loaders``. With options (``lora_adapter_metadata``), scales are PEFT's. Without, the
+scale of a layer is ``alpha / rank`` if the file has its alpha, else 1.
+
+A file without alphas says ``W + B A``: that is alpha = rank, *of each layer*. Until August 2026 diffusers made one alpha of
+the first layer's rank, so that layers of other ranks came out too weak or too strong; since then ``get_peft_kwargs``
+sets each layer's alpha to its own rank. This is the rule here, since the trainers that write such files compute ``W + B A``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shira_format.arrays import Array
+from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
+from shira_format.lora.components import component_names
+from shira_format.lora.decomposed import Decomposed
+from shira_format.lora.diffusers_keys import Key, parse
+from shira_format.lora.files import PICKLES, SAFETENSORS, number_in, open_tensors, parse_json, read_tensors
+from shira_format.lora.flux_names import Piece, diffusers_pieces, is_diffusers_flux
+from shira_format.lora.pairs import common_dtype, plain, scaled
+from shira_format.lora.peft.config import CHANGES_BASE, REFUSED
+from shira_format.lora.peft_scale import Scales, read_scales
+from shira_format.lora.updates import Lora
+from shira_format.names import match_names
+from shira_format.update import Update
+
+WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+OPTIONS = "lora_adapter_metadata"
+
+# Parts of keys of other dialects that may stand beside keys like ours.
+_FOREIGN = (".lora_down.", ".lora_up.", ".lokr_", ".hada_", ".dora_scale")
+# What a file without a component's name adapts: a model of the pipeline that removes noise.
+_DENOISERS = ("unet", "transformer", "prior")
+# Options under which B @ A is not the update.
+_NOT_PLAIN = (*REFUSED, "layer_replication", "target_parameters", "trainable_token_indices", "modules_to_save")
+_SHOWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias")
+
+
+class Diffusers:
+    """diffusers' own files, old and new, and those of trainers that follow it."""
+
+    name = "diffusers"
+
+    def recognises(self, path: Path) -> bool:
+        found = _candidates(path)
+        if len(found) != 1:
+            return False
+        try:
+            tensors = open_tensors(found[0])
+        except SourceError:  # of another kind than tensors
+            return False
+        if any(part in key for key in tensors for part in _FOREIGN):
+            return False
+        keys = [key for key in map(parse, tensors) if key is not None]
+        if not any(key.part in ("down", "up") for key in keys):
+            return False
+        # Keys of PEFT that name no component are not enough: they can be of a model of another library, whose scale is
+        # in a configuration that is lost.
+        ours = found[0].name in WEIGHTS or OPTIONS in tensors.metadata(found[0].name)
+        return ours or any(key.telling for key in keys)
+
+    def read(self, path: Path, base: Checkpoint) -> Lora:
+        found = _candidates(path)
+        if len(found) > 1:
+            raise SourceError(f"{path}: several files ({', '.join(file.name for file in found)}); name one")
+        if not found:
+            raise SourceError(f"{path}: no LoRA of diffusers: need {WEIGHTS[0]} or a file like it")
+        return _Reader(found[0], base).read()
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The file at ``path``; of a folder, the one with diffusers' own name, or all of the better kind."""
+    if path.is_file():
+        return [path] if path.suffix in (SAFETENSORS, *PICKLES) else []
+    for name in WEIGHTS:
+        if (path / name).is_file():
+            return [path / name]
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    for suffix in (SAFETENSORS, ".bin"):
+        if found := [file for file in files if file.suffix == suffix]:
+            return found
+    return []
+
+
+@dataclass
+class _Layer:
+    """One adapted module, as the file has it."""
+
+    component: str
+    module: str
+    keys: dict[str, str] = field(default_factory=dict)  # by part, for messages
+    parts: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """PEFT's options of one component, or what stands for them where there are none."""
+
+    scales: Scales | None
+    alphas: bool
+    dora: bool
+    bias: bool | None
+
+
+class _Reader:
+    """One file on its way from keys to updates."""
+
+    def __init__(self, path: Path, base: Checkpoint) -> None:
+        self.path = path
+        self.base = base
+        self.notices: list[str] = []
+        self.updates: list[Update] = []
+        self.additions: dict[str, Array] = {}
+        self._unnamed = False  # whether keys name no component
+
+    def read(self) -> Lora:
+        tensors, header = read_tensors(self.path)
+        components = self._layers(tensors)
+        options = self._metadata(header, components)
+        ranks, alphas = set(), set()
+        for component, layers in components.items():
+            settings = self._options(component, layers.values(), options.get(component))
+            place = self._places(component, list(layers), alone=len(components) == 1)
+            for layer in layers.values():
+                rank, scale = self._rank_and_scale(layer, settings)
+                ranks.add(rank)
+                alphas.add(scale * rank)
+                self._add(layer, scale, place(layer.module))
+        shown = {
+            component or "model": {key: config[key] for key in _SHOWN if config.get(key)}
+            | {key: True for key in _SWITCHES if config.get(key)}
+            for component, config in options.items()
+        }
+        return Lora(
+            updates=self.updates,
+            additions=self.additions,
+            source={"kind": "lora", "dialect": "diffusers", "ranks": sorted(ranks)}
+            | ({"options": shown} if shown else {"alphas": sorted(alphas)}),
+            files=[self.path],
+            notices=self.notices,
+        )
+
+    def _layers(self, tensors: Mapping[str, Array]) -> dict[str, dict[str, _Layer]]:
+        """By component and module."""
+        found: dict[str, dict[str, _Layer]] = {}
+        for name, array in tensors.items():
+            key = parse(name)
+            if key is None:
+                raise SourceError(
+                    f"{self.path}: unmatched key {name!r}: it ends in none of the names that diffusers gives to parts "
+                    "of a LoRA (lora_A.weight, lora.down.weight, to_q_lora.down.weight and the like)"
+                )
+            component = self._component(key)
+            layer = found.setdefault(component, {}).setdefault(key.module, _Layer(component, key.module))
+            if key.part in layer.parts:
+                raise SourceError(
+                    f"{self.path}: {layer.keys[key.part]!r} and {name!r} are the same part of one LoRA"
+                )
+            layer.keys[key.part], layer.parts[key.part] = name, array
+        for layer in (layer for layers in found.values() for layer in layers.values()):
+            for part, partner in (("down", "up"), ("up", "down")):
+                if partner not in layer.parts:
+                    name = layer.keys.get(part) or next(iter(layer.keys.values()))
+                    raise SourceError(f"{self.path}: {name!r} has no partner, the factor {partner!r}")
+        if not found:
+            raise SourceError(f"{self.path}: it holds no tensors")
+        return found
+
+    def _component(self, key: Key) -> str:
+        if key.component:
+            return key.component
+        self._unnamed = True
+        if not self.base.components:
+            return ""
+        for component in _DENOISERS:
+            if component in self.base.components:
+                return component
+        raise SourceError(
+            f"{self.path}: the module {key.module!r} is of no component that the file names, and the base has neither "
+            f"{' nor '.join(_DENOISERS)}, but {', '.join(self.base.components)}"
+        )
+
+    def _metadata(self, header: Mapping[str, str], components: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """PEFT's options by component: of all or of none."""
+        if not header.get(OPTIONS):
+            return {}
+        options = parse_json(header[OPTIONS], f"{self.path}: {OPTIONS}")
+        found = {}
+        for component in components:
+            prefix = f"{component}." if component else ""
+            inner = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
+            if inner:
+                found[component] = inner
+        if self._unnamed and not found:  # saved from a model that is a component of this base
+            denoiser = next((component for component in components if component in _DENOISERS), None)
+            found = {} if denoiser is None else {denoiser: options}
+        # diffusers gives PEFT's defaults to a component that has no options where others have some, and fails.
+        if options and (missing := [component for component in components if component not in found]):
+            raise SourceError(
+                f"{self.path}: the options in the header are not of all components that the file adapts: nothing tells "
+                f"the scale of {', '.join(missing) or 'its layers'}"
+            )
+        return found
+
+    def _options(self, component: str, layers: Collection[_Layer], config: Mapping[str, Any] | None) -> _Options:
+        has = {part for layer in layers for part in layer.parts}
+        where = f"{self.path}: {OPTIONS}" + (f" of {component}" if component else "")
+        if config is None:
+            if "alpha" in has and not all("alpha" in layer.parts for layer in layers):
+                layer = next(layer for layer in layers if "alpha" not in layer.parts)
+                raise SourceError(
+                    f"{self.path}: {layer.keys['down']!r} has no alpha and other layers have one: nothing tells whether "
+                    "its alpha is its rank or theirs"
+                )
+            return _Options(None, "alpha" in has, "magnitude" in has, None)
+        if config.get("peft_type", "LORA") != "LORA":
+            raise SourceError(f"{where}: not a LoRA (peft_type is {config['peft_type']!r})")
+        for option in _NOT_PLAIN:
+            if config.get(option):
+                raise SourceError(f"{where}: {option} is set, and is not read: merge the LoRA with diffusers and convert the full checkpoint")  # fmt: skip
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and CHANGES_BASE.match(start):
+            raise SourceError(
+                f"{where}: init_lora_weights={start!r} changed the base's weights in training, so B @ A is not an "
+                "update of the base"
+            )
+        if "alpha" in has:
+            raise SourceError(f"{where}: it says alphas, and the file has keys of alphas as well")
+        dora, bias = bool(config.get("use_dora")), bool(config.get("lora_bias"))
+        for part, option, is_set in (("magnitude", "use_dora", dora), ("bias", "lora_bias", bias)):
+            if part in has and not is_set:
+                layer = next(layer for layer in layers if part in layer.parts)
+                raise SourceError(f"{self.path}: unmatched key {layer.keys[part]!r}: {option} is not set")
+        return _Options(read_scales(config, where), False, dora, bias)
+
+    def _rank_and_scale(self, layer: _Layer, options: _Options) -> tuple[int, float]:
+        down, up = layer.parts["down"], layer.parts["up"]
+        if down.ndim < 2 or up.ndim < 2 or not down.shape[0] or down.shape[0] != up.shape[1]:
+            raise SourceError(
+                f"{self.path}: {layer.keys['down']!r} of shape {list(down.shape)} and {layer.keys['up']!r} of shape "
+                f"{list(up.shape)} have no rank in common"
+            )
+        rank = down.shape[0]
+        if options.dora and "magnitude" not in layer.parts:
+            raise SourceError(
+                f"{self.path}: {layer.keys['down']!r} has no lora_magnitude_vector, which DoRA needs"
+            )
+        if options.dora and "bias" in layer.parts:
+            raise SourceError(f"{self.path}: {layer.keys['bias']!r}: DoRA with a bias of lora_B is not read")
+        if options.scales is not None:
+            # Patterns are of the names in training, as the file's are; those of the base may have lost a "text_model."
+            if options.scales.rank(layer.module) != rank:
+                raise SourceError(
+                    f"{self.path}: {layer.keys['down']!r} has shape {list(down.shape)}, and should have rank "
+                    f"{options.scales.rank(layer.module)} by the options in the header"
+                )
+            return rank, options.scales.scale(layer.module)
+        if options.alphas:
+            return rank, number_in(
+                {layer.keys["alpha"]: layer.parts["alpha"]}, layer.keys["alpha"], self.path
+            ) / rank
+        return rank, 1.0  # alpha is each layer's own rank, see above
+
+    def _places(self, component: str, modules: list[str], *, alone: bool) -> Callable[[str], list[tuple[str, Piece | None]]]:  # fmt: skip
+        """Where the modules of one component are in the base: each in one module, or in several that are its rows."""
+        prefix, names = "", list(self.base)
+        if component:
+            prefix, names = component_names(self.base, component, self.path, alone=alone)
+        where = f"{self.path}: {component}" if component else str(self.path)
+        try:
+            rename, words = match_names([f"{module}.weight" for module in modules], names, where)
+        except SourceError:
+            if (found := self._flux(prefix, names, modules)) is None:
+                raise
+            return found
+        if words:
+            self.notices.append(f"names of the LoRA are not those of the base: {component}{': ' if component else ''}{words}")  # fmt: skip
+        return lambda module: [(prefix + rename(f"{module}.weight").removesuffix(".weight"), None)]
+
+    def _flux(self, prefix: str, names: list[str], modules: list[str]) -> Callable[[str], list[tuple[str, Piece | None]]] | None:  # fmt: skip
+        """If the modules are those of FLUX's authors, and the base is diffusers' FLUX."""
+        if not is_diffusers_flux(names):
+            return None
+        pieces = diffusers_pieces(names, lambda name: self.base.shape(prefix + name)[0])
+        if not all(module in pieces for module in modules):
+            return None
+        self.notices.append("names of the LoRA are those of FLUX's authors, the base has diffusers'")
+        return lambda module: [(prefix + piece.module, piece) for piece in pieces[module]]
+
+    def _add(self, layer: _Layer, scale: float, places: list[tuple[str, Piece | None]]) -> None:
+        up, where = layer.parts["up"], f"{self.path}: {layer.keys['up']!r}"
+        height = sum(stop - start for _, piece in places if piece for start, stop in piece.rows)
+        if height and up.shape[0] != height:
+            raise SourceError(
+                f"{where} has shape {list(up.shape)}, the base's modules together have {height} rows"
+            )
+        for module, piece in places:
+            rows = _rows(piece)
+            name = f"{module}.weight"
+            update = plain(name, self.base.shape(name), rows(up), layer.parts["down"], scale, where)
+            if "magnitude" in layer.parts:
+                magnitude = layer.parts["magnitude"]
+                if magnitude.size != up.shape[0]:
+                    raise SourceError(
+                        f"{self.path}: {layer.keys['magnitude']!r} has shape {list(magnitude.shape)}, not one number for "
+                        f"each of {up.shape[0]} rows"
+                    )
+                self.updates.append(
+                    Decomposed(update, self.base, rows(magnitude.reshape(-1)).astype(update.dtype))
+                )
+            else:
+                self.updates.append(update)
+            if "bias" in layer.parts:
+                self._add_bias(layer, f"{module}.bias", rows, scale)
+
+    def _add_bias(self, layer: _Layer, name: str, rows: Callable[[Array], Array], scale: float) -> None:
+        bias, where = layer.parts["bias"], f"{self.path}: {layer.keys['bias']!r}"
+        if name not in self.base:
+            raise SourceError(f"{where}: the base has no {name!r}")
+        if bias.shape != layer.parts["up"].shape[:1] or rows(bias).shape != self.base.shape(name):
+            raise SourceError(
+                f"{where} has shape {list(bias.shape)}, the base's {name!r} {list(self.base.shape(name))}"
+            )
+        self.additions[name] = scaled(rows(bias), scale, common_dtype(bias))
+
+
+def _rows(piece: Piece | None) -> Callable[[Array], Array]:
+    return (lambda array: array) if piece is None else piece.of

@@ -1,0 +1,398 @@
+"""kohya's LoRA: ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`` and the like, in one file.
+
+The rules are those of ``networks/lora.py`` (kohya-ss/sd-scripts): ``delta W = alpha / rank * up @ down``, where the rank is
+that of the layer's own ``lora_down``, and alpha is the rank if it is 0 or missing. (diffusers once took the first layer's
+rank for all layers of a file without alphas.) What the header says of rank and alpha is what the trainer was asked for,
+and is kept as provenance alone. Names: see :mod:`shira_format.lora.flat_names`.
+
+LyCORIS writes the same files with other parts; both share the reader in this module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shira_format.arrays import Array
+from shira_format.checkpoints import Checkpoint
+from shira_format.dtypes import is_float
+from shira_format.errors import SourceError
+from shira_format.lora.components import component_names
+from shira_format.lora.decomposed import Decomposed
+from shira_format.lora.files import PICKLES, SAFETENSORS, checked, number_in, open_tensors
+from shira_format.lora.flat_names import FlatNames, Places, flat
+from shira_format.lora.pairs import plain
+from shira_format.lora.places import Place, is_plain, joined
+from shira_format.lora.single_file import is_single_file, single_file_names
+from shira_format.lora.updates import Lora
+from shira_format.update import Update
+
+DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+PARTS = frozenset((DOWN, UP, ALPHA))
+
+# OneTrainer says lora_transformer; "lycoris" is what LyCORIS' wrapper around any model says. ComfyUI's prefix leaves the
+# dots in the names.
+_KEY = re.compile(
+    r"(?P<prefix>lora_unet|lora_transformer|lora_te[123]?|lycoris)_(?P<module>[^.]+)\.(?P<part>.+)"
+    r"|(?P<comfy>diffusion_model)\.(?P<dotted>.+?)\.(?P<what>lora_(?:down|up|mid)\.weight|alpha|dora_scale|(?:hada|lokr)_\w+)"
+)  # fmt: skip
+_TEXT = {
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "lora_te3": "text_encoder_3",
+}
+# The header's keys that go into the provenance.
+_HEADER = ("ss_network_dim", "ss_network_alpha", "ss_base_model_version")
+_MOST_SHOWN = 80  # characters, or different ranks
+
+
+class Key(NamedTuple):
+    """A key taken apart: what is adapted, by the prefix; the module's flat name; and which part of its LoRA this is."""
+
+    prefix: str
+    module: str
+    part: str
+
+
+def parse(key: str) -> Key | None:
+    """The key taken apart; None if it is of another dialect."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    if match["comfy"]:
+        return Key(match["comfy"], flat(match["dotted"]), match["what"])
+    return Key(match["prefix"], match["module"], match["part"])
+
+
+def find(path: Path) -> Path | None:
+    """The file at ``path``, or the only one in a folder."""
+    if path.is_file():
+        return path if path.suffix in (SAFETENSORS, *PICKLES) else None
+    files = [file for file in sorted(path.iterdir()) if file.suffix in (SAFETENSORS, *PICKLES) and file.is_file()]
+    return files[0] if len(files) == 1 else None
+
+
+def keys_at(path: Path) -> list[Key]:
+    """The keys of the file at ``path`` that are of kohya's kind."""
+    found = find(path)
+    try:
+        return [] if found is None else [key for key in map(parse, open_tensors(found)) if key is not None]
+    except SourceError:  # of another kind than tensors
+        return []
+
+
+class Kohya:
+    """Files of kohya's sd-scripts, and of the many trainers that follow it."""
+
+    name = "kohya"
+
+    def recognises(self, path: Path) -> bool:
+        keys = keys_at(path)
+        return any(key.part in (DOWN, UP) for key in keys) and not any(map(is_lycoris, keys))
+
+    def read(self, path: Path, base: Checkpoint) -> Lora:
+        return Reader(path, base, self.name, _layer).read()
+
+
+def is_lycoris(key: Key) -> bool:
+    """Whether kohya's own trainer does not write such keys."""
+    return key.part not in PARTS or key.prefix == "lycoris"
+
+
+@dataclass
+class Group:
+    """The parts of one module's LoRA, as the file has them.
+
+    Attributes:
+        path: the file.
+        name: prefix and module, as in the file.
+        tensors: all that the file holds.
+        parts: the tensors by part; such as are large wait in :attr:`stored`.
+        stored: keys of tensors to be read piece by piece, by part.
+    """
+
+    path: Path
+    name: str
+    tensors: Checkpoint
+    parts: dict[str, Array] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
+
+    def alpha(self, rank: int) -> float:
+        """Alpha; the rank if the file says nothing or 0."""
+        return (self.number(ALPHA) if ALPHA in self.parts else 0.0) or float(rank)
+
+    def number(self, part: str) -> float:
+        """The one number that a part holds."""
+        key = f"{self.name}.{part}"
+        return number_in({key: self.parts[part]}, key, self.path)
+
+    @property
+    def where(self) -> str:
+        """File and name, for messages."""
+        return f"{self.path}: {self.name!r}"
+
+
+class Layer(NamedTuple):
+    """What a module's LoRA does.
+
+    Attributes:
+        update: to the weight.
+        weight: what is added to a weight of one dimension instead, as a whole.
+        bias: what is added to the bias.
+        magnitude: of DoRA: ``[rows]``, or with ``kernel`` ``[columns / kernel]``.
+        kernel: of DoRA by columns: how many of them share a norm; 0: it is by rows.
+        rank: for the provenance.
+        alpha: likewise.
+    """
+
+    update: Update | None = None
+    weight: Array | None = None
+    bias: Array | None = None
+    magnitude: Array | None = None
+    kernel: int = 0
+    rank: int | None = None
+    alpha: float | None = None
+
+
+# Makes a layer of a module's LoRA, and of the weight's name and shape: that of the module, if the base holds parts of it.
+Build = Callable[[Group, str, tuple[int, ...]], Layer]
+
+
+def low_rank(group: Group) -> tuple[Array, Array]:
+    """The factors ``up`` and ``down``, whose ranks agree.
+
+    Raises:
+        SourceError: one is missing, or they do not fit.
+    """
+    for part, partner in ((DOWN, UP), (UP, DOWN)):
+        if part not in group.parts:
+            raise SourceError(f"{group.where}: it has {partner} without {part}" if partner in group.parts else f"{group.where}: it has neither {DOWN} nor {UP}")  # fmt: skip
+    up, down = group.parts[UP], group.parts[DOWN]
+    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
+        raise SourceError(
+            f"{group.where}: factors of shapes {list(up.shape)} and {list(down.shape)} have no rank in common"
+        )
+    return up, down
+
+
+def _layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+    if strange := group.parts.keys() - PARTS:
+        raise SourceError(f"{group.where}: unmatched key: kohya's LoRA has no {min(strange)!r}")
+    up, down = low_rank(group)
+    rank = down.shape[0]
+    alpha = group.alpha(rank)
+    return Layer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
+
+
+class Reader:
+    """One file on its way from keys to updates."""
+
+    def __init__(
+        self, path: Path, base: Checkpoint, dialect: str, build: Build, *,
+        stored: frozenset[str] = frozenset(), refused: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Args: ``stored``: parts that may be as large as the base's weights, and are not read now. ``refused``: parts that
+        cannot be read, and why.
+        """
+        found = find(path)
+        if found is None:
+            raise SourceError(f"{path}: no LoRA of {dialect}: need one file that ends in {SAFETENSORS}, {', '.join(PICKLES)}")  # fmt: skip
+        self.path = found
+        self.base = base
+        self.dialect = dialect
+        self.build = build
+        self.stored = stored
+        self.refused = refused or {}
+        self.notices: list[str] = []
+        # By the base's tensor: the layers that are rows of it, and where; then what comes of them.
+        self._parts: dict[str, list[tuple[Place, Update]]] = {}
+        self._whole: dict[str, Update] = {}
+        self._additions: dict[str, Array] = {}
+        self._by: dict[str, str] = {}
+
+    def read(self) -> Lora:
+        tensors = open_tensors(self.path)
+        groups = self._groups(tensors)
+        ranks: set[float] = set()
+        alphas: set[float] = set()
+        for component, members in self._components(groups).items():
+            places = self._resolve(component, members, alone=len(members) == len(groups))
+            for key, group in members.items():
+                layer = self._add(group, places[key.module])
+                if layer.rank is not None and layer.alpha is not None:
+                    ranks.add(layer.rank)
+                    alphas.add(layer.alpha)
+        return Lora(
+            updates=self._updates(),
+            additions=self._additions,
+            source={"kind": "lora", "dialect": self.dialect}
+            | {
+                key: sorted(values)[:_MOST_SHOWN]
+                for key, values in (("ranks", ranks), ("alphas", alphas))
+                if values
+            }
+            | _shown(tensors.metadata(self.path.name)),
+            files=[self.path],
+            notices=self.notices,
+        )
+
+    def _groups(self, tensors: Checkpoint) -> dict[Key, Group]:
+        """By prefix and module; the part is left out of the key."""
+        found: dict[Key, Group] = {}
+        for name in tensors:
+            key = parse(name)
+            if key is None:
+                raise SourceError(f"{self.path}: unmatched key {name!r}: {_reason(name)}")
+            if key.part in self.refused:
+                raise SourceError(f"{self.path}: unmatched key {name!r}: {self.refused[key.part]}")
+            module = name.removesuffix(f".{key.part}")
+            group = found.setdefault(key._replace(part=""), Group(self.path, module, tensors))
+            if group.name != module:
+                raise SourceError(f"{self.path}: {group.name!r} and {module!r} are one module")
+            if key.part in self.stored and len(tensors.shape(name)) > 1:
+                _check_stored(tensors, name, self.path)
+                group.stored[key.part] = name
+            else:
+                group.parts[key.part] = _checked(self.path, name, key.part, tensors[name])
+        if not found:
+            raise SourceError(f"{self.path}: it holds no tensors")
+        return found
+
+    def _components(self, groups: Mapping[Key, Group]) -> dict[str, dict[Key, Group]]:
+        prefixes = {key.prefix for key in groups}
+        found: dict[str, dict[Key, Group]] = {}
+        for key, group in groups.items():
+            found.setdefault(self._component(key.prefix, prefixes), {})[key] = group
+        return found
+
+    def _component(self, prefix: str, prefixes: set[str]) -> str:
+        """What diffusers calls the model that the prefix means."""
+        models = self.base.components
+        if prefix in _TEXT:
+            # kohya calls FLUX's T5 the third one, since ComfyUI does so; in diffusers' pipeline it is the second.
+            third = prefix == "lora_te3" and "text_encoder_3" not in models and "lora_te2" not in prefixes
+            return "text_encoder_2" if models and third else _TEXT[prefix]
+        if "transformer" in models and "transformer_2" in models:
+            raise SourceError(
+                f"{self.path}: the base has two models that remove noise, transformer and transformer_2, and nothing "
+                "tells which one is meant: give the folder of one of them as the base"
+            )
+        return next((name for name in ("unet", "transformer", "prior") if name in models), "unet")
+
+    def _resolve(self, component: str, members: Mapping[Key, Group], *, alone: bool) -> dict[str, Places]:
+        where = f"{self.path}: {component}"
+        if is_single_file(self.base):
+            prefix, names = single_file_names(self.base, component, str(self.path))
+        else:
+            prefix, names = component_names(self.base, component, self.path, alone=alone)
+        found, words = FlatNames(self.base, prefix, names).resolve([key.module for key in members], where)
+        if words:
+            self.notices.append(f"names of the LoRA are not those of the base: {component}: {words}")
+        return found
+
+    def _add(self, group: Group, places: Places) -> Layer:
+        """Put a module's LoRA to its places."""
+        height = sum(place.height for place in places)
+        shape = (height, *self.base.shape(places[0].name)[1:])
+        if any(self.base.shape(place.name)[1:] != shape[1:] for place in places):
+            raise SourceError(f"{group.where}: the base's {', '.join(repr(place.name) for place in places)} are not of one width")  # fmt: skip
+        layer = self.build(group, places[0].name, shape)
+        for place in places:
+            self._claim(group, place, places)
+            if layer.update is not None:
+                self._place(group, layer, place, places)
+            if layer.weight is not None:
+                self._addition(group, place.name, place, layer.weight, height)
+            if layer.bias is not None:
+                self._addition(group, place.bias, place, layer.bias, height)
+        return layer
+
+    def _claim(self, group: Group, place: Place, places: Places) -> None:
+        other = self._by.setdefault(f"{place.name} {place.start}", group.name)
+        if other != group.name or sum(one == place for one in places) > 1:
+            raise SourceError(f"{self.path}: {other!r} and {group.name!r} are both the base's {place.name!r}")
+
+    def _place(self, group: Group, layer: Layer, place: Place, places: Places) -> None:
+        assert layer.update is not None
+        shape = self.base.shape(place.name)
+        is_whole = place.height == shape[0]
+        update = layer.update
+        if not is_plain(places, self.base):
+            if not is_whole and layer.magnitude is not None:
+                raise SourceError(
+                    f"{group.where}: DoRA of rows of the base's {place.name!r}: is not read; take a base that holds this "
+                    "module by itself, such as diffusers' folder of the same model"
+                )
+            if not is_whole:
+                self._parts.setdefault(place.name, []).append((place, update))
+                return
+            if layer.kernel:
+                raise SourceError(
+                    f"{group.where}: DoRA by columns of a module that the base holds in parts: is not read; take a base "
+                    "that holds this module as one weight, such as the authors' single file"
+                )
+            update = joined(place.name, shape, [(place, update)], str(self.path))
+        if layer.magnitude is not None:
+            magnitude = layer.magnitude if layer.kernel else place.of(layer.magnitude)
+            # LyCORIS: torch.finfo(dtype).eps, where it computes in the dtype of dora_scale, which it keeps in float32.
+            eps = float(np.finfo(update.dtype).eps)
+            update = Decomposed(
+                update, self.base, magnitude.astype(update.dtype), bool(layer.kernel), layer.kernel or 1, eps
+            )
+        self._whole[place.name] = update
+
+    def _addition(self, group: Group, name: str, place: Place, array: Array, height: int) -> None:
+        """Add the part of ``array`` that is here, ``height`` being the rows of the whole module."""
+        if name not in self.base:
+            raise SourceError(f"{group.where}: it adds to a bias, but the base has no {name!r}")
+        shape = self.base.shape(name)
+        if len(shape) != 1 or array.shape != (height,) or place.start + place.height > shape[0]:
+            raise SourceError(
+                f"{group.where}: what it adds has shape {list(array.shape)}, the base's {name!r} has {list(shape)}"
+            )
+        total = self._additions.setdefault(name, np.zeros(shape, array.dtype))
+        total[place.start : place.start + place.height] += place.of(array)
+
+    def _updates(self) -> list[Update]:
+        fused = {
+            name: joined(name, self.base.shape(name), parts, str(self.path)) for name, parts in self._parts.items()
+        }
+        return [*self._whole.values(), *fused.values()]
+
+
+def _checked(path: Path, name: str, part: str, array: Array) -> Array:
+    """As ``checked``; an alpha may be an integer, which some trainers save."""
+    if part == ALPHA and array.dtype.kind in "iu":
+        return array.astype(np.float64)
+    return checked(path, name, array)
+
+
+def _check_stored(tensors: Checkpoint, name: str, path: Path) -> None:
+    """As ``checked``, piece by piece."""
+    if not is_float(dtype := tensors.dtype(name)):
+        raise SourceError(f"{path}: {name!r} is of dtype {dtype}, not a float")
+    size, step = int(np.prod(tensors.shape(name), dtype=object)), 1 << 22
+    for start in range(0, size, step):
+        checked(path, name, tensors.part(name, start, min(size, start + step)))
+
+
+def _reason(name: str) -> str:
+    if name.startswith("bundle_emb."):
+        return "an embedding of new tokens is bundled with this LoRA; it is no change of the base's weights"
+    return "its name does not begin as kohya's and LyCORIS' do (lora_unet_, lora_te_, lycoris_)"
+
+
+def _shown(header: Mapping[str, str]) -> dict[str, Any]:
+    """What the header says that is worth keeping; others write it, so only short and printable text."""
+    found = {key: header.get(key) for key in _HEADER}
+    return {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, str) and 0 < len(value) <= _MOST_SHOWN and value.isprintable()
+    }

@@ -1,0 +1,312 @@
+"""LyCORIS: LoCon, LoHa, LoKr, full differences and norms, with or without DoRA and Tucker, in files like kohya's.
+
+The rules are those of ``lycoris/modules`` (KohakuBlueleaf/LyCORIS), ``R`` a layer's rank, ``s = alpha / R``:
+
+* LoCon: ``s * up @ down``; with Tucker ``s * einsum("i j ..., i p, j r -> p r ...", mid, up.T, down)``.
+* LoHa: ``s * (w1_a @ w1_b) * (w2_a @ w2_b)``; with Tucker each half is such a sum, of ``t1`` and ``t2``.
+* LoKr: ``s * kron(w1, w2)``; a factor is whole or ``a @ b``, ``w2`` also by Tucker. No scale if both are whole.
+* full: ``diff`` and ``diff_b`` are added as they are, and so are ``w_norm`` and ``b_norm`` to a norm's weight and bias.
+* DoRA (``dora_scale``): the sum is scaled to this length, by output (``[out, 1, ...]``) or by input (``[1, in, 1, ...]``).
+
+Two things that files do not say and need not: rs_lora (``alpha / sqrt(R)``) is in the alpha that is saved (but of a LoKr
+of whole factors no trace is left, and LyCORIS reads it without), and a learned scalar is multiplied into a factor.
+
+Where LyCORIS contradicts itself, the model that was trained counts: ``forward`` of LoHa and LoKr scales once, as ComfyUI
+and diffusers do, and ``merge_to`` (4.1.3) twice, which is wrong unless alpha is the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shira_format.arrays import Array, scratch, widened
+from shira_format.checkpoints import Checkpoint
+from shira_format.dtypes import working_dtype
+from shira_format.errors import SourceError
+from shira_format.lora.kohya import ALPHA, DOWN, UP, Group, Layer, Reader, is_lycoris, keys_at, low_rank
+from shira_format.lora.pairs import common_dtype, plain, scaled, trimmed
+from shira_format.lora.products import Hadamard, Kronecker, LowRank
+from shira_format.lora.updates import Lora
+from shira_format.tensors import numel
+
+DORA, SCALAR = "dora_scale", "scalar"
+_COMMON = frozenset((ALPHA, DORA, SCALAR))
+_ALGORITHMS = {
+    "LoCon": frozenset((DOWN, UP, "lora_mid.weight")),
+    "LoHa": frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")),
+    "LoKr": frozenset(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
+    "full": frozenset(("diff", "diff_b")),
+    "norm": frozenset(("w_norm", "b_norm")),
+}
+_NOT_READ = {
+    "oft_blocks": "OFT and BOFT turn the weight; merge it with LyCORIS and convert the full checkpoint (full_to_shira)",
+    "on_input": "(IA)^3 scales the weight; merge it with LyCORIS and convert the full checkpoint (full_to_shira)",
+    "a1.weight": "GLoRA multiplies the weight; merge it with LyCORIS and convert the full checkpoint (full_to_shira)",
+    "lambda_layer": "T-LoRA depends on the step of sampling, and is no change of weights",
+    "lokr_t1": "no version of LyCORIS gives it a meaning",
+    "bias_indices": "LoCons with a sparse rest beside the factors are not read",
+}
+_MOST = 1 << 26  # elements of a product of small factors that may be larger than the weight
+
+
+class Lycoris:
+    """Files of LyCORIS, in kohya's trainer or around any model."""
+
+    name = "lycoris"
+
+    def recognises(self, path: Path) -> bool:
+        known = frozenset(_NOT_READ).union(*_ALGORITHMS.values())
+        keys = keys_at(path)
+        return any(key.part in known for key in keys) and any(map(is_lycoris, keys))
+
+    def read(self, path: Path, base: Checkpoint) -> Lora:
+        return Reader(path, base, self.name, _layer, stored=frozenset(("diff",)), refused=_NOT_READ).read()
+
+
+def _layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+    parts = group.parts.keys() | group.stored.keys()
+    kinds = [kind for kind, known in _ALGORITHMS.items() if parts & known]
+    if not kinds:
+        raise SourceError(f"{group.where}: {', '.join(sorted(parts))} alone are no LoRA that is read")
+    kind = kinds[0]
+    if strange := parts - _ALGORITHMS[kind] - _COMMON:
+        raise SourceError(f"{group.where}: unmatched key {min(strange)!r}: {kind} has no such part")
+    if SCALAR in parts and group.number(SCALAR) != 1:
+        raise SourceError(
+            f"{group.where}: the scalar is not 1: LyCORIS multiplies it into a factor when it saves, and nothing tells "
+            "whether it did so here"
+        )
+    if kind in ("full", "norm"):
+        if DORA in parts:
+            raise SourceError(f"{group.where}: unmatched key {DORA!r}: {kind} has no such part")
+        return _added(group, name, shape, *(("diff", "diff_b") if kind == "full" else ("w_norm", "b_norm")))
+    if len(shape) < 2 or not numel(shape):
+        raise SourceError(f"{group.where}: {kind} of the base's {name!r}, whose shape is {list(shape)}")
+    layer = {"LoCon": _locon, "LoHa": _loha, "LoKr": _lokr}[kind](group, name, shape)
+    if DORA not in parts:
+        return layer
+    magnitude, kernel = _magnitude(group, shape)
+    return layer._replace(magnitude=magnitude, kernel=kernel)
+
+
+def _added(group: Group, name: str, shape: tuple[int, ...], weight: str, bias: str) -> Layer:
+    if bias in group.parts and weight not in group.parts and weight not in group.stored:
+        raise SourceError(f"{group.where}: it has {bias} without {weight}")
+    found = Layer(bias=_one(group.parts[bias]) if bias in group.parts else None)
+    if weight in group.parts:
+        return found._replace(weight=_one(group.parts[weight]))
+    key = group.stored[weight]
+    made = group.tensors.shape(key)
+    if trimmed(made) != trimmed(shape):
+        raise SourceError(
+            f"{group.where}: updates a weight of shape {list(made)}, the base's {name!r} has {list(shape)}"
+        )
+    return found._replace(update=_Stored(name, shape, group.tensors, key))
+
+
+def _one(array: Array) -> Array:
+    return array.astype(common_dtype(array))
+
+
+def _locon(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+    up, down = low_rank(group)
+    rank = down.shape[0]
+    alpha = group.alpha(rank)
+    if (mid := group.parts.get("lora_mid.weight")) is not None:
+        if math.prod(up.shape[2:]) != 1 or math.prod(down.shape[2:]) != 1:
+            raise SourceError(f"{group.where}: lora_down or lora_up has a kernel beside lora_mid")
+        down = _tucker(group, mid, down.reshape(down.shape[:2]), shape)
+    return Layer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
+
+
+def _tucker(group: Group, core: Array, down: Array, shape: tuple[int, ...]) -> Array:
+    """``einsum("i j ..., j r -> i r ...")``: ``core`` is ``[R, R, *kernel]``, ``down`` ``[R, in]``; gives ``[R, in, *kernel]``."""
+    if core.ndim < 3 or down.ndim != 2 or core.shape[:2] != (down.shape[0],) * 2:
+        raise SourceError(f"{group.where}: a core of shape {list(core.shape)} does not fit factors of shape {list(down.shape)}")  # fmt: skip
+    _check_size(group, down.size * math.prod(core.shape[2:]), shape)
+    dtype = common_dtype(core, down)
+    made = np.einsum("ij...,jr->ir...", core.astype(np.float64), down.astype(np.float64), optimize=True)
+    return np.asarray(made.astype(dtype))
+
+
+def _check_size(group: Group, elements: int, shape: tuple[int, ...]) -> None:
+    """A few small factors must not ask for all of the memory."""
+    if elements > max(_MOST, numel(shape)):
+        raise SourceError(
+            f"{group.where}: a product of its factors has {elements} elements, the weight {numel(shape)}"
+        )
+
+
+def _factors(group: Group, stem: str, core: str, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """``up`` ``[out, R]`` and ``down`` ``[R, in]`` or ``[R, in, *kernel]`` of one half, which may have a core."""
+    up, down = _part(group, f"{stem}_a"), _part(group, f"{stem}_b")
+    if core not in group.parts:
+        if up.ndim != 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
+            raise SourceError(
+                f"{group.where}: {stem}_a of shape {list(up.shape)} and {stem}_b of shape {list(down.shape)} do not fit"
+            )
+        return up, down
+    if up.ndim != 2 or down.ndim != 2 or up.shape[0] != down.shape[0] or not down.shape[0]:
+        raise SourceError(
+            f"{group.where}: {stem}_a of shape {list(up.shape)} and {stem}_b of shape {list(down.shape)} do not fit a core"
+        )
+    return up.T, _tucker(group, group.parts[core], down, shape)
+
+
+def _part(group: Group, part: str) -> Array:
+    if part not in group.parts:
+        raise SourceError(f"{group.where}: it has {', '.join(sorted(group.parts))} without {part}")
+    return group.parts[part]
+
+
+def _loha(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+    if ("hada_t1" in group.parts) != ("hada_t2" in group.parts):
+        raise SourceError(f"{group.where}: it has one of hada_t1 and hada_t2 only")
+    first = _factors(group, "hada_w1", "hada_t1", shape)
+    second = _factors(group, "hada_w2", "hada_t2", shape)
+    rank = _rank(group, first[1].shape[0], second[1].shape[0])
+    alpha, dtype = group.alpha(rank), common_dtype(*first, *second)
+    update = Hadamard(
+        _matrix(group, name, shape, *first, alpha / rank, dtype), _matrix(group, name, shape, *second, 1.0, dtype)
+    )
+    return Layer(update, rank=rank, alpha=alpha)
+
+
+def _rank(group: Group, *ranks: int) -> int:
+    if len(set(ranks)) > 1:
+        raise SourceError(
+            f"{group.where}: its factors have ranks {' and '.join(map(str, ranks))}, which must be equal"
+        )
+    return ranks[0]
+
+
+def _matrix(
+    group: Group, name: str, shape: tuple[int, ...], up: Array, down: Array, scale: float, dtype: np.dtype[Any]
+) -> LowRank:
+    """``up @ down`` as the matrix of the weight; ``down`` may have in_features and kernel as one dimension."""
+    columns = numel(shape[1:])
+    if up.shape[0] != shape[0] or math.prod(down.shape[1:]) != columns or (
+        down.ndim > 2 and trimmed(down.shape)[1:] != trimmed(shape)[1:]
+    ):  # fmt: skip
+        raise SourceError(
+            f"{group.where}: updates a weight of shape {[up.shape[0], *down.shape[1:]]}, "
+            f"the base's {name!r} has {list(shape)}"
+        )
+    return LowRank(
+        name, shape,
+        np.ascontiguousarray(scaled(up, scale, dtype)),
+        np.ascontiguousarray(down.reshape(-1, columns).astype(dtype)),
+    )  # fmt: skip
+
+
+def _lokr(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+    split = [f"lokr_w{number}" not in group.parts for number in (1, 2)]
+    for number, is_split in zip((1, 2), split, strict=True):
+        if not is_split and {f"lokr_w{number}_a", f"lokr_w{number}_b"} & group.parts.keys():
+            raise SourceError(f"{group.where}: it has lokr_w{number} whole and in factors")
+    if "lokr_t2" in group.parts and not split[1]:
+        raise SourceError(f"{group.where}: it has lokr_t2 beside a whole lokr_w2")
+    left = _factors(group, "lokr_w1", "", shape) if split[0] else (group.parts["lokr_w1"],)
+    right = _factors(group, "lokr_w2", "lokr_t2", shape) if split[1] else (group.parts["lokr_w2"],)
+    rank = alpha = None
+    scale = 1.0
+    if split[0] or split[1]:
+        rank = _rank(group, *(half[1].shape[0] for half in (left, right) if len(half) == 2))
+        alpha = group.alpha(rank)
+        scale = alpha / rank
+    if not all(factor.ndim for factor in (*left, *right)):
+        raise SourceError(f"{group.where}: a factor has no dimensions")
+    dtype = common_dtype(*left, *right)
+    a, b = left[0].shape[0], left[-1].shape[-1] if left[-1].ndim == 2 else 0
+    c, columns = right[0].shape[0], math.prod(right[-1].shape[1:]) if right[-1].ndim > 1 else 0
+    kernel = numel(shape[2:])
+    fits = a * c == shape[0] and b * columns == numel(shape[1:]) and columns % kernel == 0
+    if not fits or (right[-1].ndim > 2 and right[-1].shape[2:] != shape[2:]):
+        shapes = " and ".join(str([half[0].shape[0], *half[-1].shape[1:]]) for half in (left, right))
+        raise SourceError(
+            f"{group.where}: the Kronecker product of matrices of shapes {shapes} is no weight of the shape of the base's "
+            f"{name!r}, {list(shape)}"
+        )
+    first = left[0].astype(np.float64)
+    if len(left) == 2:
+        first = first @ left[1].astype(np.float64)
+    outer = scaled(first, scale, dtype)
+    if len(right) == 1:
+        return Layer(
+            Kronecker(name, shape, outer, right[0].reshape(c, columns).astype(dtype)), rank=rank, alpha=alpha
+        )
+    inner = LowRank(
+        name, (c, columns),
+        np.ascontiguousarray(right[0].astype(dtype)), np.ascontiguousarray(right[1].reshape(-1, columns).astype(dtype)),
+    )  # fmt: skip
+    return Layer(_KroneckerOfLowRank(name, shape, outer, inner), rank=rank, alpha=alpha)
+
+
+def _magnitude(group: Group, shape: tuple[int, ...]) -> tuple[Array, int]:
+    """``dora_scale`` as a vector, and the kernel if it is by input (0 if by output).
+
+    Its shape tells, also where the weight is square: ``[out, 1, ...]``, the default since December 2024, or
+    ``[1, in, 1, ...]``. One dimension is what PEFT has, whose norms are by output.
+    """
+    scale = group.parts[DORA]
+    if scale.ndim and scale.size == scale.shape[0] == shape[0]:
+        return scale.reshape(-1), 0
+    if scale.ndim > 1 and scale.size == scale.shape[1] == shape[1]:
+        return scale.reshape(-1), numel(shape[2:])
+    raise SourceError(
+        f"{group.where}: dora_scale has shape {list(scale.shape)}, neither one number for each output nor for each input "
+        f"of a weight of shape {list(shape)}"
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A change that the file holds as it is, read piece by piece: it may be as large as the base."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensors: Checkpoint
+    key: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return working_dtype(self.tensors.dtype(self.key))
+
+    @property
+    def columns(self) -> int:
+        return numel(self.shape[1:])
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        first = start * self.columns
+        raw = scratch("stored difference", out.size, self.tensors.dtype(self.key))
+        part = self.tensors.part(self.key, first, first + out.size, raw)
+        widened(part, out.reshape(-1))
+
+
+@dataclass(frozen=True)
+class _KroneckerOfLowRank:
+    """``kron(left, up @ down)``: as :class:`Kronecker`, of whose right factor no more than some rows are made."""
+
+    name: str
+    shape: tuple[int, ...]
+    left: Array
+    right: LowRank
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.left.dtype
+
+    @property
+    def columns(self) -> int:
+        return int(self.left.shape[1]) * self.right.columns
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        i, p = np.divmod(np.arange(start, stop), self.right.shape[0])
+        rows = self.right.up[p] @ self.right.down
+        blocks = out.reshape(stop - start, self.left.shape[1], self.right.columns)
+        np.multiply(self.left[i, :, None], rows[:, None, :], out=blocks)

@@ -1,0 +1,196 @@
+"""XLabs' LoRAs of FLUX.1: attention processors, ``double_blocks.0.processor.qkv_lora1.down.weight``.
+
+The rules are those of x-flux (XLabs-AI/x-flux, ``flux/modules/layers.py``): ``delta W = up @ down``. Its linear layers know
+a ``network_alpha``, which it never sets and its files do not hold. ``lora1`` is of the image's stream, ``lora2`` of the
+text's. In a single block, ``qkv_lora`` is of the first rows of ``linear1``, whose others feed the MLP, and ``proj_lora`` of
+``linear2``. The weight that x-flux gives to a LoRA as it loads it (0.7 unless told otherwise, on both factors) is the user's
+choice and not in the file: it is 1 here, as in diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from shira_format.arrays import Array
+from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
+from shira_format.lora.components import component_names
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, read_tensors
+from shira_format.lora.flux_names import diffusers_pieces, is_diffusers_flux
+from shira_format.lora.pairs import plain
+from shira_format.lora.products import LowRank, Stacked
+from shira_format.lora.updates import Lora
+from shira_format.names import match_names
+from shira_format.update import Update
+
+_KEY = re.compile(
+    r"(?:diffusion_model\.)?(?P<block>(?P<kind>double|single)_blocks\.(?:0|[1-9][0-9]*))\.processor\."
+    r"(?P<layer>\w+)\.(?P<part>down|up)\.weight"
+)
+# The modules of FLUX's authors.
+_LAYERS = {
+    "double": {
+        "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj", "qkv_lora2": "txt_attn.qkv",
+        "proj_lora2": "txt_attn.proj",
+    },
+    "single": {"qkv_lora": "linear1", "proj_lora": "linear2"},
+}  # fmt: skip
+_QKV = 3  # pieces of linear1 that are not the MLP's: q, k, v
+
+
+class _Layer(NamedTuple):
+    down: Array
+    up: Array
+    key: str  # of ``up``, for messages
+
+
+# Gives a layer's updates.
+_Place = Callable[[str, _Layer], list[Update]]
+
+
+class Xlabs:
+    """The files of x-flux."""
+
+    name = "xlabs"
+
+    def recognises(self, path: Path) -> bool:
+        file = _find(path)
+        if file is None:
+            return False
+        try:
+            return any(map(_parse, open_tensors(file)))
+        except SourceError:  # of another kind than tensors
+            return False
+
+    def read(self, path: Path, base: Checkpoint) -> Lora:
+        file = _find(path)
+        if file is None:
+            raise SourceError(f"{path}: no LoRA of XLabs: need one {SAFETENSORS} file")
+        return _Reader(file, base).read()
+
+
+def _find(path: Path) -> Path | None:
+    if path.is_file():
+        return path if path.suffix in (SAFETENSORS, *PICKLES) else None
+    files = [file for file in path.iterdir() if file.is_file() and file.suffix == SAFETENSORS]
+    return files[0] if len(files) == 1 else None
+
+
+def _parse(key: str) -> tuple[str, str] | None:
+    """The module of FLUX's authors, and the factor."""
+    match = _KEY.fullmatch(key)
+    if match is None or match["layer"] not in _LAYERS[match["kind"]]:
+        return None
+    return f"{match['block']}.{_LAYERS[match['kind']][match['layer']]}", match["part"]
+
+
+class _Reader:
+    """One file on its way from keys to updates."""
+
+    def __init__(self, path: Path, base: Checkpoint) -> None:
+        self.path = path
+        self.base = base
+        self.notices: list[str] = []
+
+    def read(self) -> Lora:
+        layers = self._layers(read_tensors(self.path)[0])
+        place = self._place(list(layers))
+        return Lora(
+            updates=[update for module, layer in layers.items() for update in place(module, layer)],
+            source={
+                "kind": "lora",
+                "dialect": "xlabs",
+                "ranks": sorted({layer.down.shape[0] for layer in layers.values()}),
+            },
+            files=[self.path],
+            notices=self.notices,
+        )
+
+    def _layers(self, tensors: Mapping[str, Array]) -> dict[str, _Layer]:
+        found: dict[str, dict[str, str]] = {}
+        for key in tensors:
+            parsed = _parse(key)
+            if parsed is None:
+                raise SourceError(f"{self.path}: unmatched key {key!r}: x-flux has no such LoRA")
+            module, part = parsed
+            if part in found.setdefault(module, {}):
+                raise SourceError(
+                    f"{self.path}: {found[module][part]!r} and {key!r} are the same part of one LoRA"
+                )
+            found[module][part] = key
+        layers = {}
+        for module, keys in found.items():
+            for part, partner in (("down", "up"), ("up", "down")):
+                if partner not in keys:
+                    raise SourceError(f"{self.path}: {keys[part]!r} has no partner, the factor {partner!r}")
+            down, up = tensors[keys["down"]], tensors[keys["up"]]
+            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+                raise SourceError(
+                    f"{self.path}: {keys['down']!r} of shape {list(down.shape)} and {keys['up']!r} of shape "
+                    f"{list(up.shape)} are not two matrices with a rank in common"
+                )
+            layers[module] = _Layer(down, up, keys["up"])
+        if not layers:
+            raise SourceError(f"{self.path}: it holds no tensors")
+        return layers
+
+    def _place(self, modules: list[str]) -> _Place:
+        prefix, names = "", list(self.base)
+        if self.base.components:
+            prefix, names = component_names(self.base, "transformer", self.path, alone=True)
+        if is_diffusers_flux(names):
+            return self._in_diffusers(prefix, names)
+        rename, words = match_names([f"{module}.weight" for module in modules], names, self.path)
+        if words:
+            self.notices.append(f"names of the LoRA are not those of the base: {words}")
+        return lambda module, layer: [self._in_original(module, layer, lambda name: prefix + rename(name))]
+
+    def _in_diffusers(self, prefix: str, names: list[str]) -> _Place:
+        """Several modules are rows of one of the authors'."""
+        pieces = diffusers_pieces(names, lambda name: self.base.shape(prefix + name)[0])
+
+        def place(module: str, layer: _Layer) -> list[Update]:
+            if module not in pieces:
+                raise SourceError(f"{self.path}: {layer.key!r}: the base has no such block")
+            adapted = pieces[module][:_QKV]
+            self._check_rows(layer, adapted[-1].rows[-1][1])
+            where = f"{self.path}: {layer.key!r}"
+            return [
+                plain(name, self.base.shape(name), piece.of(layer.up), layer.down, 1.0, where)
+                for piece in adapted
+                for name in (f"{prefix}{piece.module}.weight",)
+            ]
+
+        return place
+
+    def _in_original(self, module: str, layer: _Layer, rename: Callable[[str], str]) -> Update:
+        name, where = rename(f"{module}.weight"), f"{self.path}: {layer.key!r}"
+        shape = self.base.shape(name)
+        if not module.endswith("linear1"):
+            return plain(name, shape, layer.up, layer.down, 1.0, where)
+        output = rename(f"{module.removesuffix('linear1')}linear2.weight")
+        if output not in self.base or len(shape) != 2:
+            raise SourceError(
+                f"{where}: the base has no {output!r}, by whose size the rows of {name!r} are divided"
+            )
+        rows = 3 * self.base.shape(output)[0]
+        self._check_rows(layer, rows)
+        rest = shape[0] - rows
+        if rest <= 0:
+            raise SourceError(f"{where}: the base's {name!r} has shape {list(shape)}, no more than {rows} rows")
+        update = plain(name, (rows, shape[1]), layer.up, layer.down, 1.0, where)
+        nothing = LowRank(
+            name, (rest, shape[1]), np.zeros((rest, 1), update.dtype), np.zeros((1, shape[1]), update.dtype)
+        )
+        return Stacked(name, shape, [update, nothing], [rows, rest])
+
+    def _check_rows(self, layer: _Layer, rows: int) -> None:
+        if layer.up.shape[0] != rows:
+            raise SourceError(
+                f"{self.path}: {layer.key!r} has shape {list(layer.up.shape)}, the base has {rows} rows to adapt"
+            )
