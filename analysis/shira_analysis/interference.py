@@ -1,0 +1,242 @@
+"""Whether two adapters disturb each other in *feature* space: on inputs that a layer really gets.
+
+AWOM and AWOR look at weights alone, and say what may happen for the worst or for a random input. Here the outputs that two
+deltas ``D1, D2`` of one weight add, ``y1 = D1 x`` and ``y2 = D2 x``, are compared over inputs ``x``. All that depends on
+their mean products follows from the inputs' second moments ``C = E[x x^T]``: ``E<y1, y2> = tr(D1 C D2^T)``. With ``C = I``
+it is ``tr(D1^T D2)``, the inner product of the weights; so a pair that is orthogonal in its weights may well disturb each
+other on inputs that are far from white, and the other way round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shira_analysis.deltas import delta_matrix
+from shira_analysis.moments import Moment
+from shira_analysis.overlap import cosine, finite, shared_positions
+from shira_format import SourceError, SparseTensor
+from shira_format.arrays import Array
+
+_LONG = 1 << 12  # pairs of entries from which on a segment is worth a product of its own
+_PAIRS = 1 << 20  # pairs at a time
+_CELLS = 1 << 22  # outputs at a time
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Mean products of two adapters' outputs, of one layer or, added up with ``+``, of several.
+
+    The outputs are seen as random vectors, with ``E<y, z>`` as their inner product.
+
+    Attributes:
+        inner: ``E<y1, y2>``.
+        first: ``E|y1|^2``, the energy of the first adapter's output.
+        second: ``E|y2|^2``.
+        projected_first: ``E[<y1, y2>^2 / |y1|^2]``, the energy of what the second adds along the first's output at each
+            input by itself; None if only moments are known, of which it is no function.
+        projected_second: ``E[<y1, y2>^2 / |y2|^2]``.
+    """
+
+    inner: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+    projected_first: float | None = 0.0
+    projected_second: float | None = 0.0
+
+    @property
+    def cosine(self) -> float | None:
+        """``E<y1, y2> / sqrt(E|y1|^2 E|y2|^2)``: 0 is no interference on the mean; None if one adapter does nothing."""
+        return cosine(self.inner, self.first, self.second)
+
+    @property
+    def along_first(self) -> float | None:
+        """``E<y1, y2> / E|y1|^2``: the multiple of ``y1`` that is nearest to ``y2``.
+
+        With both adapters on, the first's output is there ``1 + along_first`` times: -1 cancels it, 1 doubles it.
+        """
+        return self.inner / self.first if self.first else None
+
+    @property
+    def along_second(self) -> float | None:
+        """``E<y1, y2> / E|y2|^2``."""
+        return self.inner / self.second if self.second else None
+
+    @property
+    def disturbed_first(self) -> float | None:
+        """The energy of the projection of ``y2`` onto ``y1`` over the energy of ``y1``: ``along_first`` squared.
+
+        What the second adapter does to the first's own direction, in units of the first; above 1 where it does more there
+        than the first itself.
+        """
+        return None if self.along_first is None else self.along_first**2
+
+    @property
+    def disturbed_second(self) -> float | None:
+        """The same of the second adapter by the first."""
+        return None if self.along_second is None else self.along_second**2
+
+    @property
+    def disturbed_first_each(self) -> float | None:
+        """Like ``disturbed_first``, with the projection at each input by itself; gains and losses do not cancel.
+
+        Never below ``disturbed_first``; outputs in random directions of ``out`` dimensions have about
+        ``second / first / out``.
+        """
+        return self.projected_first / self.first if self.projected_first is not None and self.first else None
+
+    @property
+    def disturbed_second_each(self) -> float | None:
+        """The same of the second adapter by the first."""
+        return self.projected_second / self.second if self.projected_second is not None and self.second else None
+
+    def __add__(self, other: Interference) -> Interference:
+        return Interference(
+            self.inner + other.inner, self.first + other.first, self.second + other.second,
+            _sum(self.projected_first, other.projected_first), _sum(self.projected_second, other.projected_second),
+        )  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        """All measures; what is undefined or unknown is null."""
+        return {
+            "inner": self.inner,
+            "energy_first": self.first,
+            "energy_second": self.second,
+            "cosine": self.cosine,
+            "along_first": self.along_first,
+            "along_second": self.along_second,
+            "disturbed_first": self.disturbed_first,
+            "disturbed_second": self.disturbed_second,
+            "disturbed_first_each": self.disturbed_first_each,
+            "disturbed_second_each": self.disturbed_second_each,
+        }
+
+
+def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool = False) -> Interference:
+    """Compare what two adapters add to the outputs of one layer.
+
+    Args:
+        a: the first adapter's :class:`SparseTensor`, or its deltas as a sparse matrix in the matrix view, in float64.
+        b: the second's, of the same shape.
+        inputs: their second moments, or the inputs themselves, floats ``[samples, in]``.
+        inputs_first: of inputs themselves: the weight is ``[in, out]``. A :class:`Moment` says so itself.
+
+    Raises:
+        SourceError: shapes that do not fit each other, inputs that are not finite or none, and see :func:`delta_matrix`.
+        BaseRequired: target values without those of the base.
+    """
+    first, second = (delta_matrix(side) if isinstance(side, SparseTensor) else side for side in (a, b))
+    if first.shape != second.shape:
+        raise SourceError(f"deltas of shapes {list(first.shape)} and {list(second.shape)} are of no common weight")
+    if inputs.inputs_first if isinstance(inputs, Moment) else inputs_first:
+        first, second = first.T, second.T
+    first, second = _sorted(first), _sorted(second)
+    if not isinstance(inputs, Moment):
+        return _of_inputs(first, second, inputs)
+    outputs, width = first.shape
+    if width != inputs.width or outputs % inputs.groups:
+        raise SourceError(
+            f"moments of {inputs.weight!r} are of inputs of {inputs.width} in {inputs.groups} groups, "
+            f"the adapters' deltas are {outputs} outputs by {width} inputs"
+        )
+    inner, of_first, of_second = (
+        _bilinear(*pair, inputs) for pair in ((first, second), (first, first), (second, second))
+    )
+    for value in (inner, of_first, of_second):
+        finite(value, f"a mean product of the outputs of {inputs.weight!r}")
+    # Not below 0 by rounding.
+    return Interference(inner, max(0.0, of_first), max(0.0, of_second), None, None)
+
+
+def _sorted(matrix: Any) -> Any:
+    matrix = matrix.tocsr()
+    if not matrix.has_sorted_indices:
+        matrix = matrix.sorted_indices()
+    return matrix
+
+
+def _of_inputs(first: Any, second: Any, inputs: Array) -> Interference:
+    outputs, width = first.shape
+    if inputs.ndim != 2 or inputs.shape[1] != width or not len(inputs):
+        raise SourceError(f"inputs of shape {list(inputs.shape)} for deltas of {width} inputs")
+    inner = of_first = of_second = along_first = along_second = 0.0
+    step = max(1, _CELLS // max(1, outputs, width))
+    for start in range(0, len(inputs), step):
+        some = np.asarray(inputs[start : start + step], np.float64).T
+        if not np.isfinite(some).all():
+            raise SourceError("an input is NaN or infinite")
+        y1, y2 = first @ some, second @ some
+        both, e1, e2 = (np.einsum("os,os->s", *pair) for pair in ((y1, y2), (y1, y1), (y2, y2)))
+        inner, of_first, of_second = inner + both.sum(), of_first + e1.sum(), of_second + e2.sum()
+        along_first += float(np.sum(both[e1 > 0] ** 2 / e1[e1 > 0]))
+        along_second += float(np.sum(both[e2 > 0] ** 2 / e2[e2 > 0]))
+    means = np.array([inner, of_first, of_second, along_first, along_second]) / len(inputs)
+    return Interference(*(float(mean) for mean in means))
+
+
+def _bilinear(first: Any, second: Any, moment: Moment) -> float:
+    """``tr(first C second^T)``, from the cells of ``C`` at which an entry of each meets one of the other's in its row.
+
+    A segment is what one row has within one block of ``C``. Entries of a segment follow each other, and their product with
+    those of the other's segment needs no more of ``C`` than their own rows and columns.
+    """
+    (of_first, at_first), (of_second, at_second) = (_segments(matrix, moment) for matrix in (first, second))
+    in_first, in_second = shared_positions(of_first[0], of_second[0])
+    keys = of_first[0][in_first]
+    blocks = moment.blocks.shape[1]
+    groups = keys // blocks // max(1, first.shape[0] // moment.groups)
+    which = groups * blocks + keys % blocks
+    spans = [of[1][chosen] for of, chosen in ((of_first, in_first), (of_second, in_second))]
+    squares = moment.blocks.reshape(-1, moment.size, moment.size)
+    try:
+        from shira_analysis.product_kernels import bilinear
+    except ImportError:
+        with np.errstate(over="ignore", invalid="ignore"):  # told by whoever asks
+            return _bilinear_plainly(
+                spans[0], at_first, first.data, spans[1], at_second, second.data, squares, which
+            )
+    return float(bilinear(spans[0], at_first, first.data, spans[1], at_second, second.data, squares, which))
+
+
+def _segments(matrix: Any, moment: Moment) -> tuple[tuple[Array, Array], Array]:
+    """The rising keys ``row * blocks + block`` with start and stop of each, and the places of all entries in their block."""
+    rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+    block, place = np.divmod(matrix.indices.astype(np.int64), moment.size)
+    keys = rows * moment.blocks.shape[1] + block
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    spans = np.stack([starts, np.append(starts[1:], keys.size)[: starts.size]], axis=1)
+    return (keys[starts], spans), place
+
+
+def _bilinear_plainly(
+    first: Array, first_at: Array, first_values: Array,
+    second: Array, second_at: Array, second_values: Array, squares: Array, which: Array,
+) -> float:  # fmt: skip
+    """See :func:`shira_analysis.product_kernels.bilinear`."""
+    counts = [spans[:, 1] - spans[:, 0] for spans in (first, second)]
+    pairs = counts[0] * counts[1]
+    total = 0.0
+    for i in np.flatnonzero(pairs >= _LONG):
+        one, other = slice(*first[i]), slice(*second[i])
+        cells = squares[which[i]][np.ix_(first_at[one], second_at[other])]
+        total += float(first_values[one] @ cells @ second_values[other])
+    short = np.flatnonzero(pairs < _LONG)
+    ends = np.cumsum(pairs[short])
+    start = 0
+    while start < short.size:
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _PAIRS, side="right")))
+        chosen = short[start:stop]
+        segment = np.repeat(chosen, pairs[chosen])
+        number = np.arange(segment.size) - np.repeat(ends[start:stop] - pairs[chosen] - before, pairs[chosen])
+        i = first[segment, 0] + number // counts[1][segment]
+        j = second[segment, 0] + number % counts[1][segment]
+        total += float((first_values[i] * squares[which[segment], first_at[i], second_at[j]]) @ second_values[j])
+        start = stop
+    return total
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b

@@ -1,0 +1,132 @@
+"""The updates of adapter files, one weight at a time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_analysis.deltas import delta_values
+from shira_analysis.lemmas.exact import sparse_matrices
+from shira_format.checkpoints import Checkpoint
+from shira_format.container import AdapterFile
+from shira_format.errors import BaseMismatch, BaseRequired, SourceError
+from shira_format.tensors import matrix_view
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to one weight, as a matrix (axis 0 against all others).
+
+    Attributes:
+        source: the adapter's file name.
+        name: the weight's name.
+        shape: rows and columns.
+        indices: int64 ``[nnz]``, flat row-major, strictly increasing.
+        values: float64 ``[nnz]``; None for a mask.
+    """
+
+    source: str
+    name: str
+    shape: tuple[int, int]
+    indices: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64] | None
+
+    @property
+    def where(self) -> str:
+        """How it is called in a report."""
+        return f"{self.source}: {self.name}"
+
+    @property
+    def row(self) -> npt.NDArray[np.int64]:
+        """The row of each entry."""
+        return np.asarray(self.indices // self.shape[1])
+
+    @property
+    def column(self) -> npt.NDArray[np.int64]:
+        """The column of each entry."""
+        return np.asarray(self.indices % self.shape[1])
+
+    def matrix(self) -> Any:
+        """The update as a CSR matrix in float64, or of ones if it is a mask."""
+        values = np.ones(self.indices.size) if self.values is None else self.values
+        return sparse_matrices().csr_matrix((values, (self.row, self.column)), shape=self.shape)
+
+
+@dataclass
+class Updates:
+    """One adapter file. Nothing is kept: a tensor is read when it is asked for.
+
+    Attributes:
+        file: the open file.
+        base: its base; None if it is not given.
+        names: shapes of the weights that are matrices and have entries, by name.
+        notes: what is left out, and why.
+    """
+
+    file: AdapterFile
+    base: Checkpoint | None
+    names: dict[str, tuple[int, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], base: Checkpoint | None) -> Updates:
+        """Open an adapter file.
+
+        Raises:
+            FormatError: it is none, or is damaged.
+            SourceError: no weight in it has entries to check.
+            BaseRequired: targets without base values, and no ``base``.
+        """
+        found = cls(AdapterFile(path, apart=True), base)
+        vectors = 0
+        for name, entry in found.file.manifest.tensors.items():
+            if len(entry.shape) < 2:
+                vectors += 1
+            elif entry.nnz:
+                if base is None and entry.values == "target" and not entry.base_values:
+                    raise BaseRequired(
+                        f"{path}: tensor {name!r} holds target values without those of the base: pass the base (--base)"
+                    )
+                found.names[name] = matrix_view(entry.shape)
+        if vectors:
+            found.notes.append(f"{path}: {vectors} of its tensors are no matrices")
+        if not found.names:
+            raise SourceError(f"{path}: no matrix in it has entries, so that there is nothing to check")
+        return found
+
+    def spread(self, most: int) -> list[str]:
+        """At most so many names, evenly spread."""
+        return spread(list(self.names), most)
+
+    def update(self, name: str) -> Update:
+        """Read one update, at the strength at which the adapter was trained.
+
+        Raises:
+            SourceError: the update is not finite.
+            BaseMismatch: the base is another one.
+            FormatError: the file is damaged.
+        """
+        tensor, path = self.file.sparse(name), self.file.path
+        values = None
+        if tensor.meaning != "none":
+            if self.base is not None and tensor.base_name not in self.base:
+                raise BaseMismatch(
+                    f"{path}: tensor {name!r}: the base {self.base.path} has no {tensor.base_name!r}"
+                )
+            try:
+                values = delta_values(tensor, None if self.base is None else self.base[tensor.base_name])
+            except (BaseMismatch, SourceError) as error:
+                raise type(error)(f"{path}: {error}") from None
+        return Update(path.name, name, self.names[name], tensor.indices, values)
+
+
+def spread(names: list[str], most: int) -> list[str]:
+    """At most so many of the names, evenly spread."""
+    if len(names) <= most:
+        return names
+    # From the first to the last, so that the step is not that between like layers.
+    return [names[i * (len(names) - 1) // max(1, most - 1)] for i in range(most)]
