@@ -11,11 +11,34 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import conversion, embeddings, full, reading, sizes
+from benchmarks import (
+    conversion,
+    drift,
+    embeddings,
+    figures,
+    full,
+    overwriting,
+    pairs,
+    ranks,
+    reading,
+    sizes,
+    switching,
+)
 from benchmarks.model import LARGE, SMALL, make_base, make_lora
 from benchmarks.table import Row, as_text, machine
 
-GROUPS = ("conversion", "full", "embeddings", "sizes", "reading")
+GROUPS = (
+    "conversion",
+    "full",
+    "embeddings",
+    "switching",
+    "overwriting",
+    "drift",
+    "sizes",
+    "reading",
+    "pairs",
+    "ranks",
+)
 
 
 def main() -> int:
@@ -27,9 +50,15 @@ def main() -> int:
         "--only", type=_regex, default="", metavar="REGEX", help=f"only the groups {', '.join(GROUPS)} that match"
     )
     parser.add_argument("--dir", type=Path, help="keep the files of the run in this folder")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        metavar="FOLDER",
+        help="write the figures of overwriting and drift, with their CSV, to FOLDER",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shira-benchmarks-") as scratch:
-        rows = list(_rows(options.dir or Path(scratch), options.only, quick=options.quick))
+        rows = list(_rows(options.dir or Path(scratch), options.only, options.figures, quick=options.quick))
     print(as_text(rows))
     if options.json:
         result = {
@@ -41,20 +70,36 @@ def main() -> int:
     return 1 if any(row.met is False for row in rows) else 0
 
 
-def _rows(folder: Path, only: re.Pattern[str], *, quick: bool) -> Iterator[Row]:
+def _rows(folder: Path, only: re.Pattern[str], pictures: Path | None, *, quick: bool) -> Iterator[Row]:
     shape = SMALL if quick else LARGE
     folder.mkdir(parents=True, exist_ok=True)
-    if only.search("conversion"):
+    if any(map(only.search, ("conversion", "switching"))):
         _say("writing the base and the LoRA ...")
         base, lora = make_base(shape, folder / "base"), make_lora(shape, folder / "lora")
-        _say("converting ...")
-        yield from conversion.rows(shape, base, lora, folder)
+        if only.search("conversion"):
+            _say("converting ...")
+            yield from conversion.rows(shape, base, lora, folder)
+        if only.search("switching"):
+            _say("switching ...")
+            yield from switching.rows(shape, base, lora, folder)
+    if only.search("overwriting"):
+        _say("overwriting and fusing by size ...")
+        yield from _drawn("overwriting", pictures, *overwriting.rows(quick=quick))
+    if only.search("drift"):
+        _say("drift ...")
+        yield from _drawn("drift", pictures, *drift.rows(folder, quick=quick))
     if only.search("full"):
         _say("writing a checkpoint, a step and a fine-tune of it, and converting ...")
         yield from full.rows(shape, folder)
     if only.search("embeddings"):
         _say("a real fine-tune of an embedding model ...")
         yield from embeddings.rows(folder, 40 if quick else 300)
+    if only.search("pairs"):
+        _say("pairs of adapters ...")
+        yield from pairs.rows(shape)
+    if only.search("ranks"):
+        _say("ranks ...")
+        yield from ranks.rows(quick=quick)
     if not any(map(only.search, ("sizes", "reading"))):
         return
     uniform = sizes.uniform_adapter(shape, folder / "uniform.st")
@@ -64,6 +109,12 @@ def _rows(folder: Path, only: re.Pattern[str], *, quick: bool) -> Iterator[Row]:
     if only.search("reading"):
         _say("reading ...")
         yield from reading.rows(uniform, folder)
+
+
+def _drawn(name: str, pictures: Path | None, rows: list[Row], records: list[figures.Record]) -> list[Row]:
+    if pictures is not None:
+        figures.write(name, records, pictures)
+    return rows
 
 
 def _regex(text: str) -> re.Pattern[str]:

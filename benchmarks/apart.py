@@ -63,10 +63,11 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._start
-        self.peak = _peak()
+        self.peak = peak()
 
 
-def _peak() -> int:
+def peak() -> int:
+    """Resident bytes of this process at most, so far."""
     if sys.platform == "linux":
         # ru_maxrss starts at what the parent had when it forked; VmHWM starts anew with the program.
         status = Path("/proc/self/status").read_text("ascii")

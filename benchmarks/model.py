@@ -112,10 +112,10 @@ def header_of(sizes: dict[str, tuple[int, ...]]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def make_lora(shape: Shape, folder: Path) -> Path:
+def make_lora(shape: Shape, folder: Path, seed: int = 1) -> Path:
     """Write a PEFT LoRA with random factors, as ``save_pretrained`` lays it out."""
     folder.mkdir(parents=True, exist_ok=True)
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(seed)
     factors: dict[str, torch.Tensor] = {}
     for name, rows, columns in shape.linear():
         key = f"base_model.model.{name}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.apart import peak
 from benchmarks.model import LARGE, SMALL, Shape
 from benchmarks.sizes import uniform
 from benchmarks.table import Row
@@ -45,8 +46,8 @@ def rows(shape: Shape) -> Iterator[Row]:
     peer = f"torch, dense float32, {torch.get_num_threads()} threads"
     demand = (f"{FASTER}x", theirs >= FASTER * ours) if shape == LARGE else ()
     yield Row(case, ours, theirs, "s", peer, *demand)
-    peak = _peak(shape)
-    yield Row("  peak of memory, whole process", peak, ROOM, "GB", "what is allowed", f"< {ROOM:g}", peak < ROOM)
+    most = _peak(shape)
+    yield Row("  peak of memory, whole process", most, ROOM, "GB", "what is allowed", f"< {ROOM:g}", most < ROOM)
 
 
 def _tensor(name: str, outputs: int, inputs: int, seed: int) -> SparseTensor:
@@ -71,8 +72,6 @@ _APART = "import sys; from benchmarks.pairs import measure_all; measure_all(sys.
 
 def measure_all(which: str) -> None:
     """Hold both adapters and measure them; print the peak of memory in GB."""
-    import resource
-
     shape = LARGE if which == "large" else SMALL
     held: list[Any] = [
         [_tensor(name, outputs, inputs, 2 * number + side) for side in (0, 1)]
@@ -80,6 +79,4 @@ def measure_all(which: str) -> None:
     ]
     for pair in held:
         orthogonality(*pair)
-    # Of Linux, in KiB; macOS tells bytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak / (1e9 if sys.platform == "darwin" else 1e9 / 1024))
+    print(peak() / 1e9)

@@ -22,7 +22,7 @@ class Row:
         peer: the peer's, or the physical or theoretical limit.
         unit: of both.
         peer_is: who or what the peer is.
-        ratio: peer / ours: above 1, ours is faster or smaller.
+        ratio: peer / ours: above 1, ours is faster or smaller; None if ours is 0.
         required: what the project demands, in words; "" for nothing.
         met: whether that holds; None without a demand.
     """
@@ -36,8 +36,8 @@ class Row:
     met: bool | None = None
 
     @property
-    def ratio(self) -> float:
-        return self.peer / self.ours
+    def ratio(self) -> float | None:
+        return self.peer / self.ours if self.ours else None
 
 
 def as_text(rows: list[Row]) -> str:
@@ -45,7 +45,8 @@ def as_text(rows: list[Row]) -> str:
     head = ("case", "ours", "peer", "unit", "peer/ours", "peer is", "required")
     lines = [head] + [
         (
-            row.case, f"{row.ours:.4g}", f"{row.peer:.4g}", row.unit, f"{row.ratio:.2f}", row.peer_is,
+            row.case, f"{row.ours:.4g}", f"{row.peer:.4g}", row.unit,
+            "" if row.ratio is None else f"{row.ratio:.2f}", row.peer_is,
             f"{row.required}: {'ok' if row.met else 'MISSED'}" if row.required else "",
         )
         for row in rows
@@ -67,6 +68,12 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
     }
+
+
+def machine_name() -> str:
+    """The machine in a few words, for a figure."""
+    of = machine()
+    return f"{of['cores']} cores of {of['cpu'].replace('(R)', '').replace(' Processor', '')}"
 
 
 def _memory() -> float | None:

@@ -64,6 +64,13 @@ def put(flat: Array, indices: Indices, values: Array) -> None:
         target[indices] = bits
 
 
+def rises(indices: Indices) -> bool:
+    """Whether ``indices`` strictly rise."""
+    if _kernels is not None:
+        return bool(_kernels.rises(indices))
+    return bool((indices[1:] > indices[:-1]).all())
+
+
 def exchange(flat: Array, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
     """Put ``old_base`` back at ``old``, then ``new_values`` at ``new``; what was at ``new`` in between.
 

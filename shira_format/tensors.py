@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format.arrays import Array, as_array, bits, digest, frozen
+from shira_format.compiled import rises
 from shira_format.dtypes import dtype_name, is_float, working_dtype
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError
 
@@ -442,7 +443,7 @@ def check_increasing(indices: npt.NDArray[np.int64], size: int, name: str | None
     """Raise FormatError unless ``indices`` are strictly increasing within ``range(size)``."""
     if indices.size == 0:
         return
-    if not bool((indices[1:] > indices[:-1]).all()):
+    if not rises(indices):
         at = int(np.flatnonzero(indices[1:] <= indices[:-1])[0])
         rule = "duplicate" if indices[at] == indices[at + 1] else "unsorted"
         raise FormatError(rule, f"entry {at + 1} has index {indices[at + 1]} after {indices[at]}", tensor=name)

@@ -13,14 +13,20 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from shira_cli import convert, inspect
+from shira_cli import convert, inspect, measure, plot, verify
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from tests import models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS: dict[str, Any] = {"shira-convert": convert.main, "shira-inspect": inspect.main}
+COMMANDS: dict[str, Any] = {
+    "shira-convert": convert.main,
+    "shira-inspect": inspect.main,
+    "shira-measure": measure.main,
+    "shira-plot": plot.main,
+    "shira-verify": verify.main,
+}
 
 
 def blocks(kind: str) -> list[str]:

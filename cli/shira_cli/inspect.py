@@ -6,18 +6,22 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shira_analysis.summary import describe, misfits_with
 from shira_cli import console
 from shira_format import AdapterFile
 from shira_format.filters import name_filter
 
+if TYPE_CHECKING:
+    from shira_format.checkpoints import Checkpoint
+
 PROG = "shira-inspect"
 
 EXAMPLE = """examples:
   shira-inspect adapter.st --sort nnz
   shira-inspect adapter.st --verify --base my-model/
+  shira-inspect adapter.st other.st --html report.html
 """
 
 _KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -31,9 +35,9 @@ _KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = console.parser(PROG, "Show what an adapter file is, for which base, and how it was made.", EXAMPLE)
+    parser = console.parser(PROG, "Show what adapter files are, for which base, and how they were made.", EXAMPLE)
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="an adapter file")
+    add("files", nargs="+", type=Path, metavar="FILE", help="an adapter file")
     add("--sort", choices=("file", *_KEYS), default="file", help="order of the tensors: as in the file (default), name, most entries, density or bytes first, least energy kept first")  # fmt: skip
     add(
         "--include",
@@ -51,34 +55,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--verify", action="store_true", help="read everything: check all digests and every rule of the format")
     add("--base", help="a checkpoint: does the adapter fit it, by shapes, dtypes and digests?")
+    add("--html", type=Path, metavar="FILE", help="write a report to read in a browser, of all files and of how each two go together")  # fmt: skip
+    add("--force", action="store_true", help="replace the report if it exists")
     console.add_output_options(parser)
     options = parser.parse_args(argv)
     return console.run(PROG, lambda: _inspect(options))
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if options.html is not None:
+        console.check_output(options.html, force=options.force)
     keep = name_filter(options.include, options.exclude)
-    file = AdapterFile(options.file)
+    base = None
+    if options.base is not None:
+        from shira_format.checkpoints import open_checkpoint
+
+        base = open_checkpoint(options.base)
+    infos = [_describe(path, keep, base, options) for path in options.files]
+    if options.html is not None:
+        _write_report(infos, keep, base, options)
+    if options.json:
+        console.print_json(infos[0] if len(infos) == 1 else {"files": infos})
+    else:
+        print("\n\n".join(as_text(info) for info in infos))
+    misfits = [
+        (info["file"], info["base"]["reasons"]) for info in infos if base is not None and info["base"]["reasons"]
+    ]
+    for path, reasons in misfits:
+        where = f"{options.base}: the adapter" + (f" {path}" if len(infos) > 1 else "")
+        console.complain(PROG, f"{where} does not fit: {reasons[0]}")
+    return console.EXIT_FAILED if misfits else 0
+
+
+def _describe(
+    path: Path, keep: Callable[[str], bool], base: Checkpoint | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    file = AdapterFile(path)
     info = describe(file)
     info["tensors"] = [row for row in info["tensors"] if keep(row["name"])]
     if options.sort != "file":
         info["tensors"].sort(key=_KEYS[options.sort])
-    misfits: list[str] = []
     if options.verify:
         file.verify()
         info["verified"] = True
-    if options.base is not None:
-        from shira_format.checkpoints import open_checkpoint
-
-        misfits = misfits_with(file, open_checkpoint(options.base))
+    if base is not None:
+        misfits = misfits_with(file, base)
         info["base"] = {"path": str(options.base), "fits": not misfits, "reasons": misfits}
-    if options.json:
-        console.print_json(info)
-    else:
-        print(as_text(info))
-    if misfits:
-        console.complain(PROG, f"{options.base}: the adapter does not fit: {misfits[0]}")
-    return console.EXIT_FAILED if misfits else 0
+    return info
+
+
+def _write_report(
+    infos: list[dict[str, Any]], keep: Callable[[str], bool], base: Checkpoint | None, options: argparse.Namespace
+) -> None:
+    from tqdm import tqdm
+
+    from shira_analysis.deltas import DeltaFile
+    from shira_analysis.html import look, report
+    from shira_format.container.atomic import replaced_file
+
+    hidden = options.quiet or not sys.stderr.isatty()
+    looks = []
+    with tqdm(total=sum(len(i["tensors"]) for i in infos), unit="tensors", disable=hidden, leave=False) as bar:
+        for path, info in zip(options.files, infos, strict=True):
+            file = AdapterFile(path, apart=True)
+            fits = base is not None and info["base"]["fits"]
+            names = tuple(row["name"] for row in info["tensors"])
+            whole = tuple(name for name in file.manifest.whole if keep(name))
+            looks.append(look(DeltaFile(file, base if fits else None, names, whole), info, bar.update))
+    with replaced_file(options.html) as out:
+        out.write(report(looks).encode())
+    console.notice(f"{options.html}: written", quiet=options.quiet)
 
 
 def as_text(info: dict[str, Any]) -> str:

@@ -1,0 +1,221 @@
+"""What an adapter changes in each layer: by block of the model and by kind of layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_analysis.figures.records import Record
+from shira_analysis.figures.style import plain
+from shira_analysis.layer_kinds import KINDS
+from shira_analysis.measures import TensorMeasures
+from shira_format.tensors import density
+
+Float64s = npt.NDArray[np.float64]
+
+What = Literal["density", "energy"]
+
+OUTSIDE = "outside"  # of all blocks: embeddings, heads
+_BLOCK = re.compile(r"^(.*?\.?)(\d+)(?:\.|$)")
+_WRITTEN = 16  # blocks up to which the numbers are written into the cells
+
+
+@dataclass(frozen=True)
+class LayerCell:
+    """The tensors of one kind in one block.
+
+    Attributes:
+        tensors: how many there are.
+        entries: of all.
+        elements: of all.
+        energy: sum of squares of the deltas, over ``scale`` of the grid squared; None if the deltas are not known.
+    """
+
+    tensors: int
+    entries: int
+    elements: int
+    energy: float | None
+
+    @property
+    def density(self) -> float:
+        """Entries over elements."""
+        return density(self.entries, self.elements)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGrid:
+    """An adapter by kinds of layer and blocks.
+
+    Attributes:
+        stems: what the names of the blocks have before their number, in the order of the adapter; one for each block.
+        blocks: their numbers as they are in the names; of tensors outside all blocks, "".
+        kinds: of layers that the adapter has, in the order of :data:`shira_analysis.layer_kinds.KINDS`.
+        cells: by (place in ``kinds``, place in ``blocks``); what the adapter does not have is missing.
+        energy: the sum of all cells' energy; None if the deltas of a tensor are not known.
+        scale: the largest Frobenius norm of a tensor, so that no square is too large or too small for float64.
+    """
+
+    stems: tuple[str, ...]
+    blocks: tuple[str, ...]
+    kinds: tuple[str, ...]
+    cells: dict[tuple[int, int], LayerCell]
+    energy: float | None
+    scale: float
+
+    def values(self, what: What) -> Float64s:
+        """In per cent, ``[kinds, blocks]``; NaN where there is no tensor, or nothing is known."""
+        found = np.full((len(self.kinds), len(self.blocks)), np.nan)
+        for at, cell in self.cells.items():
+            if what == "density":
+                found[at] = 100 * cell.density
+            elif cell.energy is not None and self.energy is not None:
+                found[at] = 100 * (cell.energy / self.energy if self.energy else 0.0)
+        return found
+
+    def block(self, at: int) -> str:
+        """The name of a block: what comes before its number, and the number."""
+        return f"{self.stems[at]}{self.blocks[at]}" or OUTSIDE
+
+    def records(self) -> list[Record]:
+        """One for each cell that has a tensor."""
+        shares = self.values("energy")
+        return [
+            {
+                "block": self.block(block),
+                "kind": self.kinds[kind],
+                "tensors": cell.tensors,
+                "entries": cell.entries,
+                "elements": cell.elements,
+                "density": cell.density,
+                "energy_share": None if np.isnan(shares[kind, block]) else float(shares[kind, block]) / 100,
+            }
+            for (kind, block), cell in sorted(self.cells.items())
+        ]
+
+
+def block_of(name: str) -> tuple[str, int | None]:
+    """The block that a weight belongs to: its name up to the first part that is a number, and the number.
+
+    ``encoder.layer.3.output.dense.weight`` is in ``("encoder.layer.", 3)``; a weight without a number is in ``("", None)``.
+    """
+    found = _BLOCK.match(name)
+    return ("", None) if found is None else (found[1], int(found[2][:18]))
+
+
+def layer_grid(tensors: Iterable[TensorMeasures]) -> LayerGrid:
+    """Put measured tensors in their places, adding up those that share one.
+
+    Args:
+        tensors: for example ``measure(path).tensors``; without norms, only densities are known.
+    """
+    tensors = list(tensors)
+    places = [block_of(tensor.name) for tensor in tensors]
+    # Blocks of one stem together and by number, stems as the adapter has them, what is outside first.
+    stems = dict.fromkeys(stem for stem, number in places if number is not None)
+    order = {stem: at for at, stem in enumerate(stems)}
+    blocks = sorted(
+        set(places),
+        key=lambda place: (-1, 0) if place[1] is None else (order[place[0]], place[1]),
+    )
+    kinds = [kind for kind in KINDS if any(tensor.kind == kind for tensor in tensors)]
+    known = all(tensor.norms is not None for tensor in tensors)
+    scale = max((t.norms.frobenius for t in tensors if t.norms is not None), default=0.0) or 1.0
+    cells: dict[tuple[int, int], LayerCell] = {}
+    for tensor, place in zip(tensors, places, strict=True):
+        at = kinds.index(tensor.kind), blocks.index(place)
+        old = cells.get(at, LayerCell(0, 0, 0, 0.0))
+        energy = None
+        if tensor.norms is not None and old.energy is not None:
+            energy = old.energy + (tensor.norms.frobenius / scale) ** 2
+        cells[at] = LayerCell(
+            old.tensors + 1, old.entries + tensor.mask.nnz, old.elements + tensor.mask.numel, energy
+        )
+    return LayerGrid(
+        tuple(stem for stem, _ in blocks),
+        tuple("" if number is None else str(number) for _, number in blocks),
+        tuple(kinds),
+        cells,
+        sum(cell.energy or 0.0 for cell in cells.values()) if known else None,
+        scale,
+    )
+
+
+TITLES: dict[What, str] = {
+    "density": "share of the elements that are changed, %",
+    "energy": "share of the change's energy (sum of squares), %",
+}
+
+
+def draw_layers(axes: Any, grid: LayerGrid, what: What = "energy", title: str = "") -> Any:
+    """Draw a grid: a row for each kind of layer, a column for each block; numbers in the cells if there is room.
+
+    Args:
+        axes: a matplotlib Axes.
+        grid: from :func:`layer_grid`.
+        what: ``"density"`` or ``"energy"``.
+        title: whose layers they are.
+
+    Returns:
+        ``axes``.
+    """
+    values = grid.values(what)
+    top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    image = axes.imshow(
+        values, cmap="viridis" if what == "energy" else "cividis", vmin=0, vmax=top or 1, aspect="auto"
+    )
+    axes.set_facecolor("#f2f2f2")  # where there is no such layer
+    axes.set_yticks(range(len(grid.kinds)), grid.kinds)
+    _block_ticks(axes, grid)
+    if len(grid.blocks) <= _WRITTEN:
+        for i, j in np.argwhere(np.isfinite(values)):
+            pale = values[i, j] > 0.6 * (top or 1)
+            axes.text(
+                j,
+                i,
+                f"{values[i, j]:.2g}" if values[i, j] < 100 else "100",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if pale else "white",
+            )
+    axes.set_xticks(np.arange(len(grid.blocks) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(grid.kinds) + 1) - 0.5, minor=True)
+    axes.grid(visible=True, which="minor", color="white", linewidth=1 if len(grid.blocks) <= 40 else 0.3)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(": ".join(part for part in (title, TITLES[what]) if part), loc="left")
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.015)
+    bar.set_label("%")
+    bar.outline.set_visible(False)
+    return axes
+
+
+def _block_ticks(axes: Any, grid: LayerGrid) -> None:
+    count = len(grid.blocks)
+    step = max(1, -(-count // 24))
+    shown = [at for at in range(count) if (int(grid.blocks[at]) % step == 0 if grid.blocks[at] else step == 1)]
+    axes.set_xticks(shown, [grid.blocks[at] or "–" for at in shown])
+    stems = list(dict.fromkeys(stem for stem in grid.stems if stem))
+    label = f"{plain(stems[0], 40)}N" if stems else ""
+    if len(stems) > 1:  # each named from its first block on, below the numbers
+        label = "block"
+        axes.xaxis.labelpad = 30
+        for stem in stems:
+            axes.text(
+                grid.stems.index(stem) - 0.4, len(grid.kinds) - 0.5, plain(stem.rstrip("."), 24),
+                fontsize=6.5, rotation=-20, ha="left", va="top", rotation_mode="anchor",
+                transform=axes.transData + _below(axes),
+            )  # fmt: skip
+    outside = "–" if step == 1 else "first column"
+    axes.set_xlabel(label + (f" ({outside}: outside)" if "" in grid.blocks else ""))
+
+
+def _below(axes: Any) -> Any:
+    from matplotlib.transforms import ScaledTranslation
+
+    return ScaledTranslation(0, -20 / 72, axes.figure.dpi_scale_trans)

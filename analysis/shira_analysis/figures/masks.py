@@ -1,0 +1,194 @@
+"""Where the entries of one tensor lie: its matrix view under a grid, and how dense each cell of the grid is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_analysis.figures.records import Record
+from shira_analysis.figures.style import plain, share
+from shira_format import SourceError, SparseTensor
+from shira_format.tensors import matrix_view
+
+Int64s = npt.NDArray[np.int64]
+
+SIDE = 96  # cells along the longer side, by default
+MOST = 512
+_NARROWEST = 4  # a grid is no narrower than its longer side over this
+_STEP = 1 << 20  # entries at a time
+
+
+@dataclass(frozen=True, eq=False)
+class MaskGrid:
+    """Entries of a tensor, counted by cells of a grid over its matrix view.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the weight.
+        rows: where the cells begin, and the end: int64 ``[height + 1]``, from 0 to the rows of the matrix view.
+        columns: the same of the columns, int64 ``[width + 1]``.
+        counts: entries in each cell, int64 ``[height, width]``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Int64s
+    columns: Int64s
+    counts: Int64s
+
+    @property
+    def density(self) -> npt.NDArray[np.float64]:
+        """Entries over elements of each cell, ``[height, width]``."""
+        return self.counts / np.outer(np.diff(self.rows), np.diff(self.columns)).astype(np.float64)
+
+    @property
+    def of_rows(self) -> npt.NDArray[np.float64]:
+        """The density of each row of cells, ``[height]``."""
+        return np.asarray(self.counts.sum(axis=1) / (np.diff(self.rows) * float(self.columns[-1])))
+
+    @property
+    def of_columns(self) -> npt.NDArray[np.float64]:
+        """The density of each column of cells, ``[width]``."""
+        return np.asarray(self.counts.sum(axis=0) / (np.diff(self.columns) * float(self.rows[-1])))
+
+    @property
+    def total(self) -> float:
+        """The density of the tensor."""
+        return float(self.counts.sum()) / (float(self.rows[-1]) * float(self.columns[-1]))
+
+    def records(self) -> list[Record]:
+        """One for each cell: its rows and columns ``[from, to)``, entries and density."""
+        density = self.density
+        return [
+            {
+                "tensor": self.name,
+                "row_from": int(self.rows[i]),
+                "row_to": int(self.rows[i + 1]),
+                "column_from": int(self.columns[j]),
+                "column_to": int(self.columns[j + 1]),
+                "entries": int(self.counts[i, j]),
+                "density": float(density[i, j]),
+            }
+            for i in range(len(self.counts))
+            for j in range(self.counts.shape[1])
+        ]
+
+
+def mask_grid(tensor: SparseTensor, side: int = SIDE) -> MaskGrid:
+    """Count the entries of ``tensor`` by cells; from the indices alone, whatever the size of the weight.
+
+    Args:
+        tensor: with or without values.
+        side: cells along the longer side; fewer if the weight has fewer rows or columns.
+
+    Raises:
+        SourceError: ``side`` is not within 1 and 512, or the weight has no elements.
+    """
+    if not 1 <= side <= MOST:
+        raise SourceError(f"a grid of {side} cells: 1 to {MOST} can be drawn")
+    rows, columns = matrix_view(tensor.shape)
+    if not rows * columns:
+        raise SourceError(f"tensor {tensor.name!r} has no elements: there is no mask to draw")
+    longer, least = max(rows, columns), math.ceil(side / _NARROWEST)
+    height, width = (min(size, max(least, round(side * size / longer))) for size in (rows, columns))
+    counts = np.zeros(height * width, np.int64)
+    for start in range(0, tensor.nnz, _STEP):
+        row, column = np.divmod(tensor.indices[start : start + _STEP], columns)
+        # No overflow: indices are below 2^53, and there are at most 2^9 cells.
+        cells = row * height // rows * width + column * width // columns
+        counts += np.bincount(cells, minlength=counts.size)
+    return MaskGrid(
+        tensor.name, tensor.shape, _edges(rows, height), _edges(columns, width), counts.reshape(height, width)
+    )
+
+
+def _edges(size: int, cells: int) -> Int64s:
+    """The first row of each cell, if row ``r`` lies in cell ``r * cells // size``; and the end."""
+    return -(-np.arange(cells + 1, dtype=np.int64) * size // cells)
+
+
+def draw_mask(
+    axes: Any,
+    grid: MaskGrid,
+    *,
+    most: float | None = None,
+    margins: bool = True,
+    title: str = "",
+    bar: bool = True,
+    longest: int = 60,
+) -> Any:
+    """Draw the density of each cell, with that of whole rows and columns of cells beside it.
+
+    Args:
+        axes: a matplotlib Axes.
+        grid: from :func:`mask_grid`.
+        most: the density at which the scale ends; by default that which all but one cell in 200 stay below.
+        margins: draw the densities of rows and columns.
+        title: put before the tensor's name.
+        bar: draw the scale of colours.
+        longest: letters of the tensor's name that are shown; of a longer name, its ends.
+
+    Returns:
+        ``axes``.
+    """
+    density = 100 * grid.density
+    top = 100 * most if most is not None else scale_end(grid)
+    height, width = density.shape
+    image = axes.imshow(
+        density,
+        cmap="cividis",
+        vmin=0,
+        vmax=top,
+        interpolation="nearest",
+        aspect="equal",
+        extent=(0, width, height, 0),
+    )
+    for axis, edges, label in ((axes.xaxis, grid.columns, "column"), (axes.yaxis, grid.rows, "row")):
+        at = np.unique(np.linspace(0, len(edges) - 1, min(5, 2 + len(edges) // 16, len(edges))).astype(int))
+        axis.set_ticks(at, [f"{edges[i]:,}" for i in at])
+        axis.set_label_text(label)
+    axes.spines[:].set_visible(False)
+    axes.set_title(
+        f"{title}{plain(grid.name, longest)}\n{'×'.join(f'{n:,}' for n in grid.shape)}, "
+        f"{int(grid.counts.sum()):,} entries ({share(grid.total)} %)",
+        y=1.03 + (_margin(height) if margins else 0),
+    )
+    if margins:
+        _margins(axes, grid)
+    if bar:
+        over = "max" if density.max() > top else "neither"
+        scale = axes.figure.colorbar(image, ax=axes, extend=over, aspect=30, pad=0.06, shrink=0.7)
+        scale.set_label("density of a cell, %")
+        scale.outline.set_visible(False)
+    return axes
+
+
+def scale_end(*grids: MaskGrid) -> float:
+    """The density, in per cent, that all but one cell in 200 stay below; never 0."""
+    every = np.concatenate([grid.density.ravel() for grid in grids])
+    return 100 * float(np.quantile(every, 0.995) or every.max() or 1.0)
+
+
+def _margin(cells: int) -> float:
+    """How far the bars of a margin reach, in units of ``cells`` of the grid."""
+    return min(0.4, 7 / cells)
+
+
+def _margins(axes: Any, grid: MaskGrid) -> None:
+    from shira_analysis.figures.style import BLUE
+
+    height, width = grid.counts.shape
+    above = axes.inset_axes((0, 1.01, 1, _margin(height)), sharex=axes)
+    beside = axes.inset_axes((1 + 0.01 * height / width, 0, _margin(width), 1), sharey=axes)
+    above.stairs(100 * grid.of_columns, np.arange(width + 1), color=BLUE, fill=True)
+    beside.stairs(100 * grid.of_rows, np.arange(height + 1), orientation="horizontal", color=BLUE, fill=True)
+    for one, line in ((above, above.axhline), (beside, beside.axvline)):
+        one.tick_params(labelbottom=False, labelleft=False, length=0)
+        one.spines[:].set_visible(False)
+        line(100 * grid.total, color="black", lw=0.7, ls=":")
+    above.set_ylim(bottom=0)
+    beside.set_xlim(left=0)

@@ -1,0 +1,177 @@
+"""All pairs of some adapters as matrices: how much their masks overlap, and how orthogonal their deltas are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_analysis.deltas import DeltaFile
+from shira_analysis.figures.records import Record
+from shira_analysis.figures.style import plain
+from shira_analysis.overlap import Overlap, overlap
+from shira_analysis.pairs import measure_pairs
+from shira_format import SourceError
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One measure of all pairs.
+
+    Attributes:
+        title: what it is, with its unit.
+        names: of the adapters.
+        values: float64 ``[adapters, adapters]``, the same on both sides of the diagonal; NaN on it, and where there is none.
+        form: how a value is written.
+        log: on a logarithmic scale of colours.
+        scale: the colour map.
+        ends: of the scale; by default the values' own.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    values: npt.NDArray[np.float64]
+    form: Callable[[float], str]
+    log: bool = False
+    scale: str = "viridis"
+    ends: tuple[float, float] | None = None
+
+
+def labels(files: Sequence[DeltaFile]) -> tuple[str, ...]:
+    """Short names of files: without their folders, unless two are then the same."""
+    short = [file.path.name for file in files]
+    return tuple(short if len(set(short)) == len(short) else [str(file.path) for file in files])
+
+
+def overlaps(files: Sequence[DeltaFile]) -> dict[tuple[int, int], Overlap]:
+    """The overlap of the masks of each pair, by places in ``files``; no values are compared, and no base is needed.
+
+    Raises:
+        SourceError: fewer than two adapters, or weights of one name that differ in shape.
+        FormatError: a tensor is damaged.
+    """
+    if len(files) < 2:
+        raise SourceError("a pair takes at least two adapters")
+    found = dict.fromkeys(combinations(range(len(files)), 2), Overlap())
+    for name in dict.fromkeys(name for file in files for name in file.names):
+        tensors = [file.file.sparse(name) if name in file.names else None for file in files]
+        for i, j in found:
+            if tensors[i] is None and tensors[j] is None:
+                continue
+            try:
+                found[i, j] += overlap(tensors[i], tensors[j], values=False)
+            except SourceError as error:
+                raise SourceError(f"{files[i].path} and {files[j].path}: {error}") from None
+    return found
+
+
+def overlap_matrices(files: Sequence[DeltaFile]) -> tuple[list[Matrix], list[Record]]:
+    """Two matrices, of shared entries and of how many times as many as by chance; and the numbers of each pair."""
+    names, found = labels(files), overlaps(files)
+    jaccard = _filled(
+        len(files), {at: None if one.jaccard is None else 100 * one.jaccard for at, one in found.items()}
+    )
+    times = _filled(
+        len(files), {at: one.shared / one.expected if one.expected else None for at, one in found.items()}
+    )
+    matrices = [
+        Matrix("shared entries, % of those of either", names, jaccard, lambda value: f"{value:.3g} %"),
+        Matrix("shared entries, times what chance gives", names, times, lambda value: f"{value:.3g}×"),
+    ]
+    records = [
+        {
+            "first": names[i],
+            "second": names[j],
+            "shared": one.shared,
+            "either": one.union,
+            "jaccard": one.jaccard,
+            "expected_shared": one.expected,
+            "deviation": one.deviation,
+        }
+        for (i, j), one in found.items()
+    ]
+    return matrices, records
+
+
+def orthogonality_matrices(
+    files: Sequence[DeltaFile], progress: Callable[[str], object] = lambda _: None
+) -> tuple[list[Matrix], list[Record]]:
+    """Two matrices, of AWOR and AWOM over all weights that both adapt; and the numbers of each pair.
+
+    Raises:
+        SourceError, FormatError, BaseRequired, BaseMismatch: see :func:`shira_analysis.pairs.measure_pairs`.
+    """
+    names = labels(files)
+    pairs = measure_pairs(files, progress=progress)
+    found = {at: pair.whole.product for at, pair in zip(combinations(range(len(files)), 2), pairs, strict=True)}
+    awor = _filled(len(files), {at: None if one is None else one.awor for at, one in found.items()})
+    awom = _filled(len(files), {at: None if one is None else one.awom for at, one in found.items()})
+    matrices = [
+        Matrix("AWOR: share of zeros in A₁ᵀA₂", names, awor, lambda value: f"{value:.4f}", ends=(0.0, 1.0)),
+        Matrix(
+            "AWOM: Frobenius norm of A₁ᵀA₂", names, awom, lambda value: f"{value:.3g}", scale="cividis", log=True
+        ),
+    ]
+    records = [
+        {
+            "first": names[i],
+            "second": names[j],
+            "awor": None if one is None else one.awor,
+            "awor_if_independent": None if one is None else one.awor_if_independent,
+            "awom": None if one is None else one.awom,
+            "awom_if_independent": None if one is None else one.awom_if_independent,
+        }
+        for (i, j), one in found.items()
+    ]
+    return matrices, records
+
+
+def _filled(size: int, values: dict[tuple[int, int], float | None]) -> npt.NDArray[np.float64]:
+    made = np.full((size, size), np.nan)
+    for (i, j), value in values.items():
+        if value is not None:
+            made[i, j] = made[j, i] = value
+    return made
+
+
+def draw_matrix(axes: Any, matrix: Matrix) -> Any:
+    """Draw one matrix with its numbers in the cells; the diagonal, each adapter with itself, stays empty.
+
+    Returns:
+        ``axes``.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+
+    known = matrix.values[np.isfinite(matrix.values)]
+    low, high = matrix.ends or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
+    norm: Normalize
+    if matrix.log and low > 0:
+        norm = LogNorm(low, high if high > low else 2 * low)
+    else:
+        low = min(low, 0.0)
+        norm = Normalize(low, high if high > low else low + 1)
+    image = axes.imshow(matrix.values, cmap=matrix.scale, norm=norm)
+    axes.set_facecolor("#f2f2f2")
+    size = len(matrix.names)
+    for i, j in np.argwhere(np.isfinite(matrix.values)) if size <= 10 else ():
+        text = matrix.form(float(matrix.values[i, j]))
+        colour = "black" if norm(matrix.values[i, j]) > 0.6 else "white"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
+    for at in range(size):
+        axes.text(at, at, "–", ha="center", va="center", fontsize=7.5, color="#777777")
+    short = [plain(name, 28) for name in matrix.names]
+    axes.set_xticks(range(size), short, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(size), short)
+    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.grid(visible=True, which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(matrix.title)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.outline.set_visible(False)
+    return axes

@@ -1,0 +1,85 @@
+"""One look for all pictures; matplotlib is imported here, when the first one is made, and never its global state.
+
+Colours are those of Okabe and Ito and the scales viridis and cividis, which people tell apart whatever colours they see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from shira_format import SourceError
+
+BLUE, ORANGE, GREEN, SKY, PINK, YELLOW, RED, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#777777",
+)  # fmt: skip
+LINES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "black", GREY)
+"""Colours of lines, in the order in which they are given out. Yellow is too pale for one."""
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+DPI = 160
+
+_STYLE = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9,
+    "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
+    "figure.titlesize": 10.5,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
+    "axes.grid": False, "grid.color": "#dddddd", "grid.linewidth": 0.5, "axes.axisbelow": True,
+    "lines.linewidth": 1.4, "lines.markersize": 4.5, "legend.frameon": False,
+    "text.usetex": False, "svg.hashsalt": "shira",
+}  # fmt: skip
+
+
+def matplotlib() -> Any:
+    """The package ``matplotlib``.
+
+    Raises:
+        SourceError: it is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise SourceError("pictures need matplotlib: pip install 'shira-format[analysis]'") from None
+    return mpl
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """The look, for what is drawn inside; what matplotlib was set to before comes back."""
+    with matplotlib().rc_context(_STYLE):
+        yield
+
+
+def figure(width: float, height: float) -> Any:
+    """A new matplotlib ``Figure`` of so many inches, on no screen and in no list of pyplot; used inside :func:`styled`."""
+    matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def rendered(drawn: Any, form: str = "png") -> bytes:
+    """The bytes of a PNG or SVG; no date or version in them, so that the same numbers give the same file."""
+    buffer = io.BytesIO()
+    nothing = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
+    drawn.savefig(buffer, format=form, dpi=DPI, metadata=nothing)
+    return buffer.getvalue()
+
+
+def plain(text: str, most: int = 60) -> str:
+    """A name from a file, for a label: one line, nothing that reorders it or is a formula, and not longer than ``most``."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > most:
+        head = (most - 1) // 3
+        text = f"{text[:head]}…{text[head + 1 - most :]}"
+    return text.replace("$", r"\$")
+
+
+def share(value: float) -> str:
+    """A share in per cent, with as many digits as it takes: 0.0123 as 1.23."""
+    return f"{100 * value:.3g}"

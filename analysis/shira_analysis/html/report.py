@@ -1,0 +1,238 @@
+"""The report itself: a section for each adapter, and one for their pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from shira_analysis.figures.layers import LayerGrid, What, layer_grid
+from shira_analysis.html import charts, page, words
+from shira_analysis.html.look import Look, labels
+from shira_analysis.html.page import facts, name, paragraph, table
+from shira_analysis.pairs import Pair, TensorPair, measure_pairs
+from shira_format import SourceError, __version__
+from shira_format.tensors import matrix_view
+
+_WIDEST = 1 << 24  # rows or columns of a weight whose products are measured: a row of them is held in memory
+_UNITS = ("B", "kB", "MB", "GB")
+
+
+def report(looks: Sequence[Look]) -> str:
+    """The whole page on some adapters, as text.
+
+    Args:
+        looks: at least one, from :func:`shira_analysis.html.look`.
+
+    Raises:
+        FormatError: a file was changed, or is damaged.
+    """
+    called = labels(looks)
+    title = f"Adapter report: {called[0]}" if len(looks) == 1 else f"Adapter report: {len(looks)} adapters"
+    parts = [f"<h1>{page.text(title)}</h1>"]
+    for label, one in zip(called, looks, strict=True):
+        parts += _section(label, one)
+    if len(looks) > 1:
+        parts += _pairs(called, looks)
+    parts.append(
+        f'<footer class="soft"><p>Made by shira-format {page.text(__version__)}. Names, the base model, the source, the licence and the '
+        "description are what the file says of itself. Densities and energies are measured.</p></footer>"
+    )
+    return page.page(title, parts)
+
+
+def _section(label: str, look: Look) -> Iterator[str]:
+    info, grid = look.info, layer_grid(look.tensors)
+    yield f"<section><h2>{page.text(label)}</h2>"
+    yield page.warnings(words.warnings(look))
+    yield from (paragraph(sentences) for sentences in words.summary(look, grid) if sentences)
+    yield facts(_facts(look))
+    yield from _charts(look, grid)
+    if look.tensors:
+        yield f"<details><summary>All {len(look.tensors):,} tensors</summary>{_tensors(look)}</details>"
+    if info["whole"]:
+        rows = [(name(w["name"]), w["dtype"], _shape(w["shape"]), _size(w["bytes"])) for w in info["whole"]]
+        yield f"<details><summary>{len(rows):,} tensors that are replaced as a whole</summary>"
+        yield table(("tensor", "dtype", "shape", "size"), rows) + "</details>"
+    yield "</section>"
+
+
+def _facts(look: Look) -> list[tuple[str, str]]:
+    info, totals = look.info, look.info["totals"]
+    found = [
+        ("file", f"{info['file']}, {_size(totals['file_bytes'])}"),
+        ("format", f"{info['format_version']}, written by {info['writer'] or 'a program that it does not name'}"),
+        ("strength", f"{info['alpha']:g} by default"),
+    ]
+    if totals["bits_per_entry"] is not None:
+        found.append(
+            (
+                "an entry takes",
+                f"{totals['bits_per_entry']:.2f} bits, of which its place {totals['index_bits_per_entry']:.2f}",
+            )
+        )
+    for prefix, part in (info["components"] or {}).items():
+        model = part.get("base_model") or {}
+        found.append((f"part {prefix}", f"for {model.get('id') or 'a base model that is not named'}"))
+    checked = (
+        "all digests and rules" if info.get("verified") else "the tensors that this page shows (all: --verify)"
+    )
+    found.append(("checked", checked))
+    found += [(key, str(info[key])) for key in ("license", "description") if info[key]]
+    return found
+
+
+def _charts(look: Look, grid: LayerGrid) -> Iterator[str]:
+    if not look.tensors:
+        return
+    shares: dict[str, list[float]] = {kind: [0.0, 0.0, 0.0] for kind in grid.kinds}
+    for (kind, _), cell in grid.cells.items():
+        sums = shares[grid.kinds[kind]]
+        sums[0] += cell.entries
+        sums[1] += cell.elements
+        sums[2] += (cell.energy or 0.0) / grid.energy if grid.energy else 0.0
+    density = {kind: entries / elements if elements else 0.0 for kind, (entries, elements, _) in shares.items()}
+    yield "<h3>Where it changes the model</h3>"
+    if grid.energy is not None:
+        rows = [((kind, _share(density[kind]), _share(sums[2])), sums[2]) for kind, sums in shares.items()]
+        yield charts.bars(("kind of layer", "density", "energy", "of all energy"), rows)
+    else:
+        most = max(density.values()) or 1.0
+        bars = [((kind, _share(value)), value / most) for kind, value in density.items()]
+        yield charts.bars(("kind of layer", "density", f"bars end at {_share(most)}"), bars)
+    if len(grid.blocks) > 1:
+        what: What = "energy" if grid.energy is not None else "density"
+        told = (
+            "share of the change’s energy" if grid.energy is not None else "share of the elements that are changed"
+        )
+        stems = [f"{stem}N" for stem in dict.fromkeys(grid.stems) if stem]
+        columns = f"blocks {', '.join(stems[:4])}{', ...' if len(stems) > 4 else ''} by their number N"
+        outside = "; –: outside of blocks" if "" in grid.blocks else ""
+        yield charts.heat(grid, what, f"By kind of layer and block: {told}, in %. Columns: {columns}{outside}.")
+    if look.mask is not None:
+        caption = (
+            f"Where the {int(look.mask.counts.sum()):,} entries of {look.mask.name} lie, "
+            f"{_shape(list(look.mask.shape))}, the tensor with most of them: rows downwards, columns to the right."
+        )
+        yield charts.mask_image(look.mask, caption)
+
+
+def _tensors(look: Look) -> str:
+    told = {row["name"]: row for row in look.info["tensors"]}
+    grid = layer_grid(look.tensors)
+    rows = []
+    for tensor in look.tensors:
+        row, norms = told[tensor.name], tensor.norms
+        share = (
+            ""
+            if norms is None or not grid.energy
+            else f"{100 * (norms.frobenius / grid.scale) ** 2 / grid.energy:.2g} %"
+        )
+        rows.append(
+            (
+                name(tensor.name), tensor.kind, row["dtype"], _shape(row["shape"]), f"{row['nnz']:,}",
+                f"{100 * row['density']:.3g} %", share,
+                "" if row["energy_kept"] is None else f"{100 * row['energy_kept']:.1f} %",
+                "" if norms is None else f"{norms.largest:.3g}", _size(row["bytes"]),
+            )
+        )  # fmt: skip
+    head = (
+        "tensor",
+        "kind",
+        "dtype",
+        "shape",
+        "entries",
+        "density",
+        "energy",
+        "kept of the source",
+        "largest change",
+        "size",
+    )
+    return table(head, rows)
+
+
+def _pairs(called: Sequence[str], looks: Sequence[Look]) -> Iterator[str]:
+    yield "<section><h2>Do they disturb each other?</h2>"
+    reason = _why_not(looks)
+    try:
+        files = [look.file for look in looks]
+        found = measure_pairs(files) if reason is None else _positions(looks)
+    except SourceError as error:
+        yield page.warnings([f"They cannot be compared: {error}."]) + "</section>"
+        return
+    if reason is not None:
+        yield paragraph([f"{reason}: only the places of the entries are compared."])
+    rows = []
+    for (i, j), pair in zip(combinations(range(len(looks)), 2), found, strict=True):
+        yield paragraph(words.pair_words(called[i], called[j], pair))
+        common, product = pair.whole.overlap, pair.whole.product
+        rows.append(
+            (
+                f"{name(called[i])} and {name(called[j])}", f"{common.shared:,}", f"{common.expected:,.0f}",
+                _or_none(common.sign_agreement, "{:.1%}"), _or_none(common.cosine, "{:+.3f}"),
+                _or_none(None if product is None else product.awor, "{:.4f}"), _or_none(None if product is None else product.awom, "{:.3g}"),
+            )
+        )  # fmt: skip
+    yield table(("pair", "shared", "by chance", "signs agree", "cosine", "AWOR", "AWOM"), rows)
+    yield (
+        '<p class="soft">Shared: entries that both set, beside the number that two masks of these sizes share by chance. AWOR is the '
+        "share of zeros in A1ᵀA2, and AWOM its Frobenius norm, over the weights that both change. They are measures of the "
+        "weights: what two adapters do to each other’s outputs depends on the inputs as well (shira-measure --moments).</p></section>"
+    )
+
+
+def _why_not(looks: Sequence[Look]) -> str | None:
+    """Why the changes themselves cannot be compared; None if they can."""
+    if not all(look.known for look in looks):
+        return "Not all changes are known (see above)"
+    if any(max(matrix_view(tensor.shape)) > _WIDEST for look in looks for tensor in look.tensors):
+        return "A weight has too many rows or columns for products"
+    try:
+        import scipy.sparse  # noqa: F401 - only whether it is there
+    except ImportError:
+        return "scipy is not installed (pip install 'shira-format[analysis]')"
+    return None
+
+
+def _positions(looks: Sequence[Look]) -> list[Pair]:
+    """Pairs of which the places of entries alone are known."""
+    from shira_analysis.figures.matrices import overlaps
+    from shira_analysis.pairs import Measures
+
+    files = [look.file for look in looks]
+    return [
+        Pair(
+            str(files[i].path),
+            str(files[j].path),
+            [
+                TensorPair(
+                    "",
+                    (),
+                    "other",
+                    Measures(
+                        len({*files[i].names, *files[j].names}), len({*files[i].names} & {*files[j].names}), common
+                    ),
+                )
+            ],
+        )
+        for (i, j), common in overlaps(files).items()
+    ]
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(f"{size:,}" for size in shape) or "scalar"
+
+
+def _size(number: float) -> str:
+    for unit in _UNITS:
+        if number < 1000 or unit == _UNITS[-1]:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1000
+    raise AssertionError

@@ -1,0 +1,45 @@
+"""Asking the processor for a cache line before it is needed, from code that numba compiles.
+
+Entries of a sparse adapter lie a few cache lines apart, too far for the processor to guess the next one: without this, a
+switch waits for memory most of the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001 - numba's signature
+    """``prefetch(array, index)``: soon that element of a contiguous array will be read and written. A hint, nothing more."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        wanted = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        hint = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0")
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        # To be written; to be kept in all caches; data, not instructions.
+        builder.call(hint, [place, number(1), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+def works() -> bool:
+    """Whether this numba's LLVM knows the hint by the name that is used here."""
+    import numpy as np
+
+    def ask(array: Any) -> None:
+        prefetch(array, 0)
+
+    try:
+        njit(ask)(np.zeros(1, np.uint8))
+    except Exception:  # whatever another LLVM says to it
+        return False
+    return True

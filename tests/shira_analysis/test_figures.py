@@ -1,0 +1,359 @@
+"""Pictures: what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import math
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shira_analysis.deltas import DeltaFile, delta_matrix, open_deltas
+from shira_analysis.figures import dimensions, layers, masks, matrices, pictures, spectra, style
+from shira_analysis.figures.records import from_csv, to_csv
+from shira_analysis.measures import measure, measure_tensor
+from shira_analysis.orthogonality import orthogonality
+from shira_analysis.overlap import overlap
+from shira_format import Adapter, SourceError, SparseTensor, save
+from shira_format.checkpoints import open_checkpoint
+from shira_format.lora import LowRank
+from shira_format.lora.updates import Lora
+from shira_format.tensors import matrix_view
+from tests import models, strategies
+
+QUERY, UP, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.11.mlp.up_proj.weight", "score.weight"
+
+
+def tensor(name: str, shape: tuple[int, ...], density: float, seed: int) -> SparseTensor:
+    random = np.random.default_rng(seed)
+    count = max(1, round(density * math.prod(shape)))
+    indices = np.sort(random.choice(math.prod(shape), count, replace=False))
+    base, target = random.standard_normal((2, count)).astype(np.float32)
+    return SparseTensor(name, shape, indices, target, base=base)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[DeltaFile]:
+    """Two self-contained adapters of one base."""
+    for name, seed in (("a", 0), ("b", 10)):
+        made = [
+            tensor(QUERY, (24, 16), 0.2, seed),
+            tensor(UP, (40, 24), 0.1, seed + 1),
+            tensor(HEAD, (3, 5), 0.4, seed + 2),
+        ]
+        save(Adapter(made), tmp_path / f"{name}.st")
+    return [open_deltas(tmp_path / f"{name}.st") for name in "ab"]
+
+
+@pytest.fixture
+def axes() -> Any:
+    return style.figure(4, 3).subplots()
+
+
+@st.composite
+def any_masks(draw: st.DrawFn) -> SparseTensor:
+    shape = draw(strategies.small_shapes().filter(math.prod))
+    return SparseTensor("w", shape, draw(strategies.masks(shape)), meaning="none")
+
+
+@given(any_masks(), st.integers(1, 40))
+def test_cells_of_a_grid_are_the_counts_of_the_dense_mask(mask: SparseTensor, side: int) -> None:
+    grid = masks.mask_grid(mask, side)
+    rows, columns = matrix_view(mask.shape)
+    dense = np.zeros((rows, columns), np.int64)
+    dense.reshape(-1)[mask.indices] = 1
+    assert mask.nnz == grid.counts.sum()
+    assert (0, rows, 0, columns) == (grid.rows[0], grid.rows[-1], grid.columns[0], grid.columns[-1])
+    assert (np.diff(grid.rows) > 0).all()
+    assert (np.diff(grid.columns) > 0).all()
+    assert max(grid.counts.shape) <= side
+    by_hand = np.add.reduceat(np.add.reduceat(dense, grid.rows[:-1]), grid.columns[:-1], axis=1)
+    assert (by_hand == grid.counts).all()
+    np.testing.assert_allclose(grid.of_rows @ np.diff(grid.rows) / rows, mask.nnz / mask.numel)
+    np.testing.assert_allclose(grid.of_columns @ np.diff(grid.columns) / columns, mask.nnz / mask.numel)
+    records = grid.records()
+    assert mask.nnz == sum(record["entries"] for record in records)
+    area = [(r["row_to"] - r["row_from"]) * (r["column_to"] - r["column_from"]) for r in records]
+    assert mask.numel == sum(area)
+    assert all(r["entries"] == round(r["density"] * size) for r, size in zip(records, area, strict=True))
+
+
+def test_a_mask_of_any_size_is_drawn_from_its_indices() -> None:
+    huge = SparseTensor("w", (2**30, 2**22), [0, 2**22 - 1, 2**52 - 1], meaning="none")
+    grid = masks.mask_grid(huge, 512)
+    assert (512, 128) == grid.counts.shape
+    assert [(0, 0), (0, 127), (511, 127)] == [tuple(at) for at in np.argwhere(grid.counts).tolist()]
+
+
+def test_many_entries_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tensor("w", (50, 70), 0.3, 1)
+    whole = masks.mask_grid(one).counts
+    monkeypatch.setattr(masks, "_STEP", 7)
+    assert (whole == masks.mask_grid(one).counts).all()
+
+
+def test_grids_that_cannot_be(axes: Any) -> None:
+    for side in (0, 513):
+        with pytest.raises(SourceError, match="1 to 512"):
+            masks.mask_grid(tensor("w", (4, 4), 0.5, 0), side)
+    with pytest.raises(SourceError, match="tensor 'w' has no elements"):
+        masks.mask_grid(SparseTensor("w", (0, 4), np.empty(0, np.int64), meaning="none"))
+    empty = masks.mask_grid(SparseTensor("w", (4, 4), np.empty(0, np.int64), meaning="none"))
+    assert axes is masks.draw_mask(axes, empty)
+
+
+def test_a_drawn_mask_is_its_densities(axes: Any) -> None:
+    grid = masks.mask_grid(tensor("a$b$c\u202e", (100, 37), 0.1, 3), 20)
+    assert axes is masks.draw_mask(axes, grid)
+    np.testing.assert_allclose(axes.images[0].get_array(), 100 * grid.density)
+    assert r"a\$b\$c\u202e" in axes.get_title()
+    assert b"\x89PNG" == style.rendered(axes.figure)[:4]  # dollars are no formula
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("encoder.layer.3.output.dense.weight", ("encoder.layer.", 3)),
+        ("model.layers.11.mlp.experts.5.w1.weight", ("model.layers.", 11)),
+        ("h.0.attn.c_attn.weight", ("h.", 0)),
+        ("0.weight", ("", 0)),
+        ("lm_head.weight", ("", None)),
+        ("conv2d.weight", ("", None)),
+        ("transformer.blocks.7", ("transformer.blocks.", 7)),
+    ],
+)
+def test_block_of(name: str, block: tuple[str, int | None]) -> None:
+    assert block == layers.block_of(name)
+
+
+def test_layers_are_what_was_measured(files: list[DeltaFile], axes: Any) -> None:
+    found = measure(files[0].path)
+    grid = layers.layer_grid(found.tensors)
+    assert ("query", "mlp up", "head") == grid.kinds
+    assert ["outside", "model.layers.0", "model.layers.11"] == [grid.block(at) for at in range(3)]
+    whole = found.total.norms
+    assert whole is not None
+    for record in grid.records():
+        group = found.kinds[record["kind"]]
+        assert (group.tensors, group.mask.nnz, group.mask.numel) == (
+            record["tensors"],
+            record["entries"],
+            record["elements"],
+        )
+        assert group.mask.density == record["density"]
+        assert group.norms is not None
+        assert group.norms.energy / whole.energy == pytest.approx(record["energy_share"])
+    assert axes is layers.draw_layers(axes, grid, "energy")
+    drawn = axes.images[0].get_array().filled(np.nan)
+    np.testing.assert_array_equal(drawn, grid.values("energy"))
+    assert 3 == np.isfinite(drawn).sum()
+    assert 100 == pytest.approx(np.nansum(drawn))
+
+
+def test_layers_of_one_place_add_up() -> None:
+    one, two = tensor("h.2.mlp.gate.weight", (4, 4), 0.5, 1), tensor("h.2.x.gate_proj.weight", (8, 4), 0.25, 2)
+    three = SparseTensor("h.10.mlp.up_proj.weight", (5, 5), [3], meaning="none")
+    grid = layers.layer_grid([measure_tensor(t) for t in (three, one, two)])
+    assert ("2", "10") == grid.blocks  # by number
+    assert grid.energy is None
+    assert np.isnan(grid.values("energy")).all()
+    assert 16 == sum(r["entries"] for r in grid.records() if r["block"] == "h.2")
+    assert [None] * len(grid.cells) == [record["energy_share"] for record in grid.records()]
+
+
+def test_energies_that_float64_cannot_hold() -> None:
+    values = np.float64([1e300, 2e300])
+    big = [
+        SparseTensor(f"h.{i}.wq.weight", (4,), [i], values[i : i + 1], meaning="delta", dtype=np.float64)
+        for i in range(2)
+    ]
+    found = layers.layer_grid([measure_tensor(t) for t in big]).values("energy")
+    np.testing.assert_allclose(found, [[20, 80]])
+
+
+def test_a_spectrum_is_that_of_the_dense_change(files: list[DeltaFile], axes: Any) -> None:
+    curve = spectra.curve_of(files[0], UP)
+    dense = delta_matrix(files[0].tensor(UP)).toarray()
+    rank = int(np.linalg.matrix_rank(dense))
+    np.testing.assert_allclose(curve.values, np.linalg.svd(dense, compute_uv=False)[:rank], rtol=1e-10)
+    random = np.random.default_rng(0)
+    up, down = (
+        random.standard_normal((40, 3)).astype(np.float32),
+        random.standard_normal((3, 24)).astype(np.float32),
+    )
+    lora = Lora([LowRank(UP, (40, 24), up, down)])
+    of_lora = spectra.curve_of_lora(lora, UP, "mine")
+    product = up.astype(np.float64) @ down.astype(np.float64)
+    np.testing.assert_allclose(of_lora.values, np.linalg.svd(product, compute_uv=False)[:3], rtol=1e-6)
+    assert axes is spectra.draw_spectra(axes, [curve, of_lora])
+    first, second = axes.lines
+    np.testing.assert_array_equal(first.get_ydata(), curve.values)
+    np.testing.assert_array_equal(second.get_xdata(), [1, 2, 3])
+    assert "mine: rank 3" in second.get_label()
+    with pytest.raises(SourceError, match="a.st: has no tensor 'x'"):
+        spectra.curve_of(files[0], "x")
+    with pytest.raises(SourceError, match="mine: the LoRA does not change 'x'"):
+        spectra.curve_of_lora(lora, "x", "mine")
+
+
+def test_matrices_are_those_of_the_pairs(files: list[DeltaFile], axes: Any) -> None:
+    joint = [overlap(*(file.tensor(name) for file in files)) for name in files[0].names]
+    shared, union = sum(one.shared for one in joint), sum(one.union for one in joint)
+    (jaccard, times), (record,) = matrices.overlap_matrices(files)
+    assert (shared, union) == (record["shared"], record["either"])
+    assert 100 * shared / union == pytest.approx(jaccard.values[0, 1])
+    assert shared / sum(one.expected for one in joint) == pytest.approx(times.values[1, 0])
+    assert np.isnan(np.diag(jaccard.values)).all()
+    dense = [[delta_matrix(file.tensor(name)).toarray() for file in files] for name in files[0].names]
+    products = [a.T @ b for a, b in dense]
+    (awor, awom), (record,) = matrices.orthogonality_matrices(files)
+    zeros = sum(np.count_nonzero(p == 0) for p in products) / sum(p.size for p in products)
+    assert zeros == pytest.approx(awor.values[0, 1]) == record["awor"]
+    size = math.sqrt(sum(float((p**2).sum()) for p in products))
+    assert size == pytest.approx(awom.values[1, 0]) == record["awom"]
+    assert axes is matrices.draw_matrix(axes, awor)
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), awor.values)
+    assert {f"{awor.values[0, 1]:.4f}", "–"} == {text.get_text() for text in axes.texts}
+
+
+def test_a_pair_takes_two_of_one_base(files: list[DeltaFile], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="two adapters"):
+        matrices.overlaps(files[:1])
+    save(Adapter([tensor(UP, (4, 4), 0.5, 0)]), tmp_path / "c.st")
+    with pytest.raises(
+        SourceError, match=r"a.st and .*c.st: tensor 'model.layers.11.mlp.up_proj.weight' has the shape"
+    ):
+        matrices.overlaps([files[0], open_deltas(tmp_path / "c.st")])
+
+
+@pytest.mark.parametrize("series", [s for s in dimensions.SERIES if "SHiRA" in s])
+def test_random_adapters_are_of_their_density(series: str) -> None:
+    random = np.random.default_rng(0)
+    first, second = dimensions._masks(series, 512, 0.01, random)
+    for indices in (first, second):
+        assert (np.diff(indices) > 0).all()
+        assert 0.01 * 512**2 - 1 <= indices.size <= 0.01 * 512**2 + 1 + 2 * 512 * ("Struct" in series)
+    common = np.intersect1d(first, second)
+    if "non-overlapping" in series:
+        assert not common.size
+    elif "overlapping" in series:
+        assert (first == second).all()
+    elif "Struct" in series:
+        assert (common == np.arange(512) * 513).all()  # the diagonal, and no cell of two rows
+
+
+def test_random_adapters_against_what_is_known() -> None:
+    m, p, pairs = 256, 0.01, 10
+    records = dimensions.dimension_records(dimensions=[m], seeds=pairs)
+    found = {record["adapter"]: record for record in records}
+    assert list(dimensions.SERIES) == list(found)
+    assert m**1.5 == pytest.approx(found["dense"]["awom"], rel=0.01)
+    assert 0 == found["dense"]["awor"]
+    assert (1 - p * p) ** m == pytest.approx(found["dense"]["awor_if_uniform"])
+    for series in ("SHiRA-Rand", "SHiRA-WM, non-overlapping", "SHiRA-WM, overlapping"):
+        near = (
+            5 * found[series]["awor_deviation"] / math.sqrt(pairs) + 1 / m
+        )  # the diagonal, where two masks are one
+        assert found[series]["awor_if_uniform"] == pytest.approx(found[series]["awor"], abs=near)
+    assert p * m**1.5 == pytest.approx(found["SHiRA-Rand"]["awom"], rel=0.05)
+    wide = [dimensions.measured("sparse LoRA", 1024, seed) for seed in range(3)]
+    assert 1024**1.5 * 64 * (p * 1024 / 128) ** 2 == pytest.approx(np.mean(wide, axis=0)[0], rel=0.1)
+    rows = found["SHiRA-Struct, rows"]
+    assert 1 - rows["awor"] <= 2 * rows["trained"]  # lemma 4.5, with the diagonal counted once less
+    assert (
+        found["SHiRA-Rand"] == dimensions.dimension_records(dimensions=[m], seeds=pairs, series=["SHiRA-Rand"])[0]
+    )
+
+
+def test_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    left, right = random.integers(-1, 2, (30, 5)).astype(float), random.integers(-1, 2, (5, 20)).astype(float)
+    dense = left @ right
+    monkeypatch.setattr(dimensions, "_TILE", 50)
+    size, zeros = dimensions._product(left, right)
+    assert np.linalg.norm(dense) == pytest.approx(size)
+    assert np.count_nonzero(dense == 0) / 600 == pytest.approx(zeros)
+
+
+def test_struct_pairs_are_measured_as_dense_ones_are() -> None:
+    random = np.random.default_rng(0)
+    made = [
+        dimensions._matrix(mask, 64, random)
+        for mask in dimensions._masks("SHiRA-Struct, columns", 64, 0.05, random)
+    ]
+    product = made[0].toarray().T @ made[1].toarray()
+    found = orthogonality(*made)
+    assert (np.linalg.norm(product), np.count_nonzero(product)) == (pytest.approx(found.awom), found.nonzero)
+
+
+def test_dimensions_that_cannot_be() -> None:
+    for dimension, density in ((1, 0.01), (128, 0.0), (128, 0.6)):
+        with pytest.raises(SourceError, match="cannot be made"):
+            dimensions.measured("dense", dimension, 0, density)
+
+
+def test_the_dimension_picture_draws_its_records(axes: Any) -> None:
+    records = dimensions.dimension_records(dimensions=[128, 256], seeds=1)
+    assert axes is dimensions.draw_dimension(axes, records, "awor")
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    for series in dimensions.SERIES:
+        assert [r["awor"] for r in records if r["adapter"] == series] == list(drawn[series])
+    assert b"\x89PNG" == pictures.dimension_picture(records).image[:4]
+
+
+CELLS = st.none() | st.integers() | st.floats(allow_nan=False) | st.text("ab,;\"'\n", min_size=1)
+
+
+@given(st.lists(st.fixed_dictionaries({"one": CELLS, "two": CELLS}), min_size=1))
+def test_csv_comes_back(records: list[dict[str, Any]]) -> None:
+    assert records == from_csv(to_csv(records))
+    assert [] == from_csv(to_csv([]))
+
+
+def test_all_pictures_and_their_numbers(files: list[DeltaFile]) -> None:
+    before = dict(mpl.rcParams)
+    made = {
+        "mask": pictures.mask_picture(files, side=16),
+        "layers": pictures.layers_picture(files),
+        "spectrum": pictures.spectrum_picture(files),
+        "overlap": pictures.overlap_picture(files),
+        "orthogonality": pictures.orthogonality_picture(files),
+    }
+    assert before == dict(mpl.rcParams)
+    for picture in made.values():
+        assert b"\x89PNG\r\n\x1a\n" == picture.image[:8]
+        assert len(picture.image) > 5000
+        assert picture.records == from_csv(to_csv(picture.records))
+    assert made["mask"].image == pictures.mask_picture(files, side=16).image  # the same numbers, the same bytes
+    drawn = [r for r in made["mask"].records if r["adapter"] == "b.st"]
+    assert files[1].file.manifest.tensors[UP].nnz == sum(record["entries"] for record in drawn)
+    assert {UP} == {record["tensor"] for record in drawn}
+    assert ET.fromstring(pictures.overlap_picture(files, form="svg").image).tag.endswith("svg")
+    with pytest.raises(SourceError, match="b.st: has no sparse tensor 'x'"):
+        pictures.mask_picture([files[1]], "x")
+
+
+def test_a_picture_of_the_real_model() -> None:
+    base = open_checkpoint(models.minilm())
+    assert base  # the names of a real model have places in a grid
+    places = {layers.block_of(name) for name in base}
+    assert {("encoder.layer.", number) for number in range(6)} | {("", None)} == places
+
+
+def test_without_matplotlib(files: list[DeltaFile], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SourceError, match=r"pip install 'shira-format\[analysis\]'"):
+        pictures.mask_picture(files)
+
+
+def test_long_and_odd_names() -> None:
+    assert "a\\nb" == style.plain("a\nb")
+    assert 60 == len(style.plain("x" * 99))
+    assert style.plain("layers.17." + "x" * 99 + ".weight").endswith(".weight")
+    assert r"\$x\$" == style.plain("$x$")

@@ -1,0 +1,355 @@
+"""The report as a page: well formed, right, and safe to open whatever the adapter says of itself."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from safetensors.numpy import save_file
+
+from shira_analysis.deltas import open_deltas
+from shira_analysis.html import Look, look, page, report, words
+from shira_analysis.measures import measure
+from shira_analysis.pairs import measure_pairs
+from shira_analysis.summary import describe
+from shira_cli import inspect
+from shira_format import Adapter, AdapterFile, SparseTensor, WholeTensor, save
+from shira_format.arrays import digest
+from tests import browser, strategies
+
+Capture = pytest.CaptureFixture[str]
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+QUERY, UP, LONG = "h.0.q_proj.weight", "h.1.up_proj.weight", "h.1." + "very_long_name_" * 12 + "weight"
+EVIL = "<script>document.title='owned';fetch('http://example.org/')</script>\"'><img src=http://example.org/x onerror=alert(1)>&amp;\u202e"
+
+
+class Page(html.parser.HTMLParser):
+    """A page as elements and text; fails on tags that do not fit together."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(source)
+        self.close()
+        assert [] == self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        assert len(attrs) == len(dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag == self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def parsed(source: str) -> Page:
+    """The page, which needs nothing but itself."""
+    found = Page(source)
+    assert source.startswith("<!DOCTYPE html>")
+    assert not {"script", "iframe", "object", "embed", "form", "base", "svg"} & {tag for tag, _ in found.tags}
+    for tag, attributes in found.tags:
+        assert not [key for key in attributes if key.startswith("on")], tag
+        for key in ("src", "href", "action", "data", "srcset"):
+            assert (attributes.get(key) or "data:").startswith("data:")
+    style = source.split("<style>")[1].split("</style>", maxsplit=1)[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    return found
+
+
+def looked(path: Path, **more: Any) -> Look:
+    return look(open_deltas(path), describe(AdapterFile(path)) | more)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Two self-contained adapters, of which the second has a name that no line can hold."""
+    random = np.random.default_rng(0)
+    for number, name in enumerate("ab"):
+        made = []
+        for weight, shape in ((QUERY, (24, 16)), (UP if not number else LONG, (40, 24)), ("wte.weight", (50, 24))):
+            indices = np.sort(random.choice(shape[0] * shape[1], 30, replace=False))
+            base, target = random.standard_normal((2, 30)).astype(np.float32)
+            made.append(SparseTensor(weight, shape, indices, target, base=base))
+        manifest = {"selection": {"rule": "top-k", "scope": "tensor", "density": 0.01, "energy_kept": 0.14}}
+        whole = [WholeTensor("norm.bias", np.float32([1, 2]))]
+        save(Adapter(made, whole=whole, manifest=manifest), tmp_path / f"{name}.st")
+    return [tmp_path / "a.st", tmp_path / "b.st"]
+
+
+def test_one_adapter(files: list[Path]) -> None:
+    one = looked(files[0])
+    found = parsed(report([one]))
+    text = found.text
+    assert "Adapter report: a.st" in text
+    assert "This adapter sets 90 of the 2,544 elements of 3 weights (3.54 %); all others stay as they are" in text
+    assert "1 further tensor is replaced as a whole." in text
+    assert "It can be undone: the file holds the base's values" in text
+    assert "Only 14 % of the original change's energy is in it: expect it to do much less" in text
+    assert "It names no licence." in text
+    assert "Kept were 1 % of the entries of each tensor, those that change most." in text
+    measured = measure(files[0])
+    assert measured.total.norms is not None
+    norms = measured.kinds["mlp up"].norms
+    assert norms is not None
+    assert (
+        f"mlp up {100 * measured.kinds['mlp up'].mask.density:.3g} % {100 * norms.energy / measured.total.norms.energy:.3g} %"
+        in text
+    )
+    (image,) = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert (image["src"] or "").startswith("data:image/png;base64,")
+    assert "Where the 30 entries of h.0.q_proj.weight lie" in (image["alt"] or "")
+    assert "Do they disturb each other?" not in text
+
+
+def test_pairs(files: list[Path]) -> None:
+    text = parsed(report([looked(path) for path in files])).text
+    (pair,) = measure_pairs([open_deltas(path) for path in files])
+    common, product = pair.whole.overlap, pair.whole.product
+    assert product is not None
+    assert f"a.st and b.st both change 2 weights, and share {common.shared} entries" in text
+    assert (
+        f"The cosine of the two changes is {common.cosine:+.3f}: as changes of the weights they are nearly" in text
+    )
+    assert f"{product.awor:.4f} {product.awom:.3g}" in text
+
+
+def test_words_on_pairs_that_add_up_or_cancel(tmp_path: Path) -> None:
+    base = np.float32([1, 2, 3])
+    for name, target in (("a", [2, 3, 4]), ("b", [2, 3, 5]), ("c", [0, 1, 2])):
+        save(
+            Adapter([SparseTensor("w", (3, 2), [0, 2, 5], np.float32(target), base=base)]), tmp_path / f"{name}.st"
+        )
+    save(Adapter([SparseTensor("v", (3, 2), [0], base[:1], base=base[1:2])]), tmp_path / "d.st")
+    text = parsed(report([looked(tmp_path / f"{name}.st") for name in "abcd"])).text
+    assert "The cosine of the two changes is -1.000: put on together, they cancel each other in part." in text
+    assert (
+        "On 100 % of the shared entries they pull in the same direction. The cosine of the two changes is +0.943: put on together, they add up"
+        in text
+    )
+    assert "a.st and d.st change no weight in common: they cannot meet within a layer." in text
+
+
+def test_adapters_of_two_bases_are_not_compared(tmp_path: Path, files: list[Path]) -> None:
+    save(
+        Adapter([SparseTensor(QUERY, (2, 2), [1], np.ones(1, np.float32), base=np.zeros(1, np.float32))]),
+        tmp_path / "c.st",
+    )
+    text = parsed(report([looked(files[0]), looked(tmp_path / "c.st")])).text
+    assert "They cannot be compared:" in text
+    assert "these are not adapters of one base" in text
+
+
+def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
+    target = np.float32([2])
+    needy = SparseTensor(QUERY, (24, 16), [1], target, base_digest=digest(target))
+    loose = SparseTensor("wte.weight", (50, 24), [1], target, meaning="delta")
+    save(Adapter([needy, loose]), tmp_path / "needy.st")
+    text = parsed(report([looked(tmp_path / "needy.st"), looked(files[0])])).text
+    assert "The file does not hold the base's values. It can be undone by a program that keeps the values" in text
+    assert "How large its changes are is not shown" in text
+    assert (
+        "1 tensor (wte.weight) is without a digest of the base's values: a wrong base will not be noticed" in text
+    )
+    assert "It does not say for which base model it is." in text
+    assert "only the places of the entries are compared" in text
+
+
+def test_without_scipy(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [looked(path) for path in files]
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    text = parsed(report(looks)).text
+    assert "scipy is not installed (pip install 'shira-format[analysis]'): only the places of the entries" in text
+    assert "a.st and b.st both change 2 weights, and share" in text
+
+
+def test_a_mask_and_a_patch(tmp_path: Path) -> None:
+    save(
+        Adapter([SparseTensor("w", (4, 4), [1, 5], meaning="none")], manifest={"mask": {"rule": "rand"}}),
+        tmp_path / "mask.st",
+    )
+    text = parsed(report([looked(tmp_path / "mask.st")])).text
+    assert "This is a mask: it marks 2 of the 16 elements of 1 weight (12.5 %), and holds no values." in text
+    assert "Its mask follows the rule rand." in text
+    one = SparseTensor("w", (4, 4), [1], np.float32([1]), base_digest=digest(np.float32([0])))
+    save(Adapter([one], manifest={"selection": {"rule": "exact"}}), tmp_path / "patch.st")
+    text = parsed(report([looked(tmp_path / "patch.st")])).text
+    assert "This is an exact patch: it sets every entry that differs between two checkpoints, 1 of the 16" in text
+    assert "Nothing of the change was left out." in text
+
+
+def test_changes_that_cannot_be_measured(tmp_path: Path) -> None:
+    bad = SparseTensor("w", (4, 4), [1, 5], np.float32([1, np.inf]), base=np.float32([0, 0]))
+    save(Adapter([bad]), tmp_path / "a.st")
+    text = parsed(report([looked(tmp_path / "a.st")])).text
+    assert "A change cannot be measured: tensor 'w': the delta at flat index 5 is NaN or infinite." in text
+
+
+def test_other_warnings(tmp_path: Path) -> None:
+    full = SparseTensor("w", (2,), [0, 1], np.ones(2, np.float32), base=np.zeros(2, np.float32))
+    none = SparseTensor("v", (2,), np.empty(0, np.int64), np.empty(0, np.float32), base=np.empty(0, np.float32))
+    save(Adapter([full, none], manifest={"license": "MIT", "removed": ["old"]}), tmp_path / "a.st")
+    one = looked(tmp_path / "a.st", base={"path": "my-model", "fits": False, "reasons": ["no 'w'", "no 'v'"]})
+    assert [
+        "It does not fit the base my-model: no 'w' (and 1 more).",
+        "1 tensor (v) is without a single entry: nothing changes there.",
+        "It sets 50\u00a0% of the elements: that is not sparse, and little smaller than the weights are.",
+        "It removes tensors from the model: old.",
+    ] == words.warnings(one)
+    fits = looked(tmp_path / "a.st", base={"path": "my-model", "fits": True, "reasons": []}, verified=True)
+    text = parsed(report([fits])).text
+    assert "It fits my-model by names, shapes, dtypes" in text
+    assert "all digests and rules" in text
+
+
+def evil(folder: Path) -> Path:
+    """A file whose every text is an attack."""
+    made = SparseTensor(f"h.1.{EVIL}", (6, 4), [1, 7], np.ones(2, np.float32), base=np.zeros(2, np.float32))
+    manifest = {
+        "base_model": {"id": EVIL, "revision": EVIL},
+        "source": {"kind": EVIL, "dialect": EVIL, "files": [{"name": EVIL}]},
+        "selection": {"rule": EVIL, "scope": EVIL, "density": 0.5, "energy_kept": 0.1},
+        "mask": {"rule": EVIL},
+        "license": EVIL,
+        "description": EVIL,
+        "writer": EVIL,
+        "removed": [EVIL],
+    }
+    path = folder / "<b>evil&.st"
+    save(Adapter([made], whole=[WholeTensor(f"w{EVIL}", np.float32([1]))], manifest=manifest), path)
+    return path
+
+
+def test_text_of_strangers_is_text(tmp_path: Path) -> None:
+    path = evil(tmp_path)
+    source = report([looked(path), looked(path)])
+    found = parsed(source)
+    assert "<b>" not in source
+    assert "\u202e" not in source
+    assert found.text.count("<script>document.title='owned';fetch('http://example.org/')</script>") > 20
+    assert 2 == sum(tag == "img" for tag, _ in found.tags)
+    (policy,) = [
+        a["content"] for tag, a in found.tags if tag == "meta" and "Content-Security-Policy" == a.get("http-equiv")
+    ]
+    assert (policy or "").startswith("default-src 'none';")
+
+
+@given(strategies.adapters())
+def test_any_adapter_has_a_page(adapter: Adapter) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.st")
+        save(adapter, path)
+        one = looked(path)
+        parsed(report([one, one]))
+
+
+def test_names_are_shown_without_what_cannot_be_seen() -> None:
+    assert "a&lt;b&gt; &amp; &quot;&#x27;\\n\\u202e\\ud800" == page.text("a<b> & \"'\n\u202e\ud800")
+
+
+def run(*arguments: str | Path) -> int:
+    return inspect.main([str(argument) for argument in arguments])
+
+
+def test_the_command(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "report.html"
+    assert 0 == run(*files, "--html", out, "--verify", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert [str(path) for path in files] == [info["file"] for info in told["files"]]
+    text = parsed(out.read_text("utf-8")).text
+    assert "Adapter report: 2 adapters" in text
+    assert "Do they disturb each other?" in text
+    before = out.read_bytes()
+    assert 1 == run(files[0], "--html", out)
+    assert "exists; --force replaces it" in capsys.readouterr().err
+    assert before == out.read_bytes()
+    assert 0 == run(files[0], "--html", out, "--force", "--include", "q_proj", "--sort", "name")
+    shown = capsys.readouterr()
+    assert f"{out}: written\n" == shown.err
+    assert "All 1 tensors" in parsed(out.read_text("utf-8")).text
+
+
+def test_the_command_and_a_base(tmp_path: Path, capsys: Capture) -> None:
+    base = np.arange(6, dtype=np.float32).reshape(3, 2)
+    save_file({"w": base}, tmp_path / "base.safetensors")
+    save_file({"w": base + 1}, tmp_path / "other.safetensors")
+    one = SparseTensor("w", (3, 2), [1, 4], np.float32([5, 5]), base_digest=digest(np.float32([1, 4])))
+    save(Adapter([one]), tmp_path / "a.st")
+    out = tmp_path / "r.html"
+    assert 0 == run(tmp_path / "a.st", "--html", out, "--base", tmp_path / "base.safetensors")
+    text = parsed(out.read_text("utf-8")).text
+    assert "How large its changes are is not shown" not in text
+    assert "Of its energy, 100 % is in layers" in text
+    assert 1 == run(tmp_path / "a.st", "--html", out, "--base", tmp_path / "other.safetensors", "--force")
+    text = parsed(out.read_text("utf-8")).text
+    assert "It does not fit the base" in text
+    assert "How large its changes are is not shown" in text
+    assert "does not fit: tensor 'w'" in capsys.readouterr().err
+
+
+def test_a_damaged_file_writes_nothing(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
+    content = bytearray(files[0].read_bytes())
+    content[-9] ^= 1
+    files[0].write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    assert 1 == run(files[0], "--html", tmp_path / "r.html")
+    out, err = capsys.readouterr()
+    assert ("", 1) == (out, err.count("\n"))
+    assert f"{files[0]}: tensor" in err
+    assert before == sorted(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    program = browser.find()
+    if program is None:
+        pytest.skip("no Chromium to look at pages with: apt-get install chromium, or SHIRA_BROWSER")
+    with browser.browser(program, tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser(
+    width: int, dark: bool, chromium: browser.Browser, files: list[Path], tmp_path: Path
+) -> None:
+    looks = [looked(path) for path in (*files, evil(tmp_path))]
+    out = tmp_path / "report.html"
+    out.write_text(report(looks), "utf-8")
+    chromium.open(out, width, dark=dark)
+    assert [] == chromium.complaints()
+    assert [out.as_uri()] == chromium.requests()
+    assert "Adapter report: 3 adapters" == chromium.value("document.title")
+    assert 6 == chromium.value(
+        "document.querySelectorAll('details').forEach(d => d.open = true) || document.querySelectorAll('details').length"
+    )
+    assert width == chromium.value("innerWidth")
+    assert width == chromium.value("document.documentElement.scrollWidth")
+    assert ("rgb(20, 22, 26)" if dark else "rgb(255, 255, 255)") == chromium.value(
+        "getComputedStyle(document.body).backgroundColor"
+    )
+    assert chromium.value("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    picture = chromium.picture()
+    assert b"\x89PNG" == picture[:4]
+    assert width == int.from_bytes(picture[16:20], "big")
+    assert len(picture) > 20_000
