@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from shira_cli import console
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from shira_format.convert import ConversionReport, Exact
     from shira_format.convert.jobs import Job
     from shira_format.selection import TopK
@@ -55,9 +57,21 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="at most this many threads (default: all cores); the bytes do not depend on it")  # fmt: skip
     add("--dask", metavar="SCHEDULER", help="spread the tensors over a dask.distributed cluster, such as tcp://host:8786, whose workers reach the inputs by the same paths")  # fmt: skip
     add("--resume", action="store_true", help="keep finished tensors in FILE.partial until all is done, and go on from those that are there")  # fmt: skip
-    add("--force", action="store_true", help="replace FILE if it exists")
-    add("--dry-run", action="store_true", help="compute and report everything, write nothing")
+    add_writing(parser, "replace FILE if it exists")
+
+
+def add_writing(parser: argparse.ArgumentParser, force: str) -> None:
+    """``--force``, with what it does, ``--dry-run``, and how results are told."""
+    parser.add_argument("--force", action="store_true", help=force)
+    parser.add_argument("--dry-run", action="store_true", help="compute and report everything, write nothing")
     console.add_output_options(parser)
+
+
+def tensors_bar(options: argparse.Namespace) -> tqdm[Any]:
+    """A progress bar of tensors on stderr, if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(unit="tensors", disable=options.quiet or not sys.stderr.isatty(), leave=False)
 
 
 def selection_rule(options: argparse.Namespace) -> TopK:

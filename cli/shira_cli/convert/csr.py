@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shira_cli import console
 from shira_cli.convert import common
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 EXPORT = """\
 Write an adapter as a folder of CSR matrices, one .npz file a tensor, that scipy.sparse.load_npz opens: for analysis in
@@ -37,9 +33,7 @@ def add_shira_to_csr(commands: Any) -> None:
     add("--values", choices=("delta", "target"), default="delta", help="what the matrices hold: what is added to the base (default), or what the entries become")  # fmt: skip
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     common.add_filters(parser)
-    add("--force", action="store_true", help="replace DIR if shira_to_csr wrote it and nothing else was put there")
-    add("--dry-run", action="store_true", help="compute and report everything, write nothing")
-    console.add_output_options(parser)
+    common.add_writing(parser, "replace DIR if shira_to_csr wrote it and nothing else was put there")
     parser.set_defaults(run=_export)
 
 
@@ -55,9 +49,7 @@ def add_csr_to_shira(commands: Any) -> None:
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the adapter file to write")
     add("--self-contained", action="store_true", help="store the base's values too")
     common.add_filters(parser)
-    add("--force", action="store_true", help="replace FILE if it exists")
-    add("--dry-run", action="store_true", help="compute and report everything, write nothing")
-    console.add_output_options(parser)
+    common.add_writing(parser, "replace FILE if it exists")
     parser.set_defaults(run=_import)
 
 
@@ -68,7 +60,7 @@ def _export(options: argparse.Namespace) -> int:
     output = None if options.dry_run else options.output
     if output is not None:
         console.check_output_folder(output, [options.adapter], force=options.force)
-    with _bar(options) as bar:
+    with common.tensors_bar(options) as bar:
         report = shira_to_csr(
             options.adapter, output, base=options.base, values=options.values, include=options.include,
             exclude=options.exclude, force=options.force, progress=bar.update,
@@ -86,7 +78,7 @@ def _import(options: argparse.Namespace) -> int:
     output = None if options.dry_run else options.output
     if output is not None:
         console.check_output(output, force=options.force)
-    with _bar(options) as bar:
+    with common.tensors_bar(options) as bar:
         report = csr_to_shira(
             options.folder, output, base=options.base, self_contained=options.self_contained,
             include=options.include, exclude=options.exclude, progress=bar.update,
@@ -117,12 +109,6 @@ def _show(
         if output is None
         else f"{console.printable(output)}: {console.size(size or 0)}"
     )
-
-
-def _bar(options: argparse.Namespace) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    return tqdm(unit="tensors", disable=options.quiet or not sys.stderr.isatty(), leave=False)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,6 @@ from shira_cli import console
 from shira_cli.convert import common
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from shira_format.peft_shira import PeftReport
 
 IMPORT = """\
@@ -44,9 +41,7 @@ def add_peft_to_shira(commands: Any) -> None:
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the adapter file to write")
     add("--self-contained", action="store_true", help="store the base's values too")
     common.add_filters(parser)
-    add("--force", action="store_true", help="replace FILE if it exists")
-    add("--dry-run", action="store_true", help="compute and report everything, write nothing")
-    console.add_output_options(parser)
+    common.add_writing(parser, "replace FILE if it exists")
     parser.set_defaults(run=_import)
 
 
@@ -66,9 +61,7 @@ def add_shira_to_peft(commands: Any) -> None:
     add("--pad", action="store_true", help="fill layers up with zeros where PEFT asks for more entries")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     common.add_filters(parser)
-    add("--force", action="store_true", help="replace DIR if it holds a SHiRA adapter of PEFT and nothing else")
-    add("--dry-run", action="store_true", help="compute and report everything, write nothing")
-    console.add_output_options(parser)
+    common.add_writing(parser, "replace DIR if it holds a SHiRA adapter of PEFT and nothing else")
     parser.set_defaults(run=_export)
 
 
@@ -79,7 +72,7 @@ def _import(options: argparse.Namespace) -> int:
     output = None if options.dry_run else options.output
     if output is not None:
         console.check_output(output, force=options.force)
-    with _bar(options) as bar:
+    with common.tensors_bar(options) as bar:
         report = peft_to_shira(
             options.adapter, options.base, output, values=options.values, self_contained=options.self_contained,
             include=options.include, exclude=options.exclude, progress=bar.update,
@@ -96,7 +89,7 @@ def _export(options: argparse.Namespace) -> int:
     if output is not None:
         inputs = [options.adapter] if options.base is None else [options.adapter, Path(options.base)]
         console.check_output_folder(output, inputs, force=options.force)
-    with _bar(options) as bar:
+    with common.tensors_bar(options) as bar:
         report = shira_to_peft(
             options.adapter, output, base=options.base, prefix=options.prefix, pad=options.pad,
             include=options.include, exclude=options.exclude, force=options.force, progress=bar.update,
@@ -126,9 +119,3 @@ def _text(report: PeftReport, output: Path | None) -> str:
     else:
         lines.append(f"{console.printable(str(output))}: {console.size(report.folder_bytes or 0)}")
     return "\n".join(lines)
-
-
-def _bar(options: argparse.Namespace) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    return tqdm(unit="tensors", disable=options.quiet or not sys.stderr.isatty(), leave=False)

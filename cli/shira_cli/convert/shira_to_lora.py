@@ -46,11 +46,7 @@ def add(commands: Any) -> None:
     option("--embedding", metavar="REGEX", help="the weights in whose name this is found are embeddings (default: the usual names; '(?!)' for none)")  # fmt: skip
     option("--fan-in-fan-out", metavar="REGEX", help="the weights in whose name this is found are stored [in, out], as in GPT-2 (default: the base tells)")  # fmt: skip
     common.add_filters(parser)
-    option(
-        "--force", action="store_true", help="replace DIR if shira_to_lora wrote it and nothing else was put there"
-    )
-    option("--dry-run", action="store_true", help="compute and report everything, write nothing")
-    console.add_output_options(parser)
+    common.add_writing(parser, "replace DIR if shira_to_lora wrote it and nothing else was put there")
     parser.set_defaults(run=_run)
 
 
