@@ -140,8 +140,7 @@ def orthogonality(a: Any, b: Any, *, transposed: bool = False, spectral: bool = 
         SourceError: the shapes differ, a mask, a delta that is not finite, or no scipy.
         BaseRequired: target values without those of the base.
     """
-    first, second = _contracted(a, b, transposed)
-    rows, columns = first.shape
+    first, second, (rows, columns) = _contracted(a, b, transposed)
     cells = columns * columns
     energy, nonzero, reached = _measure(first, second)
     finite(energy, "the energy of the product of the deltas")
@@ -172,7 +171,7 @@ def awom(a: Any, b: Any, norm: Norm = "fro", *, transposed: bool = False) -> flo
     """
     if norm not in ("fro", "spectral"):
         raise SourceError(f"the norm is 'fro' or 'spectral', not {norm!r}")
-    first, second = _contracted(a, b, transposed)
+    first, second, _ = _contracted(a, b, transposed)
     energy = finite(_energy(first, second), "the energy of the product of the deltas")
     if norm == "fro" or not energy:
         return math.sqrt(energy)
@@ -192,20 +191,34 @@ def awor(a: Any, b: Any, *, transposed: bool = False, structural: bool = False) 
         SourceError: see :func:`orthogonality`.
         BaseRequired: target values without those of the base.
     """
-    first, second = _contracted(a, b, transposed)
+    first, second, (_, columns) = _contracted(a, b, transposed)
     _, nonzero, reached = _measure(first, second, structural=structural, numerical=not structural)
-    cells = first.shape[1] ** 2
+    cells = columns**2
     return 1 - (reached if structural else nonzero) / cells if cells else 1.0
 
 
-def _contracted(a: Any, b: Any, transposed: bool) -> tuple[Any, Any]:
-    """Both as CSR matrices, turned so that the product wanted is the first transposed times the second."""
-    first, second = (delta_matrix(side) if isinstance(side, SparseTensor) else side for side in (a, b))
+def _contracted(a: Any, b: Any, transposed: bool) -> tuple[Any, Any, tuple[int, int]]:
+    """Both as CSR matrices, turned so that the product wanted is the first transposed times the second.
+
+    Also their rows and columns; the matrices have fewer where most columns of the weight are empty, since what is allocated
+    must not be more than what the files hold.
+    """
+    first, second = ((delta_matrix(s) if isinstance(s, SparseTensor) else s).tocsr() for s in (a, b))
     if first.shape != second.shape:
         raise SourceError(f"deltas of shapes {list(first.shape)} and {list(second.shape)} are of no common weight")
+    rows, columns = first.shape
+    if columns > first.nnz + second.nnz:
+        kept = np.unique(np.concatenate([first.indices, second.indices, [0]]))
+        first, second = (_of_columns(matrix, kept) for matrix in (first, second))
     if transposed:
-        first, second = first.T, second.T
-    return first.tocsr(), second.tocsr()
+        return first.T.tocsr(), second.T.tocsr(), (columns, rows)
+    return first, second, (rows, columns)
+
+
+def _of_columns(matrix: Any, kept: Array) -> Any:
+    """The columns ``kept`` (rising; all that have entries are among them) of a CSR matrix."""
+    places = np.searchsorted(kept, matrix.indices)
+    return scipy_sparse().csr_array((matrix.data, places, matrix.indptr), shape=(matrix.shape[0], kept.size))
 
 
 def _measure(

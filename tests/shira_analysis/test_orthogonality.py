@@ -216,3 +216,25 @@ def test_refusals() -> None:
         awor(*[SparseTensor("w", (2, 3), [1], meaning="none")] * 2)
     with pytest.raises(SourceError, match="too large"):
         orthogonality(1e200 * a, a)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_far_wider_than_they_have_entries(transposed: bool) -> None:
+    """What is allocated follows the entries, not the width that a file claims; the zeros are those of the whole."""
+    width, near = 2**44, [0, 3, 5, 7]
+    places = np.array([0, 3 * 2**20, 5 * 2**30, 2**44 - 1])
+    wide, narrow = [], []
+    for seed in (1, 2):
+        random = np.random.default_rng(seed)
+        values = random.standard_normal((2, 4)) * (random.random((2, 4)) < 0.7)
+        rows, columns = np.nonzero(values)
+        for found, size, at in ((wide, width, places), (narrow, 8, np.array(near))):
+            indices = rows * size + at[columns]
+            found.append(SparseTensor("w", (2, size), indices, values[rows, columns], meaning="delta"))
+    found, expected = (orthogonality(*pair, transposed=transposed, spectral=True) for pair in (wide, narrow))
+    assert (expected.nonzero, expected.reached) == (found.nonzero, found.reached)
+    assert found.cells == (4 if transposed else width**2)
+    assert found.energy == pytest.approx(expected.energy, rel=1e-12)
+    assert found.spectral == pytest.approx(expected.spectral, rel=1e-5)
+    assert awor(*wide, transposed=transposed) == pytest.approx(1 - expected.nonzero / found.cells)
+    assert awom(*wide, transposed=transposed) == pytest.approx(expected.awom, rel=1e-12)

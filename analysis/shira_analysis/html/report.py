@@ -13,7 +13,7 @@ from shira_analysis.pairs import Pair, TensorPair, measure_pairs
 from shira_format import SourceError, __version__
 from shira_format.tensors import matrix_view
 
-_WIDEST = 1 << 24  # rows or columns of a weight whose products are measured: a row of them is held in memory
+_WIDEST = 1 << 24  # rows or columns of a weight whose products are measured; beyond, only positions are compared
 _UNITS = ("B", "kB", "MB", "GB")
 
 
