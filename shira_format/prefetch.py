@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -31,15 +32,15 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001 - numb
     return types.void(array, index), generate
 
 
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _ask(array: Any) -> None:
+    prefetch(array, 0)
+
+
 def works() -> bool:
     """Whether this numba's LLVM knows the hint by the name that is used here."""
-    import numpy as np
-
-    def ask(array: Any) -> None:
-        prefetch(array, 0)
-
     try:
-        njit(ask)(np.zeros(1, np.uint8))
+        _ask(np.zeros(1, np.uint8))
     except Exception:  # whatever another LLVM says to it
         return False
     return True

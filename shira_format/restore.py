@@ -23,10 +23,11 @@ from shira_format.changes import TILE
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.container import AdapterFile
 from shira_format.container.atomic import replaced_file, replaced_folder
-from shira_format.dtypes import DTYPES, FLOATS, dtype_name, is_float
+from shira_format.dtypes import DTYPES, FLOATS, is_float
 from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.filters import name_filter
 from shira_format.manifest import SparseEntry
+from shira_format.safetensors_file import header_of
 from shira_format.selection import Progress, Workers
 from shira_format.storage import located
 from shira_format.tensors import SparseTensor, numel
@@ -392,16 +393,9 @@ def _component(file: str, components: tuple[str, ...]) -> str:
 
 
 def _header(pieces: list[_Piece], prefix: str, metadata: dict[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    at = 0
-    for piece in pieces:
-        entries[piece.name.removeprefix(prefix)] = {
-            "dtype": dtype_name(piece.dtype), "shape": list(piece.shape), "data_offsets": [at, at + piece.nbytes],
-        }  # fmt: skip
-        at += piece.nbytes
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return header_of(((piece.name.removeprefix(prefix), piece.dtype, piece.shape) for piece in pieces), metadata)[
+        0
+    ]
 
 
 def _write_indexes(folder: Path, shards: dict[str, list[_Piece]], base: Checkpoint) -> None:

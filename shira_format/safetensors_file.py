@@ -7,7 +7,7 @@ adapters, LoRAs and checkpoints all go through this module instead. Section numb
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from shira_format.arrays import Array, frozen
-from shira_format.dtypes import DTYPES
+from shira_format.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
 from shira_format.storage import open_storage
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
@@ -194,6 +194,27 @@ def _stream(name: str, entry: Any) -> Stream:
     if stream.nbytes != numel(stream.shape) * DTYPES[dtype].itemsize:
         raise FormatError("dtype-length", f"{stream.nbytes} bytes for {dtype} of shape {shape}", tensor=name)
     return stream
+
+
+def header_of(
+    tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file whose tensors follow one another, and where in it each tensor's bytes begin.
+
+    Args:
+        tensors: name, dtype and shape of each, in the order of the file.
+        metadata: strings by name; none is written if it is empty.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, at = {}, 0
+    for name, dtype, shape in tensors:
+        begins[name], stop = at, at + numel(shape) * dtype.itemsize
+        entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
 
 
 def is_uint(value: Any) -> bool:

@@ -21,8 +21,7 @@ import numpy as np
 from shira_format import SourceError
 from shira_format.arrays import Array, bits
 from shira_format.container.atomic import replaced_file
-from shira_format.dtypes import dtype_name
-from shira_format.safetensors_file import SafetensorsFile, parse_object
+from shira_format.safetensors_file import SafetensorsFile, header_of, parse_object
 
 _KEY = "shira_moments"
 _VERSION = 1
@@ -136,23 +135,14 @@ class Moments(Mapping[str, Moment]):
 
     def save(self, path: Path) -> None:
         """Write a file that appears whole or not at all."""
-        entries: dict[str, Any] = {}
         told: dict[str, Any] = {}
-        at = 0
+        sizes: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         for name, one in self.items():
             told[name] = {"samples": one.samples, "width": one.width, "inputs_first": one.inputs_first}
-            span = [at, at + one.blocks.nbytes]
-            entries[name] = {
-                "dtype": dtype_name(one.blocks.dtype),
-                "shape": one.blocks.shape,
-                "data_offsets": span,
-            }
-            at = span[1]
-        metadata = {_KEY: json.dumps({"version": _VERSION, "weights": told})}
-        text = json.dumps({"__metadata__": metadata} | entries).encode()
-        text += b" " * (-len(text) % 8)
+            sizes.append((name, one.blocks.dtype, one.blocks.shape))
+        header, _ = header_of(sizes, {_KEY: json.dumps({"version": _VERSION, "weights": told})})
         with replaced_file(Path(path)) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             file.writelines(bits(self[name].blocks).data for name in self)
 
     @classmethod

@@ -46,6 +46,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+# What file managers leave behind.
+LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+
+
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill that takes the place of ``path`` when the block ends without an exception.

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from shira_format.container.atomic import LITTER
 from shira_format.dtypes import FLOATS, dtype_name, working_dtype
 from shira_format.errors import FormatError, SourceError
 from shira_format.manifest import DERIVED, check_name
@@ -30,8 +31,6 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 # Windows keeps these for devices, whatever follows after the dot.
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 _LONGEST = 120
-# What file managers leave behind.
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def check_replaceable(folder: Path) -> None:
         raise SourceError(
             f"{folder}: not a folder that shira_to_csr wrote, and so not replaced ({error})"
         ) from None
-    others = sorted(path.name for path in folder.iterdir() if path.name not in known | _LITTER or path.is_dir())
+    others = sorted(path.name for path in folder.iterdir() if path.name not in known | LITTER or path.is_dir())
     if others:
         raise SourceError(
             f"{folder}: holds {others[0]!r}, which shira_to_csr did not write, and so is not replaced"

@@ -138,33 +138,3 @@ class Stacked:
             first, last = max(start, end - height), min(stop, end)
             if first < last:
                 part.tile(first - (end - height), last - (end - height), out[first - start : last - start])
-
-
-@dataclass(frozen=True)
-class Summed:
-    """The sum of updates of one weight, of one dtype and as many columns: the parts of a key that is split in two."""
-
-    parts: Sequence[Update]
-
-    @property
-    def name(self) -> str:
-        return self.parts[0].name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.parts[0].dtype
-
-    @property
-    def columns(self) -> int:
-        return self.parts[0].columns
-
-    def tile(self, start: int, stop: int, out: Array) -> None:
-        self.parts[0].tile(start, stop, out)
-        more = np.empty_like(out)
-        for part in self.parts[1:]:
-            part.tile(start, stop, more)
-            out += more

@@ -10,7 +10,7 @@ from typing import Any
 
 from shira_format.errors import SourceError
 from shira_format.lora.files import is_rank, read_json
-from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS
+from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS, named_in, pair_in
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,11 @@ def find(path: Path) -> tuple[Path, Path]:
         if not config.is_file():
             raise SourceError(f"{path}: no {CONFIG} beside it")
         return path, config
-    for name in WEIGHTS:
-        if (path / name).is_file() and (path / CONFIG).is_file():
-            return path / name, path / CONFIG
-    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and (folder / CONFIG).is_file()]
-    if len(inner) > 1:
-        raise SourceError(f"{path}: several adapters ({', '.join(f.name for f in inner)}); name one")
-    if not inner:
+    if (found := pair_in(path)) is not None:
+        return found
+    if (inner := named_in(path)) is None:
         raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
-    return find(inner[0])
+    return find(inner)
 
 
 def read_config(path: Path) -> tuple[Kind, dict[str, Any]]:

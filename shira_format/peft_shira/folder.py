@@ -13,20 +13,16 @@ from typing import Any
 import numpy as np
 
 from shira_format.arrays import Array, bits
-from shira_format.container.atomic import replaced_file
-from shira_format.dtypes import dtype_name
+from shira_format.container.atomic import LITTER, replaced_file
 from shira_format.errors import SourceError
 from shira_format.lora.files import read_json
 from shira_format.lora.peft import CONFIG, WEIGHTS
 from shira_format.peft_shira.files import SHIRA
-from shira_format.tensors import numel
+from shira_format.safetensors_file import header_of
 
 # Not "random": PEFT would draw a mask for each layer as it loads, only to throw it away. With a name that it does not know, it
 # takes the indices of the file, and warns only if inference_mode is not set.
 MASK_TYPE = "given"
-
-# What file managers leave behind.
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
 @dataclass(frozen=True)
@@ -37,36 +33,21 @@ class Stored:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return numel(self.shape) * self.dtype.itemsize
-
 
 @contextmanager
 def weights_file(path: Path, tensors: Iterable[Stored]) -> Iterator[Callable[[str, Array], None]]:
     """A safetensors file of these tensors; gives a function that puts one of them in its place."""
     # Larger elements first, so that each tensor is aligned to its element size.
     order = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begins: dict[str, int] = {}
-    at = 0
-    for tensor in order:
-        begins[tensor.key] = at
-        entries[tensor.key] = {
-            "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes],
-        }  # fmt: skip
-        at += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header, begins = header_of(((tensor.key, tensor.dtype, tensor.shape) for tensor in order), {"format": "pt"})
     left = {tensor.key: tensor for tensor in order}
     with replaced_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
 
         def put(key: str, array: Array) -> None:
             tensor = left.pop(key)
             assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), key
-            file.seek(8 + len(text) + begins[key])
+            file.seek(begins[key])
             file.write(bits(array).data)
 
         yield put
@@ -111,7 +92,7 @@ def check_replaceable(folder: Path, inputs: Iterable[object]) -> None:
         if isinstance(path, Path) and (here == path.resolve() or here in path.resolve().parents):
             raise SourceError(f"{folder}: holds {path}, an input, and so is not replaced")
     names = {path.name for path in folder.iterdir()}
-    if others := sorted(names - {CONFIG, WEIGHTS[0]} - _LITTER):
+    if others := sorted(names - {CONFIG, WEIGHTS[0]} - LITTER):
         raise SourceError(
             f"{folder}: holds {others[0]!r}, which shira_to_peft did not write, and so is not replaced"
         )

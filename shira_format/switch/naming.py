@@ -31,7 +31,7 @@ def _found(adapter: Decoded, live: Mapping[str, Any]) -> Callable[[str], str]:
     needed = [tensor.name for tensor in adapter.tensors]
     needed += [whole.name for whole in adapter.whole if whole.base_digest is not None]
     try:
-        rename, _ = match_names(needed, live, adapter.label or "the adapter")
+        rename, _ = match_names(needed, live, adapter.label)
     except SourceError:
         missing = next(name for name in needed if name not in live)
         raise BaseMismatch(

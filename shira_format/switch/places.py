@@ -68,11 +68,7 @@ def memory_of(weight: Any, name: str) -> object:
     try:
         pointer = weight.data_ptr()
         return (str(weight.device), pointer, weight.stride(), tuple(weight.shape)) if pointer else name
-    except (
-        AttributeError,
-        RuntimeError,
-        NotImplementedError,
-    ):  # no tensor, or a subclass without memory of its own
+    except (AttributeError, RuntimeError):  # no tensor, or a subclass without memory of its own
         return name
 
 

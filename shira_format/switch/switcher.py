@@ -23,6 +23,7 @@ from shira_format.switch.mixing import Joint, Term
 from shira_format.switch.models import weights_of
 from shira_format.switch.naming import Rename, renaming
 from shira_format.switch.places import Place, memory_of, place_of
+from shira_format.switch.pool import AdapterPool
 from shira_format.switch.threads import Threads
 from shira_format.tensors import SparseTensor, WholeTensor, same_bits
 
@@ -123,7 +124,7 @@ class Switcher:
         *,
         prefix: str | None = None,
         rename: Callable[[str], str] | None = None,
-        pool: Any = None,
+        pool: AdapterPool | None = None,
         threads: int | None = None,
     ) -> None:
         if prefix is not None and rename is not None:
@@ -217,7 +218,7 @@ class Switcher:
 
     def _opened(self, adapter: Source, alpha: float | None) -> tuple[Decoded, float]:
         if self._pool is not None and isinstance(adapter, str):
-            found: Decoded = self._pool.get_adapter(adapter, self._threads.executor)
+            found = self._pool.get_adapter(adapter, self._threads.executor)
         else:
             found = decoded(adapter, self._threads.executor)
         strength = found.alpha if alpha is None else float(alpha)

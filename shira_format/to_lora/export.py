@@ -17,12 +17,12 @@ from shira_format.container.atomic import replaced_file, replaced_folder
 from shira_format.dtypes import DTYPES
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.filters import name_filter
+from shira_format.lora.peft.config import PREFIX
 from shira_format.selection import single_threaded_blas
 from shira_format.tensors import SparseTensor, matrix_view
 from shira_format.to_lora.factors import Factors, best_factors
 from shira_format.to_lora.folder import (
     FILE,
-    PREFIX,
     Shapes,
     WeightsFile,
     check_replaceable,

@@ -10,19 +10,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from shira_format.arrays import Array, bits
+from shira_format.container.atomic import LITTER
 from shira_format.dtypes import dtype_name
 from shira_format.errors import FormatError, SourceError
+from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
 from shira_format.safetensors_file import SafetensorsFile
 from shira_format.to_lora.plan import Kind, pattern, targets
 from shira_format.to_lora.report import LayerReport
 
-CONFIG = "adapter_config.json"
-FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of the live model
+FILE = WEIGHTS[0]
 WRITER = "shira_to_lora"
 _MARK = "written_by"
-# What file managers leave behind.
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 Shapes = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
@@ -142,7 +140,7 @@ def check_replaceable(folder: Path) -> None:
     reason = f"{folder}: not a folder that {WRITER} wrote, and so not replaced"
     if folder.is_symlink() or not folder.is_dir():
         raise SourceError(reason)
-    names = {path.name for path in folder.iterdir()} - _LITTER
+    names = {path.name for path in folder.iterdir()} - LITTER
     if others := sorted(names - {CONFIG, FILE}):
         raise SourceError(f"{folder}: holds {others[0]!r}, which {WRITER} did not write, and so is not replaced")
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
+from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS, named_in, pair_in
 from shira_format.lora.peft.reader import read
 from shira_format.lora.updates import Lora
 
@@ -37,10 +37,7 @@ def _find(path: Path) -> tuple[Path, Path] | None:
     if path.is_file():
         config = path.with_name(CONFIG)
         return (path, config) if config.is_file() and path.suffix in (".safetensors", ".bin") else None
-    for name in WEIGHTS:
-        if (path / name).is_file() and (path / CONFIG).is_file():
-            return path / name, path / CONFIG
-    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and (folder / CONFIG).is_file()]
-    if len(inner) > 1:
-        raise SourceError(f"{path}: several adapters ({', '.join(f.name for f in inner)}); name one")
-    return _find(inner[0]) if inner else None
+    if (found := pair_in(path)) is not None:
+        return found
+    inner = named_in(path)
+    return None if inner is None else _find(inner)

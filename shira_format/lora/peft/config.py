@@ -52,6 +52,25 @@ CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
+def pair_in(folder: Path) -> tuple[Path, Path] | None:
+    """The weights and the configuration that lie in ``folder`` itself."""
+    config = folder / CONFIG
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    return (found, config) if found is not None and config.is_file() else None
+
+
+def named_in(folder: Path) -> Path | None:
+    """The subfolder of the adapter that has a name.
+
+    Raises:
+        SourceError: there are several.
+    """
+    inner = [found for found in sorted(folder.iterdir()) if found.is_dir() and (found / CONFIG).is_file()]
+    if len(inner) > 1:
+        raise SourceError(f"{folder}: several adapters ({', '.join(found.name for found in inner)}); name one")
+    return inner[0] if inner else None
+
+
 @dataclass(frozen=True)
 class Config:
     """The options of one adapter, checked.
