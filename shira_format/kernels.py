@@ -90,6 +90,65 @@ def exchange(flat: Any, old: Any, old_base: Any, new: Any, new_values: Any, new_
 
 
 @_compiled
+def union(first: Any, second: Any, out: Any, of_first: Any, of_second: Any) -> int:
+    """Merge two strictly rising lists into ``out``; where each went; how many there are.
+
+    Which list comes next is a coin toss that no processor foresees: so a place is written at every step, and what is
+    written last is right.
+    """
+    i = j = n = 0
+    while i < first.size and j < second.size:
+        a, b = first[i], second[j]
+        out[n] = min(a, b)
+        of_first[i] = n
+        of_second[j] = n
+        i += a <= b
+        j += b <= a
+        n += 1
+    while i < first.size:
+        out[n] = first[i]
+        of_first[i] = n
+        i += 1
+        n += 1
+    while j < second.size:
+        out[n] = second[j]
+        of_second[j] = n
+        j += 1
+        n += 1
+    return n
+
+
+@_compiled
+def mix_bfloat16(target: Any, own: Any, factors: Any, out: Any) -> None:
+    """``out = own + factors (target - own)`` of bfloat16 as its 16 bits; ``factors`` is of one, or of one for each."""
+    for k in range(target.size):
+        factor = factors[k] if factors.size > 1 else factors[0]
+        origin = np.uint32(np.uint32(own[k]) << 16).view(np.float32)
+        mixed = np.float32(origin + factor * (np.uint32(np.uint32(target[k]) << 16).view(np.float32) - origin))
+        bits = mixed.view(np.uint32)
+        near = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))  # to nearest, ties to even
+        quiet = np.uint32((bits & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
+        changed = np.uint32(quiet if np.isnan(mixed) else near) >> 16
+        out[k] = target[k] if factor == 1 else np.uint16(changed)
+
+
+@_compiled
+def lay(at: Any, new: Any, own: Any, factors: Any, values: Any, base: Any, known: Any, count: Any) -> int:
+    """See :func:`shira_format.compiled.lay`; values as their bits."""
+    bad = -1
+    for k in range(at.size):
+        n = at[k]
+        if known[n] and base[n] != own[k]:
+            bad = k
+        base[n] = own[k]
+        known[n] = True
+        if factors.size == 1 or factors[k] != 0:
+            count[n] += 1
+            values[n] = new[k]
+    return bad
+
+
+@_compiled
 def rises(indices: Any) -> bool:
     """Whether ``indices`` strictly rise."""
     falls = 0

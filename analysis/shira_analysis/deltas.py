@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format import AdapterFile, BaseMismatch, BaseRequired, SourceError, SparseTensor
-from shira_format.arrays import Array, digest
+from shira_format.arrays import Array
+from shira_format.based import with_base
 from shira_format.csr.matrix import check_rows, scipy_sparse
-from shira_format.dtypes import is_float
 from shira_format.filters import name_filter
 from shira_format.tensors import matrix_view
 
@@ -142,7 +142,7 @@ class DeltaFile:
         tensor = self.file.sparse(name)
         if self.base is not None:
             try:
-                return _on_base(tensor, self.base)
+                return with_base(tensor, self.base)
             except BaseMismatch as error:
                 raise BaseMismatch(f"{self.path}: {error}") from None
         if tensor.meaning == "target" and tensor.base is None:
@@ -215,30 +215,3 @@ def side_by_side(files: Sequence[DeltaFile]) -> Iterator[tuple[str, list[SparseT
                 "these are not adapters of one base"
             )
         yield name, [file.tensor(name) if name in file.names else None for file in files]
-
-
-def _on_base(tensor: SparseTensor, base: Checkpoint) -> SparseTensor:
-    """``tensor``, checked against ``base``, and with its values at the entries if these are targets."""
-    if tensor.meaning == "none":
-        return tensor
-    where = f"tensor {tensor.name!r}"
-    if tensor.base_name not in base:
-        raise BaseMismatch(f"{where}: the base {base.path} has no {tensor.base_name!r}")
-    if (shape := base.shape(tensor.base_name)) != tensor.shape:
-        raise BaseMismatch(f"{where}: the adapter is for shape {list(tensor.shape)}, the weight has {list(shape)}")
-    dtype = base.dtype(tensor.base_name)
-    if tensor.meaning == "delta" and tensor.base_digest is None:
-        if not is_float(dtype):
-            raise BaseMismatch(f"{where}: cannot add deltas to a weight of {dtype}")
-        return tensor
-    if dtype != tensor.dtype:
-        raise BaseMismatch(f"{where}: the adapter is for {tensor.dtype}, the weight has {dtype}")
-    found = base.at(tensor.base_name, tensor.indices)
-    if tensor.base_digest is not None and digest(found) != tensor.base_digest:
-        raise BaseMismatch(f"{where}: the base holds other values at the adapter's entries (digest differs)")
-    if tensor.meaning == "delta" or tensor.base is not None:
-        return tensor
-    return SparseTensor(
-        tensor.name, tensor.shape, tensor.indices, tensor.values, dtype=tensor.dtype, base=found,
-        base_name=tensor.base_name, rows=tensor.rows, new_rows=tensor.new_rows, result_digest=tensor.result_digest,
-    )  # fmt: skip

@@ -45,12 +45,7 @@ def load(
         FormatError: the file breaks a rule of the format.
         OSError: it cannot be read.
     """
-    file = AdapterFile(path, verify=verify, masks=masks)
-    return Adapter(
-        _Lazy(file.manifest.tensors, file.sparse),
-        whole=_Lazy(file.manifest.whole, file.whole),
-        manifest=file.manifest.raw,
-    )
+    return AdapterFile(path, verify=verify, masks=masks).adapter()
 
 
 class _Lazy(Mapping[str, _T]):
@@ -116,6 +111,14 @@ class AdapterFile:
         except FormatError as error:
             self.streams.close()
             raise error.at(file=self.path) from None
+
+    def adapter(self) -> Adapter:
+        """The adapter, whose tensors are read when they are asked for, and not kept."""
+        return Adapter(
+            _Lazy(self.manifest.tensors, self.sparse),
+            whole=_Lazy(self.manifest.whole, self.whole),
+            manifest=self.manifest.raw,
+        )
 
     def sparse(self, name: str) -> SparseTensor:
         """Read, check and decode one sparse tensor.

@@ -1,0 +1,10 @@
+"""The methods of merging, a file for each family: a new one is a function and a line in its file's ``METHODS``."""
+
+from __future__ import annotations
+
+from shira_format.merge.methods import exact, sums
+from shira_format.merge.methods.method import Method, Option, Options
+
+METHODS: dict[str, Method] = {method.name: method for family in (sums, exact) for method in family.METHODS}
+
+__all__ = ["METHODS", "Method", "Option", "Options"]

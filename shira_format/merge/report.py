@@ -1,0 +1,80 @@
+"""What a merge did, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shira_format.tensors import density
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One weight of the result.
+
+    Attributes:
+        name: of the weight.
+        shape: of the weight.
+        nnz: entries of the result.
+        numel: elements of the weight.
+        inputs: entries of each adapter.
+        shared: entries that several adapters have.
+        energy: sum of squares of the result's deltas before it was cut to a density; None if it was not cut.
+        energy_kept: the same of what is left; None likewise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nnz: int
+    numel: int
+    inputs: tuple[int, ...]
+    shared: int
+    energy: float | None = None
+    energy_kept: float | None = None
+
+
+@dataclass
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        labels: of the adapters.
+        method: the method's name.
+        tensors: the weights of the result, and those of which nothing was left.
+        whole: names of the result's whole tensors.
+        notices: what a user should know.
+        file_bytes: of the written file; None if there is none.
+    """
+
+    labels: list[str]
+    method: str
+    tensors: list[MergedTensor] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    file_bytes: int | None = None
+
+    @property
+    def nnz(self) -> int:
+        """Entries of the result."""
+        return sum(tensor.nnz for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Elements of its weights."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def density(self) -> float:
+        """Entries over elements."""
+        return density(self.nnz, self.numel)
+
+    @property
+    def shared(self) -> int:
+        """Entries that several adapters have."""
+        return sum(tensor.shared for tensor in self.tensors)
+
+    @property
+    def energy_kept(self) -> float | None:
+        """Share of the sum of squares that was kept when the result was cut to a density; None if it was not."""
+        cut = [tensor for tensor in self.tensors if tensor.energy is not None]
+        whole = sum(tensor.energy or 0.0 for tensor in cut)
+        return sum(tensor.energy_kept or 0.0 for tensor in cut) / whole if whole else None

@@ -1,0 +1,100 @@
+"""Whole tensors (biases, norms, heads) of several adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shira_format.dtypes import is_float
+from shira_format.errors import SourceError
+from shira_format.merge.inputs import Input
+from shira_format.merge.joined import Joined, Part
+from shira_format.merge.methods import Method
+from shira_format.merge.mixing import mix
+from shira_format.tensors import SparseTensor, WholeTensor, same_bits
+
+
+def joined_whole(
+    name: str,
+    inputs: Sequence[Input],
+    weights: Sequence[float],
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    self_contained: bool,
+) -> WholeTensor | None:
+    """One whole tensor of the result, or None if no adapter with a weight has it.
+
+    What one adapter alone replaces, it replaces at any strength, as on live models; what several replace by the same bits, too.
+    Else the method joins all elements, or takes one of the tensors if it takes entries as they are.
+
+    Raises:
+        SourceError: several adapters have different ones that the method cannot join: they are new to the base, or no floats.
+        FormatError, BaseMismatch: see :meth:`Input.whole`.
+    """
+    found = [
+        (one, one.whole(name), weight)
+        for one, weight in zip(inputs, weights, strict=True)
+        if weight and name in one.adapter.whole
+    ]
+    if not found:
+        return None
+    _, first, _ = found[0]
+    if all(same_bits(first.values, whole.values) for _, whole, _ in found[1:]):
+        known = next((whole for _, whole, _ in found if whole.base is not None), first)
+        return _framed(known, self_contained=self_contained)
+    if method.takes and method.name == "overwrite":
+        return _framed(found[0 if options["priority"] == "first" else -1][1], self_contained=self_contained)
+    labels = ", ".join(one.label for one, _, _ in found)
+    for one, whole, _ in found:
+        if method.takes or whole.base is None or not is_float(whole.values.dtype):
+            why = (
+                f"the method {method.name!r} joins no whole tensors"
+                if method.takes
+                else "the base's is not known (it is new, or the base was not given)"
+                if whole.base is None
+                else f"{whole.values.dtype} is no float"
+            )
+            raise SourceError(
+                f"{one.label}: tensor {name!r} is replaced as a whole by several adapters ({labels}), and {why}: leave it out "
+                "(--exclude), or use the method 'overwrite'"
+            )
+    joined = Joined.of(
+        [_part(name, first, one, weight, weights) for one, weight in zip(inputs, weights, strict=True)]
+    )
+    result = mix(joined, method.factors(joined, options), self_contained=True)
+    assert first.base is not None
+    values = np.array(first.base).reshape(-1)
+    if result is not None:
+        values[result.indices] = result.values
+    return _framed(
+        WholeTensor(name, values.reshape(first.values.shape), base=first.base), self_contained=self_contained
+    )
+
+
+def _part(name: str, first: WholeTensor, one: Input, weight: float, weights: Sequence[float]) -> Part:
+    """All elements as entries; none if the adapter leaves the tensor alone."""
+    alpha = 1.0 if sum(map(bool, weights)) == 1 else one.adapter.alpha
+    shape, dtype = first.values.shape, first.values.dtype
+    if name not in one.adapter.whole:
+        nothing = np.empty(0, dtype)
+        return Part(
+            SparseTensor(name, shape, np.empty(0, np.int64), nothing, base=nothing), weight * alpha, one.label
+        )
+    whole = one.whole(name)
+    if whole.values.shape != shape:
+        raise SourceError(
+            f"{one.label}: tensor {name!r} has the shape {list(whole.values.shape)}, and {list(shape)} in another adapter"
+        )
+    assert whole.base is not None
+    indices = np.arange(whole.values.size, dtype=np.int64)
+    tensor = SparseTensor(name, shape, indices, whole.values.reshape(-1), base=whole.base.reshape(-1))
+    return Part(tensor, weight * alpha, one.label)
+
+
+def _framed(tensor: WholeTensor, *, self_contained: bool) -> WholeTensor:
+    if tensor.base is None or self_contained:
+        return tensor
+    return WholeTensor(tensor.name, tensor.values, base_digest=tensor.base_digest)

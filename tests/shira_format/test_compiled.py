@@ -1,0 +1,89 @@
+"""Inner loops: machine code and numpy give the same."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shira_format import SparseTensor, compiled
+from shira_format.arrays import Array, bits
+
+RISING = st.sets(st.integers(0, 60), max_size=30).map(lambda some: np.array(sorted(some), np.int64))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lists=st.lists(RISING, min_size=1, max_size=5))
+def test_a_union_is_every_number_once(kernels: str, lists: list[np.ndarray]) -> None:
+    every, places = compiled.union(lists)
+    assert every.dtype == np.int64
+    assert every.tolist() == sorted(set().union(*map(np.ndarray.tolist, lists)))
+    assert len(places) == len(lists)
+    for one, at in zip(lists, places, strict=True):
+        assert np.array_equal(every[at], one)
+
+
+def test_a_union_of_long_lists(kernels: str) -> None:
+    random = np.random.default_rng(0)
+    lists = [np.sort(random.choice(1 << 20, 30000, replace=False)).astype(np.int64) for _ in range(3)]
+    every, places = compiled.union(lists)
+    assert np.array_equal(every, np.unique(np.concatenate(lists)))
+    assert all(np.array_equal(every[at], one) for one, at in zip(lists, places, strict=True))
+
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16, "float64": np.float64}
+
+
+def _any_bits(random: np.random.Generator, dtype: str, size: int) -> Array:
+    """Values of every kind, infinities, NaN and zeros of both signs among them."""
+    kind = np.dtype(DTYPES[dtype])
+    usual = random.standard_normal(size).astype(kind)
+    wild = random.integers(0, 256, size * kind.itemsize, np.uint8).view(kind)
+    odd = np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0, 1.0, -1.0]).astype(kind)
+    return np.where(
+        random.random(size) < 0.3, wild, np.where(random.random(size) < 0.3, np.resize(odd, size), usual)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [0.7, 1.0, -3.0, None])
+def test_mixed_is_what_an_adapter_makes_of_its_entries(kernels: str, dtype: str, factor: float | None) -> None:
+    random = np.random.default_rng(1)
+    target, own = (_any_bits(random, dtype, 5000) for _ in range(2))
+    work = np.float64 if dtype == "float64" else np.float32
+    factors = np.full(1, factor, work) if factor is not None else random.choice(np.array([0.5, 1, 2], work), 5000)
+    found = compiled.mixed(target, own, factors)
+    indices = np.arange(5000)
+    for one in {1.0, 0.5, 2.0} if factor is None else {factor}:
+        at = indices if factor is not None else np.flatnonzero(factors == one)
+        tensor = SparseTensor("w", (at.size,), np.arange(at.size), target[at], base=own[at])
+        expected = tensor.applied(own[at], one)
+        assert bits(found[at]).tobytes() == bits(expected).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("several", [False, True])
+def test_laying(kernels: str, dtype: str, several: bool) -> None:
+    random = np.random.default_rng(2)
+    size, count = 3000, 1000
+    truth = _any_bits(random, dtype, size)
+    values, base = np.zeros(size, truth.dtype), np.zeros(size, truth.dtype)
+    known, times = np.zeros(size, bool), np.zeros(size, np.int32)
+    expected, counted, seen = np.zeros(size, truth.dtype), np.zeros(size, np.int32), np.zeros(size, bool)
+    for _ in range(3):
+        at = np.sort(random.choice(size, count, replace=False)).astype(np.int64)
+        new = _any_bits(random, dtype, count)
+        factors = random.choice([0.0, 0.5], count).astype(np.float32) if several else np.full(1, 0.5, np.float32)
+        assert compiled.lay(at, new, truth[at], factors, values, base, known, times) == -1
+        laid = np.flatnonzero(np.broadcast_to(factors, count))
+        expected[at[laid]], seen[at] = new[laid], True
+        counted[at[laid]] += 1
+    assert bits(values).tobytes() == bits(expected).tobytes()
+    assert bits(base[seen]).tobytes() == bits(truth[seen]).tobytes()
+    assert np.array_equal(known, seen)
+    assert np.array_equal(times, counted)
+    other = truth[at].copy()
+    other.view(np.uint8)[:1] ^= 1
+    assert compiled.lay(at, new, other, factors, values, base, known, times) == 0
