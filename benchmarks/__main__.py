@@ -17,6 +17,7 @@ from benchmarks import (
     embeddings,
     figures,
     full,
+    merging,
     overwriting,
     pairs,
     ranks,
@@ -38,6 +39,7 @@ GROUPS = (
     "reading",
     "pairs",
     "ranks",
+    "merging",
 )
 
 
@@ -100,6 +102,9 @@ def _rows(folder: Path, only: re.Pattern[str], pictures: Path | None, *, quick: 
     if only.search("ranks"):
         _say("ranks ...")
         yield from ranks.rows(quick=quick)
+    if only.search("merging"):
+        _say("merging ...")
+        yield from merging.rows(shape, folder)
     if not any(map(only.search, ("sizes", "reading"))):
         return
     uniform = sizes.uniform_adapter(shape, folder / "uniform.st")
