@@ -120,7 +120,11 @@ def _plot(options: argparse.Namespace) -> int:
     if options.json:
         console.print_json({"picture": str(options.output), "csv": str(options.csv), "records": picture.records})
     else:
-        print(console.printable(f"{options.output}, its {len(picture.records)} numbers in {options.csv}"))
+        print(
+            console.printable(
+                f"{options.output}: drawn; its numbers are in {options.csv} ({len(picture.records)} rows)"
+            )
+        )
     return 0
 
 

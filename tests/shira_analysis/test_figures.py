@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import xml.etree.ElementTree as ET
@@ -350,6 +351,48 @@ def test_without_matplotlib(files: list[DeltaFile], monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SourceError, match=r"pip install 'shira-format\[analysis\]'"):
         pictures.mask_picture(files)
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "written"),
+    [
+        (1, 2, "1.0"), (0.6, 2, "0.60"), (16, 2, "16"), (99.7, 2, "100"), (100, 2, "100"), (20, 3, "20.0"), (1.5, 3, "1.50"),
+        (999.7, 3, "1000"), (54321, 3, "54321"), (1234567, 3, "1.23e+06"), (1.234e-7, 3, "1.23e-07"), (0, 2, "0.0"),
+    ],
+)  # fmt: skip
+def test_digits(value: float, count: int, written: str) -> None:
+    assert written == style.digits(value, count)
+
+
+@pytest.mark.parametrize("scale", ["viridis", "cividis"])
+def test_numbers_on_a_scale_of_colours_are_legible(scale: str) -> None:
+    for colour in mpl.colormaps[scale](np.linspace(0, 1, 256)):
+        red, green, blue, _ = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        contrast = (luminance + 0.05) / 0.05 if style.ink(colour) == "black" else 1.05 / (luminance + 0.05)
+        assert contrast >= 4.5  # what WCAG asks of text
+
+
+def test_no_two_titles_of_masks_overlap(
+    files: list[DeltaFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tall = tensor("model.layers.3.block_sparse_moe.gate_and_up_projection.weight", (400, 40), 0.1, 5)
+    paths = [tmp_path / f"{letter * 30}.st" for letter in "knu"]
+    for path in paths:
+        save(Adapter([tall]), path)
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.rendered(drawn, form)
+    )
+    pictures.mask_picture([open_deltas(path) for path in paths])
+    (drawn,) = seen
+    panels = [one for one in drawn.axes if one.get_title()]
+    boxes = [one.title.get_window_extent() for one in panels]
+    assert 3 == len(boxes)
+    for left, right in itertools.pairwise(boxes):
+        assert left.x1 < right.x0
+    assert 0 < drawn._suptitle.get_window_extent().x0
+    assert boxes[0].x0 > 0
 
 
 def test_long_and_odd_names() -> None:

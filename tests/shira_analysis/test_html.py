@@ -69,7 +69,13 @@ def parsed(source: str) -> Page:
     for tag, attributes in found.tags:
         assert not [key for key in attributes if key.startswith("on")], tag
         for key in ("src", "href", "action", "data", "srcset"):
-            assert (attributes.get(key) or "data:").startswith("data:")
+            assert (attributes.get(key) or "data:").startswith("data:") or key == "href"
+    ways = [attributes["href"] or "" for tag, attributes in found.tags if tag == "a"]
+    places = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert {way[1:] for way in ways} <= set(places)
+    assert all(way.startswith("#") for way in ways)
+    assert len(places) == len(set(places))
+    assert ["data:,"] == [attributes["href"] for tag, attributes in found.tags if tag == "link"]
     style = source.split("<style>")[1].split("</style>", maxsplit=1)[0]
     assert "url(" not in style
     assert "@import" not in style

@@ -49,7 +49,7 @@ def files(tmp_path: Path) -> Path:
 def test_mask_needs_no_base(files: Path, capsys: Capture) -> None:
     out = files / "out.png"
     assert 0 == run("mask", files / "a.st", files / "b.st", "-o", out)
-    assert ("", f"{out}, its 1200 numbers in {files / 'out.csv'}\n") == capsys.readouterr()[::-1]
+    assert ("", f"{out}: drawn; its numbers are in {files / 'out.csv'} (1200 rows)\n") == capsys.readouterr()[::-1]
     assert b"\x89PNG" == out.read_bytes()[:4]
     drawn = numbers(files / "out.csv")
     assert {"a.st": 60, "b.st": 60} == {

@@ -167,7 +167,7 @@ def _matrix(indices: npt.NDArray[np.int64], m: int, random: np.random.Generator)
 
 
 def _dense(m: int, random: np.random.Generator) -> Measured:
-    # float32: a cell is 0 with no chance in either, and the norm is good to seven digits.
+    # float32 is quick, and good to seven digits of the norm. A cell in 10^8 rounds to 0, and is counted as one.
     first, second = (random.standard_normal((m, m), np.float32) for _ in range(2))
     return *_product(first.T, second), 1.0
 
@@ -200,8 +200,8 @@ def _product(left: Floats, right: Floats) -> tuple[float, float]:
 _LOOK: dict[str, dict[str, Any]] = {
     "dense": {"color": "black", "marker": "s"},
     "sparse LoRA": {"color": RED, "marker": "D"},
-    "SHiRA-WM, overlapping": {"color": BLUE, "marker": "o", "ms": 9, "mfc": "none"},
-    "SHiRA-WM, non-overlapping": {"color": SKY, "marker": "o", "ms": 5},
+    "SHiRA-WM, overlapping": {"color": BLUE, "marker": "o", "ms": 9, "mfc": "none", "ls": "none"},
+    "SHiRA-WM, non-overlapping": {"color": SKY, "marker": "o", "ms": 6, "ls": "none"},
     "SHiRA-Rand": {"color": ORANGE, "marker": "x", "ms": 5, "ls": "none", "zorder": 4},
     "SHiRA-Struct, rows": {"color": GREEN, "marker": "^", "ms": 7, "mfc": "none"},
     "SHiRA-Struct, columns": {"color": PINK, "marker": "v", "ls": "--"},
@@ -227,7 +227,7 @@ def draw_dimension(axes: Any, records: Sequence[Record], measure: str = "awor") 
             axes.plot([r["dimension"] for r in mine], [r[measure] for r in mine], label=series, **look)
     expected = {record["dimension"]: record[f"{measure}_if_uniform"] for record in records}
     axes.plot(
-        dimensions, [expected[m] for m in dimensions], color=GREY, ls=":", lw=1.6, zorder=1,
+        dimensions, [expected[m] for m in dimensions], color=GREY, alpha=0.4, lw=6, solid_capstyle="round", zorder=1,
         label="uniform masks, by formula: " + ("p·m√m" if measure == "awom" else "(1 − p²)ᵐ"),
     )  # fmt: skip
     axes.set_xscale("log", base=2)

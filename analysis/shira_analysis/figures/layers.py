@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import plain
+from shira_analysis.figures.style import digits, ink, plain
 from shira_analysis.layer_kinds import KINDS
 from shira_analysis.measures import TensorMeasures
 from shira_format.tensors import density
@@ -173,15 +173,14 @@ def draw_layers(axes: Any, grid: LayerGrid, what: What = "energy", title: str = 
     _block_ticks(axes, grid)
     if len(grid.blocks) <= _WRITTEN:
         for i, j in np.argwhere(np.isfinite(values)):
-            pale = values[i, j] > 0.6 * (top or 1)
             axes.text(
                 j,
                 i,
-                f"{values[i, j]:.2g}" if values[i, j] < 100 else "100",
+                digits(values[i, j], 2),
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="black" if pale else "white",
+                color=ink(image.cmap(image.norm(values[i, j]))),
             )
     axes.set_xticks(np.arange(len(grid.blocks) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(grid.kinds) + 1) - 0.5, minor=True)

@@ -119,7 +119,7 @@ def draw_mask(
     margins: bool = True,
     title: str = "",
     bar: bool = True,
-    longest: int = 60,
+    named: bool = True,
 ) -> Any:
     """Draw the density of each cell, with that of whole rows and columns of cells beside it.
 
@@ -128,9 +128,9 @@ def draw_mask(
         grid: from :func:`mask_grid`.
         most: the density at which the scale ends; by default that which all but one cell in 200 stay below.
         margins: draw the densities of rows and columns.
-        title: put before the tensor's name.
+        title: put above the shape and the number of entries.
         bar: draw the scale of colours.
-        longest: letters of the tensor's name that are shown; of a longer name, its ends.
+        named: put the tensor's name there too.
 
     Returns:
         ``axes``.
@@ -152,9 +152,10 @@ def draw_mask(
         axis.set_ticks(at, [f"{edges[i]:,}" for i in at])
         axis.set_label_text(label)
     axes.spines[:].set_visible(False)
+    shape = "×".join(f"{n:,}" for n in grid.shape)
+    entries = f"{int(grid.counts.sum()):,} entries ({share(grid.total)} %)"
     axes.set_title(
-        f"{title}{plain(grid.name, longest)}\n{'×'.join(f'{n:,}' for n in grid.shape)}, "
-        f"{int(grid.counts.sum()):,} entries ({share(grid.total)} %)",
+        "\n".join(filter(None, (title, plain(grid.name) if named else "", shape, entries))),
         y=1.03 + (_margin(height) if margins else 0),
     )
     if margins:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from shira_analysis.deltas import DeltaFile
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import plain
+from shira_analysis.figures.style import digits, ink, plain
 from shira_analysis.overlap import Overlap, overlap
 from shira_analysis.pairs import measure_pairs
 from shira_format import SourceError
@@ -79,8 +79,8 @@ def overlap_matrices(files: Sequence[DeltaFile]) -> tuple[list[Matrix], list[Rec
         len(files), {at: one.shared / one.expected if one.expected else None for at, one in found.items()}
     )
     matrices = [
-        Matrix("shared entries, % of those of either", names, jaccard, lambda value: f"{value:.3g} %"),
-        Matrix("shared entries, times what chance gives", names, times, lambda value: f"{value:.3g}×"),
+        Matrix("shared entries, % of the union (Jaccard)", names, jaccard, lambda value: f"{digits(value, 3)} %"),
+        Matrix("shared entries, times what chance gives", names, times, lambda value: f"{digits(value, 3)}×"),
     ]
     records = [
         {
@@ -113,7 +113,7 @@ def orthogonality_matrices(
     matrices = [
         Matrix("AWOR: share of zeros in A₁ᵀA₂", names, awor, lambda value: f"{value:.4f}", ends=(0.0, 1.0)),
         Matrix(
-            "AWOM: Frobenius norm of A₁ᵀA₂", names, awom, lambda value: f"{value:.3g}", scale="cividis", log=True
+            "AWOM: Frobenius norm of A₁ᵀA₂", names, awom, lambda value: digits(value, 3), scale="cividis", log=True
         ),
     ]
     records = [
@@ -145,6 +145,7 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
         ``axes``.
     """
     from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     known = matrix.values[np.isfinite(matrix.values)]
     low, high = matrix.ends or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
@@ -159,7 +160,7 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
     size = len(matrix.names)
     for i, j in np.argwhere(np.isfinite(matrix.values)) if size <= 10 else ():
         text = matrix.form(float(matrix.values[i, j]))
-        colour = "black" if norm(matrix.values[i, j]) > 0.6 else "white"
+        colour = ink(image.cmap(norm(matrix.values[i, j])))
         axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
     for at in range(size):
         axes.text(at, at, "–", ha="center", va="center", fontsize=7.5, color="#777777")
@@ -174,4 +175,9 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
     axes.set_title(matrix.title)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.outline.set_visible(False)
+    if isinstance(norm, LogNorm):
+        if high < 30 * low:  # else there may be one power of ten in it, or none
+            bar.ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        bar.ax.minorticks_off()
     return axes

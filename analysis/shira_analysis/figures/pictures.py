@@ -44,12 +44,15 @@ def mask_picture(
     inches = 5.5 / max(height, width)
     end = masks.scale_end(*found) / 100
     with styled():
-        drawn = figure(max(2.3, width * inches + 1.3) * len(found) + 0.8, height * inches + 1.6)
+        # What is above a panel stays within its width: nothing else keeps two of them apart.
+        panel = max(2.3, width * inches + 1.3)
+        letters = int(8 * panel)
+        drawn = figure(max(4.6, panel * len(found) + 0.8), height * inches + 2.2)
         axes = drawn.subplots(1, len(found), squeeze=False)[0]
         for one, grid, label in zip(axes, found, matrices.labels(files), strict=True):
-            title = f"{plain(label, 30)}\n" if len(found) > 1 else ""
-            longest = int(28 + 9 * width * inches)
-            masks.draw_mask(one, grid, most=end, title=title, bar=one is axes[-1], longest=longest)
+            masks.draw_mask(one, grid, most=end, title=plain(label, letters), bar=one is axes[-1], named=False)
+        drawn.suptitle(f"mask of {plain(name, 52)}")
+        drawn.supxlabel("bars: density of whole rows and columns; dotted: of the tensor", fontsize=7.5)
         image = rendered(drawn, form)
     return Picture(
         image,
@@ -174,7 +177,7 @@ def dimension_picture(records: list[Record], *, form: str = "png") -> Picture:
         pairs = max((record["pairs"] for record in records), default=0)
         trained = max((r["trained"] for r in records if r["adapter"] == "SHiRA-Rand"), default=dimensions.DENSITY)
         drawn.suptitle(
-            f"Pairs of random adapters that train {100 * trained:.2g} % of the entries (dense: all); means of {pairs}"
+            f"Pairs of random adapters that train {100 * trained:.2g} % of the entries (dense: all); means of {pairs} pairs"
         )
         image = rendered(drawn, form)
     return Picture(image, records)

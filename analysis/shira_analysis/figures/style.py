@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shira_format import SourceError
@@ -78,6 +78,21 @@ def plain(text: str, most: int = 60) -> str:
         head = (most - 1) // 3
         text = f"{text[:head]}…{text[head + 1 - most :]}"
     return text.replace("$", r"\$")
+
+
+def digits(value: float, count: int) -> str:
+    """A number with so many digits that count, zeros at its end too, so that those of a table are alike; 100 as "100", not "1e+02"."""
+    if 10**count <= abs(value) < 1e6:
+        return f"{value:.0f}"
+    rounded = f"{value:#.{count}g}"
+    return f"{value:.0f}" if "e+0" in rounded and abs(value) < 1e6 else rounded.removesuffix(".")
+
+
+def ink(colour: Sequence[float]) -> str:
+    """Black or white: what is read better on a colour of red, green and blue from 0 to 1."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
+    # From this luminance on, black has the higher contrast as WCAG counts it.
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
 def share(value: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from shira_analysis.figures.layers import LayerGrid, What
 from shira_analysis.figures.masks import MaskGrid, scale_end
+from shira_analysis.figures.style import digits
 from shira_analysis.html.page import text
 
 # Points of the colour scale cividis, from no entries to most.
@@ -53,9 +54,7 @@ def heat(grid: LayerGrid, what: What, caption: str) -> str:
 
 def _cell(value: float, most: float) -> str:
     strength = 0.6 * value / most if most else 0.0  # text stays legible on it
-    number = f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
-    if 0 < value < 0.01:
-        number = "<0.01"
+    number = "<0.01" if 0 < value < 0.01 else digits(value, 2) if value else "0"
     return f'<td style="background:rgb(var(--blue) / {strength:.3f})">{text(number)}</td>'
 
 

@@ -29,20 +29,28 @@ dl{display:grid;grid-template-columns:minmax(8em,max-content) minmax(0,1fr);gap:
 border-radius:6px;margin:1em 0}
 dt{color:var(--soft)}dd{margin:0}
 @media (max-width:520px){dl{grid-template-columns:minmax(0,1fr);gap:0}dd{margin-bottom:.5em}}
-.scroll{overflow-x:auto;max-width:100%}
+a{color:inherit;text-decoration-color:rgb(var(--blue));text-decoration-thickness:2px;text-underline-offset:3px}
+.scroll{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,var(--ground) 40%,transparent) left/2.5em 100% no-repeat local,
+linear-gradient(270deg,var(--ground) 40%,transparent) right/2.5em 100% no-repeat local,
+linear-gradient(90deg,var(--line),transparent) left/.9em 100% no-repeat scroll,
+linear-gradient(270deg,var(--line),transparent) right/.9em 100% no-repeat scroll}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3em .6em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}
 th:first-child,td:first-child{text-align:left}
 table.bars{width:100%;max-width:700px}
 table.bars td.bar{width:50%;padding-right:0}
-table.bars th:last-child{white-space:normal}
+table.bars th:last-child{white-space:normal;text-align:left}
 @media (max-width:520px){table.bars td.bar{width:28%}table.bars th,table.bars td{padding:.3em .4em}}
 .track{display:block;height:.8em;background:var(--card);border-radius:2px}
 .track span{display:block;height:100%;background:rgb(var(--blue));border-radius:2px}
 table.heat th,table.heat td{border:1px solid var(--ground);min-width:3em;text-align:center}
 table.heat th:first-child{text-align:left;position:sticky;left:0;background:var(--ground)}
 table.heat td{background:var(--card)}
+@media (max-width:520px){table.heat th,table.heat td{min-width:2.6em;padding:.3em .15em}
+table.stacked,.stacked tbody,.stacked tr,.stacked td{display:block}.stacked thead{display:none}.stacked tr{margin:.6em 0 1.2em}
+.stacked td{padding:.3em 0;white-space:normal}.stacked td+td{display:flex;justify-content:space-between}
+.stacked td+td::before{content:attr(data-title);color:var(--soft)}}
 figure{margin:1em 0}
 figure img{display:block;max-width:100%;height:auto;image-rendering:pixelated;border:1px solid var(--line)}
 summary{cursor:pointer;margin:1em 0 .5em}
@@ -82,11 +90,21 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{''.join(f'<dt>{text(key)}</dt><dd>{text(value)}</dd>' for key, value in pairs)}</dl>"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "") -> str:
-    """A table that scrolls in itself where it is too wide; plain text but for the first cells, which are HTML."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, stacked: bool = False) -> str:
+    """A table that scrolls in itself where it is too wide; plain text but for the first cells, which are HTML.
+
+    Args:
+        head: titles of the columns.
+        rows: their cells.
+        stacked: on a phone, put the cells of a row below each other, each beside its title; for tables of few rows.
+    """
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
+    titles = [f' data-title="{text(cell)}"' if stacked else "" for cell in head[1:]]
+    kind = "stacked" if stacked else ""
     body = "".join(
-        f"<tr><td>{first}</td>{''.join(f'<td>{text(cell)}</td>' for cell in rest)}</tr>" for first, *rest in rows
+        f"<tr><td>{first}</td>"
+        f"{''.join(f'<td{title}>{text(cell)}</td>' for title, cell in zip(titles, rest, strict=True))}</tr>"
+        for first, *rest in rows
     )
     # A box that scrolls can be reached by keyboard.
     return (

@@ -14,6 +14,7 @@ from shira_format import SourceError, __version__
 from shira_format.tensors import matrix_view
 
 _WIDEST = 1 << 24  # rows or columns of a weight whose products are measured; beyond, only positions are compared
+_QUESTION = "Do they disturb each other?"
 _UNITS = ("B", "kB", "MB", "GB")
 
 
@@ -29,8 +30,10 @@ def report(looks: Sequence[Look]) -> str:
     called = labels(looks)
     title = f"Adapter report: {called[0]}" if len(looks) == 1 else f"Adapter report: {len(looks)} adapters"
     parts = [f"<h1>{page.text(title)}</h1>"]
-    for label, one in zip(called, looks, strict=True):
-        parts += _section(label, one)
+    if len(looks) > 1:
+        parts.append(_contents(called, looks))
+    for number, (label, one) in enumerate(zip(called, looks, strict=True), 1):
+        parts += _section(number, label, one)
     if len(looks) > 1:
         parts += _pairs(called, looks)
     parts.append(
@@ -40,9 +43,25 @@ def report(looks: Sequence[Look]) -> str:
     return page.page(title, parts)
 
 
-def _section(label: str, look: Look) -> Iterator[str]:
+def _contents(called: Sequence[str], looks: Sequence[Look]) -> str:
+    """All adapters at a glance, and the way to what is said of each."""
+    rows = []
+    for number, (label, look) in enumerate(zip(called, looks, strict=True), 1):
+        totals, warned = look.info["totals"], len(words.warnings(look))
+        kept = (look.info["selection"] or {}).get("energy_kept")
+        rows.append(
+            (
+                f'<a href="#adapter-{number}">{name(label)}</a>', f"{totals['nnz']:,}", _share(totals["density"]),
+                "–" if kept is None else _share(kept), f"{warned}",
+            )
+        )  # fmt: skip
+    head = ("adapter", "entries", "density", "energy kept", "warnings")
+    return f'{table(head, rows, stacked=True)}<p><a href="#pairs">{_QUESTION}</a></p>'
+
+
+def _section(number: int, label: str, look: Look) -> Iterator[str]:
     info, grid = look.info, layer_grid(look.tensors)
-    yield f"<section><h2>{page.text(label)}</h2>"
+    yield f'<section id="adapter-{number}"><h2>{page.text(label)}</h2>'
     yield page.warnings(words.warnings(look))
     yield from (paragraph(sentences) for sentences in words.summary(look, grid) if sentences)
     yield facts(_facts(look))
@@ -73,9 +92,7 @@ def _facts(look: Look) -> list[tuple[str, str]]:
     for prefix, part in (info["components"] or {}).items():
         model = part.get("base_model") or {}
         found.append((f"part {prefix}", f"for {model.get('id') or 'a base model that is not named'}"))
-    checked = (
-        "all digests and rules" if info.get("verified") else "the tensors that this page shows (all: --verify)"
-    )
+    checked = "all digests and rules" if info.get("verified") else "what this page shows (all: --verify)"
     found.append(("checked", checked))
     found += [(key, str(info[key])) for key in ("license", "description") if info[key]]
     return found
@@ -94,7 +111,7 @@ def _charts(look: Look, grid: LayerGrid) -> Iterator[str]:
     yield "<h3>Where it changes the model</h3>"
     if grid.energy is not None:
         rows = [((kind, _share(density[kind]), _share(sums[2])), sums[2]) for kind, sums in shares.items()]
-        yield charts.bars(("kind of layer", "density", "energy", "of all energy"), rows)
+        yield charts.bars(("kind of layer", "density", "energy", "share of all energy"), rows)
     else:
         most = max(density.values()) or 1.0
         bars = [((kind, _share(value)), value / most) for kind, value in density.items()]
@@ -151,7 +168,7 @@ def _tensors(look: Look) -> str:
 
 
 def _pairs(called: Sequence[str], looks: Sequence[Look]) -> Iterator[str]:
-    yield "<section><h2>Do they disturb each other?</h2>"
+    yield f'<section id="pairs"><h2>{_QUESTION}</h2>'
     reason = _why_not(looks)
     try:
         files = [look.file for look in looks]
@@ -168,14 +185,14 @@ def _pairs(called: Sequence[str], looks: Sequence[Look]) -> Iterator[str]:
         rows.append(
             (
                 f"{name(called[i])} and {name(called[j])}", f"{common.shared:,}", f"{common.expected:,.0f}",
-                _or_none(common.sign_agreement, "{:.1%}"), _or_none(common.cosine, "{:+.3f}"),
+                "–" if common.sign_agreement is None else _share(common.sign_agreement), _or_none(common.cosine, "{:+.3f}"),
                 _or_none(None if product is None else product.awor, "{:.4f}"), _or_none(None if product is None else product.awom, "{:.3g}"),
             )
         )  # fmt: skip
-    yield table(("pair", "shared", "by chance", "signs agree", "cosine", "AWOR", "AWOM"), rows)
+    yield table(("pair", "shared", "by chance", "signs agree", "cosine", "AWOR", "AWOM"), rows, stacked=True)
     yield (
         '<p class="soft">Shared: entries that both set, beside the number that two masks of these sizes share by chance. AWOR is the '
-        "share of zeros in A1ᵀA2, and AWOM its Frobenius norm, over the weights that both change. They are measures of the "
+        "share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the weights that both change. They are measures of the "
         "weights: what two adapters do to each other’s outputs depends on the inputs as well (shira-measure --moments).</p></section>"
     )
 
@@ -233,6 +250,6 @@ def _shape(shape: Sequence[int]) -> str:
 def _size(number: float) -> str:
     for unit in _UNITS:
         if number < 1000 or unit == _UNITS[-1]:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+            return f"{number:.0f}\u00a0B" if unit == "B" else f"{number:.2f}\u00a0{unit}"
         number /= 1000
     raise AssertionError

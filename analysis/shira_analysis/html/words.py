@@ -200,7 +200,7 @@ def pair_words(first: str, second: str, pair: Pair) -> list[str]:
         found.append(f"The cosine of the two changes is {cosine:+.3f}: {verdict}.")
     if whole.product is not None and whole.product.awor is not None:
         found.append(
-            f"Of the cells of A1ᵀA2, {_percent(whole.product.awor)} are zero (AWOR; by chance {_percent(whole.product.awor_if_independent or 0.0)})."
+            f"Of the cells of A₁ᵀA₂, {_percent(whole.product.awor)} are zero (AWOR; by chance {_percent(whole.product.awor_if_independent or 0.0)})."
         )
     return found
 
