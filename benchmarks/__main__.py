@@ -24,6 +24,7 @@ from benchmarks import (
     reading,
     sizes,
     switching,
+    tasks,
 )
 from benchmarks.model import LARGE, SMALL, make_base, make_lora
 from benchmarks.table import Row, as_text, machine
@@ -40,6 +41,7 @@ GROUPS = (
     "pairs",
     "ranks",
     "merging",
+    "tasks",
 )
 
 
@@ -105,6 +107,9 @@ def _rows(folder: Path, only: re.Pattern[str], pictures: Path | None, *, quick: 
     if only.search("merging"):
         _say("merging ...")
         yield from merging.rows(shape, folder)
+    if only.search("tasks"):
+        _say("merging on real tasks ...")
+        yield from tasks.rows(folder, embeddings.shipped(*embeddings.BASE), texts=40 if quick else None)
     if not any(map(only.search, ("sizes", "reading"))):
         return
     uniform = sizes.uniform_adapter(shape, folder / "uniform.st")

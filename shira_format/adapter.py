@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from shira_format.tensors import SparseTensor, WholeTensor
 
 _T = TypeVar("_T", SparseTensor, WholeTensor)
+_V = TypeVar("_V")
 
 
 class Adapter(Mapping[str, SparseTensor]):
@@ -76,6 +77,29 @@ class Adapter(Mapping[str, SparseTensor]):
 
     def __repr__(self) -> str:
         return f"Adapter({len(self)} sparse tensors, {len(self.whole)} whole tensors)"
+
+
+class Lazy(Mapping[str, _V]):
+    """A mapping whose values are read or computed when they are asked for, and not kept."""
+
+    def __init__(self, names: Collection[str], read: Callable[[str], _V]) -> None:
+        """Args: ``names``, in order, which may be a mapping; ``read`` gives the value of one."""
+        self._names = names if isinstance(names, Mapping) else dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> _V:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _by_name(tensors: Iterable[_T]) -> dict[str, _T]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from shira_cli import convert, inspect, measure, plot, verify
+from shira_cli import convert, diff, inspect, measure, merge, plot, verify
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from tests import models
@@ -22,8 +22,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS: dict[str, Any] = {
     "shira-convert": convert.main,
+    "shira-diff": diff.main,
     "shira-inspect": inspect.main,
     "shira-measure": measure.main,
+    "shira-merge": merge.main,
     "shira-plot": plot.main,
     "shira-verify": verify.main,
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shira_analysis.certificate import Bounds
 from shira_analysis.deltas import DeltaFile, open_deltas
 from shira_analysis.layer_kinds import KINDS, layer_kind
 from shira_analysis.rank import RankReport, rank_of
@@ -42,14 +43,17 @@ class TensorMeasures:
     norms: Norms | None
     rank: RankReport | None
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+    def as_json(self, *, values: bool = False) -> dict[str, Any]:
+        """Plain values; ``values`` for the singular values too."""
+        parts = _parts_json(self.mask, self.norms, None)
+        if self.rank is not None:
+            parts["rank"] = self.rank.as_json(values=values)
         return {
             "name": self.name,
             "kind": self.kind,
             "shape": list(self.shape),
             "dtype": self.dtype,
-            **_parts_json(self.mask, self.norms, self.rank),
+            **parts,
         }
 
 
@@ -127,13 +131,13 @@ class AdapterMeasures:
     whole: tuple[str, ...]
     whole_numel: int
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+    def as_json(self, *, values: bool = False) -> dict[str, Any]:
+        """Plain values; ``values`` for the singular values of each tensor too."""
         return {
             "file": str(self.path),
             "total": self.total.as_json(),
             "kinds": {kind: group.as_json() for kind, group in self.kinds.items()},
-            "tensors": [tensor.as_json() for tensor in self.tensors],
+            "tensors": [tensor.as_json(values=values) for tensor in self.tensors],
             "whole_tensors": list(self.whole),
             "whole_numel": self.whole_numel,
         }
@@ -224,7 +228,8 @@ def joined(tensors: Iterable[TensorMeasures]) -> GroupMeasures:
 
 def joined_ranks(reports: Sequence[RankReport]) -> Ranks:
     """Ranks of several tensors together."""
-    bounds = [report.bounds for report in reports if report.bounds is not None]
+    # Without bounds, as of an update that exists only rounded, any rank is possible that the shape allows.
+    bounds = [Bounds(0, report.full) if report.bounds is None else report.bounds for report in reports]
     spectra = [report.spectrum for report in reports if report.spectrum is not None]
     count = len(spectra)
     return Ranks(
@@ -239,6 +244,6 @@ def joined_ranks(reports: Sequence[RankReport]) -> Ranks:
     )
 
 
-def _parts_json(mask: Mask, norms: Norms | None, rank: RankReport | Ranks | None) -> dict[str, Any]:
+def _parts_json(mask: Mask, norms: Norms | None, rank: Ranks | None) -> dict[str, Any]:
     found: dict[str, Any] = {"mask": mask.as_json(), "norms": None if norms is None else norms.as_json()}
     return found | ({} if rank is None else {"rank": rank.as_json()})

@@ -23,6 +23,8 @@ class Layer:
         module: its name in the model.
         weight: the name of its weight.
         samples: inputs seen.
+        shape: of the moments, ``[groups, blocks, size, size]``.
+        width: elements of an input.
         nbytes: what the moments take.
     """
 
@@ -33,11 +35,11 @@ class Layer:
         weight: Any = module.weight
         self.inputs_first = isinstance(module, nn.Embedding) or _is_conv1d(module)
         self._groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
-        self._width = weight.shape[0] if self.inputs_first else weight[0].numel()
-        size = 1 if isinstance(module, nn.Embedding) else max(1, min(block or self._width, self._width))
-        self._shape = (self._groups, -(-self._width // size), size, size)
+        self.width = weight.shape[0] if self.inputs_first else weight[0].numel()
+        size = 1 if isinstance(module, nn.Embedding) else max(1, min(block or self.width, self.width))
+        self.shape = (self._groups, -(-self.width // size), size, size)
         self._dtype = dtype
-        self.nbytes = int(np.prod(self._shape, dtype=object)) * dtype.itemsize
+        self.nbytes = int(np.prod(self.shape, dtype=object)) * dtype.itemsize
 
     def see(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Add the inputs of one call: ``[..., width]``, images, or token numbers."""
@@ -48,31 +50,33 @@ class Layer:
             dimensions = len(self._layer.kernel_size)
             images = inputs[None] if inputs.ndim == dimensions + 1 else inputs
             for image in images:  # the patches of all would be large
-                self._add(_patches(self._layer, image[None]).reshape(-1, self._groups, self._width))
+                self._add(_patches(self._layer, image[None]).reshape(-1, self._groups, self.width))
             return
         if mask is not None and inputs.ndim > 2 and inputs.shape[:2] == mask.shape:
             inputs = inputs[mask.to(inputs.device) != 0]
-        rows = inputs.reshape(-1, 1, self._width)
+        elif mask is not None and inputs.ndim == 2 and len(inputs) == mask.numel() > len(mask):
+            inputs = inputs[
+                mask.to(inputs.device).reshape(-1) != 0
+            ]  # mixtures of experts flatten the tokens first
+        rows = inputs.reshape(-1, 1, self.width)
         for start in range(0, len(rows), _ROWS):
             self._add(rows[start : start + _ROWS])
 
     def _add(self, rows: torch.Tensor) -> None:
         self.samples += len(rows)
-        groups, blocks, size, _ = self._shape
+        groups, blocks, size, _ = self.shape
         wide = rows.to(self._dtype)
         if wide.numel() and not bool(torch.isfinite(wide).all()):
             raise SourceError(f"module {self.module!r}: an input is NaN or infinite")
-        wide = nn.functional.pad(wide, (0, blocks * size - self._width))
+        wide = nn.functional.pad(wide, (0, blocks * size - self.width))
         wide = wide.reshape(len(rows), groups * blocks, size)
         products = (wide * wide).sum(0) if size == 1 else torch.bmm(wide.permute(1, 2, 0), wide.permute(1, 0, 2))
-        self._accumulate(products.reshape(self._shape))
+        self._accumulate(products.reshape(self.shape))
 
     def _count(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         if mask is not None and ids.shape == mask.shape:
             ids = ids[mask.to(ids.device) != 0]
-        self._accumulate(
-            torch.bincount(ids.reshape(-1), minlength=self._width).to(self._dtype).reshape(self._shape)
-        )
+        self._accumulate(torch.bincount(ids.reshape(-1), minlength=self.width).to(self._dtype).reshape(self.shape))
         self.samples += ids.numel()
 
     def _accumulate(self, products: torch.Tensor) -> None:
@@ -83,7 +87,7 @@ class Layer:
         assert self._sum is not None
         blocks = self._sum.div_(self.samples).cpu().numpy()
         self._sum = None
-        return Moment(weight, blocks, int(self._width), self.samples, self.inputs_first)
+        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first)
 
 
 class Watch:
@@ -104,13 +108,13 @@ class Watch:
         self._named = names is not None
         found = dict(model.named_modules())
         if names is None:
-            chosen = [name for name, module in found.items() if _watchable(module)]
+            chosen = [name for name, module in found.items() if watchable(module)]
         else:
             chosen = list(dict.fromkeys(names))
             for name in chosen:
                 if name not in found:
                     raise SourceError(f"module {name!r}: the model has none of that name")
-                if not _watchable(found[name]):
+                if not watchable(found[name]):
                     raise SourceError(
                         f"module {name!r}: the inputs of a {type(found[name]).__name__} cannot be gathered"
                     )
@@ -159,7 +163,8 @@ class Watch:
                 raise SourceError(f"module {layer.module!r}: no input reached it")
 
 
-def _watchable(module: nn.Module) -> bool:
+def watchable(module: nn.Module) -> bool:
+    """Whether the inputs of a layer of this kind can be gathered."""
     return isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or _is_conv1d(module)
 
 

@@ -28,6 +28,8 @@ _VERSION = 1
 _SYMMETRIC = 1e-3  # relative to the diagonal, how far a float32 sum of products may be off
 _CELLS = 1 << 22  # checked at a time
 
+LIMIT = 4 << 30  # bytes that the moments of a model may take, unless it is said otherwise
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -208,14 +210,14 @@ def collect_moments(
     *,
     block: int | None = None,
     dtype: Literal["float32", "float64"] = "float64",
-    limit: int = 4 << 30,
+    limit: int = LIMIT,
     rename: Callable[[str], str] = lambda name: name,
 ) -> Moments:
     """Run a model over data and gather the second moments of what its layers are fed.
 
     Watched are Linear, GPT-2's Conv1D, Conv1d to Conv3d (an input is a patch, in the order of the weight's matrix view) and
     Embedding (an input is a token; the mean squares are the tokens' frequencies). Where a batch has an ``attention_mask``
-    ``[batch, tokens]``, inputs ``[batch, tokens, ...]`` count only where it is not 0.
+    ``[batch, tokens]``, inputs ``[batch, tokens, ...]`` or ``[batch * tokens, width]`` count only where it is not 0.
 
     Args:
         model: a torch module. It runs in evaluation mode and without gradients, and is left as it was.

@@ -83,11 +83,14 @@ class Pair:
         first: path of the first.
         second: path of the second.
         tensors: every weight that one of them adapts, in the order of the files.
+        replaced: names of tensors that one of them replaces as a whole while the other replaces or adapts them: both cannot be
+            had at once, and none of the measures sees it.
     """
 
     first: str
     second: str
     tensors: list[TensorPair] = field(default_factory=list)
+    replaced: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> dict[str, Measures]:
@@ -108,6 +111,7 @@ class Pair:
         return {
             "first": self.first,
             "second": self.second,
+            "replaced": list(self.replaced),
             "whole": self.whole.as_json(),
             "kinds": {kind: measures.as_json() for kind, measures in self.kinds.items()},
             "tensors": [
@@ -146,7 +150,9 @@ def measure_pairs(
     if len(files) < 2:
         raise SourceError("a pair takes at least two adapters")
     numbers = list(combinations(range(len(files)), 2))
-    pairs = [Pair(str(files[i].path), str(files[j].path)) for i, j in numbers]
+    pairs = [
+        Pair(str(files[i].path), str(files[j].path), replaced=_replaced(files[i], files[j])) for i, j in numbers
+    ]
     for name, tensors in side_by_side(files):
         known = next(tensor for tensor in tensors if tensor is not None)
         kind = layer_kind(name, known.shape)
@@ -165,6 +171,11 @@ def measure_pairs(
         example = next(iter(moments), None)
         raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
     return pairs
+
+
+def _replaced(first: DeltaFile, second: DeltaFile) -> tuple[str, ...]:
+    both = {*first.names, *first.whole} & {*second.names, *second.whole}
+    return tuple(name for name in dict.fromkeys((*first.whole, *second.whole)) if name in both)
 
 
 def _matrix(tensor: SparseTensor | None) -> Any:

@@ -71,6 +71,16 @@ class Spectrum:
         share = share[share > 0]
         return math.exp(-float(np.dot(share, np.log(share))))
 
+    @property
+    def frobenius(self) -> float:
+        """The Frobenius norm."""
+        return self.spectral_norm * math.sqrt(self.stable_rank)
+
+    def holding(self, share: float) -> int:
+        """How many of the largest singular values hold a share, in (0, 1], of the sum of squares; 0 for a zero matrix."""
+        sums = np.cumsum(self._scaled() ** 2)
+        return int(np.searchsorted(sums, share * sums[-1])) + 1 if sums.size else 0
+
     def _scaled(self) -> Float64s:
         return self.values / self.spectral_norm if self.spectral_norm else self.values[:0]
 

@@ -36,8 +36,8 @@ def add_output_options(to: argparse.ArgumentParser) -> None:
     to.add_argument("--quiet", action="store_true", help="no notices, warnings or progress bars on stderr")
 
 
-def run(prog: str, command: Callable[[], int]) -> int:
-    """Run a command and turn known errors into one line on stderr and an exit code.
+def run(prog: str, command: Callable[[], int], *, failed: int = EXIT_FAILED) -> int:
+    """Run a command and turn known errors into one line on stderr and an exit code: ``failed``, or 130 for Ctrl-C.
 
     With the environment variable SHIRA_DEBUG set, the traceback is shown instead.
     """
@@ -51,15 +51,15 @@ def run(prog: str, command: Callable[[], int]) -> int:
         return _fail(prog, "interrupted; nothing was written", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        return failed
     except ShiraError as error:
-        return _fail(prog, str(error), EXIT_FAILED)
+        return _fail(prog, str(error), failed)
     except OSError as error:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         reason = str(error.strerror or error)
-        return _fail(prog, f"{names}: {reason}" if names else reason, EXIT_FAILED)
+        return _fail(prog, f"{names}: {reason}" if names else reason, failed)
     except MemoryError:
-        return _fail(prog, "out of memory; nothing was written", EXIT_FAILED)
+        return _fail(prog, "out of memory; nothing was written", failed)
     return code
 
 

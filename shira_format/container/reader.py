@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
-from shira_format.adapter import Adapter
+from shira_format.adapter import Adapter, Lazy
 from shira_format.arrays import Array, digest, file_digest, frozen
 from shira_format.codecs import CODECS, Indices
 from shira_format.codecs.blocks import block_count
@@ -24,8 +22,6 @@ from shira_format.manifest import (
 )
 from shira_format.safetensors_file import SafetensorsFile
 from shira_format.tensors import SparseTensor, WholeTensor, numel
-
-_T = TypeVar("_T")
 
 
 def load(
@@ -46,28 +42,6 @@ def load(
         OSError: it cannot be read.
     """
     return AdapterFile(path, verify=verify, masks=masks).adapter()
-
-
-class _Lazy(Mapping[str, _T]):
-    """A mapping whose values are read when they are asked for."""
-
-    def __init__(self, names: Mapping[str, Any], read: Callable[[str], _T]) -> None:
-        self._names = names
-        self._read = read
-
-    def __getitem__(self, name: str) -> _T:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class AdapterFile:
@@ -115,8 +89,8 @@ class AdapterFile:
     def adapter(self) -> Adapter:
         """The adapter, whose tensors are read when they are asked for, and not kept."""
         return Adapter(
-            _Lazy(self.manifest.tensors, self.sparse),
-            whole=_Lazy(self.manifest.whole, self.whole),
+            Lazy(self.manifest.tensors, self.sparse),
+            whole=Lazy(self.manifest.whole, self.whole),
             manifest=self.manifest.raw,
         )
 

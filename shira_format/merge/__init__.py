@@ -7,8 +7,22 @@
 
 from __future__ import annotations
 
+from shira_format.merge.algebra import compose, intersect, invert, subtract
 from shira_format.merge.methods import METHODS, Method
 from shira_format.merge.report import MergedTensor, MergeReport
 from shira_format.merge.run import Merge, merge, merged, open_merge
 
-__all__ = ["METHODS", "Merge", "MergeReport", "MergedTensor", "Method", "merge", "merged", "open_merge"]
+__all__ = [
+    "METHODS",
+    "Merge",
+    "MergeReport",
+    "MergedTensor",
+    "Method",
+    "compose",
+    "intersect",
+    "invert",
+    "merge",
+    "merged",
+    "open_merge",
+    "subtract",
+]

@@ -422,6 +422,31 @@ def test_files_that_share_nothing_and_masks(tmp_path: Path) -> None:
         lemmas.verify([vector], quick=True)
 
 
+def test_interference_is_measured_after_one_layer_and_after_two() -> None:
+    (found,) = lemmas.verify(quick=True, lemmas=["4.4"]).lemmas
+    measured = dict(found.measured)
+    struct = "Struct rows, different offsets, no diagonal"
+    assert "ReLU 0, SiLU 0, tanh 0" == measured[f"|I| / smaller effect: {struct}"]
+    after = measured[f"the same after a second layer and its non-linearity: {struct}"]
+    assert all(0.01 < float(part.split()[1]) < 2 for part in after.split(", "))
+    assert len(measured) == 8
+
+
+def test_weights_with_a_side_beyond_memory_are_left_out(tmp_path: Path) -> None:
+    """Laws are tried on vectors as long as a side, which a small file may claim to be anything."""
+    large = SparseTensor("large", (4, 1 << 40), [1, 1 << 41], np.float32([1, 2]), meaning="delta")
+    small = SparseTensor("small", (4, 4), [1, 5], np.float32([1, 2]), meaning="delta")
+    save(Adapter([large, small]), tmp_path / "both.st")
+    save(Adapter([large]), tmp_path / "large.st")
+    found = lemmas.verify([tmp_path / "both.st"], quick=True, lemmas=["4.3"])
+    assert found.ok
+    assert [
+        f"{tmp_path / 'both.st'}: 1 of its tensors have a side above 1048576, such as 'large'"
+    ] == found.lemmas[0].notes
+    with pytest.raises(SourceError, match="1 have a side above 1048576, so that there is nothing to check"):
+        lemmas.verify([tmp_path / "large.st"], quick=True)
+
+
 def test_files_that_need_a_base(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

@@ -157,6 +157,25 @@ def test_hooks_go_when_the_model_fails() -> None:
     assert model.training
 
 
+def test_masked_tokens_do_not_count_where_they_are_flattened() -> None:
+    """As before the router of a mixture of experts."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(3, 2)
+
+        def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            assert attention_mask.shape == hidden.shape[:2]
+            return self.router(hidden.reshape(-1, 3))
+
+    hidden, mask = random(2, 4, 3), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    found = collect_moments(Flat().double(), [{"hidden": hidden, "attention_mask": mask}])["router.weight"]
+    kept = hidden[mask != 0].numpy()
+    assert 4 == found.samples
+    np.testing.assert_allclose(found.blocks[0, 0], kept.T @ kept / 4, rtol=1e-12)
+
+
 def test_masked_tokens_do_not_count() -> None:
     model = AutoModel.from_pretrained(minilm())
     tokenizer = AutoTokenizer.from_pretrained(minilm())

@@ -238,3 +238,12 @@ def test_weights_far_wider_than_they_have_entries(transposed: bool) -> None:
     assert found.spectral == pytest.approx(expected.spectral, rel=1e-5)
     assert awor(*wide, transposed=transposed) == pytest.approx(1 - expected.nonzero / found.cells)
     assert awom(*wide, transposed=transposed) == pytest.approx(expected.awom, rel=1e-12)
+
+
+def test_the_package_itself_has_them() -> None:
+    import shira_analysis
+
+    assert (awom, awor) == (shira_analysis.awom, shira_analysis.awor)
+    assert all(callable(getattr(shira_analysis, name)) for name in shira_analysis.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        shira_analysis.other  # noqa: B018

@@ -154,7 +154,9 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     assert text.count("4 of 5 tensors in both") == 2
     assert text.count("3 of 5 tensors in both") == 1
-    assert "A1 A2^T:" in text
+    assert [3, 3] == [text.count(f"\n{product} ") for product in ("A1^T A2", "A1 A2^T")]
+    assert 3 == text.count("disturbed 1, 2\n")
+    assert 6 == text.count("by chance  spectral ")
     assert text.count("largest cosine on inputs ") == 3
     assert main([*files, *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["pairs"]

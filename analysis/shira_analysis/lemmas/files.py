@@ -16,6 +16,9 @@ from shira_format.container import AdapterFile
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.tensors import matrix_view
 
+# The laws are tried on vectors as long as a side of the weight, a few at a time: a gigabyte. No layer of a model is larger.
+LONGEST = 1 << 20
+
 
 @dataclass(frozen=True)
 class Update:
@@ -82,10 +85,12 @@ class Updates:
             BaseRequired: targets without base values, and no ``base``.
         """
         found = cls(AdapterFile(path, apart=True), base)
-        vectors = 0
+        vectors, large = 0, []
         for name, entry in found.file.manifest.tensors.items():
             if len(entry.shape) < 2:
                 vectors += 1
+            elif max(matrix_view(entry.shape)) > LONGEST:
+                large.append(name)
             elif entry.nnz:
                 if base is None and entry.values == "target" and not entry.base_values:
                     raise BaseRequired(
@@ -94,8 +99,15 @@ class Updates:
                 found.names[name] = matrix_view(entry.shape)
         if vectors:
             found.notes.append(f"{path}: {vectors} of its tensors are no matrices")
+        if large:
+            found.notes.append(
+                f"{path}: {len(large)} of its tensors have a side above {LONGEST}, such as {large[0]!r}"
+            )
         if not found.names:
-            raise SourceError(f"{path}: no matrix in it has entries, so that there is nothing to check")
+            why = f": {len(large)} have a side above {LONGEST}" if large else ""
+            raise SourceError(
+                f"{path}: no matrix in it has entries and can be checked{why}, so that there is nothing to check"
+            )
         return found
 
     def spread(self, most: int) -> list[str]:

@@ -13,7 +13,7 @@ weights of the next layer are the same for all i, and nothing else. What removes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,33 @@ def _strengths(setting: Setting, random: np.random.Generator) -> list[tuple[str,
             found.setdefault(name, []).append(
                 f"{label} {float(np.linalg.norm(interaction(f, z, a, b))) / own:.3g}"
             )
-    return [(f"|I| / smaller effect: {name}", ", ".join(parts)) for name, parts in found.items()]
+    return [(f"|I| / smaller effect: {name}", ", ".join(parts)) for name, parts in found.items()] + _two_layers(
+        pairs, weight, x, random
+    )
+
+
+def _two_layers(
+    pairs: Mapping[str, tuple[Any, Any]],
+    weight: Any,
+    x: Any,
+    random: np.random.Generator,
+) -> list[tuple[str, str]]:
+    """The same of the outputs of a whole network ``f(V f(W x))``, of which the adapters change the first layer alone."""
+    side = len(weight)
+    next_weight = random.standard_normal((side, side)) / side**0.5
+    found = []
+    for name, (s1, s2) in pairs.items():
+        z, a, b = weight @ x, s1 @ x, s2 @ x
+        parts = []
+        for label, f in (("ReLU", relu), ("SiLU", silu), ("tanh", np.tanh)):
+
+            def network(hidden: Any, f: Function = f) -> Any:
+                return f(next_weight @ f(hidden))
+
+            effects = [float(np.linalg.norm(network(z + one) - network(z))) for one in (a, b)]
+            parts.append(f"{label} {float(np.linalg.norm(interaction(network, z, a, b))) / min(effects):.3g}")
+        found.append((f"the same after a second layer and its non-linearity: {name}", ", ".join(parts)))
+    return found
 
 
 def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -> None:

@@ -1,8 +1,9 @@
-"""``shira-measure pairs``: whether adapters of one base will disturb each other."""
+"""``shira-measure`` of several adapters: whether adapters of one base will disturb each other."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,19 @@ from shira_cli import console
 
 if TYPE_CHECKING:
     from shira_analysis.deltas import DeltaFile
+    from shira_analysis.interference import Interference
+    from shira_analysis.orthogonality import Orthogonality
+    from shira_analysis.overlap import Overlap
     from shira_analysis.pairs import Measures, Pair
 
-HEAD = ("", "shared", "expected", "signs agree", "cosine", "AWOM", "by chance", "AWOR", "by chance", "on inputs", "disturbed 1, 2")  # fmt: skip
+OVERLAP_HEAD = ("", "shared", "by chance", "Jaccard", "signs agree", "cosine", "apart", "1 to base", "2 to base")
 
-EXPLAINED = """shared: entries of both, beside what two masks of these sizes share by chance; signs agree: of the shared entries.
-cosine: of the deltas; AWOM, AWOR: Frobenius norm of A1^T A2 and its share of zeros, beside what random signs and columns give.
-on inputs: the cosine of what the two add to the outputs, on the inputs of the moments; disturbed: the energy that the other
+EXPLAINED = """shared: entries of both, beside what two masks of these sizes share by chance; signs agree: of the shared entries; cosine: of
+the deltas; apart, to base: L2 distances of the adapted weights from each other and from the base.
+AWOM: Frobenius norm of the product, beside what random signs give. AWOR: its share of cells that are 0; structural: that no two
+entries reach; uniform: expected of uniform masks of these densities; by counts: of masks with these numbers of entries in the
+rows (of A1 A2^T: columns) over which the product sums."""
+INPUTS_EXPLAINED = """on inputs: the cosine of what the two add to the outputs, on the inputs of the moments; disturbed: the energy that the other
 adapter puts onto an adapter's own output, as a share of that."""
 
 
@@ -28,40 +35,48 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--moments",
         type=Path,
         metavar="FILE",
-        help="second moments of the layers' inputs (shira_analysis.moments)",
+        help="second moments of the layers' inputs, from shira-moments",
     )
     add(
         "--transposed",
         action="store_true",
         help="A1 A2^T as well: layers whose weight is [in, out] write along rows",
     )
-    add("--spectral", action="store_true", help="AWOM in the spectral norm as well (only with --json)")
+    add("--spectral", action="store_true", help="AWOM in the spectral norm as well")
     add("--tensors", action="store_true", help="a line for each tensor, not only for each kind of layer")
 
 
 def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, list[dict[str, Any]]]:
     """Measure all pairs of ``files``; the table for people, and the same and more as JSON values."""
+    from tqdm import tqdm
+
     from shira_analysis.moments import Moments
     from shira_analysis.pairs import measure_pairs
 
-    pairs = measure_pairs(
-        files,
-        None if options.moments is None else Moments.read(options.moments),
-        transposed=options.transposed,
-        spectral=options.spectral,
-    )
-    texts = [_text(pair, tensors=options.tensors, transposed=options.transposed) for pair in pairs]
-    return "\n\n".join([*texts, EXPLAINED]), [pair.as_json() for pair in pairs]
+    hidden = options.quiet or not sys.stderr.isatty()
+    names = {name for file in files for name in file.names}
+    with tqdm(total=len(names), unit="tensors", disable=hidden, leave=False) as bar:
+        pairs = measure_pairs(
+            files,
+            None if options.moments is None else Moments.read(options.moments),
+            transposed=options.transposed,
+            spectral=options.spectral,
+            progress=lambda _: bar.update(1),
+        )
+    explained = [EXPLAINED] if options.moments is None else [EXPLAINED, INPUTS_EXPLAINED]
+    texts = [_text(pair, options) for pair in pairs]
+    return "\n\n".join([*texts, "\n".join(explained)]), [pair.as_json() for pair in pairs]
 
 
-def _text(pair: Pair, *, tensors: bool, transposed: bool) -> str:
+def _text(pair: Pair, options: argparse.Namespace) -> str:
     whole = pair.whole
     lines = [
         f"{console.printable(pair.first)} and {console.printable(pair.second)}: {whole.both} of {whole.tensors} tensors in both"
     ]
-    if (distances := whole.overlap.distances) is not None:
-        between, first, second = distances
-        lines.append(f"L2 distance of the two {between:.4g}; to the base {first:.4g} and {second:.4g}")
+    if pair.replaced:
+        names = ", ".join(console.printable(name) for name in pair.replaced[:3])
+        more = len(pair.replaced) - 3
+        lines.append(f"not both at once, for one replaces them as a whole: {names}" + (f" and {more} more" if more > 0 else ""))  # fmt: skip
     fed = [
         (tensor.measures.interference.cosine or 0.0, tensor.name)
         for tensor in pair.tensors
@@ -70,14 +85,12 @@ def _text(pair: Pair, *, tensors: bool, transposed: bool) -> str:
     if fed:  # layers of opposite signs hide each other in a sum
         most, name = max(fed, key=lambda found: abs(found[0]))
         lines.append(f"largest cosine on inputs {most:+.3f}, in {console.printable(name)}")
-    rows = list(_rows(pair, tensors=tensors))
-    lines.append(console.table(HEAD, [_row(name, measures, measures.product) for name, measures in rows]))
-    if transposed:
-        lines += [
-            "A1 A2^T:",
-            console.table(HEAD, [_row(name, measures, measures.transposed) for name, measures in rows]),
-        ]
-    return "\n".join(lines)
+    rows = list(_rows(pair, tensors=options.tensors))
+    lines.append(console.table(OVERLAP_HEAD, [_overlap_row(name, measures.overlap) for name, measures in rows]))
+    lines.append(_products("A1^T A2", [(name, measures.product, measures.interference) for name, measures in rows], options, fed=bool(fed)))  # fmt: skip
+    if options.transposed:
+        lines.append(_products("A1 A2^T", [(name, measures.transposed, None) for name, measures in rows], options, fed=False))  # fmt: skip
+    return "\n".join(line for line in lines if line)
 
 
 def _rows(pair: Pair, *, tensors: bool) -> Iterator[tuple[str, Measures]]:
@@ -87,19 +100,41 @@ def _rows(pair: Pair, *, tensors: bool) -> Iterator[tuple[str, Measures]]:
     yield "all", pair.whole
 
 
-def _row(name: str, measures: Measures, product: Any) -> list[str]:
-    common, fed = measures.overlap, measures.interference
-    row = [
-        name, console.count(common.shared), f"{common.expected:,.0f} ± {common.deviation:.0f}",
-        _share(common.sign_agreement), _number(common.cosine, "+.3f"),
+def _overlap_row(name: str, found: Overlap) -> list[str]:
+    distances = ["-"] * 3 if found.distances is None else [f"{distance:.4g}" for distance in found.distances]
+    return [
+        name, console.count(found.shared), f"{found.expected:,.0f} ± {found.deviation:.0f}", _number(found.jaccard, ".3f"),
+        _share(found.sign_agreement), _number(found.cosine, "+.3f"), *distances,
     ]  # fmt: skip
-    if product is None:
-        row += [""] * 4
-    else:
-        row += [f"{product.awom:.3g}", f"{product.awom_if_independent:.3g}", _number(product.awor, ".4f"), _number(product.awor_if_independent, ".4f")]  # fmt: skip
-    if fed is None:
-        return [*row, "", ""]
-    return [*row, _number(fed.cosine, "+.3f"), f"{_share(fed.disturbed_first)}, {_share(fed.disturbed_second)}"]
+
+
+def _products(
+    title: str,
+    rows: Sequence[tuple[str, Orthogonality | None, Interference | None]],
+    options: argparse.Namespace,
+    *,
+    fed: bool,
+) -> str:
+    """A table of AWOM and AWOR; nothing if no weight has a product, as of masks."""
+    head = [title, "AWOM", "by chance", "spectral", "AWOR", "structural", "uniform", "by counts", "on inputs", "disturbed 1, 2"]  # fmt: skip
+    kept = [column for column in range(len(head)) if (column != 3 or options.spectral) and (column < 8 or fed)]
+    cells = [
+        [
+            name, f"{product.awom:.3g}", f"{product.awom_if_independent:.3g}", _number(product.spectral, ".3g"),
+            *map(_zeros, (product.awor, product.awor_structural, product.awor_if_uniform, product.awor_if_independent)),
+            *(("-", "-") if inputs is None else (_number(inputs.cosine, "+.3f"), f"{_share(inputs.disturbed_first)}, {_share(inputs.disturbed_second)}")),
+        ]
+        for name, product, inputs in rows
+        if product is not None
+    ]  # fmt: skip
+    return console.table([head[i] for i in kept], [[row[i] for i in kept] for row in cells]) if cells else ""
+
+
+def _zeros(share: float | None) -> str:
+    """A share of zeros; what is not quite 1 does not look like it."""
+    if share is not None and 0.99995 <= share < 1:
+        return f"1 - {1 - share:.1g}"
+    return _number(share, ".4f")
 
 
 def _share(value: float | None) -> str:

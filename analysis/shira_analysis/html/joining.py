@@ -1,0 +1,204 @@
+"""A report on a merge as one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from shira_analysis.html import charts, page, words
+from shira_analysis.html.page import facts, name, paragraph, table
+from shira_analysis.joining_accounts import Account
+from shira_analysis.joining_lemmas import TensorLemmas
+from shira_analysis.joining_report import LIMITS, MEASURE, JoinedPair, JoiningReport, conflict_share
+from shira_analysis.joining_words import kept_words, lemma_words
+from shira_analysis.pairs import Measures
+from shira_analysis.tables import percent
+from shira_format import __version__
+
+# Whole formulas, since the sentences have names of files and tensors in them.
+_SIGNS = (
+    ("||A1^T A2||", "‖A₁ᵀA₂‖"),
+    ("||A1|| ||A2||", "‖A₁‖ ‖A₂‖"),
+    ("A1^T A2 =", "A₁ᵀA₂ ="),
+    ("product A1^T A2", "product A₁ᵀA₂"),
+    ("AWOR <= density", "AWOR ≤ density"),
+)
+_BEFORE = ("shared", "by chance", "conflicts", "of the shared", "cosine", "AWOR", "by chance", "AWOM", "by chance", "cosine on inputs")  # fmt: skip
+
+
+def joining_page(report: JoiningReport) -> str:
+    """The whole page, as text.
+
+    Args:
+        report: from :func:`shira_analysis.joining.joining_report`.
+    """
+    title = f"Merge report: {' and '.join(report.names)}"
+    parts = [
+        f"<h1>{page.text(title)}</h1>",
+        page.warnings(map(_signs, report.warnings())),
+        facts(_facts(report)),
+        *_before(report),
+        *_after(report),
+        *_methods(report),
+        f'<footer class="soft"><p>Made by shira-format {page.text(__version__)}.</p></footer>',
+    ]
+    return page.page(title, parts)
+
+
+def _facts(report: JoiningReport) -> list[tuple[str, str]]:
+    settings = report.settings
+    found = [
+        ("method", str(settings["method"])),
+        ("options", _options(settings["options"]) or "none"),
+    ]
+    for layer in settings.get("layers", []):
+        some = {key: value for key, value in layer.items() if key != "pattern"}
+        found.append((f"in layers with {layer['pattern']}", _options(some)))
+    for label, weight, alpha in zip(report.names, report.weights, report.alphas, strict=True):
+        found.append((label, f"weight {weight:g}" + (f", times its own strength {alpha:g}" if alpha != 1 else "")))
+    if report.density is not None:
+        found.append(("cut", f"to {_share(report.density)} of each weight's elements, the largest changes"))
+    return [*found, *(("not measured", note) for note in report.notes)]
+
+
+def _options(given: dict[str, object]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in given.items())
+
+
+def _before(report: JoiningReport) -> Iterator[str]:
+    yield '<section id="before"><h2>Before: do they disturb each other?</h2>'
+    if not report.pairs:
+        yield paragraph(["One adapter alone: nothing meets."])
+    for pair in report.pairs:
+        yield from _pair(report, pair)
+    if report.pairs:
+        yield (
+            '<p class="soft">Shared: entries that both set, beside the number that two masks of these sizes share by chance. Conflicts: shared '
+            "entries that the two change in opposite directions. AWOR is the share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the "
+            "matrices that both change (of weights [out, in]), beside what random signs and columns give."
+            + (
+                " Cosine on inputs: of what the two add to the layers’ outputs, by the second moments of their inputs."
+                if report.fed
+                else ""
+            )
+            + "</p>"
+        )
+    yield "</section>"
+
+
+def _pair(report: JoiningReport, pair: JoinedPair) -> Iterator[str]:
+    first, second = (report.names[at] for at in pair.numbers)
+    if len(report.pairs) > 1:
+        yield f"<h3>{page.text(first)} and {page.text(second)}</h3>"
+    yield paragraph(words.pair_words(first, second, pair.pair))
+    yield paragraph(map(_signs, lemma_words(pair)))
+    head = _BEFORE if report.fed else _BEFORE[:-1]
+    rows = [
+        (page.text(kind), *_cells(found, fed=report.fed))
+        for kind, found in [*pair.pair.kinds.items(), ("all", pair.pair.whole)]
+    ]
+    yield table(("kind of layer", *head), rows)
+    lemmas = {one.name: one for one in pair.lemmas.tensors}
+    each = [
+        (name(one.name), *_cells(one.measures, fed=report.fed), *_lemma_cells(lemmas.get(one.name)))
+        for one in pair.pair.tensors
+    ]
+    yield f"<details><summary>{page.text(_count(len(each), 'tensor'))} of {page.text(first)} and {page.text(second)}</summary>"
+    yield table(("tensor", *head, "lemma 4.4", "its margin", "lemma 4.5", "its margin"), each) + "</details>"
+
+
+def _cells(measures: Measures, *, fed: bool) -> list[str]:
+    common, product, met = measures.overlap, measures.product, measures.interference
+    cells = [
+        f"{common.shared:,}", f"{common.expected:,.0f}", "–" if common.opposite_sign is None else f"{common.opposite_sign:,}",
+        _share(conflict_share(measures)), _number(common.cosine, "+.3f"),
+    ]  # fmt: skip
+    cells += ["–"] * 4 if product is None else [
+        _number(product.awor, ".4f"), _number(product.awor_if_independent, ".4f"), f"{product.awom:.3g}", f"{product.awom_if_independent:.3g}",
+    ]  # fmt: skip
+    return cells + ([_number(None if met is None else met.cosine, "+.3f")] if fed else [])
+
+
+def _lemma_cells(found: TensorLemmas | None) -> list[str]:
+    if found is None:
+        return ["–"] * 4
+    zero = {True: "applies", False: "no", None: "unknown"}[found.zero]
+    struct = {"yes": "applies", "no": "no", "shared rows": "rows in both"}[found.struct]
+    return [zero, _number(found.margin, ".3g"), struct, _number(found.room, ".3g")]
+
+
+def _after(report: JoiningReport) -> Iterator[str]:
+    yield '<section id="after"><h2>After: what is left of each adapter?</h2>'
+    if report.chosen.refused is not None:
+        yield paragraph([f"The merge is refused: {report.chosen.refused}."]) + "</section>"
+        return
+    rows = [
+        (
+            name(label), f"{weight * alpha:g}", f"{one.entries:,}", f"{one.dropped:,}", _share(one.energy_dropped), _share(one.disturbed),
+        )
+        for label, weight, alpha, one in zip(report.names, report.weights, report.alphas, report.chosen.accounts, strict=True)
+    ]  # fmt: skip
+    head = ("adapter", "weight w", "entries", "dropped", "energy dropped", "disturbed")
+    yield table(head, rows, stacked=True)
+    yield (
+        '<p class="soft">Dropped: entries of which the result has nothing, and their share of the adapter’s energy. Disturbed: what lies '
+        "between the result and w d at the adapter’s own entries, dropped ones too, as a share of the energy of w d; d are its deltas.</p>"
+    )
+    if report.kinds:
+        yield "<h3>Disturbed, by kind of layer</h3>"
+        kinds = [(page.text(kind), *map(_disturbed, accounts)) for kind, accounts in report.kinds.items()]
+        yield table(("kind of layer", *report.names), kinds)
+        tensors = [
+            (name(one.name), f"{one.nnz:,}", *map(_disturbed, one.accounts))
+            for one in sorted(report.after, key=lambda one: -one.disturbed)
+        ]
+        yield f"<details><summary>{_count(len(tensors), 'tensor')} of the result, the most disturbed first</summary>"
+        yield table(("tensor", "entries", *report.names), tensors) + "</details>"
+    yield "</section>"
+
+
+def _disturbed(account: Account) -> str:
+    return _share(account.disturbed)
+
+
+def _methods(report: JoiningReport) -> Iterator[str]:
+    yield '<section id="methods"><h2>Would another method keep more?</h2>'
+    yield paragraph(map(_signs, kept_words(report)))
+    rows: list[tuple[Sequence[str], float]] = []
+    for trial in report.ranked:
+        worst = trial.worst
+        told = "–" if worst is None else _share(worst[1])
+        rows.append(
+            (
+                (f"{trial.method}{' (chosen)' if trial.chosen else ''}", _share(trial.kept), told),
+                max(0.0, trial.kept or 0.0),
+            )
+        )
+    if rows:
+        yield charts.bars(("method", "kept", "worst", "as bars"), rows)
+    if report.refused:
+        yield f"<details><summary>{_count(len(report.refused), 'method')} without a result that compares</summary>"
+        yield facts((trial.method, str(trial.refused)) for trial in report.refused) + "</details>"
+    told = f"{MEASURE}. {LIMITS}. Worst: what is kept of the adapter that loses most."
+    for plain, shown in (("w_i", "wᵢ"), ("d_i", "dᵢ"), ("||", "‖"), ("^2", "²"), (" - ", " − ")):
+        told = told.replace(plain, shown)
+    yield f'<p class="soft">{page.text(told)}</p></section>'
+
+
+def _signs(sentence: str) -> str:
+    """Formulas as a page can show them."""
+    for plain, shown in _SIGNS:
+        sentence = sentence.replace(plain, shown)
+    return re.sub(r"(?<=\d) %", "\u00a0%", sentence)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else percent(value).replace(" ", "\u00a0")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

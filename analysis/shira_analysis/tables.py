@@ -1,0 +1,37 @@
+"""Text in columns, and numbers in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, without what could move the cursor or reorder it: names come from strangers' files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns of text; the first is flush left, the others flush right."""
+    lines = [[printable(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def percent(share: float | None) -> str:
+    """0.01234 as 1.23 %, with more digits where it is small; None as -."""
+    if share is None:
+        return "-"
+    if abs(share) >= 10:
+        return f"{100 * share:,.3g} %" if abs(share) >= 1e6 else f"{100 * share:,.0f} %"
+    return f"{100 * share:.2f} %" if abs(share) >= 0.001 or share == 0 else f"{100 * share:.2g} %"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number by a format; None as -."""
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,259 @@
+"""Adapters made of adapters that are no merge: one after the other, taken away, met, and turned round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shira_format.adapter import Adapter, Lazy
+from shira_format.arrays import Array, different, digest
+from shira_format.based import whole_with_base, with_base
+from shira_format.compiled import union
+from shira_format.errors import BaseMismatch, BaseRequired
+from shira_format.merge.inputs import Input, Source, open_inputs
+from shira_format.merge.mixing import framed
+from shira_format.merge.run import merged
+from shira_format.tensors import SparseTensor, WholeTensor
+
+if TYPE_CHECKING:
+    from shira_format.checkpoints import Checkpoint
+
+
+def subtract(a: Source, b: Source, base: Checkpoint | None = None) -> Adapter:
+    """The adapter whose deltas are those of ``a`` less those of ``b``; see :func:`shira_format.merge.merge` for what is raised."""
+    return merged([a, b], weights=[1.0, -1.0], base=base)
+
+
+def intersect(*sources: Source, base: Checkpoint | None = None) -> Adapter:
+    """The entries that all adapters have, as the first one has them."""
+    return merged(sources, method="intersect", options={"priority": "first"}, base=base)
+
+
+def compose(a: Source, b: Source, base: Checkpoint | None = None) -> Adapter:
+    """``b`` after ``a`` as one adapter of the base of ``a``: applied, it gives bit for bit what both give one after the other.
+
+    Args:
+        a: an adapter.
+        b: one that was made for the base with ``a`` on it, so that its base values are what ``a`` leaves.
+        base: the base of ``a``; needed where the files lack the base's values.
+
+    Returns:
+        An adapter of strength 1 that computes each tensor when it is asked for; those of ``a`` and ``b`` count.
+
+    Raises:
+        BaseMismatch: ``b`` was not made for what ``a`` gives, or not for weights of this shape and dtype; or a patch or a mask.
+        BaseRequired: the base's values are needed, and nothing knows them.
+        FormatError, OSError: a file is damaged, or cannot be read. All but the last also when a tensor is asked for.
+    """
+    first, second = open_inputs([a], base)[0], open_inputs([b], None)[0]
+    pair = _Composed(first, second, base, first.self_contained and second.self_contained)
+    replaced = dict.fromkeys([*_names(first, whole=True), *_names(second, whole=True)])
+    names = [
+        name
+        for name in dict.fromkeys([*_names(first, whole=False), *_names(second, whole=False)])
+        if name not in replaced
+    ]
+    return Adapter(
+        Lazy(names, pair.sparse),
+        whole=Lazy(list(replaced), pair.whole),
+        manifest=_provenance("compose", first, second),
+    )
+
+
+def invert(a: Source, base: Checkpoint | None = None) -> Adapter:
+    """The adapter that brings the weights with ``a`` on them back to the base, bit for bit.
+
+    Args:
+        a: an adapter; its own strength counts.
+        base: its base; needed where the file lacks the base's values.
+
+    Returns:
+        An adapter of strength 1 that computes each tensor when it is asked for. It removes the tensors that are new in ``a``.
+
+    Raises:
+        BaseMismatch, BaseRequired, FormatError, OSError: see :func:`compose`.
+    """
+    one = open_inputs([a], base)[0]
+    alpha = one.adapter.alpha
+
+    def sparse(name: str) -> SparseTensor:
+        tensor = one.sparse(name)
+        before = _base_of(one, tensor)
+        after = tensor.applied(before, alpha)
+        return framed(
+            SparseTensor(name, tensor.shape, tensor.indices, before, base=after), self_contained=one.self_contained
+        )
+
+    def whole(name: str) -> WholeTensor:
+        tensor = one.whole(name)
+        if tensor.base is None:
+            raise BaseRequired(f"{one.label}: tensor {name!r}: {_UNKNOWN}")
+        kept = (
+            {"base": tensor.values}
+            if one.adapter.whole[name].base is not None
+            else {"base_digest": digest(tensor.values)}
+        )
+        return WholeTensor(name, tensor.base, **kept)
+
+    new = [name for name in one.adapter.whole if one.adapter.whole[name].base_digest is None] if alpha else []
+    manifest = _provenance("inverse", one) | ({"removed": new} if new else {})
+    names = [name for name in _names(one, whole=True) if name not in new]
+    return Adapter(Lazy(_names(one, whole=False), sparse), whole=Lazy(names, whole), manifest=manifest)
+
+
+_UNKNOWN = "the base's values are not known: pass the base (--base), or convert with --self-contained"
+
+
+def _names(one: Input, *, whole: bool) -> list[str]:
+    """The tensors that it changes: at strength 0 none."""
+    return list(one.adapter.whole if whole else one.adapter) if one.adapter.alpha else []
+
+
+def _base_of(one: Input, tensor: SparseTensor) -> Array:
+    """The base's values at the entries."""
+    if tensor.base is not None:
+        return tensor.base
+    if one.base is None:
+        raise BaseRequired(f"{one.label}: tensor {tensor.name!r}: {_UNKNOWN}")
+    return one.base.at(tensor.name, tensor.indices)  # of deltas, which need not hold any; checked when it was read
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """``second`` after ``first``; see :func:`compose`."""
+
+    first: Input
+    second: Input
+    base: Checkpoint | None
+    self_contained: bool
+
+    def sparse(self, name: str) -> SparseTensor:
+        """A tensor that neither replaces as a whole."""
+        a, b = (name in _names(one, whole=False) for one in (self.first, self.second))
+        if a and b:
+            found = self._both(name)
+        elif a:
+            found = self._alone(self.first, self.first.sparse(name))
+        else:
+            tensor = self.second.adapter[name]
+            if self.base is not None:  # which is that of the second, too, where the first leaves the tensor alone
+                tensor = _named(self.second, with_base, tensor, self.base)
+            found = self._alone(self.second, tensor)
+        return framed(found, self_contained=self.self_contained)
+
+    def _alone(self, one: Input, tensor: SparseTensor) -> SparseTensor:
+        """One adapter at its own strength, as targets at strength 1."""
+        if tensor.meaning == "target" and one.adapter.alpha == 1:
+            return tensor
+        before = tensor.base
+        if before is None:
+            if self.base is None:
+                raise BaseRequired(f"{one.label}: tensor {tensor.name!r}: {_UNKNOWN}")
+            before = self.base.at(tensor.name, tensor.indices)
+        after = tensor.applied(before, one.adapter.alpha)
+        return SparseTensor(tensor.name, tensor.shape, tensor.indices, after, base=before)
+
+    def _both(self, name: str) -> SparseTensor:
+        a, b = self.first.sparse(name), self.second.adapter[name]
+        before = _base_of(self.first, a)
+        if b.shape != a.shape or (b.base_digest is not None and b.dtype != before.dtype):
+            raise BaseMismatch(
+                f"{self.second.label}: tensor {name!r} is of {b.dtype}{list(b.shape)}, and of {before.dtype}{list(a.shape)} in "
+                f"{self.first.label}"
+            )
+        after = a.applied(before, self.first.adapter.alpha)
+        indices, (at_a, at_b) = union([a.indices, b.indices])
+        origin = np.empty(indices.size, before.dtype)
+        if self.base is not None:
+            origin[:] = self.base.at(name, indices)
+        elif b.base is not None:
+            origin[at_b] = b.base
+        elif not np.isin(at_b, at_a, assume_unique=True).all():
+            raise BaseRequired(f"{self.second.label}: tensor {name!r}: {_UNKNOWN}")
+        origin[at_a] = before
+        current = origin.copy()
+        current[at_a] = after
+        self._check(b, current[at_b], at_b[np.isin(at_b, at_a, assume_unique=True)].size)
+        values = current.copy()
+        values[at_b] = b.applied(current[at_b], self.second.adapter.alpha)
+        return SparseTensor(name, a.shape, indices, values, base=origin)
+
+    def _check(self, b: SparseTensor, current: Array, met: int) -> None:
+        """Whether these are the values that the second adapter was made for."""
+        wrong = b.base is not None and different(b.base, current).any()
+        if wrong or (b.base_digest is not None and digest(current) != b.base_digest):
+            raise BaseMismatch(
+                f"{self.second.label}: tensor {b.name!r} was not made for what {self.first.label} leaves ({met} entries of both): "
+                "adapters of one base are joined by the method 'overwrite'"
+            )
+
+    def whole(self, name: str) -> WholeTensor:
+        """A tensor that at least one replaces as a whole."""
+        of_a, of_b = (name in _names(one, whole=True) for one in (self.first, self.second))
+        sparse_a, sparse_b = (name in _names(one, whole=False) for one in (self.first, self.second))
+        if of_a:
+            found = self.first.whole(name)
+            if sparse_b:
+                tensor = self.second.adapter[name]
+                values = np.array(found.values)
+                current = tensor.at_entries(values)
+                self._check(tensor, current, tensor.nnz)
+                values.reshape(-1)[tensor.indices] = tensor.applied(current, self.second.adapter.alpha)
+                found = WholeTensor(name, values, base=found.base, base_digest=found.base_digest)
+            elif of_b:
+                after = self.second.adapter.whole[name]
+                _named(self.second, lambda whole, weight: whole.check_base(weight), after, found.values)
+                same = (after.values.shape, after.values.dtype) == (found.values.shape, found.values.dtype)
+                known: dict[str, Any] = {"base": found.base, "base_digest": found.base_digest} if same else {}
+                found = WholeTensor(name, after.values, **known)
+        else:
+            found = self._replaced(name) if sparse_a else self._second_whole(name)
+        if found.base is not None and not self.self_contained:
+            found = WholeTensor(name, found.values, base_digest=found.base_digest)
+        return found
+
+    def _second_whole(self, name: str) -> WholeTensor:
+        found = self.second.adapter.whole[name]
+        return found if self.base is None else _named(self.second, whole_with_base, found, self.base)
+
+    def _replaced(self, name: str) -> WholeTensor:
+        """The second replaces what the first has changed."""
+        a, b = self.first.sparse(name), self.second.adapter.whole[name]
+        if self.base is not None:
+            origin = np.array(self.base[name])
+        elif b.base is not None:
+            origin = np.array(b.base)
+            origin.reshape(-1)[a.indices] = _base_of(self.first, a)
+        elif b.base_digest is None:
+            return b
+        else:
+            raise BaseRequired(f"{self.second.label}: tensor {name!r}: {_UNKNOWN}")
+        current = origin.copy()
+        current.reshape(-1)[a.indices] = a.applied(a.at_entries(origin), self.first.adapter.alpha)
+        _named(self.second, lambda whole, weight: whole.check_base(weight), b, current)
+        same = (origin.shape, origin.dtype) == (b.values.shape, b.values.dtype)
+        return WholeTensor(name, b.values, base=origin if same else None)
+
+
+def _named(one: Input, check: Any, tensor: Any, weight: Any) -> Any:
+    try:
+        return check(tensor, weight)
+    except BaseMismatch as error:
+        raise BaseMismatch(f"{one.label}: {error}") from None
+
+
+def _provenance(kind: str, *inputs: Input) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    manifest: Mapping[str, Any] = inputs[0].adapter.manifest
+    if kind == "compose" and "base_model" in manifest:  # that of the first; the inverse's is the adapted model
+        found["base_model"] = manifest["base_model"]
+    if components := {k: v for one in inputs for k, v in one.adapter.manifest.get("components", {}).items()}:
+        found["components"] = components
+    licences = [one.adapter.manifest.get("license") for one in inputs]
+    if licences[0] is not None and all(licence == licences[0] for licence in licences):
+        found["license"] = licences[0]
+    files = [one.told() | {"alpha": one.adapter.alpha} for one in inputs]
+    return found | {"source": {"kind": kind, "files": files}}

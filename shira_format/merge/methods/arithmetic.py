@@ -1,0 +1,40 @@
+"""The weighted sum of what is kept of several adapters, and its simplest case, where all is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from shira_format.merge.joined import Factor, Joined
+from shira_format.merge.methods.method import Method, Option, Options
+
+# mergekit divides by no sum of weights that is smaller.
+SMALL = 1e-8
+
+NORMALIZE = Option(False, "divide by the sum of the weights")
+LAMBDA = Option(1.0, "the result is multiplied by it")
+RESCALE = Option(False, "restore the sum of magnitudes that each adapter had before it was pruned")
+
+
+def summed(joined: Joined, kept: Sequence[Factor], options: Options) -> list[Factor]:
+    """``lambda * sum of w_i kept_i D_i``, with ``normalize`` over the sum of all weights (if that is not 0), as mergekit."""
+    scale = options["lambda"]
+    if options["normalize"]:
+        total = math.fsum(joined.weights)  # exact: the order of the adapters does not matter
+        scale /= total if abs(total) >= SMALL else 1.0
+    return [part.weight * scale * own for part, own in zip(joined.parts, kept, strict=True)]
+
+
+def task_arithmetic(joined: Joined, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``task_arithmetic``: the weighted sum. Its ``normalize`` counts adapters that leave the weight alone, too."""
+    return summed(joined, [1.0] * len(joined.parts), options)
+
+
+METHODS = (
+    Method(
+        "task_arithmetic",
+        task_arithmetic,
+        "the weighted sum times lambda",
+        {"normalize": NORMALIZE, "lambda": LAMBDA},
+    ),
+)

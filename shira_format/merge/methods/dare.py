@@ -1,0 +1,77 @@
+"""DARE (https://arxiv.org/abs/2311.03099): entries are dropped at random, and the others scaled to make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shira_format.merge.joined import Factor, Floats, Joined
+from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
+from shira_format.merge.methods.election import MAJORITY, SEMANTICS, elected
+from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.pruning import DENSITY, SEED, restored
+from shira_format.merge.methods.randomness import uniform
+
+
+def dropped(joined: Joined, options: Options) -> list[Floats]:
+    """For each part 0 for the entries that are dropped, else the scale of what is left.
+
+    A density of 0 drops all. (PEFT then divides zeros by 0, and every element of the weight becomes NaN.)
+    """
+    density, rescale = options["density"], options["rescale"]
+    if rescale == "default":
+        rescale = "density" if options["semantics"] == "peft" else "norm"
+    found = []
+    for number, part in enumerate(joined.parts):
+        if density >= 1:
+            found.append(np.ones(part.tensor.nnz))
+            continue
+        kept = (uniform(joined, number, options["seed"]) < density).astype(np.float64)
+        if rescale == "density" and density > 0:
+            kept /= density
+        found.append(restored(part, kept) if rescale == "norm" else kept)
+    return found
+
+
+def dare_linear(joined: Joined, options: Options) -> Sequence[Factor]:
+    """PEFT's or mergekit's ``dare_linear``: the weighted sum of what was not dropped."""
+    return summed(joined, dropped(joined, options), options)
+
+
+def dare_ties(joined: Joined, options: Options) -> Sequence[Factor]:
+    """PEFT's or mergekit's ``dare_ties``: drop, elect signs, join what agrees; see :func:`elected` for how they differ."""
+    peft = options["semantics"] == "peft"
+    normalize = peft if options["normalize"] == "default" else options["normalize"] == "true"
+    return elected(joined, dropped(joined, options), options, peft=peft, normalize=normalize)
+
+
+RESCALE = Option(
+    "default",
+    "what is left is divided by the density (as PEFT), scaled to the adapter's sum of magnitudes (as mergekit), or neither",
+    ("default", "density", "norm", "none"),
+)
+_BOTH = {"density": DENSITY, "seed": SEED, "semantics": SEMANTICS, "rescale": RESCALE, "lambda": LAMBDA}
+
+METHODS = (
+    Method(
+        "dare_linear",
+        dare_linear,
+        "the weighted sum after dropping entries at random",
+        {**_BOTH, "normalize": NORMALIZE},
+    ),
+    Method(
+        "dare_ties",
+        dare_ties,
+        "entries dropped at random, the others joined where they have the elected sign",
+        {
+            **_BOTH,
+            "majority_sign": MAJORITY,
+            "normalize": Option(
+                "default",
+                "divide by the number (mergekit: the weights) of the adapters that agree; PEFT does, mergekit does not",
+                ("default", "true", "false"),
+            ),
+        },
+    ),
+)

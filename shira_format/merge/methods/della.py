@@ -1,0 +1,108 @@
+"""DELLA (https://arxiv.org/abs/2406.11617): entries are dropped at random, small ones of a row more often than large ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from shira_format.errors import SourceError
+from shira_format.merge.joined import Factor, Floats, Joined, Part
+from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
+from shira_format.merge.methods.election import MAJORITY, elected
+from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.pruning import DENSITY, SEED, magnitudes, restored
+from shira_format.merge.methods.randomness import uniform
+
+
+def chances(part: Part, options: Options) -> Floats:
+    """The probability of each entry to be kept: float64 ``[nnz]``, from ``density - epsilon`` to ``density + epsilon``.
+
+    It rises with the rank of the entry's magnitude in its row. mergekit ranks along axis 1: the rows of a matrix; of more
+    dimensions (convolutions) the elements that differ in their second index alone; a vector is one row. Elements that the
+    adapter leaves alone are zeros and take the lowest ranks: at 1 % density all entries are near the upper end. With
+    ``of=entries`` the ranks are among the adapter's entries of the row, and spread over all of it.
+
+    A row of one element has no rank; its probability is ``density``. (mergekit divides 0 by 0 there, and fails.)
+
+    Raises:
+        SourceError: ``density - epsilon`` or ``density + epsilon`` is not between 0 and 1.
+    """
+    density, epsilon = options["density"], options["epsilon"]
+    if not 0 < density - epsilon <= density + epsilon < 1:
+        raise SourceError(
+            f"density={density:g} and epsilon={epsilon:g}: density - epsilon and density + epsilon are not both between 0 and 1"
+        )
+    shape, indices = part.tensor.shape, part.tensor.indices
+    length = shape[1] if len(shape) > 1 else part.tensor.numel
+    inner = math.prod(shape[2:])
+    row = indices // max(1, length * inner) * inner + indices % inner if inner else indices
+    order = np.lexsort((-magnitudes(part), row))  # stable: of equal ones the lower flat index first
+    starts, counts = np.unique(row[order], return_index=True, return_counts=True)[1:]
+    from_largest = np.arange(order.size) - np.repeat(starts, counts)
+    most = np.repeat(counts, counts) - 1.0 if options["of"] == "entries" else np.full(order.size, length - 1.0)
+    share = np.full(order.size, 0.5)
+    np.divide(most - from_largest, most, out=share, where=most > 0)
+    found = np.empty(order.size)
+    found[order] = (density - epsilon) + share * 2 * epsilon
+    return found
+
+
+def thinned(joined: Joined, options: Options) -> list[Floats]:
+    """For each part the scale of its entries, 0 for those that are dropped."""
+    density, found = options["density"], []
+    for number, part in enumerate(joined.parts):
+        if density >= 1:
+            found.append(np.ones(part.tensor.nnz))
+        elif density <= 0:
+            found.append(np.zeros(part.tensor.nnz))
+        else:
+            kept = (uniform(joined, number, options["seed"]) < chances(part, options)).astype(np.float64)
+            found.append(restored(part, kept) if options["rescale"] else kept)
+    return found
+
+
+def della_linear(joined: Joined, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``della_linear``: the weighted sum of what was not dropped."""
+    return summed(joined, thinned(joined, options), options)
+
+
+def della(joined: Joined, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``della``: signs are elected by weighted deltas, and what agrees is joined."""
+    return elected(joined, thinned(joined, options), options, peft=False, normalize=options["normalize"])
+
+
+_BOTH = {
+    "density": DENSITY,
+    "epsilon": Option(
+        0.15, "how far the probability is from density for the smallest and the largest of a row", low=0, high=1
+    ),
+    "seed": SEED,
+    "of": Option(
+        "elements",
+        "among what an entry is ranked in its row: all elements, or the adapter's own entries",
+        ("elements", "entries"),
+    ),
+    "rescale": Option(True, "restore the sum of magnitudes that each adapter had before entries were dropped"),
+    "lambda": LAMBDA,
+}
+
+METHODS = (
+    Method(
+        "della",
+        della,
+        "entries dropped at random, small ones more often, the others joined where they have the elected sign",
+        {
+            **_BOTH,
+            "majority_sign": MAJORITY,
+            "normalize": Option(True, "divide by the weights of the adapters that agree"),
+        },
+    ),
+    Method(
+        "della_linear",
+        della_linear,
+        "the weighted sum after dropping entries at random, small ones more often",
+        {**_BOTH, "normalize": NORMALIZE},
+    ),
+)

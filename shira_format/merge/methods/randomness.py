@@ -1,0 +1,63 @@
+"""Random numbers that belong to a weight, an adapter's content and a seed: the same on every machine, at any numpy version.
+
+An adapter gets the same numbers wherever it stands among the others, and whatever else is merged; two adapters never share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from shira_format.arrays import bits, digest
+from shira_format.merge.joined import Floats, Joined, Part
+from shira_format.tensors import SparseTensor
+
+_FEW = 64
+
+
+def uniform(joined: Joined, number: int, seed: int) -> Floats:
+    """A number in [0, 1) for each entry of one part: float64 ``[nnz]``, multiples of 2^-53.
+
+    The stream of Philox 4x64-10 is a published standard, and numpy promises the one of ``random_raw``, not those of its
+    distributions: the upper 53 bits of each output are taken as they are.
+
+    Args:
+        joined: the weight.
+        number: of the part.
+        seed: any integer.
+    """
+    part = joined.parts[number]
+    told = (
+        str(seed),
+        str(_occurrence(joined, number)),
+        digest(part.tensor.indices),
+        digest(part.tensor.values),
+        joined.name,
+    )
+    key = hashlib.sha256("\n".join(told).encode("utf-8", "surrogatepass")).digest()
+    raw = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw(part.tensor.nnz)
+    found: Floats = (raw >> np.uint64(11)).astype(np.float64)
+    found *= 2.0**-53
+    return found
+
+
+def _occurrence(joined: Joined, number: int) -> int:
+    """How many parts with the same entries come before this one: those of less weight, of equal weights the earlier ones."""
+    part = joined.parts[number]
+    return sum(
+        (other.weight, place) < (part.weight, number) and _same(other, part)
+        for place, other in enumerate(joined.parts)
+        if place != number
+    )
+
+
+def _same(one: Part, other: Part) -> bool:
+    a, b = one.tensor, other.tensor
+    if a.nnz != b.nnz or not np.array_equal(a.indices[:_FEW], b.indices[:_FEW]):  # most differ here
+        return False
+    return np.array_equal(a.indices, b.indices) and _same_values(a, b)
+
+
+def _same_values(a: SparseTensor, b: SparseTensor) -> bool:
+    return np.array_equal(bits(a.values), bits(b.values))

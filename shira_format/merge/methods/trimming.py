@@ -1,0 +1,52 @@
+"""Magnitude pruning and TIES (https://arxiv.org/abs/2306.01708): only the largest entries of each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shira_format.merge.joined import Factor, Joined
+from shira_format.merge.methods.arithmetic import LAMBDA, RESCALE
+from shira_format.merge.methods.election import MAJORITY, SEMANTICS, elected
+from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.pruning import DENSITY, OF, by_magnitude, restored
+
+
+def magnitude_prune(joined: Joined, options: Options) -> Sequence[Factor]:
+    """PEFT's ``magnitude_prune``: the weighted sum of the largest entries of each adapter."""
+    return [part.weight * own for part, own in zip(joined.parts, by_magnitude(joined, options), strict=True)]
+
+
+def ties(joined: Joined, options: Options) -> Sequence[Factor]:
+    """PEFT's or mergekit's ``ties``: trim, elect signs, join what agrees; see :func:`elected` for how they differ.
+
+    mergekit also keeps one entry at least, where PEFT keeps ``int(density * elements)``, which may be none.
+    """
+    peft = options["semantics"] == "peft"
+    kept = by_magnitude(joined, options, least=0 if peft else 1)
+    if options["rescale"]:
+        kept = [restored(part, own) for part, own in zip(joined.parts, kept, strict=True)]
+    return elected(joined, kept, options, peft=peft, normalize=options["normalize"])
+
+
+METHODS = (
+    Method(
+        "magnitude_prune",
+        magnitude_prune,
+        "the weighted sum of each adapter's largest entries",
+        {"density": DENSITY, "of": OF},
+    ),
+    Method(
+        "ties",
+        ties,
+        "each adapter's largest entries, where they have the elected sign",
+        {
+            "density": DENSITY,
+            "of": OF,
+            "majority_sign": MAJORITY,
+            "semantics": SEMANTICS,
+            "normalize": Option(True, "divide by the number (mergekit: the weights) of the adapters that agree"),
+            "rescale": RESCALE,
+            "lambda": LAMBDA,
+        },
+    ),
+)
