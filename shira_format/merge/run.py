@@ -14,7 +14,6 @@ import numpy as np
 
 from shira_format import compiled
 from shira_format.adapter import Adapter
-from shira_format.arrays import digest
 from shira_format.container import AdapterWriter, Prepared
 from shira_format.errors import SourceError
 from shira_format.filters import name_filter
@@ -77,9 +76,10 @@ class Merge:
         weights, _ = self.settings.of(name)
         found = [one.sparse(name) if name in one.adapter else None for one in self.inputs]
         known = next(tensor for tensor in found if tensor is not None)
+        no_base = np.empty(0, known.dtype) if known.base_digest is not None else None
         nothing = SparseTensor(
             name, known.shape, np.empty(0, np.int64), np.empty(0, known.values.dtype), meaning=known.meaning,
-            dtype=known.dtype, base_digest=None if known.base_digest is None else digest(np.empty(0, known.dtype)),
+            dtype=known.dtype, base=no_base,
         )  # fmt: skip
         alone = self._alone
         parts = [
@@ -168,7 +168,10 @@ def open_merge(
         raise SourceError(f"no method {method!r}; known: {', '.join(METHODS)}")
     if density is not None and not 0 < density <= 1:
         raise SourceError(f"density {density} is not in (0, 1]")
-    settings = Settings(METHODS[method], [1.0] * len(sources) if weights is None else weights, options, layers)
+    weights = [1.0] * len(sources) if weights is None else weights
+    if len(weights) != len(sources):
+        raise SourceError(f"{len(weights)} weights for {len(sources)} adapters")
+    settings = Settings(METHODS[method], weights, options, layers)
     inputs = open_inputs(sources, base)
     chosen = name_filter(include, exclude)
     names = list(dict.fromkeys(name for one in inputs for name in one.adapter if chosen(name)))

@@ -51,7 +51,9 @@ class Settings:
             known = dict(some)
             if WEIGHTS in known:
                 known[WEIGHTS] = self._checked(known[WEIGHTS])
-            method.settings({key: value for key, value in known.items() if key != WEIGHTS})
+            given = {key: value for key, value in known.items() if key != WEIGHTS}
+            parsed = method.settings(given)
+            known |= {key: parsed[key] for key in given}
             self._layers.append((compiled, known))
 
     def of(self, name: str) -> tuple[list[float], dict[str, Any]]:

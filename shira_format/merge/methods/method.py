@@ -44,10 +44,10 @@ class Option:
             if kind is bool:
                 found: Any = {"true": True, "false": False, "yes": True, "no": False}[str(value).lower()]
             else:
-                found = kind(value)
+                found = str(value).lower() if isinstance(value, bool) else kind(value)
                 if kind is int and found != float(value):
                     raise ValueError
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, OverflowError):
             raise SourceError(f"{name}={value!r}: not {_KINDS[kind]}") from None
         if self.choices and found not in self.choices:
             raise SourceError(f"{name}={value!r}: not one of {', '.join(self.choices)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from shira_format.merge.joined import Factor, Joined
+from shira_format.merge.methods.election import total as summed_up
 from shira_format.merge.methods.method import Method, Option, Options
 
 
@@ -16,13 +18,15 @@ def linear(joined: Joined, options: Options) -> Sequence[Factor]:
     With ``normalize`` divided by the sum of all weights (if that is not 0), also of adapters that leave the entry alone: as
     mergekit's ``linear`` averages models.
     """
-    divisor = float(joined.weights.sum()) if options["normalize"] else 1.0
+    divisor = math.fsum(joined.weights) if options["normalize"] else 1.0
     return [part.weight / (divisor if abs(divisor) >= 1e-8 else 1.0) for part in joined.parts]
 
 
 def mean(joined: Joined, _: Options) -> Sequence[Factor]:
     """``sum of w_i D_i / sum of w_i`` over the adapters that have the entry: one that has it alone changes it in full."""
-    total = joined.sum(list(joined.weights))
+    total = summed_up(
+        joined, [np.full(at.size, part.weight) for part, at in zip(joined.parts, joined.places, strict=True)]
+    )
     total[np.abs(total) < 1e-8] = 1
     return [part.weight / total[at] for part, at in zip(joined.parts, joined.places, strict=True)]
 
