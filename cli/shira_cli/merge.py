@@ -310,10 +310,7 @@ def _result(method: str, adapters: Sequence[str], base: Checkpoint | None) -> Ad
         return invert(adapters[0], base)
     if method == "subtract":
         return subtract(adapters[0], adapters[1], base)
-    result = compose(adapters[0], adapters[1], base)
-    for path in adapters[2:]:
-        result = compose(result, path, base)
-    return result
+    return compose(*adapters, base=base)
 
 
 def _account(name: str, parts: Sequence[SparseTensor | None], result: SparseTensor | None) -> MergedTensor:

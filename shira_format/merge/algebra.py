@@ -13,7 +13,7 @@ from shira_format.arrays import Array, different, digest
 from shira_format.based import whole_with_base, with_base
 from shira_format.compiled import union
 from shira_format.errors import BaseMismatch, BaseRequired
-from shira_format.merge.inputs import Input, Source, open_inputs
+from shira_format.merge.inputs import Input, Source, open_input
 from shira_format.merge.mixing import framed
 from shira_format.merge.run import merged
 from shira_format.tensors import SparseTensor, WholeTensor
@@ -32,35 +32,32 @@ def intersect(*sources: Source, base: Checkpoint | None = None) -> Adapter:
     return merged(sources, method="intersect", options={"priority": "first"}, base=base)
 
 
-def compose(a: Source, b: Source, base: Checkpoint | None = None) -> Adapter:
-    """``b`` after ``a`` as one adapter of the base of ``a``: applied, it gives bit for bit what both give one after the other.
+def compose(first: Source, second: Source, *more: Source, base: Checkpoint | None = None) -> Adapter:
+    """One adapter after the other as one: applied, it gives bit for bit what they give in this order.
 
     Args:
-        a: an adapter.
-        b: one that was made for the base with ``a`` on it, so that its base values are what ``a`` leaves.
-        base: the base of ``a``; needed where the files lack the base's values.
+        first: an adapter.
+        second: one that was made for the base with ``first`` on it, so that its base values are what ``first`` leaves.
+        more: further ones, each made for what those before it leave.
+        base: the base of ``first``; needed where the files lack the base's values.
 
     Returns:
-        An adapter of strength 1 that computes each tensor when it is asked for; those of ``a`` and ``b`` count.
+        An adapter of strength 1 that computes each tensor when it is asked for; those of the adapters count.
 
     Raises:
-        BaseMismatch: ``b`` was not made for what ``a`` gives, or not for weights of this shape and dtype; or a patch or a mask.
+        BaseMismatch: one was not made for what those before it give, or not for weights of this shape and dtype; or it is
+            a patch or a mask.
         BaseRequired: the base's values are needed, and nothing knows them.
         FormatError, OSError: a file is damaged, or cannot be read. All but the last also when a tensor is asked for.
     """
-    first, second = open_inputs([a], base)[0], open_inputs([b], None)[0]
-    pair = _Composed(first, second, base, first.self_contained and second.self_contained)
-    replaced = dict.fromkeys([*_names(first, whole=True), *_names(second, whole=True)])
-    names = [
-        name
-        for name in dict.fromkeys([*_names(first, whole=False), *_names(second, whole=False)])
-        if name not in replaced
-    ]
-    return Adapter(
-        Lazy(names, pair.sparse),
-        whole=Lazy(list(replaced), pair.whole),
-        manifest=_provenance("compose", first, second),
-    )
+    one = open_input(first, base)
+    others = [open_input(source, None, number) for number, source in enumerate((second, *more), 2)]
+    self_contained = one.self_contained and all(other.self_contained for other in others)
+    manifest = _provenance("compose", one, *others)
+    for other in others:
+        label = f"{one.label}, then {other.label}"
+        one = Input(label, _Composed(one, other, base, self_contained).adapter(), None, base)
+    return Adapter(one.adapter, whole=one.adapter.whole, manifest=manifest)
 
 
 def invert(a: Source, base: Checkpoint | None = None) -> Adapter:
@@ -76,7 +73,7 @@ def invert(a: Source, base: Checkpoint | None = None) -> Adapter:
     Raises:
         BaseMismatch, BaseRequired, FormatError, OSError: see :func:`compose`.
     """
-    one = open_inputs([a], base)[0]
+    one = open_input(a, base)
     alpha = one.adapter.alpha
 
     def sparse(name: str) -> SparseTensor:
@@ -129,6 +126,13 @@ class _Composed:
     second: Input
     base: Checkpoint | None
     self_contained: bool
+
+    def adapter(self) -> Adapter:
+        """All tensors, each computed when it is asked for."""
+        pair = (self.first, self.second)
+        whole = dict.fromkeys(name for one in pair for name in _names(one, whole=True))
+        names = dict.fromkeys(name for one in pair for name in _names(one, whole=False) if name not in whole)
+        return Adapter(Lazy(names, self.sparse), whole=Lazy(whole, self.whole))
 
     def sparse(self, name: str) -> SparseTensor:
         """A tensor that neither replaces as a whole."""

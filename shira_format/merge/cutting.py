@@ -7,6 +7,7 @@ import numpy as np
 from shira_format.arrays import Array
 from shira_format.codecs import Indices
 from shira_format.dtypes import working_dtype
+from shira_format.merge.joined import Part
 from shira_format.selection import TopK
 from shira_format.tensors import SparseTensor
 
@@ -33,12 +34,13 @@ def cut(tensor: SparseTensor, density: float) -> tuple[SparseTensor, float, floa
 
     Returns:
         The tensor, the sum of squares of its changes, and that of those that are left.
+
+    Raises:
+        SourceError: a change that is NaN or infinite, which has no place in an order.
+        BaseRequired: targets without their base's values.
     """
     wide = np.float64 if working_dtype(tensor.dtype) == np.float64 else np.float32
-    delta = tensor.values.astype(np.float64)
-    if tensor.meaning == "target":
-        assert tensor.base is not None
-        delta -= tensor.base.astype(np.float64)
+    delta = Part(tensor, label="the result").delta
     energy = float(delta @ delta)
     kept = largest(np.abs(delta).astype(wide), TopK(density).count(tensor.numel))
     if kept.size == tensor.nnz:

@@ -100,19 +100,21 @@ def open_inputs(sources: Sequence[Source], base: Checkpoint | None) -> list[Inpu
     """
     if not sources:
         raise SourceError("no adapters were given")
-    inputs = [_opened(source, number, base) for number, source in enumerate(sources, 1)]
-    for one in inputs:
-        _check_plain(one)
+    inputs = [open_input(source, base, number) for number, source in enumerate(sources, 1)]
     if base is None:  # which checks every value
         check_one_base(inputs)
     return inputs
 
 
-def _opened(source: Source, number: int, base: Checkpoint | None) -> Input:
+def open_input(source: Source, base: Checkpoint | None, number: int = 1) -> Input:
+    """Open one adapter, the ``number``-th; see :func:`open_inputs` for what is raised."""
     if isinstance(source, Adapter):
-        return Input(f"adapter {number}", source, None, base)
-    file = AdapterFile(source, apart=True)
-    return Input(str(file.path), file.adapter(), file, base)
+        one = Input(f"adapter {number}", source, None, base)
+    else:
+        file = AdapterFile(source, apart=True)
+        one = Input(str(file.path), file.adapter(), file, base)
+    _check_plain(one)
+    return one
 
 
 def _check_plain(one: Input) -> None:

@@ -14,7 +14,7 @@ from shira_format.arrays import Array
 from shira_format.codecs import Indices
 from shira_format.compiled import union
 from shira_format.dtypes import working_dtype
-from shira_format.errors import BaseMismatch, SourceError
+from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.tensors import SparseTensor
 
 Floats = npt.NDArray[np.float64]
@@ -43,13 +43,23 @@ class Part:
         """Whether these are deltas for a base of any dtype (spec, section 4)."""
         return self.tensor.meaning == "delta" and self.tensor.base_digest is None
 
+    def needs_base(self) -> BaseRequired:
+        """The error that nothing tells the base's values."""
+        return BaseRequired(
+            f"{self.label}: tensor {self.tensor.name!r}: the base's values at its entries are not known: pass the base "
+            "(--base), or convert with --self-contained"
+        )
+
     @cached_property
     def delta(self) -> Floats:
         """What the adapter adds at its entries at strength 1: float64 ``[nnz]``.
 
         Raises:
             SourceError: a delta that is NaN or infinite.
+            BaseRequired: targets without their base's values.
         """
+        if self.tensor.meaning == "target" and self.tensor.base is None:
+            raise self.needs_base()
         with np.errstate(over="ignore", invalid="ignore"):  # told below
             values: Floats = self.tensor.values.astype(np.float64)
             if self.tensor.meaning == "target":

@@ -2,7 +2,7 @@
 
 The rule is that of live adapters (spec, section 4.1), so that a merge and the adapters together give the same bits: an entry
 with one contribution becomes what that adapter alone would make of it at this strength, and at strength 1 its target bit for
-bit; one with several gets their sum in float64, smallest step first, rounded once to the weight's dtype.
+bit; one with several gets the sum of their steps in float64, smallest first, added to the base's value and rounded once.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shira_format.arrays import digest
+from shira_format.arrays import different, digest
 from shira_format.changes import narrowed
 from shira_format.codecs import Indices
 from shira_format.compiled import lay, mixed
 from shira_format.dtypes import working_dtype
-from shira_format.errors import BaseMismatch, BaseRequired
+from shira_format.errors import BaseMismatch
 from shira_format.merge.joined import Factor, Floats, Joined, Part
 from shira_format.tensors import SparseTensor
 
@@ -40,6 +40,7 @@ def mix(joined: Joined, factors: Sequence[Factor], *, self_contained: bool) -> S
     active = [
         number for number, factor in enumerate(factors) if joined.parts[number].tensor.nnz and np.any(factor)
     ]
+    _check_idle(joined, active)
     if not active:
         return None
     if len(active) == 1 and np.all(np.equal(factors[active[0]], 1)):
@@ -51,7 +52,7 @@ def mix(joined: Joined, factors: Sequence[Factor], *, self_contained: bool) -> S
     for number in sorted(active, key=lambda number: joined.parts[number].tensor.base is None):
         laid.put(number, factors[number])
     several, sums = _several(joined, factors, active, laid.count)
-    laid.values[several] = narrowed(sums + laid.base[several].astype(np.float64), joined.dtype)
+    laid.values[several] = narrowed(laid.base[several].astype(np.float64) + sums, joined.dtype)
     kept = slice(None) if laid.count.all() else np.flatnonzero(laid.count)
     base = laid.base[kept]
     known = {"base": base} if self_contained else {"base_digest": digest(base)}
@@ -87,26 +88,51 @@ class _Laid:
         own = tensor.base
         if own is None:
             if tensor.meaning == "target" or not self._known[at].all():
-                raise BaseRequired(
-                    f"{part.label}: tensor {tensor.name!r}: the base's values at its entries are not known: pass the base "
-                    "(--base), or convert with --self-contained"
-                )
+                raise part.needs_base()
             own = self.base[at]
+            if tensor.base_digest is not None and digest(own) != tensor.base_digest:
+                raise _other_base(part)
         strength = np.atleast_1d(np.asarray(factor, working_dtype(self._joined.dtype)))
         # A delta of 0 stands for the base's value where there is no target to lay.
         target = tensor.values if tensor.meaning == "target" else own
         new = mixed(target, own, strength)
         if lay(at, new, own, strength, self.values, self.base, self._known, self.count) >= 0:
-            raise BaseMismatch(
-                f"{part.label}: tensor {tensor.name!r}: other base values than another adapter's where entries meet: these "
-                "are not adapters of one base"
-            )
+            raise _other_base(part)
         if tensor.meaning == "delta":
             some = np.flatnonzero(np.broadcast_to(strength, at.shape))
             with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
                 step = tensor.values[some].astype(strength.dtype)
                 step *= strength if strength.size == 1 else strength[some]
                 self.values[at[some]] = (own[some].astype(strength.dtype) + step).astype(own.dtype)
+
+
+def _check_idle(joined: Joined, active: Sequence[int]) -> None:
+    """Compare the bases of adapters of which nothing is taken, which are not laid, with the others'.
+
+    Raises:
+        BaseMismatch: they are of different bases.
+    """
+    known = [
+        number
+        for number, part in enumerate(joined.parts)
+        if part.tensor.nnz and part.weight and part.tensor.base is not None
+    ]
+    if len(known) < 2 or set(known) <= set(active):
+        return
+    base, seen = np.empty(joined.size, joined.dtype), np.zeros(joined.size, bool)
+    for number in known:
+        at, own = joined.places[number], joined.parts[number].tensor.base
+        assert own is not None
+        if (different(base[at], own) & seen[at]).any():
+            raise _other_base(joined.parts[number])
+        base[at], seen[at] = own, True
+
+
+def _other_base(part: Part) -> BaseMismatch:
+    return BaseMismatch(
+        f"{part.label}: tensor {part.tensor.name!r}: other base values than another adapter's where entries meet: these "
+        "are not adapters of one base"
+    )
 
 
 def _several(

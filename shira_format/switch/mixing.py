@@ -62,8 +62,9 @@ class Joint:
     def mixed(self, base: Array) -> tuple[Array, int]:
         """The new values at :attr:`indices`, where ``base`` was, and how many entries several terms touch.
 
-        Where one term alone touches an entry, it becomes what it would under this term alone. Where several do, the sum
-        is in float64, smallest step first, so that their order does not matter, and rounded once to the dtype of ``base``.
+        Where one term alone touches an entry, it becomes what it would under this term alone. Where several do, their steps
+        are summed in float64, smallest first, so that their order does not matter and opposite ones cancel; the sum is
+        added to ``base`` and rounded once to its dtype.
         """
         if self.places is None:
             return self.terms[0].tensor.applied(base, self.terms[0].alpha), 0
@@ -82,10 +83,10 @@ class Joint:
             row[row_of[at[shared]]] = _steps(term, shared, here[shared])
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
             steps.sort(axis=0)
-            total = base[several].astype(np.float64)
+            total = np.zeros(several.size)
             for row in steps:
                 total += row
-            new[several] = narrowed(total, base.dtype)
+            new[several] = narrowed(base[several].astype(np.float64) + total, base.dtype)
         return new, int(several.size)
 
 

@@ -66,7 +66,7 @@ def oracle(base: Weights, wanted: list[tuple[Adapter, float]]) -> Weights:
                 new[i] = one(flat[i], tensor.values[k], alpha)
             else:
                 parts = sorted(a * (float(t.values[k]) - float(flat[i])) for a, t, k in found)
-                new[i] = rounded_once(added(float(flat[i]), parts), weight.dtype)
+                new[i] = rounded_once(float(flat[i]) + added(0.0, parts), weight.dtype)
         result[name] = new.reshape(weight.shape)
     return result
 
