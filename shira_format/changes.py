@@ -89,14 +89,15 @@ def tile_size(change: Change) -> int:
 
 def narrowed(array: Array, dtype: np.dtype[Any]) -> Array:
     """``array`` in ``dtype``, each value rounded once, to nearest, ties to even; what overflows becomes Inf or NaN."""
-    if array.dtype == np.float64 and dtype not in (np.float64, np.float32, np.float16):
-        # ml_dtypes goes through float32, and would round twice. Rounded to odd there, no value can look like a tie.
-        near = array.astype(np.float32)
-        pattern = near.view(np.uint32)
-        pattern -= np.abs(near) > np.abs(array)
-        pattern |= (near != array) & ~np.isnan(array)
-        array = near
-    return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if array.dtype == np.float64 and dtype not in (np.float64, np.float32, np.float16):
+            # ml_dtypes goes through float32, and would round twice. Rounded to odd there, no value can look like a tie.
+            near = array.astype(np.float32)
+            pattern = near.view(np.uint32)
+            pattern -= np.abs(near) > np.abs(array)
+            pattern |= (near != array) & ~np.isnan(array)
+            array = near
+        return array.astype(dtype, copy=False)
 
 
 COLUMNS = ("indices", "values", "base", "target")

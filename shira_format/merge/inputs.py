@@ -47,6 +47,15 @@ class Input:
         tensor = self.adapter[name]
         return tensor if self.base is None else self._named(with_base, tensor)
 
+    def bound(self, tensor: SparseTensor) -> SparseTensor:
+        """Deltas of this adapter with the base's values, which they need where they meet targets, if those are known."""
+        if tensor.meaning != "delta" or tensor.base is not None or self.base is None:
+            return tensor
+        base = self.base.at(tensor.name, tensor.indices)  # checked when the tensor was read
+        return SparseTensor(
+            tensor.name, tensor.shape, tensor.indices, tensor.values, meaning="delta", dtype=base.dtype, base=base
+        )
+
     def whole(self, name: str) -> WholeTensor:
         """One whole tensor, likewise."""
         tensor = self.adapter.whole[name]
@@ -70,10 +79,16 @@ class Input:
 
     @cached_property
     def self_contained(self) -> bool:
-        """Whether it keeps the base's values of all its targets."""
+        """Whether it keeps the base's values of all its targets, and of all whole tensors that the base has."""
         if self.file is None:
-            return all(one.base is not None for one in self.adapter.values() if one.meaning == "target")
-        return all(one.base_values for one in self.file.manifest.tensors.values() if one.values == "target")
+            targets = [one for one in self.adapter.values() if one.meaning == "target"]
+            known = [*targets, *(one for one in self.adapter.whole.values() if one.base_digest is not None)]
+            return all(one.base is not None for one in known)
+        manifest = self.file.manifest
+        stored = [one for one in manifest.tensors.values() if one.values == "target"]
+        return all(
+            one.base_values for one in [*stored, *(w for w in manifest.whole.values() if "base" in w.digests)]
+        )
 
     def nnz(self, name: str) -> int:
         """Entries of one tensor; 0 if it has none of that name."""

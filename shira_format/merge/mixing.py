@@ -52,7 +52,9 @@ def mix(joined: Joined, factors: Sequence[Factor], *, self_contained: bool) -> S
     for number in sorted(active, key=lambda number: joined.parts[number].tensor.base is None):
         laid.put(number, factors[number])
     several, sums = _several(joined, factors, active, laid.count)
-    laid.values[several] = narrowed(laid.base[several].astype(np.float64) + sums, joined.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
+        sums += laid.base[several].astype(np.float64)
+    laid.values[several] = narrowed(sums, joined.dtype)
     kept = slice(None) if laid.count.all() else np.flatnonzero(laid.count)
     base = laid.base[kept]
     known = {"base": base} if self_contained else {"base_digest": digest(base)}
@@ -174,7 +176,8 @@ def _deltas(joined: Joined, factors: Sequence[Factor], active: Sequence[int]) ->
     for number in active:
         at, factor = joined.places[number], factors[number]
         some = np.flatnonzero(np.broadcast_to(factor, at.shape))
-        total[at[some]] = (factor * joined.parts[number].delta)[some]
+        with np.errstate(over="ignore"):
+            total[at[some]] = (factor * joined.parts[number].delta)[some]
         count[at[some]] += 1
     several, sums = _several(joined, factors, active, count)
     total[several] = sums

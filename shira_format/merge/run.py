@@ -75,6 +75,8 @@ class Merge:
         """
         weights, _ = self.settings.of(name)
         found = [one.sparse(name) if name in one.adapter else None for one in self.inputs]
+        if len({tensor.meaning for tensor in found if tensor is not None}) > 1:
+            found = [tensor and one.bound(tensor) for tensor, one in zip(found, self.inputs, strict=True)]
         known = next(tensor for tensor in found if tensor is not None)
         no_base = np.empty(0, known.dtype) if known.base_digest is not None else None
         nothing = SparseTensor(
