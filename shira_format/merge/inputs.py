@@ -81,13 +81,12 @@ class Input:
     def self_contained(self) -> bool:
         """Whether it keeps the base's values of all its targets, and of all whole tensors that the base has."""
         if self.file is None:
+            old = [one for one in self.adapter.whole.values() if one.base_digest is not None]
             targets = [one for one in self.adapter.values() if one.meaning == "target"]
-            known = [*targets, *(one for one in self.adapter.whole.values() if one.base_digest is not None)]
-            return all(one.base is not None for one in known)
-        manifest = self.file.manifest
-        stored = [one for one in manifest.tensors.values() if one.values == "target"]
-        return all(
-            one.base_values for one in [*stored, *(w for w in manifest.whole.values() if "base" in w.digests)]
+            return all(one.base is not None for one in old) and all(one.base is not None for one in targets)
+        told = self.file.manifest
+        return all(one.base_values for one in told.whole.values() if "base" in one.digests) and all(
+            one.base_values for one in told.tensors.values() if one.values == "target"
         )
 
     def nnz(self, name: str) -> int:
