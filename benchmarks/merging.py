@@ -49,10 +49,16 @@ def rows(shape: Shape, folder: Path) -> Iterator[Row]:
         yield Row(f"{method} of two adapters at {DENSITY:.0%} in memory, {size}", ours, theirs, "s", peer, *demand)
         whole = min(_timed(lambda m=method, o=options: merge(paths, folder / "merged.st", method=m, weights=WEIGHTS, options=o)) for _ in range(_RUNS))  # type: ignore[misc] # fmt: skip
         peer = "the same, without reading or writing a checkpoint"
-        yield Row("  from file to file, checked and hashed", whole, theirs, "s", peer)
+        yield Row(f"  {method}, from file to file, checked and hashed", whole, theirs, "s", peer)
         most = _peak(paths, method, options)
         yield Row(
-            "  peak of memory, whole process", most, ROOM, "GB", "what is allowed", f"< {ROOM:g}", most < ROOM
+            f"  {method}, peak of memory, whole process",
+            most,
+            ROOM,
+            "GB",
+            "what is allowed",
+            f"< {ROOM:g}",
+            most < ROOM,
         )
 
 

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks import tasks
-from shira_cli import convert, diff, inspect, measure, merge, plot, verify
+from shira_cli import convert, diff, inspect, measure, merge, moments, plot, verify
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from tests import models
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Any] = {
     "shira-inspect": inspect.main,
     "shira-measure": measure.main,
     "shira-merge": merge.main,
+    "shira-moments": moments.main,
     "shira-plot": plot.main,
     "shira-verify": verify.main,
 }
@@ -49,6 +50,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shutil.copytree(models.LORAS / "spam", tmp_path / "my-lora")
     shutil.copytree(models.sre(), tmp_path / "my-tune")
     merged(tmp_path / "my-merged-model")
+    shutil.copy(models.LORAS.parent / "text" / "genre.jsonl", tmp_path / "my-texts.jsonl")
     (tmp_path / "adapters").mkdir()
     for name, without in (("spam", []), ("genre", ["classifier"])):  # there is one head
         path = tmp_path / "adapters" / f"{name}.st"

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--exclude", action="append", default=[], metavar="REGEX", help="leave out tensors in whose name this is found; may be repeated")  # fmt: skip
     add("--threads", type=int, metavar="N", help="at most this many threads (default: all cores); the bytes do not depend on it")  # fmt: skip
     add("--report", type=Path, metavar="FILE", help="write how the adapters go together, tensor by tensor, as .html or .json")  # fmt: skip
-    add("--moments", type=Path, metavar="FILE", help="second moments of the layers' inputs (shira_analysis.moments), for the report")  # fmt: skip
+    add("--moments", type=Path, metavar="FILE", help="second moments of the layers' inputs, from shira-moments, for the report")  # fmt: skip
     add("--check", action="store_true", help="print that report, and merge nothing")
     add("--force", action="store_true", help="replace FILEs if they exist")
     add("--dry-run", action="store_true", help="compute and report everything, write nothing")
