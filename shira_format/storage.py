@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -197,3 +197,14 @@ def identified(path: str | os.PathLike[str]) -> dict[str, str]:
     from shira_format.hub import identified as identified_by_hub
 
     return identified_by_hub(path)
+
+
+def check_not_input(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write over a file that is read.
+
+    Raises:
+        SourceError: ``out`` is one of ``inputs``.
+    """
+    local = [path for path in inputs if isinstance(path, Path) and path.exists()]
+    if out.exists() and any(out.samefile(path) for path in local):
+        raise SourceError(f"{out}: is one of the inputs")

@@ -170,19 +170,18 @@ def _layer(method: str, text: str) -> tuple[str, dict[str, Any]]:
 def _merge(options: argparse.Namespace) -> int:
     console.terminate_like_interrupt()
     output = None if options.dry_run or options.check else options.output
-    _check_files(options, output)
     base = _base(options)
+    _check_files(options, output, [] if base is None else [base.path, *base.files])
     if options.method in ALGEBRA:
         report = _algebra(options, base, output)
     else:
-        from shira_format.merge import merge, open_merge
+        from shira_format.merge import open_merge
 
-        settings: dict[str, Any] = {
-            "method": options.method, "weights": options.weights, "options": options.option, "layers": options.layer,
-            "base": base, "density": options.density, "self_contained": options.self_contained,
-            "include": options.include, "exclude": options.exclude,
-        }  # fmt: skip
-        job = open_merge(options.adapters, **settings)
+        job = open_merge(
+            options.adapters, method=options.method, weights=options.weights, options=options.option,
+            layers=options.layer, base=base, density=options.density, self_contained=options.self_contained,
+            include=options.include, exclude=options.exclude,
+        )  # fmt: skip
         with ExitStack() as stack:
             if options.check or options.report is not None:
                 joining = _joining(job, options)
@@ -195,7 +194,7 @@ def _merge(options: argparse.Namespace) -> int:
                     print(joining.text())
                 return 0
             with _bar(options, len(job.names) + len(job.whole)) as step:
-                report = merge(options.adapters, output, **settings, threads=options.threads, progress=step)
+                report = job.write(output, threads=options.threads, progress=step)
     for text in report.notices:
         console.notice(f"note: {text}", quiet=options.quiet)
     if options.json:
@@ -205,17 +204,17 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_files(options: argparse.Namespace, output: Path | None) -> None:
+def _check_files(options: argparse.Namespace, output: Path | None, base: Sequence[Path]) -> None:
     """Raise ShiraError if a file to write is there already, is an input, or is another file to write."""
     from shira_format import SourceError
+    from shira_format.storage import check_not_input
 
-    inputs = [Path(name) for name in (*options.adapters, options.base, options.moments) if name is not None]
+    inputs = [*map(Path, options.adapters), *base, *([] if options.moments is None else [options.moments])]
     report = None if options.dry_run else options.report
     for path in (output, report):
         if path is None:
             continue
-        if path.is_file() and any(one.is_file() and path.samefile(one) for one in inputs):
-            raise SourceError(f"{path}: is one of the inputs")
+        check_not_input(path, inputs)
         console.check_output(path, force=options.force)
     if output is not None and report is not None and output.resolve() == report.resolve():
         raise SourceError(f"{report}: the report and the adapter need two names")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from shira_format.convert.report import ConversionReport, TensorReport
 from shira_format.dtypes import dtype_name
 from shira_format.errors import SourceError
 from shira_format.selection import AMOUNTS, Engine, Here, Progress, TopK, Workers, passes, select
+from shira_format.storage import check_not_input
 from shira_format.tensors import SparseTensor, WholeTensor
 
 _MOST = 1 << 22  # entries that are encoded and hashed while more are looked at
@@ -46,7 +47,7 @@ def convert(
     )  # fmt: skip
     path = None if out is None else Path(out)
     if path is not None:
-        _check_not_input(path, [opened.base.path, *opened.files])
+        check_not_input(path, [opened.base.path, *opened.files])
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(threads))
         engine: Engine = Here(workers, progress)
@@ -215,12 +216,6 @@ def _provenance(job: Job, opened: Opened, rule: TopK | Exact, report: Conversion
     if opened.base.components:
         found["components"] = {component: {} for component in opened.base.components}
     return found
-
-
-def _check_not_input(out: Path, inputs: Iterable[Path]) -> None:
-    local = [path for path in inputs if isinstance(path, Path) and path.exists()]
-    if out.exists() and any(out.samefile(path) for path in local):
-        raise SourceError(f"{out}: is one of the inputs")
 
 
 @contextmanager

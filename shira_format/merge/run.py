@@ -26,6 +26,7 @@ from shira_format.merge.report import MergedTensor, MergeReport
 from shira_format.merge.settings import Settings
 from shira_format.merge.wholes import joined_whole
 from shira_format.selection import Workers
+from shira_format.storage import check_not_input
 from shira_format.tensors import SparseTensor, WholeTensor
 
 if TYPE_CHECKING:
@@ -119,6 +120,44 @@ class Merge:
         return joined_whole(
             name, self.inputs, weights, self.settings.method, options, self_contained=self.self_contained
         )
+
+    def write(
+        self,
+        out: str | os.PathLike[str] | None,
+        *,
+        threads: int | None = None,
+        progress: Callable[[str], object] = lambda _: None,
+    ) -> MergeReport:
+        """Compute all of the result, and write it to a file unless ``out`` is None; see :func:`merge`."""
+        path = None if out is None else Path(out)
+        if path is not None:
+            check_not_input(path, self._files)
+        report = _new_report(self)
+        with ExitStack() as stack:
+            workers = stack.enter_context(Workers(threads))
+            writer = stack.enter_context(AdapterWriter(path, self.provenance())) if path is not None else None
+            for tensor, account in _computed(self, workers, writer):
+                report.tensors.append(account)
+                if writer is not None and tensor is not None:
+                    writer.add(tensor)
+                progress(account.name)
+            for name in self.whole:
+                whole = self.whole_tensor(name)
+                if whole is not None:
+                    report.whole.append(name)
+                    if writer is not None:
+                        writer.add_whole(whole)
+                progress(name)
+        if path is not None:
+            report.file_bytes = path.stat().st_size
+        return report
+
+    @property
+    def _files(self) -> list[Path]:
+        """All that is read."""
+        bases = {id(one.base): one.base for one in self.inputs if one.base is not None}
+        adapters = [one.file.path for one in self.inputs if one.file is not None]
+        return [*adapters, *(path for base in bases.values() for path in (base.path, *base.files))]
 
     def provenance(self) -> dict[str, Any]:
         """The manifest of the result: of what base it is, how it was made, and from what."""
@@ -239,28 +278,7 @@ def merge(
         sources, method=method, weights=weights, options=options, layers=layers, base=base, density=density,
         self_contained=self_contained, include=include, exclude=exclude,
     )  # fmt: skip
-    path = None if out is None else Path(out)
-    if path is not None:
-        _check_not_input(path, job)
-    report = _new_report(job)
-    with ExitStack() as stack:
-        workers = stack.enter_context(Workers(threads))
-        writer = stack.enter_context(AdapterWriter(path, job.provenance())) if path is not None else None
-        for tensor, account in _computed(job, workers, writer):
-            report.tensors.append(account)
-            if writer is not None and tensor is not None:
-                writer.add(tensor)
-            progress(account.name)
-        for name in job.whole:
-            whole = job.whole_tensor(name)
-            if whole is not None:
-                report.whole.append(name)
-                if writer is not None:
-                    writer.add_whole(whole)
-            progress(name)
-    if path is not None:
-        report.file_bytes = path.stat().st_size
-    return report
+    return job.write(out, threads=threads, progress=progress)
 
 
 def merged(sources: Sequence[Source], **settings: Any) -> Adapter:
@@ -296,9 +314,3 @@ def _computed(
 
     compiled.load()
     yield from workers.ahead(tasks(), _MOST)
-
-
-def _check_not_input(out: Path, job: Merge) -> None:
-    paths = [one.file.path for one in job.inputs if one.file is not None]
-    if out.exists() and any(out.samefile(path) for path in paths):
-        raise SourceError(f"{out}: is one of the inputs")

@@ -486,6 +486,19 @@ def test_refusals(files: Path, capsys: Capture) -> None:
         assert before == contents(files), arguments
 
 
+@pytest.mark.parametrize("method", ["linear", "compose"])
+def test_no_file_of_the_base_is_written_over(method: str, files: Path, capsys: Capture) -> None:
+    folder = files / "model"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    (files / "base.safetensors").rename(weights)
+    before = weights.read_bytes()
+    arguments = [files / "a.st", files / "b.st", "--base", folder, "--method", method, "--force", "-o", weights]
+    assert 1 == run(*arguments)
+    assert f"shira-merge: error: {weights}: is one of the inputs\n" == one_line(capsys)
+    assert before == weights.read_bytes()
+
+
 def test_a_report_over_an_input(files: Path, capsys: Capture) -> None:
     inside = files / "adapter.json"
     inside.write_bytes((files / "a.st").read_bytes())
