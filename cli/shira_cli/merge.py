@@ -283,6 +283,11 @@ def _algebra(options: argparse.Namespace, base: Checkpoint | None, output: Path 
     if removed:
         manifest["removed"] = removed
     report = MergeReport([str(path) for path in options.adapters], options.method, whole=whole)
+    if removed:
+        report.notices.append(
+            f"removes {len(removed)} tensors that the adapter added ({removed[0]} for example): shira-convert shira_to_full does that, "
+            "live models keep their tensors and refuse it"
+        )
     with ExitStack() as stack:
         step = stack.enter_context(_bar(options, len(names) + len(whole)))
         writer = None if output is None else stack.enter_context(AdapterWriter(output, manifest))

@@ -12,19 +12,57 @@ from shira_format.adapter import Adapter, Lazy
 from shira_format.arrays import Array, different, digest
 from shira_format.based import whole_with_base, with_base
 from shira_format.compiled import union
-from shira_format.errors import BaseMismatch, BaseRequired
+from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.merge.inputs import Input, Source, open_input
 from shira_format.merge.mixing import framed
-from shira_format.merge.run import merged
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.merge.run import merged, open_merge
+from shira_format.tensors import SparseTensor, WholeTensor, same_bits
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint
 
 
 def subtract(a: Source, b: Source, base: Checkpoint | None = None) -> Adapter:
-    """The adapter whose deltas are those of ``a`` less those of ``b``; see :func:`shira_format.merge.merge` for what is raised."""
-    return merged([a, b], weights=[1.0, -1.0], base=base)
+    """The adapter whose deltas are those of ``a`` less those of ``b``.
+
+    Returns:
+        An adapter of strength 1 that computes each tensor when it is asked for; those of ``a`` and ``b`` count. Of whole
+        tensors it has those that ``a`` alone replaces; what both replace by the same bits is no difference.
+
+    Raises:
+        SourceError: ``b`` replaces a tensor as a whole that ``a`` does not, or not by the same: that cannot be taken away.
+            Told when the tensor is asked for.
+        BaseMismatch, BaseRequired, FormatError, OSError: see :func:`shira_format.merge.merge`.
+    """
+    job = open_merge([a, b], weights=[1.0, -1.0], base=base)
+    first, second = job.inputs
+
+    def sparse(name: str) -> SparseTensor:
+        found, _ = job.tensor(name)
+        if found is not None:
+            return found
+        known = (first if name in first.adapter else second).adapter[name]
+        return SparseTensor(
+            name, known.shape, np.empty(0, np.int64), np.empty(0, known.dtype), base=np.empty(0, known.dtype)
+        )
+
+    def whole(name: str) -> WholeTensor:
+        if name in _names(second, whole=True):
+            raise SourceError(
+                f"{second.label}: tensor {name!r} is replaced as a whole, which cannot be taken away: leave it out (--exclude)"
+            )
+        found = first.whole(name)
+        return found if first.self_contained else WholeTensor(name, found.values, base_digest=found.base_digest)
+
+    def alike(name: str) -> bool:
+        both = all(name in _names(one, whole=True) for one in (first, second))
+        return both and same_bits(first.adapter.whole[name].values, second.adapter.whole[name].values)
+
+    replaced = dict.fromkeys(name for one in (first, second) for name in _names(one, whole=True))
+    names = [name for name in replaced if not alike(name)]
+    return Adapter(
+        Lazy(job.names, sparse), whole=Lazy(names, whole), manifest=_provenance("subtract", first, second)
+    )
 
 
 def intersect(*sources: Source, base: Checkpoint | None = None) -> Adapter:
@@ -252,7 +290,7 @@ def _named(one: Input, check: Any, tensor: Any, weight: Any) -> Any:
 def _provenance(kind: str, *inputs: Input) -> dict[str, Any]:
     found: dict[str, Any] = {}
     manifest: Mapping[str, Any] = inputs[0].adapter.manifest
-    if kind == "compose" and "base_model" in manifest:  # that of the first; the inverse's is the adapted model
+    if kind != "inverse" and "base_model" in manifest:  # whose base is the adapted model
         found["base_model"] = manifest["base_model"]
     if components := {k: v for one in inputs for k, v in one.adapter.manifest.get("components", {}).items()}:
         found["components"] = components

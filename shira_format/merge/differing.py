@@ -14,6 +14,7 @@ from shira_format.arrays import Array, different
 from shira_format.codecs import Indices
 from shira_format.compiled import union
 from shira_format.container import AdapterFile
+from shira_format.errors import SourceError
 from shira_format.filters import name_filter
 from shira_format.manifest import DERIVED
 from shira_format.tensors import SparseTensor, WholeTensor, same_bits
@@ -106,7 +107,7 @@ def differences(
         progress: called with the name of each tensor that is done.
 
     Raises:
-        SourceError: a regex that is none.
+        SourceError: a regex that is none, or no tensor is left by the choice of names.
         FormatError: a file is no adapter, or is damaged.
         OSError: a file cannot be read.
 
@@ -128,6 +129,8 @@ def differences(
     for name in filter(chosen, dict.fromkeys([*first.whole, *second.whole])):
         found.tensors.append(_whole(name, first.whole.get(name), second.whole.get(name)))
         progress(name)
+    if (include or exclude) and not found.tensors and not any(gone):
+        raise SourceError("no tensor is left by the choice of names")
     return found
 
 

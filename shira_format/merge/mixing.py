@@ -17,7 +17,7 @@ from shira_format.changes import narrowed
 from shira_format.codecs import Indices
 from shira_format.compiled import lay, mixed
 from shira_format.dtypes import working_dtype
-from shira_format.errors import BaseMismatch
+from shira_format.errors import BaseMismatch, SourceError
 from shira_format.merge.joined import Factor, Floats, Joined, Part
 from shira_format.tensors import SparseTensor
 
@@ -34,6 +34,7 @@ def mix(joined: Joined, factors: Sequence[Factor], *, self_contained: bool) -> S
         Targets if any contribution is a target, else deltas.
 
     Raises:
+        SourceError: a weight that is infinite in the weight's working dtype.
         BaseRequired: targets at entries of which nobody tells the base's values.
         BaseMismatch: the parts are of different bases.
     """
@@ -82,6 +83,7 @@ class _Laid:
         """Lay one part.
 
         Raises:
+            SourceError: its weight is infinite in the working dtype.
             BaseRequired: its entries' base values are not known.
             BaseMismatch: they are other ones than another part's.
         """
@@ -94,7 +96,11 @@ class _Laid:
             own = self.base[at]
             if tensor.base_digest is not None and digest(own) != tensor.base_digest:
                 raise _other_base(part)
-        strength = np.atleast_1d(np.asarray(factor, working_dtype(self._joined.dtype)))
+        wide = working_dtype(self._joined.dtype)
+        if abs(part.weight) > float(np.finfo(wide).max):
+            raise SourceError(f"{part.label}: the weight {part.weight:g} is infinite in {wide}")
+        with np.errstate(over="ignore"):  # a factor of a method may be infinite, as its result then is
+            strength = np.atleast_1d(np.asarray(factor, wide))
         # A delta of 0 stands for the base's value where there is no target to lay.
         target = tensor.values if tensor.meaning == "target" else own
         new = mixed(target, own, strength)

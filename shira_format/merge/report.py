@@ -20,6 +20,7 @@ class MergedTensor:
         shared: entries that several adapters have.
         energy: sum of squares of the result's deltas before it was cut to a density; None if it was not cut.
         energy_kept: the same of what is left; None likewise.
+        not_finite: entries of the result that are NaN or infinite.
     """
 
     name: str
@@ -30,6 +31,7 @@ class MergedTensor:
     shared: int
     energy: float | None = None
     energy_kept: float | None = None
+    not_finite: int = 0
 
 
 @dataclass

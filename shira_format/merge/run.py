@@ -14,6 +14,7 @@ import numpy as np
 
 from shira_format import compiled
 from shira_format.adapter import Adapter
+from shira_format.arrays import Array
 from shira_format.container import AdapterWriter, Prepared
 from shira_format.errors import SourceError
 from shira_format.filters import name_filter
@@ -57,7 +58,7 @@ class Merge:
 
     @property
     def alpha(self) -> float:
-        """The result's own: if one adapter alone has a weight, its alpha stays apart; else alphas count in the weights."""
+        """The result's own: if one adapter is taken alone, at the weight 1, it keeps its alpha; else alphas count in the weights."""
         alone = self._alone
         return 1.0 if alone is None else self.inputs[alone].adapter.alpha
 
@@ -66,7 +67,14 @@ class Merge:
         told = self.settings.told()
         weights, _ = self.settings.of("")
         active = [number for number, weight in enumerate(weights) if weight]
-        return active[0] if len(active) == 1 and "layers" not in told else None
+        return active[0] if len(active) == 1 and weights[active[0]] == 1 and "layers" not in told else None
+
+    def strengths(self, name: str) -> list[float]:
+        """What the adapters' deltas of one tensor are multiplied by: their weights, times their own strengths unless these stay apart."""
+        weights, _ = self.settings.of(name)
+        if self._alone is not None:
+            return weights
+        return [weight * one.adapter.alpha for weight, one in zip(weights, self.inputs, strict=True)]
 
     def joined(self, name: str) -> Joined:
         """One weight as all adapters see it.
@@ -74,7 +82,6 @@ class Merge:
         Raises:
             FormatError, BaseMismatch: see :meth:`Input.sparse` and :meth:`Joined.of`.
         """
-        weights, _ = self.settings.of(name)
         found = [one.sparse(name) if name in one.adapter else None for one in self.inputs]
         if len({tensor.meaning for tensor in found if tensor is not None}) > 1:
             found = [tensor and one.bound(tensor) for tensor, one in zip(found, self.inputs, strict=True)]
@@ -84,11 +91,10 @@ class Merge:
             name, known.shape, np.empty(0, np.int64), np.empty(0, known.values.dtype), meaning=known.meaning,
             dtype=known.dtype, base=no_base,
         )  # fmt: skip
-        alone = self._alone
         parts = [
-            Part(nothing if tensor is None else tensor, weight * (1.0 if alone is not None else one.adapter.alpha), one.label)
-            for tensor, weight, one in zip(found, weights, self.inputs, strict=True)
-        ]  # fmt: skip
+            Part(nothing if tensor is None else tensor, strength, one.label)
+            for tensor, strength, one in zip(found, self.strengths(name), self.inputs, strict=True)
+        ]
         return Joined.of(parts)
 
     def tensor(self, name: str) -> tuple[SparseTensor | None, MergedTensor]:
@@ -111,14 +117,20 @@ class Merge:
         account = MergedTensor(
             name, joined.parts[0].tensor.shape, 0 if result is None else result.nnz, joined.numel, entries,
             sum(entries) - joined.size if len(entries) == 2 else int(np.count_nonzero(joined.touches > 1)), energy, kept,
+            0 if result is None else _not_finite(result.values),
         )  # fmt: skip
         return result, account
 
     def whole_tensor(self, name: str) -> WholeTensor | None:
         """One whole tensor of the result, or None if no adapter with a weight has it; see :func:`joined_whole`."""
-        weights, options = self.settings.of(name)
+        _, options = self.settings.of(name)
         return joined_whole(
-            name, self.inputs, weights, self.settings.method, options, self_contained=self.self_contained
+            name,
+            self.inputs,
+            self.strengths(name),
+            self.settings.method,
+            options,
+            self_contained=self.self_contained,
         )
 
     def write(
@@ -132,7 +144,7 @@ class Merge:
         path = None if out is None else Path(out)
         if path is not None:
             check_not_input(path, self._files)
-        report = _new_report(self)
+        report = MergeReport([one.label for one in self.inputs], self.settings.method.name)
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(threads))
             writer = stack.enter_context(AdapterWriter(path, self.provenance())) if path is not None else None
@@ -150,7 +162,20 @@ class Merge:
                 progress(name)
         if path is not None:
             report.file_bytes = path.stat().st_size
+        report.notices += self._notices(report)
         return report
+
+    def _notices(self, report: MergeReport) -> Iterator[str]:
+        licences = {str(one.adapter.manifest.get("license")) for one in self.inputs}
+        if len(licences) > 1:
+            yield f"the adapters' licences differ ({', '.join(sorted(licences))}): the result names none"
+        if not report.nnz and not report.whole:
+            yield "nothing is left: the result changes no weight"
+        if not_finite := sum(tensor.not_finite for tensor in report.tensors):
+            first = next(tensor.name for tensor in report.tensors if tensor.not_finite)
+            yield f"{not_finite:,} entries of the result are NaN or infinite, of the tensor {first!r} for example"
+        if len(self.inputs) > 1 and not report.shared and all(one.base is None for one in self.inputs):
+            yield "no entry is in two of the adapters, so that nothing tells whether they are of one base: --base checks it"
 
     @property
     def _files(self) -> list[Path]:
@@ -289,14 +314,9 @@ def merged(sources: Sequence[Source], **settings: Any) -> Adapter:
     return Adapter(tensors, whole=whole, manifest=job.provenance())
 
 
-def _new_report(job: Merge) -> MergeReport:
-    report = MergeReport([one.label for one in job.inputs], job.settings.method.name)
-    licences = {str(one.adapter.manifest.get("license")) for one in job.inputs}
-    if len(licences) > 1:
-        report.notices.append(
-            f"the adapters' licences differ ({', '.join(sorted(licences))}): the result names none"
-        )
-    return report
+def _not_finite(values: Array) -> int:
+    with np.errstate(invalid="ignore"):  # what ml_dtypes says of signalling NaNs
+        return values.size - int(np.count_nonzero(np.isfinite(values)))
 
 
 def _computed(

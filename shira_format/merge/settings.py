@@ -78,7 +78,7 @@ class Settings:
 
     def _checked(self, weights: Any) -> list[float]:
         try:
-            found = [float(weight) for weight in weights]
+            found = [float(weight) for weight in ([weights] if isinstance(weights, str) else weights)]
         except (TypeError, ValueError):
             raise SourceError(f"weights {weights!r} are not numbers") from None
         if len(found) != self._count:

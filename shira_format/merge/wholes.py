@@ -19,13 +19,13 @@ from shira_format.tensors import SparseTensor, WholeTensor, same_bits
 def joined_whole(
     name: str,
     inputs: Sequence[Input],
-    weights: Sequence[float],
+    strengths: Sequence[float],
     method: Method,
     options: Mapping[str, Any],
     *,
     self_contained: bool,
 ) -> WholeTensor | None:
-    """One whole tensor of the result, or None if no adapter with a weight has it.
+    """One whole tensor of the result, or None if no adapter of a strength other than 0 has it.
 
     What one adapter alone replaces, it replaces at any strength, as on live models; what several replace by the same bits, too.
     Else the method joins all elements, or takes one of the tensors if it takes entries as they are.
@@ -35,20 +35,20 @@ def joined_whole(
         FormatError, BaseMismatch: see :meth:`Input.whole`.
     """
     found = [
-        (one, one.whole(name), weight)
-        for one, weight in zip(inputs, weights, strict=True)
-        if weight and name in one.adapter.whole
+        (one, one.whole(name))
+        for one, strength in zip(inputs, strengths, strict=True)
+        if strength and name in one.adapter.whole
     ]
     if not found:
         return None
-    _, first, _ = found[0]
-    if all(same_bits(first.values, whole.values) for _, whole, _ in found[1:]):
-        known = next((whole for _, whole, _ in found if whole.base is not None), first)
+    _, first = found[0]
+    if all(same_bits(first.values, whole.values) for _, whole in found[1:]):
+        known = next((whole for _, whole in found if whole.base is not None), first)
         return _framed(known, self_contained=self_contained)
     if method.takes and method.name == "overwrite":
         return _framed(found[0 if options["priority"] == "first" else -1][1], self_contained=self_contained)
-    labels = ", ".join(one.label for one, _, _ in found)
-    for one, whole, _ in found:
+    labels = ", ".join(one.label for one, _ in found)
+    for one, whole in found:
         if method.takes or whole.base is None or not is_float(whole.values.dtype):
             why = (
                 f"the method {method.name!r} joins no whole tensors"
@@ -62,7 +62,7 @@ def joined_whole(
                 "(--exclude), or use the method 'overwrite'"
             )
     joined = Joined.of(
-        [_part(name, first, one, weight, weights) for one, weight in zip(inputs, weights, strict=True)]
+        [_part(name, first, one, strength) for one, strength in zip(inputs, strengths, strict=True)]
     )
     result = mix(joined, method.factors(joined, options), self_contained=True)
     assert first.base is not None
@@ -74,15 +74,12 @@ def joined_whole(
     )
 
 
-def _part(name: str, first: WholeTensor, one: Input, weight: float, weights: Sequence[float]) -> Part:
+def _part(name: str, first: WholeTensor, one: Input, strength: float) -> Part:
     """All elements as entries; none if the adapter leaves the tensor alone."""
-    alpha = 1.0 if sum(map(bool, weights)) == 1 else one.adapter.alpha
     shape, dtype = first.values.shape, first.values.dtype
     if name not in one.adapter.whole:
         nothing = np.empty(0, dtype)
-        return Part(
-            SparseTensor(name, shape, np.empty(0, np.int64), nothing, base=nothing), weight * alpha, one.label
-        )
+        return Part(SparseTensor(name, shape, np.empty(0, np.int64), nothing, base=nothing), strength, one.label)
     whole = one.whole(name)
     if whole.values.shape != shape:
         raise SourceError(
@@ -91,7 +88,7 @@ def _part(name: str, first: WholeTensor, one: Input, weight: float, weights: Seq
     assert whole.base is not None
     indices = np.arange(whole.values.size, dtype=np.int64)
     tensor = SparseTensor(name, shape, indices, whole.values.reshape(-1), base=whole.base.reshape(-1))
-    return Part(tensor, weight * alpha, one.label)
+    return Part(tensor, strength, one.label)
 
 
 def _framed(tensor: WholeTensor, *, self_contained: bool) -> WholeTensor:

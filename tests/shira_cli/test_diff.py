@@ -131,6 +131,7 @@ def test_trouble_is_2(files: Path, capsys: Capture) -> None:
         ((files / "bad.st", files / "a.st"), f"{files / 'bad.st'}: tensor "),
         ((files / "a.st", files / "text.st"), f"{files / 'text.st'}: "),
         ((files / "a.st", files / "a.st", "--include", "("), "not a regular expression: '('"),
+        ((files / "a.st", files / "a.st", "--include", "zzz"), "no tensor is left by the choice of names"),
         ((files / "a.st", files, "--quiet"), f"{files}: "),
     ):
         assert 2 == run(*arguments)

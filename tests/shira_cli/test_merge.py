@@ -276,7 +276,7 @@ def test_a_report_does_not_come_without_its_merge(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shira_format.merge.merge", stop)
+    monkeypatch.setattr("shira_format.merge.run.Merge.write", stop)
     assert 130 == run(files / "a.st", files / "b.st", "-o", files / "ab.st", "--report", files / "ab.html")
     assert "shira-merge: error: interrupted; nothing was written\n" == one_line(capsys)
     assert before == listed(files)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shira_format.errors import SourceError
 from shira_format.merge.joined import Factor, Joined
 from shira_format.merge.methods.election import total as summed_up
 from shira_format.merge.methods.method import Method, Option, Options
@@ -23,7 +24,16 @@ def linear(joined: Joined, options: Options) -> Sequence[Factor]:
 
 
 def mean(joined: Joined, _: Options) -> Sequence[Factor]:
-    """``sum of w_i D_i / sum of w_i`` over the adapters that have the entry: one that has it alone changes it in full."""
+    """``sum of w_i D_i / sum of w_i`` over the adapters that have the entry: one that has it alone changes it in full.
+
+    Raises:
+        SourceError: a weight below 0, of which a mean is none: -1 and -1 would give what 1 and 1 give.
+    """
+    for part in joined.parts:
+        if part.weight < 0:
+            raise SourceError(
+                f"{part.label}: the weight {part.weight:g} is below 0, which the method 'mean' cannot take"
+            )
     total = summed_up(
         joined, [np.full(at.size, part.weight) for part, at in zip(joined.parts, joined.places, strict=True)]
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_format import Adapter, BaseMismatch, BaseRequired, SparseTensor, WholeTensor, load, save
+from shira_format import Adapter, BaseMismatch, BaseRequired, SourceError, SparseTensor, WholeTensor, load, save
 from shira_format.merge import compose, intersect, invert, merged, subtract
 from shira_format.tensors import same_bits
 from tests.shira_format.merge.small import (
@@ -128,7 +128,19 @@ def test_a_difference_is_what_one_adds_beyond_the_other(model: tuple[Weights, li
         # One rounding to the weight's dtype, and two of a strength other than 1, of numbers of a size up to 16.
         eps = float(ml_dtypes.finfo(base[name].dtype).eps)
         assert np.abs(delta - expected).max() <= 32 * eps
-    assert found.keys() == {name for one in (a, b) if one.alpha for name in one}
+    assert found.keys() == {*a, *b}
+
+
+def test_whole_tensors_of_a_difference() -> None:
+    head, old = WholeTensor("head", W), WholeTensor("w", W + 1, base=W)
+    a, b = Adapter(whole=[head, old]), Adapter(whole=[head])
+    assert {"w": old} == dict(subtract(a, b).whole)
+    assert {} == dict(subtract(a, a).whole)
+    for one, other in ((b, a), (a, Adapter(whole=[WholeTensor("w", W + 2, base=W)]))):
+        with pytest.raises(
+            SourceError, match="adapter 2: tensor 'w' is replaced as a whole, which cannot be taken away"
+        ):
+            dict(subtract(one, other).whole)
 
 
 @given(models(forms=["values"], strengths=[1.0]))

@@ -182,6 +182,16 @@ def test_an_adapters_own_strength_counts_in_its_weight(model: Model, weight: flo
     assert content(found) == content(merged(plain, weights=[weight * a.alpha, b.alpha]))
 
 
+def test_the_weight_of_one_adapter_alone_joins_its_own_strength() -> None:
+    base = make_base(2)
+    a, b = make_adapter(base, 2, alpha=0.5), make_adapter(base, 3)
+    together = {name: weight.copy() for name, weight in base.items()}
+    Switcher(together).set([(a, 0.3 * 0.5)])
+    found = merged([a, b], weights=[0.3, 0])
+    assert 1 == found.alpha
+    assert same(together, applied(base, found))
+
+
 # Files, threads, and what is told.
 
 
@@ -243,6 +253,24 @@ def test_licences_that_differ_are_told(tmp_path: Path) -> None:
     report = merge([tmp_path / "mit.st", tmp_path / "cc0.st"], tmp_path / "out.st")
     assert ["the adapters' licences differ (cc0, mit): the result names none"] == report.notices
     assert "license" not in load(tmp_path / "out.st").manifest
+
+
+def test_notices(tmp_path: Path) -> None:
+    w = make_base(0, np.float16)["a.weight"]
+    one, far = entries(w, "w", [1], [6e4]), entries(w, "w", [2], [1])
+    save(Adapter([one]), tmp_path / "a.st")
+    save(Adapter([far]), tmp_path / "b.st")
+    a, b = tmp_path / "a.st", tmp_path / "b.st"
+    assert [] == merge([a, a], None, weights=[0.5, 0.5]).notices
+    report = merge([a, a], None)
+    assert ["1 entries of the result are NaN or infinite, of the tensor 'w' for example"] == report.notices
+    nothing = merge([a, a], None, weights=[0, 0])
+    assert ["nothing is left: the result changes no weight"] == nothing.notices
+    apart = [
+        "no entry is in two of the adapters, so that nothing tells whether they are of one base: --base checks it"
+    ]
+    assert apart == merge([a, b], None).notices
+    assert [] == merge([a, b], None, base=Held({"w": w})).notices
 
 
 # The size of the result.
@@ -338,6 +366,9 @@ REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
     "density nan": (A, {"density": float("nan")}, SourceError, r"density nan is not in \(0, 1\]"),
     "weights": (A, {"weights": [1]}, SourceError, "1 weights for 2 adapters"),
     "weight nan": (A, {"weights": [1, float("nan")]}, SourceError, "not all finite"),
+    "weights in a text": (A, {"weights": "12"}, SourceError, "1 weights for 2 adapters"),
+    "mean": (A, {"method": "mean", "weights": [-1, -1]}, SourceError, "a.st: the weight -1 is below 0, which the method 'mean' cannot take"),
+    "infinite weight": (A, {"weights": [1, 1e39]}, SourceError, r"b.st: the weight 1e\+39 is infinite in float32"),
     "weight of exact": (A, {"method": "overwrite", "weights": [1, 0.5]}, SourceError, "'overwrite' takes entries as they are"),
     "names": (A, {"include": ["nothing"]}, SourceError, "no tensor is left by the choice of names"),
     "pattern": (A, {"layers": [("nothing", {"weights": [1, 1]})]}, SourceError, "the pattern 'nothing' is found in no tensor's name"),
