@@ -9,7 +9,7 @@ Do they disturb each other, which lemmas apply, what is lost of each, and would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from math import expm1, log1p
@@ -29,7 +29,7 @@ from shira_analysis.overlap import overlap
 from shira_analysis.pairs import Measures, Pair, TensorPair
 from shira_format.csr.matrix import MAX_ROWS
 from shira_format.errors import BaseRequired, SourceError
-from shira_format.merge import METHODS, Merge
+from shira_format.merge import METHODS, Merge, Method
 from shira_format.merge.joined import Joined
 from shira_format.tensors import SparseTensor, matrix_view
 
@@ -48,7 +48,7 @@ def joining_report(
     Args:
         job: from :func:`shira_format.merge.open_merge`.
         moments: of the layers' inputs, for interference in feature space.
-        alternatives: other methods to try, with their default options; by default all.
+        alternatives: other methods to try, with those of the chosen method's options that they have, too; by default all.
         progress: called with the name of each weight that is done.
 
     Returns:
@@ -66,7 +66,8 @@ def joining_report(
     if moments is not None and job.names and set(job.names).isdisjoint(moments):
         example = next(iter(moments), None)
         raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
-    report.trials += [Trial(name, METHODS[name].settings({}), chosen=False) for name in others if name != job.settings.method.name]  # fmt: skip
+    _, options = job.settings.of("")
+    report.trials += [Trial(name, _carried(job.settings.method, options, METHODS[name]), chosen=False) for name in others if name != job.settings.method.name]  # fmt: skip
     _leave_out_takers(job, report.trials[1:])
     numbers = list(combinations(range(len(job.inputs)), 2))
     pairs = [Pair(report.labels[i], report.labels[j]) for i, j in numbers]
@@ -74,7 +75,7 @@ def joining_report(
     for name in job.names:
         joined = _measurable(job.joined(name))
         kind = layer_kind(name, joined.shape)
-        views = _Views(joined, moments)
+        views = _Views(_signed(joined), moments)
         for pair, found, (i, j) in zip(pairs, lemmas, numbers, strict=True):
             if joined.parts[i].tensor.nnz or joined.parts[j].tensor.nnz:
                 measures, said = views.pair(i, j)
@@ -97,7 +98,8 @@ def _new_report(job: Merge, *, fed: bool) -> JoiningReport:
     weights, _ = job.settings.of("")
     told = job.settings.told()
     report = JoiningReport(
-        [one.label for one in job.inputs], list(weights), [one.adapter.alpha for one in job.inputs], told, job.density,
+        [one.label for one in job.inputs], list(weights), [one.adapter.alpha for one in job.inputs],
+        [sorted(set(column)) for column in zip(*map(job.strengths, job.names or [""]), strict=True)], told, job.density,
         trials=[Trial(told["method"], told["options"], chosen=True)], whole=list(job.whole), fed=fed,
     )  # fmt: skip
     for trial in report.trials:
@@ -108,6 +110,15 @@ def _new_report(job: Merge, *, fed: bool) -> JoiningReport:
             "nothing here is about them"
         )
     return report
+
+
+def _carried(chosen: Method, options: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """The options of ``method``: those of the chosen one that mean the same, and its own defaults."""
+    known = chosen.options
+    same = {
+        key: options[key] for key, own in method.options.items() if key in known and own.about == known[key].about
+    }
+    return method.settings(same)
 
 
 def _leave_out_takers(job: Merge, trials: Sequence[Trial]) -> None:
@@ -143,19 +154,34 @@ def _measurable(joined: Joined) -> Joined:
     return replace(joined, parts=parts)
 
 
+def _signed(joined: Joined) -> Joined:
+    """The same with the deltas turned round of parts that are taken away, as they meet in the merge."""
+    parts = [
+        replace(
+            part, tensor=SparseTensor(joined.name, joined.shape, part.tensor.indices, -part.delta, meaning="delta")
+        )
+        if part.weight < 0
+        else part
+        for part in joined.parts
+    ]
+    return replace(joined, parts=parts)
+
+
 def _try(job: Merge, trial: Trial, joined: Joined, kind: str, report: JoiningReport) -> None:
     """One method on one weight, if it has not refused another one."""
     if trial.refused is not None:
         return
     _, options = job.settings.of(joined.name)
+    method = METHODS[trial.method]
     try:
-        result, accounts = outcome(
-            joined, METHODS[trial.method], options if trial.chosen else trial.options, job.density
-        )
+        found = outcome(joined, method, _carried(job.settings.method, options, method), job.density)
     except SourceError as error:
         trial.refused = str(error)
         return
+    result, accounts = found.result, found.accounts
     trial.accounts = summed([trial.accounts, accounts], len(accounts))
+    trial.energy += found.energy
+    trial.energy_cut += found.energy_cut
     if trial.chosen:
         nnz = 0 if result is None else result.nnz
         report.after.append(TensorAfter(joined.name, joined.shape, kind, nnz, accounts))

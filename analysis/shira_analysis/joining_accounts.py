@@ -101,6 +101,8 @@ class Trial:
         chosen: whether it is the one that was asked for, with its own options for some layers, too.
         accounts: of the adapters.
         refused: why there is no result, or none that compares; else None.
+        energy: sum of squares of the result's deltas before it was cut to a density; 0 if it was not cut.
+        energy_cut: that of those which were cut off.
     """
 
     method: str
@@ -108,6 +110,13 @@ class Trial:
     chosen: bool
     accounts: list[Account] = field(default_factory=list)
     refused: str | None = None
+    energy: float = 0.0
+    energy_cut: float = 0.0
+
+    @property
+    def lost_to_cut(self) -> float | None:
+        """Share of the result's energy that was cut off to reach a density; None if it was not cut, or there is no result."""
+        return None if self.refused is not None else _share(self.energy_cut, self.energy)
 
     @property
     def kept(self) -> float | None:
@@ -134,10 +143,25 @@ class Trial:
         }
 
 
-def outcome(
-    joined: Joined, method: Method, options: Mapping[str, Any], density: float | None
-) -> tuple[SparseTensor | None, list[Account]]:
-    """What a method makes of one weight (None: nothing), and the accounts of the adapters.
+@dataclass(frozen=True)
+class Outcome:
+    """What a method makes of one weight.
+
+    Attributes:
+        result: its entries; None: nothing.
+        accounts: of the adapters.
+        energy: see :class:`Trial`.
+        energy_cut: likewise.
+    """
+
+    result: SparseTensor | None
+    accounts: list[Account]
+    energy: float
+    energy_cut: float
+
+
+def outcome(joined: Joined, method: Method, options: Mapping[str, Any], density: float | None) -> Outcome:
+    """What a method makes of one weight.
 
     Raises:
         SourceError: the method refuses it, or an energy is too large for float64.
@@ -146,9 +170,10 @@ def outcome(
     with np.errstate(over="ignore", invalid="ignore"):  # a result that is not finite is told in the accounts
         factors = method.factors(joined, options)
         result = mix(joined, factors, self_contained=True)
+        energy = kept = 0.0
         if result is not None and density is not None:
-            result, _, _ = cut(result, density)
-        return result, _accounts(joined, factors, result)
+            result, energy, kept = cut(result, density)
+        return Outcome(result, _accounts(joined, factors, result), energy, energy - kept)
 
 
 def _accounts(joined: Joined, factors: Sequence[Factor], result: SparseTensor | None) -> list[Account]:

@@ -19,8 +19,8 @@ MEASURE = (
 )
 LIMITS = (
     "It compares weights, and says nothing of tasks. It counts every departure from w_i d_i as a loss, one that a method makes on purpose, "
-    "too: a mean where adapters agree, what is scaled up for what was dropped. The other methods run with their default options, with which "
-    "most of those that prune drop nothing; methods that draw at random run with the seed of their options. Tensors that are replaced as a "
+    "too: a mean where adapters agree, what is scaled up for what was dropped. The other methods run with the chosen one's options where they have "
+    "the same, else with their defaults, with which most of those that prune drop nothing; methods that draw at random run with the seed of their options. Tensors that are replaced as a "
     "whole are not in it"
 )
 
@@ -31,7 +31,7 @@ class JoinedPair:
 
     Attributes:
         numbers: which two, from 0.
-        pair: their measures, at strength 1.
+        pair: their measures, at strength 1, or -1 where the merge takes an adapter away.
         lemmas: what lemmas 4.4 and 4.5 say of them.
     """
 
@@ -96,6 +96,7 @@ class JoiningReport:
         labels: of the adapters.
         weights: of each, for layers without other ones; without its own strength.
         alphas: its own strength.
+        strengths: of each, what its deltas are multiplied by, rising: several where layers have weights of their own.
         settings: method, options and settings for some layers, as JSON values.
         density: share of a weight's elements that its result may have; None: any.
         pairs: what the adapters have to do with each other.
@@ -109,6 +110,7 @@ class JoiningReport:
     labels: list[str]
     weights: list[float]
     alphas: list[float]
+    strengths: list[list[float]]
     settings: dict[str, Any]
     density: float | None
     pairs: list[JoinedPair] = field(default_factory=list)
@@ -126,6 +128,14 @@ class JoiningReport:
             if len(set(names)) == len(names):
                 return names
         return [f"{name} ({at})" for at, name in enumerate(short, 1)]
+
+    @property
+    def strength_words(self) -> list[str]:
+        """Of each adapter its strength in the merge."""
+        return [
+            f"{all_[0]:g}" if len(all_) == 1 else f"{all_[0]:g} to {all_[-1]:g}, by layer"
+            for all_ in self.strengths
+        ]
 
     @property
     def chosen(self) -> Trial:
@@ -160,14 +170,17 @@ class JoiningReport:
         """Plain JSON values; what is undefined or was not measured is null."""
         return {
             "inputs": [
-                {"label": label, "weight": weight, "alpha": alpha}
-                for label, weight, alpha in zip(self.labels, self.weights, self.alphas, strict=True)
+                {"label": label, "weight": weight, "alpha": alpha, "strengths": strengths}
+                for label, weight, alpha, strengths in zip(
+                    self.labels, self.weights, self.alphas, self.strengths, strict=True
+                )
             ],
             **self.settings,
             "density": self.density,
             "before": {"pairs": [pair.as_json() for pair in self.pairs]},
             "after": {
                 "refused": self.chosen.refused,
+                "energy_lost_to_density": self.chosen.lost_to_cut,
                 "inputs": None if self.chosen.refused is not None else self._accounts(self.chosen.accounts),
                 "kinds": {kind: self._accounts(accounts) for kind, accounts in self.kinds.items()},
                 "tensors": [

@@ -15,8 +15,8 @@ _MOST = 10  # weights that are shown; all are in the JSON and on the page
 
 _BEFORE = ("", "shared", "expected", "conflicts", "share", "cosine", "AWOM", "by chance", "AWOR", "by chance", "on inputs", "disturbed 1, 2")  # fmt: skip
 
-_EXPLAINED = """shared: entries of both, beside what two masks of these sizes share by chance; conflicts: shared entries that the two change in \
-opposite directions, and their share. AWOM, AWOR: Frobenius norm of A1^T A2 and its share of zeros (of weights [out, in]), beside what random signs \
+_EXPLAINED = """shared: entries of both, beside what two masks of these sizes share by chance; conflicts: shared entries that the two, each with \
+the sign of its w, pull in opposite directions, and their share. AWOM, AWOR: Frobenius norm of A1^T A2 and its share of zeros (of weights [out, in]), beside what random signs \
 and columns give. on inputs: the cosine of what the two add to the outputs, by the moments; disturbed: the energy that the other adapter puts onto \
 an adapter's own output, as a share of that."""
 _EXPLAINED_AFTER = """dropped: entries of which the result has nothing, and their share of the adapter's energy. disturbed: what lies between the result \
@@ -96,14 +96,14 @@ def _after(report: JoiningReport) -> Iterator[str]:
     names: Sequence[str] = report.names
     rows = [
         (
-            name, f"{weight * alpha:g}", f"{one.entries:,}", f"{one.dropped:,}", percent(one.energy_dropped),
+            name, strength, f"{one.entries:,}", f"{one.dropped:,}", percent(one.energy_dropped),
             percent(one.disturbed),
         )
-        for name, weight, alpha, one in zip(
-            names, report.weights, report.alphas, report.chosen.accounts, strict=True
-        )
+        for name, strength, one in zip(names, report.strength_words, report.chosen.accounts, strict=True)
     ]  # fmt: skip
     yield table(("", "w", "entries", "dropped", "energy", "disturbed"), rows)
+    if report.chosen.lost_to_cut is not None:
+        yield f"cut to the density: {percent(report.chosen.lost_to_cut)} of the energy of the result is lost"
     tensors = sorted(report.after, key=lambda one: -one.disturbed)[:_MOST]
     if tensors:
         more = (

@@ -106,25 +106,22 @@ def warnings(report: JoiningReport) -> list[str]:
 
 def _of_pair(report: JoiningReport, pair: JoinedPair) -> Iterator[str]:
     first, second = (report.names[number] for number in pair.numbers)
-    whole, turned = pair.pair.whole, _turned(report, pair)
+    whole = pair.pair.whole
     common = whole.overlap
     clash = conflict_share(whole)
     if clash is not None and common.shared >= MET * min(common.first, common.second) and clash >= CLASH:
-        opposite = "in the same direction" if turned else "in opposite directions"
         yield (
-            f"{first} and {second} change {percent(clash)} of their shared entries {opposite}"
-            + (", and one of their weights is negative: there they cancel" if turned else "")
-            + f" (without any relation: half){_most(pair, clash)}."
+            f"{first} and {second} pull {percent(clash)} of their shared entries in opposite directions (without any relation: "
+            f"half){_most(pair, clash)}."
         )
     for cosine, where in (
         (common.cosine, "as changes of the weights"),
         (None if whole.interference is None else whole.interference.cosine, "on the layers' inputs"),
     ):
         if cosine is not None and abs(cosine) >= ALIKE:
-            adds = (cosine > 0) != turned
             yield (
-                f"{first} and {second} have a cosine of {cosine:+.2f} {where}: added up, they "
-                f"{'do more than either is meant to do' if adds else 'cancel each other in part'}."
+                f"{first} and {second} have a cosine of {cosine:+.2f} {where}: together they "
+                f"{'do more than either is meant to do' if cosine > 0 else 'cancel each other in part'}."
             )
 
 
@@ -133,12 +130,6 @@ def _most(pair: JoinedPair, clash: float) -> str:
     kinds = [(conflict_share(found) or 0.0, kind) for kind, found in pair.pair.kinds.items()]
     share, kind = max(kinds)
     return f"; most in the kind “{kind}”, {percent(share)}" if share >= clash + CLASH else ""
-
-
-def _turned(report: JoiningReport, pair: JoinedPair) -> bool:
-    """Whether one of the two is taken away, and not the other."""
-    signs = [report.weights[number] * report.alphas[number] < 0 for number in pair.numbers]
-    return signs[0] != signs[1]
 
 
 def _after(report: JoiningReport) -> Iterator[str]:
@@ -155,6 +146,9 @@ def _after(report: JoiningReport) -> Iterator[str]:
             yield (
                 f"{name}: at its own entries the result is off by {percent(account.disturbed)} of the energy that it was to have there."
             )
+    lost = report.chosen.lost_to_cut
+    if lost is not None and lost >= LOST:
+        yield f"The cut to the density takes {percent(lost)} of the energy of the result."
     best, kept = next(iter(report.ranked), None), report.chosen.kept
     if best is not None and kept is not None and (best.kept or 0.0) - kept >= BETTER:
         yield (

@@ -107,7 +107,8 @@ def test_every_figure_by_dense_arithmetic(job: Merge) -> None:
         assert [one.name for one in pair.pair.tensors] == [n for n in names if parts[n][i].tensor.nnz or parts[n][j].tensor.nnz]  # fmt: skip
         for one in pair.pair.tensors:
             common, product = one.measures.overlap, one.measures.product
-            a, b = of[one.name, i], of[one.name, j]
+            # Each with the sign that it has in the merge.
+            a, b = (of[one.name, at] * (-1 if parts[one.name][at].weight < 0 else 1) for at in (i, j))
             sets = [set(parts[one.name][at].tensor.indices.tolist()) for at in (i, j)]
             assert len(sets[0] & sets[1]) == common.shared
             assert np.count_nonzero(a * b < 0) == common.opposite_sign
@@ -222,6 +223,37 @@ def test_layers_have_their_own_weights() -> None:
     assert (0.25, 0.125) == tuple(one.energy for one in report.chosen.accounts)
     assert [one.method for one in report.refused] == ["overwrite", "refuse", "disjoint", "intersect"]
     assert "in layers with 'q_proj': weights=[0.5, 0.25]" in report.text()
+    assert ["0.5", "0.25"] == report.strength_words
+    two = [Adapter([of_delta([[1, 0]]), of_delta([[1, 0]], "other")], manifest={"alpha": 0.5}) for _ in range(2)]
+    report = joining_report(open_merge(two, weights=[1, 2], layers=[("q_proj", {"weights": [1, -3]})]))
+    assert ["0.5", "-1.5 to 1, by layer"] == report.strength_words
+    assert [[0.5], [-1.5, 1.0]] == [one["strengths"] for one in told(report)["inputs"]]
+    assert "-1.5 to 1, by layer" in report.text()
+
+
+def test_a_cut_to_a_density_tells_the_energy_lost() -> None:
+    report = joining_report(of_deltas([[3, 0, 0, 0]], [[0, 1, 2, 0]], density=0.25))
+    assert 5 / 14 == report.chosen.lost_to_cut == told(report)["after"]["energy_lost_to_density"]
+    said = "The cut to the density takes 35.71 % of the energy of the result."
+    assert said in report.warnings()
+    assert "cut to the density: 35.71 % of the energy of the result is lost" in report.text()
+    assert joining_report(of_deltas([[3, 0]])).chosen.lost_to_cut is None
+
+
+def test_other_methods_run_with_the_same_options() -> None:
+    report = joining_report(
+        of_deltas([[4, 3, 2, 1]], [[4, 0, 0, 1]], method="ties", options={"density": 0.5, "of": "entries"})
+    )
+    options = {trial.method: trial.options for trial in report.trials}
+    assert (0.5, "entries") == (options["magnitude_prune"]["density"], options["magnitude_prune"]["of"])
+    assert METHODS["linear"].settings({}) == options["linear"]
+    alone = joining_report(
+        of_deltas(
+            [[4, 3, 2, 1]], [[4, 0, 0, 1]], method="magnitude_prune", options={"density": 0.5, "of": "entries"}
+        )
+    )
+    kept = {trial.method: trial.kept for trial in report.trials}
+    assert kept["magnitude_prune"] == alone.chosen.kept != kept["linear"]
 
 
 def struct(shape: tuple[int, int], rows: list[int], seed: int = 0) -> SparseTensor:
@@ -329,11 +361,19 @@ def test_interference_by_moments() -> None:
 
 def test_warnings_of_signs() -> None:
     a, b = [[1, 1, 1, 0]], [[1, -1, 1, 0]]
-    same = "change 33.33 % of their shared entries in opposite directions (without any relation: half)."
-    assert f"adapter 1 and adapter 2 {same}" in joining_report(of_deltas(a, b)).warnings()
-    turned = joining_report(of_deltas(a, a, weights=[1, -1])).warnings()
-    assert any("have a cosine of +1.00 as changes of the weights: added up, they cancel each other" in one for one in turned)  # fmt: skip
-    assert any("off by 100.00 %" in one for one in turned)
+
+    def of(share: str) -> str:
+        return f"adapter 1 and adapter 2 pull {share} of their shared entries in opposite directions (without any relation: half)."
+
+    by_layer = [("q_proj", {"weights": [1, -1]})]
+    assert of("33.33 %") in joining_report(of_deltas(a, b)).warnings()
+    assert of("33.33 %") in joining_report(of_deltas(a, b, weights=[-1, -2])).warnings()
+    assert of("66.67 %") in joining_report(of_deltas(a, b, weights=[-1, 2])).warnings()
+    assert of("66.67 %") in joining_report(of_deltas(a, b, layers=by_layer)).warnings()
+    for turned in ({"weights": [1, -1]}, {"layers": by_layer}):
+        said = joining_report(of_deltas(a, a, **turned)).warnings()
+        assert any("have a cosine of -1.00 as changes of the weights: together they cancel each other" in one for one in said)  # fmt: skip
+        assert any("off by 100.00 %" in one for one in said)
     assert not joining_report(of_deltas([[1, 0]], [[0, 1]])).warnings()
 
 

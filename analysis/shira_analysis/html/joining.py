@@ -23,7 +23,7 @@ _SIGNS = (
     ("product A1^T A2", "product A₁ᵀA₂"),
     ("AWOR <= density", "AWOR ≤ density"),
 )
-_BEFORE = ("shared", "by chance", "conflicts", "of the shared", "cosine", "AWOR", "by chance", "AWOM", "by chance", "cosine on inputs")  # fmt: skip
+_BEFORE = ("shared", "by chance", "conflicts", "of the shared", "cosine", "AWOR", "by chance", "AWOM", "by chance", "cosine on inputs", "disturbed on inputs")  # fmt: skip
 
 
 def joining_page(report: JoiningReport) -> str:
@@ -57,7 +57,14 @@ def _facts(report: JoiningReport) -> list[tuple[str, str]]:
     for label, weight, alpha in zip(report.names, report.weights, report.alphas, strict=True):
         found.append((label, f"weight {weight:g}" + (f", times its own strength {alpha:g}" if alpha != 1 else "")))
     if report.density is not None:
-        found.append(("cut", f"to {_share(report.density)} of each weight's elements, the largest changes"))
+        lost = report.chosen.lost_to_cut
+        found.append(
+            (
+                "cut",
+                f"to {_share(report.density)} of each weight's elements, the largest changes"
+                + ("" if lost is None else f"; {_share(lost)} of the energy of the result is lost"),
+            )
+        )
     return [*found, *(("not measured", note) for note in report.notes)]
 
 
@@ -74,10 +81,11 @@ def _before(report: JoiningReport) -> Iterator[str]:
     if report.pairs:
         yield (
             '<p class="soft">Shared: entries that both set, beside the number that two masks of these sizes share by chance. Conflicts: shared '
-            "entries that the two change in opposite directions. AWOR is the share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the "
+            "entries that the two, each with the sign of its weight, pull in opposite directions. AWOR is the share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the "
             "matrices that both change (of weights [out, in]), beside what random signs and columns give."
             + (
-                " Cosine on inputs: of what the two add to the layers’ outputs, by the second moments of their inputs."
+                " On inputs, by their second moments: the cosine of what the two add to the layers’ outputs, and the energy that the other adapter "
+                "puts onto each one’s own output, as a share of that."
                 if report.fed
                 else ""
             )
@@ -92,7 +100,7 @@ def _pair(report: JoiningReport, pair: JoinedPair) -> Iterator[str]:
         yield f"<h3>{page.text(first)} and {page.text(second)}</h3>"
     yield paragraph(words.pair_words(first, second, pair.pair))
     yield paragraph(map(_signs, lemma_words(pair)))
-    head = _BEFORE if report.fed else _BEFORE[:-1]
+    head = _BEFORE if report.fed else _BEFORE[:-2]
     rows = [
         (page.text(kind), *_cells(found, fed=report.fed))
         for kind, found in [*pair.pair.kinds.items(), ("all", pair.pair.whole)]
@@ -116,7 +124,11 @@ def _cells(measures: Measures, *, fed: bool) -> list[str]:
     cells += ["–"] * 4 if product is None else [
         _number(product.awor, ".4f"), _number(product.awor_if_independent, ".4f"), f"{product.awom:.3g}", f"{product.awom_if_independent:.3g}",
     ]  # fmt: skip
-    return cells + ([_number(None if met is None else met.cosine, "+.3f")] if fed else [])
+    if not fed:
+        return cells
+    if met is None:
+        return [*cells, "–", "–"]
+    return [*cells, _number(met.cosine, "+.3f"), f"{_share(met.disturbed_first)}, {_share(met.disturbed_second)}"]
 
 
 def _lemma_cells(found: TensorLemmas | None) -> list[str]:
@@ -134,9 +146,9 @@ def _after(report: JoiningReport) -> Iterator[str]:
         return
     rows = [
         (
-            name(label), f"{weight * alpha:g}", f"{one.entries:,}", f"{one.dropped:,}", _share(one.energy_dropped), _share(one.disturbed),
+            name(label), strength, f"{one.entries:,}", f"{one.dropped:,}", _share(one.energy_dropped), _share(one.disturbed),
         )
-        for label, weight, alpha, one in zip(report.names, report.weights, report.alphas, report.chosen.accounts, strict=True)
+        for label, strength, one in zip(report.names, report.strength_words, report.chosen.accounts, strict=True)
     ]  # fmt: skip
     head = ("adapter", "weight w", "entries", "dropped", "energy dropped", "disturbed")
     yield table(head, rows, stacked=True)
