@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--weights", metavar="W,W,...", help="one number for each adapter, times its own strength (default: 1); write --weights=-1,1 if the first is negative")  # fmt: skip
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the method; may be repeated")  # fmt: skip
     add("--layer", action="append", default=[], metavar="REGEX:KEY=VALUE", help="an option, or 'weights', for tensors in whose name REGEX is found; may be repeated, later ones are stronger")  # fmt: skip
-    add("--base", metavar="CHECKPOINT", help="the checkpoint that they were made for, checked by digests; needed where changes are weighed and its values are not in the files")  # fmt: skip
-    add("--density", type=float, metavar="D", help="keep of each tensor's result the largest changes, at most this share of its elements")  # fmt: skip
+    add("--base", metavar="CHECKPOINT", help="the checkpoint that they were made for, checked by digests; needed where several adapters that lack its values change one tensor")  # fmt: skip
+    add("--density", type=float, metavar="D", help="keep of each tensor's result the largest changes, this share of its elements, rounded up")  # fmt: skip
     add("--self-contained", action=argparse.BooleanOptionalAction, help="store the base's values too (default: if all adapters do)")  # fmt: skip
     add("--include", action="append", default=[], metavar="REGEX", help="join only tensors in whose name this is found; may be repeated")  # fmt: skip
     add("--exclude", action="append", default=[], metavar="REGEX", help="leave out tensors in whose name this is found; may be repeated")  # fmt: skip

@@ -23,7 +23,7 @@ _SIGNS = (
     ("product A1^T A2", "product A₁ᵀA₂"),
     ("AWOR <= density", "AWOR ≤ density"),
 )
-_BEFORE = ("shared", "by chance", "conflicts", "of the shared", "cosine", "AWOR", "by chance", "AWOM", "by chance", "cosine on inputs", "disturbed on inputs")  # fmt: skip
+_BEFORE = ("shared", "by chance", "conflicts", "of the shared", "cosine", "AWOR", "by chance", "AWOM", "by chance")
 
 
 def joining_page(report: JoiningReport) -> str:
@@ -84,7 +84,7 @@ def _before(report: JoiningReport) -> Iterator[str]:
             "entries that the two, each with the sign of its weight, pull in opposite directions. AWOR is the share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the "
             "matrices that both change (of weights [out, in]), beside what random signs and columns give."
             + (
-                " On inputs, by their second moments: the cosine of what the two add to the layers’ outputs, and the energy that the other adapter "
+                " On inputs and disturbed, by the second moments of the layers’ inputs: the cosine of what the two add to the layers’ outputs, and the energy that the other adapter "
                 "puts onto each one’s own output, as a share of that."
                 if report.fed
                 else ""
@@ -100,35 +100,41 @@ def _pair(report: JoiningReport, pair: JoinedPair) -> Iterator[str]:
         yield f"<h3>{page.text(first)} and {page.text(second)}</h3>"
     yield paragraph(words.pair_words(first, second, pair.pair))
     yield paragraph(map(_signs, lemma_words(pair)))
-    head = _BEFORE if report.fed else _BEFORE[:-2]
-    rows = [
-        (page.text(kind), *_cells(found, fed=report.fed))
-        for kind, found in [*pair.pair.kinds.items(), ("all", pair.pair.whole)]
-    ]
-    yield table(("kind of layer", *head), rows)
+    kinds = [*pair.pair.kinds.items(), ("all", pair.pair.whole)]
+    yield table(("kind of layer", *_BEFORE), [(page.text(kind), *_cells(found)) for kind, found in kinds])
+    fed: tuple[str, ...] = ()
+    if report.fed:
+        fed = ("cosine on inputs", f"{first} disturbed", f"{second} disturbed")
+        yield table(("kind of layer", *fed), [(page.text(kind), *_fed_cells(found)) for kind, found in kinds])
     lemmas = {one.name: one for one in pair.lemmas.tensors}
     each = [
-        (name(one.name), *_cells(one.measures, fed=report.fed), *_lemma_cells(lemmas.get(one.name)))
+        (
+            name(one.name), *_cells(one.measures), *(_fed_cells(one.measures) if report.fed else ()),
+            *_lemma_cells(lemmas.get(one.name)),
+        )
         for one in pair.pair.tensors
-    ]
+    ]  # fmt: skip
     yield f"<details><summary>{page.text(_count(len(each), 'tensor'))} of {page.text(first)} and {page.text(second)}</summary>"
-    yield table(("tensor", *head, "lemma 4.4", "its margin", "lemma 4.5", "its margin"), each) + "</details>"
+    head = ("tensor", *_BEFORE, *fed, "lemma 4.4", "its margin", "lemma 4.5", "its margin")
+    yield table(head, each) + "</details>"
 
 
-def _cells(measures: Measures, *, fed: bool) -> list[str]:
-    common, product, met = measures.overlap, measures.product, measures.interference
+def _cells(measures: Measures) -> list[str]:
+    common, product = measures.overlap, measures.product
     cells = [
         f"{common.shared:,}", f"{common.expected:,.0f}", "–" if common.opposite_sign is None else f"{common.opposite_sign:,}",
         _share(conflict_share(measures)), _number(common.cosine, "+.3f"),
     ]  # fmt: skip
-    cells += ["–"] * 4 if product is None else [
+    return cells + (["–"] * 4 if product is None else [
         _number(product.awor, ".4f"), _number(product.awor_if_independent, ".4f"), f"{product.awom:.3g}", f"{product.awom_if_independent:.3g}",
-    ]  # fmt: skip
-    if not fed:
-        return cells
+    ])  # fmt: skip
+
+
+def _fed_cells(measures: Measures) -> list[str]:
+    met = measures.interference
     if met is None:
-        return [*cells, "–", "–"]
-    return [*cells, _number(met.cosine, "+.3f"), f"{_share(met.disturbed_first)}, {_share(met.disturbed_second)}"]
+        return ["–"] * 3
+    return [_number(met.cosine, "+.3f"), _share(met.disturbed_first), _share(met.disturbed_second)]
 
 
 def _lemma_cells(found: TensorLemmas | None) -> list[str]:
