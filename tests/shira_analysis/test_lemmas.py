@@ -402,7 +402,7 @@ def test_files(tmp_path: Path, quick: lemmas.Verification) -> None:
         assert lemma.of_files
         assert lemma.cases > bare.cases
         assert any(check.law.startswith("files:") for check in lemma.checks)
-    assert [f"{path}: 1 of its tensors are no matrices" for path in paths] == found.lemmas[0].notes
+    assert [f"{path}: 1 of its tensors is no matrix" for path in paths] == found.lemmas[0].notes
     # A single file is put beside itself; all rows are common then.
     alone = lemmas.verify(paths[:1], quick=True, lemmas=["4.5"]).lemmas[0]
     assert "a.weight with 0.st" in alone.of_files[0][0]
@@ -420,6 +420,12 @@ def test_files_that_share_nothing_and_masks(tmp_path: Path) -> None:
     save(Adapter([SparseTensor("n", (3,), [1], np.float32([1]), meaning="delta")]), vector)
     with pytest.raises(SourceError, match="no matrix in it has entries"):
         lemmas.verify([vector], quick=True)
+    # Beside others it is left out, with a word.
+    beside = lemmas.verify([vector, first], quick=True, lemmas=["4.2"])
+    assert beside.ok
+    left_out = f"{vector}: no matrix in it has entries and can be checked: it is left out"
+    assert left_out in beside.lemmas[0].notes
+    assert beside.lemmas[0].of_files
 
 
 def test_interference_is_measured_after_one_layer_and_after_two() -> None:
@@ -441,9 +447,9 @@ def test_weights_with_a_side_beyond_memory_are_left_out(tmp_path: Path) -> None:
     found = lemmas.verify([tmp_path / "both.st"], quick=True, lemmas=["4.3"])
     assert found.ok
     assert [
-        f"{tmp_path / 'both.st'}: 1 of its tensors have a side above 1048576, such as 'large'"
+        f"{tmp_path / 'both.st'}: 1 of its tensors has a side above 1048576: 'large'"
     ] == found.lemmas[0].notes
-    with pytest.raises(SourceError, match="1 have a side above 1048576, so that there is nothing to check"):
+    with pytest.raises(SourceError, match="all have a side above 1048576, so that there is nothing to check"):
         lemmas.verify([tmp_path / "large.st"], quick=True)
 
 

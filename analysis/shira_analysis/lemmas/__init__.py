@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 
 from shira_analysis.lemmas import complexity, low_rank, null_space, orthogonality, scale
 from shira_analysis.lemmas.exact import sparse_matrices
-from shira_analysis.lemmas.files import Updates
+from shira_analysis.lemmas.files import LONGEST, Updates
 from shira_analysis.lemmas.report import LemmaReport, Verification, as_json
 from shira_analysis.lemmas.samples import Setting
+from shira_format.errors import SourceError
 
 __all__ = ["LEMMAS", "LemmaReport", "Verification", "as_json", "verify"]
 
@@ -25,6 +26,8 @@ LEMMAS: dict[str, Callable[[Setting], LemmaReport]] = {
     "4.4": null_space.check,
     "4.5": orthogonality.check,
 }
+
+_NOTHING = f"no matrix in it has entries, or all have a side above {LONGEST}, so that there is nothing to check"
 
 
 def verify(
@@ -47,7 +50,7 @@ def verify(
         progress: called with 1 after each lemma.
 
     Raises:
-        SourceError: scipy is missing, or a file has nothing to check or an update that is not finite.
+        SourceError: scipy is missing, none of the files has something to check, or an update is not finite.
         BaseRequired: targets without base values, and no ``base``.
         FormatError: a file is no adapter, or is damaged.
         BaseMismatch: ``base`` is another one.
@@ -61,7 +64,11 @@ def verify(
 
         checkpoint = open_checkpoint(base)
     files = [Updates.open(path, checkpoint) for path in adapters]
-    setting = Setting(seed, quick, files)
+    if files and not any(file.names for file in files):
+        for file in files:
+            file.file.streams.close()
+        raise SourceError(f"{files[0].file.path}: {_NOTHING}" + (" (nor in the others)" if files[1:] else ""))
+    setting = Setting(seed, quick, [file for file in files if file.names])
     found = []
     try:
         # So that the last digits do not depend on how many threads there are.

@@ -81,7 +81,6 @@ class Updates:
 
         Raises:
             FormatError: it is none, or is damaged.
-            SourceError: no weight in it has entries to check.
             BaseRequired: targets without base values, and no ``base``.
         """
         found = cls(AdapterFile(path, apart=True), base)
@@ -98,16 +97,15 @@ class Updates:
                     )
                 found.names[name] = matrix_view(entry.shape)
         if vectors:
-            found.notes.append(f"{path}: {vectors} of its tensors are no matrices")
+            found.notes.append(
+                f"{path}: {vectors} of its tensors {'is no matrix' if vectors == 1 else 'are no matrices'}"
+            )
         if large:
             found.notes.append(
-                f"{path}: {len(large)} of its tensors have a side above {LONGEST}, such as {large[0]!r}"
+                f"{path}: {len(large)} of its tensors {'has' if len(large) == 1 else 'have'} a side above {LONGEST}: {large[0]!r}{', ...' if large[1:] else ''}"
             )
         if not found.names:
-            why = f": {len(large)} have a side above {LONGEST}" if large else ""
-            raise SourceError(
-                f"{path}: no matrix in it has entries and can be checked{why}, so that there is nothing to check"
-            )
+            found.notes.append(f"{path}: no matrix in it has entries and can be checked: it is left out")
         return found
 
     def spread(self, most: int) -> list[str]:
