@@ -35,6 +35,9 @@ class Interference:
         inner: ``E<y1, y2>``.
         first: ``E|y1|^2``, the energy of the first adapter's output.
         second: ``E|y2|^2``.
+        along_first_energy: ``E<y1, y2>^2 / E|y1|^2``, the energy of the projection of ``y2`` onto ``y1``; of several layers, the
+            sum of theirs, which opposite signs of ``inner`` in two layers do not lessen.
+        along_second_energy: ``E<y1, y2>^2 / E|y2|^2``, likewise.
         projected_first: ``E[<y1, y2>^2 / |y1|^2]``, the energy of what the second adds along the first's output at each
             input by itself; None if only moments are known, of which it is no function.
         projected_second: ``E[<y1, y2>^2 / |y2|^2]``.
@@ -43,12 +46,18 @@ class Interference:
     inner: float = 0.0
     first: float = 0.0
     second: float = 0.0
+    along_first_energy: float = 0.0
+    along_second_energy: float = 0.0
     projected_first: float | None = 0.0
     projected_second: float | None = 0.0
 
     @property
     def cosine(self) -> float | None:
-        """``E<y1, y2> / sqrt(E|y1|^2 E|y2|^2)``: 0 is no interference on the mean; None if one adapter does nothing."""
+        """``E<y1, y2> / sqrt(E|y1|^2 E|y2|^2)``: 0 is no interference on the mean; None if one adapter does nothing.
+
+        Of several layers, that of all outputs as one vector: a layer where the two agree and one where they oppose each other
+        cancel.
+        """
         return cosine(self.inner, self.first, self.second)
 
     @property
@@ -66,17 +75,18 @@ class Interference:
 
     @property
     def disturbed_first(self) -> float | None:
-        """The energy of the projection of ``y2`` onto ``y1`` over the energy of ``y1``: ``along_first`` squared.
+        """The energy of the projection of ``y2`` onto ``y1`` over the energy of ``y1``: of one layer, ``along_first`` squared.
 
         What the second adapter does to the first's own direction, in units of the first; above 1 where it does more there
-        than the first itself.
+        than the first itself. The projection is that of a layer's outputs on all inputs at once, so that what the second adds on
+        some inputs and takes away on others cancels; from layer to layer nothing does.
         """
-        return None if self.along_first is None else self.along_first**2
+        return self.along_first_energy / self.first if self.first else None
 
     @property
     def disturbed_second(self) -> float | None:
         """The same of the second adapter by the first."""
-        return None if self.along_second is None else self.along_second**2
+        return self.along_second_energy / self.second if self.second else None
 
     @property
     def disturbed_first_each(self) -> float | None:
@@ -95,6 +105,7 @@ class Interference:
     def __add__(self, other: Interference) -> Interference:
         return Interference(
             self.inner + other.inner, self.first + other.first, self.second + other.second,
+            self.along_first_energy + other.along_first_energy, self.along_second_energy + other.along_second_energy,
             _sum(self.projected_first, other.projected_first), _sum(self.projected_second, other.projected_second),
         )  # fmt: skip
 
@@ -146,8 +157,7 @@ def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool =
     )
     for value in (inner, of_first, of_second):
         finite(value, f"a mean product of the outputs of {inputs.weight!r}")
-    # Not below 0 by rounding.
-    return Interference(inner, max(0.0, of_first), max(0.0, of_second), None, None)
+    return _of_means(inner, of_first, of_second, None, None)
 
 
 def _sorted(matrix: Any) -> Any:
@@ -173,7 +183,17 @@ def _of_inputs(first: Any, second: Any, inputs: Array) -> Interference:
         along_first += float(np.sum(both[e1 > 0] ** 2 / e1[e1 > 0]))
         along_second += float(np.sum(both[e2 > 0] ** 2 / e2[e2 > 0]))
     means = np.array([inner, of_first, of_second, along_first, along_second]) / len(inputs)
-    return Interference(*(float(mean) for mean in means))
+    return _of_means(*(float(mean) for mean in means))
+
+
+def _of_means(
+    inner: float, first: float, second: float, each_first: float | None, each_second: float | None
+) -> Interference:
+    """Of one layer."""
+    first, second = max(0.0, first), max(0.0, second)  # not below 0 by rounding
+    # Not inner^2 / energy: a square of what is small may vanish where their ratio does not.
+    along = [inner / energy * inner if energy else 0.0 for energy in (first, second)]
+    return Interference(inner, first, second, *along, each_first, each_second)
 
 
 def _bilinear(first: Any, second: Any, moment: Moment) -> float:

@@ -17,8 +17,9 @@ _BEFORE = ("", "shared", "expected", "conflicts", "share", "cosine", "AWOM", "by
 
 _EXPLAINED = """shared: entries of both, beside what two masks of these sizes share by chance; conflicts: shared entries that the two, each with \
 the sign of its w, pull in opposite directions, and their share. AWOM, AWOR: Frobenius norm of A1^T A2 and its share of zeros (of weights [out, in]), beside what random signs \
-and columns give. on inputs: the cosine of what the two add to the outputs, by the moments; disturbed: the energy that the other adapter puts onto \
-an adapter's own output, as a share of that."""
+and columns give. on inputs: the cosine of what the two add to the outputs, by the moments (layers of opposite signs cancel); disturbed: the energy of \
+the projection of the other adapter's output onto an adapter's own, on all inputs at once, as a share of its energy (from layer to layer \
+nothing cancels)."""
 _EXPLAINED_AFTER = """dropped: entries of which the result has nothing, and their share of the adapter's energy. disturbed: what lies between the result \
 and w d at the adapter's entries, dropped ones too, as a share of the energy of w d. w: its weight times its strength, d: its deltas."""
 

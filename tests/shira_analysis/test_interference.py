@@ -131,9 +131,16 @@ def test_orthogonal_weights_may_interfere_and_others_not() -> None:
 
 
 def test_sums_over_layers() -> None:
-    parts = Interference(1, 2, 3, 4, 5) + Interference(1, 2, 3, None, 5)
-    assert parts == Interference(2, 4, 6, None, 10)
+    parts = Interference(1, 2, 3, 0.5, 1 / 3, 4, 5) + Interference(1, 2, 3, 0.5, 1 / 3, None, 5)
+    assert parts == Interference(2, 4, 6, 1, 2 / 3, None, 10)
     assert parts.cosine == pytest.approx(2 / np.sqrt(24))
+    # A layer in which the two agree does not hide one in which they oppose each other.
+    a, x = csr(np.array([[1.0, 2.0]])), np.array([[1.0, 1.0], [0.0, 1.0]])
+    both = interference(a, a, x) + interference(a, -a, x)
+    assert (both.cosine, both.disturbed_first, both.disturbed_second) == pytest.approx((0, 1, 1))
+    # Small ones do not vanish.
+    small = interference(a * 1e-90, a * 1e-100, x)
+    assert small.disturbed_first == pytest.approx(1e-20)
 
 
 def test_many_inputs_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,9 @@ def _before(report: JoiningReport) -> Iterator[str]:
             "entries that the two, each with the sign of its weight, pull in opposite directions. AWOR is the share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the "
             "matrices that both change (of weights [out, in]), beside what random signs and columns give."
             + (
-                " On inputs and disturbed, by the second moments of the layers’ inputs: the cosine of what the two add to the layers’ outputs, and the energy that the other adapter "
-                "puts onto each one’s own output, as a share of that."
+                " On inputs and disturbed, by the second moments of the layers’ inputs: the cosine of what the two add to the layers’ outputs (layers of opposite signs cancel), and "
+                "the energy of the projection of the other adapter’s output onto each one’s own, on all inputs at once, as a share of its energy "
+                "(from layer to layer nothing cancels)."
                 if report.fed
                 else ""
             )

@@ -24,8 +24,9 @@ the deltas; apart, to base: L2 distances of the adapted weights from each other 
 AWOM: Frobenius norm of the product, beside what random signs give. AWOR: its share of cells that are 0; structural: that no two
 entries reach; uniform: expected of uniform masks of these densities; by counts: of masks with these numbers of entries in the
 rows (of A1 A2^T: columns) over which the product sums."""
-INPUTS_EXPLAINED = """on inputs: the cosine of what the two add to the outputs, on the inputs of the moments; disturbed: the energy that the other
-adapter puts onto an adapter's own output, as a share of that."""
+INPUTS_EXPLAINED = """on inputs: the cosine of what the two add to the outputs, on the inputs of the moments (layers of opposite signs cancel);
+disturbed: the energy of the projection of the other adapter's output onto an adapter's own, on all inputs at once, as a share of
+its energy: what it gains on some inputs and loses on others cancels, but not from layer to layer."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
