@@ -192,8 +192,8 @@ def _of_means(
     """Of one layer."""
     first, second = max(0.0, first), max(0.0, second)  # not below 0 by rounding
     # Not inner^2 / energy: a square of what is small may vanish where their ratio does not.
-    along = [inner / energy * inner if energy else 0.0 for energy in (first, second)]
-    return Interference(inner, first, second, *along, each_first, each_second)
+    along_first, along_second = (inner / energy * inner if energy else 0.0 for energy in (first, second))
+    return Interference(inner, first, second, along_first, along_second, each_first, each_second)
 
 
 def _bilinear(first: Any, second: Any, moment: Moment) -> float:

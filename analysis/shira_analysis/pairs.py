@@ -130,6 +130,7 @@ def measure_pairs(
     files: Sequence[DeltaFile],
     moments: Moments | None = None,
     *,
+    strict: bool = True,
     transposed: bool = False,
     spectral: bool = False,
     progress: Callable[[str], object] = lambda _: None,
@@ -139,6 +140,7 @@ def measure_pairs(
     Args:
         files: at least two, from :func:`open_deltas`.
         moments: of the layers' inputs, for interference in feature space.
+        strict: refuse moments of none of the weights.
         transposed: ``A1 A2^T`` as well: what a layer reads, or what it writes if its weight is ``[in, out]``.
         spectral: the spectral norms as well.
         progress: called with the name of each weight that is done.
@@ -149,9 +151,11 @@ def measure_pairs(
     """
     if len(files) < 2:
         raise SourceError("a pair takes at least two adapters")
+    if moments is not None and strict:
+        check_fed(moments, files)
     numbers = list(combinations(range(len(files)), 2))
     pairs = [
-        Pair(str(files[i].path), str(files[j].path), replaced=_replaced(files[i], files[j])) for i, j in numbers
+        Pair(str(files[i].path), str(files[j].path), replaced=replaced(files[i], files[j])) for i, j in numbers
     ]
     for name, tensors in side_by_side(files):
         known = next(tensor for tensor in tensors if tensor is not None)
@@ -166,14 +170,22 @@ def measure_pairs(
             )  # fmt: skip
             pair.tensors.append(TensorPair(name, known.shape, kind, found))
         progress(name)
-    names = {name for file in files for name in file.names}
-    if moments is not None and names.isdisjoint(moments):
-        example = next(iter(moments), None)
-        raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
     return pairs
 
 
-def _replaced(first: DeltaFile, second: DeltaFile) -> tuple[str, ...]:
+def check_fed(moments: Moments, files: Iterable[DeltaFile]) -> None:
+    """Refuse moments that are of other weights, as those of another model are.
+
+    Raises:
+        SourceError: none of the weights that one of ``files`` adapts has moments.
+    """
+    if moments.keys().isdisjoint(name for file in files for name in file.names):
+        example = next(iter(moments), None)
+        raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
+
+
+def replaced(first: DeltaFile, second: DeltaFile) -> tuple[str, ...]:
+    """Names of tensors that one replaces as a whole while the other replaces or adapts them; see :class:`Pair`."""
     both = {*first.names, *first.whole} & {*second.names, *second.whole}
     return tuple(name for name in dict.fromkeys((*first.whole, *second.whole)) if name in both)
 

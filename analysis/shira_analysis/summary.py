@@ -36,6 +36,8 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         "description": raw.get("description"),
         "writer": raw.get("writer"),
         "self_contained": bool(rows) and all(row["base_values"] for row in rows),
+        "undo": "file" if _undone(file, rows) else "base",
+        "deltas": _deltas(rows),
         "totals": {
             "tensors": len(rows),
             "nnz": nnz,
@@ -50,6 +52,25 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         "whole": whole,
         "removed": list(file.manifest.removed),
     }
+
+
+def _undone(file: AdapterFile, rows: list[dict[str, Any]]) -> bool:
+    """Whether the file alone holds all that it overwrites; a whole tensor without a digest of the base's is new there."""
+    held = all(row["base_values"] or not row["nnz"] for row in rows if row["values"] != "none")
+    wholes = file.manifest.whole.values()
+    if any(row["result_shape"][:1] < row["shape"][:1] for row in rows):  # rows that are dropped are nowhere in it
+        return False
+    return (
+        held and not file.manifest.removed and all(one.base_values or "base" not in one.digests for one in wholes)
+    )
+
+
+def _deltas(rows: list[dict[str, Any]]) -> str | None:
+    """Where what is added to the base's values is known from: the file, or only with the base; None if there are none."""
+    valued = [row for row in rows if row["values"] != "none"]
+    if not valued:
+        return None
+    return "file" if all(row["base_values"] or row["values"] == "delta" for row in valued) else "base"
 
 
 def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:

@@ -154,6 +154,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def counted(number: int, what: str) -> str:
+    """1 as "1 tensor", 2000 as "2,000 tensors"."""
+    return f"{count(number)} {what}{'' if number == 1 else 's'}"
+
+
 def percent(share: float) -> str:
     """0.01234 as 1.23 %, with more digits where it is small."""
     return f"{share:.2%}".replace("%", " %") if share >= 0.001 or share == 0 else f"{share * 100:.2g} %"

@@ -22,6 +22,7 @@ EXAMPLE = """examples:
   shira-inspect adapter.st --sort nnz
   shira-inspect adapter.st --verify --base my-model/
   shira-inspect adapter.st other.st --html report.html
+  shira-inspect adapter.st other.st --moments moments.safetensors --html report.html
 """
 
 _KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -56,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--verify", action="store_true", help="read everything: check all digests and every rule of the format")
     add("--base", help="a checkpoint: does the adapter fit it, by shapes, dtypes and digests?")
     add("--html", type=Path, metavar="FILE", help="write a report to read in a browser, of all files and of how each two go together")  # fmt: skip
+    add("--moments", type=Path, metavar="FILE", help="second moments of the layers' inputs, from shira-moments: the report tells what each two do to each other on such inputs")  # fmt: skip
     add("--force", action="store_true", help="replace the report if it exists")
     console.add_output_options(parser)
     options = parser.parse_args(argv)
+    if options.moments is not None and (options.html is None or len(options.files) < 2):
+        console.usage_error(PROG, "--moments is about pairs in a report: name two adapters or more, and --html")
     return console.run(PROG, lambda: _inspect(options))
 
 
@@ -114,6 +118,11 @@ def _write_report(
     from shira_format.container.atomic import replaced_file
 
     hidden = options.quiet or not sys.stderr.isatty()
+    moments = None
+    if options.moments is not None:
+        from shira_analysis.moments import Moments
+
+        moments = Moments.read(options.moments)
     looks = []
     with tqdm(total=sum(len(i["tensors"]) for i in infos), unit="tensors", disable=hidden, leave=False) as bar:
         for path, info in zip(options.files, infos, strict=True):
@@ -122,8 +131,11 @@ def _write_report(
             names = tuple(row["name"] for row in info["tensors"])
             whole = tuple(name for name in file.manifest.whole if keep(name))
             looks.append(look(DeltaFile(file, base if fits else None, names, whole), info, bar.update))
+    count = len({tensor.name for one in looks for tensor in one.tensors})
+    with tqdm(total=count, unit="tensors", disable=hidden or len(looks) == 1, leave=False) as bar:
+        page = report(looks, moments, progress=lambda _: bar.update(1))
     with replaced_file(options.html) as out:
-        out.write(report(looks).encode())
+        out.write(page.encode())
     console.notice(f"{options.html}: written", quiet=options.quiet)
 
 
@@ -138,7 +150,7 @@ def as_text(info: dict[str, Any]) -> str:
         ("made from", _made_from(info["source"])),
         ("selection", _selection(info["selection"])),
         ("strength", f"{info['alpha']:g}"),
-        ("undo, scale, measure", "from the file alone" if info["self_contained"] else "needs the base"),
+        *_needs(info),
         ("entries", _entries(totals)),
         ("bits an entry", _bits(totals)),
         *(("patch", text) for text in _patch(info)),
@@ -174,6 +186,16 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> str:
             for t in tensors
         ),
     )  # fmt: skip
+
+
+def _needs(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """What can be done with the file alone."""
+    words = {"file": "from the file alone", "base": "needs the base"}
+    if info["deltas"] is None:  # a mask overwrites nothing
+        return []
+    if info["deltas"] == info["undo"]:
+        return [("undo, scale, measure", words[info["undo"]])]
+    return [("undo", words[info["undo"]]), ("scale, measure", words[info["deltas"]])]
 
 
 def _patch(info: dict[str, Any]) -> list[str]:
@@ -237,7 +259,9 @@ def _selection(selection: dict[str, Any] | None) -> str:
 
 def _entries(totals: dict[str, Any]) -> str:
     share = f"{console.count(totals['nnz'])} of {console.count(totals['numel'])} ({console.percent(totals['density'])})"
-    return f"{share} in {totals['tensors']} tensors; {totals['whole_tensors']} replaced as a whole"
+    return (
+        f"{share} in {console.counted(totals['tensors'], 'tensor')}; {totals['whole_tensors']} replaced as a whole"
+    )
 
 
 def _bits(totals: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from shira_analysis.deltas import open_deltas
 from shira_analysis.html import Look, look, page, report, words
 from shira_analysis.measures import measure
+from shira_analysis.moments import Moment, Moments
 from shira_analysis.pairs import measure_pairs
 from shira_analysis.summary import describe
 from shira_cli import inspect
@@ -136,7 +137,42 @@ def test_pairs(files: list[Path]) -> None:
     assert (
         f"The cosine of the two changes is {common.cosine:+.3f}: as changes of the weights they are nearly" in text
     )
-    assert f"{product.awor:.4f} {product.awom:.3g}" in text
+    zeros = (product.awor, product.awor_structural, product.awor_if_uniform, product.awor_if_independent)
+    shown = " ".join(f"{share:.4f}" for share in zeros)
+    assert f"{shown} {product.awom:.3g} {product.awom_if_independent:.3g}" in text
+    assert (
+        "One of them replaces 1 tensor as a whole that the other replaces or changes as well: norm.bias." in text
+    )
+    assert "(shira-moments, and --moments here)" in text
+
+
+def test_pairs_on_inputs(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
+    """Beside the measures of weights: what the two do to each other on what the layers are fed."""
+    made = np.random.default_rng(1).standard_normal((30, 16))
+    query = Moment(QUERY, (made.T @ made / 30)[None, None], 16, 30)
+    table = Moment("wte.weight", np.ones((1, 50, 1, 1)), 50, 10, inputs_first=True)
+    (pair,) = measure_pairs([open_deltas(path) for path in files], Moments([query, table]))
+    met = pair.whole.interference
+    assert met is not None
+    assert met.cosine is not None
+    assert met.disturbed_first is not None
+    each = [one.measures.interference.cosine for one in pair.tensors if one.measures.interference is not None]
+    least, largest = min(one for one in each if one is not None), max(one for one in each if one is not None)
+    Moments([query, table]).save(tmp_path / "moments.safetensors")
+    out = tmp_path / "report.html"
+    assert 0 == run(*files, "--html", out, "--moments", tmp_path / "moments.safetensors")
+    text = parsed(out.read_text("utf-8")).text
+    assert f"{met.cosine:+.3f} {least:+.3f} {largest:+.3f} {100 * met.disturbed_first:.3g} %" in text
+    assert "(shira-moments, and --moments here)" not in text
+    # Of another model they are refused before anything is written.
+    Moments([Moment("other", np.ones((1, 1, 1, 1)), 1, 1)]).save(tmp_path / "others.safetensors")
+    capsys.readouterr()
+    assert 1 == run(*files, "--html", out, "--force", "--moments", tmp_path / "others.safetensors")
+    assert "the moments are of none of the adapted weights; one of theirs is 'other'" in capsys.readouterr().err
+    assert text == parsed(out.read_text("utf-8")).text
+    for wrong in ((files[0], "--html", out), (*files,)):
+        with pytest.raises(SystemExit, match="2"):
+            run(*wrong, "--moments", tmp_path / "moments.safetensors")
 
 
 def test_words_on_pairs_that_add_up_or_cancel(tmp_path: Path) -> None:
@@ -160,9 +196,32 @@ def test_adapters_of_two_bases_are_not_compared(tmp_path: Path, files: list[Path
         Adapter([SparseTensor(QUERY, (2, 2), [1], np.ones(1, np.float32), base=np.zeros(1, np.float32))]),
         tmp_path / "c.st",
     )
-    text = parsed(report([looked(files[0]), looked(tmp_path / "c.st")])).text
-    assert "They cannot be compared:" in text
+    text = parsed(report([looked(files[0]), looked(tmp_path / "c.st"), looked(files[1])])).text
+    assert "a.st and c.st cannot be compared:" in text
+    assert "c.st and b.st cannot be compared:" in text
     assert "these are not adapters of one base" in text
+    # That spoils nothing for the others.
+    assert "a.st and b.st both change 2 weights" in text
+    assert "A₁ᵀA₂" in text
+
+
+def test_deltas_need_no_base_to_be_measured(tmp_path: Path, capsys: Capture) -> None:
+    save(Adapter([SparseTensor("w", (3, 2), [0, 5], np.float32([1, 2]), meaning="delta")]), tmp_path / "deltas.st")
+    text = parsed(report([looked(tmp_path / "deltas.st")])).text
+    assert "This adapter adds something to 2 of the 6 elements of 1 weight" in text
+    assert "It can be scaled, measured and merged without the base" in text
+    assert 0 == run(tmp_path / "deltas.st")
+    shown = capsys.readouterr().out
+    assert "undo            needs the base" in shown
+    assert "scale, measure  from the file alone" in shown
+    assert "in 1 tensor;" in shown
+
+
+def test_what_one_tensor_has_is_all(tmp_path: Path) -> None:
+    save(Adapter([SparseTensor("w", (3, 2), [0], np.float32([2]), base=np.float32([1]))]), tmp_path / "a.st")
+    source = report([looked(tmp_path / "a.st")])
+    assert "1e+02" not in source
+    assert "<td>100 %</td>" in source
 
 
 def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
@@ -292,7 +351,7 @@ def test_the_command(files: list[Path], tmp_path: Path, capsys: Capture) -> None
     assert 0 == run(files[0], "--html", out, "--force", "--include", "q_proj", "--sort", "name")
     shown = capsys.readouterr()
     assert f"{out}: written\n" == shown.err
-    assert "All 1 tensors" in parsed(out.read_text("utf-8")).text
+    assert " 1 tensor tensor kind dtype" in parsed(out.read_text("utf-8")).text
 
 
 def test_the_command_and_a_base(tmp_path: Path, capsys: Capture) -> None:

@@ -45,7 +45,7 @@ def test_one_adapter(files: Path, capsys: Capture) -> None:
     assert "" == err
     lines = out.splitlines()
     assert (
-        f"{files / 'a.st'}: 4 entries of 24 in 2 tensors; 1 tensors are replaced as a whole, and not measured"
+        f"{files / 'a.st'}: 4 entries of 24 in 2 tensors; 1 tensor is replaced as a whole, and not measured"
         == lines[0]
     )
     assert ["query", "mlp up", "all"] == [line[:8].strip() for line in lines[2:5]]

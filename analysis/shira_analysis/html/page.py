@@ -38,6 +38,7 @@ table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nu
 th,td{padding:.3em .6em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}
 th:first-child,td:first-child{text-align:left}
+table.stacked td:first-child{white-space:normal;min-width:16em}
 table.bars{width:100%;max-width:700px}
 table.bars td.bar{width:50%;padding-right:0}
 table.bars th:last-child{white-space:normal;text-align:left}

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
+from shira_analysis.deltas import DeltaFile
 from shira_analysis.figures.layers import LayerGrid, What, layer_grid
+from shira_analysis.figures.style import digits
 from shira_analysis.html import charts, page, words
 from shira_analysis.html.look import Look, labels
 from shira_analysis.html.page import facts, name, paragraph, table
-from shira_analysis.pairs import Pair, TensorPair, measure_pairs
+from shira_analysis.interference import Interference
+from shira_analysis.moments import Moments
+from shira_analysis.pairs import Measures, Pair, TensorPair, check_fed, measure_pairs, replaced
 from shira_format import SourceError, __version__
 from shira_format.tensors import matrix_view
 
 _WIDEST = 1 << 24  # rows or columns of a weight whose products are measured; beyond, only positions are compared
 _QUESTION = "Do they disturb each other?"
 _UNITS = ("B", "kB", "MB", "GB")
+_SHARED = ("pair", "shared", "by chance", "Jaccard", "signs agree", "cosine")
+_SHARED_TOLD = (
+    "Shared: entries of both, beside the number that two uniform masks of these sizes share by chance; Jaccard: their share of the entries of "
+    "either. Cosine: of the changes of all weights."
+)
+_PRODUCTS = ("pair", "AWOR", "structural", "uniform", "by counts", "AWOM", "by chance")
+_PRODUCTS_TOLD = (
+    "AWOR: the share of zeros in A₁ᵀA₂, over the weights that both change; structural: of cells that no two entries reach. Uniform: what "
+    "independent uniform masks of these densities would give, (1 − p₁p₂)ᵐ of a weight with m rows; by counts: masks with as many entries in "
+    "each row as these. AWOM: the Frobenius norm of A₁ᵀA₂; by chance: with random signs."
+)
+_FED = ("pair", "cosine on inputs", "least of a layer", "largest of a layer", "1st disturbed", "2nd disturbed")
+_FED_TOLD = (
+    "On inputs: the cosine of what the two add to the layers’ outputs, by the second moments of the layers’ inputs; layers of opposite "
+    "signs cancel in it, so that the least and the largest of a single layer stand beside it. Disturbed: the energy of the projection of the "
+    "other’s output onto an adapter’s own, on all inputs at once, as a share of its energy; from layer to layer nothing cancels."
+)
+_WEIGHTS_ALONE = (
+    "These are measures of the weights: what two adapters do to each other’s outputs depends on the inputs as well (shira-moments, "
+    "and --moments here)."
+)
 
 
-def report(looks: Sequence[Look]) -> str:
+def report(
+    looks: Sequence[Look], moments: Moments | None = None, *, progress: Callable[[str], object] = lambda _: None
+) -> str:
     """The whole page on some adapters, as text.
 
     Args:
         looks: at least one, from :func:`shira_analysis.html.look`.
+        moments: of the layers' inputs, for what each two do to each other on them.
+        progress: called with the name of each weight whose pairs are measured.
 
     Raises:
         FormatError: a file was changed, or is damaged.
+        SourceError: the moments are of none of the weights.
     """
     called = labels(looks)
     title = f"Adapter report: {called[0]}" if len(looks) == 1 else f"Adapter report: {len(looks)} adapters"
@@ -35,7 +65,7 @@ def report(looks: Sequence[Look]) -> str:
     for number, (label, one) in enumerate(zip(called, looks, strict=True), 1):
         parts += _section(number, label, one)
     if len(looks) > 1:
-        parts += _pairs(called, looks)
+        parts += _pairs(called, looks, moments, progress)
     parts.append(
         f'<footer class="soft"><p>Made by shira-format {page.text(__version__)}. Names, the base model, the source, the licence and the '
         "description are what the file says of itself. Densities and energies are measured.</p></footer>"
@@ -67,10 +97,10 @@ def _section(number: int, label: str, look: Look) -> Iterator[str]:
     yield facts(_facts(look))
     yield from _charts(look, grid)
     if look.tensors:
-        yield f"<details><summary>All {len(look.tensors):,} tensors</summary>{_tensors(look)}</details>"
+        yield f"<details><summary>{_count(len(look.tensors), 'tensor')}</summary>{_tensors(look)}</details>"
     if info["whole"]:
         rows = [(name(w["name"]), w["dtype"], _shape(w["shape"]), _size(w["bytes"])) for w in info["whole"]]
-        yield f"<details><summary>{len(rows):,} tensors that are replaced as a whole</summary>"
+        yield f"<details><summary>{_count(len(rows), 'tensor')} replaced as a whole</summary>"
         yield table(("tensor", "dtype", "shape", "size"), rows) + "</details>"
     yield "</section>"
 
@@ -142,7 +172,7 @@ def _tensors(look: Look) -> str:
         share = (
             ""
             if norms is None or not grid.energy
-            else f"{100 * (norms.frobenius / grid.scale) ** 2 / grid.energy:.2g} %"
+            else f"{digits(100 * (norms.frobenius / grid.scale) ** 2 / grid.energy, 2)} %"
         )
         rows.append(
             (
@@ -167,34 +197,85 @@ def _tensors(look: Look) -> str:
     return table(head, rows)
 
 
-def _pairs(called: Sequence[str], looks: Sequence[Look]) -> Iterator[str]:
+def _pairs(
+    called: Sequence[str], looks: Sequence[Look], moments: Moments | None, progress: Callable[[str], object]
+) -> Iterator[str]:
     yield f'<section id="pairs"><h2>{_QUESTION}</h2>'
     reason = _why_not(looks)
-    try:
-        files = [look.file for look in looks]
-        found = measure_pairs(files) if reason is None else _positions(looks)
-    except SourceError as error:
-        yield page.warnings([f"They cannot be compared: {error}."]) + "</section>"
-        return
+    if moments is not None:
+        check_fed(moments, (one.file for one in looks))
     if reason is not None:
-        yield paragraph([f"{reason}: only the places of the entries are compared."])
-    rows = []
+        more = ", and the moments are not used" if moments is not None else ""
+        yield paragraph([f"{reason}: only the places of the entries are compared{more}."])
+    shared, products, fed = [], [], []
+    found = _measured([one.file for one in looks], moments, progress, positions=reason is not None)
     for (i, j), pair in zip(combinations(range(len(looks)), 2), found, strict=True):
+        both = f"{name(called[i])} and {name(called[j])}"
+        if isinstance(pair, SourceError):
+            yield page.warnings([f"{called[i]} and {called[j]} cannot be compared: {pair}."])
+            continue
         yield paragraph(words.pair_words(called[i], called[j], pair))
-        common, product = pair.whole.overlap, pair.whole.product
-        rows.append(
+        common, product, met = pair.whole.overlap, pair.whole.product, pair.whole.interference
+        shared.append(
             (
-                f"{name(called[i])} and {name(called[j])}", f"{common.shared:,}", f"{common.expected:,.0f}",
+                both, f"{common.shared:,}", f"{common.expected:,.0f}", _or_none(common.jaccard, "{:.4f}"),
                 "–" if common.sign_agreement is None else _share(common.sign_agreement), _or_none(common.cosine, "{:+.3f}"),
-                _or_none(None if product is None else product.awor, "{:.4f}"), _or_none(None if product is None else product.awom, "{:.3g}"),
             )
         )  # fmt: skip
-    yield table(("pair", "shared", "by chance", "signs agree", "cosine", "AWOR", "AWOM"), rows, stacked=True)
-    yield (
-        '<p class="soft">Shared: entries that both set, beside the number that two masks of these sizes share by chance. AWOR is the '
-        "share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the weights that both change. They are measures of the "
-        "weights: what two adapters do to each other’s outputs depends on the inputs as well (shira-measure --moments).</p></section>"
-    )
+        if product is not None:
+            zeros = (product.awor, product.awor_structural, product.awor_if_uniform, product.awor_if_independent)
+            products.append(
+                (
+                    both, *(_or_none(one, "{:.4f}") for one in zeros), f"{product.awom:.3g}",
+                    f"{product.awom_if_independent:.3g}",
+                )
+            )  # fmt: skip
+        if met is not None:
+            fed.append(
+                (both, *(_or_none(one, "{:+.3f}") for one in (met.cosine, *_extremes(pair))), *_disturbed(met))
+            )
+    for head, rows, told in (
+        (_SHARED, shared, _SHARED_TOLD),
+        (_PRODUCTS, products, _PRODUCTS_TOLD),
+        (_FED, fed, _FED_TOLD),
+    ):
+        if rows:
+            yield table(head, rows, stacked=True) + f'<p class="soft">{page.text(told)}</p>'
+    if products and not fed:
+        yield f'<p class="soft">{page.text(_WEIGHTS_ALONE)}</p>'
+    yield "</section>"
+
+
+def _measured(
+    files: Sequence[DeltaFile], moments: Moments | None, progress: Callable[[str], object], *, positions: bool
+) -> list[Pair | SourceError]:
+    """Each pair, or why it cannot be compared: adapters of another base spoil no pair but their own."""
+
+    def some(chosen: Sequence[DeltaFile]) -> Sequence[Pair]:
+        return _positions(chosen) if positions else measure_pairs(chosen, moments, strict=False, progress=progress)
+
+    try:
+        return [*some(files)]
+    except SourceError:
+        found: list[Pair | SourceError] = []
+        for two in combinations(files, 2):
+            try:
+                found += some(two)
+            except SourceError as error:
+                found.append(error)
+        return found
+
+
+def _extremes(pair: Pair) -> tuple[float | None, float | None]:
+    """The least and the largest cosine on inputs of a weight."""
+    met = [one.measures.interference for one in pair.tensors]
+    cosines = [one.cosine for one in met if one is not None and one.cosine is not None]
+    return (min(cosines), max(cosines)) if cosines else (None, None)
+
+
+def _disturbed(met: Interference) -> tuple[str, str]:
+    first, second = met.disturbed_first, met.disturbed_second
+    return ("–" if first is None else _share(first)), ("–" if second is None else _share(second))
 
 
 def _why_not(looks: Sequence[Look]) -> str | None:
@@ -210,12 +291,10 @@ def _why_not(looks: Sequence[Look]) -> str | None:
     return None
 
 
-def _positions(looks: Sequence[Look]) -> list[Pair]:
+def _positions(files: Sequence[DeltaFile]) -> list[Pair]:
     """Pairs of which the places of entries alone are known."""
     from shira_analysis.figures.matrices import overlaps
-    from shira_analysis.pairs import Measures
 
-    files = [look.file for look in looks]
     return [
         Pair(
             str(files[i].path),
@@ -230,9 +309,14 @@ def _positions(looks: Sequence[Look]) -> list[Pair]:
                     ),
                 )
             ],
+            replaced(files[i], files[j]),
         )
         for (i, j), common in overlaps(files).items()
     ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _share(value: float) -> str:

@@ -23,6 +23,8 @@ def summary(look: Look, grid: LayerGrid) -> list[list[str]]:
         what = f"This is a mask: it marks {_entries(totals)}, and holds no values."
     elif (info["selection"] or {}).get("rule") == "exact":
         what = f"This is an exact patch: it sets every entry that differs between two checkpoints, {_entries(totals)}."
+    elif look.tensors and all(tensor["values"] == "delta" for tensor in info["tensors"]):
+        what = f"This adapter adds something to {_entries(totals)}; all others stay as they are in the base."
     else:
         what = f"This adapter sets {_entries(totals)}; all others stay as they are in the base."
     whole = totals["whole_tensors"]
@@ -91,15 +93,22 @@ def undo_words(info: dict[str, Any]) -> list[str]:
     """Whether it can be undone, scaled and measured."""
     if not info["tensors"]:
         return []
-    if info["self_contained"]:
+    if info["self_contained"] and info["undo"] == "file":
         return [
             (
                 "It can be undone: the file holds the base's values at its entries, so that it can also be scaled, measured and "
                 "merged without the base."
             )
         ]
-    if all(tensor["values"] == "none" for tensor in info["tensors"]):
+    if info["deltas"] is None:
         return []
+    if info["deltas"] == "file":
+        return [
+            (
+                "It can be scaled, measured and merged without the base, since the file holds what is added to the base's values. "
+                "It can be undone by a program that keeps the values that it overwrites, as Switcher does, or with the base at hand."
+            )
+        ]
     return [
         (
             "The file does not hold the base's values. It can be undone by a program that keeps the values that it overwrites, as "
@@ -170,7 +179,10 @@ def pair_words(first: str, second: str, pair: Pair) -> list[str]:
     whole = pair.whole
     common = whole.overlap
     if not whole.both:
-        return [f"{first} and {second} change no weight in common: they cannot meet within a layer."]
+        return [
+            f"{first} and {second} change no weight in common: they cannot meet within a layer.",
+            *_replaced(pair),
+        ]
     found = [f"{first} and {second} both change {_count(whole.both, 'weight', 'weights')}"]
     if not common.shared:
         found[0] += ", and share no entry."
@@ -199,10 +211,25 @@ def pair_words(first: str, second: str, pair: Pair) -> list[str]:
             verdict = "put on together, they cancel each other in part"
         found.append(f"The cosine of the two changes is {cosine:+.3f}: {verdict}.")
     if whole.product is not None and whole.product.awor is not None:
+        product = whole.product
         found.append(
-            f"Of the cells of A₁ᵀA₂, {_percent(whole.product.awor)} are zero (AWOR; by chance {_percent(whole.product.awor_if_independent or 0.0)})."
+            f"Of the cells of A₁ᵀA₂, {_percent(product.awor or 0.0)} are zero (AWOR); uniform masks as dense as these would give "
+            f"{_percent(product.awor_if_uniform or 0.0)}, and masks with as many entries in each row "
+            f"{_percent(product.awor_if_independent or 0.0)}."
         )
-    return found
+    return found + _replaced(pair)
+
+
+def _replaced(pair: Pair) -> list[str]:
+    """A sentence on tensors that both cannot have their way with."""
+    if not pair.replaced:
+        return []
+    count = _count(len(pair.replaced), "tensor", "tensors")
+    names = f"{', '.join(pair.replaced[:_LIST])}{', ...' if len(pair.replaced) > _LIST else ''}"
+    return [
+        f"One of them replaces {count} as a whole that the other replaces or changes as well: {names}.",
+        "There the two cannot be had at once, and no measure here sees it.",
+    ]
 
 
 def _entries(totals: dict[str, Any]) -> str:

@@ -45,9 +45,11 @@ def _text(found: LoraMeasures, options: argparse.Namespace) -> str:
         rows += [(report.name, frobenius_of(report), report) for _, report in found.tensors]
     rows += [(name, group.frobenius, group.ranks) for name, group in (*found.kinds.items(), ("all", found.total))]
     cells = [rank_row(name, rank) for name, _, rank in rows]
-    others = f"; {len(found.others)} tensors are replaced or shifted as a whole" if found.others else ""
+    others = (
+        f"; {console.counted(len(found.others), 'tensor')} replaced or shifted as a whole" if found.others else ""
+    )
     lines = [
-        f"{console.printable(str(found.path))}: LoRA, updates of {found.total.tensors} tensors{others}",
+        f"{console.printable(str(found.path))}: LoRA, updates of {console.counted(found.total.tensors, 'tensor')}{others}",
         console.table(HEAD, [
             [cell[0], "-" if norm is None else f"{norm:.4g}", *cell[1:]]
             for cell, (_, norm, _) in zip(cells, rows, strict=True)

@@ -54,8 +54,8 @@ def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, l
 
 def _text(found: AdapterMeasures, options: argparse.Namespace) -> str:
     mask = found.total.mask
-    entries = f"{console.count(mask.nnz)} entries of {console.count(mask.numel)} in {found.total.tensors} tensors"
-    whole = f"{len(found.whole)} tensors are replaced as a whole, and not measured"
+    entries = f"{console.count(mask.nnz)} entries of {console.count(mask.numel)} in {console.counted(found.total.tensors, 'tensor')}"
+    whole = f"{console.counted(len(found.whole), 'tensor')} {'is' if len(found.whole) == 1 else 'are'} replaced as a whole, and not measured"
     rows = list(_rows(found, tensors=options.tensors))
     energy = 0.0 if found.total.norms is None else found.total.norms.frobenius
     lines = [

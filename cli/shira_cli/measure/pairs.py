@@ -72,8 +72,10 @@ def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, l
 def _text(pair: Pair, options: argparse.Namespace) -> str:
     whole = pair.whole
     lines = [
-        f"{console.printable(pair.first)} and {console.printable(pair.second)}: {whole.both} of {whole.tensors} tensors in both"
+        f"{console.printable(pair.first)} and {console.printable(pair.second)}: {whole.both} of {console.counted(whole.tensors, 'tensor')} in both"
     ]
+    if not whole.both:
+        lines.append("they change no weight in common, and cannot meet within a layer")
     if pair.replaced:
         names = ", ".join(console.printable(name) for name in pair.replaced[:3])
         more = len(pair.replaced) - 3
