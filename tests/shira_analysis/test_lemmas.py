@@ -446,9 +446,7 @@ def test_weights_with_a_side_beyond_memory_are_left_out(tmp_path: Path) -> None:
     save(Adapter([large]), tmp_path / "large.st")
     found = lemmas.verify([tmp_path / "both.st"], quick=True, lemmas=["4.3"])
     assert found.ok
-    assert [
-        f"{tmp_path / 'both.st'}: 1 of its tensors has a side above 1048576: 'large'"
-    ] == found.lemmas[0].notes
+    assert [f"{tmp_path / 'both.st'}: 1 of its tensors has a side above 1048576: 'large'"] == found.lemmas[0].notes
     with pytest.raises(SourceError, match="all have a side above 1048576, so that there is nothing to check"):
         lemmas.verify([tmp_path / "large.st"], quick=True)
 
