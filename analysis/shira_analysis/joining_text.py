@@ -9,6 +9,7 @@ from shira_analysis.joining_report import LIMITS, MEASURE, JoinedPair, JoiningRe
 from shira_analysis.joining_words import kept_words, lemma_words
 from shira_analysis.pairs import Measures
 from shira_analysis.tables import number, percent, printable, table
+from shira_format.merge.methods import shown
 
 _WIDTH = 120
 _MOST = 10  # weights that are shown; all are in the JSON and on the page
@@ -44,7 +45,7 @@ def _wrapped(sentence: str, head: str = "") -> str:
 
 def title(report: JoiningReport) -> str:
     """What is joined, and how."""
-    options = ", ".join(f"{key}={value}" for key, value in report.settings["options"].items())
+    options = ", ".join(f"{key}={shown(value)}" for key, value in report.settings["options"].items())
     how = f"{report.settings['method']}{f' ({options})' if options else ''}"
     if report.density is not None:
         how += f", cut to a density of {percent(report.density)}"
@@ -54,7 +55,7 @@ def title(report: JoiningReport) -> str:
 def _title(report: JoiningReport) -> str:
     lines = [printable(title(report))]
     for layer in report.settings.get("layers", []):
-        some = ", ".join(f"{key}={value}" for key, value in layer.items() if key != "pattern")
+        some = ", ".join(f"{key}={shown(value)}" for key, value in layer.items() if key != "pattern")
         lines.append(printable(f"  in layers with {layer['pattern']!r}: {some}"))
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
-from shira_format.merge.methods import METHODS
+from shira_format.merge.methods import METHODS, shown
 
 if TYPE_CHECKING:
     from shira_analysis.joining import JoiningReport
@@ -81,10 +81,11 @@ def _methods_help() -> str:
         lines.append(f"  {name.ljust(width)}  {method.about}")
         if method.options:
             lines.append(
-                f"  {' ' * width}    {' '.join(f'{k}={_shown(o.default)}' for k, o in method.options.items())}"
+                f"  {' ' * width}    {' '.join(f'{k}={shown(o.default)}' for k, o in method.options.items())}"
             )
         for key, option in method.options.items():
             about = option.about + (f" ({', '.join(option.choices)})" if option.choices else "")
+            about += "; or one for each adapter, with commas between" if option.each else ""
             meanings.setdefault(key, {}).setdefault(about, []).append(name)
     lines += ["", "methods without weights and options:"]
     lines += [f"  {name.ljust(width)}  {about}" for name, (about, _, _) in ALGEBRA.items()]
@@ -94,10 +95,6 @@ def _methods_help() -> str:
             of = f"{', '.join(names)}: " if len(texts) > 1 else ""  # one name, several meanings
             lines.append(f"  {key.ljust(width)}  {of}{about}")
     return "\n".join(lines)
-
-
-def _shown(default: Any) -> str:
-    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _check_usage(options: argparse.Namespace) -> None:
@@ -134,6 +131,9 @@ def _check_usage(options: argparse.Namespace) -> None:
                 console.usage_error(PROG, f"--option {key}: given twice")
         options.option = dict(pairs)
         options.layer = [_layer(options.method, text) for text in options.layer]
+        for key, value in [*pairs, *(pair for _, some in options.layer for pair in some.items())]:
+            if isinstance(value, tuple | list) and len(value) != (count := len(options.adapters)):
+                console.usage_error(PROG, f"{key}: {len(value)} values for {count} adapters")
 
 
 def _numbers(flag: str, text: str) -> list[float]:

@@ -275,10 +275,10 @@ def merge(
 
     Args:
         sources: adapters, or the paths of their files.
-        out: the file to write, which appears whole or not at all; None computes the report alone.
+        out: the file to write, which appears whole or not at all, and replaces one that is there; None computes the report alone.
         method: a key of :data:`shira_format.merge.METHODS`.
         weights: of each adapter, times its own alpha; 1 by default.
-        options: of the method.
+        options: of the method; ``density``, ``gamma`` and ``epsilon`` may be a sequence, of one for each adapter.
         layers: options (and ``"weights"``) for tensors in whose name a regex is found.
         base: the checkpoint that they were made for, checked by digests; needed for targets without their base's values.
         density: share of a weight's elements that the result may have at most, the largest changes of it.

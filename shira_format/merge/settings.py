@@ -32,7 +32,7 @@ class Settings:
         Args:
             method: the method.
             weights: one for each adapter.
-            options: of the method, for all tensors.
+            options: of the method, for all tensors; some may be a sequence, of one for each adapter.
             layers: regexes with options (and ``"weights"``, a sequence) for tensors in whose name they are found; later
                 ones are stronger.
 
@@ -42,7 +42,7 @@ class Settings:
         self.method, self._given, self._count = method, dict(options or {}), len(weights)
         self._weights = self._checked(weights)
         self._layers: list[tuple[re.Pattern[str], dict[str, Any]]] = []
-        method.settings(self._given)
+        self._counted(method.settings(self._given))
         for pattern, some in layers:
             try:
                 compiled = re.compile(pattern)
@@ -52,7 +52,7 @@ class Settings:
             if WEIGHTS in known:
                 known[WEIGHTS] = self._checked(known[WEIGHTS])
             given = {key: value for key, value in known.items() if key != WEIGHTS}
-            parsed = method.settings(given)
+            parsed = self._counted(method.settings(given))
             known |= {key: parsed[key] for key in given}
             self._layers.append((compiled, known))
 
@@ -71,10 +71,16 @@ class Settings:
 
     def told(self) -> dict[str, Any]:
         """All of it as JSON values, for the manifest."""
-        found: dict[str, Any] = {"method": self.method.name, "options": self.method.settings(self._given)}
+        found: dict[str, Any] = {"method": self.method.name, "options": _plain(self.method.settings(self._given))}
         if self._layers:
-            found["layers"] = [{"pattern": pattern.pattern} | some for pattern, some in self._layers]
+            found["layers"] = [{"pattern": pattern.pattern} | _plain(some) for pattern, some in self._layers]
         return found
+
+    def _counted(self, options: dict[str, Any]) -> dict[str, Any]:
+        for key, value in options.items():
+            if isinstance(value, tuple) and len(value) != self._count:
+                raise SourceError(f"{key}: {len(value)} values for {self._count} adapters")
+        return options
 
     def _checked(self, weights: Any) -> list[float]:
         try:
@@ -90,3 +96,7 @@ class Settings:
                 f"the method {self.method.name!r} takes entries as they are: its weights are 1, or 0 to leave an adapter out"
             )
         return found
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}

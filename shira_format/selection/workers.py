@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from shira_format.arrays import scratch, sum_of_squares
 from shira_format.changes import Change, Tile, tile_size
 from shira_format.cores import MOST_THREADS, usable_cores
+from shira_format.errors import SourceError
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -35,7 +36,13 @@ class Workers:
     """A pool of threads, as a context manager."""
 
     def __init__(self, threads: int | None = None) -> None:
-        """Args: ``threads``: all cores by default, but no more than 16."""
+        """Args: ``threads``: all cores by default, but no more than 16.
+
+        Raises:
+            SourceError: fewer than 1.
+        """
+        if threads is not None and threads < 1:
+            raise SourceError(f"{threads} threads: at least 1 is needed")
         self.threads = threads or min(usable_cores(), MOST_THREADS)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shira")
         self._blas = single_threaded_blas()

@@ -222,7 +222,7 @@ def test_layers_have_their_own_weights() -> None:
     report = joining_report(job)
     assert (0.25, 0.125) == tuple(one.energy for one in report.chosen.accounts)
     assert [one.method for one in report.refused] == ["overwrite", "refuse", "disjoint", "intersect"]
-    assert "in layers with 'q_proj': weights=[0.5, 0.25]" in report.text()
+    assert "in layers with 'q_proj': weights=0.5,0.25" in report.text()
     assert ["0.5", "0.25"] == report.strength_words
     two = [Adapter([of_delta([[1, 0]]), of_delta([[1, 0]], "other")], manifest={"alpha": 0.5}) for _ in range(2)]
     report = joining_report(open_merge(two, weights=[1, 2], layers=[("q_proj", {"weights": [1, -3]})]))

@@ -125,6 +125,8 @@ def test_options_and_layers_mean_the_same_as_in_python(files: Path) -> None:
             (["--exclude", "y", "--include", "h"], {"include": ["h"], "exclude": ["y"]}),
             (["--no-self-contained"], {"self_contained": False}),
             (["--threads", "1"], {}),
+            (["--method", "ties", "--option", "density=0.5,0.25"], {"method": "ties", "options": {"density": [0.5, 0.25]}}),
+            (["--method", "ties", "--layer", "x:density=0.5,0.25"], {"method": "ties", "layers": [("x", {"density": (0.5, 0.25)})]}),
             (["--method", "mean", "--weights", "1,3"], {"method": "mean", "weights": [1, 3]}),
         ]
     ):  # fmt: skip
@@ -419,6 +421,10 @@ def one_line(capture: Capture) -> str:
         (("a.st", "-o", "x.st", "--option", "p=1"), "the method 'linear' has no option 'p'; it has normalize"),
         (("a.st", "-o", "x.st", "--option", "normalize=2"), "normalize='2': not true or false"),
         (("a.st", "-o", "x.st", "--option", "normalize=no", "--option", "normalize=yes"), "--option normalize: given twice"),
+        (("a.st", "b.st", "-o", "x.st", "--method", "ties", "--option", "density=1,1,1"), "density: 3 values for 2 adapters"),
+        (("a.st", "-o", "x.st", "--method", "ties", "--option", "density=1,"), "density='': not a number"),
+        (("a.st", "-o", "x.st", "--method", "ties", "--option", "density=2,1"), "density='2': not from 0 to 1"),
+        (("a.st", "b.st", "-o", "x.st", "--layer", "x:weights=1"), "weights: 1 values for 2 adapters"),
         (("a.st", "-o", "x.st", "--layer", "normalize=1"), "--layer normalize=1: not REGEX:KEY=VALUE"),
         (("a.st", "-o", "x.st", "--layer", "x:y:z"), "--layer x:y:z: not REGEX:KEY=VALUE"),
         (("a.st", "-o", "x.st", "--layer", "x:p=1"), "--layer x:p=1: the method 'linear' has no option 'p'"),
@@ -471,7 +477,6 @@ def test_refusals(files: Path, capsys: Capture) -> None:
         ((a, files / "else.st", "-o", out), f"{files / 'else.st'}: tensor '{X}': other base values"),
         ((a, files / "mask.st", "-o", out), f"{files / 'mask.st'}: tensor '{X}' is a mask"),
         ((a, b, "-o", out, "--weights", "1,nan"), "are not all finite"),
-        ((a, b, "-o", out, "--layer", "x:weights=1"), "1 weights for 2 adapters"),
         ((a, b, "-o", out, "--layer", "(:weights=1,1"), "not a regular expression: '('"),
         ((a, b, "-o", out, "--layer", "zzz:weights=1,1"), "the pattern 'zzz' is found in no tensor's name"),
         ((a, b, "-o", out, "--method", "overwrite", "--weights", "0.5,1"), "takes entries as they are"),

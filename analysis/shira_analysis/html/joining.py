@@ -14,6 +14,7 @@ from shira_analysis.joining_words import kept_words, lemma_words
 from shira_analysis.pairs import Measures
 from shira_analysis.tables import percent
 from shira_format import __version__
+from shira_format.merge.methods import shown
 
 # Whole formulas, since the sentences have names of files and tensors in them.
 _SIGNS = (
@@ -69,7 +70,7 @@ def _facts(report: JoiningReport) -> list[tuple[str, str]]:
 
 
 def _options(given: dict[str, object]) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in given.items())
+    return ", ".join(f"{key} = {shown(value)}" for key, value in given.items())
 
 
 def _before(report: JoiningReport) -> Iterator[str]:
@@ -199,15 +200,15 @@ def _methods(report: JoiningReport) -> Iterator[str]:
         yield f"<details><summary>{_count(len(report.refused), 'method')} without a result that compares</summary>"
         yield facts((trial.method, str(trial.refused)) for trial in report.refused) + "</details>"
     told = f"{MEASURE}. {LIMITS}. Worst: what is kept of the adapter that loses most."
-    for plain, shown in (("w_i", "wᵢ"), ("d_i", "dᵢ"), ("||", "‖"), ("^2", "²"), (" - ", " − ")):
-        told = told.replace(plain, shown)
+    for plain, sign in (("w_i", "wᵢ"), ("d_i", "dᵢ"), ("||", "‖"), ("^2", "²"), (" - ", " − ")):
+        told = told.replace(plain, sign)
     yield f'<p class="soft">{page.text(told)}</p></section>'
 
 
 def _signs(sentence: str) -> str:
     """Formulas as a page can show them."""
-    for plain, shown in _SIGNS:
-        sentence = sentence.replace(plain, shown)
+    for plain, sign in _SIGNS:
+        sentence = sentence.replace(plain, sign)
     return re.sub(r"(?<=\d) %", "\u00a0%", sentence)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from shira_format.merge.methods import arithmetic, breadcrumbs, dare, della, exact, ram, sce, sums, trimming
-from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.method import Method, Option, Options, shown
 
 _FAMILIES = (sums, arithmetic, trimming, dare, breadcrumbs, della, sce, ram, exact)
 
 METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}
 
-__all__ = ["METHODS", "Method", "Option", "Options"]
+__all__ = ["METHODS", "Method", "Option", "Options", "shown"]

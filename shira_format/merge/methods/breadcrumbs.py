@@ -9,7 +9,7 @@ import numpy as np
 from shira_format.merge.joined import Factor, Floats, Joined
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, RESCALE, summed
 from shira_format.merge.methods.election import MAJORITY, elected
-from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.method import Method, Option, Options, of_adapter
 from shira_format.merge.methods.pruning import DENSITY, OF, elements, ranked, restored
 
 
@@ -21,14 +21,16 @@ def sifted(joined: Joined, options: Options) -> list[Floats]:
     tensor are its smallest elements, so that an adapter with fewer entries than ``gamma`` of the weight's elements loses
     all of them: ``of=entries`` is what such adapters need.
     """
-    density, found = options["density"], []
-    for part in joined.parts:
+    found = []
+    for number, part in enumerate(joined.parts):
+        own = of_adapter(options, number)
+        density = own["density"]
         if density >= 1:
             found.append(np.ones(part.tensor.nnz))
             continue
         count = elements(part, options)
         target = int(density * count)
-        smallest = max(0, count - target - int(options["gamma"] * count))
+        smallest = max(0, count - target - int(own["gamma"] * count))
         last = count - smallest  # from the largest on
         kept = ranked(part, last - target, last)
         found.append(restored(part, kept) if options["rescale"] else kept)
@@ -47,7 +49,9 @@ def breadcrumbs_ties(joined: Joined, options: Options) -> Sequence[Factor]:
 
 _BOTH = {
     "density": DENSITY,
-    "gamma": Option(0.01, "share that is left out as too large; of what density is a share of", low=0, high=1),
+    "gamma": Option(
+        0.01, "share that is left out as too large; of what density is a share of", low=0, high=1, each=True
+    ),
     "of": OF,
     "rescale": RESCALE,
     "lambda": LAMBDA,

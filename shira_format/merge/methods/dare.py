@@ -9,7 +9,7 @@ import numpy as np
 from shira_format.merge.joined import Factor, Floats, Joined
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
 from shira_format.merge.methods.election import MAJORITY, SEMANTICS, elected
-from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.method import Method, Option, Options, of_adapter
 from shira_format.merge.methods.pruning import DENSITY, SEED, restored
 from shira_format.merge.methods.randomness import uniform
 
@@ -19,11 +19,12 @@ def dropped(joined: Joined, options: Options) -> list[Floats]:
 
     A density of 0 drops all. (PEFT then divides zeros by 0, and every element of the weight becomes NaN.)
     """
-    density, rescale = options["density"], options["rescale"]
+    rescale = options["rescale"]
     if rescale == "default":
         rescale = "density" if options["semantics"] == "peft" else "norm"
     found = []
     for number, part in enumerate(joined.parts):
+        density = of_adapter(options, number)["density"]
         if density >= 1:
             found.append(np.ones(part.tensor.nnz))
             continue

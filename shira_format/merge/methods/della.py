@@ -11,13 +11,13 @@ from shira_format.errors import SourceError
 from shira_format.merge.joined import Factor, Floats, Joined, Part
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
 from shira_format.merge.methods.election import MAJORITY, elected
-from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.method import Method, Option, Options, of_adapter
 from shira_format.merge.methods.pruning import DENSITY, SEED, magnitudes, restored
 from shira_format.merge.methods.randomness import uniform
 
 
 def chances(part: Part, options: Options) -> Floats:
-    """The probability of each entry to be kept: float64 ``[nnz]``, from ``density - epsilon`` to ``density + epsilon``.
+    """The probability of each entry of one adapter to be kept: float64 ``[nnz]``, from ``density - epsilon`` to ``density + epsilon``.
 
     It rises with the rank of the entry's magnitude in its row. mergekit ranks along axis 1: the rows of a matrix; of more
     dimensions (convolutions) the elements that differ in their second index alone; a vector is one row. Elements that the
@@ -51,14 +51,16 @@ def chances(part: Part, options: Options) -> Floats:
 
 def thinned(joined: Joined, options: Options) -> list[Floats]:
     """For each part the scale of its entries, 0 for those that are dropped."""
-    density, found = options["density"], []
+    found = []
     for number, part in enumerate(joined.parts):
+        own = of_adapter(options, number)
+        density = own["density"]
         if density >= 1:
             found.append(np.ones(part.tensor.nnz))
         elif density <= 0:
             found.append(np.zeros(part.tensor.nnz))
         else:
-            kept = (uniform(joined, number, options["seed"]) < chances(part, options)).astype(np.float64)
+            kept = (uniform(joined, number, options["seed"]) < chances(part, own)).astype(np.float64)
             found.append(restored(part, kept) if options["rescale"] else kept)
     return found
 
@@ -76,7 +78,11 @@ def della(joined: Joined, options: Options) -> Sequence[Factor]:
 _BOTH = {
     "density": DENSITY,
     "epsilon": Option(
-        0.15, "how far the probability is from density for the smallest and the largest of a row", low=0, high=1
+        0.15,
+        "how far the probability is from density for the smallest and the largest of a row",
+        low=0,
+        high=1,
+        each=True,
     ),
     "seed": SEED,
     "of": Option(

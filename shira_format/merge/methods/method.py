@@ -25,6 +25,7 @@ class Option:
         choices: what it can be; empty: any value of its type within the limits.
         low: of numbers, the least.
         high: of numbers, the greatest.
+        each: whether adapters may have different ones, as a sequence, or with commas between.
     """
 
     default: float | int | bool | str
@@ -32,13 +33,21 @@ class Option:
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
+    each: bool = False
 
     def parsed(self, name: str, value: Any) -> Any:
-        """``value``, from Python or as text, in the option's type.
+        """``value``, from Python or as text, in the option's type; a tuple of these if it is one for each adapter.
 
         Raises:
             SourceError: it cannot be this option's.
         """
+        if self.each and isinstance(value, str) and "," in value:
+            value = value.split(",")
+        if self.each and isinstance(value, (list, tuple)):
+            return tuple(self._one(name, one) for one in value)
+        return self._one(name, value)
+
+    def _one(self, name: str, value: Any) -> Any:
         kind = type(self.default)
         try:
             if kind is bool:
@@ -54,6 +63,18 @@ class Option:
         if kind in (int, float) and not (self.low <= found <= self.high and math.isfinite(found)):
             raise SourceError(f"{name}={value!r}: not from {self.low:g} to {self.high:g}")
         return found
+
+
+def of_adapter(options: Options, number: int) -> Options:
+    """The options with, of those that have one for each adapter, that of one of them."""
+    return {key: value[number] if isinstance(value, tuple) else value for key, value in options.items()}
+
+
+def shown(value: Any) -> str:
+    """An option's value as text that would be parsed as it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(shown, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 _KINDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}

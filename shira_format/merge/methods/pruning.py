@@ -16,9 +16,9 @@ from shira_format.arrays import Array
 from shira_format.dtypes import working_dtype
 from shira_format.merge.cutting import largest
 from shira_format.merge.joined import Floats, Joined, Part
-from shira_format.merge.methods.method import Option, Options
+from shira_format.merge.methods.method import Option, Options, of_adapter
 
-DENSITY = Option(1.0, "share that is kept; 1: all", low=0, high=1)
+DENSITY = Option(1.0, "share that is kept; 1: all", low=0, high=1, each=True)
 OF = Option(
     "elements",
     "what density is a share of: the weight's elements, or the adapter's own entries",
@@ -66,9 +66,9 @@ def restored(part: Part, kept: Floats) -> Floats:
 
 def by_magnitude(joined: Joined, options: Options, *, least: int = 0) -> list[Floats]:
     """For each part 1 for its largest entries, else 0: ``int(density * elements)`` of them, but at least ``least``."""
-    density = options["density"]
     found = []
-    for part in joined.parts:
+    for number, part in enumerate(joined.parts):
+        density = of_adapter(options, number)["density"]
         count = int(density * elements(part, options))
         if density > 0:
             count = max(least, count)

@@ -41,12 +41,17 @@ def weights(parts: list[Part]) -> list[float]:
     return [part.weight for part in parts]
 
 
-def masks(parts: list[Part]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A stand-in for torch.bernoulli that draws what we draw for one adapter after the other."""
+def masks(parts: list[Part], densities: Any = ()) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A stand-in for torch.bernoulli that draws what we draw for one adapter after the other.
+
+    Of ``densities`` of their own, those of 0 and 1 need no numbers.
+    """
     together = Joined.of(parts)
 
     def drawn() -> Iterator[torch.Tensor]:
         for number, one in enumerate(parts):
+            if densities and not 0 < densities[number] < 1:
+                continue
             numbers = np.full(one.tensor.numel, 0.5)
             numbers[one.tensor.indices] = uniform(together, number, SEED)
             yield torch.from_numpy(numbers)
@@ -72,7 +77,8 @@ def kit(mergekit: Any, name: str, parts: list[Part], **parameters: Any) -> Float
         method = dataclasses.replace(method, consensus_method="count")
     models = [torch.zeros(parts[0].tensor.shape, dtype=torch.float64), *tensors(parts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "bernoulli", masks(parts))
+        density = parameters.get("density")
+        patch.setattr(torch, "bernoulli", masks(parts, density if isinstance(density, list) else ()))
         return mergekit.merge_tensors(models, method, base_index=0, parameters=parameters).numpy()
 
 
@@ -187,6 +193,24 @@ def test_mergekit_breadcrumbs(
     )
 
 
+@given(parts=adapters(), data=st.data())
+def test_mergekit_with_a_density_for_each(mergekit: Any, parts: list[Part], data: st.DataObject) -> None:
+    def each(values: list[float]) -> list[float]:
+        return data.draw(st.lists(st.sampled_from(values), min_size=len(parts), max_size=len(parts)))
+
+    own = {"density": each([0.1, 0.25, 0.5, 0.9, 1.0])}
+    told = {"weight": weights(parts), **own}
+    close("ties", parts, kit(mergekit, "ties", parts, **told), **own, semantics="mergekit")
+    for name in ("dare_linear", "dare_ties"):
+        close(name, parts, kit(mergekit, name, parts, **told), **own, seed=SEED, semantics="mergekit")
+    gamma = {"gamma": each([0.0, 0.01, 0.1, 0.3])}
+    for name in ("breadcrumbs", "breadcrumbs_ties"):
+        close(name, parts, kit(mergekit, name, parts, **told, **gamma), **own, **gamma)
+    # PEFT's have one density, and do the same if it is given for each.
+    for name in ("magnitude_prune", "ties"):
+        close(name, parts, joined(name, parts, density=0.25), density=[0.25] * len(parts))
+
+
 # Of a row of one element mergekit makes NaN.
 RANKED = [shape for shape in SHAPES if (shape if len(shape) == 1 else shape[1:])[0] > 1]
 
@@ -222,6 +246,17 @@ def test_mergekit_della(
         majority_sign=majority,
         **own,
     )
+
+
+@given(parts=adapters(RANKED), data=st.data())
+def test_mergekit_della_with_options_for_each(mergekit: Any, parts: list[Part], data: st.DataObject) -> None:
+    size = len(parts)
+    own = {
+        "density": data.draw(st.lists(st.sampled_from([0.3, 0.5, 0.7, 1.0]), min_size=size, max_size=size)),
+        "epsilon": data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.29]), min_size=size, max_size=size)),
+    }
+    for name in ("della", "della_linear"):
+        close(name, parts, kit(mergekit, name, parts, weight=weights(parts), **own), **own, seed=SEED)
 
 
 def weighted(parts: list[Part]) -> list[Part]:

@@ -200,6 +200,20 @@ def thirds(base: Weights, start: int) -> Adapter:
     return Adapter([entries(base[name], name, at, at + 0.5) for name, at in places.items()])
 
 
+def test_options_of_each_adapter() -> None:
+    base = make_base(3)
+    adapters = [make_adapter(base, 10 + number) for number in range(2)]
+    both = merged(adapters, method="magnitude_prune", options={"density": [1, 0]})
+    assert content(merged(adapters, method="linear", weights=[1, 0])) == content(both)
+    assert [1.0, 0.0] == both.manifest["source"]["options"]["density"]
+    with pytest.raises(SourceError, match="density: 3 values for 2 adapters"):
+        merged(adapters, method="ties", options={"density": [1, 1, 1]})
+    with pytest.raises(SourceError, match="density: 1 values for 2 adapters"):
+        merged(adapters, method="ties", layers=[("", {"density": [1]})])
+    with pytest.raises(SourceError, match="lambda=.*: not a number"):
+        merged(adapters, method="ties", options={"lambda": [1, 1]})
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_files_hold_what_memory_holds_on_any_number_of_threads(method: str, tmp_path: Path) -> None:
     base = make_base(3)
@@ -215,6 +229,9 @@ def test_files_hold_what_memory_holds_on_any_number_of_threads(method: str, tmp_
         digests.add(hashlib.sha256((tmp_path / "out.st").read_bytes()).hexdigest())
         (tmp_path / "out.st").unlink()
     assert 1 == len(digests)
+    with pytest.raises(SourceError, match="0 threads: at least 1"):
+        merge(paths, tmp_path / "out.st", method=method, threads=0)
+    assert not (tmp_path / "out.st").exists()
     merge(paths, tmp_path / "out.st", method=method)
     found, expected = load(tmp_path / "out.st"), merged(adapters, method=method)
     assert content(expected) == content(found)
