@@ -39,7 +39,8 @@ class Interference:
             sum of theirs, which opposite signs of ``inner`` in two layers do not lessen.
         along_second_energy: ``E<y1, y2>^2 / E|y2|^2``, likewise.
         projected_first: ``E[<y1, y2>^2 / |y1|^2]``, the energy of what the second adds along the first's output at each
-            input by itself; None if only moments are known, of which it is no function.
+            input by itself; None if only moments are known, of which it is no function. Of moments with some inputs beside
+            them, the share over these times ``first``.
         projected_second: ``E[<y1, y2>^2 / |y2|^2]``.
     """
 
@@ -92,7 +93,7 @@ class Interference:
     def disturbed_first_each(self) -> float | None:
         """Like ``disturbed_first``, with the projection at each input by itself; gains and losses do not cancel.
 
-        Never below ``disturbed_first``; outputs in random directions of ``out`` dimensions have about
+        Never below ``disturbed_first`` on the same inputs; outputs in random directions of ``out`` dimensions have about
         ``second / first / out``.
         """
         return self.projected_first / self.first if self.projected_first is not None and self.first else None
@@ -131,7 +132,7 @@ def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool =
     Args:
         a: the first adapter's :class:`SparseTensor`, or its deltas as a sparse matrix in the matrix view, in float64.
         b: the second's, of the same shape.
-        inputs: their second moments, or the inputs themselves, floats ``[samples, in]``.
+        inputs: their second moments (perhaps with some inputs), or the inputs themselves, floats ``[samples, in]``.
         inputs_first: of inputs themselves: the weight is ``[in, out]``. A :class:`Moment` says so itself.
 
     Raises:
@@ -157,7 +158,15 @@ def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool =
     )
     for value in (inner, of_first, of_second):
         finite(value, f"a mean product of the outputs of {inputs.weight!r}")
-    return _of_means(inner, of_first, of_second, None, None)
+    if inputs.inputs is None:
+        return _of_means(inner, of_first, of_second, None, None)
+    _, first_energy, second_energy, along_first, along_second = _means_of(first, second, inputs.inputs)
+    # The shares are those of the inputs that were kept, the energies those of all.
+    return _of_means(
+        inner, of_first, of_second,
+        along_first / first_energy * of_first if first_energy else 0.0,
+        along_second / second_energy * of_second if second_energy else 0.0,
+    )  # fmt: skip
 
 
 def _sorted(matrix: Any) -> Any:
@@ -168,22 +177,34 @@ def _sorted(matrix: Any) -> Any:
 
 
 def _of_inputs(first: Any, second: Any, inputs: Array) -> Interference:
-    outputs, width = first.shape
+    width = first.shape[1]
     if inputs.ndim != 2 or inputs.shape[1] != width or not len(inputs):
         raise SourceError(f"inputs of shape {list(inputs.shape)} for deltas of {width} inputs")
+    return _of_means(*_means_of(first, second, inputs[:, None, :]))
+
+
+def _means_of(first: Any, second: Any, inputs: Array) -> tuple[float, float, float, float, float]:
+    """``E<y1, y2>``, ``E|y1|^2``, ``E|y2|^2`` and both projections over inputs ``[samples, groups, width]``."""
+    groups = inputs.shape[1]
+    outputs = first.shape[0] // groups
+    spans = [slice(group * outputs, (group + 1) * outputs) for group in range(groups)]
+    parts = [(first, second)] if groups == 1 else [(first[span], second[span]) for span in spans]
     inner = of_first = of_second = along_first = along_second = 0.0
-    step = max(1, _CELLS // max(1, outputs, width))
+    step = max(1, _CELLS // max(1, outputs, inputs.shape[2]))
     for start in range(0, len(inputs), step):
-        some = np.asarray(inputs[start : start + step], np.float64).T
+        some = np.asarray(inputs[start : start + step], np.float64)
         if not np.isfinite(some).all():
             raise SourceError("an input is NaN or infinite")
-        y1, y2 = first @ some, second @ some
-        both, e1, e2 = (np.einsum("os,os->s", *pair) for pair in ((y1, y2), (y1, y1), (y2, y2)))
+        both, e1, e2 = np.zeros((3, len(some)))
+        for group, (a, b) in enumerate(parts):
+            y1, y2 = a @ some[:, group].T, b @ some[:, group].T
+            for sums, y, z in ((both, y1, y2), (e1, y1, y1), (e2, y2, y2)):
+                np.add(sums, np.einsum("os,os->s", y, z), out=sums)
         inner, of_first, of_second = inner + both.sum(), of_first + e1.sum(), of_second + e2.sum()
         along_first += float(np.sum(both[e1 > 0] ** 2 / e1[e1 > 0]))
         along_second += float(np.sum(both[e2 > 0] ** 2 / e2[e2 > 0]))
     means = np.array([inner, of_first, of_second, along_first, along_second]) / len(inputs)
-    return _of_means(*(float(mean) for mean in means))
+    return float(means[0]), float(means[1]), float(means[2]), float(means[3]), float(means[4])
 
 
 def _of_means(

@@ -28,7 +28,9 @@ class Layer:
         nbytes: what the moments take.
     """
 
-    def __init__(self, name: str, module: nn.Module, block: int | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, block: int | None, dtype: torch.dtype, inputs: int = 0, seed: int = 0
+    ) -> None:
         self.module, self.weight, self.samples = name, f"{name}.weight" if name else "weight", 0
         self._layer = module
         self._sum: torch.Tensor | None = None
@@ -39,7 +41,10 @@ class Layer:
         size = 1 if isinstance(module, nn.Embedding) else max(1, min(block or self.width, self.width))
         self.shape = (self._groups, -(-self.width // size), size, size)
         self._dtype = dtype
-        self.nbytes = int(np.prod(self.shape, dtype=object)) * dtype.itemsize
+        kept = 0 if isinstance(module, nn.Embedding) else inputs
+        self._kept = _Sample(kept, seed, name) if kept else None
+        cells = int(np.prod(self.shape, dtype=object)) + kept * self._groups * int(self.width)
+        self.nbytes = cells * dtype.itemsize
 
     def see(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Add the inputs of one call: ``[..., width]``, images, or token numbers."""
@@ -68,6 +73,8 @@ class Layer:
         wide = rows.to(self._dtype)
         if wide.numel() and not bool(torch.isfinite(wide).all()):
             raise SourceError(f"module {self.module!r}: an input is NaN or infinite")
+        if self._kept is not None:
+            self._kept.see(wide)
         wide = nn.functional.pad(wide, (0, blocks * size - self.width))
         wide = wide.reshape(len(rows), groups * blocks, size)
         products = (wide * wide).sum(0) if size == 1 else torch.bmm(wide.permute(1, 2, 0), wide.permute(1, 0, 2))
@@ -87,7 +94,34 @@ class Layer:
         assert self._sum is not None
         blocks = self._sum.div_(self.samples).cpu().numpy()
         self._sum = None
-        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first)
+        inputs = None if self._kept is None else self._kept.rows.cpu().numpy()
+        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first, inputs)
+
+
+class _Sample:
+    """Some of the rows that go by, every choice of so many as likely as any other, and the same for any size of the parts.
+
+    Each row draws a number, and those with the smallest are kept, in the order in which they came.
+    """
+
+    def __init__(self, count: int, seed: int, name: str) -> None:
+        self._count = count
+        self._random = np.random.default_rng([seed, *name.encode()])
+        self._drawn = np.empty(0)
+        self.rows = torch.empty(0)
+
+    def see(self, rows: torch.Tensor) -> None:
+        drawn = self._random.random(len(rows))
+        low = (
+            np.flatnonzero(drawn < self._drawn.max()) if self._drawn.size == self._count else np.arange(len(rows))
+        )
+        if not low.size:
+            return
+        some = rows[torch.from_numpy(low).to(rows.device)]
+        every = torch.cat([self.rows, some]) if self._drawn.size else some
+        drawn = np.concatenate([self._drawn, drawn[low]])
+        chosen = np.sort(np.argsort(drawn, kind="stable")[: self._count])
+        self.rows, self._drawn = every[torch.from_numpy(chosen).to(every.device)], drawn[chosen]
 
 
 class Watch:
@@ -98,8 +132,11 @@ class Watch:
     """
 
     def __init__(
-        self, model: Any, names: Iterable[str] | None, *, block: int | None, dtype: str, limit: int
-    ) -> None:
+        self, model: Any, names: Iterable[str] | None, *, block: int | None, dtype: str, limit: int, inputs: int = 0,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        if inputs < 0 or seed < 0:
+            raise SourceError(f"{inputs} inputs to keep, seed {seed}: neither can be negative")
         if block is not None and block < 1:
             raise SourceError(f"blocks of {block} inputs; at least 1 is needed")
         if dtype not in ("float32", "float64"):
@@ -121,11 +158,11 @@ class Watch:
         if not chosen:
             raise SourceError("the model has no layer whose inputs can be gathered")
         self._modules = [found[name] for name in chosen]
-        self.layers = [Layer(name, found[name], block, getattr(torch, dtype)) for name in chosen]
+        self.layers = [Layer(name, found[name], block, getattr(torch, dtype), inputs, seed) for name in chosen]
         if (needed := sum(layer.nbytes for layer in self.layers)) > limit:
             raise SourceError(
                 f"the moments of {len(chosen)} layers would take {needed / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB: "
-                "choose some modules, float32, or a block"
+                "choose some modules, float32, a block, or fewer inputs to keep"
             )
 
     def run(self, data: Iterable[Any]) -> None:

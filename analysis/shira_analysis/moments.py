@@ -1,11 +1,14 @@
 """Second moments of layers' inputs, ``C = E[x x^T]``: what a layer was fed, as far as mean products of outputs depend on it.
 
 ``E <D1 x, D2 x> = tr(D1 C D2^T)`` for any two changes ``D1, D2`` of the layer's weight, so that inputs are seen once and
-any pair of adapters can be measured on them afterwards; see :mod:`shira_analysis.interference`.
+any pair of adapters can be measured on them afterwards; see :mod:`shira_analysis.interference`. What two changes do to each
+other at each input by itself is no function of C: for that some inputs can be kept beside it, drawn at random.
 
 A file of moments is a safetensors file with one tensor ``[groups, blocks, size, size]`` for each weight, under the weight's
 name, and ``shira_moments`` in its metadata: a JSON object with ``version`` 1 and, for each weight, the number of
-``samples``, the ``width`` of an input and whether ``inputs_first``. It is written by :meth:`Moments.save`.
+``samples``, the ``width`` of an input and whether ``inputs_first``. Where inputs are kept, the version is 2, their number is
+told as ``inputs``, and they are a tensor ``[inputs, groups, width]`` named as the weight with ``#inputs`` behind. It is written
+by :meth:`Moments.save`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from shira_format.container.atomic import replaced_file
 from shira_format.safetensors_file import SafetensorsFile, header_of, parse_object
 
 _KEY = "shira_moments"
-_VERSION = 1
+_VERSION, _WITH_INPUTS = 1, 2
+_INPUTS = "#inputs"
 _SYMMETRIC = 1e-3  # relative to the diagonal, how far a float32 sum of products may be off
 _CELLS = 1 << 22  # checked at a time
 
@@ -43,6 +47,7 @@ class Moment:
         width: elements of an input (of a group).
         samples: how many inputs there were.
         inputs_first: whether the weight is ``[in, out]`` (Conv1D, Embedding) and not ``[out, in]``.
+        inputs: some of them, drawn at random: float32 or float64 ``[inputs, groups, width]``; None if none were kept.
     """
 
     weight: str
@@ -50,6 +55,7 @@ class Moment:
     width: int
     samples: int
     inputs_first: bool = False
+    inputs: Array | None = None
 
     def __post_init__(self) -> None:
         """Check everything.
@@ -73,8 +79,20 @@ class Moment:
             self._refuse("a negative mean square")
         if diagonal.reshape(shape[0], -1)[:, self.width :].any():
             self._refuse("the last block is not filled up with zeros")
+        if self.inputs is not None:
+            self._check_inputs(self.inputs)
         if self.size > 1:
             self._check_products(np.sqrt(diagonal.reshape(-1, self.size)))
+
+    def _check_inputs(self, inputs: Array) -> None:
+        if inputs.dtype not in (np.float32, np.float64):
+            self._refuse(f"inputs of {inputs.dtype}, not float32 or float64")
+        if inputs.ndim != 3 or inputs.shape[1:] != (self.groups, self.width):
+            self._refuse(f"inputs of shape {list(inputs.shape)}, not [inputs, {self.groups}, {self.width}]")
+        if not 1 <= len(inputs) <= self.samples:
+            self._refuse(f"{len(inputs)} inputs kept of {self.samples}")
+        if not np.isfinite(inputs).all():
+            self._refuse("an input is NaN or infinite")
 
     def _check_products(self, roots: Array) -> None:
         """Refuse what is not symmetric, or above the root of both mean squares, which no mean product is."""
@@ -105,6 +123,11 @@ class Moment:
     def size(self) -> int:
         """Of a block."""
         return int(self.blocks.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Of moments and inputs."""
+        return int(self.blocks.nbytes) + (0 if self.inputs is None else int(self.inputs.nbytes))
 
     @property
     def whole(self) -> bool:
@@ -142,10 +165,17 @@ class Moments(Mapping[str, Moment]):
         for name, one in self.items():
             told[name] = {"samples": one.samples, "width": one.width, "inputs_first": one.inputs_first}
             sizes.append((name, one.blocks.dtype, one.blocks.shape))
-        header, _ = header_of(sizes, {_KEY: json.dumps({"version": _VERSION, "weights": told})})
+            if one.inputs is not None:
+                told[name]["inputs"] = len(one.inputs)
+                sizes.append((name + _INPUTS, one.inputs.dtype, one.inputs.shape))
+        version = _WITH_INPUTS if len(sizes) > len(told) else _VERSION
+        header, _ = header_of(sizes, {_KEY: json.dumps({"version": version, "weights": told})})
         with replaced_file(Path(path)) as file:
             file.write(header)
-            file.writelines(bits(self[name].blocks).data for name in self)
+            for one in self.values():
+                file.write(bits(one.blocks).data)
+                if one.inputs is not None:
+                    file.write(bits(one.inputs).data)
 
     @classmethod
     def read(cls, path: str | Path) -> Moments:
@@ -168,15 +198,23 @@ class _File(Mapping[str, Moment]):
         if metadata is None:
             raise self._refusal(f"no file of moments: there is no {_KEY!r} in its metadata")
         told = parse_object(metadata.encode(), "manifest-json")
-        if told.get("version") != _VERSION:
-            raise self._refusal(f"moments of version {told.get('version')!r}; this is for version {_VERSION}")
+        version = told.get("version")
+        if version not in (_VERSION, _WITH_INPUTS):
+            raise self._refusal(
+                f"moments of version {version!r}; this is for versions {_VERSION} and {_WITH_INPUTS}"
+            )
         weights = told.get("weights")
-        if not isinstance(weights, dict) or weights.keys() != self._file.keys():
+        if not isinstance(weights, dict) or not all(isinstance(entry, dict) for entry in weights.values()):
+            raise self._refusal("the metadata has no 'weights', or entries of a wrong type")
+        if version == _VERSION and any("inputs" in entry for entry in weights.values()):
+            raise self._refusal(f"inputs in a file of version {_VERSION}")
+        kept = [name + _INPUTS for name, entry in weights.items() if "inputs" in entry]
+        if sorted([*weights, *kept]) != sorted(self._file):
             raise self._refusal("the metadata and the tensors are not of the same weights")
         self._told: dict[str, Any] = weights
         for name, entry in self._told.items():
             kinds = {"samples": int, "width": int, "inputs_first": bool}
-            if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in kinds.items()):
+            if any(type(entry.get(key)) is not kind for key, kind in kinds.items()):
                 raise self._refusal(
                     f"tensor {name!r}: no 'samples', 'width' or 'inputs_first', or of a wrong type"
                 )
@@ -186,9 +224,19 @@ class _File(Mapping[str, Moment]):
 
     def __getitem__(self, weight: str) -> Moment:
         entry = self._told[weight]
+        inputs = self._file.read_apart(weight + _INPUTS) if "inputs" in entry else None
         try:
+            if inputs is not None and inputs.shape[:1] != (entry["inputs"],):
+                raise SourceError(
+                    f"moments of {weight!r}: not the {entry['inputs']!r} inputs that the metadata tells"
+                )
             return Moment(
-                weight, self._file.read_apart(weight), entry["width"], entry["samples"], entry["inputs_first"]
+                weight,
+                self._file.read_apart(weight),
+                entry["width"],
+                entry["samples"],
+                entry["inputs_first"],
+                inputs,
             )
         except SourceError as error:
             raise SourceError(f"{self._file.path}: {error}") from None
@@ -211,6 +259,8 @@ def collect_moments(
     block: int | None = None,
     dtype: Literal["float32", "float64"] = "float64",
     limit: int = LIMIT,
+    inputs: int = 0,
+    seed: int = 0,
     rename: Callable[[str], str] = lambda name: name,
 ) -> Moments:
     """Run a model over data and gather the second moments of what its layers are fed.
@@ -227,7 +277,10 @@ def collect_moments(
         block: keep only blocks of so many inputs along the diagonal of each matrix (1: the diagonal). An embedding needs
             no more than its diagonal and has that.
         dtype: in which products are formed and added up.
-        limit: bytes that all moments may take.
+        limit: bytes that all moments may take, and the inputs that are kept.
+        inputs: how many inputs of each layer to keep beside its moments, drawn at random; none of an embedding, whose inputs are
+            tokens.
+        seed: of that choice.
         rename: from the model's names of weights to those under which adapters have them.
 
     Raises:
@@ -236,7 +289,7 @@ def collect_moments(
     """
     from shira_analysis.moment_layers import Watch
 
-    watch = Watch(model, modules, block=block, dtype=dtype, limit=limit)
+    watch = Watch(model, modules, block=block, dtype=dtype, limit=limit, inputs=inputs, seed=seed)
     watch.run(data)
     moments = [layer.moment(rename(layer.weight)) for layer in watch.layers if layer.samples]
     return Moments(moments, unseen=(rename(layer.weight) for layer in watch.layers if not layer.samples))

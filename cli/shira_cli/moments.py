@@ -18,6 +18,7 @@ PROG = "shira-moments"
 EXAMPLE = """examples:
   shira-moments my-model/ --texts texts.txt -o moments.safetensors
   shira-moments my-model/ --texts texts.jsonl --limit 200 --include mlp --dtype float32 -o moments.safetensors
+  shira-moments my-model/ --texts texts.txt --inputs 256 -o moments.safetensors
   shira-measure a.st b.st --moments moments.safetensors
 """
 
@@ -42,10 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--exclude", action="append", default=[], metavar="REGEX", help="leave out weights in whose name this is found; may be repeated")  # fmt: skip
     add("--block", type=_count, metavar="N", help="keep only blocks of N inputs along the diagonal of each matrix (1: the diagonal)")  # fmt: skip
     add("--dtype", choices=("float32", "float64"), default="float64", help="in which the moments are summed up and stored (default: float64)")  # fmt: skip
+    add("--inputs", type=_count, default=0, metavar="N", help="keep N inputs of each layer too, drawn at random: what two adapters do to each other at each input by itself is not in the moments")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of that choice (default: 0)")
     add("--force", action="store_true", help="replace FILE if it exists")
     add("--dry-run", action="store_true", help="load everything and tell what would be gathered; write nothing")
     console.add_output_options(parser)
     options = parser.parse_args(argv)
+    if options.seed < 0:
+        console.usage_error(PROG, f"--seed {options.seed} is negative")
     return console.run(PROG, lambda: _moments(options))
 
 
@@ -81,7 +86,14 @@ def _moments(options: argparse.Namespace) -> int:
         from shira_analysis.moment_layers import Watch
         from shira_analysis.moments import LIMIT
 
-        watch = Watch(loaded.model, chosen.modules, block=options.block, dtype=options.dtype, limit=LIMIT)
+        watch = Watch(
+            loaded.model,
+            chosen.modules,
+            block=options.block,
+            dtype=options.dtype,
+            limit=LIMIT,
+            inputs=options.inputs,
+        )
         rows = [_row(chosen.weights[layer.weight], layer.width, layer.shape, layer.nbytes, None) for layer in watch.layers]  # fmt: skip
         return _report(options, rows, len(read.texts))
     found = collect_moments(
@@ -92,10 +104,12 @@ def _moments(options: argparse.Namespace) -> int:
         chosen.modules,
         block=options.block,
         dtype=options.dtype,
+        inputs=options.inputs,
+        seed=options.seed,
         rename=chosen.weights.__getitem__,
     )
     found.save(options.output)
-    rows = [_row(name, one.width, one.blocks.shape, one.blocks.nbytes, one.samples) for name, one in found.items()]
+    rows = [_row(name, one.width, one.blocks.shape, one.nbytes, one.samples) for name, one in found.items()]
     return _report(options, rows, len(read.texts))
 
 

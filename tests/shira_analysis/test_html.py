@@ -149,20 +149,24 @@ def test_pairs(files: list[Path]) -> None:
 def test_pairs_on_inputs(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
     """Beside the measures of weights: what the two do to each other on what the layers are fed."""
     made = np.random.default_rng(1).standard_normal((30, 16))
-    query = Moment(QUERY, (made.T @ made / 30)[None, None], 16, 30)
-    table = Moment("wte.weight", np.ones((1, 50, 1, 1)), 50, 10, inputs_first=True)
+    query = Moment(QUERY, (made.T @ made / 30)[None, None], 16, 30, inputs=made[:, None])
+    table = Moment("wte.weight", np.ones((1, 50, 1, 1)), 50, 10, True, inputs=np.eye(50)[:10, None])
     (pair,) = measure_pairs([open_deltas(path) for path in files], Moments([query, table]))
     met = pair.whole.interference
     assert met is not None
     assert met.cosine is not None
     assert met.disturbed_first is not None
+    assert met.disturbed_first_each is not None
     each = [one.measures.interference.cosine for one in pair.tensors if one.measures.interference is not None]
     least, largest = min(one for one in each if one is not None), max(one for one in each if one is not None)
     Moments([query, table]).save(tmp_path / "moments.safetensors")
     out = tmp_path / "report.html"
     assert 0 == run(*files, "--html", out, "--moments", tmp_path / "moments.safetensors")
     text = parsed(out.read_text("utf-8")).text
-    assert f"{met.cosine:+.3f} {least:+.3f} {largest:+.3f} {100 * met.disturbed_first:.3g} %" in text
+    assert (
+        f"{met.cosine:+.3f} {least:+.3f} {largest:+.3f} {100 * met.disturbed_first:.3g} % (at each input {100 * met.disturbed_first_each:.3g} %)"
+        in text
+    )
     assert "(shira-moments, and --moments here)" not in text
     # Of another model they are refused before anything is written.
     Moments([Moment("other", np.ones((1, 1, 1, 1)), 1, 1)]).save(tmp_path / "others.safetensors")

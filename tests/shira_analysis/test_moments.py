@@ -79,12 +79,44 @@ def test_moments_predict_the_outputs(kind: str) -> None:
     make, inputs, channels = LAYERS[kind]
     layer = make().double()
     a, b = (sparse_change(layer.weight.shape, seed) for seed in (1, 2))
-    moments = collect_moments(layer, [inputs])
+    moments = collect_moments(layer, [inputs], inputs=1000)
     y1, y2 = (outputs(layer, change, inputs, channels) for change in (a, b))
     found = interference(a, b, moments["weight"])
     assert moments["weight"].samples == len(y1)
     means = [float((u * v).sum(1).mean()) for u, v in ((y1, y2), (y1, y1), (y2, y2))]
     assert [found.inner, found.first, found.second] == pytest.approx(means, rel=1e-12, abs=1e-13)
+    if kind == "embedding":  # its inputs are tokens, and are not kept
+        assert (moments["weight"].inputs, found.projected_first) == (None, None)
+        return
+    # All inputs were kept, so that what happens at each of them is known.
+    each = [float(((y1 * y2).sum(1) ** 2 / (y * y).sum(1).clamp(min=1e-300)).mean()) for y in (y1, y2)]
+    assert [found.projected_first, found.projected_second] == pytest.approx(each, rel=1e-12, abs=1e-13)
+
+
+def test_inputs_are_kept_at_random_whatever_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.arange(400, dtype=torch.float64).reshape(200, 2)
+    layer = nn.Linear(2, 2).double()
+    kept = collect_moments(layer, x.split(17), inputs=20)["weight"].inputs
+    assert kept is not None
+    assert (20, 1, 2) == kept.shape
+    numbers = kept[:, 0, 0]
+    assert (np.diff(numbers) > 0).all()  # in the order in which they came, none twice
+    assert set(numbers) <= set(x[:, 0].tolist())
+    assert numbers.min() < 100 < 300 < numbers.max()
+    monkeypatch.setattr("shira_analysis.moment_layers._ROWS", 3)
+    again = collect_moments(layer, [x], inputs=20)["weight"].inputs
+    np.testing.assert_array_equal(kept, again)
+    other = collect_moments(layer, [x], inputs=20, seed=1)["weight"].inputs
+    assert other is not None
+    assert set(other[:, 0, 0]) != set(numbers)
+    # Every row is as likely as any other.
+    counts = np.zeros(30)
+    for seed in range(300):
+        found = collect_moments(layer, [x[:30]], inputs=10, seed=seed)["weight"].inputs
+        assert found is not None
+        counts[(found[:, 0, 0] / 2).astype(int)] += 1
+    assert 3000 == counts.sum()
+    assert 60 < counts.min() < counts.max() < 140  # 100 expected of each, with a deviation of 8
 
 
 def test_batches_stream_and_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +261,9 @@ GOOD = np.array([[[[2.0, 1.0], [1.0, 2.0]]]])
 @pytest.mark.parametrize(
     ("blocks", "changes", "rule"),
     [
-        (GOOD, {"version": 2}, "version 2"),
+        (GOOD, {"version": 3}, "version 3"),
+        (GOOD, {"inputs": 2}, "inputs in a file of version 1"),
+        (GOOD, {"version": 2, "inputs": 2}, "not of the same weights"),
         (GOOD, {"name": "v"}, "not of the same weights"),
         (GOOD, {"samples": "3"}, "wrong type"),
         (GOOD, {"inputs_first": 1}, "wrong type"),
@@ -250,6 +284,45 @@ def test_damaged_files(tmp_path: Path, blocks: np.ndarray, changes: dict[str, An
     with pytest.raises(SourceError, match=rule) as error:
         Moments.read(path)["w"]
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told", "rule"),
+    [
+        (np.ones((2, 1, 2)), 3, "not the 3 inputs"),
+        (np.ones((2, 1, 2)), "2", "not the '2' inputs"),
+        (np.ones((4, 1, 2)), 4, "4 inputs kept of 3"),
+        (np.ones((0, 1, 2)), 0, "0 inputs kept of 3"),
+        (np.ones((2, 2)), 2, "not .inputs, 1, 2."),
+        (np.ones((2, 1, 3)), 2, "not .inputs, 1, 2."),
+        (np.ones((2, 2, 2)), 2, "not .inputs, 1, 2."),
+        (np.ones((2, 1, 2), np.float16), 2, "inputs of float16"),
+        (np.full((2, 1, 2), np.inf), 2, "NaN or infinite"),
+    ],
+)
+def test_damaged_inputs(tmp_path: Path, inputs: np.ndarray, told: Any, rule: str) -> None:
+    entry = {"samples": 3, "width": 2, "inputs_first": False, "inputs": told}
+    metadata = {"shira_moments": json.dumps({"version": 2, "weights": {"w": entry}})}
+    save_file({"w": GOOD, "w#inputs": inputs}, tmp_path / "m.safetensors", metadata=metadata)
+    with pytest.raises(SourceError, match=rule) as error:
+        Moments.read(tmp_path / "m.safetensors")["w"]
+    assert str(tmp_path / "m.safetensors") in str(error.value)
+
+
+def test_a_file_with_inputs_and_back(tmp_path: Path) -> None:
+    found = collect_moments(Two(), [random(8, 3).float()], inputs=4, dtype="float32")
+    found.save(tmp_path / "m.safetensors")
+    again = Moments.read(tmp_path / "m.safetensors")
+    assert list(found) == list(again)
+    for name, one in found.items():
+        assert one.inputs is not None
+        kept = again[name].inputs
+        assert kept is not None
+        assert kept.dtype == np.float32
+        np.testing.assert_array_equal(one.inputs, kept)
+        np.testing.assert_array_equal(one.blocks, again[name].blocks)
+    theirs = load_file(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(theirs["first.weight#inputs"], found["first.weight"].inputs)
 
 
 def test_other_files(tmp_path: Path) -> None:
@@ -288,6 +361,8 @@ def test_refusals() -> None:
         "blocks of 0": lambda: collect_moments(model, [x], block=0),
         "float16": lambda: collect_moments(model, [x], dtype="float16"),  # type: ignore[arg-type]
         "more than": lambda: collect_moments(model, [x], limit=100),
+        "more than 0.0 GB": lambda: collect_moments(model, [x], limit=1000, inputs=100),
+        "neither can be negative": lambda: collect_moments(model, [x], inputs=-1),
         "'first': an input is NaN": lambda: collect_moments(model, [x * np.nan]),
         "no layer": lambda: collect_moments(nn.ReLU(), [x]),
     }.items():

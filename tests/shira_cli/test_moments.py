@@ -118,7 +118,21 @@ def test_the_real_model_and_real_adapters(tmp_path: Path, capsys: Capture) -> No
     for task in ("spam", "genre"):
         assert 0 == convert.main(["lora_to_shira", str(loras / task), "--base", str(base), "-o", str(tmp_path / f"{task}.st"), "--self-contained", "--quiet"])  # fmt: skip
     texts, out = loras.parent / "text" / "spam.jsonl", tmp_path / "m.safetensors"
-    assert 0 == run(base, "--texts", texts, "--limit", "6", "--include", "encoder", "-o", out, "--quiet")
+    arguments = (
+        base,
+        "--texts",
+        texts,
+        "--limit",
+        "6",
+        "--include",
+        "encoder",
+        "-o",
+        out,
+        "--quiet",
+        "--inputs",
+        "50",
+    )
+    assert 0 == run(*arguments)
     capsys.readouterr()
     assert 0 == measure.main(
         [str(tmp_path / "spam.st"), str(tmp_path / "genre.st"), "--moments", str(out), "--json"]
@@ -127,6 +141,19 @@ def test_the_real_model_and_real_adapters(tmp_path: Path, capsys: Capture) -> No
     assert 36 == pair["whole"]["fed"]
     assert -1 < pair["whole"]["interference"]["cosine"] < 1
     assert 0 < pair["whole"]["interference"]["energy_first"]
+    for tensor in pair["tensors"]:  # but for the choice of the inputs: at each by itself nothing cancels
+        met = tensor["interference"]
+        assert met["disturbed_first"] < 3 * met["disturbed_first_each"]
+    assert 0 == measure.main([str(tmp_path / "spam.st"), str(tmp_path / "genre.st"), "--moments", str(out)])
+    shown = capsys.readouterr().out
+    assert "disturbed 1, 2" in shown
+    assert "at each 1, 2" in shown
+    assert "projected at each input by itself" in shown
+    before = out.read_bytes()
+    assert 0 == run(*arguments, "--force", "--seed", "0")
+    assert before == out.read_bytes()
+    assert 0 == run(*arguments, "--force", "--seed", "1")
+    assert before != out.read_bytes()
 
 
 def test_errors_are_one_line_and_leave_nothing(folder: Path, capsys: Capture) -> None:

@@ -35,7 +35,8 @@ _FED = ("pair", "cosine on inputs", "least of a layer", "largest of a layer", "1
 _FED_TOLD = (
     "On inputs: the cosine of what the two add to the layers’ outputs, by the second moments of the layers’ inputs; layers of opposite "
     "signs cancel in it, so that the least and the largest of a single layer stand beside it. Disturbed: the energy of the projection of the "
-    "other’s output onto an adapter’s own, on all inputs at once, as a share of its energy; from layer to layer nothing cancels."
+    "other’s output onto an adapter’s own, on all inputs at once, as a share of its energy; from layer to layer nothing cancels. At "
+    "each input: the projection is made there by itself, so that nothing cancels at all (for moments with inputs beside them)."
 )
 _WEIGHTS_ALONE = (
     "These are measures of the weights: what two adapters do to each other’s outputs depends on the inputs as well (shira-moments, "
@@ -274,8 +275,16 @@ def _extremes(pair: Pair) -> tuple[float | None, float | None]:
 
 
 def _disturbed(met: Interference) -> tuple[str, str]:
-    first, second = met.disturbed_first, met.disturbed_second
-    return ("–" if first is None else _share(first)), ("–" if second is None else _share(second))
+    return (
+        _share_at_each(met.disturbed_first, met.disturbed_first_each),
+        _share_at_each(met.disturbed_second, met.disturbed_second_each),
+    )
+
+
+def _share_at_each(share: float | None, each: float | None) -> str:
+    if share is None:
+        return "–"
+    return _share(share) + ("" if each is None else f" (at each input {_share(each)})")
 
 
 def _why_not(looks: Sequence[Look]) -> str | None:

@@ -27,6 +27,7 @@ rows (of A1 A2^T: columns) over which the product sums."""
 INPUTS_EXPLAINED = """on inputs: the cosine of what the two add to the outputs, on the inputs of the moments (layers of opposite signs cancel);
 disturbed: the energy of the projection of the other adapter's output onto an adapter's own, on all inputs at once, as a share of
 its energy: what it gains on some inputs and loses on others cancels, but not from layer to layer."""
+EACH_EXPLAINED = "at each 1, 2: the same, projected at each input by itself, where nothing cancels; on the inputs that the moments come with."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +66,8 @@ def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, l
             progress=lambda _: bar.update(1),
         )
     explained = [EXPLAINED] if options.moments is None else [EXPLAINED, INPUTS_EXPLAINED]
+    if any(_at_each(pair.whole.interference) for pair in pairs):
+        explained.append(EACH_EXPLAINED)
     texts = [_text(pair, options) for pair in pairs]
     return "\n\n".join([*texts, "\n".join(explained)]), [pair.as_json() for pair in pairs]
 
@@ -119,18 +122,31 @@ def _products(
     fed: bool,
 ) -> str:
     """A table of AWOM and AWOR; nothing if no weight has a product, as of masks."""
-    head = [title, "AWOM", "by chance", "spectral", "AWOR", "structural", "uniform", "by counts", "on inputs", "disturbed 1, 2"]  # fmt: skip
-    kept = [column for column in range(len(head)) if (column != 3 or options.spectral) and (column < 8 or fed)]
+    head = [title, "AWOM", "by chance", "spectral", "AWOR", "structural", "uniform", "by counts", "on inputs", "disturbed 1, 2", "at each 1, 2"]  # fmt: skip
+    shown = {3: options.spectral, 8: fed, 9: fed, 10: any(_at_each(inputs) for _, _, inputs in rows)}
+    kept = [column for column in range(len(head)) if shown.get(column, True)]
     cells = [
         [
             name, f"{product.awom:.3g}", f"{product.awom_if_independent:.3g}", _number(product.spectral, ".3g"),
             *map(_zeros, (product.awor, product.awor_structural, product.awor_if_uniform, product.awor_if_independent)),
-            *(("-", "-") if inputs is None else (_number(inputs.cosine, "+.3f"), f"{_share(inputs.disturbed_first)}, {_share(inputs.disturbed_second)}")),
+            *_on_inputs(inputs),
         ]
         for name, product, inputs in rows
         if product is not None
     ]  # fmt: skip
     return console.table([head[i] for i in kept], [[row[i] for i in kept] for row in cells]) if cells else ""
+
+
+def _on_inputs(inputs: Interference | None) -> list[str]:
+    if inputs is None:
+        return ["-"] * 3
+    disturbed = (inputs.disturbed_first, inputs.disturbed_second)
+    each = (inputs.disturbed_first_each, inputs.disturbed_second_each)
+    return [_number(inputs.cosine, "+.3f"), ", ".join(map(_share, disturbed)), ", ".join(map(_share, each))]
+
+
+def _at_each(inputs: Interference | None) -> bool:
+    return inputs is not None and inputs.projected_first is not None
 
 
 def _zeros(share: float | None) -> str:
