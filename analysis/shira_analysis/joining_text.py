@@ -14,13 +14,13 @@ from shira_format.merge.methods import shown
 _WIDTH = 120
 _MOST = 10  # weights that are shown; all are in the JSON and on the page
 
-_BEFORE = ("", "shared", "expected", "conflicts", "share", "cosine", "AWOM", "by chance", "AWOR", "by chance", "on inputs", "disturbed 1, 2")  # fmt: skip
+_BEFORE = ("", "shared", "expected", "conflicts", "share", "cosine", "AWOM", "by chance", "AWOR", "by chance", "on inputs", "disturbed 1, 2", "at each 1, 2")  # fmt: skip
 
 _EXPLAINED = """shared: entries of both, beside what two masks of these sizes share by chance; conflicts: shared entries that the two, each with \
 the sign of its w, pull in opposite directions, and their share. AWOM, AWOR: Frobenius norm of A1^T A2 and its share of zeros (of weights [out, in]), beside what random signs \
 and columns give. on inputs: the cosine of what the two add to the outputs, by the moments (layers of opposite signs cancel); disturbed: the energy of \
 the projection of the other adapter's output onto an adapter's own, on all inputs at once, as a share of its energy (from layer to layer \
-nothing cancels)."""
+nothing cancels); at each: the same, projected at each input by itself, where nothing cancels, if the moments come with inputs."""
 _EXPLAINED_AFTER = """dropped: entries of which the result has nothing, and their share of the adapter's energy. disturbed: what lies between the result \
 and w d at the adapter's entries, dropped ones too, as a share of the energy of w d. w: its weight times its strength, d: its deltas."""
 
@@ -65,12 +65,13 @@ def _pair(report: JoiningReport, pair: JoinedPair) -> Iterator[str]:
     whole = pair.pair.whole
     yield printable(f"{first} and {second}: {whole.both} of {whole.tensors} tensors in both")
     rows = [*pair.pair.kinds.items(), ("all", whole)]
-    yield table(_BEFORE if report.fed else _BEFORE[:-2], [_measures(*row, fed=report.fed) for row in rows])
+    columns = len(_BEFORE) - (0 if report.fed else 3)
+    yield table(_BEFORE[:columns], [_measures(*row)[:columns] for row in rows])
     yield from map(_wrapped, lemma_words(pair))
     yield ""
 
 
-def _measures(name: str, measures: Measures, *, fed: bool) -> list[str]:
+def _measures(name: str, measures: Measures) -> list[str]:
     common, product, met = measures.overlap, measures.product, measures.interference
     row = [
         name, f"{common.shared:,}", f"{common.expected:,.0f} ± {common.deviation:.0f}",
@@ -84,11 +85,11 @@ def _measures(name: str, measures: Measures, *, fed: bool) -> list[str]:
             f"{product.awom:.3g}", f"{product.awom_if_independent:.3g}", number(product.awor, ".4f"),
             number(product.awor_if_independent, ".4f"),
         ]  # fmt: skip
-    if not fed:
-        return row
     if met is None:
-        return [*row, "", ""]
-    return [*row, number(met.cosine, "+.3f"), f"{percent(met.disturbed_first)}, {percent(met.disturbed_second)}"]
+        return [*row, "", "", ""]
+    disturbed = (met.disturbed_first, met.disturbed_second)
+    each = (met.disturbed_first_each, met.disturbed_second_each)
+    return [*row, number(met.cosine, "+.3f"), ", ".join(map(percent, disturbed)), ", ".join(map(percent, each))]
 
 
 def _after(report: JoiningReport) -> Iterator[str]:

@@ -65,11 +65,11 @@ def test_lemmas_in_cells() -> None:
 
 
 def test_moments_and_a_refusal() -> None:
-    moments = Moments([Moment(QUERY, np.ones((1, 1, 2, 2)), 2, 30)])
+    moments = Moments([Moment(QUERY, np.ones((1, 1, 2, 2)), 2, 30, inputs=np.ones((30, 1, 2)))])
     report = joining_report(of_deltas([[1, 2]], [[3, 0]], method="refuse"), moments)
     text = parsed(joining_page(report)).text
     assert "cosine on inputs" in text
-    assert "+1.000" in text
+    assert "+1.000 100.00 % (100.00 %) 100.00 % (100.00 %)" in text
     assert "The merge is refused: tensor 'h.0.q_proj.weight': adapter 2 and adapter 1 set 1 entries" in text
     assert "Disturbed, by kind of layer" not in text
 

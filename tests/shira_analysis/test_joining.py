@@ -22,6 +22,7 @@ from shira_analysis.lemmas.null_space import orthogonal_pair
 from shira_analysis.lemmas.orthogonality import diagonal
 from shira_analysis.moments import Moment, Moments
 from shira_analysis.pairs import measure_pairs
+from shira_analysis.tables import percent
 from shira_format import Adapter, BaseRequired, SourceError, SparseTensor, WholeTensor, save
 from shira_format.arrays import digest
 from shira_format.convert import lora_to_shira
@@ -351,6 +352,11 @@ def test_interference_by_moments() -> None:
         parts[0].tensor, parts[1].tensor, moments[QUERY]
     )
     assert "on inputs" in report.text()
+    kept = Moments([Moment(QUERY, (x.T @ x / 30)[None, None], 4, 30, inputs=x[:, None])])
+    met = interference(parts[0].tensor, parts[1].tensor, kept[QUERY])
+    each = ", ".join(percent(share) for share in (met.disturbed_first_each, met.disturbed_second_each))
+    assert each in joining_report(job, kept).text()
+    assert each not in report.text()
     assert "on the layers' inputs" in " ".join(report.warnings())
     other = Moments([Moment("other", np.ones((1, 1, 4, 4)), 4, 30)])
     with pytest.raises(

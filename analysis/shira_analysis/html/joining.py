@@ -87,7 +87,8 @@ def _before(report: JoiningReport) -> Iterator[str]:
             + (
                 " On inputs and disturbed, by the second moments of the layers’ inputs: the cosine of what the two add to the layers’ outputs (layers of opposite signs cancel), and "
                 "the energy of the projection of the other adapter’s output onto each one’s own, on all inputs at once, as a share of its energy "
-                "(from layer to layer nothing cancels)."
+                "(from layer to layer nothing cancels); in brackets: projected at each input by itself, where nothing cancels, if the moments "
+                "come with inputs."
                 if report.fed
                 else ""
             )
@@ -136,7 +137,9 @@ def _fed_cells(measures: Measures) -> list[str]:
     met = measures.interference
     if met is None:
         return ["–"] * 3
-    return [_number(met.cosine, "+.3f"), _share(met.disturbed_first), _share(met.disturbed_second)]
+    shares = ((met.disturbed_first, met.disturbed_first_each), (met.disturbed_second, met.disturbed_second_each))
+    told = [_share(share) + ("" if each is None else f" ({_share(each)})") for share, each in shares]
+    return [_number(met.cosine, "+.3f"), *told]
 
 
 def _lemma_cells(found: TensorLemmas | None) -> list[str]:
