@@ -21,6 +21,7 @@ PROG = "shira-plot"
 EXAMPLE = """examples:
   shira-plot mask adapter.st -o mask.png
   shira-plot spectrum adapter.st --base my-model/ --lora my-lora/ -o spectrum.png
+  shira-plot orthogonality a.st b.st --moments moments.safetensors -o pairs.png
   shira-plot dimension --quick -o dimension.png
 """
 
@@ -39,21 +40,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = _kind(
         kinds, "layers", _layers, "how dense the change is in each layer, and how much of its energy is there"
     )
-    layers.add_argument("--include", action="append", default=[], metavar="REGEX", help="draw only tensors in whose name this is found; may be repeated")  # fmt: skip
-    layers.add_argument("--exclude", action="append", default=[], metavar="REGEX", help="leave out tensors in whose name this is found; may be repeated")  # fmt: skip
+    _add_choice(layers)
     spectrum = _kind(
         kinds, "spectrum", _spectrum, "the singular values of the change of one tensor, and of a LoRA's"
     )
     _add_tensor(spectrum)
     spectrum.add_argument("--lora", action="append", default=[], metavar="L", help="a LoRA of the same base, which needs --base; may be repeated")  # fmt: skip
-    _kind(
+    overlap = _kind(
         kinds,
         "overlap",
         _overlap,
         "how many entries each two adapters share, beside what chance gives",
         pairs=True,
     )
-    _kind(kinds, "orthogonality", _orthogonality, "AWOR and AWOM of each two adapters", pairs=True)
+    _add_choice(overlap)
+    orthogonality = _kind(
+        kinds,
+        "orthogonality",
+        _orthogonality,
+        "AWOR and AWOM of each two adapters, beside what chance gives",
+        pairs=True,
+    )
+    _add_choice(orthogonality)
+    orthogonality.add_argument("--transposed", action="store_true", help="of A1 A2^T in place of A1^T A2: layers whose weight is [in, out] write along rows")  # fmt: skip
+    orthogonality.add_argument("--moments", type=Path, metavar="FILE", help="second moments of the layers' inputs, from shira-moments: what each two do to each other on them as well")  # fmt: skip
     dimension = _kind(kinds, "dimension", _dimension, "AWOM and AWOR of random adapters against the dimension: figures 4 and 9 of the paper", files=False)  # fmt: skip
     dimension.add_argument("--quick", action="store_true", help="up to dimension 2048 with 5 pairs each, seconds; by default up to 8192 with 50, half an hour on two cores")  # fmt: skip
     dimension.add_argument("--seeds", type=int, metavar="N", help="pairs of adapters for each point")
@@ -100,6 +110,12 @@ def _kind(
     console.add_output_options(parser)
     parser.set_defaults(draw=draw)
     return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--include", action="append", default=[], metavar="REGEX", help="only tensors in whose name this is found; may be repeated")  # fmt: skip
+    add("--exclude", action="append", default=[], metavar="REGEX", help="leave out tensors in whose name this is found; may be repeated")  # fmt: skip
 
 
 def _add_tensor(parser: argparse.ArgumentParser) -> None:
@@ -196,10 +212,14 @@ def _overlap(options: argparse.Namespace) -> Picture:
 
 def _orthogonality(options: argparse.Namespace) -> Picture:
     from shira_analysis.figures.pictures import orthogonality_picture
+    from shira_analysis.moments import Moments
 
     files = _files(options)
+    moments = None if options.moments is None else Moments.read(options.moments)
     with _bar(options, len({name for file in files for name in file.names}), "tensors") as step:
-        return orthogonality_picture(files, form=_form(options), progress=step)
+        return orthogonality_picture(
+            files, moments=moments, transposed=options.transposed, form=_form(options), progress=step
+        )
 
 
 def _dimension(options: argparse.Namespace) -> Picture:

@@ -19,8 +19,10 @@ from shira_analysis.deltas import DeltaFile, delta_matrix, open_deltas
 from shira_analysis.figures import dimensions, layers, masks, matrices, pictures, spectra, style
 from shira_analysis.figures.records import from_csv, to_csv
 from shira_analysis.measures import measure, measure_tensor
+from shira_analysis.moments import Moment, Moments
 from shira_analysis.orthogonality import orthogonality
 from shira_analysis.overlap import overlap
+from shira_analysis.pairs import measure_pairs
 from shira_format import Adapter, SourceError, SparseTensor, save
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import LowRank
@@ -220,7 +222,148 @@ def test_matrices_are_those_of_the_pairs(files: list[DeltaFile], axes: Any) -> N
     assert size == pytest.approx(awom.values[1, 0]) == record["awom"]
     assert axes is matrices.draw_matrix(axes, awor)
     np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), awor.values)
-    assert {f"{awor.values[0, 1]:.4f}", "–"} == {text.get_text() for text in axes.texts}
+    assert awor.expected is not None
+    both = f"{awor.values[0, 1]:.4f}\n({awor.expected[0, 1]:.4f})"
+    assert {both, "–"} == {text.get_text() for text in axes.texts}
+    (pair,) = measure_pairs(files, transposed=True)
+    assert pair.whole.product is not None
+    assert pair.whole.transposed is not None
+    for key in (
+        "awor",
+        "awor_structural",
+        "awor_if_uniform",
+        "awor_if_independent",
+        "awom",
+        "awom_if_independent",
+    ):
+        assert getattr(pair.whole.product, key) == record[key]
+    assert awor.expected[1, 0] == pair.whole.product.awor_if_uniform
+    (turned, _), (record,) = matrices.orthogonality_matrices(files, transposed=True)
+    assert (turned.values[0, 1], record["awom"]) == (pair.whole.transposed.awor, pair.whole.transposed.awom)
+    assert "A₁A₂ᵀ" in turned.title
+
+
+def test_matrices_on_inputs(files: list[DeltaFile], axes: Any) -> None:
+    moments = Moments([Moment(QUERY, np.eye(16)[None, None] + 0.5, 16, 9)])
+    (_, _, cosines), (record,) = matrices.orthogonality_matrices(files, moments=moments)
+    (pair,) = measure_pairs(files, moments)
+    met = pair.whole.interference
+    assert met is not None
+    assert (met.cosine, met.disturbed_second) == (record["inputs_cosine"], record["inputs_disturbed_second"])
+    assert met.cosine == cosines.values[1, 0]
+    assert record["inputs_disturbed_first_each"] is None
+    matrices.draw_matrix(axes, cosines)
+    assert (-1, 1) == axes.images[0].get_clim()
+    assert len(pictures.orthogonality_picture(files, moments=moments).image) > len(
+        pictures.orthogonality_picture(files).image
+    )
+
+
+def test_adapters_without_a_common_weight(files: list[DeltaFile], tmp_path: Path) -> None:
+    save(Adapter([tensor("other.weight", (8, 8), 0.2, 3)]), tmp_path / "c.st")
+    three = [*files, open_deltas(tmp_path / "c.st")]
+    (awor, awom), records = matrices.orthogonality_matrices(three)
+    for matrix in (awor, awom):
+        assert np.isnan(matrix.values[2]).all()
+        assert np.isfinite(matrix.values[0, 1])
+    assert [None] * 2 == [record["awor"] for record in records if record["second"] == "c.st"]
+    assert b"empty cells: nothing to measure" in pictures.overlap_picture(three, form="svg").image
+    assert b"empty cells" not in pictures.overlap_picture(files, form="svg").image
+
+
+def test_spectra_of_nothing(tmp_path: Path, files: list[DeltaFile], axes: Any) -> None:
+    none = SparseTensor(UP, (40, 24), [3], np.float32([0]), meaning="delta")
+    save(Adapter([none]), tmp_path / "zero.st")
+    zero = open_deltas(tmp_path / "zero.st")
+    with pytest.raises(SourceError, match=r"zero.st: tensor '.*up_proj.weight': the change is 0"):
+        pictures.spectrum_picture([zero])
+    curves = [spectra.curve_of(file, UP) for file in (zero, files[0])]
+    with pytest.raises(SourceError, match="nothing to draw"):
+        spectra.draw_spectra(axes, curves[:1])
+    spectra.draw_spectra(axes, curves)
+    assert axes.lines[0].get_label().startswith("zero.st: rank 0")
+    assert b"\x89PNG" == style.rendered(axes.figure)[:4]
+    assert b"\x89PNG" == pictures.spectrum_picture([zero, files[0]], tensor=UP).image[:4]
+
+
+def size_of(image: bytes) -> tuple[int, int]:
+    """Width and height of a PNG."""
+    return int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
+
+
+def test_many_adapters(files: list[DeltaFile]) -> None:
+    many = files * 8
+    lines = [tuple(style.line(at).values()) for at in range(32)]
+    assert 32 == len({(colour, dashes) for colour, _, dashes in lines})
+    for image in (
+        pictures.mask_picture(many, side=16).image,
+        pictures.layers_picture(many).image,
+        pictures.spectrum_picture(many).image,
+    ):
+        width, height = size_of(image)
+        assert width <= 2500
+        assert height <= 8000
+    for picture in (pictures.mask_picture, pictures.layers_picture):
+        with pytest.raises(SourceError, match="26 adapters: 24 can be drawn"):
+            picture(files * 13)
+    with pytest.raises(SourceError, match="40 spectra: 32 can be told apart"):
+        pictures.spectrum_picture(files * 20)
+    with pytest.raises(SourceError, match="62 adapters: 60"):
+        pictures.overlap_picture(files * 31)
+
+
+def test_layers_of_several_have_one_scale(
+    files: list[DeltaFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(Adapter([tensor(QUERY, (24, 16), 0.9, 0)]), tmp_path / "dense.st")
+    both = [files[0], open_deltas(tmp_path / "dense.st")]
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.rendered(drawn, form)
+    )
+    pictures.layers_picture(both)
+    panels = [one for one in seen[0].axes if one.images and one.get_title(loc="left")]
+    assert 4 == len(panels)
+    grids = [layers.layer_grid(measure(file.path).tensors) for file in both]
+    for at, what in enumerate(("density", "energy")):
+        top = max(np.nanmax(grid.values(what)) for grid in grids)  # type: ignore[arg-type]
+        assert {(0, top)} == {one.images[0].get_clim() for one in panels[at::2]}
+
+
+@pytest.mark.parametrize("shape", [(8,), (5000, 3), (1, 5000), (1, 1), (2, 3)])
+def test_masks_of_odd_shapes(shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However narrow: title above the picture, in the picture, and nothing over anything else."""
+    save(Adapter([tensor("model.norm.weight", shape, 0.4, 1)]), tmp_path / "a.st")
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.rendered(drawn, form)
+    )
+    pictures.mask_picture([open_deltas(tmp_path / "a.st")])
+    (drawn,) = seen
+    drawn.set_dpi(style.DPI)
+    drawn.draw_without_rendering()
+    (panel,) = [one for one in drawn.axes if one.get_title()]
+    box, above, title = (
+        panel.get_window_extent(),
+        drawn._suptitle.get_window_extent(),
+        panel.title.get_window_extent(),
+    )
+    assert title.y1 < above.y0
+    assert box.y1 < title.y0
+    longer, shorter = max(box.width, box.height), min(box.width, box.height)
+    assert longer < 4.1 * shorter
+    labels = [label.get_window_extent() for label in panel.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels))
+
+
+def test_names_are_told_apart() -> None:
+    assert ["a", "b"] == style.apart(["a", "b"], 10)
+    long = [f"{'x' * 50}{letter}{'y' * 80}.st" for letter in "ab"]
+    assert ["…a…", "…b…"] == style.apart(long, 20)
+    same = ["z" * 99, "z" * 99]
+    assert 1 == len(set(style.apart(same, 20)))
+    odd = ["p" * 40 + "1" + "q" * 90 + "1", "p" * 40 + "2" + "q" * 90 + "1", "p" * 40 + "1" + "q" * 90 + "2"]
+    assert 3 == len(set(style.apart(odd, 12)))
 
 
 def test_a_pair_takes_two_of_one_base(files: list[DeltaFile], tmp_path: Path) -> None:
@@ -304,7 +447,8 @@ def test_the_dimension_picture_draws_its_records(axes: Any) -> None:
     assert axes is dimensions.draw_dimension(axes, records, "awor")
     drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
     for series in dimensions.SERIES:
-        assert [r["awor"] for r in records if r["adapter"] == series] == list(drawn[series])
+        label = "sparse LoRA, rank 64" if series == "sparse LoRA" else series
+        assert [r["awor"] for r in records if r["adapter"] == series] == list(drawn[label])
     assert b"\x89PNG" == pictures.dimension_picture(records).image[:4]
 
 

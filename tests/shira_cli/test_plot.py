@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from shira_analysis.deltas import open_deltas
 from shira_analysis.figures.records import from_csv
 from shira_analysis.measures import measure
+from shira_analysis.moments import Moment, Moments
 from shira_analysis.pairs import measure_pairs
 from shira_cli import plot
 from shira_format import Adapter, SparseTensor, save
@@ -95,6 +96,22 @@ def test_pairs(files: Path) -> None:
     assert (pair.whole.overlap.shared, pair.whole.overlap.jaccard) == (overlap["shared"], overlap["jaccard"])
     assert pair.whole.product is not None
     assert (pair.whole.product.awor, pair.whole.product.awom) == (product["awor"], product["awom"])
+
+
+def test_pairs_by_choice(files: Path, capsys: Capture) -> None:
+    adapters = (files / "a.st", files / "b.st", "--base", files / "base.safetensors")
+    Moments([Moment(NAME, np.eye(20)[None, None], 20, 5)]).save(files / "moments.safetensors")
+    assert 0 == run("orthogonality", *adapters, "--moments", files / "moments.safetensors", "-o", files / "m.png")
+    (product,) = numbers(files / "m.csv")
+    assert -1 < product["inputs_cosine"] < 1  # type: ignore[operator]
+    assert 0 == run("orthogonality", *adapters, "--transposed", "--include", "up_proj", "-o", files / "t.png")
+    (turned,) = numbers(files / "t.csv")
+    assert product["awom"] != turned["awom"]
+    capsys.readouterr()
+    for kind in ("overlap", "orthogonality"):
+        assert 1 == run(kind, *adapters, "--exclude", "up_proj", "-o", files / "none.png")
+        assert "shira-plot: error: " in capsys.readouterr().err
+        assert not (files / "none.png").exists()
 
 
 def test_a_real_lora(tmp_path: Path, capsys: Capture) -> None:

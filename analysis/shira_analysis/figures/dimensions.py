@@ -224,7 +224,8 @@ def draw_dimension(axes: Any, records: Sequence[Record], measure: str = "awor") 
         mine = [record for record in records if record["adapter"] == series]
         if mine:
             look = {"lw": 1.2, **_LOOK[series]}
-            axes.plot([r["dimension"] for r in mine], [r[measure] for r in mine], label=series, **look)
+            label = f"{series}, rank {RANK}" if series == "sparse LoRA" else series
+            axes.plot([r["dimension"] for r in mine], [r[measure] for r in mine], label=label, **look)
     expected = {record["dimension"]: record[f"{measure}_if_uniform"] for record in records}
     axes.plot(
         dimensions, [expected[m] for m in dimensions], color=GREY, alpha=0.4, lw=6, solid_capstyle="round", zorder=1,

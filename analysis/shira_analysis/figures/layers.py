@@ -145,13 +145,20 @@ def layer_grid(tensors: Iterable[TensorMeasures]) -> LayerGrid:
     )
 
 
+def largest(values: Float64s) -> float:
+    """The largest that is no NaN; 0 without one."""
+    return float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+
+
 TITLES: dict[What, str] = {
     "density": "share of the elements that are changed, %",
     "energy": "share of the change's energy (sum of squares), %",
 }
 
 
-def draw_layers(axes: Any, grid: LayerGrid, what: What = "energy", title: str = "") -> Any:
+def draw_layers(
+    axes: Any, grid: LayerGrid, what: What = "energy", title: str = "", *, most: float | None = None
+) -> Any:
     """Draw a grid: a row for each kind of layer, a column for each block; numbers in the cells if there is room.
 
     Args:
@@ -159,12 +166,13 @@ def draw_layers(axes: Any, grid: LayerGrid, what: What = "energy", title: str = 
         grid: from :func:`layer_grid`.
         what: ``"density"`` or ``"energy"``.
         title: whose layers they are.
+        most: where the scale of colours ends, in per cent; by default the largest value.
 
     Returns:
         ``axes``.
     """
     values = grid.values(what)
-    top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    top = largest(values) if most is None else most
     image = axes.imshow(
         values, cmap="viridis" if what == "energy" else "cividis", vmin=0, vmax=top or 1, aspect="auto"
     )

@@ -111,6 +111,12 @@ def _edges(size: int, cells: int) -> Int64s:
     return -(-np.arange(cells + 1, dtype=np.int64) * size // cells)
 
 
+def shown(grid: MaskGrid) -> tuple[float, float]:
+    """Height and width at which a grid is drawn, in cells of the longer side: the shorter one is stretched to a quarter of it."""
+    height, width = grid.counts.shape
+    return max(height, width / _NARROWEST), max(width, height / _NARROWEST)
+
+
 def draw_mask(
     axes: Any,
     grid: MaskGrid,
@@ -138,13 +144,14 @@ def draw_mask(
     density = 100 * grid.density
     top = 100 * most if most is not None else scale_end(grid)
     height, width = density.shape
+    high, wide = shown(grid)
     image = axes.imshow(
         density,
         cmap="cividis",
         vmin=0,
         vmax=top,
         interpolation="nearest",
-        aspect="equal",
+        aspect=(high / height) / (wide / width),
         extent=(0, width, height, 0),
     )
     for axis, edges, label in ((axes.xaxis, grid.columns, "column"), (axes.yaxis, grid.rows, "row")):
@@ -156,7 +163,7 @@ def draw_mask(
     entries = f"{int(grid.counts.sum()):,} entries ({share(grid.total)} %)"
     axes.set_title(
         "\n".join(filter(None, (title, plain(grid.name) if named else "", shape, entries))),
-        y=1.03 + (_margin(height) if margins else 0),
+        y=1.03 + (_margin(high, max(high, wide)) if margins else 0),
     )
     if margins:
         _margins(axes, grid)
@@ -174,17 +181,18 @@ def scale_end(*grids: MaskGrid) -> float:
     return 100 * float(np.quantile(every, 0.995) or every.max() or 1.0)
 
 
-def _margin(cells: int) -> float:
-    """How far the bars of a margin reach, in units of ``cells`` of the grid."""
-    return min(0.4, 7 / cells)
+def _margin(side: float, longer: float) -> float:
+    """How far the bars of a margin reach, in units of a side of the grid: as far whichever side it is."""
+    return min(0.4, 0.08 * longer / side)
 
 
 def _margins(axes: Any, grid: MaskGrid) -> None:
     from shira_analysis.figures.style import BLUE
 
     height, width = grid.counts.shape
-    above = axes.inset_axes((0, 1.01, 1, _margin(height)), sharex=axes)
-    beside = axes.inset_axes((1 + 0.01 * height / width, 0, _margin(width), 1), sharey=axes)
+    high, wide = shown(grid)
+    above = axes.inset_axes((0, 1.01, 1, _margin(high, max(high, wide))), sharex=axes)
+    beside = axes.inset_axes((1 + 0.01 * high / wide, 0, _margin(wide, max(high, wide)), 1), sharey=axes)
     above.stairs(100 * grid.of_columns, np.arange(width + 1), color=BLUE, fill=True)
     beside.stairs(100 * grid.of_rows, np.arange(height + 1), orientation="horizontal", color=BLUE, fill=True)
     for one, line in ((above, above.axhline), (beside, beside.axvline)):

@@ -12,10 +12,14 @@ import numpy.typing as npt
 
 from shira_analysis.deltas import DeltaFile
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import digits, ink, plain
+from shira_analysis.figures.style import apart, digits, ink
+from shira_analysis.moments import Moments
 from shira_analysis.overlap import Overlap, overlap
 from shira_analysis.pairs import measure_pairs
 from shira_format import SourceError
+
+_BRACKETS = 6  # adapters up to which there is room for what chance gives
+_WRITTEN = 10  # and for any number
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,8 @@ class Matrix:
         log: on a logarithmic scale of colours.
         scale: the colour map.
         ends: of the scale; by default the values' own.
+        expected: what chance gives, ``[adapters, adapters]``, in brackets below the values; None if it is not known.
+        chance: what that is, for the title.
     """
 
     title: str
@@ -39,6 +45,13 @@ class Matrix:
     log: bool = False
     scale: str = "viridis"
     ends: tuple[float, float] | None = None
+    expected: npt.NDArray[np.float64] | None = None
+    chance: str = ""
+
+    @property
+    def brackets(self) -> bool:
+        """Whether there is room for what chance gives."""
+        return self.expected is not None and len(self.names) <= _BRACKETS
 
 
 def labels(files: Sequence[DeltaFile]) -> tuple[str, ...]:
@@ -97,36 +110,71 @@ def overlap_matrices(files: Sequence[DeltaFile]) -> tuple[list[Matrix], list[Rec
     return matrices, records
 
 
+_PRODUCT = ("awor", "awor_structural", "awor_if_uniform", "awor_if_independent", "awom", "awom_if_independent")
+
+
 def orthogonality_matrices(
-    files: Sequence[DeltaFile], progress: Callable[[str], object] = lambda _: None
+    files: Sequence[DeltaFile],
+    progress: Callable[[str], object] = lambda _: None,
+    *,
+    moments: Moments | None = None,
+    transposed: bool = False,
 ) -> tuple[list[Matrix], list[Record]]:
-    """Two matrices, of AWOR and AWOM over all weights that both adapt; and the numbers of each pair.
+    """Two matrices, of AWOR and AWOM over all weights that both adapt, or three; and the numbers of each pair.
+
+    Args:
+        files: at least two.
+        progress: called with the name of each weight that is done.
+        moments: of the layers' inputs, for a third matrix: the cosine of what two adapters add to the outputs.
+        transposed: of ``A1 A2^T`` in place of ``A1^T A2``.
 
     Raises:
         SourceError, FormatError, BaseRequired, BaseMismatch: see :func:`shira_analysis.pairs.measure_pairs`.
     """
-    names = labels(files)
-    pairs = measure_pairs(files, progress=progress)
-    found = {at: pair.whole.product for at, pair in zip(combinations(range(len(files)), 2), pairs, strict=True)}
-    awor = _filled(len(files), {at: None if one is None else one.awor for at, one in found.items()})
-    awom = _filled(len(files), {at: None if one is None else one.awom for at, one in found.items()})
+    names, size = labels(files), len(files)
+    pairs = measure_pairs(files, moments, transposed=transposed, progress=progress)
+    whole = {at: pair.whole for at, pair in zip(combinations(range(size), 2), pairs, strict=True)}
+    products = {at: one.transposed if transposed else one.product for at, one in whole.items()}
+    known = {
+        at: dict.fromkeys(_PRODUCT) if one is None else {key: getattr(one, key) for key in _PRODUCT}
+        for at, one in products.items()
+    }
+
+    def of(key: str) -> npt.NDArray[np.float64]:
+        return _filled(size, {at: numbers[key] for at, numbers in known.items()})
+
+    product = "A₁A₂ᵀ" if transposed else "A₁ᵀA₂"
     matrices = [
-        Matrix("AWOR: share of zeros in A₁ᵀA₂", names, awor, lambda value: f"{value:.4f}", ends=(0.0, 1.0)),
         Matrix(
-            "AWOM: Frobenius norm of A₁ᵀA₂", names, awom, lambda value: digits(value, 3), scale="cividis", log=True
+            f"AWOR: share of zeros in {product}", names, of("awor"), lambda value: f"{value:.4f}",
+            ends=(0.0, 1.0), expected=of("awor_if_uniform"), chance="uniform masks",
         ),
-    ]
-    records = [
-        {
-            "first": names[i],
-            "second": names[j],
-            "awor": None if one is None else one.awor,
-            "awor_if_independent": None if one is None else one.awor_if_independent,
-            "awom": None if one is None else one.awom,
-            "awom_if_independent": None if one is None else one.awom_if_independent,
-        }
-        for (i, j), one in found.items()
-    ]
+        Matrix(
+            f"AWOM: Frobenius norm of {product}", names, of("awom"), lambda value: digits(value, 3),
+            scale="cividis", log=True, expected=of("awom_if_independent"), chance="values with random signs",
+        ),
+    ]  # fmt: skip
+    met = {at: one.interference for at, one in whole.items()}
+    if moments is not None:
+        cosines = _filled(size, {at: None if one is None else one.cosine for at, one in met.items()})
+        title = "on the layers' inputs: cosine\nof what the two add to the outputs"
+        matrices.append(
+            Matrix(title, names, cosines, lambda value: f"{value:+.3f}", scale="PuOr", ends=(-1.0, 1.0))
+        )
+    records: list[Record] = []
+    for (i, j), numbers in known.items():
+        record: Record = {"first": names[i], "second": names[j], **numbers}
+        if moments is not None:
+            fed = met[i, j]
+            for key in (
+                "cosine",
+                "disturbed_first",
+                "disturbed_second",
+                "disturbed_first_each",
+                "disturbed_second_each",
+            ):
+                record[f"inputs_{key}"] = None if fed is None else getattr(fed, key)
+        records.append(record)
     return matrices, records
 
 
@@ -158,13 +206,15 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
     image = axes.imshow(matrix.values, cmap=matrix.scale, norm=norm)
     axes.set_facecolor("#f2f2f2")
     size = len(matrix.names)
-    for i, j in np.argwhere(np.isfinite(matrix.values)) if size <= 10 else ():
+    for i, j in np.argwhere(np.isfinite(matrix.values)) if size <= _WRITTEN else ():
         text = matrix.form(float(matrix.values[i, j]))
+        if matrix.brackets and matrix.expected is not None and np.isfinite(matrix.expected[i, j]):
+            text += f"\n({matrix.form(float(matrix.expected[i, j]))})"
         colour = ink(image.cmap(norm(matrix.values[i, j])))
         axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
     for at in range(size):
         axes.text(at, at, "–", ha="center", va="center", fontsize=7.5, color="#777777")
-    short = [plain(name, 28) for name in matrix.names]
+    short = apart(matrix.names, 28)
     axes.set_xticks(range(size), short, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(size), short)
     axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
@@ -172,7 +222,7 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
     axes.grid(visible=True, which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(matrix.title)
+    axes.set_title(matrix.title + (f"\n(in brackets: of {matrix.chance})" if matrix.brackets else ""))
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.outline.set_visible(False)
     if isinstance(norm, LogNorm):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from shira_analysis.deltas import DeltaFile
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import LINES, MARKS, plain
+from shira_analysis.figures.style import apart, line
 from shira_analysis.rank import rank_of, rank_of_update
 from shira_analysis.spectrum import LARGEST, Spectrum
 from shira_format import SourceError
@@ -80,20 +80,30 @@ def records(curves: Sequence[Curve]) -> list[Record]:
     ]
 
 
-def draw_spectra(axes: Any, curves: Sequence[Curve], title: str | None = None) -> Any:
+def draw_spectra(axes: Any, curves: Sequence[Curve], title: str | None = None, *, legend: bool = True) -> Any:
     """Draw singular values by their number, both on logarithmic axes; the legend has the ranks.
+
+    Args:
+        axes: a matplotlib Axes.
+        curves: at least one with a singular value; of the others there is a line in the legend alone.
+        title: above the picture.
+        legend: draw it, in the lower left corner; its lines have their labels in any case.
 
     Returns:
         ``axes``.
+
+    Raises:
+        SourceError: there is no singular value above 0.
     """
-    for at, curve in enumerate(curves):
+    if not any(curve.values.size for curve in curves):
+        raise SourceError("no change has a singular value above 0: there is nothing to draw")
+    for at, (curve, label) in enumerate(zip(curves, apart([curve.label for curve in curves], 40), strict=True)):
         values = curve.values
         spectrum = curve.spectrum
-        mark = MARKS[at % len(MARKS)]
         axes.plot(
             np.arange(1, values.size + 1), values,
-            color=LINES[at % len(LINES)], marker=mark, markevery=_spread(values.size), mec="white", mew=0.4,
-            label=f"{plain(curve.label, 40)}: rank {values.size}, stable rank {spectrum.stable_rank:.1f}",
+            **line(at), markevery=_spread(values.size), mec="white", mew=0.4,
+            label=f"{label}: rank {values.size}, stable rank {spectrum.stable_rank:.1f}",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -105,7 +115,8 @@ def draw_spectra(axes: Any, curves: Sequence[Curve], title: str | None = None) -
     axes.grid(visible=True)
     if title:
         axes.set_title(title)
-    axes.legend(loc="lower left")
+    if legend:
+        axes.legend(loc="lower left")
     return axes
 
 

@@ -18,6 +18,7 @@ BLUE, ORANGE, GREEN, SKY, PINK, YELLOW, RED, GREY = (
 LINES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "black", GREY)
 """Colours of lines, in the order in which they are given out. Yellow is too pale for one."""
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES = ("-", "--", ":", "-.")
 
 DPI = 160
 
@@ -78,6 +79,36 @@ def plain(text: str, most: int = 60) -> str:
         head = (most - 1) // 3
         text = f"{text[:head]}…{text[head + 1 - most :]}"
     return text.replace("$", r"\$")
+
+
+def line(at: int) -> dict[str, Any]:
+    """Colour, mark and dashes of the line with this number, from 0: no two of the first 32 are alike in colour and dashes."""
+    turn = at // len(LINES)
+    return {
+        "color": LINES[at % len(LINES)],
+        "marker": MARKS[(at + turn) % len(MARKS)],
+        "ls": _DASHES[turn % len(_DASHES)],
+    }
+
+
+def apart(names: Sequence[str], most: int) -> list[str]:
+    """:func:`plain` names; where that makes two of them one, without what all have at their beginnings and ends."""
+    found = [plain(name, most) for name in names]
+    if len(set(found)) == len(set(names)):
+        return found
+    start = _common(names)
+    end = _common([name[start:][::-1] for name in names])
+    middles = [f"…{name[start : len(name) - end]}…" for name in names]
+    found = [plain(name, most) for name in middles]
+    if len(set(found)) == len(set(names)):
+        return found
+    return [f"{number}: {plain(name, most - 4)}" for number, name in enumerate(names, 1)]
+
+
+def _common(names: Sequence[str]) -> int:
+    """How many letters all have in common from the first on."""
+    together = zip(*names, strict=False)
+    return next((at for at, letters in enumerate(together) if len(set(letters)) > 1), min(map(len, names)))
 
 
 def digits(value: float, count: int) -> str:
