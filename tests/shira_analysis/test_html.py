@@ -209,6 +209,36 @@ def test_adapters_of_two_bases_are_not_compared(tmp_path: Path, files: list[Path
     assert "A₁ᵀA₂" in text
 
 
+def test_what_is_not_known_of_one_spoils_nothing_for_others(tmp_path: Path, files: list[Path]) -> None:
+    bad = SparseTensor(QUERY, (24, 16), [1, 5], np.float32([1, np.inf]), base=np.float32([0, 0]))
+    save(Adapter([bad]), tmp_path / "bad.st")
+    text = parsed(report([looked(path) for path in (*files, tmp_path / "bad.st")])).text
+    assert "Not all changes of bad.st are known (see above): only the places of the entries are compared." in text
+    (pair,) = measure_pairs([open_deltas(path) for path in files])
+    assert pair.whole.product is not None
+    assert f"a.st and b.st {pair.whole.product.awor:.4f}" in text
+    assert "a.st and bad.st both change 1 weight" in text
+
+
+def test_many_pairs_are_told_in_tables_first(tmp_path: Path, files: list[Path]) -> None:
+    random = np.random.default_rng(0)
+    paths = [*files]
+    for number in range(3):
+        target, base = random.standard_normal((2, 3)).astype(np.float32)
+        made = SparseTensor("other.weight", (4, 4), [1, 5, 9 + number], target, base=base)
+        save(Adapter([made]), tmp_path / f"{number}.st")
+        paths.append(tmp_path / f"{number}.st")
+    save(Adapter([SparseTensor(QUERY, (2, 2), [1], base[:1], base=base[1:2])]), tmp_path / "strange.st")
+    source = report([looked(path) for path in (*paths, tmp_path / "strange.st")])
+    text = parsed(source).text
+    assert "a.st and strange.st cannot be compared:" in text
+    assert "9 pairs of 15 change no weight in common, and are not in the tables." in text
+    assert source.index("<table") < source.index("13 pairs in words")
+    assert "0.st and 1.st both change 1 weight" in text
+    table = source.split('<section id="pairs">')[1].split("</table>", maxsplit=1)[0]
+    assert 1 + 4 == table.count("<tr>")
+
+
 def test_deltas_need_no_base_to_be_measured(tmp_path: Path, capsys: Capture) -> None:
     save(Adapter([SparseTensor("w", (3, 2), [0, 5], np.float32([1, 2]), meaning="delta")]), tmp_path / "deltas.st")
     text = parsed(report([looked(tmp_path / "deltas.st")])).text

@@ -75,6 +75,16 @@ def name(value: object) -> str:
     return f'<code class="name">{text(value)}</code>'
 
 
+def share(value: float) -> str:
+    """A share of 1 in per cent."""
+    return f"{100 * value:.3g} %"
+
+
+def count(number: int, what: str) -> str:
+    """1 as "1 tensor", 2000 as "2,000 tensors"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def paragraph(sentences: Iterable[str]) -> str:
     """Plain sentences as a paragraph."""
     return f"<p>{text(' '.join(sentences))}</p>"
