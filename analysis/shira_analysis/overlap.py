@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from shira_analysis.deltas import delta_values
-from shira_format import SourceError, SparseTensor
-from shira_format.arrays import Array
+from shira_format import BaseMismatch, SourceError, SparseTensor
+from shira_format.arrays import Array, different
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def overlap(a: SparseTensor | None, b: SparseTensor | None, *, values: bool = Tr
     Raises:
         SourceError: the shapes differ, both are None, or a delta is not finite.
         BaseRequired: target values without those of the base.
+        BaseMismatch: the two hold other base values of one entry, so that they are not adapters of one base.
     """
     known = a if a is not None else b
     if known is None:
@@ -144,6 +145,8 @@ def overlap(a: SparseTensor | None, b: SparseTensor | None, *, values: bool = Tr
     sizes = (elements, int(of_a.size), int(of_b.size), shared, expected, variance)
     if not values or any(tensor is not None and tensor.meaning == "none" for tensor in (a, b)):
         return Overlap(*sizes, None, None, None, None, None, None)
+    if a is not None and b is not None:
+        _check_base(a, b, in_a, in_b)
     first, second = (np.empty(0) if tensor is None else delta_values(tensor) for tensor in (a, b))
     of_first = finite(_energy(first), f"tensor {known.name!r}: the energy of the first adapter's delta")
     of_second = finite(_energy(second), f"tensor {known.name!r}: the energy of the second adapter's delta")
@@ -158,6 +161,18 @@ def overlap(a: SparseTensor | None, b: SparseTensor | None, *, values: bool = Tr
         *sizes, int(np.count_nonzero(signs > 0)), int(np.count_nonzero(signs < 0)),
         float(first[in_a] @ second[in_b]), of_first, of_second, apart,
     )  # fmt: skip
+
+
+def _check_base(a: SparseTensor, b: SparseTensor, in_a: Array, in_b: Array) -> None:
+    """Refuse two tensors that say different things of the base, where both say something."""
+    if a.base is None or b.base is None or a.base.dtype != b.base.dtype:
+        return
+    other = np.flatnonzero(different(a.base[in_a], b.base[in_b]))
+    if other.size:
+        raise BaseMismatch(
+            f"tensor {a.name!r}: other base values, first at flat index {int(a.indices[in_a[other[0]]])}: these are not adapters "
+            "of one base"
+        )
 
 
 def shared_positions(a: Array, b: Array) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from shira_analysis.layer_kinds import KINDS, layer_kind
 from shira_analysis.moments import Moments
 from shira_analysis.orthogonality import Orthogonality, orthogonality
 from shira_analysis.overlap import Overlap, overlap
-from shira_format import SourceError, SparseTensor
+from shira_format import BaseMismatch, SourceError, SparseTensor
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def measure_pairs(
 
     Raises:
         SourceError: fewer than two adapters, weights that differ in shape, moments of none of the weights, no scipy.
+        BaseMismatch: two of them hold other base values of one entry.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
     if len(files) < 2:
@@ -164,10 +165,13 @@ def measure_pairs(
         for pair, (i, j) in zip(pairs, numbers, strict=True):
             if tensors[i] is None and tensors[j] is None:
                 continue
-            found = _measures(
-                name, (tensors[i], tensors[j]), (matrices[i], matrices[j]), moments,
-                transposed=transposed, spectral=spectral,
-            )  # fmt: skip
+            try:
+                found = _measures(
+                    name, (tensors[i], tensors[j]), (matrices[i], matrices[j]), moments,
+                    transposed=transposed, spectral=spectral,
+                )  # fmt: skip
+            except (SourceError, BaseMismatch) as error:
+                raise type(error)(f"{files[i].path} and {files[j].path}: {error}") from None
             pair.tensors.append(TensorPair(name, known.shape, kind, found))
         progress(name)
     return pairs

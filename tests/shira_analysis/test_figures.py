@@ -37,7 +37,8 @@ def tensor(name: str, shape: tuple[int, ...], density: float, seed: int) -> Spar
     random = np.random.default_rng(seed)
     count = max(1, round(density * math.prod(shape)))
     indices = np.sort(random.choice(math.prod(shape), count, replace=False))
-    base, target = random.standard_normal((2, count)).astype(np.float32)
+    base = np.sin(1.0 + indices).astype(np.float32)  # one base for all
+    target = random.standard_normal(count).astype(np.float32)
     return SparseTensor(name, shape, indices, target, base=base)
 
 

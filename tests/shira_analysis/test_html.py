@@ -95,7 +95,8 @@ def files(tmp_path: Path) -> list[Path]:
         made = []
         for weight, shape in ((QUERY, (24, 16)), (UP if not number else LONG, (40, 24)), ("wte.weight", (50, 24))):
             indices = np.sort(random.choice(shape[0] * shape[1], 30, replace=False))
-            base, target = random.standard_normal((2, 30)).astype(np.float32)
+            base = np.sin(1.0 + indices).astype(np.float32)  # one base for both
+            target = random.standard_normal(30).astype(np.float32)
             made.append(SparseTensor(weight, shape, indices, target, base=base))
         manifest = {"selection": {"rule": "top-k", "scope": "tensor", "density": 0.01, "energy_kept": 0.14}}
         whole = [WholeTensor("norm.bias", np.float32([1, 2]))]
@@ -223,8 +224,9 @@ def test_what_is_not_known_of_one_spoils_nothing_for_others(tmp_path: Path, file
 def test_many_pairs_are_told_in_tables_first(tmp_path: Path, files: list[Path]) -> None:
     random = np.random.default_rng(0)
     paths = [*files]
+    base = np.float32([1, 2, 3])
     for number in range(3):
-        target, base = random.standard_normal((2, 3)).astype(np.float32)
+        target = random.standard_normal(3).astype(np.float32)
         made = SparseTensor("other.weight", (4, 4), [1, 5, 9 + number], target, base=base)
         save(Adapter([made]), tmp_path / f"{number}.st")
         paths.append(tmp_path / f"{number}.st")

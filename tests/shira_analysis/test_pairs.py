@@ -15,7 +15,7 @@ from shira_analysis.orthogonality import orthogonality
 from shira_analysis.overlap import Overlap, overlap
 from shira_analysis.pairs import measure_pairs
 from shira_cli.measure import main
-from shira_format import Adapter, SourceError, SparseTensor, save
+from shira_format import Adapter, BaseMismatch, SourceError, SparseTensor, save
 
 NAMES = {
     "model.layers.0.self_attn.q_proj.weight": (6, 5),
@@ -30,7 +30,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int) -> SparseTensor:
     random = np.random.default_rng(seed)
     size = int(np.prod(shape))
     indices = np.sort(random.choice(size, size // 2, replace=False))
-    base = random.standard_normal(indices.size).astype(np.float32)
+    base = np.sin(1.0 + indices).astype(np.float32)  # one base for all
     return SparseTensor(
         name, shape, indices, base + random.standard_normal(indices.size).astype(np.float32), base=base
     )
@@ -52,6 +52,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         moments.append(Moment(name, (x.T @ x / 30)[None, None], width, 30))
     Moments(moments).save(folder / "moments.safetensors")
     return folder
+
+
+def test_adapters_of_two_bases_are_refused(tmp_path: Path) -> None:
+    """What they hold of the base tells it, where their entries meet."""
+    shape, values = (4, 4), np.float32([3, 4])
+    for name, indices, base in (("a", [1, 5], [1, 2]), ("b", [5, 9], [7, 8]), ("c", [0, 9], [7, 8])):
+        made = SparseTensor("w", shape, indices, values, base=np.float32(base))
+        save(Adapter([made]), tmp_path / f"{name}.st")
+    files = [open_deltas(tmp_path / f"{name}.st") for name in "abc"]
+    with pytest.raises(
+        BaseMismatch, match=r"a.st and .*b.st: tensor 'w': other base values, first at flat index 5: these are not"
+    ):
+        measure_pairs(files)
+    (pair,) = measure_pairs([files[0], files[2]])  # nothing speaks against it
+    assert 0 == pair.whole.overlap.shared
+    (pair,) = measure_pairs([files[1], files[1]])
+    assert 1 == pair.whole.overlap.jaccard
 
 
 def opened(folder: Path, names: str = "abc") -> list:

@@ -12,7 +12,7 @@ from shira_analysis.html.page import count, name, paragraph, share, table
 from shira_analysis.interference import Interference
 from shira_analysis.moments import Moments
 from shira_analysis.pairs import Measures, Pair, TensorPair, check_fed, measure_pairs, replaced
-from shira_format import SourceError
+from shira_format import BaseMismatch, SourceError
 from shira_format.tensors import matrix_view
 
 QUESTION = "Do they disturb each other?"
@@ -41,7 +41,7 @@ _WEIGHTS_ALONE = (
     "and --moments here)."
 )
 
-Found = dict[tuple[int, int], Pair | SourceError]
+Found = dict[tuple[int, int], Pair | SourceError | BaseMismatch]
 
 
 def section(
@@ -88,7 +88,7 @@ def _refusals(called: Sequence[str], found: Found) -> list[str]:
     told = [
         f"{called[i]} and {called[j]} cannot be compared: {error}."
         for (i, j), error in found.items()
-        if isinstance(error, SourceError)
+        if not isinstance(error, Pair)
     ]
     more = len(told) - _FEW
     return told if more <= 0 else [*told[:_FEW], f"{count(more, 'further pair')} cannot be compared."]
@@ -159,12 +159,12 @@ def _each(
         return {}
     try:
         return dict(zip(pairs, compare([files[number] for number in numbers]), strict=True))
-    except SourceError:
+    except (SourceError, BaseMismatch):
         found: Found = {}
         for i, j in pairs:
             try:
                 (found[i, j],) = compare([files[i], files[j]])
-            except SourceError as error:
+            except (SourceError, BaseMismatch) as error:
                 found[i, j] = error
         return found
 
