@@ -161,7 +161,7 @@ def measure_pairs(
     for name, tensors in side_by_side(files):
         known = next(tensor for tensor in tensors if tensor is not None)
         kind = layer_kind(name, known.shape)
-        matrices = [_matrix(tensor) for tensor in tensors]
+        matrices = [_matrix(file, tensor) for file, tensor in zip(files, tensors, strict=True)]
         for pair, (i, j) in zip(pairs, numbers, strict=True):
             if tensors[i] is None and tensors[j] is None:
                 continue
@@ -194,8 +194,13 @@ def replaced(first: DeltaFile, second: DeltaFile) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys((*first.whole, *second.whole)) if name in both)
 
 
-def _matrix(tensor: SparseTensor | None) -> Any:
-    return None if tensor is None or tensor.meaning == "none" else delta_matrix(tensor)
+def _matrix(file: DeltaFile, tensor: SparseTensor | None) -> Any:
+    if tensor is None or tensor.meaning == "none":
+        return None
+    try:
+        return delta_matrix(tensor)
+    except SourceError as error:
+        raise SourceError(f"{file.path}: {error}") from None
 
 
 def _measures(

@@ -67,6 +67,10 @@ def test_adapters_of_two_bases_are_refused(tmp_path: Path) -> None:
         measure_pairs(files)
     (pair,) = measure_pairs([files[0], files[2]])  # nothing speaks against it
     assert 0 == pair.whole.overlap.shared
+    bad = SparseTensor("w", shape, [5], np.float32([np.inf]), base=np.float32([2]))
+    save(Adapter([bad]), tmp_path / "bad.st")
+    with pytest.raises(SourceError, match=r"bad.st: tensor 'w': the delta at flat index 5 is NaN or infinite"):
+        measure_pairs([files[2], open_deltas(tmp_path / "bad.st")])
     (pair,) = measure_pairs([files[1], files[1]])
     assert 1 == pair.whole.overlap.jaccard
 
