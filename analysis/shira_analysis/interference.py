@@ -158,6 +158,8 @@ def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool =
     )
     for value in (inner, of_first, of_second):
         finite(value, f"a mean product of the outputs of {inputs.weight!r}")
+    if inputs.tokens:
+        return _of_means(inner, of_first, of_second, *_at_tokens(first, second, inputs.blocks.reshape(-1)[:width]))
     if inputs.inputs is None:
         return _of_means(inner, of_first, of_second, None, None)
     _, first_energy, second_energy, along_first, along_second = _means_of(first, second, inputs.inputs)
@@ -167,6 +169,17 @@ def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool =
         along_first / first_energy * of_first if first_energy else 0.0,
         along_second / second_energy * of_second if second_energy else 0.0,
     )  # fmt: skip
+
+
+def _at_tokens(first: Any, second: Any, frequencies: Array) -> tuple[float, float]:
+    """Both projections at each token, whose output is a column of the matrices."""
+
+    def sums(matrix: Any) -> Array:
+        return np.bincount(matrix.indices, matrix.data, frequencies.size)
+
+    both, e1, e2 = (sums(a.multiply(b).tocsr()) for a, b in ((first, second), (first, first), (second, second)))
+    along = [float(frequencies[e > 0] @ (both[e > 0] ** 2 / e[e > 0])) for e in (e1, e2)]
+    return along[0], along[1]
 
 
 def _sorted(matrix: Any) -> Any:

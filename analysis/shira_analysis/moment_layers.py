@@ -95,7 +95,8 @@ class Layer:
         blocks = self._sum.div_(self.samples).cpu().numpy()
         self._sum = None
         inputs = None if self._kept is None else self._kept.rows.cpu().numpy()
-        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first, inputs)
+        tokens = isinstance(self._layer, nn.Embedding)
+        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first, inputs, tokens)
 
 
 class _Sample:

@@ -6,7 +6,7 @@ other at each input by itself is no function of C: for that some inputs can be k
 
 A file of moments is a safetensors file with one tensor ``[groups, blocks, size, size]`` for each weight, under the weight's
 name, and ``shira_moments`` in its metadata: a JSON object with ``version`` 1 and, for each weight, the number of
-``samples``, the ``width`` of an input and whether ``inputs_first``. Where inputs are kept, the version is 2, their number is
+``samples``, the ``width`` of an input, whether ``inputs_first`` and, of an embedding, ``tokens``: true. Where inputs are kept, the version is 2, their number is
 told as ``inputs``, and they are a tensor ``[inputs, groups, width]`` named as the weight with ``#inputs`` behind. It is written
 by :meth:`Moments.save`.
 """
@@ -48,6 +48,8 @@ class Moment:
         samples: how many inputs there were.
         inputs_first: whether the weight is ``[in, out]`` (Conv1D, Embedding) and not ``[out, in]``.
         inputs: some of them, drawn at random: float32 or float64 ``[inputs, groups, width]``; None if none were kept.
+        tokens: whether an input is a token, 1 at its number and 0 elsewhere, as an Embedding's: then ``blocks`` are their
+            frequencies.
     """
 
     weight: str
@@ -56,6 +58,7 @@ class Moment:
     samples: int
     inputs_first: bool = False
     inputs: Array | None = None
+    tokens: bool = False
 
     def __post_init__(self) -> None:
         """Check everything.
@@ -81,6 +84,8 @@ class Moment:
             self._refuse("the last block is not filled up with zeros")
         if self.inputs is not None:
             self._check_inputs(self.inputs)
+        if self.tokens and (self.size > 1 or self.groups > 1 or abs(float(blocks.sum()) - 1) > _SYMMETRIC):
+            self._refuse("of tokens, and not their frequencies")
         if self.size > 1:
             self._check_products(np.sqrt(diagonal.reshape(-1, self.size)))
 
@@ -165,6 +170,8 @@ class Moments(Mapping[str, Moment]):
         for name, one in self.items():
             told[name] = {"samples": one.samples, "width": one.width, "inputs_first": one.inputs_first}
             sizes.append((name, one.blocks.dtype, one.blocks.shape))
+            if one.tokens:
+                told[name]["tokens"] = True
             if one.inputs is not None:
                 told[name]["inputs"] = len(one.inputs)
                 sizes.append((name + _INPUTS, one.inputs.dtype, one.inputs.shape))
@@ -213,10 +220,10 @@ class _File(Mapping[str, Moment]):
             raise self._refusal("the metadata and the tensors are not of the same weights")
         self._told: dict[str, Any] = weights
         for name, entry in self._told.items():
-            kinds = {"samples": int, "width": int, "inputs_first": bool}
-            if any(type(entry.get(key)) is not kind for key, kind in kinds.items()):
+            kinds = {"samples": int, "width": int, "inputs_first": bool, "tokens": bool}
+            if any(type(({"tokens": False} | entry).get(key)) is not kind for key, kind in kinds.items()):
                 raise self._refusal(
-                    f"tensor {name!r}: no 'samples', 'width' or 'inputs_first', or of a wrong type"
+                    f"tensor {name!r}: no 'samples', 'width' or 'inputs_first', or one of them or 'tokens' of a wrong type"
                 )
 
     def _refusal(self, why: str) -> SourceError:
@@ -231,13 +238,9 @@ class _File(Mapping[str, Moment]):
                     f"moments of {weight!r}: not the {entry['inputs']!r} inputs that the metadata tells"
                 )
             return Moment(
-                weight,
-                self._file.read_apart(weight),
-                entry["width"],
-                entry["samples"],
-                entry["inputs_first"],
-                inputs,
-            )
+                weight, self._file.read_apart(weight), entry["width"], entry["samples"], entry["inputs_first"], inputs,
+                entry.get("tokens", False),
+            )  # fmt: skip
         except SourceError as error:
             raise SourceError(f"{self._file.path}: {error}") from None
 
@@ -278,8 +281,8 @@ def collect_moments(
             no more than its diagonal and has that.
         dtype: in which products are formed and added up.
         limit: bytes that all moments may take, and the inputs that are kept.
-        inputs: how many inputs of each layer to keep beside its moments, drawn at random; none of an embedding, whose inputs are
-            tokens.
+        inputs: how many inputs of each layer to keep beside its moments, drawn at random; an embedding needs none, since its
+            moments tell all of its tokens.
         seed: of that choice.
         rename: from the model's names of weights to those under which adapters have them.
 

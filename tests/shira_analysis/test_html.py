@@ -151,7 +151,7 @@ def test_pairs_on_inputs(files: list[Path], tmp_path: Path, capsys: Capture) -> 
     """Beside the measures of weights: what the two do to each other on what the layers are fed."""
     made = np.random.default_rng(1).standard_normal((30, 16))
     query = Moment(QUERY, (made.T @ made / 30)[None, None], 16, 30, inputs=made[:, None])
-    table = Moment("wte.weight", np.ones((1, 50, 1, 1)), 50, 10, True, inputs=np.eye(50)[:10, None])
+    table = Moment("wte.weight", np.full((1, 50, 1, 1), 0.02), 50, 10, True, tokens=True)
     (pair,) = measure_pairs([open_deltas(path) for path in files], Moments([query, table]))
     met = pair.whole.interference
     assert met is not None

@@ -85,10 +85,8 @@ def test_moments_predict_the_outputs(kind: str) -> None:
     assert moments["weight"].samples == len(y1)
     means = [float((u * v).sum(1).mean()) for u, v in ((y1, y2), (y1, y1), (y2, y2))]
     assert [found.inner, found.first, found.second] == pytest.approx(means, rel=1e-12, abs=1e-13)
-    if kind == "embedding":  # its inputs are tokens, and are not kept
-        assert (moments["weight"].inputs, found.projected_first) == (None, None)
-        return
-    # All inputs were kept, so that what happens at each of them is known.
+    # All inputs were kept, so that what happens at each of them is known; of an embedding they need not be.
+    assert moments["weight"].tokens == (moments["weight"].inputs is None) == (kind == "embedding")
     each = [float(((y1 * y2).sum(1) ** 2 / (y * y).sum(1).clamp(min=1e-300)).mean()) for y in (y1, y2)]
     assert [found.projected_first, found.projected_second] == pytest.approx(each, rel=1e-12, abs=1e-13)
 
@@ -262,6 +260,9 @@ GOOD = np.array([[[[2.0, 1.0], [1.0, 2.0]]]])
     ("blocks", "changes", "rule"),
     [
         (GOOD, {"version": 3}, "version 3"),
+        (GOOD, {"tokens": 1}, "wrong type"),
+        (GOOD, {"tokens": True}, "not their frequencies"),
+        (np.full((1, 2, 1, 1), 0.4), {"tokens": True}, "not their frequencies"),
         (GOOD, {"inputs": 2}, "inputs in a file of version 1"),
         (GOOD, {"version": 2, "inputs": 2}, "not of the same weights"),
         (GOOD, {"name": "v"}, "not of the same weights"),
@@ -321,6 +322,9 @@ def test_a_file_with_inputs_and_back(tmp_path: Path) -> None:
         assert kept.dtype == np.float32
         np.testing.assert_array_equal(one.inputs, kept)
         np.testing.assert_array_equal(one.blocks, again[name].blocks)
+    embedding = collect_moments(nn.Embedding(6, 4), [torch.tensor([[0, 1, 1], [5, 5, 5]])])
+    embedding.save(tmp_path / "tokens.safetensors")
+    assert Moments.read(tmp_path / "tokens.safetensors")["weight"].tokens
     theirs = load_file(tmp_path / "m.safetensors")
     np.testing.assert_array_equal(theirs["first.weight#inputs"], found["first.weight"].inputs)
 
