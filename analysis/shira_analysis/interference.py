@@ -103,6 +103,16 @@ class Interference:
         """The same of the second adapter by the first."""
         return self.projected_second / self.second if self.projected_second is not None and self.second else None
 
+    @property
+    def disturbed(self) -> tuple[float | None, float | None]:
+        """Of the first and of the second."""
+        return self.disturbed_first, self.disturbed_second
+
+    @property
+    def disturbed_each(self) -> tuple[float | None, float | None]:
+        """Of the first and of the second, at each input by itself."""
+        return self.disturbed_first_each, self.disturbed_second_each
+
     def __add__(self, other: Interference) -> Interference:
         return Interference(
             self.inner + other.inner, self.first + other.first, self.second + other.second,

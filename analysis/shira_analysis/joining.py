@@ -26,7 +26,7 @@ from shira_analysis.layer_kinds import layer_kind
 from shira_analysis.moments import Moments
 from shira_analysis.orthogonality import orthogonality
 from shira_analysis.overlap import overlap
-from shira_analysis.pairs import Measures, Pair, TensorPair
+from shira_analysis.pairs import Measures, Pair, TensorPair, check_fed
 from shira_format.csr.matrix import MAX_ROWS
 from shira_format.errors import BaseRequired, SourceError
 from shira_format.merge import METHODS, Merge, Method
@@ -63,9 +63,8 @@ def joining_report(
     if unknown := [name for name in others if name not in METHODS]:
         raise SourceError(f"no method {unknown[0]!r}; known: {', '.join(METHODS)}")
     report = _new_report(job, fed=moments is not None)
-    if moments is not None and job.names and set(job.names).isdisjoint(moments):
-        example = next(iter(moments), None)
-        raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
+    if moments is not None and job.names:
+        check_fed(moments, job.names)
     _, options = job.settings.of("")
     report.trials += [Trial(name, _carried(job.settings.method, options, METHODS[name]), chosen=False) for name in others if name != job.settings.method.name]  # fmt: skip
     _leave_out_takers(job, report.trials[1:])

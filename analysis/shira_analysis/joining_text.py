@@ -87,9 +87,8 @@ def _measures(name: str, measures: Measures) -> list[str]:
         ]  # fmt: skip
     if met is None:
         return [*row, "", "", ""]
-    disturbed = (met.disturbed_first, met.disturbed_second)
-    each = (met.disturbed_first_each, met.disturbed_second_each)
-    return [*row, number(met.cosine, "+.3f"), ", ".join(map(percent, disturbed)), ", ".join(map(percent, each))]
+    shares = (", ".join(map(percent, both)) for both in (met.disturbed, met.disturbed_each))
+    return [*row, number(met.cosine, "+.3f"), *shares]
 
 
 def _after(report: JoiningReport) -> Iterator[str]:

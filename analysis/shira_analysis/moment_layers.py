@@ -35,20 +35,21 @@ class Layer:
         self._layer = module
         self._sum: torch.Tensor | None = None
         weight: Any = module.weight
-        self.inputs_first = isinstance(module, nn.Embedding) or _is_conv1d(module)
+        self._tokens = isinstance(module, nn.Embedding)
+        self.inputs_first = self._tokens or _is_conv1d(module)
         self._groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
         self.width = weight.shape[0] if self.inputs_first else weight[0].numel()
-        size = 1 if isinstance(module, nn.Embedding) else max(1, min(block or self.width, self.width))
+        size = 1 if self._tokens else max(1, min(block or self.width, self.width))
         self.shape = (self._groups, -(-self.width // size), size, size)
         self._dtype = dtype
-        kept = 0 if isinstance(module, nn.Embedding) else inputs
+        kept = 0 if self._tokens else inputs
         self._kept = _Sample(kept, seed, name) if kept else None
         cells = int(np.prod(self.shape, dtype=object)) + kept * self._groups * int(self.width)
         self.nbytes = cells * dtype.itemsize
 
     def see(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Add the inputs of one call: ``[..., width]``, images, or token numbers."""
-        if isinstance(self._layer, nn.Embedding):
+        if self._tokens:
             self._count(inputs, mask)
             return
         if isinstance(self._layer, _CONVOLUTIONS):
@@ -95,8 +96,7 @@ class Layer:
         blocks = self._sum.div_(self.samples).cpu().numpy()
         self._sum = None
         inputs = None if self._kept is None else self._kept.rows.cpu().numpy()
-        tokens = isinstance(self._layer, nn.Embedding)
-        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first, inputs, tokens)
+        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first, inputs, self._tokens)
 
 
 class _Sample:

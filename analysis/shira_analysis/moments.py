@@ -6,9 +6,9 @@ other at each input by itself is no function of C: for that some inputs can be k
 
 A file of moments is a safetensors file with one tensor ``[groups, blocks, size, size]`` for each weight, under the weight's
 name, and ``shira_moments`` in its metadata: a JSON object with ``version`` 1 and, for each weight, the number of
-``samples``, the ``width`` of an input, whether ``inputs_first`` and, of an embedding, ``tokens``: true. Where inputs are kept, the version is 2, their number is
-told as ``inputs``, and they are a tensor ``[inputs, groups, width]`` named as the weight with ``#inputs`` behind. It is written
-by :meth:`Moments.save`.
+``samples``, the ``width`` of an input, whether ``inputs_first`` and, of an embedding, ``tokens``: true. Where inputs are kept,
+the version is 2, their number is told as ``inputs``, and they are a tensor ``[inputs, groups, width]`` named as the weight with
+``#inputs`` behind. It is written by :meth:`Moments.save`.
 """
 
 from __future__ import annotations

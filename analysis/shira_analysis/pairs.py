@@ -153,7 +153,7 @@ def measure_pairs(
     if len(files) < 2:
         raise SourceError("a pair takes at least two adapters")
     if moments is not None and strict:
-        check_fed(moments, files)
+        check_fed(moments, (name for file in files for name in file.names))
     numbers = list(combinations(range(len(files)), 2))
     pairs = [
         Pair(str(files[i].path), str(files[j].path), replaced=replaced(files[i], files[j])) for i, j in numbers
@@ -177,13 +177,13 @@ def measure_pairs(
     return pairs
 
 
-def check_fed(moments: Moments, files: Iterable[DeltaFile]) -> None:
+def check_fed(moments: Moments, names: Iterable[str]) -> None:
     """Refuse moments that are of other weights, as those of another model are.
 
     Raises:
-        SourceError: none of the weights that one of ``files`` adapts has moments.
+        SourceError: none of the adapted weights, of these ``names``, has moments.
     """
-    if moments.keys().isdisjoint(name for file in files for name in file.names):
+    if moments.keys().isdisjoint(names):
         example = next(iter(moments), None)
         raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
 

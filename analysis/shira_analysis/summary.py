@@ -57,12 +57,9 @@ def describe(file: AdapterFile) -> dict[str, Any]:
 def _undone(file: AdapterFile, rows: list[dict[str, Any]]) -> bool:
     """Whether the file alone holds all that it overwrites; a whole tensor without a digest of the base's is new there."""
     held = all(row["base_values"] or not row["nnz"] for row in rows if row["values"] != "none")
-    wholes = file.manifest.whole.values()
-    if any(row["result_shape"][:1] < row["shape"][:1] for row in rows):  # rows that are dropped are nowhere in it
-        return False
-    return (
-        held and not file.manifest.removed and all(one.base_values or "base" not in one.digests for one in wholes)
-    )
+    wholes = all(one.base_values or "base" not in one.digests for one in file.manifest.whole.values())
+    dropped = any(row["result_shape"][:1] < row["shape"][:1] for row in rows)  # rows that are nowhere in the file
+    return held and wholes and not dropped and not file.manifest.removed
 
 
 def _deltas(rows: list[dict[str, Any]]) -> str | None:

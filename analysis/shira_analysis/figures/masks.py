@@ -163,7 +163,7 @@ def draw_mask(
     entries = f"{int(grid.counts.sum()):,} entries ({share(grid.total)} %)"
     axes.set_title(
         "\n".join(filter(None, (title, plain(grid.name) if named else "", shape, entries))),
-        y=1.03 + (_margin(high, max(high, wide)) if margins else 0),
+        y=1.03 + (_reach(grid)[0] if margins else 0),
     )
     if margins:
         _margins(axes, grid)
@@ -181,9 +181,11 @@ def scale_end(*grids: MaskGrid) -> float:
     return 100 * float(np.quantile(every, 0.995) or every.max() or 1.0)
 
 
-def _margin(side: float, longer: float) -> float:
-    """How far the bars of a margin reach, in units of a side of the grid: as far whichever side it is."""
-    return min(0.4, 0.08 * longer / side)
+def _reach(grid: MaskGrid) -> tuple[float, float]:
+    """How far the bars of the margins reach above and beside a grid, in units of its height and its width: as far there as here."""
+    sides = shown(grid)
+    up, aside = (min(0.4, 0.08 * max(sides) / side) for side in sides)
+    return up, aside
 
 
 def _margins(axes: Any, grid: MaskGrid) -> None:
@@ -191,8 +193,9 @@ def _margins(axes: Any, grid: MaskGrid) -> None:
 
     height, width = grid.counts.shape
     high, wide = shown(grid)
-    above = axes.inset_axes((0, 1.01, 1, _margin(high, max(high, wide))), sharex=axes)
-    beside = axes.inset_axes((1 + 0.01 * high / wide, 0, _margin(wide, max(high, wide)), 1), sharey=axes)
+    up, aside = _reach(grid)
+    above = axes.inset_axes((0, 1.01, 1, up), sharex=axes)
+    beside = axes.inset_axes((1 + 0.01 * high / wide, 0, aside, 1), sharey=axes)
     above.stairs(100 * grid.of_columns, np.arange(width + 1), color=BLUE, fill=True)
     beside.stairs(100 * grid.of_rows, np.arange(height + 1), orientation="horizontal", color=BLUE, fill=True)
     for one, line in ((above, above.axhline), (beside, beside.axvline)):

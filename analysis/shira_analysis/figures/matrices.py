@@ -19,7 +19,7 @@ from shira_analysis.pairs import measure_pairs
 from shira_format import SourceError
 
 _BRACKETS = 6  # adapters up to which there is room for what chance gives
-_WRITTEN = 10  # and for any number
+WRITTEN = 10  # and for any number
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +206,7 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
     image = axes.imshow(matrix.values, cmap=matrix.scale, norm=norm)
     axes.set_facecolor("#f2f2f2")
     size = len(matrix.names)
-    for i, j in np.argwhere(np.isfinite(matrix.values)) if size <= _WRITTEN else ():
+    for i, j in np.argwhere(np.isfinite(matrix.values)) if size <= WRITTEN else ():
         text = matrix.form(float(matrix.values[i, j]))
         if matrix.brackets and matrix.expected is not None and np.isfinite(matrix.expected[i, j]):
             text += f"\n({matrix.form(float(matrix.expected[i, j]))})"

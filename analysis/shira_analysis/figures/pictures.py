@@ -264,7 +264,7 @@ def _check_count(files: Sequence[DeltaFile], most: int = _MOST_PANELS) -> None:
 
 def _matrices(found: Sequence[matrices.Matrix], form: str) -> bytes:
     names = len(found[0].names)
-    size = 0.55 * names if names <= 10 else 0.3 * names + 2.5  # cells without numbers are smaller
+    size = 0.55 * names if names <= matrices.WRITTEN else 0.3 * names + 2.5  # cells without numbers are smaller
     empty = any(np.isnan(matrix.values).sum() > names for matrix in found)
     with styled():
         drawn = figure(1.6 + (1.7 + size) * len(found), 2.7 + size)

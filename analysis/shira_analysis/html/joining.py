@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from shira_analysis.html import charts, page, words
-from shira_analysis.html.page import facts, name, paragraph, table
+from shira_analysis.html.page import count, facts, name, paragraph, table
 from shira_analysis.joining_accounts import Account
 from shira_analysis.joining_lemmas import TensorLemmas
 from shira_analysis.joining_report import LIMITS, MEASURE, JoinedPair, JoiningReport, conflict_share
@@ -117,7 +117,7 @@ def _pair(report: JoiningReport, pair: JoinedPair) -> Iterator[str]:
         )
         for one in pair.pair.tensors
     ]  # fmt: skip
-    yield f"<details><summary>{page.text(_count(len(each), 'tensor'))} of {page.text(first)} and {page.text(second)}</summary>"
+    yield f"<details><summary>{page.text(count(len(each), 'tensor'))} of {page.text(first)} and {page.text(second)}</summary>"
     head = ("tensor", *_BEFORE, *fed, "lemma 4.4", "its margin", "lemma 4.5", "its margin")
     yield table(head, each) + "</details>"
 
@@ -137,7 +137,7 @@ def _fed_cells(measures: Measures) -> list[str]:
     met = measures.interference
     if met is None:
         return ["–"] * 3
-    shares = ((met.disturbed_first, met.disturbed_first_each), (met.disturbed_second, met.disturbed_second_each))
+    shares = zip(met.disturbed, met.disturbed_each, strict=True)
     told = [_share(share) + ("" if each is None else f" ({_share(each)})") for share, each in shares]
     return [_number(met.cosine, "+.3f"), *told]
 
@@ -175,7 +175,7 @@ def _after(report: JoiningReport) -> Iterator[str]:
             (name(one.name), f"{one.nnz:,}", *map(_disturbed, one.accounts))
             for one in sorted(report.after, key=lambda one: -one.disturbed)
         ]
-        yield f"<details><summary>{_count(len(tensors), 'tensor')} of the result, the most disturbed first</summary>"
+        yield f"<details><summary>{count(len(tensors), 'tensor')} of the result, the most disturbed first</summary>"
         yield table(("tensor", "entries", *report.names), tensors) + "</details>"
     yield "</section>"
 
@@ -200,7 +200,7 @@ def _methods(report: JoiningReport) -> Iterator[str]:
     if rows:
         yield charts.bars(("method", "kept", "worst", "as bars"), rows)
     if report.refused:
-        yield f"<details><summary>{_count(len(report.refused), 'method')} without a result that compares</summary>"
+        yield f"<details><summary>{count(len(report.refused), 'method')} without a result that compares</summary>"
         yield facts((trial.method, str(trial.refused)) for trial in report.refused) + "</details>"
     told = f"{MEASURE}. {LIMITS}. Worst: what is kept of the adapter that loses most."
     for plain, sign in (("w_i", "wᵢ"), ("d_i", "dᵢ"), ("||", "‖"), ("^2", "²"), (" - ", " − ")):
@@ -221,7 +221,3 @@ def _share(value: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -60,7 +60,7 @@ def section(
         SourceError: the moments are of none of the weights.
     """
     if moments is not None:
-        check_fed(moments, (look.file for look in looks))
+        check_fed(moments, (name for look in looks for name in look.file.names))
     reasons = [_why_not(look) for look in looks]
     found = _measured([look.file for look in looks], reasons, moments, progress)
     pairs = {at: pair for at, pair in found.items() if isinstance(pair, Pair)}
@@ -177,10 +177,8 @@ def _extremes(pair: Pair) -> tuple[float | None, float | None]:
 
 
 def _disturbed(met: Interference) -> tuple[str, str]:
-    return (
-        _share_at_each(met.disturbed_first, met.disturbed_first_each),
-        _share_at_each(met.disturbed_second, met.disturbed_second_each),
-    )
+    first, second = map(_share_at_each, met.disturbed, met.disturbed_each)
+    return first, second
 
 
 def _share_at_each(disturbed: float | None, each: float | None) -> str:

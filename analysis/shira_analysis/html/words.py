@@ -210,10 +210,10 @@ def pair_words(first: str, second: str, pair: Pair) -> list[str]:
         else:
             verdict = "put on together, they cancel each other in part"
         found.append(f"The cosine of the two changes is {cosine:+.3f}: {verdict}.")
-    if whole.product is not None and whole.product.awor is not None:
-        product = whole.product
+    product = whole.product
+    if product is not None and product.awor is not None:
         found.append(
-            f"Of the cells of A₁ᵀA₂, {_percent(product.awor or 0.0)} are zero (AWOR); uniform masks as dense as these would give "
+            f"Of the cells of A₁ᵀA₂, {_percent(product.awor)} are zero (AWOR); uniform masks as dense as these would give "
             f"{_percent(product.awor_if_uniform or 0.0)}, and masks with as many entries in each row "
             f"{_percent(product.awor_if_independent or 0.0)}."
         )

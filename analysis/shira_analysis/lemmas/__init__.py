@@ -64,13 +64,11 @@ def verify(
 
         checkpoint = open_checkpoint(base)
     files = [Updates.open(path, checkpoint) for path in adapters]
-    if files and not any(file.names for file in files):
-        for file in files:
-            file.file.streams.close()
-        raise SourceError(f"{files[0].file.path}: {_NOTHING}" + (" (nor in the others)" if files[1:] else ""))
     setting = Setting(seed, quick, [file for file in files if file.names])
     found = []
     try:
+        if files and not setting.files:
+            raise SourceError(f"{files[0].file.path}: {_NOTHING}" + (" (nor in the others)" if files[1:] else ""))
         # So that the last digits do not depend on how many threads there are.
         with single_threaded_blas():
             for number in lemmas:

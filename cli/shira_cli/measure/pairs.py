@@ -140,9 +140,8 @@ def _products(
 def _on_inputs(inputs: Interference | None) -> list[str]:
     if inputs is None:
         return ["-"] * 3
-    disturbed = (inputs.disturbed_first, inputs.disturbed_second)
-    each = (inputs.disturbed_first_each, inputs.disturbed_second_each)
-    return [_number(inputs.cosine, "+.3f"), ", ".join(map(_share, disturbed)), ", ".join(map(_share, each))]
+    shares = (", ".join(map(_share, both)) for both in (inputs.disturbed, inputs.disturbed_each))
+    return [_number(inputs.cosine, "+.3f"), *shares]
 
 
 def _at_each(inputs: Interference | None) -> bool:
