@@ -126,7 +126,7 @@ def _top_k_script(clock: _Clock, base: list[str], tuned: list[str], out: str, de
 
 
 def _restore(clock: _Clock, adapter: str, base: str, out: str) -> None:
-    from shira_format.restore import shira_to_full
+    from shira_format.export.full import shira_to_full
 
     with clock:
         shira_to_full(adapter, base, out)
@@ -154,7 +154,7 @@ def _loaded(files: list[str]) -> dict[str, Any]:
 def _apply(clock: _Clock, adapter: str, base: list[str], tuned: list[str]) -> None:
     """Apply our file to weights in memory, in place."""
     from shira_format import load
-    from shira_format.switch import apply
+    from shira_format.live import apply
 
     weights = _loaded(base)
     with clock:

@@ -16,9 +16,9 @@ import torch
 from benchmarks.model import Shape
 from benchmarks.sizes import account, entropy
 from benchmarks.table import Row, seconds
-from shira_format.arrays import Array
-from shira_format.changes import Tile
-from shira_format.selection import Here, TopK, Workers, select
+from shira_format._core.arrays import Array
+from shira_format.entries.changes import Tile
+from shira_format.selection import LocalEngine, TopK, Workers, select
 
 # In a process of its own: the peak of its resident memory is then that of the conversion, imports included.
 _CONVERT = """
@@ -129,7 +129,7 @@ def _top_k(side: int = 4096) -> Iterator[Row]:
 
     def ours() -> tuple[Array, Array]:
         with Workers() as workers:
-            selected = next(iter(select([_Dense(weight)], rule, Here(workers))))
+            selected = next(iter(select([_Dense(weight)], rule, LocalEngine(workers))))
         return selected.indices, selected.values
 
     def by_torch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification, logging
 from benchmarks.embeddings import BASE, shipped
 from benchmarks.table import Row
 from shira_format.convert import lora_to_shira
-from shira_format.peft_shira import shira_to_peft
+from shira_format.convert.peft_shira import shira_to_peft
+from shira_format.live import AdapterPool, Switcher
 from shira_format.selection import TopK
-from shira_format.switch import AdapterPool, Switcher
 
 CYCLES = (1, 10, 100, 1000)
 TASKS = ("spam", "genre")

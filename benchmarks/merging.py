@@ -21,8 +21,9 @@ from benchmarks.apart import peak
 from benchmarks.model import LARGE, Shape
 from benchmarks.sizes import uniform
 from benchmarks.table import Row
-from shira_format import Adapter, AdapterWriter, SparseTensor, compiled, load
-from shira_format.arrays import as_array
+from shira_format import Adapter, AdapterWriter, SparseTensor, load
+from shira_format._core import compiled
+from shira_format._core.arrays import as_array
 from shira_format.merge import Merge, merge, open_merge
 from shira_format.selection import Workers
 

@@ -17,10 +17,11 @@ import torch
 from benchmarks.model import RANK
 from benchmarks.sizes import uniform
 from benchmarks.table import Row, machine_name
-from shira_format import Adapter, SparseTensor, compiled
-from shira_format.arrays import as_array
-from shira_format.codecs import Indices
-from shira_format.switch import Switcher
+from shira_format import Adapter, SparseTensor
+from shira_format._core import compiled
+from shira_format._core.arrays import as_array
+from shira_format.format.codecs import Indices
+from shira_format.live import Switcher
 
 DENSITY = 0.01
 SIZES = (512, 1024, 2048, 4096, 8192)

@@ -15,8 +15,8 @@ from benchmarks.apart import peak
 from benchmarks.model import LARGE, SMALL, Shape
 from benchmarks.sizes import uniform
 from benchmarks.table import Row
-from shira_analysis.deltas import delta_matrix
-from shira_analysis.orthogonality import orthogonality
+from shira_analysis.measures.deltas import delta_matrix
+from shira_analysis.measures.orthogonality import orthogonality
 from shira_format import SparseTensor
 
 DENSITY = 0.01
@@ -53,7 +53,7 @@ def rows(shape: Shape) -> Iterator[Row]:
 def _tensor(name: str, outputs: int, inputs: int, seed: int) -> SparseTensor:
     indices = uniform(outputs * inputs, DENSITY, seed)
     values = np.random.default_rng(seed).standard_normal(indices.size, np.float32)
-    return SparseTensor(f"{name}.weight", (outputs, inputs), indices, values, meaning="delta")
+    return SparseTensor(f"{name}.weight", (outputs, inputs), indices, values, value_kind="delta")
 
 
 def _dense(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import shira_format
 from benchmarks.sizes import uniform
 from benchmarks.table import Row, seconds
-from shira_format.codecs import BLOCK_SIZE, CODECS
-from shira_format.safetensors_file import SafetensorsFile
+from shira_format.format.codecs import BLOCK_SIZE, CODECS
+from shira_format.storage.safetensors_file import SafetensorsFile
 
 
 def rows(adapter: Path, folder: Path) -> Iterator[Row]:

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 from benchmarks.table import Row
-from shira_analysis.classifier import LabelledTexts, logits
-from shira_analysis.effect import accuracy
+from shira_analysis.measures.classifier import LabelledTexts, logits
+from shira_analysis.measures.effect import accuracy
 from shira_format.convert import lora_to_shira
 from shira_format.errors import SourceError
+from shira_format.live import Switcher
 from shira_format.merge import METHODS, Method, merge, merged
 from shira_format.selection import TopK
-from shira_format.switch import Switcher
 
 TASKS = ("spam", "genre")
 DENSITIES = (0.01, 0.05)

@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as parts
 
 from shira_format.convert import full_to_shira
-from shira_format.restore import shira_to_full
+from shira_format.export.full import shira_to_full
+from shira_format.live import AdapterPool, Switcher
 from shira_format.selection import TopK
-from shira_format.switch import AdapterPool, Switcher
 
 STYLES = ("ink", "oil")
 WORDS = torch.tensor([[1, 5, 9, 2]])  # a prompt, as its tokenizer would give it

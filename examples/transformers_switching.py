@@ -25,8 +25,8 @@ from transformers.utils import logging as messages
 from shira_cli.demo import DATA, find_base
 from shira_format import Adapter, ShiraError, load
 from shira_format.convert import lora_to_shira
+from shira_format.live import AdapterPool, Switcher
 from shira_format.selection import TopK
-from shira_format.switch import AdapterPool, Switcher
 
 MAILS = (
     "Congratulations! You have won a free cruise, call now to claim it.",
@@ -127,7 +127,7 @@ def patched(model: Any, adapter: Adapter, prefix: str = "") -> Any:
     for name, tensor in adapter.items():
         flat = state[prefix + name].view(-1)
         flat[torch.from_numpy(tensor.indices.copy())] = torch.from_numpy(tensor.values.copy())
-    for name, whole in adapter.whole.items():  # the head, which no checkpoint of the base has
+    for name, whole in adapter.dense.items():  # the head, which no checkpoint of the base has
         state[name].copy_(torch.from_numpy(whole.values.copy()))
     return other
 

@@ -9,9 +9,9 @@
 from __future__ import annotations
 
 from shira_format.adapter import Adapter
-from shira_format.container import AdapterFile, AdapterWriter, load, save
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError, ShiraError, SourceError, WorkError
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.format import AdapterFile, AdapterWriter, load, save
+from shira_format.tensors import DenseTensor, SparseTensor
 from shira_format.version import __version__
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "ShiraError",
     "SourceError",
     "SparseTensor",
-    "WholeTensor",
+    "DenseTensor",
     "WorkError",
     "__version__",
     "load",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.tensors import DenseTensor, SparseTensor
 
-_T = TypeVar("_T", SparseTensor, WholeTensor)
+_T = TypeVar("_T", SparseTensor, DenseTensor)
 _V = TypeVar("_V")
 
 
@@ -17,7 +17,7 @@ class Adapter(Mapping[str, SparseTensor]):
     An adapter that was loaded from a file reads each tensor when it is asked for, and keeps none.
 
     Attributes:
-        whole: the tensors that are replaced as a whole, by name.
+        dense: the tensors that are replaced as a whole, by name.
         manifest: the manifest as plain JSON values. For a new adapter it holds provenance only (``base_model``,
             ``source``, ``alpha``, ...); what follows from the tensors is written by ``save``.
 
@@ -31,11 +31,11 @@ class Adapter(Mapping[str, SparseTensor]):
         self,
         tensors: Mapping[str, SparseTensor] | Iterable[SparseTensor] = (),
         *,
-        whole: Mapping[str, WholeTensor] | Iterable[WholeTensor] = (),
+        dense: Mapping[str, DenseTensor] | Iterable[DenseTensor] = (),
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         self._tensors = tensors if isinstance(tensors, Mapping) else _by_name(tensors)
-        self.whole: Mapping[str, WholeTensor] = whole if isinstance(whole, Mapping) else _by_name(whole)
+        self.dense: Mapping[str, DenseTensor] = dense if isinstance(dense, Mapping) else _by_name(dense)
         self.manifest: dict[str, Any] = dict(manifest or {})
 
     @property
@@ -68,15 +68,15 @@ class Adapter(Mapping[str, SparseTensor]):
             self.alpha == other.alpha
             and set(self.removed) == set(other.removed)
             and self.keys() == other.keys()
-            and self.whole.keys() == other.whole.keys()
+            and self.dense.keys() == other.dense.keys()
             and all(self[name] == other[name] for name in self)
-            and all(self.whole[name] == other.whole[name] for name in self.whole)
+            and all(self.dense[name] == other.dense[name] for name in self.dense)
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Adapter({len(self)} sparse tensors, {len(self.whole)} whole tensors)"
+        return f"Adapter({len(self)} sparse tensors, {len(self.dense)} dense tensors)"
 
 
 class Lazy(Mapping[str, _V]):

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from shira_format.arrays import Array, as_array, bits, digest, frozen
-from shira_format.compiled import rises
-from shira_format.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.arrays import Array, as_array, bits, digest, frozen
+from shira_format._core.compiled import is_strictly_increasing
+from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError
 
-Meaning = Literal["target", "delta", "none"]
+ValueKind = Literal["target", "delta", "none"]
 
 MAX_NUMEL = 2**53 - 1  # every index stays exact in a JSON number and in a float64
 MAX_RANK = 64
@@ -56,8 +56,8 @@ class SparseTensor:
     """
 
     __slots__ = (
-        "_values", "base", "base_digest", "base_name", "dtype", "indices", "meaning", "name", "new_rows",
-        "result_digest", "rows", "shape",
+        "_values", "base", "base_digest", "base_name", "dtype", "indices", "name", "new_rows",
+        "result_digest", "rows", "shape", "value_kind",
     )  # fmt: skip
 
     name: str
@@ -68,7 +68,7 @@ class SparseTensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     indices: npt.NDArray[np.int64]
-    meaning: Meaning
+    value_kind: ValueKind
     base: Array | None
     base_digest: str | None
     _values: Array | None
@@ -80,7 +80,7 @@ class SparseTensor:
         indices: Any,
         values: Any = None,
         *,
-        meaning: Meaning = "target",
+        value_kind: ValueKind = "target",
         dtype: Any = None,
         base: Any = None,
         base_digest: str | None = None,
@@ -95,7 +95,7 @@ class SparseTensor:
             name: the weight's name in the base's checkpoint.
             shape: the weight's shape.
             indices: ``[nnz]`` integers, flat row-major, strictly increasing.
-            values: ``[nnz]`` floats, numpy or torch; left out for a mask (``meaning="none"``).
+            values: ``[nnz]`` floats, numpy or torch; left out for a mask (``value_kind="none"``).
             meaning: see the class.
             dtype: the weight's dtype; by default that of ``values``, which targets must have.
             base: ``[nnz]`` values of the base at the entries.
@@ -108,15 +108,15 @@ class SparseTensor:
         Raises:
             FormatError: a rule of the format is broken; ``rule`` says which.
         """
-        if meaning not in ("target", "delta", "none"):
-            raise FormatError("manifest-schema", f"meaning {meaning!r}", tensor=name)
+        if value_kind not in ("target", "delta", "none"):
+            raise FormatError("manifest-schema", f"meaning {value_kind!r}", tensor=name)
         set_ = object.__setattr__
         set_(self, "name", name)
         set_(self, "shape", tuple(int(n) for n in shape))
-        set_(self, "meaning", meaning)
+        set_(self, "value_kind", value_kind)
         set_(self, "indices", frozen(_checked_indices(name, self.shape, indices)))
-        if (values is None) != (meaning == "none"):
-            raise FormatError("count-mismatch", f"a {meaning} tensor with values={values}", tensor=name)
+        if (values is None) != (value_kind == "none"):
+            raise FormatError("count-mismatch", f"a {value_kind} tensor with values={values}", tensor=name)
         set_(self, "_values", None if values is None else frozen(as_array(values)))
         set_(self, "dtype", np.dtype(dtype if dtype is not None else self._guess_dtype()))
         set_(self, "base", None if base is None else frozen(as_array(base)))
@@ -146,15 +146,15 @@ class SparseTensor:
                     tensor=self.name,
                 )
             same = array.dtype == self.dtype
-            if not (same or (what == "values" and self.meaning == "delta" and is_float(array.dtype))):
+            if not (same or (what == "values" and self.value_kind == "delta" and is_float(array.dtype))):
                 raise FormatError(
                     "stream-dtype",
                     f"{what} of dtype {array.dtype} in a tensor of {self.dtype}",
                     tensor=self.name,
                 )
-        if self.meaning == "none" and self.base_digest is not None:
+        if self.value_kind == "none" and self.base_digest is not None:
             raise FormatError("manifest-schema", "a mask has no base values", tensor=self.name)
-        if self.meaning == "delta" and self.base_digest is None and self._guess_dtype() != self.dtype:
+        if self.value_kind == "delta" and self.base_digest is None and self._guess_dtype() != self.dtype:
             raise FormatError(
                 "stream-dtype",
                 f"deltas in {self._guess_dtype()} for a base of {self.dtype} that has no digest",
@@ -162,14 +162,14 @@ class SparseTensor:
             )
 
     def _check_rows(self) -> None:
-        if self.result_digest is not None and self.meaning != "target":
+        if self.result_digest is not None and self.value_kind != "target":
             raise FormatError("manifest-schema", "a result digest without target values", tensor=self.name)
         if self.rows is None:
             if self.new_rows is not None:
                 raise FormatError("stray-stream", "new rows, and no count of rows", tensor=self.name)
             return
-        if not self.shape or self.rows < 0 or self.meaning == "none":
-            raise FormatError("manifest-schema", f"rows {self.rows} of a {self.meaning} tensor of shape {list(self.shape)}", tensor=self.name)  # fmt: skip
+        if not self.shape or self.rows < 0 or self.value_kind == "none":
+            raise FormatError("manifest-schema", f"rows {self.rows} of a {self.value_kind} tensor of shape {list(self.shape)}", tensor=self.name)  # fmt: skip
         if numel(self.result_shape) > MAX_NUMEL:
             raise FormatError(
                 "shape-overflow", f"{self.rows} rows make more than 2^53 - 1 elements", tensor=self.name
@@ -207,7 +207,7 @@ class SparseTensor:
     def __reduce__(self) -> tuple[Any, ...]:
         # __slots__ without setattr defeats pickle's default; adapters travel between processes.
         return _rebuild, (
-            self.name, self.shape, self.indices, self._values, self.meaning, self.dtype, self.base, self.base_digest,
+            self.name, self.shape, self.indices, self._values, self.value_kind, self.dtype, self.base, self.base_digest,
             self.base_name, self.rows, self.new_rows, self.result_digest,
         )  # fmt: skip
 
@@ -283,7 +283,7 @@ class SparseTensor:
             BaseMismatch: ``base`` is not the base of this adapter.
         """
         work = working_dtype(self.dtype)
-        if self.meaning == "delta":
+        if self.value_kind == "delta":
             with np.errstate(over="ignore", invalid="ignore"):  # a float64 delta of a narrower weight
                 return self.values.astype(work)
         found = self.base if base is None else self.checked_base(base)
@@ -306,11 +306,11 @@ class SparseTensor:
             strength = work.type(alpha)
             if strength == 0:
                 return base.copy()
-            if self.meaning == "target" and strength == 1:
+            if self.value_kind == "target" and strength == 1:
                 return values
             origin = base.astype(work)
             step = values.astype(work)
-            if self.meaning == "target":
+            if self.value_kind == "target":
                 step -= origin
             return np.asarray((origin + strength * step).astype(base.dtype))
 
@@ -319,8 +319,8 @@ class SparseTensor:
         if not isinstance(other, SparseTensor):
             return NotImplemented
         return (
-            (self.name, self.shape, self.dtype, self.meaning, self.base_digest)
-            == (other.name, other.shape, other.dtype, other.meaning, other.base_digest)
+            (self.name, self.shape, self.dtype, self.value_kind, self.base_digest)
+            == (other.name, other.shape, other.dtype, other.value_kind, other.base_digest)
             and np.array_equal(self.indices, other.indices)
             and same_bits(self._values, other._values)
             and same_bits(self.base, other.base)
@@ -334,21 +334,21 @@ class SparseTensor:
     def __repr__(self) -> str:
         return (
             f"SparseTensor({self.name!r}, shape={list(self.shape)}, dtype={dtype_name(self.dtype)}, "
-            f"nnz={self.nnz}, values={self.meaning})"
+            f"nnz={self.nnz}, values={self.value_kind})"
         )
 
 
 def _rebuild(
-    name: str, shape: tuple[int, ...], indices: Any, values: Any, meaning: Meaning, dtype: Any, base: Any, seen: Any,
+    name: str, shape: tuple[int, ...], indices: Any, values: Any, value_kind: ValueKind, dtype: Any, base: Any, seen: Any,
     base_name: str, rows: int | None, new_rows: Any, result: Any,
 ) -> SparseTensor:  # fmt: skip
     return SparseTensor(
-        name, shape, indices, values, meaning=meaning, dtype=dtype, base=base, base_digest=seen,
+        name, shape, indices, values, value_kind=value_kind, dtype=dtype, base=base, base_digest=seen,
         base_name=base_name, rows=rows, new_rows=new_rows, result_digest=result,
     )  # fmt: skip
 
 
-class WholeTensor:
+class DenseTensor:
     """A tensor that the adapter replaces as a whole: a bias, a norm, a head; any dtype and shape.
 
     Attributes:
@@ -380,10 +380,10 @@ class WholeTensor:
         set_(self, "base_digest", base_digest)
 
     def __setattr__(self, key: str, value: object) -> None:
-        raise AttributeError(f"WholeTensor is immutable; cannot set {key}")
+        raise AttributeError(f"DenseTensor is immutable; cannot set {key}")
 
     def __delattr__(self, key: str) -> None:
-        raise AttributeError(f"WholeTensor is immutable; cannot delete {key}")
+        raise AttributeError(f"DenseTensor is immutable; cannot delete {key}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_whole, (self.name, self.values, self.base, self.base_digest)
@@ -399,7 +399,7 @@ class WholeTensor:
             raise BaseMismatch(f"tensor {self.name!r}: the base holds another tensor (digest differs)")
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, WholeTensor):
+        if not isinstance(other, DenseTensor):
             return NotImplemented
         return (
             (self.name, self.base_digest) == (other.name, other.base_digest)
@@ -410,11 +410,11 @@ class WholeTensor:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"WholeTensor({self.name!r}, shape={list(self.values.shape)}, dtype={self.values.dtype})"
+        return f"DenseTensor({self.name!r}, shape={list(self.values.shape)}, dtype={self.values.dtype})"
 
 
-def _rebuild_whole(name: str, values: Any, base: Any, seen: Any) -> WholeTensor:
-    return WholeTensor(name, values, base=base, base_digest=seen)
+def _rebuild_whole(name: str, values: Any, base: Any, seen: Any) -> DenseTensor:
+    return DenseTensor(name, values, base=base, base_digest=seen)
 
 
 def same_bits(a: Array | None, b: Array | None) -> bool:
@@ -443,7 +443,7 @@ def check_increasing(indices: npt.NDArray[np.int64], size: int, name: str | None
     """Raise FormatError unless ``indices`` are strictly increasing within ``range(size)``."""
     if indices.size == 0:
         return
-    if not rises(indices):
+    if not is_strictly_increasing(indices):
         at = int(np.flatnonzero(indices[1:] <= indices[:-1])[0])
         rule = "duplicate" if indices[at] == indices[at + 1] else "unsorted"
         raise FormatError(rule, f"entry {at + 1} has index {indices[at + 1]} after {indices[at]}", tensor=name)

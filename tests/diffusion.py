@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from shira_format.lora.unet_names import other_names
+from shira_format.names.unet import other_names
 
 WIDTH = 8  # of the text encoders
 

@@ -14,9 +14,9 @@ from torch import nn
 from shira_format import load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.live import apply
 from shira_format.lora import Lora, open_lora
 from shira_format.selection import TopK
-from shira_format.switch import apply
 from tests import models
 from tests.updates import dense
 

@@ -24,8 +24,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from shira_format.arrays import Array
-from shira_format.dtypes import dtype_name
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import dtype_name
 
 LORAS = Path(__file__).parents[1] / "cli" / "shira_cli" / "data" / "loras"
 

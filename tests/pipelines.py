@@ -24,7 +24,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from shira_format import load
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.convert import lora_to_shira
 from shira_format.convert.report import ConversionReport
 from shira_format.selection import TopK
@@ -150,14 +150,14 @@ def check(
     adapter = load(out)
     found = {name: np.array(array) for name, array in before.items()}
     for name, tensor in adapter.items():
-        assert tensor.meaning == "target"
+        assert tensor.value_kind == "target"
         found[name].reshape(-1)[tensor.indices] = tensor.values.astype(np.float64)
-    for name, whole in adapter.whole.items():
+    for name, whole in adapter.dense.items():
         found[name] = whole.values.astype(np.float64)
     assert found.keys() == after.keys()
     changed = {name for name, array in after.items() if not np.array_equal(array, before[name])}
     assert changed
-    assert changed == {*adapter, *adapter.whole}
+    assert changed == {*adapter, *adapter.dense}
     for name, array in after.items():
         if name in changed:
             scale = float(np.abs(array - before[name]).max())

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from shira_format import Adapter, SparseTensor, WholeTensor
-from shira_format.arrays import Array
-from shira_format.codecs import Indices
-from shira_format.dtypes import DTYPES, FLOATS
-from shira_format.tensors import MAX_NUMEL, Meaning, matrix_view, numel
+from shira_format import Adapter, DenseTensor, SparseTensor
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import DTYPES, FLOATS
+from shira_format.format.codecs import Indices
+from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_view, numel
 
 Shape = tuple[int, ...]
 Part = dict[str, Any]
@@ -112,7 +112,7 @@ def any_bits(draw: st.DrawFn, dtype: np.dtype[Any], shape: Shape) -> Array:
 
 
 float_dtypes: st.SearchStrategy[np.dtype[Any]] = st.sampled_from(list(FLOATS.values()))
-meanings: st.SearchStrategy[Meaning] = st.sampled_from(["target", "delta", "none"])
+meanings: st.SearchStrategy[ValueKind] = st.sampled_from(["target", "delta", "none"])
 
 
 @st.composite
@@ -121,37 +121,37 @@ def sparse_tensors(
     name: str = "w",
     *,
     shapes: st.SearchStrategy[Shape] | None = None,
-    meaning: st.SearchStrategy[Meaning] = meanings,
+    value_kind: st.SearchStrategy[ValueKind] = meanings,
     dtypes: st.SearchStrategy[np.dtype[Any]] = float_dtypes,
 ) -> SparseTensor:
     """A tensor of any dtype and meaning; targets with base values or their digest alone."""
     shape = draw(small_shapes() | st.sampled_from(HUGE_SHAPES) if shapes is None else shapes)
-    indices, dtype, kind = draw(masks(shape)), draw(dtypes), draw(meaning)
+    indices, dtype, kind = draw(masks(shape)), draw(dtypes), draw(value_kind)
     if kind == "none":
-        return SparseTensor(name, shape, indices, meaning="none", dtype=dtype)
+        return SparseTensor(name, shape, indices, value_kind="none", dtype=dtype)
     with_base = draw(st.sampled_from(["values", "digest"] if kind == "target" else ["values", "digest", "no"]))
     value_dtype = draw(dtypes) if kind == "delta" and with_base != "no" else dtype
     values = draw(any_bits(value_dtype, indices.shape))
     if with_base == "no":
-        return SparseTensor(name, shape, indices, values, meaning=kind, dtype=dtype)
+        return SparseTensor(name, shape, indices, values, value_kind=kind, dtype=dtype)
     base = draw(any_bits(dtype, indices.shape))
-    tensor = SparseTensor(name, shape, indices, values, meaning=kind, dtype=dtype, base=base)
+    tensor = SparseTensor(name, shape, indices, values, value_kind=kind, dtype=dtype, base=base)
     if with_base == "values":
         return tensor
-    return SparseTensor(name, shape, indices, values, meaning=kind, dtype=dtype, base_digest=tensor.base_digest)
+    return SparseTensor(name, shape, indices, values, value_kind=kind, dtype=dtype, base_digest=tensor.base_digest)
 
 
 @st.composite
 def as_patch(draw: st.DrawFn, tensor: SparseTensor) -> SparseTensor:
     """The same tensor from one of another name or size, or with a digest of the result; sometimes as it is."""
     more: dict[str, Any] = {"base_name": draw(st.just(tensor.name) | NAMES)}
-    if tensor.meaning == "target" and draw(st.booleans()):
+    if tensor.value_kind == "target" and draw(st.booleans()):
         more["result_digest"] = draw(st.sampled_from(["0" * 64, "0123456789abcdef" * 4]))
-    if tensor.shape and tensor.meaning != "none" and draw(st.booleans()):
+    if tensor.shape and tensor.value_kind != "none" and draw(st.booleans()):
         more |= draw(_rows(tensor))
     return SparseTensor(
-        tensor.name, tensor.shape, tensor.indices, tensor.values if tensor.meaning != "none" else None,
-        meaning=tensor.meaning, dtype=tensor.dtype, base=tensor.base, base_digest=tensor.base_digest, **more,
+        tensor.name, tensor.shape, tensor.indices, tensor.values if tensor.value_kind != "none" else None,
+        value_kind=tensor.value_kind, dtype=tensor.dtype, base=tensor.base, base_digest=tensor.base_digest, **more,
     )  # fmt: skip
 
 
@@ -169,15 +169,15 @@ def _rows(draw: st.DrawFn, tensor: SparseTensor) -> Part:
 
 
 @st.composite
-def whole_tensors(draw: st.DrawFn, name: str = "b") -> WholeTensor:
+def whole_tensors(draw: st.DrawFn, name: str = "b") -> DenseTensor:
     """A whole tensor of any dtype and small shape, with its base, the base's digest or neither."""
     dtype, shape = draw(st.sampled_from(list(DTYPES.values()))), draw(small_shapes(max_numel=64))
     values = draw(any_bits(dtype, shape))
     how = draw(st.sampled_from(["values", "digest", "no"]))
     if how == "no":
-        return WholeTensor(name, values)
-    tensor = WholeTensor(name, values, base=draw(any_bits(dtype, shape)))
-    return tensor if how == "values" else WholeTensor(name, values, base_digest=tensor.base_digest)
+        return DenseTensor(name, values)
+    tensor = DenseTensor(name, values, base=draw(any_bits(dtype, shape)))
+    return tensor if how == "values" else DenseTensor(name, values, base_digest=tensor.base_digest)
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(
@@ -198,7 +198,7 @@ def adapters(draw: st.DrawFn, max_tensors: int = 4) -> Adapter:
     patch = draw(st.booleans())
     names = [name for name in names if not any(name.startswith(f"{other}#") for other in names)]
     tensors: list[SparseTensor] = []
-    whole: list[WholeTensor] = []
+    whole: list[DenseTensor] = []
     for name in names:
         if draw(st.integers(0, 3)) == 0:
             whole.append(draw(whole_tensors(name)))
@@ -220,7 +220,7 @@ def adapters(draw: st.DrawFn, max_tensors: int = 4) -> Adapter:
     if patch and draw(st.booleans()):
         removed = draw(st.lists(NAMES, max_size=3, unique=True))
         manifest["removed"] = [name for name in removed if name not in names]
-    return Adapter(tensors, whole=whole, manifest=manifest)
+    return Adapter(tensors, dense=whole, manifest=manifest)
 
 
 Arrays = dict[str, Array]

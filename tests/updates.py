@@ -8,11 +8,11 @@ import numpy as np
 from torch import nn
 
 from shira_format import load
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.convert import lora_to_shira
+from shira_format.live import apply
+from shira_format.lora.update import Update
 from shira_format.selection import TopK
-from shira_format.switch import apply
-from shira_format.update import Update
 
 
 def dense(update: Update, step: int = 7) -> Array:

@@ -102,11 +102,12 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def _run_task(
     task: str, base: Path, rules: Sequence[Any], folder: Path, *, quiet: bool, show: bool
 ) -> dict[str, Any]:
-    from shira_analysis import accuracy, effect
-    from shira_analysis.classifier import LabelledTexts
+    from shira_analysis import accuracy
+    from shira_analysis.measures.effect import effect
+    from shira_analysis.measures.classifier import LabelledTexts
     from shira_format import load
     from shira_format.convert import lora_to_shira
-    from shira_format.switch import apply
+    from shira_format.live import apply
 
     lora = DATA / "loras" / task
     held_out = LabelledTexts.read(DATA / "text" / f"{task}.jsonl")
@@ -176,7 +177,7 @@ class _Bench:
         return dict(self._model.state_dict())
 
     def logits(self) -> Any:
-        from shira_analysis.classifier import logits
+        from shira_analysis.measures.classifier import logits
 
         return logits(self._model, self._tokenizer, self._texts)
 
@@ -195,13 +196,13 @@ class _Bench:
         """The LoRA as PEFT runs it."""
         from peft import PeftModel
 
-        from shira_analysis.classifier import logits
+        from shira_analysis.measures.classifier import logits
 
         return logits(PeftModel.from_pretrained(self._load(), str(self._lora)), self._tokenizer, self._texts)
 
 
 def _show(result: dict[str, Any], example: Path) -> None:
-    from shira_analysis.summary import describe
+    from shira_analysis.report.summary import describe
     from shira_cli import inspect
     from shira_format import AdapterFile
 

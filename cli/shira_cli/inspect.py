@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_analysis.summary import describe, misfits_with
+from shira_analysis.report.summary import describe, misfits_with
 from shira_cli import console
 from shira_format import AdapterFile
-from shira_format.filters import name_filter
+from shira_format.names.filters import name_filter
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint
@@ -113,14 +113,14 @@ def _write_report(
 ) -> None:
     from tqdm import tqdm
 
-    from shira_analysis.deltas import DeltaFile
-    from shira_analysis.html import look, report
-    from shira_format.container.atomic import replaced_file
+    from shira_analysis.measures.deltas import DeltaFile
+    from shira_analysis.report.html import look, report
+    from shira_format.storage.atomic import replaced_file
 
     hidden = options.quiet or not sys.stderr.isatty()
     moments = None
     if options.moments is not None:
-        from shira_analysis.moments import Moments
+        from shira_format.calibration.moments import Moments
 
         moments = Moments.read(options.moments)
     looks = []

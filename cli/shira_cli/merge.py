@@ -15,7 +15,7 @@ from shira_cli import console
 from shira_format.merge.methods import METHODS, shown
 
 if TYPE_CHECKING:
-    from shira_analysis.joining import JoiningReport
+    from shira_analysis.merging.analysis import MergeAnalysis
     from shira_format import Adapter, SparseTensor
     from shira_format.checkpoints import Checkpoint
     from shira_format.merge import Merge, MergedTensor, MergeReport
@@ -207,7 +207,7 @@ def _merge(options: argparse.Namespace) -> int:
 def _check_files(options: argparse.Namespace, output: Path | None, base: Sequence[Path]) -> None:
     """Raise ShiraError if a file to write is there already, is an input, or is another file to write."""
     from shira_format import SourceError
-    from shira_format.storage import check_not_input
+    from shira_format.storage.paths import check_not_input
 
     inputs = [*map(Path, options.adapters), *base, *([] if options.moments is None else [options.moments])]
     report = None if options.dry_run else options.report
@@ -240,26 +240,26 @@ def _bar(options: argparse.Namespace, total: int | None) -> Iterator[Callable[..
         yield lambda *_: bar.update(1)
 
 
-def _joining(job: Merge, options: argparse.Namespace) -> JoiningReport:
-    from shira_analysis.joining import joining_report
-    from shira_analysis.moments import Moments
+def _joining(job: Merge, options: argparse.Namespace) -> MergeAnalysis:
+    from shira_analysis.merging.analysis import analyse_merge
+    from shira_format.calibration.moments import Moments
 
     moments = None if options.moments is None else Moments.read(options.moments)
     with _bar(options, len(job.names)) as step:
-        return joining_report(job, moments, progress=step)
+        return analyse_merge(job, moments, progress=step)
 
 
 @contextmanager
-def _written(joining: JoiningReport, options: argparse.Namespace) -> Iterator[None]:
+def _written(joining: MergeAnalysis, options: argparse.Namespace) -> Iterator[None]:
     """The report in its file, which appears when the block has ended without an exception."""
-    from shira_format.container.atomic import replaced_file
+    from shira_format.storage.atomic import replaced_file
 
     if options.report.suffix.lower() == ".json":
         text = json.dumps(joining.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     else:
-        from shira_analysis.html.joining import joining_page
+        from shira_analysis.report.html.merge_page import merge_page
 
-        text = joining_page(joining)
+        text = merge_page(joining)
     with replaced_file(options.report) as out:
         out.write(text.encode(errors="backslashreplace"))
         yield
@@ -268,14 +268,14 @@ def _written(joining: JoiningReport, options: argparse.Namespace) -> Iterator[No
 def _algebra(options: argparse.Namespace, base: Checkpoint | None, output: Path | None) -> MergeReport:
     """Subtract, compose or invert, and write the result tensor by tensor."""
     from shira_format import AdapterFile, AdapterWriter, SourceError
-    from shira_format.filters import name_filter
     from shira_format.merge import MergeReport
+    from shira_format.names.filters import name_filter
 
     files = [AdapterFile(path, apart=True) for path in options.adapters]
     chosen = name_filter(options.include, options.exclude)
     result = _result(options.method, options.adapters, base)
     names = [name for name in dict.fromkeys([n for f in files for n in f.manifest.tensors] + list(result)) if chosen(name)]  # fmt: skip
-    whole = [name for name in result.whole if chosen(name)]
+    whole = [name for name in result.dense if chosen(name)]
     removed = [name for name in result.removed if chosen(name)]
     if not names and not whole and not removed:
         raise SourceError("no tensor is left by the choice of names")
@@ -300,7 +300,7 @@ def _algebra(options: argparse.Namespace, base: Checkpoint | None, output: Path 
             step()
         for name in whole:
             if writer is not None:
-                writer.add_whole(result.whole[name])
+                writer.add_dense(result.dense[name])
             step()
     if output is not None:
         report.file_bytes = output.stat().st_size
@@ -320,7 +320,7 @@ def _result(method: str, adapters: Sequence[str], base: Checkpoint | None) -> Ad
 def _account(name: str, parts: Sequence[SparseTensor | None], result: SparseTensor | None) -> MergedTensor:
     import numpy as np
 
-    from shira_format.compiled import union
+    from shira_format._core.compiled import union
     from shira_format.merge import MergedTensor
 
     known = result if result is not None else next(part for part in parts if part is not None)

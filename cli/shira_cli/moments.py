@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shira_cli import console
 
 if TYPE_CHECKING:
-    from shira_analysis.calibration import Chosen, Loaded
+    from shira_format.calibration.texts import Chosen, Loaded
 
 PROG = "shira-moments"
 
@@ -65,9 +65,9 @@ _count.__name__ = "positive count"  # argparse tells it
 
 
 def _moments(options: argparse.Namespace) -> int:
-    from shira_analysis.calibration import batches, choose, load_model, read_texts
-    from shira_analysis.moments import collect_moments
     from shira_format import ShiraError
+    from shira_format.calibration.moments import collect_moments
+    from shira_format.calibration.texts import batches, choose, load_model, read_texts
     from shira_format.checkpoints import open_checkpoint
 
     console.terminate_like_interrupt()
@@ -83,8 +83,8 @@ def _moments(options: argparse.Namespace) -> int:
     length = min(options.max_length, loaded.longest or options.max_length)
     _notices(options, read.empty, loaded, chosen, length)
     if options.dry_run:
-        from shira_analysis.moment_layers import Watch
-        from shira_analysis.moments import LIMIT
+        from shira_format.calibration.layers import Watch
+        from shira_format.calibration.moments import LIMIT
 
         watch = Watch(
             loaded.model,

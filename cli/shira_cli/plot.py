@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from shira_cli import console
 
 if TYPE_CHECKING:
-    from shira_analysis.deltas import DeltaFile
     from shira_analysis.figures.pictures import Picture
+    from shira_analysis.measures.deltas import DeltaFile
     from shira_format.checkpoints import Checkpoint
 
 PROG = "shira-plot"
@@ -124,7 +124,7 @@ def _add_tensor(parser: argparse.ArgumentParser) -> None:
 
 def _plot(options: argparse.Namespace) -> int:
     from shira_analysis.figures.records import to_csv
-    from shira_format.container.atomic import replaced_file
+    from shira_format.storage.atomic import replaced_file
 
     console.terminate_like_interrupt()
     for path in (options.output, options.csv):
@@ -145,7 +145,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _files(options: argparse.Namespace) -> list[DeltaFile]:
-    from shira_analysis.deltas import open_deltas
+    from shira_analysis.measures.deltas import open_deltas
 
     base = _base(options)
     include, exclude = (getattr(options, name, []) for name in ("include", "exclude"))
@@ -212,7 +212,7 @@ def _overlap(options: argparse.Namespace) -> Picture:
 
 def _orthogonality(options: argparse.Namespace) -> Picture:
     from shira_analysis.figures.pictures import orthogonality_picture
-    from shira_analysis.moments import Moments
+    from shira_format.calibration.moments import Moments
 
     files = _files(options)
     moments = None if options.moments is None else Moments.read(options.moments)

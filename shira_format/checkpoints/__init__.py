@@ -17,7 +17,7 @@ from shira_format.checkpoints.gguf import open_gguf
 from shira_format.checkpoints.safetensors import open_safetensors
 from shira_format.checkpoints.torch_bin import open_torch_bin
 from shira_format.errors import SourceError
-from shira_format.storage import located
+from shira_format.storage.paths import located
 
 LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [
     open_diffusers, open_safetensors, open_torch_bin, open_gguf, open_dcp,

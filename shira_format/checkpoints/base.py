@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 
 _MAPPED = 1 << 28  # bytes of a tensor up to which it is mapped whole to look at some of its elements
 

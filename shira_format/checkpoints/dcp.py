@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, frozen
+from shira_format._core.arrays import Array, frozen
 from shira_format.checkpoints.base import Listed
 from shira_format.checkpoints.dcp_metadata import NAME, Chunk, Metadata, Sharded
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.strided import Box, boxes
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
 from shira_format.errors import SourceError
-from shira_format.storage import Storage, open_storage
+from shira_format.storage.paths import Storage, open_storage
 from shira_format.tensors import numel
 
 # Dicts beside the model's, by the names that training programs give them.

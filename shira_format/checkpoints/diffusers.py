@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints.base import Checkpoint
-from shira_format.checkpoints.naming import usual_weights
 from shira_format.errors import FormatError, SourceError
-from shira_format.safetensors_file import parse_object
+from shira_format.storage.safetensors_file import parse_object
+from shira_format.storage.weight_files import usual_weights
 
 _PIPELINE = "model_index.json"
 # The names under which each library looks for weights, for a copy of weights that were in no safetensors file.

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, frozen
+from shira_format._core.arrays import Array, frozen
+from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints.base import Listed
 from shira_format.checkpoints.gguf_file import Entry, GGUFFile, load_gguf
 from shira_format.checkpoints.gguf_names import ARCHITECTURES, COMPUTED, HEADS, Form
-from shira_format.dtypes import DTYPES
 from shira_format.errors import SourceError
 from shira_format.tensors import numel
 

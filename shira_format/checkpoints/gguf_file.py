@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shira_format.errors import SourceError
-from shira_format.storage import Storage, open_storage
+from shira_format.storage.paths import Storage, open_storage
 from shira_format.tensors import MAX_NUMEL, numel
 
 # Far more than any model has: the largest mixtures of experts have some ten thousand tensors, keys are below 100 bytes.

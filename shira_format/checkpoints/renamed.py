@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints.base import Checkpoint
 
 
-class Renamed(Checkpoint):
+class RenamedCheckpoint(Checkpoint):
     """``names`` maps the names that this checkpoint has to those of ``base``; several may share one, others have none."""
 
     def __init__(self, base: Checkpoint, names: Mapping[str, str]) -> None:
@@ -60,4 +60,4 @@ def rearranged(base: Checkpoint, copies: Mapping[str, str], removed: list[str]) 
     if not copies and not removed:
         return base
     gone = {*removed, *copies}
-    return Renamed(base, {name: name for name in base if name not in gone} | dict(copies))
+    return RenamedCheckpoint(base, {name: name for name in base if name not in gone} | dict(copies))

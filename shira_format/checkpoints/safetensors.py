@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints.base import Listed
 from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
-from shira_format.checkpoints.naming import is_index
-from shira_format.dtypes import DTYPES
-from shira_format.safetensors_file import SafetensorsFile
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.storage.weight_files import is_index
 
 _INDEX = ".safetensors.index.json"
 _FILE = ".safetensors"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.tensors import numel
 
 _SMALL = 2**16  # bytes that are read at once even if only a few of them are asked for

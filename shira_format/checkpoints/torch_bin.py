@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, frozen
+from shira_format._core.arrays import Array, frozen
 from shira_format.checkpoints.base import Listed
 from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
 from shira_format.errors import SourceError
-from shira_format.storage import open_storage
+from shira_format.storage.paths import open_storage
 from shira_format.tensors import numel
 
 _INDEX = ".bin.index.json"

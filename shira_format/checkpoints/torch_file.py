@@ -12,11 +12,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints.pickles import MAX_PICKLE, PickleError, load, ordered_dict
 from shira_format.checkpoints.strided import boxes, extent, gather, is_contiguous
-from shira_format.dtypes import DTYPES
-from shira_format.storage import Storage
+from shira_format.storage.paths import Storage
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
 
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first of the pickles in a row

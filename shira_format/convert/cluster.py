@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from shira_format.convert.jobs import Job, Opened
+from shira_format.convert.jobs import ConversionInputs, Job
 from shira_format.errors import ShiraError, WorkError
 from shira_format.selection import Progress, Workers
 from shira_format.selection.stages import Stage
@@ -25,7 +25,7 @@ PATIENCE = 60  # seconds to wait for a scheduler, and for a first worker
 _AHEAD = 4  # tasks a thread of the cluster
 
 
-class Cluster:
+class ClusterEngine:
     """An engine on a cluster; a context manager."""
 
     def __init__(self, scheduler: str, job: Job, progress: Progress) -> None:
@@ -91,7 +91,7 @@ def compute(job: Job, name: str, stage: Stage[Any, _R]) -> _R:
 
 
 @lru_cache(maxsize=2)
-def _opened(job: Job) -> Opened:
+def _opened(job: Job) -> ConversionInputs:
     return job.open()
 
 

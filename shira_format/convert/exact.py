@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shira_format.arrays import Array, bits, different, positions, scratch
-from shira_format.changes import TILE, Difference, Entries
+from shira_format._core.arrays import Array, bits, different, positions, scratch
 from shira_format.checkpoints import Checkpoint
+from shira_format.entries.changes import TILE, Difference, Entries
 from shira_format.selection import Progress, Workers
 from shira_format.tensors import numel
 
@@ -44,7 +44,7 @@ class Differences:
 
 
 @dataclass
-class Differing:
+class CompareStage:
     """The stage that compares; see :class:`shira_format.selection.stages.Stage`."""
 
     rule: Exact

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, different, digest, widened
-from shira_format.changes import Change, Entries
+from shira_format._core.arrays import Array, different, digest, upcast
+from shira_format._core.dtypes import dtype_name, working_dtype
 from shira_format.convert.report import TensorReport
-from shira_format.dtypes import dtype_name, working_dtype
+from shira_format.entries.changes import Change, Entries
 from shira_format.errors import SourceError
 from shira_format.tensors import SparseTensor
 
@@ -70,7 +70,7 @@ def target_tensor(
 
 
 def _wide(array: Array) -> Array:
-    return widened(array, np.empty(array.shape, working_dtype(array.dtype)))
+    return upcast(array, np.empty(array.shape, working_dtype(array.dtype)))
 
 
 def _energy(values: Array, which: Array) -> float:

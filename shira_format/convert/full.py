@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
-from shira_format.changes import Change, Difference, narrowed
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import dtype_name
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert.exact import Exact
-from shira_format.convert.jobs import Opened, WholeCopy, identified
+from shira_format.convert.jobs import ConversionInputs, DenseCopy, identified
+from shira_format.convert.pairing import Pairs, pair
 from shira_format.convert.pipeline import convert
 from shira_format.convert.report import ConversionReport
-from shira_format.dtypes import dtype_name
+from shira_format.entries.changes import Change, Difference, round_to
 from shira_format.errors import SourceError
-from shira_format.filters import name_filter
-from shira_format.pairing import Pairs, pair
+from shira_format.names.filters import name_filter
 from shira_format.selection import Progress, TopK
-from shira_format.tensors import WholeTensor, numel
+from shira_format.tensors import DenseTensor, numel
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class FullJob:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def open(self) -> Opened:
+    def open(self) -> ConversionInputs:
         base, tuned = open_checkpoint(self.base), open_checkpoint(self.tuned)
         pairs = pair(base, tuned, name_filter(self.include, self.exclude), exact=self.exact)
 
-        def copy(name: str, source: str) -> WholeCopy:
+        def copy(name: str, source: str) -> DenseCopy:
             kind = tuned.dtype(source), tuned.shape(source)
             same = name in base and (base.dtype(name), base.shape(name)) == kind
-            return WholeCopy(name, tuned, source, base if same else None)
+            return DenseCopy(name, tuned, source, base if same else None)
 
-        def wholes(_self_contained: bool) -> Iterator[WholeTensor | WholeCopy]:
+        def wholes(_self_contained: bool) -> Iterator[DenseTensor | DenseCopy]:
             return (copy(name, source) for name, source in pairs.whole.items())
 
-        return Opened(
+        return ConversionInputs(
             base=base,
             changes=pairs.sparse,
             wholes=wholes,
@@ -87,7 +87,7 @@ def full_to_shira(
         tuned: the checkpoint after, in the same layout or another.
         out: the adapter file to write, or None to compute the report only.
         rule: the largest 1 % of each tensor's change by default; :class:`Exact` for all of it, so that
-            :func:`shira_format.restore.shira_to_full` gives ``tuned`` back bit for bit.
+            :func:`shira_format.export.full.shira_to_full` gives ``tuned`` back bit for bit.
         include: regexes; a tensor is looked at only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         self_contained: store the base's values too, so that the file can be undone, scaled and measured alone.
@@ -123,7 +123,7 @@ def _frame(change: Change) -> dict[str, Any]:
 
 def _in_dtype(part: Array, change: Change) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
-        found = narrowed(part, change.weight_dtype)
+        found = round_to(part, change.weight_dtype)
         lost = np.isfinite(part.astype(change.dtype)) & ~np.isfinite(found.astype(change.dtype))
     if lost.any():
         raise SourceError(f"tensor {change.name!r}: a new row overflows {dtype_name(change.weight_dtype)}")

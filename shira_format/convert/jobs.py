@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from shira_format.changes import Change
 from shira_format.checkpoints import Checkpoint
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.entries.changes import Change
+from shira_format.tensors import DenseTensor, SparseTensor
 
 
 @dataclass(frozen=True)
-class WholeCopy:
+class DenseCopy:
     """A tensor of ``tuned`` that is stored whole, read in parts.
 
     Attributes:
@@ -30,7 +30,7 @@ class WholeCopy:
 
 
 @dataclass
-class Opened:
+class ConversionInputs:
     """Open inputs.
 
     Attributes:
@@ -51,8 +51,8 @@ class Opened:
 
     base: Checkpoint
     changes: Sequence[Change]
-    wholes: Callable[[bool], Iterator[WholeTensor | WholeCopy]]
-    copy: Callable[[Change], WholeCopy] | None = None
+    wholes: Callable[[bool], Iterator[DenseTensor | DenseCopy]]
+    copy: Callable[[Change], DenseCopy] | None = None
     frame: Callable[[Change], dict[str, Any]] = lambda _: {}
     removed: list[str] = field(default_factory=list)
     copies: Sequence[SparseTensor] = ()
@@ -78,7 +78,7 @@ class Job(Protocol):
     @property
     def exclude(self) -> tuple[str, ...]: ...
 
-    def open(self) -> Opened:
+    def open(self) -> ConversionInputs:
         """Open the inputs and say what is to be done.
 
         Raises:
@@ -91,6 +91,6 @@ def identified(location: str) -> dict[str, str]:
     """``id`` and ``revision`` of a model on the hub; nothing for other locations."""
     if not location.startswith("hf://"):
         return {}
-    from shira_format.hub import identified as on_the_hub
+    from shira_format.storage.hub import identified as on_the_hub
 
     return on_the_hub(location)

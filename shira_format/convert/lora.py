@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, digest, file_digest
-from shira_format.changes import AddedTo
+from shira_format._core.arrays import Array, digest, file_digest
+from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.renamed import rearranged
-from shira_format.convert.jobs import Opened, WholeCopy, identified
+from shira_format.convert.jobs import ConversionInputs, DenseCopy, identified
 from shira_format.convert.pipeline import convert
 from shira_format.convert.report import ConversionReport
-from shira_format.dtypes import dtype_name, is_float, working_dtype
+from shira_format.entries.changes import AddedTo
 from shira_format.errors import SourceError
-from shira_format.filters import name_filter
 from shira_format.lora import Lora, open_lora
+from shira_format.lora.update import Update
+from shira_format.names.filters import name_filter
 from shira_format.selection import Progress, TopK
-from shira_format.tensors import SparseTensor, WholeTensor
-from shira_format.update import Update
+from shira_format.tensors import DenseTensor, SparseTensor
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class LoraJob:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def open(self) -> Opened:
+    def open(self) -> ConversionInputs:
         base = open_checkpoint(self.base)
-        return opened(
+        return lora_inputs(
             filtered(open_lora(self.lora, base, dialect=self.dialect), self.include, self.exclude),
             base,
             identified(self.base),
         )
 
 
-def opened(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> Opened:
+def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
     """A LoRA that is open already, as the pipeline takes it."""
     view = rearranged(base, source.copies, source.removed)
     _check_base(source.updates, view)
     files = [{"name": path.name, "digest": file_digest(path)} for path in source.files]
-    return Opened(
+    return ConversionInputs(
         base=base,
         changes=[AddedTo(update, view) for update in source.updates],
         wholes=lambda self_contained: _whole_tensors(source, base, view, self_contained),
@@ -162,7 +162,7 @@ def _copy(name: str, origin: str, base: Checkpoint) -> SparseTensor:
 
 def _whole_tensors(
     source: Lora, base: Checkpoint, view: Checkpoint, self_contained: bool
-) -> Iterator[WholeTensor | WholeCopy]:
+) -> Iterator[DenseTensor | DenseCopy]:
     if twice := source.whole.keys() & source.additions.keys():
         raise SourceError(f"tensor {min(twice)!r} is both replaced and added to")
     for name, array in source.whole.items():
@@ -177,13 +177,13 @@ def _whole_tensors(
                 base.shape(origin),
                 base.dtype(origin),
             )
-            yield WholeCopy(name, base, origin, base if same else None)
+            yield DenseCopy(name, base, origin, base if same else None)
 
 
-def _whole(name: str, array: Array, base: Checkpoint, view: Checkpoint, self_contained: bool) -> WholeTensor:
+def _whole(name: str, array: Array, base: Checkpoint, view: Checkpoint, self_contained: bool) -> DenseTensor:
     """A replacement in the dtype that the tensor has in ``view``, if it is there and of floats."""
     if name not in view:
-        return WholeTensor(name, array)
+        return DenseTensor(name, array)
     dtype = view.dtype(name)
     if not is_float(dtype):
         raise SourceError(f"tensor {name!r} is of dtype {dtype} in the base, not a float dtype")
@@ -194,5 +194,5 @@ def _whole(name: str, array: Array, base: Checkpoint, view: Checkpoint, self_con
     # What the base has under this name, which may be another layer's: it is replaced.
     weight = base.get(name)
     if weight is None or (weight.shape, weight.dtype) != (values.shape, values.dtype):
-        return WholeTensor(name, values)
-    return WholeTensor(name, values, base=weight if self_contained else None, base_digest=digest(weight))
+        return DenseTensor(name, values)
+    return DenseTensor(name, values, base=weight if self_contained else None, base_digest=digest(weight))

@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from shira_format.changes import Difference, Entries
-from shira_format.container import AdapterWriter, Prepared
-from shira_format.convert.exact import Differing, Exact, parts_of, tensor_digest
+from shira_format._core.dtypes import dtype_name
+from shira_format.convert.exact import CompareStage, Exact, parts_of, tensor_digest
 from shira_format.convert.finish import rounded, sparse_target, target_tensor
-from shira_format.convert.jobs import Job, Opened, WholeCopy
+from shira_format.convert.jobs import ConversionInputs, DenseCopy, Job
 from shira_format.convert.report import ConversionReport, TensorReport
-from shira_format.dtypes import dtype_name
+from shira_format.entries.changes import Difference, Entries
 from shira_format.errors import SourceError
-from shira_format.selection import AMOUNTS, Engine, Here, Progress, TopK, Workers, passes, select
-from shira_format.storage import check_not_input
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.format import AdapterWriter, Prepared
+from shira_format.selection import AMOUNTS, Engine, LocalEngine, Progress, TopK, Workers, passes, select
+from shira_format.storage.paths import check_not_input
+from shira_format.tensors import DenseTensor, SparseTensor
 
 _MOST = 1 << 22  # entries that are encoded and hashed while more are looked at
 
@@ -34,7 +34,7 @@ def convert(
     resume: bool = False,
     dask: str | None = None,
     progress: Progress = lambda _: None,
-    opened: Opened | None = None,
+    opened: ConversionInputs | None = None,
 ) -> ConversionReport:
     """Run a conversion; see :func:`full_to_shira` and :func:`lora_to_shira` for the arguments.
 
@@ -50,15 +50,15 @@ def convert(
         check_not_input(path, [opened.base.path, *opened.files])
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(threads))
-        engine: Engine = Here(workers, progress)
+        engine: Engine = LocalEngine(workers, progress)
         if dask is not None:
-            from shira_format.convert.cluster import Cluster
+            from shira_format.convert.cluster import ClusterEngine
 
-            engine = stack.enter_context(Cluster(dask, job, progress))
+            engine = stack.enter_context(ClusterEngine(dask, job, progress))
         if resume and path is not None:
-            from shira_format.convert.parts import Kept
+            from shira_format.convert.resume import ResumableEngine
 
-            engine = stack.enter_context(Kept(engine, path, job, rule, opened, progress))
+            engine = stack.enter_context(ResumableEngine(engine, path, job, rule, opened, progress))
         # The file is there before what was kept for resuming goes.
         writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
         with _blamed_on(opened.blamed):
@@ -70,7 +70,7 @@ def convert(
     return report
 
 
-def work_of(opened: Opened, rule: TopK | Exact) -> int:
+def work_of(opened: ConversionInputs, rule: TopK | Exact) -> int:
     """How many elements ``progress`` will have been told of in the end."""
     return opened.size * (1 if isinstance(rule, Exact) else passes(rule))
 
@@ -82,7 +82,7 @@ _Finished = tuple[Prepared | SparseTensor | None, TensorReport | None]
 
 
 def _write(
-    opened: Opened,
+    opened: ConversionInputs,
     rule: TopK | Exact,
     engine: Engine,
     workers: Workers,
@@ -90,7 +90,7 @@ def _write(
     writer: AdapterWriter | None,
     self_contained: bool,
 ) -> None:
-    copies: list[WholeCopy] = []
+    copies: list[DenseCopy] = []
     if isinstance(rule, Exact):
         finishes = _every_difference(opened, rule, engine, copies, self_contained)
     else:
@@ -109,17 +109,17 @@ def _write(
             writer.add(tensor)
     for whole in (*copies, *opened.wholes(self_contained)):
         report.whole.append(whole.name)
-        if isinstance(whole, WholeTensor) and whole.base_digest is None:
+        if isinstance(whole, DenseTensor) and whole.base_digest is None:
             report.notices.append(f"tensor {whole.name!r} is not in the base: stored whole, as a new tensor")
         if writer is not None:
-            if isinstance(whole, WholeTensor):
-                writer.add_whole(whole)
+            if isinstance(whole, DenseTensor):
+                writer.add_dense(whole)
             else:
                 _copy(whole, workers, writer, self_contained)
 
 
 def _largest_changes(
-    opened: Opened, rule: TopK, engine: Engine, folder: Path | None, self_contained: bool
+    opened: ConversionInputs, rule: TopK, engine: Engine, folder: Path | None, self_contained: bool
 ) -> Iterator[tuple[int, _Finish]]:
     selected = select(opened.changes, rule, engine, folder=folder)
     for change in opened.changes:
@@ -133,10 +133,10 @@ def _largest_changes(
 
 
 def _every_difference(
-    opened: Opened, rule: Exact, engine: Engine, copies: list[WholeCopy], self_contained: bool
+    opened: ConversionInputs, rule: Exact, engine: Engine, copies: list[DenseCopy], self_contained: bool
 ) -> Iterator[tuple[int, _Finish]]:
     changes = cast("Sequence[Difference]", opened.changes)
-    results = engine.map(Differing(rule), changes)
+    results = engine.map(CompareStage(rule), changes)
     for change in changes:
         found = next(results)
         if found.entries is None:
@@ -151,7 +151,7 @@ def _every_difference(
 
 
 def _difference(
-    opened: Opened, change: Difference, entries: Entries, seen: str | None, self_contained: bool
+    opened: ConversionInputs, change: Difference, entries: Entries, seen: str | None, self_contained: bool
 ) -> tuple[SparseTensor | None, TensorReport | None]:
     frame = opened.frame(change)
     tensor = target_tensor(
@@ -179,7 +179,7 @@ def _ahead(
     return workers.ahead(tasks(), _MOST)
 
 
-def _copy(whole: WholeCopy, workers: Workers, writer: AdapterWriter, self_contained: bool) -> None:
+def _copy(whole: DenseCopy, workers: Workers, writer: AdapterWriter, self_contained: bool) -> None:
     name, tuned, source, base = whole.name, whole.tuned, whole.tuned_name, whole.base
     seen = None if base is None or self_contained else workers.submit(partial(tensor_digest, base, name))
     writer.add_parts(
@@ -193,7 +193,9 @@ def _notes(account: TensorReport) -> dict[str, float]:
     return {"energy_kept": rounded(account.energy_kept), "relative_error": rounded(account.relative_error)}
 
 
-def _provenance(job: Job, opened: Opened, rule: TopK | Exact, report: ConversionReport) -> dict[str, Any]:
+def _provenance(
+    job: Job, opened: ConversionInputs, rule: TopK | Exact, report: ConversionReport
+) -> dict[str, Any]:
     """What the manifest says of how the file was made; the same input gives the same text, so no date and no paths."""
     if isinstance(rule, Exact):
         selection: dict[str, Any] = {"rule": "exact"}

@@ -20,7 +20,7 @@ from shira_format.lora.products import LowRank
 from shira_format.lora.torchtune import Torchtune
 from shira_format.lora.updates import Dialect, Lora
 from shira_format.lora.xlabs import Xlabs
-from shira_format.storage import located
+from shira_format.storage.paths import located
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect

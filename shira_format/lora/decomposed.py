@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, scratch, widened
+from shira_format._core.arrays import Array, scratch, upcast
+from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import working_dtype
+from shira_format.lora.update import Update
 from shira_format.tensors import numel
-from shira_format.update import Update
 
 _ROWS = 1 << 18  # elements that are looked at together for norms of columns
 
@@ -74,7 +74,7 @@ class Decomposed:
         first, size = start * self.columns, out.size
         raw = scratch("decomposed base", size, self.base.dtype(self.name))
         part = self.base.part(self.name, first, first + size, raw)
-        weight = widened(part, scratch("decomposed wide", size, out.dtype)).reshape(out.shape)
+        weight = upcast(part, scratch("decomposed wide", size, out.dtype)).reshape(out.shape)
         out += weight
         return weight
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.components import component_names
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.diffusers_keys import Key, parse
 from shira_format.lora.files import PICKLES, SAFETENSORS, number_in, open_tensors, parse_json, read_tensors
-from shira_format.lora.flux_names import Piece, diffusers_pieces, is_diffusers_flux
 from shira_format.lora.pairs import common_dtype, plain, scaled
 from shira_format.lora.peft.config import CHANGES_BASE, REFUSED
 from shira_format.lora.peft_scale import Scales, read_scales
+from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.names import match_names
-from shira_format.update import Update
+from shira_format.names.components import component_names
+from shira_format.names.flux import Piece, diffusers_pieces, is_diffusers_flux
+from shira_format.names.match import match_names
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 OPTIONS = "lora_adapter_metadata"

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
-from shira_format.dtypes import is_float, working_dtype
 from shira_format.errors import SourceError
 
 SAFETENSORS = ".safetensors"

@@ -24,9 +24,9 @@ from shira_format.lora.files import checked, is_number
 from shira_format.lora.pairs import plain, transposed
 from shira_format.lora.products import LowRank
 from shira_format.lora.rope import Attention, attention_of, halves
+from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.names import match_names
-from shira_format.update import Update
+from shira_format.names.match import match_names
 
 _SUFFIX = ".gguf"
 _FACTORS = (".lora_a", ".lora_b")

@@ -3,7 +3,7 @@
 The rules are those of ``networks/lora.py`` (kohya-ss/sd-scripts): ``delta W = alpha / rank * up @ down``, where the rank is
 that of the layer's own ``lora_down``, and alpha is the rank if it is 0 or missing. (diffusers once took the first layer's
 rank for all layers of a file without alphas.) What the header says of rank and alpha is what the trainer was asked for,
-and is kept as provenance alone. Names: see :mod:`shira_format.lora.flat_names`.
+and is kept as provenance alone. Names: see :mod:`shira_format.names.flat`.
 
 LyCORIS writes the same files with other parts; both share the reader in this module.
 """
@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import is_float
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import is_float
 from shira_format.errors import SourceError
-from shira_format.lora.components import component_names
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import PICKLES, SAFETENSORS, checked, number_in, open_tensors
-from shira_format.lora.flat_names import FlatNames, Places, flat
 from shira_format.lora.pairs import plain
-from shira_format.lora.places import Place, is_plain, joined
-from shira_format.lora.single_file import is_single_file, single_file_names
+from shira_format.lora.places import RowBlock, is_plain, joined
+from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.update import Update
+from shira_format.names.components import component_names
+from shira_format.names.flat import FlatNames, Places, flat
+from shira_format.names.single_file import is_single_file, single_file_names
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 PARTS = frozenset((DOWN, UP, ALPHA))
@@ -138,7 +138,7 @@ class Group:
         return f"{self.path}: {self.name!r}"
 
 
-class Layer(NamedTuple):
+class KohyaLayer(NamedTuple):
     """What a module's LoRA does.
 
     Attributes:
@@ -161,7 +161,7 @@ class Layer(NamedTuple):
 
 
 # Makes a layer of a module's LoRA, and of the weight's name and shape: that of the module, if the base holds parts of it.
-Build = Callable[[Group, str, tuple[int, ...]], Layer]
+Build = Callable[[Group, str, tuple[int, ...]], KohyaLayer]
 
 
 def low_rank(group: Group) -> tuple[Array, Array]:
@@ -181,13 +181,13 @@ def low_rank(group: Group) -> tuple[Array, Array]:
     return up, down
 
 
-def _layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+def _layer(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     if strange := group.parts.keys() - PARTS:
         raise SourceError(f"{group.where}: unmatched key: kohya's LoRA has no {min(strange)!r}")
     up, down = low_rank(group)
     rank = down.shape[0]
     alpha = group.alpha(rank)
-    return Layer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
+    return KohyaLayer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
 
 
 class Reader:
@@ -211,7 +211,7 @@ class Reader:
         self.refused = refused or {}
         self.notices: list[str] = []
         # By the base's tensor: the layers that are rows of it, and where; then what comes of them.
-        self._parts: dict[str, list[tuple[Place, Update]]] = {}
+        self._parts: dict[str, list[tuple[RowBlock, Update]]] = {}
         self._whole: dict[str, Update] = {}
         self._additions: dict[str, Array] = {}
         self._by: dict[str, str] = {}
@@ -296,7 +296,7 @@ class Reader:
             self.notices.append(f"names of the LoRA are not those of the base: {component}: {words}")
         return found
 
-    def _add(self, group: Group, places: Places) -> Layer:
+    def _add(self, group: Group, places: Places) -> KohyaLayer:
         """Put a module's LoRA to its places."""
         height = sum(place.height for place in places)
         shape = (height, *self.base.shape(places[0].name)[1:])
@@ -313,12 +313,12 @@ class Reader:
                 self._addition(group, place.bias, place, layer.bias, height)
         return layer
 
-    def _claim(self, group: Group, place: Place, places: Places) -> None:
+    def _claim(self, group: Group, place: RowBlock, places: Places) -> None:
         other = self._by.setdefault(f"{place.name} {place.start}", group.name)
         if other != group.name or sum(one == place for one in places) > 1:
             raise SourceError(f"{self.path}: {other!r} and {group.name!r} are both the base's {place.name!r}")
 
-    def _place(self, group: Group, layer: Layer, place: Place, places: Places) -> None:
+    def _place(self, group: Group, layer: KohyaLayer, place: RowBlock, places: Places) -> None:
         assert layer.update is not None
         shape = self.base.shape(place.name)
         is_whole = place.height == shape[0]
@@ -347,7 +347,7 @@ class Reader:
             )
         self._whole[place.name] = update
 
-    def _addition(self, group: Group, name: str, place: Place, array: Array, height: int) -> None:
+    def _addition(self, group: Group, name: str, place: RowBlock, array: Array, height: int) -> None:
         """Add the part of ``array`` that is here, ``height`` being the rows of the whole module."""
         if name not in self.base:
             raise SourceError(f"{group.where}: it adds to a bias, but the base has no {name!r}")

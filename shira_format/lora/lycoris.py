@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, scratch, widened
+from shira_format._core.arrays import Array, scratch, upcast
+from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import working_dtype
 from shira_format.errors import SourceError
-from shira_format.lora.kohya import ALPHA, DOWN, UP, Group, Layer, Reader, is_lycoris, keys_at, low_rank
+from shira_format.lora.kohya import ALPHA, DOWN, UP, Group, KohyaLayer, Reader, is_lycoris, keys_at, low_rank
 from shira_format.lora.pairs import common_dtype, plain, scaled, trimmed
 from shira_format.lora.products import Hadamard, Kronecker, LowRank
 from shira_format.lora.updates import Lora
@@ -68,7 +68,7 @@ class Lycoris:
         return Reader(path, base, self.name, _layer, stored=frozenset(("diff",)), refused=_NOT_READ).read()
 
 
-def _layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+def _layer(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     parts = group.parts.keys() | group.stored.keys()
     kinds = [kind for kind, known in _ALGORITHMS.items() if parts & known]
     if not kinds:
@@ -94,10 +94,10 @@ def _layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
     return layer._replace(magnitude=magnitude, kernel=kernel)
 
 
-def _added(group: Group, name: str, shape: tuple[int, ...], weight: str, bias: str) -> Layer:
+def _added(group: Group, name: str, shape: tuple[int, ...], weight: str, bias: str) -> KohyaLayer:
     if bias in group.parts and weight not in group.parts and weight not in group.stored:
         raise SourceError(f"{group.where}: it has {bias} without {weight}")
-    found = Layer(bias=_one(group.parts[bias]) if bias in group.parts else None)
+    found = KohyaLayer(bias=_one(group.parts[bias]) if bias in group.parts else None)
     if weight in group.parts:
         return found._replace(weight=_one(group.parts[weight]))
     key = group.stored[weight]
@@ -113,7 +113,7 @@ def _one(array: Array) -> Array:
     return array.astype(common_dtype(array))
 
 
-def _locon(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+def _locon(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     up, down = low_rank(group)
     rank = down.shape[0]
     alpha = group.alpha(rank)
@@ -121,7 +121,7 @@ def _locon(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
         if math.prod(up.shape[2:]) != 1 or math.prod(down.shape[2:]) != 1:
             raise SourceError(f"{group.where}: lora_down or lora_up has a kernel beside lora_mid")
         down = _tucker(group, mid, down.reshape(down.shape[:2]), shape)
-    return Layer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
+    return KohyaLayer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
 
 
 def _tucker(group: Group, core: Array, down: Array, shape: tuple[int, ...]) -> Array:
@@ -164,7 +164,7 @@ def _part(group: Group, part: str) -> Array:
     return group.parts[part]
 
 
-def _loha(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+def _loha(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     if ("hada_t1" in group.parts) != ("hada_t2" in group.parts):
         raise SourceError(f"{group.where}: it has one of hada_t1 and hada_t2 only")
     first = _factors(group, "hada_w1", "hada_t1", shape)
@@ -174,7 +174,7 @@ def _loha(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
     update = Hadamard(
         _matrix(group, name, shape, *first, alpha / rank, dtype), _matrix(group, name, shape, *second, 1.0, dtype)
     )
-    return Layer(update, rank=rank, alpha=alpha)
+    return KohyaLayer(update, rank=rank, alpha=alpha)
 
 
 def _rank(group: Group, *ranks: int) -> int:
@@ -204,7 +204,7 @@ def _matrix(
     )  # fmt: skip
 
 
-def _lokr(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+def _lokr(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     split = [f"lokr_w{number}" not in group.parts for number in (1, 2)]
     for number, is_split in zip((1, 2), split, strict=True):
         if not is_split and {f"lokr_w{number}_a", f"lokr_w{number}_b"} & group.parts.keys():
@@ -237,14 +237,14 @@ def _lokr(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
         first = first @ left[1].astype(np.float64)
     outer = scaled(first, scale, dtype)
     if len(right) == 1:
-        return Layer(
+        return KohyaLayer(
             Kronecker(name, shape, outer, right[0].reshape(c, columns).astype(dtype)), rank=rank, alpha=alpha
         )
     inner = LowRank(
         name, (c, columns),
         np.ascontiguousarray(right[0].astype(dtype)), np.ascontiguousarray(right[1].reshape(-1, columns).astype(dtype)),
     )  # fmt: skip
-    return Layer(_KroneckerOfLowRank(name, shape, outer, inner), rank=rank, alpha=alpha)
+    return KohyaLayer(_KroneckerOfLowRank(name, shape, outer, inner), rank=rank, alpha=alpha)
 
 
 def _magnitude(group: Group, shape: tuple[int, ...]) -> tuple[Array, int]:
@@ -285,7 +285,7 @@ class _Stored:
         first = start * self.columns
         raw = scratch("stored difference", out.size, self.tensors.dtype(self.key))
         part = self.tensors.part(self.key, first, first + out.size, raw)
-        widened(part, out.reshape(-1))
+        upcast(part, out.reshape(-1))
 
 
 @dataclass(frozen=True)

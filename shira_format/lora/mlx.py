@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.decomposed import Decomposed
@@ -22,9 +22,9 @@ from shira_format.lora.files import is_number, is_rank, read_json, read_tensors
 from shira_format.lora.pairs import plain
 from shira_format.lora.products import LowRank, Stacked
 from shira_format.lora.rope import CONFIG as MODEL_CONFIG
+from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.names import match_names
-from shira_format.update import Update
+from shira_format.names.match import match_names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.products import LowRank
 

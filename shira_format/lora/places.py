@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.products import LowRank, Stacked
-from shira_format.update import Update
+from shira_format.lora.update import Update
 
 
 @dataclass(frozen=True)
-class Place:
+class RowBlock:
     """Rows of one of the base's weights.
 
     Attributes:
@@ -44,9 +44,9 @@ class Place:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def whole(name: str, base: Checkpoint) -> Place:
+def whole(name: str, base: Checkpoint) -> RowBlock:
     """All of a weight."""
-    return Place(name, 0, ((0, base.shape(name)[0]),))
+    return RowBlock(name, 0, ((0, base.shape(name)[0]),))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Rows:
         self.update.tile(self.first + start, self.first + stop, out)
 
 
-def joined(name: str, shape: tuple[int, ...], parts: Iterable[tuple[Place, Update]], where: str) -> Update:
+def joined(name: str, shape: tuple[int, ...], parts: Iterable[tuple[RowBlock, Update]], where: str) -> Update:
     """The update of a whole weight from those of modules that are rows of it; the other rows do not change.
 
     Args:
@@ -103,6 +103,6 @@ def joined(name: str, shape: tuple[int, ...], parts: Iterable[tuple[Place, Updat
     return Stacked(name, shape, stack, heights)
 
 
-def is_plain(places: Sequence[Place], base: Checkpoint) -> bool:
+def is_plain(places: Sequence[RowBlock], base: Checkpoint) -> bool:
     """Whether the module is one weight of the base, as it is."""
     return len(places) == 1 and places[0] == whole(places[0].name, base)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
-from shira_format.update import Update
+from shira_format._core.arrays import Array
+from shira_format.lora.update import Update
 
 
 @dataclass(frozen=True)

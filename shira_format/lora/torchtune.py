@@ -16,16 +16,16 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import PICKLES, SAFETENSORS, is_number, is_rank, open_tensors, read_json, read_tensors
 from shira_format.lora.pairs import plain
 from shira_format.lora.rope import Attention, attention_of, halves
+from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.names import match_names
-from shira_format.update import Update
+from shira_format.names.match import match_names
 
 CONFIG = "adapter_config.json"
 # Where the folder is PEFT's.

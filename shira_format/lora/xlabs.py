@@ -16,17 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.components import component_names
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, read_tensors
-from shira_format.lora.flux_names import diffusers_pieces, is_diffusers_flux
 from shira_format.lora.pairs import plain
 from shira_format.lora.products import LowRank, Stacked
+from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.names import match_names
-from shira_format.update import Update
+from shira_format.names.components import component_names
+from shira_format.names.flux import diffusers_pieces, is_diffusers_flux
+from shira_format.names.match import match_names
 
 _KEY = re.compile(
     r"(?:diffusion_model\.)?(?P<block>(?P<kind>double|single)_blocks\.(?:0|[1-9][0-9]*))\.processor\."

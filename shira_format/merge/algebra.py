@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shira_format._core.arrays import Array, different, digest
+from shira_format._core.compiled import union
 from shira_format.adapter import Adapter, Lazy
-from shira_format.arrays import Array, different, digest
-from shira_format.based import whole_with_base, with_base
-from shira_format.compiled import union
+from shira_format.entries.base_check import dense_with_base, with_base
+from shira_format.entries.mixing import framed
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.merge.inputs import Input, Source, open_input
-from shira_format.merge.mixing import framed
 from shira_format.merge.run import merged, open_merge
-from shira_format.tensors import SparseTensor, WholeTensor, same_bits
+from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint
@@ -46,22 +46,22 @@ def subtract(a: Source, b: Source, base: Checkpoint | None = None) -> Adapter:
             name, known.shape, np.empty(0, np.int64), np.empty(0, known.dtype), base=np.empty(0, known.dtype)
         )
 
-    def whole(name: str) -> WholeTensor:
+    def dense(name: str) -> DenseTensor:
         if name in _names(second, whole=True):
             raise SourceError(
                 f"{second.label}: tensor {name!r} is replaced as a whole, which cannot be taken away: leave it out (--exclude)"
             )
-        found = first.whole(name)
-        return found if first.self_contained else WholeTensor(name, found.values, base_digest=found.base_digest)
+        found = first.dense(name)
+        return found if first.self_contained else DenseTensor(name, found.values, base_digest=found.base_digest)
 
     def alike(name: str) -> bool:
         both = all(name in _names(one, whole=True) for one in (first, second))
-        return both and same_bits(first.adapter.whole[name].values, second.adapter.whole[name].values)
+        return both and same_bits(first.adapter.dense[name].values, second.adapter.dense[name].values)
 
     replaced = dict.fromkeys(name for one in (first, second) for name in _names(one, whole=True))
     names = [name for name in replaced if not alike(name)]
     return Adapter(
-        Lazy(job.names, sparse), whole=Lazy(names, whole), manifest=_provenance("subtract", first, second)
+        Lazy(job.names, sparse), dense=Lazy(names, dense), manifest=_provenance("subtract", first, second)
     )
 
 
@@ -95,7 +95,7 @@ def compose(first: Source, second: Source, *more: Source, base: Checkpoint | Non
     for other in others:
         label = f"{one.label}, then {other.label}"
         one = Input(label, _Composed(one, other, base, self_contained).adapter(), None, base)
-    return Adapter(one.adapter, whole=one.adapter.whole, manifest=manifest)
+    return Adapter(one.adapter, dense=one.adapter.dense, manifest=manifest)
 
 
 def invert(a: Source, base: Checkpoint | None = None) -> Adapter:
@@ -122,21 +122,21 @@ def invert(a: Source, base: Checkpoint | None = None) -> Adapter:
             SparseTensor(name, tensor.shape, tensor.indices, before, base=after), self_contained=one.self_contained
         )
 
-    def whole(name: str) -> WholeTensor:
-        tensor = one.whole(name)
+    def dense(name: str) -> DenseTensor:
+        tensor = one.dense(name)
         if tensor.base is None:
             raise BaseRequired(f"{one.label}: tensor {name!r}: {_UNKNOWN}")
         kept = (
             {"base": tensor.values}
-            if one.adapter.whole[name].base is not None
+            if one.adapter.dense[name].base is not None
             else {"base_digest": digest(tensor.values)}
         )
-        return WholeTensor(name, tensor.base, **kept)
+        return DenseTensor(name, tensor.base, **kept)
 
-    new = [name for name in one.adapter.whole if one.adapter.whole[name].base_digest is None] if alpha else []
+    new = [name for name in one.adapter.dense if one.adapter.dense[name].base_digest is None] if alpha else []
     manifest = _provenance("inverse", one) | ({"removed": new} if new else {})
     names = [name for name in _names(one, whole=True) if name not in new]
-    return Adapter(Lazy(_names(one, whole=False), sparse), whole=Lazy(names, whole), manifest=manifest)
+    return Adapter(Lazy(_names(one, whole=False), sparse), dense=Lazy(names, dense), manifest=manifest)
 
 
 _UNKNOWN = "the base's values are not known: pass the base (--base), or convert with --self-contained"
@@ -144,7 +144,7 @@ _UNKNOWN = "the base's values are not known: pass the base (--base), or convert 
 
 def _names(one: Input, *, whole: bool) -> list[str]:
     """The tensors that it changes: at strength 0 none."""
-    return list(one.adapter.whole if whole else one.adapter) if one.adapter.alpha else []
+    return list(one.adapter.dense if whole else one.adapter) if one.adapter.alpha else []
 
 
 def _base_of(one: Input, tensor: SparseTensor) -> Array:
@@ -170,7 +170,7 @@ class _Composed:
         pair = (self.first, self.second)
         whole = dict.fromkeys(name for one in pair for name in _names(one, whole=True))
         names = dict.fromkeys(name for one in pair for name in _names(one, whole=False) if name not in whole)
-        return Adapter(Lazy(names, self.sparse), whole=Lazy(whole, self.whole))
+        return Adapter(Lazy(names, self.sparse), dense=Lazy(whole, self.dense))
 
     def sparse(self, name: str) -> SparseTensor:
         """A tensor that neither replaces as a whole."""
@@ -188,7 +188,7 @@ class _Composed:
 
     def _alone(self, one: Input, tensor: SparseTensor) -> SparseTensor:
         """One adapter at its own strength, as targets at strength 1."""
-        if tensor.meaning == "target" and one.adapter.alpha == 1:
+        if tensor.value_kind == "target" and one.adapter.alpha == 1:
             return tensor
         before = tensor.base
         if before is None:
@@ -232,38 +232,38 @@ class _Composed:
                 "adapters of one base are joined by the method 'overwrite'"
             )
 
-    def whole(self, name: str) -> WholeTensor:
+    def dense(self, name: str) -> DenseTensor:
         """A tensor that at least one replaces as a whole."""
         of_a, of_b = (name in _names(one, whole=True) for one in (self.first, self.second))
         sparse_a, sparse_b = (name in _names(one, whole=False) for one in (self.first, self.second))
         if of_a:
-            found = self.first.whole(name)
+            found = self.first.dense(name)
             if sparse_b:
                 tensor = self.second.adapter[name]
                 values = np.array(found.values)
                 current = tensor.at_entries(values)
                 self._check(tensor, current, tensor.nnz)
                 values.reshape(-1)[tensor.indices] = tensor.applied(current, self.second.adapter.alpha)
-                found = WholeTensor(name, values, base=found.base, base_digest=found.base_digest)
+                found = DenseTensor(name, values, base=found.base, base_digest=found.base_digest)
             elif of_b:
-                after = self.second.adapter.whole[name]
+                after = self.second.adapter.dense[name]
                 _named(self.second, lambda whole, weight: whole.check_base(weight), after, found.values)
                 same = (after.values.shape, after.values.dtype) == (found.values.shape, found.values.dtype)
                 known: dict[str, Any] = {"base": found.base, "base_digest": found.base_digest} if same else {}
-                found = WholeTensor(name, after.values, **known)
+                found = DenseTensor(name, after.values, **known)
         else:
             found = self._replaced(name) if sparse_a else self._second_whole(name)
         if found.base is not None and not self.self_contained:
-            found = WholeTensor(name, found.values, base_digest=found.base_digest)
+            found = DenseTensor(name, found.values, base_digest=found.base_digest)
         return found
 
-    def _second_whole(self, name: str) -> WholeTensor:
-        found = self.second.adapter.whole[name]
-        return found if self.base is None else _named(self.second, whole_with_base, found, self.base)
+    def _second_whole(self, name: str) -> DenseTensor:
+        found = self.second.adapter.dense[name]
+        return found if self.base is None else _named(self.second, dense_with_base, found, self.base)
 
-    def _replaced(self, name: str) -> WholeTensor:
+    def _replaced(self, name: str) -> DenseTensor:
         """The second replaces what the first has changed."""
-        a, b = self.first.sparse(name), self.second.adapter.whole[name]
+        a, b = self.first.sparse(name), self.second.adapter.dense[name]
         if self.base is not None:
             origin = np.array(self.base[name])
         elif b.base is not None:
@@ -277,7 +277,7 @@ class _Composed:
         current.reshape(-1)[a.indices] = a.applied(a.at_entries(origin), self.first.adapter.alpha)
         _named(self.second, lambda whole, weight: whole.check_base(weight), b, current)
         same = (origin.shape, origin.dtype) == (b.values.shape, b.values.dtype)
-        return WholeTensor(name, b.values, base=origin if same else None)
+        return DenseTensor(name, b.values, base=origin if same else None)
 
 
 def _named(one: Input, check: Any, tensor: Any, weight: Any) -> Any:

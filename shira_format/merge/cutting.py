@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from shira_format.arrays import Array
-from shira_format.codecs import Indices
-from shira_format.dtypes import working_dtype
-from shira_format.merge.joined import Part
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import working_dtype
+from shira_format.entries.aligned import Contribution
+from shira_format.format.codecs import Indices
 from shira_format.selection import TopK
 from shira_format.tensors import SparseTensor
 
@@ -40,13 +40,13 @@ def cut(tensor: SparseTensor, density: float) -> tuple[SparseTensor, float, floa
         BaseRequired: targets without their base's values.
     """
     wide = np.float64 if working_dtype(tensor.dtype) == np.float64 else np.float32
-    delta = Part(tensor, label="the result").delta
+    delta = Contribution(tensor, label="the result").delta
     energy = float(delta @ delta)
     kept = largest(np.abs(delta).astype(wide), TopK(density).count(tensor.numel))
     if kept.size == tensor.nnz:
         return tensor, energy, energy
     base = None if tensor.base is None else tensor.base[kept]
     small = SparseTensor(
-        tensor.name, tensor.shape, tensor.indices[kept], tensor.values[kept], meaning=tensor.meaning, dtype=tensor.dtype, base=base
+        tensor.name, tensor.shape, tensor.indices[kept], tensor.values[kept], value_kind=tensor.value_kind, dtype=tensor.dtype, base=base
     )  # fmt: skip
     return small, energy, float(delta[kept] @ delta[kept])

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from shira_format._core.arrays import Array, different
+from shira_format._core.compiled import union
 from shira_format.adapter import Adapter
-from shira_format.arrays import Array, different
-from shira_format.codecs import Indices
-from shira_format.compiled import union
-from shira_format.container import AdapterFile
 from shira_format.errors import SourceError
-from shira_format.filters import name_filter
-from shira_format.manifest import DERIVED
-from shira_format.tensors import SparseTensor, WholeTensor, same_bits
+from shira_format.format import AdapterFile
+from shira_format.format.codecs import Indices
+from shira_format.format.manifest import DERIVED
+from shira_format.names.filters import name_filter
+from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 
 # Of a manifest what belongs to the content: told apart from provenance.
 _CONTENT = DERIVED | {"alpha", "removed"}
@@ -126,8 +126,8 @@ def differences(
     for name in filter(chosen, dict.fromkeys([*first, *second])):
         found.tensors.append(_sparse(name, first.get(name), second.get(name)))
         progress(name)
-    for name in filter(chosen, dict.fromkeys([*first.whole, *second.whole])):
-        found.tensors.append(_whole(name, first.whole.get(name), second.whole.get(name)))
+    for name in filter(chosen, dict.fromkeys([*first.dense, *second.dense])):
+        found.tensors.append(_whole(name, first.dense.get(name), second.dense.get(name)))
         progress(name)
     if (include or exclude) and not found.tensors and not any(gone):
         raise SourceError("no tensor is left by the choice of names")
@@ -171,9 +171,9 @@ def _traits(a: SparseTensor, b: SparseTensor) -> Iterator[str]:
         yield "shape"
     if a.dtype != b.dtype:
         yield "dtype"
-    if a.meaning != b.meaning:
+    if a.value_kind != b.value_kind:
         yield "meaning"
-    elif a.meaning == "delta" and a.values.dtype != b.values.dtype:
+    elif a.value_kind == "delta" and a.values.dtype != b.values.dtype:
         yield "dtype of values"
     if (a.base is None) != (b.base is None):
         yield "base values"
@@ -199,22 +199,22 @@ def _shared(a: Indices, b: Indices) -> tuple[Indices, Indices]:
 
 def _unequal(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices) -> Array:
     """Of the shared entries, which ones have not the same bits of the same meaning; bool ``[n]``."""
-    if a.meaning == b.meaning == "none":
+    if a.value_kind == b.value_kind == "none":
         return np.zeros(mine.size, bool)
-    if a.meaning != b.meaning or a.values.dtype != b.values.dtype:
+    if a.value_kind != b.value_kind or a.values.dtype != b.values.dtype:
         return np.ones(mine.size, bool)
     return different(a.values[mine], b.values[its])
 
 
 def _largest(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices, unequal: Array) -> float | None:
-    if not mine.size or "none" in (a.meaning, b.meaning):
+    if not mine.size or "none" in (a.value_kind, b.value_kind):
         return None
     if not unequal.any():
         return 0.0
     numbers = []
     for tensor, at in ((a, mine[unequal]), (b, its[unequal])):
         values = tensor.values[at].astype(np.float64)
-        if a.meaning != b.meaning and tensor.meaning == "target":
+        if a.value_kind != b.value_kind and tensor.value_kind == "target":
             if tensor.base is None:
                 return None
             with np.errstate(over="ignore", invalid="ignore"):
@@ -238,7 +238,7 @@ def _same_base(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices) ->
     return not bool(different(a.base[mine], b.base[its]).any())
 
 
-def _whole(name: str, a: WholeTensor | None, b: WholeTensor | None) -> TensorDifference:
+def _whole(name: str, a: DenseTensor | None, b: DenseTensor | None) -> TensorDifference:
     if a is None or b is None:
         sizes = (None if a is None else a.values.size, None if b is None else b.values.size)
         return TensorDifference(

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from shira_format._core.arrays import file_digest
 from shira_format.adapter import Adapter
-from shira_format.arrays import file_digest
-from shira_format.based import whole_with_base, with_base
-from shira_format.container import AdapterFile
+from shira_format.entries.base_check import dense_with_base, with_base
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.format import AdapterFile
+from shira_format.tensors import DenseTensor, SparseTensor
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint
@@ -49,17 +49,23 @@ class Input:
 
     def bound(self, tensor: SparseTensor) -> SparseTensor:
         """Deltas of this adapter with the base's values, which they need where they meet targets, if those are known."""
-        if tensor.meaning != "delta" or tensor.base is not None or self.base is None:
+        if tensor.value_kind != "delta" or tensor.base is not None or self.base is None:
             return tensor
         base = self.base.at(tensor.name, tensor.indices)  # checked when the tensor was read
         return SparseTensor(
-            tensor.name, tensor.shape, tensor.indices, tensor.values, meaning="delta", dtype=base.dtype, base=base
+            tensor.name,
+            tensor.shape,
+            tensor.indices,
+            tensor.values,
+            value_kind="delta",
+            dtype=base.dtype,
+            base=base,
         )
 
-    def whole(self, name: str) -> WholeTensor:
+    def dense(self, name: str) -> DenseTensor:
         """One whole tensor, likewise."""
-        tensor = self.adapter.whole[name]
-        return tensor if self.base is None else self._named(whole_with_base, tensor)
+        tensor = self.adapter.dense[name]
+        return tensor if self.base is None else self._named(dense_with_base, tensor)
 
     def _named(self, check: Callable[[Any, Any], Any], tensor: Any) -> Any:
         try:
@@ -71,7 +77,7 @@ class Input:
     def frames(self) -> dict[str, tuple[tuple[int, ...], str, bool]]:
         """Of each sparse tensor its shape, the meaning of its values, and whether it is a patch."""
         if self.file is None:
-            return {name: (one.shape, one.meaning, one.is_patch) for name, one in self.adapter.items()}
+            return {name: (one.shape, one.value_kind, one.is_patch) for name, one in self.adapter.items()}
         return {
             name: (one.shape, one.values, one.base_name != name or one.rows is not None)
             for name, one in self.file.manifest.tensors.items()
@@ -81,8 +87,8 @@ class Input:
     def self_contained(self) -> bool:
         """Whether it keeps the base's values of all its targets, and of all whole tensors that the base has."""
         if self.file is None:
-            old = [one for one in self.adapter.whole.values() if one.base_digest is not None]
-            targets = [one for one in self.adapter.values() if one.meaning == "target"]
+            old = [one for one in self.adapter.dense.values() if one.base_digest is not None]
+            targets = [one for one in self.adapter.values() if one.value_kind == "target"]
             return all(one.base is not None for one in old) and all(one.base is not None for one in targets)
         told = self.file.manifest
         return all(one.base_values for one in told.whole.values() if "base" in one.digests) and all(
@@ -134,8 +140,8 @@ def open_input(source: Source, base: Checkpoint | None, number: int = 1) -> Inpu
 def _check_plain(one: Input) -> None:
     if one.adapter.removed:
         raise BaseMismatch(f"{one.label}: removes tensors: {_PATCH}")
-    for name, (_, meaning, patch) in one.frames.items():
-        if meaning == "none":
+    for name, (_, value_kind, patch) in one.frames.items():
+        if value_kind == "none":
             raise BaseMismatch(f"{one.label}: tensor {name!r} is a mask: there is nothing to join")
         if patch:
             raise BaseMismatch(f"{one.label}: tensor {name!r} is renamed or resized: {_PATCH}")

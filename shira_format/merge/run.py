@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shira_format import compiled
+from shira_format._core import compiled
+from shira_format._core.arrays import Array
 from shira_format.adapter import Adapter
-from shira_format.arrays import Array
-from shira_format.container import AdapterWriter, Prepared
+from shira_format.entries.aligned import AlignedEntries, Contribution
+from shira_format.entries.mixing import framed, mix
 from shira_format.errors import SourceError
-from shira_format.filters import name_filter
+from shira_format.format import AdapterWriter, Prepared
 from shira_format.merge.cutting import cut
 from shira_format.merge.inputs import Input, Source, open_inputs
-from shira_format.merge.joined import Joined, Part
 from shira_format.merge.methods import METHODS
-from shira_format.merge.mixing import framed, mix
 from shira_format.merge.report import MergedTensor, MergeReport
 from shira_format.merge.settings import Settings
 from shira_format.merge.wholes import joined_whole
+from shira_format.names.filters import name_filter
 from shira_format.selection import Workers
-from shira_format.storage import check_not_input
-from shira_format.tensors import SparseTensor, WholeTensor
+from shira_format.storage.paths import check_not_input
+from shira_format.tensors import DenseTensor, SparseTensor
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint
@@ -76,26 +76,26 @@ class Merge:
             return weights
         return [weight * one.adapter.alpha for weight, one in zip(weights, self.inputs, strict=True)]
 
-    def joined(self, name: str) -> Joined:
+    def joined(self, name: str) -> AlignedEntries:
         """One weight as all adapters see it.
 
         Raises:
-            FormatError, BaseMismatch: see :meth:`Input.sparse` and :meth:`Joined.of`.
+            FormatError, BaseMismatch: see :meth:`Input.sparse` and :meth:`AlignedEntries.of`.
         """
         found = [one.sparse(name) if name in one.adapter else None for one in self.inputs]
-        if len({tensor.meaning for tensor in found if tensor is not None}) > 1:
+        if len({tensor.value_kind for tensor in found if tensor is not None}) > 1:
             found = [tensor and one.bound(tensor) for tensor, one in zip(found, self.inputs, strict=True)]
         known = next(tensor for tensor in found if tensor is not None)
         no_base = np.empty(0, known.dtype) if known.base_digest is not None else None
         nothing = SparseTensor(
-            name, known.shape, np.empty(0, np.int64), np.empty(0, known.values.dtype), meaning=known.meaning,
+            name, known.shape, np.empty(0, np.int64), np.empty(0, known.values.dtype), value_kind=known.value_kind,
             dtype=known.dtype, base=no_base,
         )  # fmt: skip
         parts = [
-            Part(nothing if tensor is None else tensor, strength, one.label)
+            Contribution(nothing if tensor is None else tensor, strength, one.label)
             for tensor, strength, one in zip(found, self.strengths(name), self.inputs, strict=True)
         ]
-        return Joined.of(parts)
+        return AlignedEntries.of(parts)
 
     def tensor(self, name: str) -> tuple[SparseTensor | None, MergedTensor]:
         """One weight of the result (None: nothing is left of it), and its account.
@@ -121,7 +121,7 @@ class Merge:
         )  # fmt: skip
         return result, account
 
-    def whole_tensor(self, name: str) -> WholeTensor | None:
+    def whole_tensor(self, name: str) -> DenseTensor | None:
         """One whole tensor of the result, or None if no adapter with a weight has it; see :func:`joined_whole`."""
         _, options = self.settings.of(name)
         return joined_whole(
@@ -158,7 +158,7 @@ class Merge:
                 if whole is not None:
                     report.whole.append(name)
                     if writer is not None:
-                        writer.add_whole(whole)
+                        writer.add_dense(whole)
                 progress(name)
         if path is not None:
             report.file_bytes = path.stat().st_size
@@ -241,7 +241,7 @@ def open_merge(
     inputs = open_inputs(sources, base)
     chosen = name_filter(include, exclude)
     names = list(dict.fromkeys(name for one in inputs for name in one.adapter if chosen(name)))
-    whole = list(dict.fromkeys(name for one in inputs for name in one.adapter.whole if chosen(name)))
+    whole = list(dict.fromkeys(name for one in inputs for name in one.adapter.dense if chosen(name)))
     if both := set(names) & set(whole):
         raise SourceError(f"tensor {min(both)!r}: one adapter changes entries, another one replaces it as a whole")
     if not names and not whole:
@@ -311,7 +311,7 @@ def merged(sources: Sequence[Source], **settings: Any) -> Adapter:
     job = open_merge(sources, **settings)
     tensors = [tensor for name in job.names if (tensor := job.tensor(name)[0]) is not None]
     whole = [found for name in job.whole if (found := job.whole_tensor(name)) is not None]
-    return Adapter(tensors, whole=whole, manifest=job.provenance())
+    return Adapter(tensors, dense=whole, manifest=job.provenance())
 
 
 def _not_finite(values: Array) -> int:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.dtypes import is_float
+from shira_format._core.dtypes import is_float
+from shira_format.entries.aligned import AlignedEntries, Contribution
+from shira_format.entries.mixing import mix
 from shira_format.errors import SourceError
 from shira_format.merge.inputs import Input
-from shira_format.merge.joined import Joined, Part
 from shira_format.merge.methods import Method
-from shira_format.merge.mixing import mix
-from shira_format.tensors import SparseTensor, WholeTensor, same_bits
+from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 
 
 def joined_whole(
@@ -24,7 +24,7 @@ def joined_whole(
     options: Mapping[str, Any],
     *,
     self_contained: bool,
-) -> WholeTensor | None:
+) -> DenseTensor | None:
     """One whole tensor of the result, or None if no adapter of a strength other than 0 has it.
 
     What one adapter alone replaces, it replaces at any strength, as on live models; what several replace by the same bits, too.
@@ -32,12 +32,12 @@ def joined_whole(
 
     Raises:
         SourceError: several adapters have different ones that the method cannot join: they are new to the base, or no floats.
-        FormatError, BaseMismatch: see :meth:`Input.whole`.
+        FormatError, BaseMismatch: see :meth:`Input.dense`.
     """
     found = [
-        (one, one.whole(name))
+        (one, one.dense(name))
         for one, strength in zip(inputs, strengths, strict=True)
-        if strength and name in one.adapter.whole
+        if strength and name in one.adapter.dense
     ]
     if not found:
         return None
@@ -61,7 +61,7 @@ def joined_whole(
                 f"{one.label}: tensor {name!r} is replaced as a whole by several adapters ({labels}), and {why}: leave it out "
                 "(--exclude), or use the method 'overwrite'"
             )
-    joined = Joined.of(
+    joined = AlignedEntries.of(
         [_part(name, first, one, strength) for one, strength in zip(inputs, strengths, strict=True)]
     )
     result = mix(joined, method.factors(joined, options), self_contained=True)
@@ -70,17 +70,19 @@ def joined_whole(
     if result is not None:
         values[result.indices] = result.values
     return _framed(
-        WholeTensor(name, values.reshape(first.values.shape), base=first.base), self_contained=self_contained
+        DenseTensor(name, values.reshape(first.values.shape), base=first.base), self_contained=self_contained
     )
 
 
-def _part(name: str, first: WholeTensor, one: Input, strength: float) -> Part:
+def _part(name: str, first: DenseTensor, one: Input, strength: float) -> Contribution:
     """All elements as entries; none if the adapter leaves the tensor alone."""
     shape, dtype = first.values.shape, first.values.dtype
-    if name not in one.adapter.whole:
+    if name not in one.adapter.dense:
         nothing = np.empty(0, dtype)
-        return Part(SparseTensor(name, shape, np.empty(0, np.int64), nothing, base=nothing), strength, one.label)
-    whole = one.whole(name)
+        return Contribution(
+            SparseTensor(name, shape, np.empty(0, np.int64), nothing, base=nothing), strength, one.label
+        )
+    whole = one.dense(name)
     if whole.values.shape != shape:
         raise SourceError(
             f"{one.label}: tensor {name!r} has the shape {list(whole.values.shape)}, and {list(shape)} in another adapter"
@@ -88,10 +90,10 @@ def _part(name: str, first: WholeTensor, one: Input, strength: float) -> Part:
     assert whole.base is not None
     indices = np.arange(whole.values.size, dtype=np.int64)
     tensor = SparseTensor(name, shape, indices, whole.values.reshape(-1), base=whole.base.reshape(-1))
-    return Part(tensor, strength, one.label)
+    return Contribution(tensor, strength, one.label)
 
 
-def _framed(tensor: WholeTensor, *, self_contained: bool) -> WholeTensor:
+def _framed(tensor: DenseTensor, *, self_contained: bool) -> DenseTensor:
     if tensor.base is None or self_contained:
         return tensor
-    return WholeTensor(tensor.name, tensor.values, base_digest=tensor.base_digest)
+    return DenseTensor(tensor.name, tensor.values, base_digest=tensor.base_digest)

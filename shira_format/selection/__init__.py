@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shira_format.changes import Change, Entries
+from shira_format.entries.changes import Change, Entries
 from shira_format.selection.radix import Edge, Survey, common_dtype, cut
 from shira_format.selection.rule import AMOUNTS, TopK
 from shira_format.selection.spool import Spool
-from shira_format.selection.stages import Above, Engine, Here, Largest, Surveying
+from shira_format.selection.stages import CollectStage, Engine, LocalEngine, SelectStage, SurveyStage
 from shira_format.selection.workers import Progress, Workers, single_threaded_blas
 
 __all__ = [
     "AMOUNTS",
     "Engine",
-    "Here",
+    "LocalEngine",
     "Progress",
     "TopK",
     "Workers",
@@ -36,13 +36,17 @@ def select(
     Args:
         changes: what to select from.
         rule: how many.
-        engine: who computes: the threads of this process (:class:`Here`), or a cluster. The result does not depend on it.
+        engine: who computes: the threads of this process (:class:`LocalEngine`), or a cluster. The result does not depend on it.
         folder: for a temporary file of what is selected, under the global scope.
 
     Raises:
         SourceError: a change holds NaN or Inf.
     """
-    return _of_all(changes, rule, engine, folder) if rule.scope == "global" else engine.map(Largest(rule), changes)
+    return (
+        _of_all(changes, rule, engine, folder)
+        if rule.scope == "global"
+        else engine.map(SelectStage(rule), changes)
+    )
 
 
 def passes(rule: TopK) -> int:
@@ -52,7 +56,7 @@ def passes(rule: TopK) -> int:
 
 def _of_all(changes: Sequence[Change], rule: TopK, engine: Engine, folder: Path | None) -> Iterator[Entries]:
     dtype, size = common_dtype(changes), sum(change.size for change in changes)
-    surveying, seen, energies = Surveying(rule, dtype, rule.lowest(dtype)), Survey.empty(rule), []
+    surveying, seen, energies = SurveyStage(rule, dtype, rule.lowest(dtype)), Survey.empty(rule), []
     for survey in engine.map(surveying, changes):
         seen.add(survey)
         energies.append(survey.energy)
@@ -61,7 +65,7 @@ def _of_all(changes: Sequence[Change], rule: TopK, engine: Engine, folder: Path 
     edge = Edge(rule, seen, size, dtype)
     with Spool(folder) as spool:
         places = []
-        for entries in engine.map(Above(edge.reach), changes):
+        for entries in engine.map(CollectStage(edge.reach), changes):
             edge.see(entries.values)
             places.append(spool.put(entries))
         value, ties = edge.decide()

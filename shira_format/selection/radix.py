@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_format.arrays import Array
-from shira_format.changes import TILE, Change, Entries, Tile
+from shira_format._core.arrays import Array
+from shira_format.entries.changes import TILE, Change, Entries, Tile
 from shira_format.selection.rule import TopK
 from shira_format.selection.topk import Pool, at_least, check_energy, completed, reaching
 from shira_format.selection.workers import Progress, Workers

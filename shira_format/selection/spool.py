@@ -10,11 +10,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from shira_format.changes import COLUMNS, Entries
+from shira_format.entries.changes import COLUMNS, Entries
 
 
 @dataclass(frozen=True)
-class Place:
+class SpoolRange:
     """Where entries lie in a spool, and as what."""
 
     at: int
@@ -39,17 +39,17 @@ class Spool:
     ) -> None:
         self._file.close()
 
-    def put(self, entries: Entries) -> Place:
+    def put(self, entries: Entries) -> SpoolRange:
         """Write entries to the end."""
         columns = [np.ascontiguousarray(getattr(entries, column)) for column in COLUMNS]
-        place = Place(self._end, entries.size, tuple(column.dtype for column in columns), entries.energy)
+        place = SpoolRange(self._end, entries.size, tuple(column.dtype for column in columns), entries.energy)
         self._file.seek(self._end)
         for column in columns:
             self._file.write(column.view(np.uint8).data)
             self._end += column.nbytes
         return place
 
-    def get(self, place: Place) -> Entries:
+    def get(self, place: SpoolRange) -> Entries:
         """Read them again."""
         self._file.seek(place.at)
         indices, values, base, target = (

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from shira_format.changes import Change, Entries
+from shira_format.entries.changes import Change, Entries
 from shira_format.selection import radix, topk
 from shira_format.selection.rule import TopK
 from shira_format.selection.workers import Progress, Workers
@@ -50,7 +50,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Here:
+class LocalEngine:
     """The threads of this process, one change after the other."""
 
     workers: Workers
@@ -66,7 +66,7 @@ def _size(change: object) -> int:
 
 
 @dataclass
-class Largest:
+class SelectStage:
     """The selection of each change alone."""
 
     rule: TopK
@@ -81,7 +81,7 @@ class Largest:
 
 
 @dataclass
-class Surveying:
+class SurveyStage:
     """The first pass over all; ``floor`` may rise as results come in."""
 
     rule: TopK
@@ -95,7 +95,7 @@ class Surveying:
 
 
 @dataclass
-class Above:
+class CollectStage:
     """The second pass over all."""
 
     reach: radix.Reach

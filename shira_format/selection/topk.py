@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array, positions, sum_of_squares
-from shira_format.changes import COLUMNS, TILE, Change, Entries, Tile
-from shira_format.codecs import Indices
+from shira_format._core.arrays import Array, positions, sum_of_squares
+from shira_format.entries.changes import COLUMNS, TILE, Change, Entries, Tile
 from shira_format.errors import SourceError
+from shira_format.format.codecs import Indices
 from shira_format.selection.rule import TopK
 from shira_format.selection.workers import Progress, Workers
 

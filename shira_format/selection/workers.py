@@ -18,9 +18,9 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from shira_format.arrays import scratch, sum_of_squares
-from shira_format.changes import Change, Tile, tile_size
-from shira_format.cores import MOST_THREADS, usable_cores
+from shira_format._core.arrays import scratch, sum_of_squares
+from shira_format._core.cores import MOST_THREADS, usable_cores
+from shira_format.entries.changes import Change, Tile, tile_size
 from shira_format.errors import SourceError
 
 _T = TypeVar("_T")

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_analysis.deltas import delta_matrix, delta_values, open_deltas, side_by_side
+from shira_analysis.measures.deltas import delta_matrix, delta_values, open_deltas, side_by_side
 from shira_format import Adapter, BaseMismatch, BaseRequired, FormatError, SourceError, SparseTensor, save
-from shira_format.arrays import Array, digest
+from shira_format._core.arrays import Array, digest
+from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
-from shira_format.dtypes import FLOATS
 from shira_format.tensors import matrix_view
 from tests.models import save_arrays
 from tests.strategies import small_shapes, sparse_tensors
@@ -39,16 +39,16 @@ def stored(path: Path, *tensors: SparseTensor) -> Path:
     return path
 
 
-@given(sparse_tensors(shapes=small_shapes(), meaning=st.sampled_from(["target", "delta"])), st.booleans())
+@given(sparse_tensors(shapes=small_shapes(), value_kind=st.sampled_from(["target", "delta"])), st.booleans())
 def test_a_matrix_is_the_dense_difference(tensor: SparseTensor, zeros: bool) -> None:
     start = tensor.base
-    if tensor.meaning == "target" and start is None:
+    if tensor.value_kind == "target" and start is None:
         with pytest.raises(BaseRequired, match="'w' holds target values"):
             delta_matrix(tensor)
         return
     with np.errstate(all="ignore"):
         expected = tensor.values.astype(np.float64)
-        if tensor.meaning == "target":
+        if tensor.value_kind == "target":
             assert start is not None
             expected -= start.astype(np.float64)
     if not np.isfinite(expected).all():
@@ -83,15 +83,15 @@ def test_the_whole_weight_as_base() -> None:
 
 def test_a_mask_has_no_deltas() -> None:
     with pytest.raises(SourceError, match="'w' is a mask"):
-        delta_values(SparseTensor("w", (3,), [0], meaning="none"))
+        delta_values(SparseTensor("w", (3,), [0], value_kind="none"))
 
 
 def test_huge_weights_without_rows_to_match() -> None:
-    wide = SparseTensor("w", (2, 2**40), [3, 2**40 + 5], np.float32([1, 2]), meaning="delta")
+    wide = SparseTensor("w", (2, 2**40), [3, 2**40 + 5], np.float32([1, 2]), value_kind="delta")
     matrix = delta_matrix(wide)
     assert (2, 2**40) == matrix.shape
     assert [3, 5] == matrix.indices.tolist()
-    tall = SparseTensor("w", (2**40, 2), [3], np.float32([1]), meaning="delta")
+    tall = SparseTensor("w", (2**40, 2), [3], np.float32([1]), value_kind="delta")
     with pytest.raises(SourceError, match=r"^tensor 'w': 1099511627776 rows for 1 entries"):
         delta_matrix(tall)
 
@@ -131,7 +131,7 @@ def test_a_file_and_its_base(tensor: SparseTensor, tmp_path: Path) -> None:
 
 
 def test_deltas_fit_any_float_base(tmp_path: Path) -> None:
-    tensor = SparseTensor("w", (3, 4), [1, 11], np.float32([2, 0]), meaning="delta")
+    tensor = SparseTensor("w", (3, 4), [1, 11], np.float32([2, 0]), value_kind="delta")
     path = stored(tmp_path / "a.st", tensor)
     for dtype in FLOATS.values():
         base = open_checkpoint(save_arrays(tmp_path / "base.safetensors", {"w": BASE.astype(dtype)}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shira_analysis.figures import dimensions, pictures, style
-from shira_analysis.orthogonality import orthogonality
+from shira_analysis.measures.orthogonality import orthogonality
 from shira_format import SourceError
 
 

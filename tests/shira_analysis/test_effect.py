@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from shira_analysis import accuracy, effect
+from shira_analysis import accuracy
+from shira_analysis.measures.effect import effect
 
 OUTPUTS = arrays(np.float32, (4, 3), elements=st.floats(-100, 100, width=32))
 

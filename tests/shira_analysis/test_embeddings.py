@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from transformers import AutoModel, AutoTokenizer
 
-from shira_analysis.embeddings import embed, mean_cosine
+from shira_analysis.measures.embeddings import embed, mean_cosine
 from tests.models import minilm
 
 TEXTS = [

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_analysis.deltas import DeltaFile, delta_matrix, open_deltas
 from shira_analysis.figures import layers, masks, matrices, pictures, spectra, style
 from shira_analysis.figures.records import from_csv, to_csv
-from shira_analysis.measures import measure, measure_tensor
-from shira_analysis.moments import Moment, Moments
-from shira_analysis.overlap import overlap
-from shira_analysis.pairs import measure_pairs
+from shira_analysis.measures.adapter import measure, measure_tensor
+from shira_analysis.measures.deltas import DeltaFile, delta_matrix, open_deltas
+from shira_analysis.measures.overlap import overlap
+from shira_analysis.measures.pairs import measure_pairs
 from shira_format import Adapter, SourceError, SparseTensor, save
+from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import LowRank
 from shira_format.lora.updates import Lora
@@ -62,7 +62,7 @@ def axes() -> Any:
 @st.composite
 def any_masks(draw: st.DrawFn) -> SparseTensor:
     shape = draw(strategies.small_shapes().filter(math.prod))
-    return SparseTensor("w", shape, draw(strategies.masks(shape)), meaning="none")
+    return SparseTensor("w", shape, draw(strategies.masks(shape)), value_kind="none")
 
 
 @given(any_masks(), st.integers(1, 40))
@@ -88,7 +88,7 @@ def test_cells_of_a_grid_are_the_counts_of_the_dense_mask(mask: SparseTensor, si
 
 
 def test_a_mask_of_any_size_is_drawn_from_its_indices() -> None:
-    huge = SparseTensor("w", (2**30, 2**22), [0, 2**22 - 1, 2**52 - 1], meaning="none")
+    huge = SparseTensor("w", (2**30, 2**22), [0, 2**22 - 1, 2**52 - 1], value_kind="none")
     grid = masks.mask_grid(huge, 512)
     assert (512, 128) == grid.counts.shape
     assert [(0, 0), (0, 127), (511, 127)] == [tuple(at) for at in np.argwhere(grid.counts).tolist()]
@@ -106,8 +106,8 @@ def test_grids_that_cannot_be(axes: Any) -> None:
         with pytest.raises(SourceError, match="1 to 512"):
             masks.mask_grid(tensor("w", (4, 4), 0.5, 0), side)
     with pytest.raises(SourceError, match="tensor 'w' has no elements"):
-        masks.mask_grid(SparseTensor("w", (0, 4), np.empty(0, np.int64), meaning="none"))
-    empty = masks.mask_grid(SparseTensor("w", (4, 4), np.empty(0, np.int64), meaning="none"))
+        masks.mask_grid(SparseTensor("w", (0, 4), np.empty(0, np.int64), value_kind="none"))
+    empty = masks.mask_grid(SparseTensor("w", (4, 4), np.empty(0, np.int64), value_kind="none"))
     assert axes is masks.draw_mask(axes, empty)
 
 
@@ -161,7 +161,7 @@ def test_layers_are_what_was_measured(files: list[DeltaFile], axes: Any) -> None
 
 def test_layers_of_one_place_add_up() -> None:
     one, two = tensor("h.2.mlp.gate.weight", (4, 4), 0.5, 1), tensor("h.2.x.gate_proj.weight", (8, 4), 0.25, 2)
-    three = SparseTensor("h.10.mlp.up_proj.weight", (5, 5), [3], meaning="none")
+    three = SparseTensor("h.10.mlp.up_proj.weight", (5, 5), [3], value_kind="none")
     grid = layers.layer_grid([measure_tensor(t) for t in (three, one, two)])
     assert ("2", "10") == grid.blocks  # by number
     assert grid.energy is None
@@ -173,7 +173,7 @@ def test_layers_of_one_place_add_up() -> None:
 def test_energies_that_float64_cannot_hold() -> None:
     values = np.float64([1e300, 2e300])
     big = [
-        SparseTensor(f"h.{i}.wq.weight", (4,), [i], values[i : i + 1], meaning="delta", dtype=np.float64)
+        SparseTensor(f"h.{i}.wq.weight", (4,), [i], values[i : i + 1], value_kind="delta", dtype=np.float64)
         for i in range(2)
     ]
     found = layers.layer_grid([measure_tensor(t) for t in big]).values("energy")
@@ -272,7 +272,7 @@ def test_adapters_without_a_common_weight(files: list[DeltaFile], tmp_path: Path
 
 
 def test_spectra_of_nothing(tmp_path: Path, files: list[DeltaFile], axes: Any) -> None:
-    none = SparseTensor(UP, (40, 24), [3], np.float32([0]), meaning="delta")
+    none = SparseTensor(UP, (40, 24), [3], np.float32([0]), value_kind="delta")
     save(Adapter([none]), tmp_path / "zero.st")
     zero = open_deltas(tmp_path / "zero.st")
     with pytest.raises(SourceError, match=r"zero.st: tensor '.*up_proj.weight': the change is 0"):

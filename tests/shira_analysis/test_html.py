@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given
 from safetensors.numpy import save_file
 
-from shira_analysis.deltas import open_deltas
-from shira_analysis.html import Look, look, page, report, words
-from shira_analysis.measures import measure
-from shira_analysis.moments import Moment, Moments
-from shira_analysis.pairs import measure_pairs
-from shira_analysis.summary import describe
+from shira_analysis.measures.adapter import measure
+from shira_analysis.measures.deltas import open_deltas
+from shira_analysis.measures.pairs import measure_pairs
+from shira_analysis.report.html import Look, look, page, report, words
+from shira_analysis.report.summary import describe
 from shira_cli import inspect
-from shira_format import Adapter, AdapterFile, SparseTensor, WholeTensor, save
-from shira_format.arrays import digest
+from shira_format import Adapter, AdapterFile, DenseTensor, SparseTensor, save
+from shira_format._core.arrays import digest
+from shira_format.calibration.moments import Moment, Moments
 from tests import browser, strategies
 
 Capture = pytest.CaptureFixture[str]
@@ -99,8 +99,8 @@ def files(tmp_path: Path) -> list[Path]:
             target = random.standard_normal(30).astype(np.float32)
             made.append(SparseTensor(weight, shape, indices, target, base=base))
         manifest = {"selection": {"rule": "top-k", "scope": "tensor", "density": 0.01, "energy_kept": 0.14}}
-        whole = [WholeTensor("norm.bias", np.float32([1, 2]))]
-        save(Adapter(made, whole=whole, manifest=manifest), tmp_path / f"{name}.st")
+        whole = [DenseTensor("norm.bias", np.float32([1, 2]))]
+        save(Adapter(made, dense=whole, manifest=manifest), tmp_path / f"{name}.st")
     return [tmp_path / "a.st", tmp_path / "b.st"]
 
 
@@ -242,7 +242,10 @@ def test_many_pairs_are_told_in_tables_first(tmp_path: Path, files: list[Path]) 
 
 
 def test_deltas_need_no_base_to_be_measured(tmp_path: Path, capsys: Capture) -> None:
-    save(Adapter([SparseTensor("w", (3, 2), [0, 5], np.float32([1, 2]), meaning="delta")]), tmp_path / "deltas.st")
+    save(
+        Adapter([SparseTensor("w", (3, 2), [0, 5], np.float32([1, 2]), value_kind="delta")]),
+        tmp_path / "deltas.st",
+    )
     text = parsed(report([looked(tmp_path / "deltas.st")])).text
     assert "This adapter adds something to 2 of the 6 elements of 1 weight" in text
     assert "It can be scaled, measured and merged without the base" in text
@@ -263,7 +266,7 @@ def test_what_one_tensor_has_is_all(tmp_path: Path) -> None:
 def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
     target = np.float32([2])
     needy = SparseTensor(QUERY, (24, 16), [1], target, base_digest=digest(target))
-    loose = SparseTensor("wte.weight", (50, 24), [1], target, meaning="delta")
+    loose = SparseTensor("wte.weight", (50, 24), [1], target, value_kind="delta")
     save(Adapter([needy, loose]), tmp_path / "needy.st")
     text = parsed(report([looked(tmp_path / "needy.st"), looked(files[0])])).text
     assert "The file does not hold the base's values. It can be undone by a program that keeps the values" in text
@@ -286,7 +289,7 @@ def test_without_scipy(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_mask_and_a_patch(tmp_path: Path) -> None:
     save(
-        Adapter([SparseTensor("w", (4, 4), [1, 5], meaning="none")], manifest={"mask": {"rule": "rand"}}),
+        Adapter([SparseTensor("w", (4, 4), [1, 5], value_kind="none")], manifest={"mask": {"rule": "rand"}}),
         tmp_path / "mask.st",
     )
     text = parsed(report([looked(tmp_path / "mask.st")])).text
@@ -337,7 +340,7 @@ def evil(folder: Path) -> Path:
         "removed": [EVIL],
     }
     path = folder / "<b>evil&.st"
-    save(Adapter([made], whole=[WholeTensor(f"w{EVIL}", np.float32([1]))], manifest=manifest), path)
+    save(Adapter([made], dense=[DenseTensor(f"w{EVIL}", np.float32([1]))], manifest=manifest), path)
     return path
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from shira_analysis.html.joining import joining_page
-from shira_analysis.joining import joining_report
-from shira_analysis.moments import Moment, Moments
-from shira_format import Adapter, SparseTensor, WholeTensor, save
+from shira_analysis.merging.analysis import analyse_merge
+from shira_analysis.report.html.merge_page import merge_page
+from shira_format import Adapter, DenseTensor, SparseTensor, save
+from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
 from shira_format.merge import Merge, open_merge
 from shira_format.selection import TopK
@@ -23,8 +23,8 @@ from tests.shira_analysis.test_joining import QUERY, merges, of_deltas, struct
 
 @given(merges())
 def test_any_merge_has_a_page(job: Merge) -> None:
-    report = joining_report(job, alternatives=["linear", "overwrite"])
-    found = parsed(joining_page(report))
+    report = analyse_merge(job, alternatives=["linear", "overwrite"])
+    found = parsed(merge_page(report))
     text = found.text
     assert all(" ".join(warning.split()) in text for warning in report.warnings())
     assert "nan" not in text.lower().split()
@@ -33,8 +33,8 @@ def test_any_merge_has_a_page(job: Merge) -> None:
 
 
 def test_what_is_told() -> None:
-    report = joining_report(of_deltas([[1, 1, 0, 0]], [[0, -2, 2, 0]], method="overwrite", density=0.75))
-    text = parsed(joining_page(report)).text
+    report = analyse_merge(of_deltas([[1, 1, 0, 0]], [[0, -2, 2, 0]], method="overwrite", density=0.75))
+    text = parsed(merge_page(report)).text
     assert "Merge report: adapter 1 and adapter 2" in text
     assert "method overwrite options priority = last adapter 1 weight 1 adapter 2 weight 1 cut to 75.00 %" in text
     assert "adapter 1 loses 50.00 % of its energy: 1 of its 2 entries are dropped." in text
@@ -54,20 +54,20 @@ def test_what_is_told() -> None:
 
 def test_lemmas_in_cells() -> None:
     tensors = [struct((4, 4), [row], row) for row in (1, 2)]
-    report = joining_report(open_merge([Adapter([tensor]) for tensor in tensors]), alternatives=[])
+    report = analyse_merge(open_merge([Adapter([tensor]) for tensor in tensors]), alternatives=[])
     (one,) = report.pairs[0].lemmas.tensors
-    text = parsed(joining_page(report)).text
+    text = parsed(merge_page(report)).text
     assert f"no {one.margin:.3g} applies {one.room:.3g}" in text
     assert "1 − AWOR" not in text
     assert "AWOR ≤ density(I) + density(S1) + density(S2) leaves" in text
-    report = joining_report(of_deltas([[1, 1], [0, 0]], [[0, 0], [1, 2]]), alternatives=[])
-    assert "applies 0 no –" in parsed(joining_page(report)).text
+    report = analyse_merge(of_deltas([[1, 1], [0, 0]], [[0, 0], [1, 2]]), alternatives=[])
+    assert "applies 0 no –" in parsed(merge_page(report)).text
 
 
 def test_moments_and_a_refusal() -> None:
     moments = Moments([Moment(QUERY, np.ones((1, 1, 2, 2)), 2, 30, inputs=np.ones((30, 1, 2)))])
-    report = joining_report(of_deltas([[1, 2]], [[3, 0]], method="refuse"), moments)
-    text = parsed(joining_page(report)).text
+    report = analyse_merge(of_deltas([[1, 2]], [[3, 0]], method="refuse"), moments)
+    text = parsed(merge_page(report)).text
     assert "cosine on inputs" in text
     assert "+1.000 100.00 % (100.00 %) 100.00 % (100.00 %)" in text
     assert "The merge is refused: tensor 'h.0.q_proj.weight': adapter 2 and adapter 1 set 1 entries" in text
@@ -81,14 +81,14 @@ def evil(folder: Path) -> list[Path]:
         delta = np.full(2, number, np.float32)
         made = SparseTensor(f"h.1.{EVIL}", (6, 4), [1, 5 + number], delta, base=np.zeros(2, np.float32))
         path = folder / f"<b>evil&{number}.st"
-        save(Adapter([made], whole=[WholeTensor(f"w{EVIL}", np.float32([1]))]), path)
+        save(Adapter([made], dense=[DenseTensor(f"w{EVIL}", np.float32([1]))]), path)
         paths.append(path)
     return paths
 
 
 def test_text_of_strangers_is_text(tmp_path: Path) -> None:
     job = open_merge(evil(tmp_path), method="refuse", layers=[("<b>|script", {})])
-    source = joining_page(joining_report(job))
+    source = merge_page(analyse_merge(job))
     found = parsed(source)
     assert "<b>" not in source
     assert "\u202e" not in source
@@ -115,7 +115,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         open_merge(evil(folder)),
     ]
     for number, job in enumerate(jobs):
-        (folder / f"{number}.html").write_text(joining_page(joining_report(job)), "utf-8")
+        (folder / f"{number}.html").write_text(merge_page(analyse_merge(job)), "utf-8")
     return sorted(folder.glob("*.html"))
 
 

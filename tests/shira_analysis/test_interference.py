@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import sparse
 
-from shira_analysis import interference as module
-from shira_analysis.interference import Interference, interference
-from shira_analysis.moments import Moment
+from shira_analysis.measures import interference as module
+from shira_analysis.measures.interference import Interference, interference
 from shira_format import SourceError, SparseTensor
+from shira_format.calibration.moments import Moment
 
 CELLS = st.sampled_from([0, 0, 0, 1, -1, 2, -0.5])
 
@@ -27,7 +27,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each law holds in all ways to form the products."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "numba":
-            patch.setitem(sys.modules, "shira_analysis.product_kernels", None)
+            patch.setitem(sys.modules, "shira_analysis.measures.product_kernels", None)
             patch.setattr(module, "_PAIRS", 4)
             patch.setattr(module, "_LONG", 1 if request.param.endswith("long") else 6)
         yield request.param
@@ -161,7 +161,7 @@ def test_refusals() -> None:
         r"inputs of shape \[4, 2\]": lambda: interference(a, a, good[:, :2]),
         r"inputs of shape \[0, 3\]": lambda: interference(a, a, good[:0]),
         "NaN": lambda: interference(a, a, good * np.nan),
-        "mask": lambda: interference(SparseTensor("w", (2, 3), [0], meaning="none"), a, good),
+        "mask": lambda: interference(SparseTensor("w", (2, 3), [0], value_kind="none"), a, good),
         "too large": lambda: interference(1e200 * a, a, moment(good)),
     }.items():
         with pytest.raises(SourceError, match=rule):
@@ -179,11 +179,11 @@ def test_two_real_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from shira_analysis.classifier import LabelledTexts
-    from shira_analysis.deltas import delta_matrix, open_deltas
-    from shira_analysis.moments import collect_moments
-    from shira_analysis.orthogonality import orthogonality
-    from shira_analysis.overlap import overlap
+    from shira_analysis.measures.classifier import LabelledTexts
+    from shira_analysis.measures.deltas import delta_matrix, open_deltas
+    from shira_analysis.measures.orthogonality import orthogonality
+    from shira_analysis.measures.overlap import overlap
+    from shira_format.calibration.moments import collect_moments
     from shira_format.convert import lora_to_shira
     from shira_format.selection import TopK
     from tests.models import LORAS, minilm

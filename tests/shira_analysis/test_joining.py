@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_analysis import joining_lemmas
-from shira_analysis.interference import interference
-from shira_analysis.joining import joining_report
-from shira_analysis.joining_lemmas import struct_rows
-from shira_analysis.joining_report import JoiningReport
 from shira_analysis.lemmas.null_space import orthogonal_pair
 from shira_analysis.lemmas.orthogonality import diagonal
-from shira_analysis.moments import Moment, Moments
-from shira_analysis.pairs import measure_pairs
-from shira_analysis.tables import percent
-from shira_format import Adapter, BaseRequired, SourceError, SparseTensor, WholeTensor, save
-from shira_format.arrays import digest
+from shira_analysis.measures.interference import interference
+from shira_analysis.measures.pairs import measure_pairs
+from shira_analysis.merging import lemmas as joining_lemmas
+from shira_analysis.merging.analysis import analyse_merge
+from shira_analysis.merging.lemmas import struct_rows
+from shira_analysis.merging.report import MergeAnalysis
+from shira_analysis.report.tables import percent
+from shira_format import Adapter, BaseRequired, DenseTensor, SourceError, SparseTensor, save
+from shira_format._core.arrays import digest
+from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
 from shira_format.merge import METHODS, Merge, open_merge
 from shira_format.selection import TopK
@@ -53,12 +53,12 @@ def dense(tensor: SparseTensor | None, shape: tuple[int, ...]) -> Any:
     found = np.zeros(int(np.prod(shape)))
     if tensor is not None and tensor.nnz:
         found[tensor.indices] = tensor.values.astype(float)
-        if tensor.meaning == "target":
+        if tensor.value_kind == "target":
             found[tensor.indices] -= tensor.base.astype(float)
     return found
 
 
-def told(report: JoiningReport) -> dict[str, Any]:
+def told(report: MergeAnalysis) -> dict[str, Any]:
     """As JSON, which has no NaN; the text is made as well."""
     assert report.text()
     return json.loads(json.dumps(report.as_json(), allow_nan=False))
@@ -81,7 +81,7 @@ def merges(draw: st.DrawFn) -> Merge:
                 tensors.append(SparseTensor(name, SHAPES[name], indices, values, base=known))
             else:
                 tensors.append(
-                    SparseTensor(name, SHAPES[name], indices, values - known, meaning="delta", base=known)
+                    SparseTensor(name, SHAPES[name], indices, values - known, value_kind="delta", base=known)
                 )
         adapters.append(Adapter(tensors, manifest={"alpha": draw(st.sampled_from([1.0, 0.5]))}))
     method = draw(st.sampled_from(JOINS))
@@ -95,7 +95,7 @@ def merges(draw: st.DrawFn) -> Merge:
 
 @given(merges())
 def test_every_figure_by_dense_arithmetic(job: Merge) -> None:
-    report = joining_report(job, alternatives=["linear", "mean", "overwrite", "refuse"])
+    report = analyse_merge(job, alternatives=["linear", "mean", "overwrite", "refuse"])
     told(report)
     names = list(job.names)
     parts = {name: job.joined(name).parts for name in names}
@@ -167,18 +167,18 @@ def test_other_methods_are_what_their_own_merges_give() -> None:
     random = np.random.default_rng(3)
     deltas = [np.where(random.random((30, 20)) < 0.3, random.standard_normal((30, 20)), 0) for _ in range(3)]
     weights = [1.0, 0.5, 2.0]
-    report = joining_report(of_deltas(*deltas, weights=weights, density=0.4))
+    report = analyse_merge(of_deltas(*deltas, weights=weights, density=0.4))
     assert {"overwrite", "refuse", "disjoint", "intersect"} == {one.method for one in report.refused}
     assert all("takes entries as they are" in str(one.refused) for one in report.refused)
     assert {one.method for one in report.trials} == set(METHODS)
     for trial in report.ranked:
         job = of_deltas(*deltas, method=trial.method, weights=weights, density=0.4)
-        own = joining_report(job, alternatives=[])
+        own = analyse_merge(job, alternatives=[])
         assert trial.kept == own.chosen.kept
         assert [one.method for one in own.trials] == [trial.method]
     kept = [one.kept for one in report.ranked]
     assert all(a is not None and b is not None and a >= b - 1e-8 for a, b in zip(kept, kept[1:], strict=False))
-    ranked = joining_report(of_deltas(*deltas)).ranked
+    ranked = analyse_merge(of_deltas(*deltas)).ranked
     assert {"overwrite", "disjoint", "intersect"} <= {one.method for one in ranked}
     assert "refuse" not in {one.method for one in ranked}
 
@@ -191,20 +191,20 @@ def test_what_methods_drop() -> None:
         ("intersect", (2, 1)),
         ("linear", (0, 0)),
     ):
-        report = joining_report(of_deltas(a, b, method=method))
+        report = analyse_merge(of_deltas(a, b, method=method))
         assert dropped == tuple(one.dropped for one in report.chosen.accounts), method
-    report = joining_report(of_deltas(a, b, method="overwrite"))
+    report = analyse_merge(of_deltas(a, b, method="overwrite"))
     first, second = report.chosen.accounts
     assert (0.5, 0.5, 0.0, 0.0) == (first.energy_dropped, first.disturbed, second.energy_dropped, second.disturbed)
     assert "adapter 1 loses 50.00 % of its energy: 1 of its 2 entries are dropped." in report.warnings()
-    cut = joining_report(of_deltas([[1, 3, 0, 0]], [[0, 0, 2, 0]], density=0.5))
+    cut = analyse_merge(of_deltas([[1, 3, 0, 0]], [[0, 0, 2, 0]], density=0.5))
     assert [1, 0] == [one.dropped for one in cut.chosen.accounts]
     assert [0.1, 0.0] == [one.disturbed for one in cut.chosen.accounts]
 
 
 def test_every_method_with_adapters_of_different_weights() -> None:
     adapters = [Adapter([of_delta([[1, 2]], name)]) for name in (QUERY, DOWN)]
-    report = joining_report(open_merge(adapters))
+    report = analyse_merge(open_merge(adapters))
     assert set(METHODS) == {one.method for one in report.ranked}
     assert (2, 0) == (report.pairs[0].pair.whole.tensors, report.pairs[0].pair.whole.both)
     assert "No weight is changed by both: there is no product" in report.text()
@@ -212,7 +212,7 @@ def test_every_method_with_adapters_of_different_weights() -> None:
 
 
 def test_a_weight_of_zero_has_no_account() -> None:
-    report = joining_report(of_deltas([[1, 2]], [[3, 0]], weights=[1, 0]))
+    report = analyse_merge(of_deltas([[1, 2]], [[3, 0]], weights=[1, 0]))
     assert (2, 0) == tuple(one.entries for one in report.chosen.accounts)
     assert (1.0, (0, 1.0)) == (report.chosen.kept, report.chosen.worst)
     told(report)
@@ -220,35 +220,35 @@ def test_a_weight_of_zero_has_no_account() -> None:
 
 def test_layers_have_their_own_weights() -> None:
     job = of_deltas([[1, 0]], [[1, 1]], layers=[("q_proj", {"weights": [0.5, 0.25]})])
-    report = joining_report(job)
+    report = analyse_merge(job)
     assert (0.25, 0.125) == tuple(one.energy for one in report.chosen.accounts)
     assert [one.method for one in report.refused] == ["overwrite", "refuse", "disjoint", "intersect"]
     assert "in layers with 'q_proj': weights=0.5,0.25" in report.text()
     assert ["0.5", "0.25"] == report.strength_words
     two = [Adapter([of_delta([[1, 0]]), of_delta([[1, 0]], "other")], manifest={"alpha": 0.5}) for _ in range(2)]
-    report = joining_report(open_merge(two, weights=[1, 2], layers=[("q_proj", {"weights": [1, -3]})]))
+    report = analyse_merge(open_merge(two, weights=[1, 2], layers=[("q_proj", {"weights": [1, -3]})]))
     assert ["0.5", "-1.5 to 1, by layer"] == report.strength_words
     assert [[0.5], [-1.5, 1.0]] == [one["strengths"] for one in told(report)["inputs"]]
     assert "-1.5 to 1, by layer" in report.text()
 
 
 def test_a_cut_to_a_density_tells_the_energy_lost() -> None:
-    report = joining_report(of_deltas([[3, 0, 0, 0]], [[0, 1, 2, 0]], density=0.25))
+    report = analyse_merge(of_deltas([[3, 0, 0, 0]], [[0, 1, 2, 0]], density=0.25))
     assert 5 / 14 == report.chosen.lost_to_cut == told(report)["after"]["energy_lost_to_density"]
     said = "The cut to the density takes 35.71 % of the energy of the result."
     assert said in report.warnings()
     assert "cut to the density: 35.71 % of the energy of the result is lost" in report.text()
-    assert joining_report(of_deltas([[3, 0]])).chosen.lost_to_cut is None
+    assert analyse_merge(of_deltas([[3, 0]])).chosen.lost_to_cut is None
 
 
 def test_other_methods_run_with_the_same_options() -> None:
-    report = joining_report(
+    report = analyse_merge(
         of_deltas([[4, 3, 2, 1]], [[4, 0, 0, 1]], method="ties", options={"density": 0.5, "of": "entries"})
     )
     options = {trial.method: trial.options for trial in report.trials}
     assert (0.5, "entries") == (options["magnitude_prune"]["density"], options["magnitude_prune"]["of"])
     assert METHODS["linear"].settings({}) == options["linear"]
-    alone = joining_report(
+    alone = analyse_merge(
         of_deltas(
             [[4, 3, 2, 1]], [[4, 0, 0, 1]], method="magnitude_prune", options={"density": 0.5, "of": "entries"}
         )
@@ -272,7 +272,7 @@ def test_lemma_4_5(rows: int, columns: int, first: set[int], second: set[int]) -
         found = struct_rows(tensor)
         assert found is not None
         assert set(one) <= set(found.tolist()) <= set(one) | ({0} if columns == 1 else set())
-    report = joining_report(open_merge([Adapter([tensor]) for tensor in tensors]), alternatives=[])
+    report = analyse_merge(open_merge([Adapter([tensor]) for tensor in tensors]), alternatives=[])
     (lemmas,) = report.pairs[0].lemmas.tensors
     if columns > 1:
         assert ("shared rows" if set(some[0]) & set(some[1]) else "yes") == lemmas.struct
@@ -299,18 +299,18 @@ def test_masks_that_are_not_struct(wrong: list[tuple[int, int]]) -> None:
     for cell in wrong:
         mask[cell] = not mask[cell]
     assert struct_rows(of_delta(mask, mask=mask)) is None
-    report = joining_report(of_deltas(mask, np.eye(4)), alternatives=[])
+    report = analyse_merge(of_deltas(mask, np.eye(4)), alternatives=[])
     assert report.pairs[0].lemmas.struct == 0
 
 
 def test_lemma_4_4_is_claimed_only_where_the_product_is_0_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     made = orthogonal_pair((6, 5), np.random.default_rng(1))
-    report = joining_report(of_deltas(*made), alternatives=[])
+    report = analyse_merge(of_deltas(*made), alternatives=[])
     (one,) = report.pairs[0].lemmas.tensors
     assert (True, False, 0.0) == (one.zero, one.apart, one.margin)
     assert "In 1 rows are changed by both" in report.text().replace("\n", " ")
     monkeypatch.setattr(joining_lemmas, "_TERMS", 3)
-    report = joining_report(of_deltas(*made), alternatives=[])
+    report = analyse_merge(of_deltas(*made), alternatives=[])
     assert report.pairs[0].lemmas.tensors[0].zero is None
     assert (0, 1) == (report.pairs[0].lemmas.zero, report.pairs[0].lemmas.unclear)
     assert "whether it is 0 exactly was not computed" in report.text().replace("\n", " ")
@@ -320,7 +320,7 @@ def test_products_that_are_small_are_not_0() -> None:
     tiny = np.array([[0.1], [0.2], [0.3]]), np.array([[1.0], [1.0], [-1.0]])
     tensors = [of_delta(delta, dtype=np.float64) for delta in tiny]
     exact = sum((Fraction(float(a)) * Fraction(float(b)) for a, b in zip(*map(np.ravel, tiny), strict=True)), Fraction(0))  # fmt: skip
-    (one,) = joining_report(open_merge([Adapter([t]) for t in tensors]), alternatives=[]).pairs[0].lemmas.tensors
+    (one,) = analyse_merge(open_merge([Adapter([t]) for t in tensors]), alternatives=[]).pairs[0].lemmas.tensors
     assert one.zero is (exact == 0)
     assert one.zero is False
     assert one.margin is not None
@@ -328,13 +328,13 @@ def test_products_that_are_small_are_not_0() -> None:
     small = [
         Adapter([of_delta([[1e-200]], dtype=np.float64)]) for _ in range(2)
     ]  # the product vanishes in float64
-    report = joining_report(open_merge(small), alternatives=[])
+    report = analyse_merge(open_merge(small), alternatives=[])
     assert (False, 0) == (report.pairs[0].lemmas.tensors[0].zero, report.pairs[0].lemmas.tensors[0].nonzero)
     told(report)
 
 
 def test_disjoint_rows() -> None:
-    report = joining_report(of_deltas([[1, 1], [0, 0]], [[0, 0], [1, 2]]))
+    report = analyse_merge(of_deltas([[1, 1], [0, 0]], [[0, 0], [1, 2]]))
     (one,) = report.pairs[0].lemmas.tensors
     assert (True, True, 0.0) == (one.zero, one.apart, one.margin)
     text = report.text().replace("\n", " ")
@@ -346,7 +346,7 @@ def test_interference_by_moments() -> None:
     x = np.random.default_rng(5).standard_normal((30, 4)) + 1
     moments = Moments([Moment(QUERY, (x.T @ x / 30)[None, None], 4, 30)])
     job = of_deltas([[1, 2, 0, 0]], [[1, 0, 0, 3]])
-    report = joining_report(job, moments)
+    report = analyse_merge(job, moments)
     parts = job.joined(QUERY).parts
     assert report.pairs[0].pair.whole.interference == interference(
         parts[0].tensor, parts[1].tensor, moments[QUERY]
@@ -355,14 +355,14 @@ def test_interference_by_moments() -> None:
     kept = Moments([Moment(QUERY, (x.T @ x / 30)[None, None], 4, 30, inputs=x[:, None])])
     met = interference(parts[0].tensor, parts[1].tensor, kept[QUERY])
     each = ", ".join(percent(share) for share in (met.disturbed_first_each, met.disturbed_second_each))
-    assert each in joining_report(job, kept).text()
+    assert each in analyse_merge(job, kept).text()
     assert each not in report.text()
     assert "on the layers' inputs" in " ".join(report.warnings())
     other = Moments([Moment("other", np.ones((1, 1, 4, 4)), 4, 30)])
     with pytest.raises(
         SourceError, match="the moments are of none of the adapted weights; one of theirs is 'other'"
     ):
-        joining_report(job, other)
+        analyse_merge(job, other)
 
 
 def test_warnings_of_signs() -> None:
@@ -372,19 +372,19 @@ def test_warnings_of_signs() -> None:
         return f"adapter 1 and adapter 2 pull {share} of their shared entries in opposite directions (without any relation: half)."
 
     by_layer = [("q_proj", {"weights": [1, -1]})]
-    assert of("33.33 %") in joining_report(of_deltas(a, b)).warnings()
-    assert of("33.33 %") in joining_report(of_deltas(a, b, weights=[-1, -2])).warnings()
-    assert of("66.67 %") in joining_report(of_deltas(a, b, weights=[-1, 2])).warnings()
-    assert of("66.67 %") in joining_report(of_deltas(a, b, layers=by_layer)).warnings()
+    assert of("33.33 %") in analyse_merge(of_deltas(a, b)).warnings()
+    assert of("33.33 %") in analyse_merge(of_deltas(a, b, weights=[-1, -2])).warnings()
+    assert of("66.67 %") in analyse_merge(of_deltas(a, b, weights=[-1, 2])).warnings()
+    assert of("66.67 %") in analyse_merge(of_deltas(a, b, layers=by_layer)).warnings()
     for turned in ({"weights": [1, -1]}, {"layers": by_layer}):
-        said = joining_report(of_deltas(a, a, **turned)).warnings()
+        said = analyse_merge(of_deltas(a, a, **turned)).warnings()
         assert any("have a cosine of -1.00 as changes of the weights: together they cancel each other" in one for one in said)  # fmt: skip
         assert any("off by 100.00 %" in one for one in said)
-    assert not joining_report(of_deltas([[1, 0]], [[0, 1]])).warnings()
+    assert not analyse_merge(of_deltas([[1, 0]], [[0, 1]])).warnings()
 
 
 def test_a_merge_that_is_refused_is_told() -> None:
-    report = joining_report(of_deltas([[1, 2]], [[3, 0]], method="refuse"))
+    report = analyse_merge(of_deltas([[1, 2]], [[3, 0]], method="refuse"))
     assert report.chosen.refused is not None
     assert report.warnings()[0].startswith(
         "The merge is refused: tensor 'h.0.q_proj.weight': adapter 2 and adapter 1 set 1"
@@ -397,22 +397,22 @@ def test_a_merge_that_is_refused_is_told() -> None:
 
 def test_what_cannot_be_measured() -> None:
     with pytest.raises(SourceError, match="no method 'best'; known: linear"):
-        joining_report(of_deltas([[1]]), alternatives=["best"])
+        analyse_merge(of_deltas([[1]]), alternatives=["best"])
     needy = SparseTensor(QUERY, (1, 2), [1], np.float32([2]), base_digest=digest(np.float32([1])))
     with pytest.raises(
         BaseRequired, match=r"adapter 1: tensor 'h.0.q_proj.weight' holds target values without .*--base"
     ):
-        joining_report(open_merge([Adapter([needy])]))
-    bad = SparseTensor(QUERY, (1, 2), [1], np.float32([np.inf]), meaning="delta")
+        analyse_merge(open_merge([Adapter([needy])]))
+    bad = SparseTensor(QUERY, (1, 2), [1], np.float32([np.inf]), value_kind="delta")
     with pytest.raises(
         SourceError, match=r"adapter 1: tensor 'h.0.q_proj.weight': the delta at flat index 1 is NaN"
     ):
-        joining_report(open_merge([Adapter([bad])]))
-    large = SparseTensor(QUERY, (1, 2), [1], np.float64([1e200]), meaning="delta")
+        analyse_merge(open_merge([Adapter([bad])]))
+    large = SparseTensor(QUERY, (1, 2), [1], np.float64([1e200]), value_kind="delta")
     with pytest.raises(
         SourceError, match="tensor 'h.0.q_proj.weight': the energy of the first adapter's delta is too large"
     ):
-        joining_report(open_merge([Adapter([large]), Adapter([large])]))
+        analyse_merge(open_merge([Adapter([large]), Adapter([large])]))
 
 
 def test_a_result_that_is_not_finite() -> None:
@@ -422,7 +422,7 @@ def test_a_result_that_is_not_finite() -> None:
         # Without a place in the order of magnitudes, it cannot be cut to a density.
         (0.5, f"The merge is refused: the result: tensor '{QUERY}': the delta at flat index 0 is NaN or infinite.", "NaN or infinite"),
     ):  # fmt: skip
-        report = joining_report(
+        report = analyse_merge(
             open_merge([one, one], weights=[1, 1], density=density), alternatives=["mean", "linear"]
         )
         assert (None, None) == (report.chosen.kept, report.chosen.accounts[0].disturbed)
@@ -433,11 +433,11 @@ def test_a_result_that_is_not_finite() -> None:
 
 
 def test_one_adapter_and_whole_tensors() -> None:
-    whole = WholeTensor("bias", np.float32([1, 2]))
-    report = joining_report(open_merge([Adapter([of_delta([[1, 2]])], whole=[whole])]))
+    whole = DenseTensor("bias", np.float32([1, 2]))
+    report = analyse_merge(open_merge([Adapter([of_delta([[1, 2]])], dense=[whole])]))
     assert ([], 1.0, ["bias"]) == (report.pairs, report.chosen.kept, report.whole)
     assert "1 tensor is replaced as a whole (the first: bias): nothing here is about them" in report.text()
-    report = joining_report(open_merge([Adapter([], whole=[whole]), Adapter([], whole=[whole])]))
+    report = analyse_merge(open_merge([Adapter([], dense=[whole]), Adapter([], dense=[whole])]))
     found = told(report)
     assert (0, None) == (found["before"]["pairs"][0]["whole"]["tensors"], report.chosen.kept)
     assert "There is nothing to keep" in report.text()
@@ -448,10 +448,10 @@ def test_names_stay_apart(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         save(Adapter([of_delta([[1, 2]])]), tmp_path / folder / "a.st")
     paths = [str(tmp_path / folder / "a.st") for folder in "xy"]
-    assert paths == joining_report(open_merge(paths), alternatives=[]).names
-    assert ["a.st (1)", "a.st (2)"] == joining_report(open_merge(paths[:1] * 2), alternatives=[]).names
+    assert paths == analyse_merge(open_merge(paths), alternatives=[]).names
+    assert ["a.st (1)", "a.st (2)"] == analyse_merge(open_merge(paths[:1] * 2), alternatives=[]).names
     save(Adapter([of_delta([[1, 2]])]), tmp_path / "b\x1b[2J\u202e.st")
-    report = joining_report(open_merge([paths[0], tmp_path / "b\x1b[2J\u202e.st"]))
+    report = analyse_merge(open_merge([paths[0], tmp_path / "b\x1b[2J\u202e.st"]))
     assert not {"\x1b", "\u202e"} & set(report.text())
 
 
@@ -462,11 +462,11 @@ def test_memory_follows_the_entries(shape: tuple[int, ...]) -> None:
     for seed in range(2):
         indices = np.unique(np.append(np.random.default_rng(seed).integers(0, size, 50), [0, size - 1]))
         values = np.random.default_rng(seed).standard_normal(indices.size).astype(np.float32)
-        adapters.append(Adapter([SparseTensor(DOWN, shape, indices, values, meaning="delta")]))
+        adapters.append(Adapter([SparseTensor(DOWN, shape, indices, values, value_kind="delta")]))
     job = open_merge(adapters)
-    joining_report(job)  # machine code and modules are loaded now
+    analyse_merge(job)  # machine code and modules are loaded now
     tracemalloc.start()
-    report = joining_report(job)
+    report = analyse_merge(job)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64e6
@@ -485,9 +485,9 @@ def test_memory_follows_the_entries(shape: tuple[int, ...]) -> None:
 def test_rows_that_are_left_out_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(7)
     deltas = [np.where(random.random((40, 6)) < 0.1, random.standard_normal((40, 6)), 0) for _ in range(2)]
-    full = joining_report(of_deltas(*deltas), alternatives=[]).pairs[0]
-    monkeypatch.setattr("shira_analysis.joining.MAX_ROWS", 4)
-    small = joining_report(of_deltas(*deltas), alternatives=[]).pairs[0]
+    full = analyse_merge(of_deltas(*deltas), alternatives=[]).pairs[0]
+    monkeypatch.setattr("shira_analysis.merging.analysis.MAX_ROWS", 4)
+    small = analyse_merge(of_deltas(*deltas), alternatives=[]).pairs[0]
     assert small.lemmas == full.lemmas
     assert small.pair.whole.product is not None
     assert full.pair.whole.product is not None
@@ -506,11 +506,11 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_real_adapters(real: list[Path]) -> None:
-    from shira_analysis.deltas import open_deltas
+    from shira_analysis.measures.deltas import open_deltas
 
     done: list[str] = []
     job = open_merge(real, method="ties", weights=[0.7, 0.3])
-    report = joining_report(job, progress=done.append)
+    report = analyse_merge(job, progress=done.append)
     assert list(job.names) == done
     (pair,) = measure_pairs([open_deltas(path) for path in real])
     assert pair.tensors == report.pairs[0].pair.tensors

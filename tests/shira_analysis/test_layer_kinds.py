@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shira_analysis.layer_kinds import KINDS, layer_kind
+from shira_analysis.measures.layer_kinds import KINDS, layer_kind
 from tests.models import MODELS
 
 CASES = {

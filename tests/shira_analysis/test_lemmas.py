@@ -20,7 +20,7 @@ from shira_analysis.lemmas import complexity, exact, low_rank, null_space, ortho
 from shira_analysis.lemmas.report import Check, LemmaReport, as_json
 from shira_analysis.lemmas.samples import KINDS, Setting, integers, mask
 from shira_format import Adapter, BaseMismatch, BaseRequired, SourceError, SparseTensor, save
-from shira_format.to_lora import best_factors
+from shira_format.export.lora import best_factors
 
 seeds = st.integers(0, 2**32 - 1)
 small = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -411,13 +411,13 @@ def test_files(tmp_path: Path, quick: lemmas.Verification) -> None:
 def test_files_that_share_nothing_and_masks(tmp_path: Path) -> None:
     first = adapter(tmp_path / "first.st", 0)
     second = tmp_path / "second.st"
-    save(Adapter([SparseTensor("x", (20, 20), np.arange(0, 400, 7), meaning="none")]), second)
+    save(Adapter([SparseTensor("x", (20, 20), np.arange(0, 400, 7), value_kind="none")]), second)
     found = lemmas.verify([first, second], quick=True)
     assert found.ok
     assert ["first.st and second.st have no weight of one shape in common"] == found.lemmas[4].notes
     assert ["second.st: x: no values other than 0"] == found.lemmas[1].notes
     vector = tmp_path / "vector.st"
-    save(Adapter([SparseTensor("n", (3,), [1], np.float32([1]), meaning="delta")]), vector)
+    save(Adapter([SparseTensor("n", (3,), [1], np.float32([1]), value_kind="delta")]), vector)
     with pytest.raises(SourceError, match="no matrix in it has entries"):
         lemmas.verify([vector], quick=True)
     # Beside others it is left out, with a word.
@@ -440,8 +440,8 @@ def test_interference_is_measured_after_one_layer_and_after_two() -> None:
 
 def test_weights_with_a_side_beyond_memory_are_left_out(tmp_path: Path) -> None:
     """Laws are tried on vectors as long as a side, which a small file may claim to be anything."""
-    large = SparseTensor("large", (4, 1 << 40), [1, 1 << 41], np.float32([1, 2]), meaning="delta")
-    small = SparseTensor("small", (4, 4), [1, 5], np.float32([1, 2]), meaning="delta")
+    large = SparseTensor("large", (4, 1 << 40), [1, 1 << 41], np.float32([1, 2]), value_kind="delta")
+    small = SparseTensor("small", (4, 4), [1, 5], np.float32([1, 2]), value_kind="delta")
     save(Adapter([large, small]), tmp_path / "both.st")
     save(Adapter([large]), tmp_path / "large.st")
     found = lemmas.verify([tmp_path / "both.st"], quick=True, lemmas=["4.3"])
@@ -454,7 +454,7 @@ def test_weights_with_a_side_beyond_memory_are_left_out(tmp_path: Path) -> None:
 def test_files_that_need_a_base(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from shira_format.arrays import digest
+    from shira_format._core.arrays import digest
 
     values = np.float32([3, 4])
     needs = SparseTensor("w", (4, 5), [2, 9], values, base_digest=digest(np.zeros(2, np.float32)))
@@ -470,7 +470,7 @@ def test_files_that_need_a_base(tmp_path: Path) -> None:
     save_file({"v": np.ones((4, 5), np.float32)}, base)
     with pytest.raises(BaseMismatch, match=r"a\.st: tensor 'w': the base .* has no 'w'"):
         lemmas.verify([path], base=base, quick=True)
-    wild = SparseTensor("w", (4, 5), [2, 9], np.float32([3, np.inf]), meaning="delta")
+    wild = SparseTensor("w", (4, 5), [2, 9], np.float32([3, np.inf]), value_kind="delta")
     save(Adapter([wild]), path)
     with pytest.raises(SourceError, match=r"a\.st: tensor 'w': .* flat index 9"):
         lemmas.verify([path], quick=True)

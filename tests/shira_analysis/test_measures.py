@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from shira_analysis.deltas import delta_values
-from shira_analysis.layer_kinds import KINDS
-from shira_analysis.measures import AdapterMeasures, joined, measure, measure_tensor
-from shira_format import Adapter, BaseRequired, SourceError, SparseTensor, WholeTensor, load, save
+from shira_analysis.measures.adapter import AdapterMeasures, combine, measure, measure_tensor
+from shira_analysis.measures.deltas import delta_values
+from shira_analysis.measures.layer_kinds import KINDS
+from shira_format import Adapter, BaseRequired, DenseTensor, SourceError, SparseTensor, load, save
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.selection import TopK
@@ -33,8 +33,8 @@ def adapter(seed: int = 1) -> Adapter:
         base = random.standard_normal(30).astype(np.float32)
         values = base + random.standard_normal(30).astype(np.float32)
         tensors.append(SparseTensor(name, (10, 12), indices, values, base=base))
-    mask = SparseTensor("lm_head.weight", (4, 4), [0, 5], meaning="none")
-    return Adapter([*tensors, mask], whole=[WholeTensor("b", np.float32([[1, 2]]))])
+    mask = SparseTensor("lm_head.weight", (4, 4), [0, 5], value_kind="none")
+    return Adapter([*tensors, mask], dense=[DenseTensor("b", np.float32([[1, 2]]))])
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_any_tensor_is_measured_or_refused_in_words(drawn: Adapter) -> None:
             measured.append(measure_tensor(tensor))
         except (BaseRequired, SourceError) as error:
             assert repr(tensor.name) in str(error)
-    group = joined(measured)
+    group = combine(measured)
     json.dumps([group.as_json(), *(tensor.as_json() for tensor in measured)], allow_nan=False)
     assert group.mask.nnz == sum(tensor.mask.nnz for tensor in measured)
     assert all(tensor.kind in KINDS for tensor in measured)
@@ -120,6 +120,6 @@ def test_the_real_adapter_with_its_base_and_without(tmp_path: Path) -> None:
     assert alone.as_json() | {"file": ""} == based.as_json() | {"file": ""}
     assert ["query", "key", "value", "attention output", "mlp up", "mlp down"] == list(alone.kinds)
     assert (36, 106_176) == (alone.total.tensors, alone.total.mask.nnz)
-    assert load(tmp_path / "a.st").whole.keys() == set(alone.whole)
+    assert load(tmp_path / "a.st").dense.keys() == set(alone.whole)
     only = measure(tmp_path / "a.st", include=["query"], exclude=["layer.0"])
     assert (["query"], 5) == (list(only.kinds), only.total.tensors)

@@ -13,15 +13,15 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shira_analysis import strengths
-from shira_analysis.merge_report import Layer, MergeReport
-from shira_analysis.merge_sources import Change, Source
-from shira_analysis.merged import MergeCheck, as_json
+from shira_analysis.merging.check import strengths
+from shira_analysis.merging.check.check import MergeCheck, as_json
+from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict
+from shira_analysis.merging.check.sources import Change, Source
 from shira_format import SourceError
-from shira_format.arrays import Array, as_array
-from shira_format.changes import narrowed
+from shira_format._core.arrays import Array, as_array
+from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import FLOATS
+from shira_format.entries.changes import round_to
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.products import LowRank
 from tests import models
@@ -65,15 +65,15 @@ class Pair:
 
     def merged(self, dtype: np.dtype[Any], strength: float = 1.0) -> Array:
         """Merged as it should be: the exact sum, rounded once."""
-        return narrowed(self.base.astype(np.float64) + strength * self.dense, dtype)
+        return round_to(self.base.astype(np.float64) + strength * self.dense, dtype)
 
-    def check(self, merged: Array, strength: float | None = None, **options: Any) -> MergeReport:
+    def check(self, merged: Array, strength: float | None = None, **options: Any) -> MergeVerdict:
         source = Source([Change("weight", self.update, NAME)])
         return MergeCheck(Held({NAME: self.base}), source, Held({NAME: merged}), strength=strength, **options).run(
             2
         )
 
-    def layer(self, merged: Array, strength: float | None = None) -> Layer:
+    def layer(self, merged: Array, strength: float | None = None) -> LayerVerdict:
         return self.check(merged, strength).layers[0]
 
 
@@ -84,7 +84,7 @@ def pair(
     rng = np.random.default_rng(seed)
     up, down = rng.standard_normal((shape[0], rank)), rng.standard_normal((rank, shape[1]))
     update = LowRank(NAME, shape, np.float32(up * size / rank**0.5), np.float32(down))
-    return Pair(narrowed(0.05 * rng.standard_normal(shape), dtype), update)
+    return Pair(round_to(0.05 * rng.standard_normal(shape), dtype), update)
 
 
 PAIRS = st.builds(
@@ -103,7 +103,7 @@ def test_a_right_merge_is_verified_or_hidden(made: Pair, dtype: np.dtype[Any], s
     assert layer.low is not None
     assert layer.high is not None
     assert layer.low <= strength <= layer.high
-    plain = narrowed(made.base.astype(np.float64), dtype)
+    plain = round_to(made.base.astype(np.float64), dtype)
     moved = np.count_nonzero(merged != plain)
     # Where most entries have moved by more than rounding leaves open, it can be told.
     ulp = (
@@ -116,7 +116,7 @@ def test_a_right_merge_is_verified_or_hidden(made: Pair, dtype: np.dtype[Any], s
 
 @given(PAIRS, DTYPES, STRENGTHS)
 def test_an_unmerged_base_is_never_verified(made: Pair, dtype: np.dtype[Any], strength: float) -> None:
-    merged = narrowed(made.base.astype(np.float64), dtype)
+    merged = round_to(made.base.astype(np.float64), dtype)
     report = made.check(merged, strength)
     assert report.layers[0].verdict in ("absent", "unclear"), report.layers
     assert report.answer in ("no", "inconclusive")
@@ -166,7 +166,7 @@ def test_the_smallest_update_that_can_be_told() -> None:
 def test_the_base_rounded_before_or_after() -> None:
     made = pair(0.0003, F32, shape=(200, 200))
     after = made.merged(BF16)
-    before = narrowed(narrowed(made.base, BF16).astype(F32) + made.dense.astype(F32), BF16)
+    before = round_to(round_to(made.base, BF16).astype(F32) + made.dense.astype(F32), BF16)
     assert np.count_nonzero(after != before) > 1000
     assert (made.layer(after).verdict, made.layer(after).reason) == ("verified", "")
     assert (made.layer(before).verdict, made.layer(before).reason) == ("verified", "base rounded first")
@@ -174,12 +174,12 @@ def test_the_base_rounded_before_or_after() -> None:
 
 def test_the_update_in_16_bits() -> None:
     made = pair(0.02, F32)
-    merged = made.base + narrowed(made.dense, BF16).astype(F32)
+    merged = made.base + round_to(made.dense, BF16).astype(F32)
     layer = made.layer(merged)
     assert (layer.verdict, layer.reason) == ("verified", "update in 16 bits")
     assert layer.equal is not None
     assert layer.equal < 0.9
-    scaled = narrowed(made.update.up, BF16).astype(F32) @ narrowed(made.update.down, BF16).astype(F32)
+    scaled = round_to(made.update.up, BF16).astype(F32) @ round_to(made.update.down, BF16).astype(F32)
     assert made.layer(made.base + scaled).verdict == "verified"
 
 
@@ -188,10 +188,10 @@ def test_cut_off_instead_of_rounded() -> None:
     made = pair(0.0005, F32)
     exact = np.ascontiguousarray(made.base + made.dense.astype(F32))
     cut = (exact.view(np.uint32) & np.uint32(0xFFFF0000)).view(F32)
-    layer = made.layer(narrowed(cut, BF16))
+    layer = made.layer(round_to(cut, BF16))
     assert (layer.verdict, layer.reason) == ("verified", "rounded twice")
     assert (
-        made.layer(narrowed((made.base.view(np.uint32) & np.uint32(0xFFFF0000)).view(F32), BF16)).verdict
+        made.layer(round_to((made.base.view(np.uint32) & np.uint32(0xFFFF0000)).view(F32), BF16)).verdict
         != "verified"
     )
 
@@ -212,7 +212,7 @@ def test_few_entries_say_little() -> None:
 def test_a_little_more_everywhere() -> None:
     """Small enough for each entry, if the arithmetic is of 16 bits; but roundings go either way."""
     made = pair(0.02, F32)
-    right = made.base + narrowed(made.dense, BF16).astype(F32)
+    right = made.base + round_to(made.dense, BF16).astype(F32)
     assert made.layer(right).verdict == "verified"
     more = 0.011 * np.abs(made.dense).astype(F32)
     assert made.layer(right + more).verdict == "different"
@@ -280,7 +280,7 @@ def test_rows_and_columns_of_other_sizes() -> None:
     down[:, 7] *= 300
     up[11] /= 300
     made = Pair(np.float32(0.05 * rng.standard_normal((80, 300))), LowRank(NAME, (80, 300), np.float32(up * 1e-3), np.float32(down)))  # fmt: skip
-    low = narrowed(made.update.up, BF16).astype(F32) @ narrowed(made.update.down, BF16).astype(F32)
+    low = round_to(made.update.up, BF16).astype(F32) @ round_to(made.update.down, BF16).astype(F32)
     assert made.layer(made.merged(F32)).verdict == "verified"
     assert made.layer(made.base + low).verdict == "verified"
     merged = made.merged(F32)
@@ -293,7 +293,7 @@ def test_other_tensors() -> None:
     rng = np.random.default_rng(1)
     base = {NAME: made.base, "norm": np.ones(5, F32), "ids": np.arange(4), "embed": np.float32(rng.random((6, 3)))}
 
-    def check(merged: Mapping[str, Array], **options: Any) -> MergeReport:
+    def check(merged: Mapping[str, Array], **options: Any) -> MergeVerdict:
         source = Source([Change("weight", made.update, NAME)])
         return MergeCheck(Held(base), source, Held(merged), **options).run(1)
 
@@ -310,7 +310,7 @@ def test_other_tensors() -> None:
         assert check(right | {name: changed}, others=False).answer == "yes"
         assert check(right | {name: changed}, chosen=lambda n, name=name: n != name).answer == "yes"
     assert (
-        check(right | {"norm": narrowed(base["norm"], BF16), "embed": narrowed(base["embed"], BF16)}).answer
+        check(right | {"norm": round_to(base["norm"], BF16), "embed": round_to(base["embed"], BF16)}).answer
         == "yes"
     )
     report = check({name: array for name, array in right.items() if name != "ids"} | {"new": np.ones(2)})

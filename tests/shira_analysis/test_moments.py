@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from shira_analysis.interference import interference
-from shira_analysis.moments import Moment, Moments, collect_moments
+from shira_analysis.measures.interference import interference
 from shira_format import FormatError, SourceError, SparseTensor
+from shira_format.calibration.moments import Moment, Moments, collect_moments
 from tests.models import minilm
 
 
@@ -28,7 +28,9 @@ def sparse_change(shape: torch.Size, seed: int) -> SparseTensor:
     generator = np.random.default_rng(seed)
     size = int(np.prod(shape))
     indices = np.sort(generator.choice(size, max(1, size // 3), replace=False))
-    return SparseTensor("weight", tuple(shape), indices, generator.standard_normal(indices.size), meaning="delta")
+    return SparseTensor(
+        "weight", tuple(shape), indices, generator.standard_normal(indices.size), value_kind="delta"
+    )
 
 
 def outputs(layer: nn.Module, change: SparseTensor, inputs: torch.Tensor, channels: int) -> torch.Tensor:
@@ -101,7 +103,7 @@ def test_inputs_are_kept_at_random_whatever_the_parts(monkeypatch: pytest.Monkey
     assert (np.diff(numbers) > 0).all()  # in the order in which they came, none twice
     assert set(numbers) <= set(x[:, 0].tolist())
     assert numbers.min() < 100 < 300 < numbers.max()
-    monkeypatch.setattr("shira_analysis.moment_layers._ROWS", 3)
+    monkeypatch.setattr("shira_format.calibration.layers._ROWS", 3)
     again = collect_moments(layer, [x], inputs=20)["weight"].inputs
     np.testing.assert_array_equal(kept, again)
     other = collect_moments(layer, [x], inputs=20, seed=1)["weight"].inputs
@@ -121,7 +123,7 @@ def test_batches_stream_and_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> No
     x = random(50, 6)
     layer = nn.Linear(6, 2).double()
     whole = collect_moments(layer, (part for part in x.split(17)))["weight"]
-    monkeypatch.setattr("shira_analysis.moment_layers._ROWS", 3)
+    monkeypatch.setattr("shira_format.calibration.layers._ROWS", 3)
     again = collect_moments(layer, [x])["weight"]
     wanted = (x.T @ x / 50).numpy()
     for found in (whole, again):
@@ -343,7 +345,7 @@ def test_other_files(tmp_path: Path) -> None:
 
 
 def test_wide_blocks_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shira_analysis.moments._CELLS", 10)
+    monkeypatch.setattr("shira_format.calibration.moments._CELLS", 10)
     x = random(20, 9).numpy()
     square = x.T @ x / 20
     for blocks in (square[None, None], np.stack([square[:3, :3], square[3:6, 3:6], square[6:, 6:]])[None]):

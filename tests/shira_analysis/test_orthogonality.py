@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import sparse
 
-from shira_analysis import orthogonality as module
-from shira_analysis.orthogonality import Orthogonality, awom, awor, orthogonality
+from shira_analysis.measures import orthogonality as module
+from shira_analysis.measures.orthogonality import Orthogonality, awom, awor, orthogonality
 from shira_format import SourceError, SparseTensor
 
 # Integers, so that sums are exact in any order and terms do cancel.
@@ -38,7 +38,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each law holds in both ways to compute a product."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "scipy":
-            patch.setitem(sys.modules, "shira_analysis.product_kernels", None)
+            patch.setitem(sys.modules, "shira_analysis.measures.product_kernels", None)
             patch.setattr(module, "_TERMS", 3)  # so that small matrices are several pieces
         yield request.param
 
@@ -152,7 +152,7 @@ def random_pair(shape: tuple, density: float, seed: int) -> list:
     pair = []
     for _ in range(2):
         indices = np.sort(random.choice(size, round(density * size), replace=False))
-        pair.append(SparseTensor("w", shape, indices, random.standard_normal(indices.size), meaning="delta"))
+        pair.append(SparseTensor("w", shape, indices, random.standard_normal(indices.size), value_kind="delta"))
     return pair
 
 
@@ -213,7 +213,7 @@ def test_refusals() -> None:
     with pytest.raises(SourceError, match="nuclear"):
         awom(a, a, "nuclear")  # type: ignore[arg-type]
     with pytest.raises(SourceError, match="mask"):
-        awor(*[SparseTensor("w", (2, 3), [1], meaning="none")] * 2)
+        awor(*[SparseTensor("w", (2, 3), [1], value_kind="none")] * 2)
     with pytest.raises(SourceError, match="too large"):
         orthogonality(1e200 * a, a)
 
@@ -230,7 +230,7 @@ def test_weights_far_wider_than_they_have_entries(transposed: bool) -> None:
         rows, columns = np.nonzero(values)
         for found, size, at in ((wide, width, places), (narrow, 8, np.array(near))):
             indices = rows * size + at[columns]
-            found.append(SparseTensor("w", (2, size), indices, values[rows, columns], meaning="delta"))
+            found.append(SparseTensor("w", (2, size), indices, values[rows, columns], value_kind="delta"))
     found, expected = (orthogonality(*pair, transposed=transposed, spectral=True) for pair in (wide, narrow))
     assert (expected.nonzero, expected.reached) == (found.nonzero, found.reached)
     assert found.cells == (4 if transposed else width**2)

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from shira_analysis.overlap import Overlap, overlap, shared_positions
+from shira_analysis.measures.overlap import Overlap, overlap, shared_positions
 from shira_format import BaseRequired, SourceError, SparseTensor
 
 SHAPE = (5, 2, 3)
@@ -20,7 +20,7 @@ MASKS = arrays(bool, SHAPE)
 
 def tensor(mask: np.ndarray, deltas: np.ndarray) -> SparseTensor:
     indices = np.flatnonzero(mask)
-    return SparseTensor("w", SHAPE, indices, deltas.ravel()[indices], meaning="delta")
+    return SparseTensor("w", SHAPE, indices, deltas.ravel()[indices], value_kind="delta")
 
 
 @given(MASKS, DENSE, MASKS, DENSE)
@@ -61,8 +61,8 @@ def test_with_itself_and_with_nothing(mask: np.ndarray, deltas: np.ndarray) -> N
 
 
 def test_a_small_distance_is_not_rounding() -> None:
-    a = SparseTensor("w", (2,), [0, 1], np.float64([1e8, 1]), meaning="delta")
-    b = SparseTensor("w", (2,), [0, 1], np.float64([1e8, 1 + 1e-6]), meaning="delta")
+    a = SparseTensor("w", (2,), [0, 1], np.float64([1e8, 1]), value_kind="delta")
+    b = SparseTensor("w", (2,), [0, 1], np.float64([1e8, 1 + 1e-6]), value_kind="delta")
     found = overlap(a, b).distances
     assert found is not None
     assert found[0] == pytest.approx(1e-6, rel=1e-6)
@@ -71,7 +71,7 @@ def test_a_small_distance_is_not_rounding() -> None:
 @given(st.integers(2, 60), st.data())
 def test_chance_is_the_hypergeometric_distribution(elements: int, data: st.DataObject) -> None:
     first, second = (data.draw(st.integers(0, elements)) for _ in range(2))
-    a, b = (SparseTensor("w", (elements,), np.arange(k), meaning="none") for k in (first, second))
+    a, b = (SparseTensor("w", (elements,), np.arange(k), value_kind="none") for k in (first, second))
     found = overlap(a, b)
     ways = [comb(first, k) * comb(elements - first, second - k) for k in range(second + 1)]
     mean = sum(k * n for k, n in enumerate(ways)) / sum(ways)
@@ -84,7 +84,7 @@ def test_random_masks_share_what_chance_gives() -> None:
     for seed in range(200):
         random = np.random.default_rng(seed)
         a, b = (np.sort(random.choice(4000, size, replace=False)) for size in (400, 300))
-        found.append(overlap(*(SparseTensor("w", (40, 100), i, meaning="none") for i in (a, b))))
+        found.append(overlap(*(SparseTensor("w", (40, 100), i, value_kind="none") for i in (a, b))))
     surprises = np.array([one.surprise for one in found])
     # Of 200 standardised values: the mean is good to 0.07, the deviation to 0.05.
     assert abs(surprises.mean()) < 0.35
@@ -94,8 +94,8 @@ def test_random_masks_share_what_chance_gives() -> None:
 
 
 def test_masks_have_positions_and_no_values() -> None:
-    mask = SparseTensor("w", (4,), [0, 2], meaning="none")
-    deltas = SparseTensor("w", (4,), [2, 3], np.float32([1, 1]), meaning="delta")
+    mask = SparseTensor("w", (4,), [0, 2], value_kind="none")
+    deltas = SparseTensor("w", (4,), [2, 3], np.float32([1, 1]), value_kind="delta")
     found = overlap(mask, deltas)
     assert (found.shared, found.inner, found.cosine, found.sign_agreement, found.distances) == (
         1,
@@ -115,13 +115,13 @@ def test_targets_need_the_base_unless_positions_are_enough() -> None:
 
 
 def test_refusals() -> None:
-    a = SparseTensor("w", (4,), [0], np.float64([1]), meaning="delta")
+    a = SparseTensor("w", (4,), [0], np.float64([1]), value_kind="delta")
     with pytest.raises(SourceError, match="nothing"):
         overlap(None, None)
     with pytest.raises(SourceError, match=r"\[4\].*\[2, 2\]"):
-        overlap(a, SparseTensor("w", (2, 2), [0], np.float64([1]), meaning="delta"))
+        overlap(a, SparseTensor("w", (2, 2), [0], np.float64([1]), value_kind="delta"))
     with pytest.raises(SourceError, match=r"'w'.*too large"):
-        overlap(a, SparseTensor("w", (4,), [0], np.float64([1e200]), meaning="delta"))
+        overlap(a, SparseTensor("w", (4,), [0], np.float64([1e200]), value_kind="delta"))
 
 
 @given(st.sets(st.integers(0, 40)), st.sets(st.integers(0, 40)))

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shira_analysis.deltas import delta_matrix, open_deltas
-from shira_analysis.interference import interference
-from shira_analysis.moments import Moment, Moments
-from shira_analysis.orthogonality import orthogonality
-from shira_analysis.overlap import Overlap, overlap
-from shira_analysis.pairs import measure_pairs
+from shira_analysis.measures.deltas import delta_matrix, open_deltas
+from shira_analysis.measures.interference import interference
+from shira_analysis.measures.orthogonality import orthogonality
+from shira_analysis.measures.overlap import Overlap, overlap
+from shira_analysis.measures.pairs import measure_pairs
 from shira_cli.measure import main
 from shira_format import Adapter, BaseMismatch, SourceError, SparseTensor, save
+from shira_format.calibration.moments import Moment, Moments
 
 NAMES = {
     "model.layers.0.self_attn.q_proj.weight": (6, 5),
@@ -143,7 +143,7 @@ def test_masks_have_an_overlap_alone(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         random = np.random.default_rng(seed)
         mask = SparseTensor(
-            "w", (6, 5), np.sort(random.choice(30, 9, replace=False)), meaning="none", dtype=np.float32
+            "w", (6, 5), np.sort(random.choice(30, 9, replace=False)), value_kind="none", dtype=np.float32
         )
         save(Adapter([mask]), tmp_path / f"{name}.st")
     pair = measure_pairs(opened(tmp_path, "ab"))[0]

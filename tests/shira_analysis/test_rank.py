@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_analysis.certificate import Bounds, bounds_of, of_kronecker, of_product
-from shira_analysis.modular import PRIMES, residues
-from shira_analysis.rank import RankReport, rank_of, rank_of_update, ranks_of_lora
-from shira_analysis.spectrum import Spectrum, spectrum_of, spectrum_of_product
+from shira_analysis.measures.certificate import Bounds, bounds_of, of_kronecker, of_product
+from shira_analysis.measures.modular import PRIMES, residues
+from shira_analysis.measures.rank import RankReport, rank_of, rank_of_update, ranks_of_lora
+from shira_analysis.measures.spectrum import Spectrum, spectrum_of, spectrum_of_product
 from shira_format import BaseRequired, SourceError, SparseTensor, load
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
-from shira_format.dtypes import FLOATS
 from shira_format.lora import open_lora
 from shira_format.lora.products import Dense, Hadamard, Kronecker, LowRank
 from shira_format.selection import TopK
@@ -68,9 +68,9 @@ def small_tensors(draw: st.DrawFn) -> tuple[SparseTensor, list[list[Fraction]]]:
         )
 
     values = drawn()
-    meaning = draw(st.sampled_from(["target", "delta"]))
-    base = drawn() if meaning == "target" else None
-    tensor = SparseTensor("w", shape, indices, values, meaning=meaning, dtype=dtype, base=base)
+    value_kind = draw(st.sampled_from(["target", "delta"]))
+    base = drawn() if value_kind == "target" else None
+    tensor = SparseTensor("w", shape, indices, values, value_kind=value_kind, dtype=dtype, base=base)
     rows = [[Fraction(0)] * shape[1] for _ in range(shape[0])]
     for k, index in enumerate(indices):
         start = Fraction(0) if base is None else Fraction(float(base[k]))
@@ -103,7 +103,7 @@ def test_numerical_rank_is_never_above_the_structural_one(drawn: tuple[SparseTen
 def test_well_conditioned_matrices_have_the_rank_that_numpy_finds(m: int, n: int, r: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     whole = random.integers(-4, 5, (m, r)) @ random.integers(-4, 5, (r, n)) * 1.0
-    tensor = SparseTensor("w", (m, n), np.arange(m * n), whole.reshape(-1), meaning="delta")
+    tensor = SparseTensor("w", (m, n), np.arange(m * n), whole.reshape(-1), value_kind="delta")
     report = rank_of(tensor)
     assert report.bounds is not None
     assert report.spectrum is not None
@@ -146,7 +146,7 @@ def test_the_exact_difference_is_meant_and_not_a_rounded_one() -> None:
 
 
 def test_an_interval_where_the_proofs_do_not_meet() -> None:
-    ones = SparseTensor("w", (3, 5), np.arange(15), np.ones(15, np.float32), meaning="delta")
+    ones = SparseTensor("w", (3, 5), np.arange(15), np.ones(15, np.float32), value_kind="delta")
     bounds = rank_of(ones, spectrum=False).bounds
     assert Bounds(1, 3, PRIMES) == bounds
     assert bounds.exact is None
@@ -159,7 +159,7 @@ def test_long_matrices_are_folded(shape: tuple[int, int]) -> None:
     side = min(shape)
     left, right = random.integers(-3, 4, (shape[0], side - 5)), random.integers(-3, 4, (side - 5, shape[1]))
     whole = (left @ right).astype(np.float32)
-    tensor = SparseTensor("w", shape, np.arange(whole.size), whole.reshape(-1), meaning="delta")
+    tensor = SparseTensor("w", shape, np.arange(whole.size), whole.reshape(-1), value_kind="delta")
     report = rank_of(tensor)
     assert report.bounds is not None
     assert (side - 5, side) == (report.bounds.lower, report.bounds.upper)
@@ -173,7 +173,7 @@ def test_long_matrices_are_folded(shape: tuple[int, int]) -> None:
 
 
 def test_empty_rows_zeros_and_huge_shapes() -> None:
-    empty = rank_of(SparseTensor("w", (4, 5), np.empty(0, np.int64), np.empty(0, np.float32), meaning="delta"))
+    empty = rank_of(SparseTensor("w", (4, 5), np.empty(0, np.int64), np.empty(0, np.float32), value_kind="delta"))
     zeros = rank_of(SparseTensor("w", (4, 5), [3, 9], np.float32([1, 2]), base=np.float32([1, 2])))
     for report in (empty, zeros):
         assert Bounds(0, 0) == report.bounds
@@ -182,12 +182,12 @@ def test_empty_rows_zeros_and_huge_shapes() -> None:
             report.spectrum.numerical_rank, report.spectrum.dtype_rank, report.spectrum.stable_rank,
             report.spectrum.effective_rank,
         )  # fmt: skip
-    huge = rank_of(SparseTensor("w", (2, 2**40), [3, 2**40 + 5], np.float32([1, 2]), meaning="delta"))
+    huge = rank_of(SparseTensor("w", (2, 2**40), [3, 2**40 + 5], np.float32([1, 2]), value_kind="delta"))
     assert huge.bounds is not None
     assert 2 == huge.bounds.exact
     assert huge.spectrum is not None
     assert [2, 1] == huge.spectrum.values.tolist()
-    assert 2 == rank_of(SparseTensor("w", (), [0], np.float32([3]), meaning="delta")).full + 1
+    assert 2 == rank_of(SparseTensor("w", (), [0], np.float32([3]), value_kind="delta")).full + 1
 
 
 def test_measures_of_a_known_spectrum() -> None:
@@ -261,7 +261,7 @@ def test_rules_for_products() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(SourceError, match="is a mask"):
-        rank_of(SparseTensor("w", (3,), [0], meaning="none"))
+        rank_of(SparseTensor("w", (3,), [0], value_kind="none"))
     with pytest.raises(BaseRequired):
         rank_of(SparseTensor("w", (3,), [0], np.float32([1]), base_digest="0" * 64))
     bad = LowRank("w", (2, 2), np.float32([[1], [np.nan]]), np.float32([[1, 2]]))
@@ -271,9 +271,9 @@ def test_bad_input() -> None:
 
 
 def test_too_large_is_said_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shira_analysis.certificate.LARGEST", 2)
-    monkeypatch.setattr("shira_analysis.spectrum.LARGEST", 2)
-    report = rank_of(SparseTensor("w", (3, 3), [0, 4, 8], np.float32([1, 1, 1]), meaning="delta"))
+    monkeypatch.setattr("shira_analysis.measures.certificate.LARGEST", 2)
+    monkeypatch.setattr("shira_analysis.measures.spectrum.LARGEST", 2)
+    report = rank_of(SparseTensor("w", (3, 3), [0, 4, 8], np.float32([1, 1, 1]), value_kind="delta"))
     assert (Bounds(0, 3), None) == (report.bounds, report.spectrum)
     assert {
         "full_rank": 3,
@@ -288,7 +288,7 @@ def test_too_large_is_said_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "flint", None)
     with pytest.raises(SourceError, match=r"python-flint: pip install 'shira-format\[analysis\]'"):
-        rank_of(SparseTensor("w", (3,), [0], np.float32([1]), meaning="delta"), spectrum=False)
+        rank_of(SparseTensor("w", (3,), [0], np.float32([1]), value_kind="delta"), spectrum=False)
 
 
 @pytest.mark.parametrize("task", ["spam", "genre"])

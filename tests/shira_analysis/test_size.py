@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_analysis.size import joined_masks, joined_norms, mask_of, norms_of, norms_of_values
-from shira_analysis.uniform import dispersion_of_gaps, mean_of, touched
+from shira_analysis.measures.size import combine_masks, combine_norms, mask_of, norms_of, norms_of_values
+from shira_analysis.measures.uniform import dispersion_of_gaps, mean_of, touched
 from shira_format import SparseTensor
 from shira_format.tensors import matrix_view
 from tests.strategies import HUGE_SHAPES, masks, small_shapes
@@ -21,7 +21,7 @@ numbers = st.floats(-1e6, 1e6) | st.floats(allow_nan=False, allow_infinity=False
 
 
 def mask(shape: tuple[int, ...], indices: object) -> SparseTensor:
-    return SparseTensor("w", shape, indices, meaning="none")
+    return SparseTensor("w", shape, indices, value_kind="none")
 
 
 @given(st.data(), small_shapes())
@@ -137,7 +137,7 @@ def test_norms_equal_a_dense_oracle(values: list[float]) -> None:
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=12), max_size=4))
 def test_norms_add_up(parts: list[list[float]]) -> None:
-    joined = joined_norms(norms_of_values(np.array(part, np.float64)) for part in parts)
+    joined = combine_norms(norms_of_values(np.array(part, np.float64)) for part in parts)
     whole = norms_of_values(np.array([value for part in parts for value in part], np.float64))
     assert (whole.zeros, whole.largest, whole.histogram) == (joined.zeros, joined.largest, joined.histogram)
     assert math.isclose(whole.frobenius, joined.frobenius, rel_tol=1e-12, abs_tol=1e-300)
@@ -159,7 +159,7 @@ def test_masks_add_up() -> None:
         mask_of(mask((4, 2), [7])),
         mask_of(mask((0, 2), np.empty(0, np.int64))),
     ]
-    found = joined_masks(masks_)
+    found = combine_masks(masks_)
     assert (3, 14, 2, 6, 3, 7) == (
         found.nnz, found.numel, found.rows, found.all_rows, found.columns, found.all_columns,
     )  # fmt: skip
@@ -168,4 +168,4 @@ def test_masks_add_up() -> None:
     assert (rows[0].found + rows[1].found) / 2 == mean.found
     assert math.hypot(rows[0].deviation, rows[1].deviation) / 2 == mean.deviation
     assert mean_of([]) is None
-    assert 0 == joined_masks([]).density
+    assert 0 == combine_masks([]).density

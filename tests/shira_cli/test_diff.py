@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shira_cli import diff
-from shira_format import Adapter, SparseTensor, WholeTensor, save
+from shira_format import Adapter, DenseTensor, SparseTensor, save
 from shira_format.convert import lora_to_shira
 from tests import models
 
@@ -34,10 +34,10 @@ def files(tmp_path: Path) -> Path:
     mine, its = sparse("x.weight", [1, 4, 5], [9, 8, 7]), sparse("x.weight", [4, 5, 6], [8, 6.5, 7])
     equal = sparse("y.weight", [2], [3])
     a = [mine, equal]
-    whole = [WholeTensor("b", np.float32([1, 2]))]
-    save(Adapter(a, whole=whole, manifest={"license": "mit"}), tmp_path / "a.st")
+    whole = [DenseTensor("b", np.float32([1, 2]))]
+    save(Adapter(a, dense=whole, manifest={"license": "mit"}), tmp_path / "a.st")
     save(Adapter([its, equal, sparse("z\u202e.weight", [0], [1])], manifest={"alpha": 0.5, "removed": ["r"]}), tmp_path / "b.st")  # fmt: skip
-    save(Adapter(a[::-1], whole=whole, manifest={"license": "apache-2.0"}), tmp_path / "c.st")
+    save(Adapter(a[::-1], dense=whole, manifest={"license": "apache-2.0"}), tmp_path / "c.st")
     return tmp_path
 
 

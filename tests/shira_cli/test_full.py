@@ -214,7 +214,7 @@ def test_a_hub_that_is_out_of_reach(pair: Pair, tmp_path: Path) -> None:
 
 _SLOW = """
 import sys, time
-from shira_format.changes import Difference
+from shira_format.entries.changes import Difference
 fast = Difference.both
 def slow(self, start, stop):
     time.sleep(0.05)
@@ -262,10 +262,10 @@ def test_interrupts(number: signal.Signals, resume: bool, pair: Pair, tmp_path: 
 
 def test_an_interrupted_way_back_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
     assert 0 == full(pair, tmp_path / "p.st", "--exact", "--quiet")
-    script = _SLOW.replace("from shira_format.changes import Difference\nfast = Difference.both\n", "").partition(
-        "def slow"
-    )[0] + (
-        "from shira_format.restore import Plan\n"
+    script = _SLOW.replace(
+        "from shira_format.entries.changes import Difference\nfast = Difference.both\n", ""
+    ).partition("def slow")[0] + (
+        "from shira_format.export.full import Plan\n"
         "fast = Plan._parts\n"
         "def slow(self, piece, workers):\n"
         "    time.sleep(0.05)\n"

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from shira_cli import measure
-from shira_format import Adapter, SparseTensor, WholeTensor, save
-from shira_format.arrays import digest
+from shira_format import Adapter, DenseTensor, SparseTensor, save
+from shira_format._core.arrays import digest
 from shira_format.convert import lora_to_shira
 from shira_format.selection import TopK
 from tests import models
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> Path:
     save_file({QUERY: BASE, UP: BASE}, tmp_path / "base.safetensors")
     at, values = [1, 11], np.float32([2, 5])
     own = [SparseTensor(name, (3, 4), at, values, base=np.float32([1, 11])) for name in (QUERY, UP)]
-    save(Adapter(own, whole=[WholeTensor("b", np.float32([1]))]), tmp_path / "a.st")
+    save(Adapter(own, dense=[DenseTensor("b", np.float32([1]))]), tmp_path / "a.st")
     needy = SparseTensor(QUERY, (3, 4), [1, 6], values, base_digest=digest(np.float32([1, 6])))
     save(Adapter([needy]), tmp_path / "b.st")
     return tmp_path
@@ -67,7 +67,7 @@ def test_ranks_tensors_and_json(files: Path, capsys: Capture) -> None:
 
 def test_histogram(tmp_path: Path, capsys: Capture) -> None:
     deltas = np.float32([0, 1, -1.5, 1, 1, 8])
-    save(Adapter([SparseTensor("w", (3, 4), range(6), deltas, meaning="delta")]), tmp_path / "a.st")
+    save(Adapter([SparseTensor("w", (3, 4), range(6), deltas, value_kind="delta")]), tmp_path / "a.st")
     assert 0 == run(tmp_path / "a.st", "--histogram")
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("|delta| from  entries    share")
@@ -130,8 +130,8 @@ def test_lora_beside_it(tmp_path: Path, capsys: Capture) -> None:
 
 def test_whole_tensors_of_both_are_told(files: Path, capsys: Capture) -> None:
     at, one = [1, 11], np.float32([1, 1])
-    other = SparseTensor("b", (2, 6), at, one, meaning="delta")
-    save(Adapter([other, SparseTensor(UP, (3, 4), at, one, meaning="delta")]), files / "c.st")
+    other = SparseTensor("b", (2, 6), at, one, value_kind="delta")
+    save(Adapter([other, SparseTensor(UP, (3, 4), at, one, value_kind="delta")]), files / "c.st")
     assert 0 == run(files / "a.st", files / "c.st")
     assert "not both at once, for one replaces them as a whole: b\n" in capsys.readouterr().out
     assert 0 == run(files / "a.st", files / "c.st", "--json")
@@ -144,7 +144,9 @@ def test_wide_weights_take_little_memory(tmp_path: Path) -> None:
     for seed in (1, 2):
         places = np.unique(np.random.default_rng(seed).integers(0, 1 << 32, 50))
         deltas = np.ones(places.size, np.float32)
-        save(Adapter([SparseTensor("w", (4, 1 << 30), places, deltas, meaning="delta")]), tmp_path / f"{seed}.st")
+        save(
+            Adapter([SparseTensor("w", (4, 1 << 30), places, deltas, value_kind="delta")]), tmp_path / f"{seed}.st"
+        )
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); "
         "from shira_cli.measure import main; sys.exit(main(sys.argv[1:]))"

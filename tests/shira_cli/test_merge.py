@@ -17,13 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert, merge
 from shira_cli.merge import ALGEBRA
-from shira_format import Adapter, SparseTensor, WholeTensor, load, save
-from shira_format.arrays import digest
+from shira_format import Adapter, DenseTensor, SparseTensor, load, save
+from shira_format._core.arrays import digest
 from shira_format.convert import lora_to_shira
+from shira_format.live import apply
 from shira_format.merge import METHODS
 from shira_format.merge import merge as merge_files
 from shira_format.merge.differing import differences
-from shira_format.switch import apply
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -168,8 +168,8 @@ def test_one_adapter_alone(files: Path) -> None:
 def test_notes_and_whole_tensors(files: Path, capsys: Capture) -> None:
     for name, license_ in (("a", "mit"), ("b", "apache-2.0")):
         one = load(files / f"{name}.st")
-        whole = [WholeTensor("b\u202e", np.float32([1]))]
-        save(Adapter(dict(one), whole=whole, manifest={"license": license_}), files / f"{name}2.st")
+        whole = [DenseTensor("b\u202e", np.float32([1]))]
+        save(Adapter(dict(one), dense=whole, manifest={"license": license_}), files / f"{name}2.st")
     arguments = (files / "a2.st", files / "b2.st", "-o", files / "ab.st", "--force")
     assert 0 == run(*arguments)
     out, err = capsys.readouterr()
@@ -285,7 +285,7 @@ def test_a_report_does_not_come_without_its_merge(
 
 
 def test_moments(real: Path, tmp_path: Path, capsys: Capture) -> None:
-    from shira_analysis.moments import Moment, Moments
+    from shira_format.calibration.moments import Moment, Moments
 
     name = "encoder.layer.0.attention.self.query.weight"
     width = load(real / "spam.st")[name].shape[1]
@@ -368,8 +368,8 @@ def test_algebra_with_names_chosen(files: Path, capsys: Capture) -> None:
 
 
 def test_what_an_inverse_removes(files: Path) -> None:
-    new = [WholeTensor(name, np.float32([1])) for name in ("new", "more")]
-    save(Adapter(dict(load(files / "a.st")), whole=new), files / "grown.st")
+    new = [DenseTensor(name, np.float32([1])) for name in ("new", "more")]
+    save(Adapter(dict(load(files / "a.st")), dense=new), files / "grown.st")
     assert 0 == run(files / "grown.st", "-o", files / "undo.st", "--method", "invert", "--quiet")
     assert ("new", "more") == load(files / "undo.st").removed
     assert 0 == run(
@@ -457,7 +457,7 @@ def test_refusals(files: Path, capsys: Capture) -> None:
     (files / "bad.st").write_bytes(data)
     save(Adapter([SparseTensor(X, (3, 5), [1], np.float32([1]), base=np.float32([1]))]), files / "wide.st")
     save(Adapter([SparseTensor(X, (3, 4), [1], np.float32([1]), base=np.float32([7]))]), files / "else.st")
-    save(Adapter([SparseTensor(X, (3, 4), [1], meaning="none", dtype=np.float32)]), files / "mask.st")
+    save(Adapter([SparseTensor(X, (3, 4), [1], value_kind="none", dtype=np.float32)]), files / "mask.st")
     before = contents(files)
     none = files / "none" / "x.st"
     for arguments, reason in (

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
-from shira_analysis.calibration import batches, read_texts
-from shira_analysis.moments import Moments
 from shira_cli import convert, measure, moments
 from shira_format import SourceError
+from shira_format.calibration.moments import Moments
+from shira_format.calibration.texts import batches, read_texts
 from tests import models
 
 Capture = pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert
-from shira_format import Adapter, SparseTensor, WholeTensor, load, save
+from shira_format import Adapter, DenseTensor, SparseTensor, load, save
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.arange(1, 31, dtype=np.float32).reshape(5, 6)
@@ -126,9 +126,9 @@ def test_bad_input_is_one_line(peft: Path, tmp_path: Path, capsys: Capture) -> N
 
 def test_what_is_not_known_is_said(tmp_path: Path, capsys: Capture) -> None:
     indices = np.arange(0, 22, 2)
-    deltas = SparseTensor("a.weight", (5, 6), indices, np.ones(11, np.float32), meaning="delta")
-    whole = [WholeTensor("h.bias", np.float32([1]))]
-    save(Adapter([deltas], whole=whole, manifest={"alpha": 0.5}), tmp_path / "a.st")
+    deltas = SparseTensor("a.weight", (5, 6), indices, np.ones(11, np.float32), value_kind="delta")
+    whole = [DenseTensor("h.bias", np.float32([1]))]
+    save(Adapter([deltas], dense=whole, manifest={"alpha": 0.5}), tmp_path / "a.st")
     assert 0 == run("shira_to_peft", tmp_path / "a.st", "-o", tmp_path / "out")
     out, err = capsys.readouterr()
     assert ["a", "5x6", "11", "0", "not", "known"] == out.splitlines()[1].split()

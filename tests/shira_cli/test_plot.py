@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from shira_analysis.deltas import open_deltas
 from shira_analysis.figures.records import from_csv
-from shira_analysis.measures import measure
-from shira_analysis.moments import Moment, Moments
-from shira_analysis.pairs import measure_pairs
+from shira_analysis.measures.adapter import measure
+from shira_analysis.measures.deltas import open_deltas
+from shira_analysis.measures.pairs import measure_pairs
 from shira_cli import plot
 from shira_format import Adapter, SparseTensor, save
-from shira_format.arrays import digest
+from shira_format._core.arrays import digest
+from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from tests import models

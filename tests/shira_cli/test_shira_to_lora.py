@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert
-from shira_format import Adapter, SparseTensor, WholeTensor, save
-from shira_format.arrays import digest
+from shira_format import Adapter, DenseTensor, SparseTensor, save
+from shira_format._core.arrays import digest
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.zeros((3, 4), np.float32)
@@ -24,7 +24,7 @@ def adapter(tmp_path: Path) -> Path:
     save_file({"w.weight": BASE, "n.weight": np.ones(2, np.float32)}, tmp_path / "base.safetensors")
     seen = digest(np.zeros(3, np.float32))
     tensor = SparseTensor("w.weight", (3, 4), [1, 4, 11], np.float32([3, 2, 1]), base_digest=seen)
-    save(Adapter([tensor], whole=[WholeTensor("n.weight", np.float32([5, 6]))]), tmp_path / "a.st")
+    save(Adapter([tensor], dense=[DenseTensor("n.weight", np.float32([5, 6]))]), tmp_path / "a.st")
     return tmp_path / "a.st"
 
 
@@ -67,7 +67,7 @@ def test_energy_json_and_warnings(adapter: Path, tmp_path: Path, capsys: Capture
         totals["adapter_bytes"], totals["folder_bytes"],
     )  # fmt: skip
     assert ["n.weight"] == report["modules_to_save"]
-    flat = SparseTensor("w.weight", (9, 9), np.arange(9) * 10, np.ones(9, np.float32), meaning="delta")
+    flat = SparseTensor("w.weight", (9, 9), np.arange(9) * 10, np.ones(9, np.float32), value_kind="delta")
     save(Adapter([flat]), tmp_path / "flat.st")
     arguments = ("shira_to_lora", tmp_path / "flat.st", "--rank", 2, "-o", folder, "--dry-run")
     assert 0 == run(*arguments)

@@ -27,7 +27,7 @@ def adapters(tmp_path: Path) -> list[Path]:
     for number in range(2):
         values = np.float32([1, -2, 3, 5]) / 8
         places = np.array([0, 7, 9, 15]) + [0, 0, 0, 4 * number]
-        tensor = SparseTensor("w\u202e", (5, 4), places, values, meaning="delta")
+        tensor = SparseTensor("w\u202e", (5, 4), places, values, value_kind="delta")
         paths.append(tmp_path / f"{number}.st")
         save(Adapter([tensor]), paths[-1])
     return paths

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format import Adapter, SparseTensor, WholeTensor, load, save
-from shira_format.arrays import Array
+from shira_format import Adapter, DenseTensor, SparseTensor, load, save
+from shira_format._core.arrays import Array
 from tests.strategies import adapters
 
 
@@ -40,27 +40,27 @@ def test_the_mapping_keeps_the_order() -> None:
 
 def test_an_adapter_is_empty_by_default() -> None:
     adapter = Adapter()
-    assert ([], {}, {}) == (list(adapter), dict(adapter.whole), adapter.manifest)
+    assert ([], {}, {}) == (list(adapter), dict(adapter.dense), adapter.manifest)
     assert "Adapter(0 sparse tensors, 0 whole tensors)" == repr(adapter)
     assert "Adapter(1 sparse tensors, 1 whole tensors)" == repr(
-        Adapter([tensor("w")], whole=[WholeTensor("b", f32(1))])
+        Adapter([tensor("w")], dense=[DenseTensor("b", f32(1))])
     )
     with pytest.raises(TypeError, match="unhashable"):
         hash(adapter)
 
 
 def test_mappings_are_taken_as_they_are() -> None:
-    tensors, whole = {"w": tensor("w")}, {"b": WholeTensor("b", f32(1))}
-    adapter = Adapter(tensors, whole=whole)
+    tensors, whole = {"w": tensor("w")}, {"b": DenseTensor("b", f32(1))}
+    adapter = Adapter(tensors, dense=whole)
     assert tensors["w"] is adapter["w"]
-    assert whole["b"] is adapter.whole["b"]
+    assert whole["b"] is adapter.dense["b"]
 
 
 def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="two tensors are named 'w'"):
         Adapter([tensor("w"), tensor("w", 2)])
     with pytest.raises(ValueError, match="two tensors are named 'b'"):
-        Adapter(whole=[WholeTensor("b", f32(1)), WholeTensor("b", f32(1))])
+        Adapter(dense=[DenseTensor("b", f32(1)), DenseTensor("b", f32(1))])
 
 
 @pytest.mark.parametrize(
@@ -84,27 +84,27 @@ def test_the_manifest_is_a_copy() -> None:
 
 @given(adapter=adapters(), random=st.randoms())
 def test_equality_sees_content_alone(adapter: Adapter, random: Any) -> None:
-    names, whole = list(adapter), list(adapter.whole)
+    names, whole = list(adapter), list(adapter.dense)
     random.shuffle(names)
     random.shuffle(whole)
     alpha = {"alpha": adapter.alpha, "removed": list(adapter.removed)}
     same = Adapter(
         [adapter[name] for name in names],
-        whole=[adapter.whole[name] for name in whole],
+        dense=[adapter.dense[name] for name in whole],
         manifest={"description": "another", "writer": "me"} | alpha,
     )
     assert adapter == same
     assert adapter == pickle.loads(pickle.dumps(adapter))
-    assert adapter != Adapter(adapter, whole=adapter.whole, manifest=alpha | {"alpha": adapter.alpha + 1})
-    assert adapter != Adapter([*adapter.values(), tensor("new")], whole=adapter.whole, manifest=alpha)
-    assert adapter != Adapter(adapter, whole=[*adapter.whole.values(), WholeTensor("new", f32(1))], manifest=alpha)
+    assert adapter != Adapter(adapter, dense=adapter.dense, manifest=alpha | {"alpha": adapter.alpha + 1})
+    assert adapter != Adapter([*adapter.values(), tensor("new")], dense=adapter.dense, manifest=alpha)
+    assert adapter != Adapter(adapter, dense=[*adapter.dense.values(), DenseTensor("new", f32(1))], manifest=alpha)
     assert adapter != dict(adapter)
 
 
 def test_adapters_that_differ_in_a_value() -> None:
-    whole = [WholeTensor("b", f32(1))]
-    assert Adapter([tensor("w")], whole=whole) != Adapter([tensor("w", 3)], whole=whole)
-    assert Adapter([tensor("w")], whole=whole) != Adapter([tensor("w")], whole=[WholeTensor("b", f32(-1))])
+    whole = [DenseTensor("b", f32(1))]
+    assert Adapter([tensor("w")], dense=whole) != Adapter([tensor("w", 3)], dense=whole)
+    assert Adapter([tensor("w")], dense=whole) != Adapter([tensor("w")], dense=[DenseTensor("b", f32(-1))])
     assert Adapter([tensor("w")]) != Adapter([tensor("v")])
 
 
@@ -114,11 +114,11 @@ def test_equality_does_not_see_the_codec(tmp_path: Path, adapter: Adapter) -> No
     save(adapter, tmp_path / "a.st", block_size=16)
     backwards = list(adapter.values())[::-1]
     save(
-        Adapter(backwards, whole=adapter.whole, manifest=adapter.manifest),
+        Adapter(backwards, dense=adapter.dense, manifest=adapter.manifest),
         tmp_path / "b.st",
     )
     assert load(tmp_path / "a.st") == load(tmp_path / "b.st")
-    masks = [SparseTensor(t.name, t.shape, t.indices, meaning="none") for t in adapter.values()]
+    masks = [SparseTensor(t.name, t.shape, t.indices, value_kind="none") for t in adapter.values()]
     save(Adapter(masks), tmp_path / "m.masks")
     save(adapter, tmp_path / "c.st", masks=tmp_path / "m.masks")
     assert adapter == load(tmp_path / "c.st")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from shira_format import Adapter, AdapterWriter, SparseTensor, load, save
-from shira_format.container import atomic
+from shira_format.storage import atomic
 
 
 def tensor(name: str = "w", count: int = 1000) -> SparseTensor:

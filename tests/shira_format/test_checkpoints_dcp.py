@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from shira_format import SourceError
-from shira_format.arrays import as_array
+from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.tensors import same_bits
 from tests import models

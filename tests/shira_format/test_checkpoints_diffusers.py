@@ -19,9 +19,9 @@ from safetensors.torch import save_file as save_torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from shira_format import FormatError, SourceError
-from shira_format.arrays import as_array
+from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
-from shira_format.checkpoints.naming import Weights, is_index, usual_weights
+from shira_format.storage.weight_files import Weights, is_index, usual_weights
 from shira_format.tensors import same_bits
 
 PARTS = ("text_encoder", "unet", "vae")

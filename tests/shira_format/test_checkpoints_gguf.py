@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira_format import SourceError
-from shira_format.arrays import Array, as_array
+from shira_format._core.arrays import Array, as_array
 from shira_format.checkpoints import gguf as layout
 from shira_format.checkpoints import open_checkpoint
 from shira_format.checkpoints.gguf_names import ARCHITECTURES

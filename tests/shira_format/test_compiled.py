@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shira_format import SparseTensor, compiled
-from shira_format.arrays import Array, bits
+from shira_format import SparseTensor
+from shira_format._core import compiled
+from shira_format._core.arrays import Array, bits
 
 RISING = st.sets(st.integers(0, 60), max_size=30).map(lambda some: np.array(sorted(some), np.int64))
 
@@ -76,7 +77,7 @@ def test_laying(kernels: str, dtype: str, several: bool) -> None:
         at = np.sort(random.choice(size, count, replace=False)).astype(np.int64)
         new = _any_bits(random, dtype, count)
         factors = random.choice([0.0, 0.5], count).astype(np.float32) if several else np.full(1, 0.5, np.float32)
-        assert compiled.lay(at, new, truth[at], factors, values, base, known, times) == -1
+        assert compiled.scatter(at, new, truth[at], factors, values, base, known, times) == -1
         laid = np.flatnonzero(np.broadcast_to(factors, count))
         expected[at[laid]], seen[at] = new[laid], True
         counted[at[laid]] += 1
@@ -86,4 +87,4 @@ def test_laying(kernels: str, dtype: str, several: bool) -> None:
     assert np.array_equal(times, counted)
     other = truth[at].copy()
     other.view(np.uint8)[:1] ^= 1
-    assert compiled.lay(at, new, other, factors, values, base, known, times) == 0
+    assert compiled.scatter(at, new, other, factors, values, base, known, times) == 0

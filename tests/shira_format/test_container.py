@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import shira_format
-from shira_format import Adapter, AdapterFile, AdapterWriter, FormatError, SparseTensor, WholeTensor, load, save
-from shira_format.arrays import Array, as_array, bits
-from shira_format.codecs import CODECS, encode_smallest
-from shira_format.container import writer as writer_module
-from shira_format.dtypes import DTYPES
-from shira_format.manifest import METADATA_KEY
-from shira_format.safetensors_file import SafetensorsFile
+from shira_format import Adapter, AdapterFile, AdapterWriter, DenseTensor, FormatError, SparseTensor, load, save
+from shira_format._core.arrays import Array, as_array, bits
+from shira_format._core.dtypes import DTYPES
+from shira_format.format import writer as writer_module
+from shira_format.format.codecs import CODECS, encode_smallest
+from shira_format.format.manifest import METADATA_KEY
+from shira_format.storage.safetensors_file import SafetensorsFile
 from tests.strategies import adapters, any_bits, json_values, sparse_tensors
 
 BLOCK_SIZES = st.sampled_from([16, 64, 4096])
@@ -62,7 +62,7 @@ def grown(name: str) -> SparseTensor:
 
 def read_all(path: Path, *, verify: bool = True) -> Adapter:
     adapter = load(path, verify=verify)
-    return Adapter(dict(adapter), whole=dict(adapter.whole), manifest=adapter.manifest)
+    return Adapter(dict(adapter), dense=dict(adapter.dense), manifest=adapter.manifest)
 
 
 # Round trips
@@ -77,7 +77,7 @@ def test_what_is_saved_is_loaded(folder: Path, adapter: Adapter, block_size: int
         found = load(path, verify=verify)
         assert adapter == found
         assert list(adapter) == list(found)
-        assert list(adapter.whole) == list(found.whole)
+        assert list(adapter.dense) == list(found.dense)
     assert adapter.manifest == {key: value for key, value in found.manifest.items() if key in adapter.manifest}
     save(adapter, again, block_size=block_size)
     assert path.read_bytes() == again.read_bytes()
@@ -93,8 +93,8 @@ def test_what_nobody_knows_is_kept(folder: Path, adapter: Adapter, extra: Any, n
     with AdapterWriter(path, {"x-1": extra, "source": {"kind": "lora", "x": extra}}) as writer:
         for tensor in adapter.values():
             writer.add(tensor, {"x-2": note, "energy_kept": 0.5, "nnz": -1, "name": "not this"})
-        for whole in adapter.whole.values():
-            writer.add_whole(whole, {"x-2": note})
+        for whole in adapter.dense.values():
+            writer.add_dense(whole, {"x-2": note})
     save(load(path), path)
     manifest = load(path).manifest
     assert extra == manifest["x-1"]
@@ -196,17 +196,17 @@ def test_streams_are_aligned(folder: Path, adapter: Adapter, block_size: int) ->
 
 
 def test_loaded_tensors_are_read_when_asked_for(tmp_path: Path) -> None:
-    whole = WholeTensor("b", f32(1, 2))
-    save(Adapter([entries("w", 5), entries("v", 5, seed=1)], whole=[whole]), tmp_path / "a.st")
+    whole = DenseTensor("b", f32(1, 2))
+    save(Adapter([entries("w", 5), entries("v", 5, seed=1)], dense=[whole]), tmp_path / "a.st")
     damage(tmp_path / "a.st", "w#values")
     adapter = load(tmp_path / "a.st")
     assert ["w", "v"] == list(adapter)
-    assert ["b"] == list(adapter.whole)
-    assert (2, 1) == (len(adapter), len(adapter.whole))
-    assert ("w" in adapter, "b" in adapter, "b" in adapter.whole) == (True, False, True)
-    assert whole == adapter.whole["b"]
+    assert ["b"] == list(adapter.dense)
+    assert (2, 1) == (len(adapter), len(adapter.dense))
+    assert ("w" in adapter, "b" in adapter, "b" in adapter.dense) == (True, False, True)
+    assert whole == adapter.dense["b"]
     assert entries("v", 5, seed=1) == adapter["v"]
-    for mapping in (adapter, adapter.whole):
+    for mapping in (adapter, adapter.dense):
         with pytest.raises(KeyError):
             mapping["missing"]
     with pytest.raises(FormatError) as caught:
@@ -230,8 +230,8 @@ def damage(path: Path, stream: str, byte: int = 0) -> None:
 @pytest.mark.parametrize("stream", ["w#values", "w#base", "w#indices", "w#blocks", "r#rows", "b", "b#base"])
 def test_damage_is_found_by_digest(tmp_path: Path, stream: str) -> None:
     path = tmp_path / "a.st"
-    whole = WholeTensor("b", f32(1, 2), base=f32(3, 4))
-    save(Adapter([entries("w", 50), grown("r")], whole=[whole]), path, block_size=16)
+    whole = DenseTensor("b", f32(1, 2), base=f32(3, 4))
+    save(Adapter([entries("w", 50), grown("r")], dense=[whole]), path, block_size=16)
     read_all(path)
     damage(path, stream)
     with pytest.raises(FormatError) as caught:
@@ -254,8 +254,8 @@ def seeds() -> list[bytes]:
     one = entries("g", 40)
     tensors = [
         one,
-        SparseTensor("v", (30_000, 40_000), few, f32(1, 2), meaning="delta"),
-        SparseTensor("s", (30, 20), rows, meaning="none"),
+        SparseTensor("v", (30_000, 40_000), few, f32(1, 2), value_kind="delta"),
+        SparseTensor("s", (30, 20), rows, value_kind="none"),
         SparseTensor("h", one.shape, one.indices, one.values, base_digest=one.base_digest),
         grown("r"),
         SparseTensor("d", (4, 2), [0, 3], f32(1, 2), base=f32(3, 4), rows=2),
@@ -265,7 +265,7 @@ def seeds() -> list[bytes]:
         for some in (tensors, tensors[1:2], []):
             manifest = {"removed": ["x"]} if some else {}
             save(
-                Adapter(some, whole=[WholeTensor("b", f32(1))], manifest=manifest),
+                Adapter(some, dense=[DenseTensor("b", f32(1))], manifest=manifest),
                 Path(name) / "a.st",
                 block_size=16,
             )
@@ -314,7 +314,7 @@ def test_damaged_files_are_refused_or_valid(
             shape=tensor.shape,
             indices=tensor.indices,
             values=tensor._values,
-            meaning=tensor.meaning,
+            value_kind=tensor.value_kind,
             dtype=tensor.dtype,
             base=tensor.base,
             base_digest=tensor.base_digest,
@@ -410,12 +410,12 @@ if sys.platform == "linux":  # elsewhere files are not sparse of themselves
         adapter = load(tmp_path / "huge.st")
         assert small == adapter["small"]
         assert ["first", "small"] == list(adapter)
-        assert (adapter.alpha, len(adapter.whole)) == (1.0, 1)
+        assert (adapter.alpha, len(adapter.dense)) == (1.0, 1)
         assert resident() - before < 32 << 20
         assert time.monotonic() - started < 5
         unverified = load(tmp_path / "huge.st", verify=False)
-        assert HUGE == unverified.whole["last"].values.size
-        assert 0 == unverified.whole["last"].values[-1]
+        assert HUGE == unverified.dense["last"].values.size
+        assert 0 == unverified.dense["last"].values[-1]
         with pytest.raises(FormatError) as caught:
             unverified["first"]
         assert "count-mismatch" == caught.value.rule
@@ -448,7 +448,7 @@ def test_the_writer_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     def write_whole(number: int) -> None:
         with AdapterWriter(tmp_path / "b.st") as writer:
             for seed in range(number):
-                writer.add_whole(WholeTensor(f"b{seed}", np.full(4 * count, seed, np.float32)))
+                writer.add_dense(DenseTensor(f"b{seed}", np.full(4 * count, seed, np.float32)))
 
     write(1)
     few, many = (peak(lambda n=n: write(n)) for n in (3, 50))  # type: ignore[misc]
@@ -499,11 +499,11 @@ def test_equal_indices_of_other_shapes_are_not_shared(tmp_path: Path) -> None:
 @pytest.fixture
 def masked(tmp_path: Path) -> Path:
     """An adapter of three tensors, two of them with the entries of a mask file."""
-    masks = [SparseTensor(t.name, t.shape, t.indices, meaning="none") for t in same_entries("a", "b")]
-    masks[1] = SparseTensor("b", (100, 100), np.arange(0, 10_000, 101), meaning="none")  # the diagonal
+    masks = [SparseTensor(t.name, t.shape, t.indices, value_kind="none") for t in same_entries("a", "b")]
+    masks[1] = SparseTensor("b", (100, 100), np.arange(0, 10_000, 101), value_kind="none")  # the diagonal
     save(Adapter([*masks, entries("c", 9)]), tmp_path / "style.masks")
     (a,) = same_entries("a")
-    b = SparseTensor("b", (100, 100), masks[1].indices, np.ones(100, np.float32), meaning="delta")
+    b = SparseTensor("b", (100, 100), masks[1].indices, np.ones(100, np.float32), value_kind="delta")
     save(Adapter([a, b, entries("c", 10)]), tmp_path / "a.st", masks=tmp_path / "style.masks")
     return tmp_path / "a.st"
 
@@ -549,14 +549,14 @@ def test_a_mask_file_is_needed_and_checked(masked: Path, tmp_path: Path) -> None
 
 
 def test_a_mask_file_that_fits_nothing_is_not_named(tmp_path: Path) -> None:
-    save(Adapter([SparseTensor("x", (9,), [1], meaning="none")]), tmp_path / "m.masks")
+    save(Adapter([SparseTensor("x", (9,), [1], value_kind="none")]), tmp_path / "m.masks")
     save(Adapter(same_entries("a")), tmp_path / "a.st", masks=tmp_path / "m.masks")
     save(Adapter(same_entries("a")), tmp_path / "b.st")
     assert (tmp_path / "a.st").read_bytes() == (tmp_path / "b.st").read_bytes()
 
 
 def test_shared_tensors_of_a_mask_file_are_no_target(tmp_path: Path) -> None:
-    masks = [SparseTensor(t.name, t.shape, t.indices, meaning="none") for t in same_entries("a", "b")]
+    masks = [SparseTensor(t.name, t.shape, t.indices, value_kind="none") for t in same_entries("a", "b")]
     save(Adapter(masks), tmp_path / "m.masks")
     save(Adapter(same_entries("a", "b")), tmp_path / "a.st", masks=tmp_path / "m.masks")
     found = load(tmp_path / "a.st")
@@ -571,7 +571,7 @@ def test_shared_tensors_of_a_mask_file_are_no_target(tmp_path: Path) -> None:
 def test_names_that_are_not_allowed(tmp_path: Path, name: str) -> None:
     for adapter in (
         Adapter([SparseTensor(name, (2,), [0], f32(1), base=f32(0))]),
-        Adapter(whole=[WholeTensor(name, f32(1))]),
+        Adapter(dense=[DenseTensor(name, f32(1))]),
     ):
         with pytest.raises(FormatError) as caught:
             save(adapter, tmp_path / "a.st")
@@ -587,9 +587,9 @@ def unknown_base() -> SparseTensor:
     ("add", "rule"),
     [
         (lambda writer: writer.add(entries("w", 3)), "duplicate-name"),
-        (lambda writer: writer.add(SparseTensor("w", (2,), [0], meaning="none")), "duplicate-name"),
-        (lambda writer: writer.add_whole(WholeTensor("w", f32(1))), "duplicate-name"),
-        (lambda writer: writer.add_whole(WholeTensor("w#values", f32(1))), "duplicate-name"),
+        (lambda writer: writer.add(SparseTensor("w", (2,), [0], value_kind="none")), "duplicate-name"),
+        (lambda writer: writer.add_dense(DenseTensor("w", f32(1))), "duplicate-name"),
+        (lambda writer: writer.add_dense(DenseTensor("w#values", f32(1))), "duplicate-name"),
         (lambda writer: writer.add(SparseTensor("v", (2,), [0], f32(1))), "manifest-schema"),
         (
             lambda writer: writer.add(SparseTensor("v", (2,), [0], f32(1), base_digest="0" * 63)),
@@ -636,15 +636,15 @@ def test_a_refused_tensor_leaves_nothing_behind(folder: Path, tensor: SparseTens
                 with pytest.raises(FormatError):
                     add(writer)
             writer.add(tensor)
-            writer.add_whole(WholeTensor("b", f32(1)))
+            writer.add_dense(DenseTensor("b", f32(1)))
         return path.read_bytes()
 
     digest_only = SparseTensor("u", (100, 100), entries("", 300).indices, entries("", 300).values)
-    taken = SparseTensor("w", tensor.shape, tensor.indices, np.ones(tensor.nnz, np.float16), meaning="delta")
+    taken = SparseTensor("w", tensor.shape, tensor.indices, np.ones(tensor.nnz, np.float16), value_kind="delta")
     refused: list[Callable[[AdapterWriter], object]] = [
         lambda writer: writer.add(digest_only),
         lambda writer: writer.add(taken),
-        lambda writer: writer.add_whole(WholeTensor("w#values", f32(1), base=f32(2))),
+        lambda writer: writer.add_dense(DenseTensor("w#values", f32(1), base=f32(2))),
     ]
     assert write(folder / "clean.st", []) == write(folder / "clean.st", refused)
     assert tensor == load(folder / "clean.st")["v"]
@@ -695,10 +695,10 @@ def test_unaligned_streams_are_read(folder: Path, data: st.DataObject) -> None:
 
 
 def test_an_open_file_gives_tensors_one_by_one(tmp_path: Path) -> None:
-    save(Adapter([entries("w", 30)], whole=[WholeTensor("b", f32(1))]), tmp_path / "a.st")
+    save(Adapter([entries("w", 30)], dense=[DenseTensor("b", f32(1))]), tmp_path / "a.st")
     file = AdapterFile(tmp_path / "a.st")
     assert entries("w", 30) == file.sparse("w")
-    assert WholeTensor("b", f32(1)) == file.whole("b")
+    assert DenseTensor("b", f32(1)) == file.dense("b")
     assert entries("w", 30).indices.tolist() == file.indices(file.manifest.tensors["w"]).tolist()
     assert set(CODECS) >= {file.manifest.tensors["w"].codec}
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira_format import ShiraError, SourceError, load
-from shira_format.arrays import as_array, digest
+from shira_format._core.arrays import as_array, digest
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import LoraJob, convert, lora_to_shira
-from shira_format.convert.lora import opened
+from shira_format.convert.lora import lora_inputs
 from shira_format.lora import Lora, LowRank, open_lora
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
@@ -63,7 +63,7 @@ def test_trained_biases_of_a_lora_are_added_once(dtype: torch.dtype, tmp_path: P
     report = lora_to_shira(lora, base, tmp_path / "a.st", self_contained=True)
     bias = load_file(lora / "adapter_model.safetensors")["base_model.model.wide.lora_B.bias"]
     before = load_file(base / "model.safetensors")["wide.bias"]
-    whole = load(tmp_path / "a.st").whole["wide.bias"]
+    whole = load(tmp_path / "a.st").dense["wide.bias"]
     assert ["wide.bias"] == report.whole
     assert same_bits(as_array((before.float() + bias * np.float32(5 / 3)).to(dtype)), whole.values)
     assert whole.base is not None
@@ -78,7 +78,7 @@ def test_replaced_and_new_tensors(tmp_path: Path) -> None:
         if not known:
             save_file({n: t for n, t in state.items() if n != "head.weight"}, base / "model.safetensors")
         report = lora_to_shira(lora, base, tmp_path / f"{number}.st")
-        whole = load(tmp_path / f"{number}.st").whole["head.weight"]
+        whole = load(tmp_path / f"{number}.st").dense["head.weight"]
         assert ["head.weight"] == report.whole
         # In the base's dtype if the base has the tensor, else as it came.
         assert same_bits(as_array(head.bfloat16() if known else head), whole.values)
@@ -212,7 +212,7 @@ def test_tensors_that_are_named_twice(tmp_path: Path) -> None:
         before = sorted(tmp_path.iterdir())
         with pytest.raises(ShiraError, match=reason):
             job = LoraJob("unused", str(base))
-            convert(job, tmp_path / "a.st", rule=TopK(), opened=opened(source, checkpoint))
+            convert(job, tmp_path / "a.st", rule=TopK(), opened=lora_inputs(source, checkpoint))
         assert before == sorted(tmp_path.iterdir())
 
 

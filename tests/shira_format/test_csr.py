@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from scipy import sparse
 
-from shira_format import Adapter, BaseMismatch, ShiraError, SourceError, SparseTensor, WholeTensor, load, save
-from shira_format.arrays import Array, digest
+from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceError, SparseTensor, load, save
+from shira_format._core.arrays import Array, digest
+from shira_format._core.dtypes import FLOATS, working_dtype
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
-from shira_format.csr import csr_to_shira, shira_to_csr
-from shira_format.csr.folder import file_names
-from shira_format.csr.matrix import MAX_ROWS
-from shira_format.dtypes import FLOATS, working_dtype
+from shira_format.convert.csr import csr_to_shira, shira_to_csr
+from shira_format.convert.csr.folder import file_names
+from shira_format.convert.csr.matrix import MAX_ROWS
 from shira_format.selection import TopK
 from shira_format.tensors import matrix_view, same_bits
 from tests import models
@@ -48,12 +48,12 @@ def f32(*values: float) -> Array:
 
 def everything(path: Path) -> Adapter:
     adapter = load(path)
-    return Adapter(dict(adapter), whole=dict(adapter.whole), manifest=adapter.manifest)
+    return Adapter(dict(adapter), dense=dict(adapter.dense), manifest=adapter.manifest)
 
 
 def export(folder: Path, *tensors: SparseTensor, whole: Any = (), manifest: Any = None, **options: Any) -> Path:
     """The folder of the matrices of an adapter of these."""
-    save(Adapter(tensors, whole=whole, manifest=manifest), folder / "a.st")
+    save(Adapter(tensors, dense=whole, manifest=manifest), folder / "a.st")
     shira_to_csr(folder / "a.st", folder / "csr", **options)
     return folder / "csr"
 
@@ -124,7 +124,7 @@ def targets(*, self_contained: bool = False, values: Array | None = None) -> Spa
 
 def exportable(tensor: SparseTensor, values: str) -> bool:
     few_rows = matrix_view(tensor.shape)[0] <= max(MAX_ROWS, 8 * tensor.nnz)
-    return few_rows and (tensor.meaning in (values, "none") or tensor.base is not None)
+    return few_rows and (tensor.value_kind in (values, "none") or tensor.base is not None)
 
 
 @given(adapters(), VALUES)
@@ -159,18 +159,18 @@ def test_the_matrix_is_the_dense_change(tensor: SparseTensor, values: Any) -> No
     assert tensor.nnz == matrix.nnz
     dense = np.zeros(tensor.shape, np.float64)
     with np.errstate(all="ignore"):
-        if tensor.meaning == "none":
+        if tensor.value_kind == "none":
             entries = np.ones(tensor.nnz)
         elif values == "target":
-            entries = tensor.values if tensor.meaning == "target" else tensor.applied(tensor.base)
+            entries = tensor.values if tensor.value_kind == "target" else tensor.applied(tensor.base)
         else:
-            entries = tensor.values if tensor.meaning == "delta" else tensor.delta()
+            entries = tensor.values if tensor.value_kind == "delta" else tensor.delta()
         dense.reshape(-1)[tensor.indices] = entries.astype(matrix.dtype)
-    assert (working_dtype(tensor.dtype) == matrix.dtype) or tensor.meaning == "delta"
+    assert (working_dtype(tensor.dtype) == matrix.dtype) or tensor.value_kind == "delta"
     np.testing.assert_array_equal(matrix.toarray(), dense.reshape(matrix_view(tensor.shape)))
 
 
-@given(sparse_tensors(shapes=small_shapes(), meaning=st.just("target"), dtypes=float_dtypes))
+@given(sparse_tensors(shapes=small_shapes(), value_kind=st.just("target"), dtypes=float_dtypes))
 def test_targets_need_no_original(tensor: SparseTensor) -> None:
     """The matrix and the digests in ``index.json`` say it all, but for what is in a NaN."""
     with tempfile.TemporaryDirectory() as name:
@@ -197,9 +197,9 @@ def patch(*, self_contained: bool) -> list[SparseTensor]:
 
 
 def test_patches_come_back(tmp_path: Path, base: Path) -> None:
-    whole = [WholeTensor("new", np.arange(5, dtype=np.int64))]
+    whole = [DenseTensor("new", np.arange(5, dtype=np.int64))]
     folder = export(
-        tmp_path, *patch(self_contained=False), whole=whole, manifest={"removed": ["w", "x"]}, base=base
+        tmp_path, *patch(self_contained=False), dense=whole, manifest={"removed": ["w", "x"]}, base=base
     )
     found = back(folder)
     assert everything(tmp_path / "a.st") == found
@@ -243,7 +243,7 @@ def test_a_real_lora(tmp_path: Path) -> None:
     csr_to_shira(tmp_path / "csr", tmp_path / "c.st", base=models.minilm(), self_contained=True)
     full = everything(tmp_path / "c.st")
     assert all(full[name].base is not None for name in full)
-    assert all(same_bits(checkpoint[name], full.whole[name].base) for name in full.whole if name in checkpoint)
+    assert all(same_bits(checkpoint[name], full.dense[name].base) for name in full.dense if name in checkpoint)
     # And the other way: from the folder of a self-contained adapter nothing else is needed.
     shira_to_csr(tmp_path / "c.st", tmp_path / "csr-2")
     assert full == back(tmp_path / "csr-2")
@@ -258,7 +258,7 @@ def test_changed_deltas_with_the_base_become_targets(with_base: bool, tmp_path: 
     edit_matrix(folder, times_two)
     found = back(folder, base=base if with_base else None)["w"]
     # 1 + 2 * 0.5, and the bits of entries whose deltas did not change: 6 + float32(1e-9 - 6) is 0
-    assert ("target", FLOATS["F32"]) == (found.meaning, found.dtype)
+    assert ("target", FLOATS["F32"]) == (found.value_kind, found.dtype)
     assert same_bits(f32(2, 1e-9, -11), found.values)
     assert same_bits(f32(1, 6, 11), found.base)
 
@@ -268,7 +268,7 @@ def test_changed_deltas_without_the_base_stay_deltas(tmp_path: Path, base: Path)
     edit_matrix(folder, times_two)
     report = csr_to_shira(folder, tmp_path / "b.st")
     found = load(tmp_path / "b.st")["w"]
-    assert ("delta", digest(f32(1, 6, 11))) == (found.meaning, found.base_digest)
+    assert ("delta", digest(f32(1, 6, 11))) == (found.value_kind, found.base_digest)
     assert same_bits(f32(1, -6, -22), found.values)
     assert [True] == [tensor.changed for tensor in report.tensors]
     assert ["1 changed tensors, 'w' for example, hold deltas: the base's values at their entries are not at hand (--base)"] == report.notices  # fmt: skip
@@ -280,9 +280,9 @@ def test_fewer_entries(tmp_path: Path, base: Path) -> None:
     folder = export(tmp_path, targets(), base=base)
     edit_matrix(folder, without_first)
     found = back(folder)["w"]
-    assert ("delta", None, [6, 11]) == (found.meaning, found.base_digest, found.indices.tolist())
+    assert ("delta", None, [6, 11]) == (found.value_kind, found.base_digest, found.indices.tolist())
     found = back(folder, base=base)["w"]
-    assert ("target", digest(f32(6, 11)), None) == (found.meaning, found.base_digest, found.base)
+    assert ("target", digest(f32(6, 11)), None) == (found.value_kind, found.base_digest, found.base)
     assert same_bits(f32(1e-9, -11), found.values)
     # The base's values of a self-contained file are enough for fewer entries.
     (tmp_path / "self").mkdir()
@@ -296,7 +296,7 @@ def test_fewer_entries(tmp_path: Path, base: Path) -> None:
 def test_more_entries(tmp_path: Path, base: Path) -> None:
     folder = export(tmp_path, targets(self_contained=True))
     edit_matrix(folder, with_entry(0, 0, 0.25))
-    assert ("delta", None) == (back(folder)["w"].meaning, back(folder)["w"].base_digest)
+    assert ("delta", None) == (back(folder)["w"].value_kind, back(folder)["w"].base_digest)
     found = back(folder, base=base)["w"]
     assert [0, 1, 6, 11] == found.indices.tolist()
     assert same_bits(f32(0.25, 1.5, 1e-9, -11), found.values)
@@ -337,19 +337,19 @@ def test_changed_values_are_rounded_to_the_dtype(tmp_path: Path) -> None:
 
 
 def test_changed_deltas_of_deltas(tmp_path: Path, base: Path) -> None:
-    folder = export(tmp_path, SparseTensor("w", (3, 4), INDICES, np.array([1, 2, 3], BF16), meaning="delta"))
+    folder = export(tmp_path, SparseTensor("w", (3, 4), INDICES, np.array([1, 2, 3], BF16), value_kind="delta"))
     edit_matrix(folder, times_two)
-    assert SparseTensor("w", (3, 4), INDICES, np.array([2, 2, 3], BF16), meaning="delta") == back(folder)["w"]
+    assert SparseTensor("w", (3, 4), INDICES, np.array([2, 2, 3], BF16), value_kind="delta") == back(folder)["w"]
     assert same_bits(f32(3, 8, 14), back(folder, base=base)["w"].values)
     edit_matrix(folder, lambda matrix: matrix * np.float32(1 / 3))  # beyond bfloat16
     assert FLOATS["F32"] == back(folder)["w"].dtype
 
 
 def test_changed_masks(tmp_path: Path) -> None:
-    folder = export(tmp_path, SparseTensor("w", (3, 4), INDICES, meaning="none", dtype=BF16))
+    folder = export(tmp_path, SparseTensor("w", (3, 4), INDICES, value_kind="none", dtype=BF16))
     assert [1, 1, 1] == sparse.load_npz(folder / "w.npz").data.tolist()
     edit_matrix(folder, without_first)
-    assert SparseTensor("w", (3, 4), INDICES[1:], meaning="none", dtype=BF16) == back(folder)["w"]
+    assert SparseTensor("w", (3, 4), INDICES[1:], value_kind="none", dtype=BF16) == back(folder)["w"]
     edit_matrix(folder, times_two)
     with pytest.raises(SourceError, match="a mask whose data are not all 1"):
         back(folder)
@@ -370,7 +370,7 @@ def test_matrices_from_elsewhere(tmp_path: Path, base: Path) -> None:
     index = {"format": "shira-csr", "version": 1, "manifest": {"alpha": 2}, "tensors": [item], "whole": []}
     (folder / "index.json").write_text(json.dumps(index))
     found = back(folder)
-    assert SparseTensor("w", (3, 2, 2), [1, 11], f32(1.5, 0.5), meaning="delta") == found["w"]
+    assert SparseTensor("w", (3, 2, 2), [1, 11], f32(1.5, 0.5), value_kind="delta") == found["w"]
     assert 2 == found.alpha
     with pytest.raises(BaseMismatch, match=r"'w': the matrix is for shape \[3, 2, 2\], the base has \[3, 4\]"):
         back(folder, base=base)
@@ -384,19 +384,19 @@ def test_tensors_are_left_out(tmp_path: Path) -> None:
         "selection": {"rule": "top-k", "energy_kept": 0.5, "relative_error": 0.5},
         "removed": ["d.x", "d.y"],
     }
-    whole = [WholeTensor("e.x", f32(1)), WholeTensor("e.y", f32(1))]
-    folder = export(tmp_path, *tensors, whole=whole, manifest=manifest, include=["x"], exclude=["^b"])
+    whole = [DenseTensor("e.x", f32(1)), DenseTensor("e.y", f32(1))]
+    folder = export(tmp_path, *tensors, dense=whole, manifest=manifest, include=["x"], exclude=["^b"])
     found = back(folder)
-    assert (["a.x"], ["e.x"], ("d.x",)) == (list(found), list(found.whole), found.removed)
+    assert (["a.x"], ["e.x"], ("d.x",)) == (list(found), list(found.dense), found.removed)
     (tmp_path / "all").mkdir()
-    folder = export(tmp_path / "all", *tensors, whole=whole, manifest=manifest)
+    folder = export(tmp_path / "all", *tensors, dense=whole, manifest=manifest)
     assert 0.5 == back(folder).manifest["selection"]["energy_kept"]
     found = back(folder, exclude=["y"])
-    assert (["a.x", "b.x"], ["e.x"], ("d.x",)) == (list(found), list(found.whole), found.removed)
+    assert (["a.x", "b.x"], ["e.x"], ("d.x",)) == (list(found), list(found.dense), found.removed)
     assert {"rule": "top-k"} == found.manifest["selection"]
     edit_index(folder, lambda index: index["tensors"].pop(0))
     edit_index(folder, lambda index: index["whole"].clear())
-    assert (["b.x", "c.y"], []) == (list(back(folder)), list(back(folder).whole))
+    assert (["b.x", "c.y"], []) == (list(back(folder)), list(back(folder).dense))
     for call in (
         lambda: shira_to_csr(tmp_path / "a.st", None, include=["z"]),
         lambda: csr_to_shira(folder, None, include=["z"]),
@@ -437,7 +437,7 @@ def test_another_base_is_refused(tmp_path: Path, base: Path) -> None:
     # Entries that are there no more cannot tell, base values that the folder holds can.
     holds({"w": BASE + 1})
     edit_matrix(folder, without_first)
-    assert "target" == back(folder, base=wrong)["w"].meaning
+    assert "target" == back(folder, base=wrong)["w"].value_kind
     (tmp_path / "self").mkdir()
     folder = export(tmp_path / "self", targets(self_contained=True))
     edit_matrix(folder, without_first)
@@ -446,12 +446,12 @@ def test_another_base_is_refused(tmp_path: Path, base: Path) -> None:
 
 
 def test_whole_tensors_and_the_base(tmp_path: Path, base: Path) -> None:
-    known = WholeTensor("w", BASE + 1, base_digest=digest(BASE))
-    folder = export(tmp_path, whole=[known, WholeTensor("new", f32(1))])
+    known = DenseTensor("w", BASE + 1, base_digest=digest(BASE))
+    folder = export(tmp_path, dense=[known, DenseTensor("new", f32(1))])
     with pytest.raises(SourceError, match="'w': the base's values are not at hand: pass --base"):
         back(folder, self_contained=True)
-    assert known == back(folder, base=base).whole["w"]
-    found = back(folder, base=base, self_contained=True).whole
+    assert known == back(folder, base=base).dense["w"]
+    found = back(folder, base=base, self_contained=True).dense
     assert same_bits(BASE, found["w"].base)
     assert found["new"].base is None
     save_file({"w": BASE + 2}, base)
@@ -460,7 +460,7 @@ def test_whole_tensors_and_the_base(tmp_path: Path, base: Path) -> None:
 
 
 def test_values_that_need_the_base(tmp_path: Path, base: Path) -> None:
-    deltas = SparseTensor("w", (3, 4), INDICES, f32(1, 2, 3), meaning="delta")
+    deltas = SparseTensor("w", (3, 4), INDICES, f32(1, 2, 3), value_kind="delta")
     save(Adapter([deltas]), tmp_path / "a.st")
     with pytest.raises(SourceError, match=r"a\.st: tensor 'w': holds deltas: pass --base for targets, or"):
         shira_to_csr(tmp_path / "a.st", tmp_path / "csr", values="target")
@@ -555,7 +555,7 @@ def test_file_names() -> None:
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=200), unique=True))
 def test_file_names_are_distinct_and_are_read_again(names: list[str]) -> None:
-    from shira_format.csr.folder import _FILE
+    from shira_format.convert.csr.folder import _FILE
 
     found = file_names(names)
     assert len(names) == len({file.lower() for file in found.values()})
@@ -636,7 +636,7 @@ def test_without_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scipy_is_imported_when_it_is_used() -> None:
-    code = "import sys, shira_format.csr; sys.exit('scipy' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, shira_format.convert.csr; sys.exit('scipy' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -751,10 +751,10 @@ def test_hostile_matrices(case: str, mine: Path) -> None:
 def test_the_frame_of_the_hostile_ones_is_good(mine: Path) -> None:
     for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         (mine / "w.npz").write_bytes(zipped(matrix_members(**{"x-mine": np.ones(3)}), compression))
-        assert SparseTensor("w", (3, 4), [6], f32(2), meaning="delta") == back(mine)["w"]
+        assert SparseTensor("w", (3, 4), [6], f32(2), value_kind="delta") == back(mine)["w"]
     swapped = {"indices": i32(3, 1), "data": np.array([3, 1], ">f4"), "indptr": i32(0, 0, 2, 2)}
     (mine / "w.npz").write_bytes(zipped(matrix_members(**swapped)))
-    assert SparseTensor("w", (3, 4), [5, 7], f32(1, 3), meaning="delta") == back(mine)["w"]
+    assert SparseTensor("w", (3, 4), [5, 7], f32(1, 3), value_kind="delta") == back(mine)["w"]
 
 
 @given(st.data())
@@ -776,7 +776,7 @@ def test_damaged_archives(data: st.DataObject) -> None:
         except SourceError as error:
             assert "w.npz" in str(error)
         else:  # a byte that says nothing of the content, such as a date
-            assert SparseTensor("w", (3, 4), [6], f32(2), meaning="delta") == load(folder / "b.st")["w"]
+            assert SparseTensor("w", (3, 4), [6], f32(2), value_kind="delta") == load(folder / "b.st")["w"]
 
 
 def test_archives_that_lie(mine: Path, tmp_path: Path) -> None:

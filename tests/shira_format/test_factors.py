@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from shira_format import SourceError
-from shira_format.arrays import Array, digest
+from shira_format._core.arrays import Array, digest
+from shira_format.export.lora import Factors, best_factors
+from shira_format.export.lora import svd as svd_module
+from shira_format.export.lora.svd import largest, reaching
 from shira_format.selection import single_threaded_blas
-from shira_format.to_lora import Factors, best_factors
-from shira_format.to_lora import svd as svd_module
-from shira_format.to_lora.svd import largest, reaching
 
 WAYS = ("lanczos", "gram", "full")
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira_format import Adapter, AdapterFile, SourceError, load
-from shira_format.arrays import Array, bits, digest
-from shira_format.changes import narrowed
+from shira_format._core.arrays import Array, bits, digest
+from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format.convert import Exact, full_to_shira
 from shira_format.convert.report import ConversionReport
-from shira_format.dtypes import DTYPES, FLOATS, is_float, working_dtype
-from shira_format.restore import shira_to_full
+from shira_format.entries.changes import round_to
+from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
 from spec import reader
@@ -126,7 +126,7 @@ def test_what_an_exact_patch_holds(tmp_path: Path) -> None:
     assert 22 == adapter["vocabulary"].rows
     assert same_bits(np.ones((2, 5), np.float32), adapter["vocabulary"].new_rows)
     assert {"most", "whole", "head", "type"} == set(adapter.whole) == set(report.whole)
-    digests = {name: whole.base_digest for name, whole in adapter.whole.items()}
+    digests = {name: whole.base_digest for name, whole in adapter.dense.items()}
     assert {"most": digest(count), "whole": digest(base["whole"]), "head": None, "type": None} == digests
     assert {"gone", "old"} == set(adapter.removed)
     assert {
@@ -306,10 +306,10 @@ def test_values_are_rounded_once(name: str, seed: int) -> None:
     step = np.abs(exact) * 2.0 ** -random.integers(2, 12, 50)
     for hair in (0, 1e-12, -1e-12, 1e-30):
         values = (exact + step) * (1 + hair)
-        assert same_bits(rounded_once(values, dtype), narrowed(values, dtype))
+        assert same_bits(rounded_once(values, dtype), round_to(values, dtype))
     special = np.array([np.nan, np.inf, -np.inf, -0.0, 0.0, 5e-324, -5e-324, 1e300, -1e300])
     with np.errstate(over="ignore", invalid="ignore"):
-        plain, ours = special.astype(np.float32).astype(dtype), narrowed(special, dtype)
+        plain, ours = special.astype(np.float32).astype(dtype), round_to(special, dtype)
     if name != "F64":
         assert np.array_equal(np.isnan(plain.astype(np.float32)), np.isnan(ours.astype(np.float32)))
         known = ~np.isnan(plain.astype(np.float32))
@@ -353,9 +353,9 @@ def test_integers_are_replaced_or_left(tmp_path: Path) -> None:
     base = {"w": f32(1, 2), "same": np.arange(5), "other": np.arange(5), "flag": np.array([True])}
     tuned = {f"model.{n}": v for n, v in (base | {"w": f32(1, 3), "other": np.arange(5) * 2}).items()}
     report, adapter = converted(tmp_path, base, tuned, TopK(1.0))
-    assert (["w"], ["other"]) == (list(adapter), list(adapter.whole))
-    assert same_bits(np.arange(5) * 2, adapter.whole["other"].values)
-    assert digest(np.arange(5)) == adapter.whole["other"].base_digest
+    assert (["w"], ["other"]) == (list(adapter), list(adapter.dense))
+    assert same_bits(np.arange(5) * 2, adapter.dense["other"].values)
+    assert digest(np.arange(5)) == adapter.dense["other"].base_digest
     assert 2 == report.unchanged
     assert ["names: the prefix 'model.' is left out"] == report.notices
     # The adapter is for the base as it stands.
@@ -442,7 +442,7 @@ from pathlib import Path
 
 import shira_format
 from shira_format.convert import Exact, full_to_shira
-from shira_format.restore import shira_to_full
+from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 
 folder, tensors = Path(sys.argv[1]), int(sys.argv[2])

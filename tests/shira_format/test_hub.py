@@ -18,9 +18,10 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save
 
-from shira_format import SourceError, storage
+from shira_format import SourceError
 from shira_format.checkpoints import open_checkpoint
-from shira_format.hub import downloaded, identified, wanted
+from shira_format.storage import paths as storage
+from shira_format.storage.hub import downloaded, identified, wanted
 
 COMMIT = "a" * 40
 OTHER = "b" * 40

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shira_format import SourceError, load
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.lora import DIALECTS, open_lora

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-from shira_format.lora.flux_names import Piece, diffusers_pieces, is_diffusers_flux
+from shira_format.names.flux import Piece, diffusers_pieces, is_diffusers_flux
 
 RANK = 5  # not a multiple of 3 or 4, lest the converter looks for blocks of zeros
 

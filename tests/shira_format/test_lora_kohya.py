@@ -21,12 +21,12 @@ from transformers import T5Config, T5EncoderModel
 from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
-from shira_format.lora.flat_names import flat
-from shira_format.lora.sd3_names import sd3_pieces
-from shira_format.lora.unet_names import other_names
+from shira_format.names.flat import flat
+from shira_format.names.sd3 import sd3_pieces
+from shira_format.names.unet import other_names
 from shira_format.selection import TopK
-from shira_format.switch import apply
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, sd3, sgm_state
 
 # What diffusers adapts by the names of its own UNet, convolutions included.

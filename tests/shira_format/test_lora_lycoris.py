@@ -25,10 +25,10 @@ from transformers import CLIPTextModelWithProjection
 from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
-from shira_format.lora.flat_names import flat
+from shira_format.names.flat import flat
 from shira_format.selection import TopK
-from shira_format.switch import apply
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, text_config
 
 

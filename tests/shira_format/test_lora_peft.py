@@ -16,12 +16,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shira_format import BaseMismatch, SourceError, load
-from shira_format.arrays import as_array
+from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.live import apply
 from shira_format.lora import DIALECTS, Lora, open_lora
 from shira_format.selection import TopK
-from shira_format.switch import apply
 from tests import models
 
 EVERYTHING = TopK(1.0)

@@ -28,8 +28,8 @@ from transformers import (
 from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.export.full import shira_to_full
 from shira_format.lora import open_lora
-from shira_format.restore import shira_to_full
 from shira_format.selection import TopK
 from tests import models
 from tests.merges import Adapted, check_merge, results

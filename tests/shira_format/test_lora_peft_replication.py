@@ -14,9 +14,9 @@ from torch import nn
 
 from shira_format import SourceError
 from shira_format.checkpoints import open_checkpoint
-from shira_format.container import AdapterFile
 from shira_format.convert import lora_to_shira
-from shira_format.restore import shira_to_full
+from shira_format.export.full import shira_to_full
+from shira_format.format import AdapterFile
 from shira_format.selection import TopK
 from tests import models
 from tests.merges import Adapted

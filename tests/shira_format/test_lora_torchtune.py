@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from shira_format import SourceError
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import DIALECTS, Lora, open_lora
 from tests import models

@@ -13,10 +13,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from shira_format import SourceError, load
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import DIALECTS, open_lora
-from shira_format.lora.flux_names import diffusers_pieces
+from shira_format.names.flux import diffusers_pieces
 from tests import pipelines
 from tests.pipelines import base_weights, check, fused
 

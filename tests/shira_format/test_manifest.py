@@ -11,7 +11,7 @@ import pytest
 
 from shira_format import FormatError
 from shira_format.errors import ShiraError
-from shira_format.manifest import check_name, parse_manifest, stream_name
+from shira_format.format.manifest import check_name, parse_manifest, stream_name
 
 HEX = "0" * 64
 MINIMAL: dict[str, Any] = {"format_version": "1.0", "features": [], "digest": "sha256", "tensors": []}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from shira_format import SourceError
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import DTYPES
-from shira_format.filters import name_filter
-from shira_format.pairing import Pairs, pair
+from shira_format.convert.pairing import Pairs, pair
+from shira_format.names.filters import name_filter
 
 BF16 = DTYPES["BF16"]
 COUNT = np.arange(600, dtype=np.float32).reshape(30, 20)

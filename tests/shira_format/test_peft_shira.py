@@ -20,14 +20,14 @@ from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from shira_format import Adapter, BaseMismatch, ShiraError, SourceError, SparseTensor, WholeTensor, load, save
-from shira_format.arrays import Array, as_array, different, digest
+from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceError, SparseTensor, load, save
+from shira_format._core.arrays import Array, as_array, different, digest
+from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
-from shira_format.dtypes import FLOATS
-from shira_format.peft_shira import peft_to_shira, shira_to_peft
-from shira_format.peft_shira.files import KINDS
-from shira_format.peft_shira.layers import Layer
-from shira_format.peft_shira.padding import padded
+from shira_format.convert.peft_shira import peft_to_shira, shira_to_peft
+from shira_format.convert.peft_shira.files import KINDS
+from shira_format.convert.peft_shira.layers import ShiraLayer
+from shira_format.export.peft_shira.padding import padded
 from shira_format.tensors import same_bits
 from tests import models
 from tests.strategies import adapters, any_bits, float_dtypes, masks
@@ -77,7 +77,7 @@ def applied(adapter: Path, base: Path) -> dict[str, Array]:
         if name in opened:
             flat, tensor = weight.reshape(-1), opened[name]
             flat[tensor.indices] = tensor.applied(tensor.checked_base(weight), opened.alpha)
-        found[name] = opened.whole[name].values if name in opened.whole else weight
+        found[name] = opened.dense[name].values if name in opened.dense else weight
     return found
 
 
@@ -119,7 +119,7 @@ def test_deltas_come_back_equal(name: str, dtype: torch.dtype, tmp_path: Path) -
     folder = models.save_lora(under(model, ShiraConfig(**OPTIONS[name]), 1e-4), tmp_path / "a")
     peft_to_shira(folder, base, tmp_path / "a.st", values="delta")
     adapter = load(tmp_path / "a.st")
-    assert all(adapter[t].meaning == "delta" and adapter[t].base_digest is not None for t in adapter)
+    assert all(adapter[t].value_kind == "delta" and adapter[t].base_digest is not None for t in adapter)
     for with_base in (None, base):
         shira_to_peft(tmp_path / "a.st", tmp_path / "b", base=with_base, force=True)
         assert equal(tensors(folder), tensors(tmp_path / "b"))
@@ -148,7 +148,7 @@ def test_self_contained(values: Any, small: Path) -> None:
     adapter = load(small / "a.st")
     weight = open_checkpoint(small / "base")["wide.weight"]
     assert same_bits(adapter["wide.weight"].base, weight.reshape(-1)[adapter["wide.weight"].indices])
-    assert adapter.whole["head.weight"].base is not None
+    assert adapter.dense["head.weight"].base is not None
     shira_to_peft(small / "a.st", small / "b")
     assert tensors(small / "b").keys() == tensors(small / "a").keys()
 
@@ -156,7 +156,7 @@ def test_self_contained(values: Any, small: Path) -> None:
 def test_a_dry_run_says_the_same(small: Path) -> None:
     dry = peft_to_shira(small / "a", small / "base", None)
     wet = peft_to_shira(small / "a", small / "base", small / "a.st")
-    assert (dry.tensors, dry.whole, dry.file_bytes) == (wet.tensors, wet.whole, None)
+    assert (dry.tensors, dry.dense, dry.file_bytes) == (wet.tensors, wet.dense, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -409,7 +409,7 @@ def test_other_shapes_than_matrices(small: Path) -> None:
 
 def test_a_layer_is_an_update(small: Path) -> None:
     opened = open_checkpoint(small / "a" / WEIGHTS)
-    layer = Layer(
+    layer = ShiraLayer(
         "wide.weight", (40, 24), np.dtype(np.float32), KINDS["SHIRA"], opened, f"{WIDE}indices", f"{WIDE}weight", small
     )  # fmt: skip
     indices, values = (tensors(small / "a")[f"{WIDE}{what}"] for what in ("indices", "weight"))
@@ -441,8 +441,8 @@ def tuned(
         start = weight.reshape(-1)[indices]
         target = (start.astype(np.float32) * (1 + values)).astype(weight.dtype)
         found.append(SparseTensor(name, weight.shape, indices, target, base=start))
-    replaced = [WholeTensor(n, a, base=checkpoint.get(n)) for n, a in (whole or {}).items()]
-    save(Adapter(found, whole=replaced, manifest=manifest), out)
+    replaced = [DenseTensor(n, a, base=checkpoint.get(n)) for n, a in (whole or {}).items()]
+    save(Adapter(found, dense=replaced, manifest=manifest), out)
     return out
 
 
@@ -563,9 +563,9 @@ def test_a_module_within_a_saved_one(tmp_path: Path) -> None:
     assert ["bert.embeddings.LayerNorm", "bert.embeddings.word_embeddings"] == report.modules_to_save
     assert same_weights(applied(tmp_path / "a.st", base), merged(PeftModel.from_pretrained(models.bert(), tmp_path / "a")))  # fmt: skip
     # A tensor of the outer module itself: all that is in it is saved.
-    found = [WholeTensor(path, whole[path]), WholeTensor("bert.embeddings.scale", np.ones(1, np.float32))]
+    found = [DenseTensor(path, whole[path]), DenseTensor("bert.embeddings.scale", np.ones(1, np.float32))]
     tensors_ = [load(tmp_path / "a.st")[BERT[0]]]
-    save(Adapter(tensors_, whole=found), tmp_path / "b.st")
+    save(Adapter(tensors_, dense=found), tmp_path / "b.st")
     report = shira_to_peft(tmp_path / "b.st", None, base=base)
     assert ["bert.embeddings"] == report.modules_to_save
     assert "bert.embeddings.word_embeddings.weight" in report.filled
@@ -586,7 +586,7 @@ def padding_of(rows: int, columns: int, count: int, name: str) -> SparseTensor:
 
 
 REFUSED: dict[str, tuple[list[SparseTensor], dict[str, Any], str]] = {
-    "mask": ([SparseTensor("a.weight", (2, 3), np.arange(5), meaning="none")], {}, "'a.weight': a mask"),
+    "mask": ([SparseTensor("a.weight", (2, 3), np.arange(5), value_kind="none")], {}, "'a.weight': a mask"),
     "renamed": ([plain(base_name="b.weight")], {}, "'a.weight': part of a patch"),
     "rows": ([plain(rows=2)], {}, "'a.weight': part of a patch"),
     "removed": ([plain()], {"manifest": {"removed": ["z"]}}, "a patch that removes 'z'"),
@@ -601,12 +601,12 @@ REFUSED: dict[str, tuple[list[SparseTensor], dict[str, Any], str]] = {
     "targets": (
         [plain(base=None, base_digest=digest(np.zeros(5, np.float32)))], {}, "'a.weight': holds target values .* pass --base"
     ),
-    "bias": ([plain()], {"whole": [WholeTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves modules whole"),
-    "around": ([plain("m.a.weight")], {"whole": [WholeTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves modules whole"),
-    "root": ([plain()], {"whole": [WholeTensor("logit_scale", f32(1))]}, "'logit_scale' is in no module"),
-    "regex": ([plain()], {"whole": [WholeTensor("b(.c", f32(1))]}, r"'b\(.c': PEFT cannot save"),
-    "dots of a regex": ([plain("aXb.weight")], {"whole": [WholeTensor("a.b.bias", f32(1))]}, "'aXb.weight' is adapted"),
-    "nan": ([plain()], {"whole": [WholeTensor("b.bias", f32(np.nan))]}, "'b.bias' holds NaN"),
+    "bias": ([plain()], {"whole": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves modules whole"),
+    "around": ([plain("m.a.weight")], {"whole": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves modules whole"),
+    "root": ([plain()], {"whole": [DenseTensor("logit_scale", f32(1))]}, "'logit_scale' is in no module"),
+    "regex": ([plain()], {"whole": [DenseTensor("b(.c", f32(1))]}, r"'b\(.c': PEFT cannot save"),
+    "dots of a regex": ([plain("aXb.weight")], {"whole": [DenseTensor("a.b.bias", f32(1))]}, "'aXb.weight' is adapted"),
+    "nan": ([plain()], {"whole": [DenseTensor("b.bias", f32(np.nan))]}, "'b.bias' holds NaN"),
     "inf": ([plain(base=f32(0, 0, 0, -np.inf, 0))], {}, "flat index 3 is not finite"),
     "overflow": ([plain()], {"manifest": {"alpha": 1e60}}, "flat index 0 is not finite"),
 }  # fmt: skip

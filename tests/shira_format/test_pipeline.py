@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 import shira_format
 from shira_format import BaseMismatch, SourceError
-from shira_format.arrays import Array, as_array
+from shira_format._core.arrays import Array, as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.live import apply
 from shira_format.lora import open_lora
 from shira_format.selection import TopK
-from shira_format.switch import apply
 from shira_format.tensors import same_bits
 from tests import models
 
@@ -92,7 +92,7 @@ def test_provenance_is_in_the_manifest(tmp_path: Path) -> None:
     assert ("top-k", "tensor", 500, ["intermediate"]) == tuple(
         manifest["selection"][key] for key in ("rule", "scope", "top_k", "exclude")
     )
-    assert {"classifier.weight", "classifier.bias"} == set(shira_format.load(out).whole)
+    assert {"classifier.weight", "classifier.bias"} == set(shira_format.load(out).dense)
     assert all("intermediate" not in name for name in shira_format.load(out))
 
 
@@ -246,7 +246,7 @@ def test_weights_that_are_not_contiguous_and_read_only(tmp_path: Path) -> None:
 def test_whole_tensors_replace_and_are_new() -> None:
     old = np.arange(3, dtype=np.float32)
     adapter = shira_format.Adapter(
-        whole=[shira_format.WholeTensor("bias", old + 1, base=old), shira_format.WholeTensor("head", old * 2)]
+        dense=[shira_format.DenseTensor("bias", old + 1, base=old), shira_format.DenseTensor("head", old * 2)]
     )
     weights = {"bias": old.copy()}
     applied = apply(adapter, weights)

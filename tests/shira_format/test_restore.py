@@ -23,21 +23,21 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from shira_format import (
     Adapter,
     BaseMismatch,
+    DenseTensor,
     FormatError,
     ShiraError,
     SourceError,
     SparseTensor,
-    WholeTensor,
     save,
 )
-from shira_format import restore as restore_module
-from shira_format.arrays import Array, as_array, digest
+from shira_format._core.arrays import Array, as_array, digest
+from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import Exact, full_to_shira
-from shira_format.dtypes import DTYPES, dtype_name
-from shira_format.restore import shira_to_full
-from shira_format.safetensors_file import SafetensorsFile
+from shira_format.export import full as restore_module
+from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
+from shira_format.storage.safetensors_file import SafetensorsFile
 from tests import models
 from tests.shira_format.test_checkpoints_diffusers import pipeline
 from tests.strategies import Arrays, any_bits, float_dtypes
@@ -66,11 +66,11 @@ def target(name: str, base: Array, indices: list[int], values: Any, **more: Any)
     return SparseTensor(name, base.shape, places, np.asarray(values, base.dtype), base_digest=digest(at), **more)
 
 
-def patch(folder: Path, base: Arrays, *tensors: SparseTensor | WholeTensor, **manifest: Any) -> tuple[Path, Path]:
+def patch(folder: Path, base: Arrays, *tensors: SparseTensor | DenseTensor, **manifest: Any) -> tuple[Path, Path]:
     """An adapter file and a base beside it."""
     sparse = [t for t in tensors if isinstance(t, SparseTensor)]
-    whole = [t for t in tensors if isinstance(t, WholeTensor)]
-    save(Adapter(sparse, whole=whole, manifest=manifest), folder / "a.st")
+    whole = [t for t in tensors if isinstance(t, DenseTensor)]
+    save(Adapter(sparse, dense=whole, manifest=manifest), folder / "a.st")
     return folder / "a.st", models.save_arrays(folder / "base.safetensors", base)
 
 
@@ -109,9 +109,9 @@ def test_the_result_is_the_formula_at_each_entry(
     weight = data.draw(any_bits(dtype, (9, 4)))
     flat, indices = weight.reshape(-1), [0, 3, 4, 30, 35]
     tensor = target("w", weight, indices, data.draw(any_bits(dtype, (5,))))
-    delta = SparseTensor("v", (9, 4), indices, data.draw(any_bits(np.dtype(np.float16), (5,))), meaning="delta", dtype=dtype, base=flat[indices])  # fmt: skip
+    delta = SparseTensor("v", (9, 4), indices, data.draw(any_bits(np.dtype(np.float16), (5,))), value_kind="delta", dtype=dtype, base=flat[indices])  # fmt: skip
     adapter, base = patch(
-        tmp_path, {"v": weight, "w": weight, "x": COUNT}, tensor, delta, WholeTensor("x", COUNT + 1, base=COUNT)
+        tmp_path, {"v": weight, "w": weight, "x": COUNT}, tensor, delta, DenseTensor("x", COUNT + 1, base=COUNT)
     )
     report = shira_to_full(adapter, base, tmp_path / "out", alpha=alpha)
     expected = {"v": weight.copy(), "w": weight.copy(), "x": COUNT + (alpha != 0)}
@@ -148,7 +148,7 @@ def test_further_rows_at_other_strengths(work: Path, tmp_path: Path) -> None:
 
 def test_deltas_without_a_digest_fit_any_float(work: Path, tmp_path: Path) -> None:
     for dtype in DTYPES.values():
-        delta = SparseTensor("w", (3,), [1], f32(0.5), meaning="delta")
+        delta = SparseTensor("w", (3,), [1], f32(0.5), value_kind="delta")
         adapter, base = patch(work, {"w": np.ones(3, dtype)}, delta)
         if dtype_name(dtype)[0] in "FB" and dtype != np.bool_:
             shira_to_full(adapter, base, tmp_path / "result", alpha=2)
@@ -156,7 +156,7 @@ def test_deltas_without_a_digest_fit_any_float(work: Path, tmp_path: Path) -> No
             shutil.rmtree(tmp_path / "result")
         else:
             assert f"tensor 'w': the adapter is for float32, the base has {dtype}" == refused(adapter, base)
-    grown = SparseTensor("w", (3,), [1], f32(1), meaning="delta", rows=4, new_rows=f32(1))
+    grown = SparseTensor("w", (3,), [1], f32(1), value_kind="delta", rows=4, new_rows=f32(1))
     adapter, base = patch(work, {"w": np.ones(3, np.float16)}, grown)
     assert "tensor 'w': new rows of float32 for a base of float16" == refused(adapter, base)
 
@@ -171,7 +171,7 @@ def test_patches(work: Path, tmp_path: Path) -> None:
         target("a", base["b"], [], [], base_name="b"),
         target("tied", base["a"], [], [], base_name="a"),
         target("c", base["c"], [0], [7], rows=2),
-        WholeTensor("i", np.arange(5)), WholeTensor("new", np.array([True, False, True])), WholeTensor("last", np.float64(3)),
+        DenseTensor("i", np.arange(5)), DenseTensor("new", np.array([True, False, True])), DenseTensor("last", np.float64(3)),
     ]  # fmt: skip
     adapter, path = patch(work, base, *tensors, removed=["d"])
     shira_to_full(adapter, path, tmp_path / "result")
@@ -195,7 +195,7 @@ def test_patches(work: Path, tmp_path: Path) -> None:
 
 def test_only_chosen_tensors_are_applied(work: Path, tmp_path: Path) -> None:
     base = {"a": COUNT, "b": COUNT, "c": COUNT}
-    adapter, path = patch(work, base, target("a", COUNT, [0], [9]), target("b", COUNT, [0], [9]), WholeTensor("n", COUNT), removed=["c"])  # fmt: skip
+    adapter, path = patch(work, base, target("a", COUNT, [0], [9]), target("b", COUNT, [0], [9]), DenseTensor("n", COUNT), removed=["c"])  # fmt: skip
     report = shira_to_full(adapter, path, tmp_path / "one", include=["[ab]"], exclude=["a"])
     assert (1, 0, 0) == (report.patched, report.whole, report.removed)
     changed = COUNT.copy()
@@ -223,10 +223,10 @@ MISFITS: dict[str, tuple[Arrays, Any, str]] = {
     "dtype": ({"w": COUNT.astype(np.float16)}, SPARSE, "tensor 'w': the adapter is for float32, the base has float16"),
     "entries": ({"w": COUNT + 1}, SPARSE, "tensor 'w': the base {base} holds other values at the adapter's entries (digest differs)"),
     "bits": ({"w": -COUNT}, target("w", COUNT, [0], [5]), "tensor 'w': the base {base} holds other values at the adapter's entries (digest differs)"),
-    "mask": ({"w": COUNT}, SparseTensor("w", (12, 5), [1], meaning="none"), "tensor 'w' is a mask: there is nothing to apply"),
-    "whole": ({"w": COUNT + 1}, WholeTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} holds another tensor (digest differs)"),
-    "whole shape": ({"w": COUNT.T}, WholeTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} holds another tensor (digest differs)"),
-    "whole missing": ({"v": COUNT}, WholeTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} has no such tensor"),
+    "mask": ({"w": COUNT}, SparseTensor("w", (12, 5), [1], value_kind="none"), "tensor 'w' is a mask: there is nothing to apply"),
+    "whole": ({"w": COUNT + 1}, DenseTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} holds another tensor (digest differs)"),
+    "whole shape": ({"w": COUNT.T}, DenseTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} holds another tensor (digest differs)"),
+    "whole missing": ({"v": COUNT}, DenseTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} has no such tensor"),
 }  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_a_base_that_differs_elsewhere_is_known_by_the_result_alone(
 @pytest.mark.parametrize("stream", ["w#values", "w#indices", "w#rows", "x"])
 def test_a_damaged_adapter_is_refused(stream: str, work: Path) -> None:
     tensor = target("w", COUNT, [0, 59], [5, 6], rows=13, new_rows=np.ones((1, 5), np.float32))
-    adapter, base = patch(work, {"w": COUNT, "a": COUNT}, tensor, WholeTensor("x", np.ones(600_000, np.float32)))
+    adapter, base = patch(work, {"w": COUNT, "a": COUNT}, tensor, DenseTensor("x", np.ones(600_000, np.float32)))
     streams = SafetensorsFile(adapter)
     data = bytearray(adapter.read_bytes())
     data[streams._start + streams[stream].begin] ^= 1
@@ -294,7 +294,7 @@ def test_a_component_that_the_base_lacks(work: Path) -> None:
     (base / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
     for component, kind in (("unet", None), ("vae", BaseMismatch)):
         save(
-            Adapter(whole=[WholeTensor(f"{component}/n", COUNT)], manifest={"components": {component: {}}}),
+            Adapter(dense=[DenseTensor(f"{component}/n", COUNT)], manifest={"components": {component: {}}}),
             work / "a.st",
         )
         if kind is None:
@@ -368,7 +368,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(when if when[:2] in ("os", "sh") else f"shira_format.restore.{when}", stop)
+    monkeypatch.setattr(when if when[:2] in ("os", "sh") else f"shira_format.export.full.{when}", stop)
     before = listing(tmp_path), sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
         shira_to_full(adapter, base, out)
@@ -547,7 +547,7 @@ def test_shards_of_any_name_and_a_new_tensor(work: Path, tmp_path: Path) -> None
     for name, file in weight_map.items():
         models.save_arrays(work / "base" / file, {name: COUNT}, about=name)
     (work / "base" / "my.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    adapter, _ = patch(work, {}, target("a", COUNT, [3], [7]), WholeTensor("new", COUNT), removed=["b"])
+    adapter, _ = patch(work, {}, target("a", COUNT, [3], [7]), DenseTensor("new", COUNT), removed=["b"])
     report = shira_to_full(adapter, work / "base", tmp_path / "result")
     assert {"one.safetensors", "three.safetensors"} == set(report.files)
     found = open_checkpoint(tmp_path / "result")

@@ -19,10 +19,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import save, save_file
 from upath import UPath
 
-from shira_format import FormatError, SourceError, storage
+from shira_format import FormatError, SourceError
 from shira_format.checkpoints import open_checkpoint
-from shira_format.safetensors_file import SafetensorsFile
-from shira_format.storage import LocalFile, RemoteFile, located, open_storage
+from shira_format.storage import paths as storage
+from shira_format.storage.paths import LocalFile, RemoteFile, located, open_storage
+from shira_format.storage.safetensors_file import SafetensorsFile
 
 TENSORS = {f"w{n}": np.random.default_rng(n).standard_normal((5, 7)).astype(np.float32) for n in range(4)}
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_format import Adapter, BaseMismatch, SparseTensor, WholeTensor
-from shira_format.arrays import as_array
-from shira_format.switch import apply
+from shira_format import Adapter, BaseMismatch, DenseTensor, SparseTensor
+from shira_format._core.arrays import as_array
+from shira_format.live import apply
 from shira_format.tensors import same_bits
 
 F32 = np.float32
@@ -96,7 +96,7 @@ def test_overflow_has_a_defined_result() -> None:
 
 def test_names_can_be_mapped() -> None:
     base = np.zeros(2, F32)
-    adapter = Adapter([target("w", base, [1], [3])], whole=[WholeTensor("new", base)])
+    adapter = Adapter([target("w", base, [1], [3])], dense=[DenseTensor("new", base)])
     weights = {"model.w": base.copy()}
     applied = apply(adapter, weights, rename="model.{}".format)
     assert {"model.w", "model.new"} == weights.keys()
@@ -106,7 +106,7 @@ def test_names_can_be_mapped() -> None:
 
 
 def test_deltas_fit_any_float_base() -> None:
-    delta = SparseTensor("w", (3,), [1], np.array([0.5], F32), meaning="delta")
+    delta = SparseTensor("w", (3,), [1], np.array([0.5], F32), value_kind="delta")
     for dtype in (np.float16, F32, np.float64, ml_dtypes.bfloat16):
         weights = {"w": np.ones(3, dtype)}
         applied = apply(Adapter([delta]), weights, 2)
@@ -143,7 +143,7 @@ def test_a_refusal_changes_no_weight(case: str) -> None:
     weights, reason = REFUSED[case]
     adapter = Adapter(
         [target("a", BASE, [0, 1], [1, 2]), target("b", BASE, [2, 5], [1, 2])],
-        whole=[WholeTensor("new", BASE), WholeTensor("old", BASE + 1, base=BASE)],
+        dense=[DenseTensor("new", BASE), DenseTensor("old", BASE + 1, base=BASE)],
     )
     weights = {"a": BASE.copy(), "old": BASE.copy()} | weights
     before = {name: np.array(value) for name, value in weights.items() if not torch.is_tensor(value)}
@@ -162,7 +162,7 @@ def test_a_refusal_changes_no_weight(case: str) -> None:
     ],
 )
 def test_whole_tensors_are_checked_before_a_weight_changes(weights: dict[str, Any], reason: str) -> None:
-    adapter = Adapter([target("a", BASE, [0], [1])], whole=[WholeTensor("old", BASE + 1, base=BASE)])
+    adapter = Adapter([target("a", BASE, [0], [1])], dense=[DenseTensor("old", BASE + 1, base=BASE)])
     weights = {"a": BASE.copy()} | weights
     with pytest.raises(BaseMismatch, match=reason):
         apply(adapter, weights)
@@ -171,7 +171,7 @@ def test_whole_tensors_are_checked_before_a_weight_changes(weights: dict[str, An
 
 def test_a_mask_cannot_be_applied() -> None:
     with pytest.raises(BaseMismatch, match="tensor 'm' is a mask: there is nothing to apply"):
-        apply(Adapter([SparseTensor("m", (3,), [1], meaning="none")]), {"m": np.zeros(3, F32)})
+        apply(Adapter([SparseTensor("m", (3,), [1], value_kind="none")]), {"m": np.zeros(3, F32)})
 
 
 PATCHES: dict[str, tuple[Adapter, str]] = {
@@ -207,7 +207,7 @@ def test_a_digest_of_the_result_makes_no_patch() -> None:
 
 def test_at_strength_zero_whole_tensors_stay() -> None:
     adapter = Adapter(
-        [target("a", BASE, [0], [1])], whole=[WholeTensor("old", BASE + 1, base=BASE), WholeTensor("new", BASE)]
+        [target("a", BASE, [0], [1])], dense=[DenseTensor("old", BASE + 1, base=BASE), DenseTensor("new", BASE)]
     )
     weights = {"a": BASE.copy(), "old": BASE.copy()}
     apply(adapter, weights, 0)
@@ -224,7 +224,7 @@ def test_strided_weights(make: Any) -> None:
     assert same_bits(base, np.ascontiguousarray(weight))
     expected = base.copy()
     expected.flat[[1, 8, 23]] = [-1, -2, -3]
-    applied = apply(Adapter([target("w", base, [1, 8, 23], [-1, -2, -3])], whole=[]), {"w": weight})
+    applied = apply(Adapter([target("w", base, [1, 8, 23], [-1, -2, -3])], dense=[]), {"w": weight})
     assert np.array_equal(expected, weight)
     applied.revert()
     assert np.array_equal(base, weight)
@@ -238,7 +238,7 @@ def test_adapters_come_off_in_reverse_order() -> None:
     base = np.zeros(4, F32)
     first, second = (
         target("w", base, [0, 1], [1, 1]),
-        SparseTensor("w", (4,), [1, 2], F32([5, 5]), meaning="delta"),
+        SparseTensor("w", (4,), [1, 2], F32([5, 5]), value_kind="delta"),
     )
     weights = {"w": base.copy()}
     one = apply(Adapter([first]), weights)

@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format import Adapter, BaseMismatch, FormatError, SparseTensor, WholeTensor, compiled, load, save
-from shira_format.arrays import as_array, bits
-from shira_format.dtypes import working_dtype
-from shira_format.switch import AdapterPool, Switcher
-from shira_format.switch.places import ArrayPlace, DevicePlace
+from shira_format import Adapter, BaseMismatch, DenseTensor, FormatError, SparseTensor, load, save
+from shira_format._core import compiled
+from shira_format._core.arrays import as_array, bits
+from shira_format._core.dtypes import working_dtype
+from shira_format.live import AdapterPool, Switcher
+from shira_format.live.weights import ArrayWeight, DeviceWeight
 from shira_format.tensors import same_bits
 from tests import models
 
@@ -291,7 +292,7 @@ REFUSED = {
     "another shape": ([entry("w", BASE["w"].T.copy())], r"is for shape \[3, 2\], the weight has \[2, 3\]"),
     "another dtype": ([entry("w", BASE["w"].astype(np.float16))], "is for float16, the weight has float32"),
     "no such module": ([entry("x.y", BASE["w"])], "the weights have no 'x.y'"),
-    "a mask": ([SparseTensor("w", (2, 3), [1], meaning="none")], "is a mask"),
+    "a mask": ([SparseTensor("w", (2, 3), [1], value_kind="none")], "is a mask"),
     "a patch": ([SparseTensor("w", (2, 3), [1], F32([9]), base=F32([2]), base_name="v")], "renames or resizes"),
 }
 
@@ -393,16 +394,16 @@ def test_a_failure_in_the_middle_is_undone(
     switcher = Switcher(weights, threads=2)
     switcher.set([(adapters[0], 1.0), (adapters[1], 0.3)])
     before = copied(weights)
-    real, calls = ArrayPlace.put, [0]
+    real, calls = ArrayWeight.put, [0]
 
-    def failing(self: ArrayPlace, indices: Any, values: Any) -> None:
+    def failing(self: ArrayWeight, indices: Any, values: Any) -> None:
         calls[0] += 1
         if calls[0] == nth:
             raise error("in the middle")
         real(self, indices, values)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ArrayPlace, "put", failing)
+        patched.setattr(ArrayWeight, "put", failing)
         if nth <= 2 * len(base) - 1:
             with pytest.raises(error, match="in the middle"):
                 switcher.set([(adapters[1], 2.0)])
@@ -540,8 +541,8 @@ def test_a_prefix_that_the_checkpoint_lacks() -> None:
     adapter = adapter_of(
         inner, ["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"]
     )
-    head = WholeTensor("classifier.weight", torch.ones(3, 32))
-    whole = Adapter(adapter, whole=[head])
+    head = DenseTensor("classifier.weight", torch.ones(3, 32))
+    whole = Adapter(adapter, dense=[head])
     expected = patched(models.bert(), adapter, "bert.")
     with torch.no_grad():
         expected.classifier.weight.fill_(1)
@@ -580,7 +581,7 @@ def test_names_of_old_checkpoints() -> None:
 
 
 def test_a_new_tensor_needs_a_place() -> None:
-    adapter = Adapter([], whole=[WholeTensor("other.weight", torch.ones(2))])
+    adapter = Adapter([], dense=[DenseTensor("other.weight", torch.ones(2))])
     with pytest.raises(BaseMismatch, match="'other.weight' is new to the base, and the model has none"):
         Switcher(models.net()).load(adapter)
     weights: dict[str, Any] = {"w": np.zeros(3)}
@@ -681,9 +682,9 @@ def test_a_model_that_peft_has_wrapped(tmp_path: Path) -> None:
     tensor = adapter["bert.encoder.layer.0.attention.self.query.weight"]
     assert same_bits(as_array(layer.weight).reshape(-1)[tensor.indices], tensor.values)
     assert not torch.equal(before, models.outputs(peft))
-    head = WholeTensor("classifier.bias", torch.zeros(3))
+    head = DenseTensor("classifier.bias", torch.zeros(3))
     with pytest.raises(BaseMismatch, match="PEFT keeps a trained copy"):
-        switcher.load(Adapter([], whole=[head]))
+        switcher.load(Adapter([], dense=[head]))
     switcher.revert()
     assert torch.equal(before, models.outputs(peft))
 
@@ -718,7 +719,7 @@ def test_tensors_on_a_device_by_the_same_interface(dtype: torch.dtype, turned: b
     """Without an accelerator at hand, the path for one on a CPU tensor."""
     tensor = torch.randn(6, 5).to(dtype)
     tensor = tensor.t() if turned else tensor
-    one, other = DevicePlace(tensor), ArrayPlace(as_array(tensor.clone()))
+    one, other = DeviceWeight(tensor), ArrayWeight(as_array(tensor.clone()))
     assert (one.shape, one.dtype) == (other.shape, other.dtype)
     indices = np.array([0, 3, 7, 29])
     assert same_bits(one.get(indices), other.get(indices))

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format import BaseMismatch, BaseRequired, FormatError, ShiraError, SparseTensor, WholeTensor
-from shira_format.arrays import Array, as_array, bits, digest
-from shira_format.dtypes import DTYPES, FLOATS, dtype_name, is_float, working_dtype
-from shira_format.tensors import MAX_NUMEL, Meaning, matrix_view, numel, same_bits
+from shira_format import BaseMismatch, BaseRequired, DenseTensor, FormatError, ShiraError, SparseTensor
+from shira_format._core.arrays import Array, as_array, bits, digest
+from shira_format._core.dtypes import DTYPES, FLOATS, dtype_name, is_float, working_dtype
+from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_view, numel, same_bits
 from tests.strategies import any_bits, as_patch, float_dtypes, masks, sparse_tensors, whole_tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -80,8 +80,8 @@ def sparse(**changes: Any) -> SparseTensor:
         ({"indices": [1, 2, 4]}, "count-mismatch"),
         ({"values": f32(1, 2).reshape(1, 2)}, "count-mismatch"),
         ({"values": None}, "count-mismatch"),
-        ({"values": None, "meaning": "delta"}, "count-mismatch"),
-        ({"meaning": "none", "base": None}, "count-mismatch"),
+        ({"values": None, "value_kind": "delta"}, "count-mismatch"),
+        ({"value_kind": "none", "base": None}, "count-mismatch"),
         ({"base": f32(0)}, "count-mismatch"),
         ({"base": f32(0, 1, 2)}, "count-mismatch"),
         ({"base": f32(0, 1).reshape(1, 2)}, "count-mismatch"),
@@ -91,13 +91,13 @@ def sparse(**changes: Any) -> SparseTensor:
         ({"values": np.array([1, 2], np.complex64), "base": None}, "sparse-dtype"),
         ({"dtype": np.float16}, "stream-dtype"),
         ({"base": f64(0, 5)}, "stream-dtype"),
-        ({"meaning": "delta", "values": np.array([1, 2], np.int64)}, "sparse-dtype"),
-        ({"meaning": "delta", "values": np.array([1, 2], np.int64), "dtype": np.float32}, "stream-dtype"),
-        ({"meaning": "delta", "dtype": BF16, "base": None}, "stream-dtype"),
-        ({"meaning": "delta", "dtype": BF16}, "stream-dtype"),
-        ({"meaning": "none", "values": None}, "manifest-schema"),
-        ({"meaning": "none", "values": None, "base": None, "base_digest": HEX}, "manifest-schema"),
-        ({"meaning": "add"}, "manifest-schema"),
+        ({"value_kind": "delta", "values": np.array([1, 2], np.int64)}, "sparse-dtype"),
+        ({"value_kind": "delta", "values": np.array([1, 2], np.int64), "dtype": np.float32}, "stream-dtype"),
+        ({"value_kind": "delta", "dtype": BF16, "base": None}, "stream-dtype"),
+        ({"value_kind": "delta", "dtype": BF16}, "stream-dtype"),
+        ({"value_kind": "none", "values": None}, "manifest-schema"),
+        ({"value_kind": "none", "values": None, "base": None, "base_digest": HEX}, "manifest-schema"),
+        ({"value_kind": "add"}, "manifest-schema"),
         ({"shape": (2, -3)}, "manifest-schema"),
         ({"shape": (1,) * 65}, "manifest-schema"),
         ({"shape": (2**27, 2**26)}, "shape-overflow"),
@@ -117,9 +117,9 @@ def sparse(**changes: Any) -> SparseTensor:
         ({"rows": 0}, "out-of-range"),
         ({"rows": 2**52, "new_rows": ROW}, "shape-overflow"),
         ({"shape": (), "indices": [0], "values": ONE, "base": ONE, "rows": 1}, "manifest-schema"),
-        ({"meaning": "none", "values": None, "base": None, "rows": 2}, "manifest-schema"),
-        ({"meaning": "none", "values": None, "base": None, "result_digest": HEX}, "manifest-schema"),
-        ({"meaning": "delta", "result_digest": HEX}, "manifest-schema"),
+        ({"value_kind": "none", "values": None, "base": None, "rows": 2}, "manifest-schema"),
+        ({"value_kind": "none", "values": None, "base": None, "result_digest": HEX}, "manifest-schema"),
+        ({"value_kind": "delta", "result_digest": HEX}, "manifest-schema"),
     ],
 )
 def test_the_constructor_refuses(changes: dict[str, Any], rule: str) -> None:
@@ -151,22 +151,22 @@ def test_torch_tensors_are_taken_as_they_are() -> None:
 
 def test_attributes() -> None:
     tensor = sparse()
-    assert ("w", (2, 3), "target") == (tensor.name, tensor.shape, tensor.meaning)
+    assert ("w", (2, 3), "target") == (tensor.name, tensor.shape, tensor.value_kind)
     assert (2, 6, 1 / 3) == (tensor.nnz, tensor.numel, tensor.density)
     assert np.float32 == tensor.dtype
     assert hashlib.sha256(f32(0, 5).tobytes()).hexdigest() == tensor.base_digest
     assert "SparseTensor('w', shape=[2, 3], dtype=F32, nnz=2, values=target)" == repr(tensor)
     assert 0.0 == SparseTensor("w", (0, 5), np.empty(0, int), f32(), base=f32()).density
-    assert "WholeTensor('b', shape=[1], dtype=float32)" == repr(WholeTensor("b", ONE))
+    assert "DenseTensor('b', shape=[1], dtype=float32)" == repr(DenseTensor("b", ONE))
 
 
 def test_the_base_decides_over_a_digest_that_is_handed_in() -> None:
     assert sparse().base_digest == sparse(base_digest=HEX).base_digest
-    assert digest(ONE) == WholeTensor("b", ONE, base=ONE, base_digest=HEX).base_digest
+    assert digest(ONE) == DenseTensor("b", ONE, base=ONE, base_digest=HEX).base_digest
 
 
 def test_a_mask_has_no_values() -> None:
-    mask = SparseTensor("w", (2, 3), [1, 4], meaning="none")
+    mask = SparseTensor("w", (2, 3), [1, 4], value_kind="none")
     assert np.float32 == mask.dtype
     with pytest.raises(ValueError, match="'w' is a mask"):
         _ = mask.values
@@ -192,7 +192,7 @@ def test_matrix_view(shape: tuple[int, ...], rows: int, columns: int) -> None:
 
 
 @given(TENSORS)
-def test_tensors_are_immutable(tensor: SparseTensor | WholeTensor) -> None:
+def test_tensors_are_immutable(tensor: SparseTensor | DenseTensor) -> None:
     for attribute in ("name", "base", "base_digest", "values", "dtype", "indices", "new"):
         with pytest.raises(AttributeError):
             setattr(tensor, attribute, None)
@@ -212,7 +212,7 @@ def test_tensors_are_immutable(tensor: SparseTensor | WholeTensor) -> None:
 
 
 @given(TENSORS)
-def test_copies_and_pickles_are_equal_and_immutable(tensor: SparseTensor | WholeTensor) -> None:
+def test_copies_and_pickles_are_equal_and_immutable(tensor: SparseTensor | DenseTensor) -> None:
     for twin in (pickle.loads(pickle.dumps(tensor)), copy.copy(tensor), copy.deepcopy(tensor)):
         assert tensor == twin
         assert type(tensor) is type(twin)
@@ -246,7 +246,7 @@ def test_the_caller_keeps_its_array() -> None:
         {"base": f32(0, 6)},
         {"base": f32(-0.0, 5)},
         {"base": None, "base_digest": sparse().base_digest},
-        {"meaning": "delta"},
+        {"value_kind": "delta"},
         {"values": f64(1, 2), "base": f64(0, 5)},
         {"base_name": "v"},
         {"rows": 3, "new_rows": ROW},
@@ -275,7 +275,7 @@ def test_patches() -> None:
     assert plain == same
     assert grown != sparse(rows=3, new_rows=ROW + 1)
     assert sparse(rows=3, new_rows=ROW * 0) != sparse(rows=3, new_rows=-ROW * 0)
-    delta = sparse(meaning="delta", rows=3, new_rows=ROW)
+    delta = sparse(value_kind="delta", rows=3, new_rows=ROW)
     assert (3, 3) == delta.result_shape
 
 
@@ -288,11 +288,11 @@ def test_equality_compares_bits() -> None:
     nan, other = np.array([0x7FC00000, 1], "<u4").view("<f4"), np.array([0x7FC00001, 1], "<u4").view("<f4")
     assert sparse(values=nan) == sparse(values=nan.copy())
     assert sparse(values=nan) != sparse(values=other)
-    assert WholeTensor("b", nan) == WholeTensor("b", nan.copy())
-    assert WholeTensor("b", nan) != WholeTensor("b", other)
-    assert WholeTensor("b", nan) != WholeTensor("b", nan, base=nan)
-    assert WholeTensor("b", nan) != WholeTensor("b", nan.reshape(1, 2))
-    assert WholeTensor("b", nan) != "b"
+    assert DenseTensor("b", nan) == DenseTensor("b", nan.copy())
+    assert DenseTensor("b", nan) != DenseTensor("b", other)
+    assert DenseTensor("b", nan) != DenseTensor("b", nan, base=nan)
+    assert DenseTensor("b", nan) != DenseTensor("b", nan.reshape(1, 2))
+    assert DenseTensor("b", nan) != "b"
     assert same_bits(None, None)
     assert not same_bits(nan, None)
 
@@ -323,10 +323,10 @@ def test_deltas_against_torch(form: str, data: st.DataObject) -> None:
 
 
 def test_deltas_that_are_stored_need_no_base() -> None:
-    tensor = SparseTensor("w", (3,), [0, 2], np.array([0.5, -1], np.float16), meaning="delta")
+    tensor = SparseTensor("w", (3,), [0, 2], np.array([0.5, -1], np.float16), value_kind="delta")
     assert [0.5, -1.0] == tensor.delta().tolist()
     assert np.float32 == tensor.delta().dtype
-    wide = SparseTensor("w", (1,), [0], f64(1e300), meaning="delta", dtype=np.float32, base_digest=HEX)
+    wide = SparseTensor("w", (1,), [0], f64(1e300), value_kind="delta", dtype=np.float32, base_digest=HEX)
     assert [math.inf] == wide.delta().tolist()
     assert [-math.inf] == sparse(values=f32(0, -3e38), base=f32(0, 3e38)).delta()[1:].tolist()
 
@@ -360,7 +360,7 @@ def test_the_right_base_is_found_wherever_else_it_differs() -> None:
 
 
 def test_a_delta_without_digest_fits_any_float_base() -> None:
-    tensor = SparseTensor("w", (2,), [1], f32(1), meaning="delta")
+    tensor = SparseTensor("w", (2,), [1], f32(1), value_kind="delta")
     for dtype in FLOATS.values():
         assert dtype == tensor.checked_base(np.zeros(2, dtype)).dtype
     with pytest.raises(BaseMismatch, match="int64"):
@@ -379,9 +379,9 @@ def by_the_formula(tensor: SparseTensor, base: Array, alpha: float) -> torch.Ten
     b, values = to_torch(base), to_torch(tensor.values)
     if a == 0:
         return b
-    if tensor.meaning == "target" and a == 1:
+    if tensor.value_kind == "target" and a == 1:
         return values
-    step = values.to(work) if tensor.meaning == "delta" else values.to(work) - b.to(work)
+    step = values.to(work) if tensor.value_kind == "delta" else values.to(work) - b.to(work)
     result = b.to(work) + a * step
     if base.dtype.itemsize == 1:
         return to_torch(rounded_to_8_bits(result.numpy(), base.dtype))
@@ -416,18 +416,18 @@ def assert_same_numbers(expected: torch.Tensor, found: Array) -> None:
 ALPHAS = st.sampled_from([0.0, 1.0, 0.5, -1.0, 0.7, 2.0, 1e-3, 1e300, -1e300, 1 + 1e-12, 1e-60]) | st.floats(-4, 4)
 
 
-@pytest.mark.parametrize("meaning", ["target", "delta"])
+@pytest.mark.parametrize("value_kind", ["target", "delta"])
 @pytest.mark.parametrize("name", sorted(FLOATS))
 @settings(max_examples=60)
 @given(data=st.data())
-def test_application_is_the_formula(name: str, meaning: Meaning, data: st.DataObject) -> None:
+def test_application_is_the_formula(name: str, value_kind: ValueKind, data: st.DataObject) -> None:
     dtype, count = FLOATS[name], (data.draw(st.sampled_from([3, 200])),)
     base = data.draw(any_bits(dtype, count))
     # Binary64 deltas of narrower weights have a test of their own.
     others = FLOATS.values() if dtype == np.float64 else [other for other in FLOATS.values() if other.itemsize < 8]
-    value_dtype = data.draw(st.sampled_from(list(others))) if meaning == "delta" else dtype
+    value_dtype = data.draw(st.sampled_from(list(others))) if value_kind == "delta" else dtype
     values = data.draw(any_bits(value_dtype, count))
-    tensor = SparseTensor("w", count, np.arange(*count), values, meaning=meaning, dtype=dtype, base=base)
+    tensor = SparseTensor("w", count, np.arange(*count), values, value_kind=value_kind, dtype=dtype, base=base)
     alpha = data.draw(ALPHAS)
     found = tensor.applied(base, alpha)
     assert_same_numbers(by_the_formula(tensor, base, alpha), found)
@@ -451,14 +451,14 @@ def test_strength_one_gives_the_very_bits_and_zero_keeps_them(name: str, data: s
 def test_wide_deltas_of_narrow_weights(alpha: float) -> None:
     values = f64(1e-9, 0.1, -3.3, 1e300)
     base = np.array([1, 2, 3, 4], BF16)
-    tensor = SparseTensor("w", (4,), np.arange(4), values, meaning="delta", dtype=BF16, base=base)
+    tensor = SparseTensor("w", (4,), np.arange(4), values, value_kind="delta", dtype=BF16, base=base)
     step = torch.tensor(alpha) * torch.from_numpy(values).to(torch.float32)
     expected = (to_torch(base).to(torch.float32) + step).to(torch.bfloat16)
     assert_same_numbers(expected, tensor.applied(base, alpha))
 
 
 def test_a_delta_without_digest_is_applied_in_the_type_of_the_base() -> None:
-    tensor = SparseTensor("w", (1,), [0], f32(2.0**-30), meaning="delta")
+    tensor = SparseTensor("w", (1,), [0], f32(2.0**-30), value_kind="delta")
     assert [1.0] == tensor.applied(f32(1)).tolist()
     assert [1 + 2.0**-30] == tensor.applied(f64(1)).tolist()
 
@@ -467,7 +467,7 @@ def test_overflow_is_infinity_or_nan() -> None:
     def applied(name: str) -> Array:
         dtype = FLOATS[name]
         base = np.array([200.0], dtype)
-        delta = SparseTensor("w", (1,), [0], f32(1e38), meaning="delta", dtype=dtype, base=base)
+        delta = SparseTensor("w", (1,), [0], f32(1e38), value_kind="delta", dtype=dtype, base=base)
         return delta.applied(base, 3.0)
 
     assert [math.inf] * 2 == [float(applied(name)[0]) for name in ("F16", "F8_E5M2")]
@@ -479,25 +479,25 @@ def test_overflow_is_infinity_or_nan() -> None:
 
 def test_whole_tensors_check_their_base() -> None:
     base = np.array([[1, 2]], np.int64)
-    for tensor in (WholeTensor("b", base + 1, base=base), WholeTensor("b", base + 1, base_digest=digest(base))):
+    for tensor in (DenseTensor("b", base + 1, base=base), DenseTensor("b", base + 1, base_digest=digest(base))):
         tensor.check_base(torch.from_numpy(base.copy()))
         for other in (base + 1, base.reshape(2), base.view(np.uint64)):
             with pytest.raises(BaseMismatch, match="'b'"):
                 tensor.check_base(other)
-    WholeTensor("b", base).check_base(np.zeros(7))
+    DenseTensor("b", base).check_base(np.zeros(7))
 
 
 @pytest.mark.parametrize(("base", "rule"), [(f64(1), "stream-dtype"), (f32(1, 2), "count-mismatch")])
 def test_whole_tensors_refuse_a_base_of_another_form(base: Array, rule: str) -> None:
     with pytest.raises(FormatError) as caught:
-        WholeTensor("b", ONE, base=base)
+        DenseTensor("b", ONE, base=base)
     assert (rule, "b") == (caught.value.rule, caught.value.tensor)
 
 
 @pytest.mark.parametrize("values", [np.array(["a"]), np.array([1], np.complex64), np.array([1], ">f4")])
 def test_whole_tensors_refuse_what_no_checkpoint_has(values: Array) -> None:
     with pytest.raises(TypeError, match="has no safetensors name"):
-        WholeTensor("b", values)
+        DenseTensor("b", values)
 
 
 @pytest.mark.parametrize("name", sorted(TORCH))

@@ -17,13 +17,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from shira_format import Adapter, BaseMismatch, SourceError, SparseTensor, WholeTensor, load, save
-from shira_format.arrays import Array, as_array
+from shira_format import Adapter, BaseMismatch, DenseTensor, SourceError, SparseTensor, load, save
+from shira_format._core.arrays import Array, as_array
+from shira_format._core.dtypes import FLOATS
 from shira_format.convert import full_to_shira, lora_to_shira
-from shira_format.dtypes import FLOATS
+from shira_format.export.lora import LoraReport, shira_to_lora
 from shira_format.selection import TopK
 from shira_format.tensors import matrix_view
-from shira_format.to_lora import LoraReport, shira_to_lora
 from tests import models
 
 GPT2 = r"c_attn|c_proj|c_fc"
@@ -390,7 +390,7 @@ def test_strength_is_part_of_the_factors(tmp_path: Path) -> None:
 
 
 def test_deltas_need_no_base(tmp_path: Path) -> None:
-    tensors = [SparseTensor("wide.weight", (40, 24), [0, 30, 100], np.float32([1, 2, 3]), meaning="delta")]
+    tensors = [SparseTensor("wide.weight", (40, 24), [0, 30, 100], np.float32([1, 2, 3]), value_kind="delta")]
     save(Adapter(tensors), tmp_path / "a.st")
     alone = shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=3)
     assert alone.relative_error < 1e-6
@@ -407,7 +407,7 @@ def test_a_prefix_of_the_live_model(tmp_path: Path) -> None:
     base, adapter = models.save_base(bare, tmp_path / "base"), adapter_of(tmp_path / "a.st", bare, r"key\.weight")
     save(
         Adapter(
-            dict(load(adapter)), whole=[WholeTensor("embeddings.LayerNorm.weight", np.full(32, 2, np.float32))]
+            dict(load(adapter)), dense=[DenseTensor("embeddings.LayerNorm.weight", np.full(32, 2, np.float32))]
         ),
         tmp_path / "b.st",
     )
@@ -425,8 +425,8 @@ def test_whole_modules_are_saved(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path / "a.st", build(), r"query\.weight|LayerNorm\.bias")
     head = {name: torch.randn(state[name].shape) for name in ("classifier.weight", "classifier.bias")}
     head["bert.pooler.dense.bias"] = torch.randn(32)
-    wholes = [WholeTensor(name, as_array(value), base=as_array(state[name])) for name, value in head.items()]
-    save(Adapter(dict(load(adapter)), whole=wholes), tmp_path / "b.st")
+    wholes = [DenseTensor(name, as_array(value), base=as_array(state[name])) for name, value in head.items()]
+    save(Adapter(dict(load(adapter)), dense=wholes), tmp_path / "b.st")
     report = shira_to_lora(tmp_path / "b.st", tmp_path / "lora", rank=3, base=base)
     assert "classifier" in config(tmp_path / "lora")["modules_to_save"]
     assert {"classifier.bias", "bert.pooler.dense.weight", "bert.embeddings.LayerNorm.weight"} <= set(report.saved)
@@ -445,9 +445,9 @@ def test_whole_modules_are_saved(tmp_path: Path) -> None:
 
 def test_saved_tensors_of_any_dtype_are_aligned(tmp_path: Path) -> None:
     kinds = [np.float64, np.float32, FLOATS["BF16"], np.float16]
-    whole = [WholeTensor(f"m{i}.weight", np.arange(i + 1).astype(kind)) for i, kind in enumerate(kinds)]
-    tensor = SparseTensor("l.weight", (3, 3), [0], np.float32([1]), meaning="delta")
-    save(Adapter([tensor], whole=whole), tmp_path / "a.st")
+    whole = [DenseTensor(f"m{i}.weight", np.arange(i + 1).astype(kind)) for i, kind in enumerate(kinds)]
+    tensor = SparseTensor("l.weight", (3, 3), [0], np.float32([1]), value_kind="delta")
+    save(Adapter([tensor], dense=whole), tmp_path / "a.st")
     save_file({"l.weight": torch.zeros(3, 3)}, tmp_path / "base.safetensors")
     shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=1, base=tmp_path / "base.safetensors")
     path = tmp_path / "lora" / "adapter_model.safetensors"
@@ -464,7 +464,7 @@ def test_saved_tensors_of_any_dtype_are_aligned(tmp_path: Path) -> None:
 def refused(tmp_path: Path, reason: str, *tensors: SparseTensor, error: type = SourceError, **more: Any) -> None:
     """An adapter of these, and a good tensor, is refused before anything is written or computed."""
     base = more.pop("base", None)
-    good = SparseTensor("wide.weight", (40, 24), [0], np.float32([1]), meaning="delta")
+    good = SparseTensor("wide.weight", (40, 24), [0], np.float32([1]), value_kind="delta")
     save(Adapter([good, *tensors], **more), tmp_path / "a.st")
     done: list[int] = []
     with pytest.raises(error, match=reason):
@@ -474,12 +474,12 @@ def refused(tmp_path: Path, reason: str, *tensors: SparseTensor, error: type = S
 
 
 def delta(name: str, *shape: int) -> SparseTensor:
-    return SparseTensor(name, shape, [0], np.float32([1]), meaning="delta")
+    return SparseTensor(name, shape, [0], np.float32([1]), value_kind="delta")
 
 
 def test_what_a_lora_cannot_hold_is_refused(tmp_path: Path) -> None:
     one = np.float32([1])
-    refused(tmp_path, r"'m\.weight' is a mask", SparseTensor("m.weight", (2, 2), [0], meaning="none"))
+    refused(tmp_path, r"'m\.weight' is a mask", SparseTensor("m.weight", (2, 2), [0], value_kind="none"))
     resized = SparseTensor("p.weight", (2, 2), [0], one, base=one, rows=3, new_rows=np.zeros((1, 2), np.float32))
     refused(tmp_path, r"'p\.weight' is part of a patch", resized)
     refused(tmp_path, r"'gone' is removed by the adapter", manifest={"removed": ["gone"]})
@@ -497,13 +497,13 @@ def test_what_a_lora_cannot_hold_is_refused(tmp_path: Path) -> None:
     seen = SparseTensor("t.weight", (2, 2), [0], one, base_digest="0" * 64)
     refused(tmp_path, r"'t\.weight' holds target values without those of the base: pass --base", seen)
     refused(tmp_path, r"'n\.bias' is no matrix.*--base", delta("n.bias", 4))
-    refused(tmp_path, r"'n\.bias' is replaced as a whole.*--base", whole=[WholeTensor("n.bias", one)])
+    refused(tmp_path, r"'n\.bias' is replaced as a whole.*--base", dense=[DenseTensor("n.bias", one)])
     refused(
-        tmp_path, r"'scale' is replaced as a whole, and it belongs to no module", whole=[WholeTensor("scale", one)]
+        tmp_path, r"'scale' is replaced as a whole, and it belongs to no module", dense=[DenseTensor("scale", one)]
     )
     refused(
         tmp_path, r"'wide\.bias' is replaced as a whole, and .* this one is adapted",
-        whole=[WholeTensor("wide.bias", np.zeros(40, np.float32))],
+        dense=[DenseTensor("wide.bias", np.zeros(40, np.float32))],
     )  # fmt: skip
 
 
@@ -515,14 +515,14 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     save(Adapter([delta("lin.weight", 12, 13)]), tmp_path / "a.st")
     with pytest.raises(BaseMismatch, match=r"for shape \[12, 13\], the base has \[12, 12\]"):
         shira_to_lora(tmp_path / "a.st", None, rank=1, base=base)
-    norms = [WholeTensor(f"norm.{what}", np.ones(12, np.float32)) for what in ("weight", "bias")]
-    save(Adapter([delta("lin.weight", 12, 12)], whole=norms), tmp_path / "a.st")
+    norms = [DenseTensor(f"norm.{what}", np.ones(12, np.float32)) for what in ("weight", "bias")]
+    save(Adapter([delta("lin.weight", 12, 12)], dense=norms), tmp_path / "a.st")
     with pytest.raises(
         SourceError, match=r"'norm\.weight' is of the module 'norm', which PEFT cannot tell from 'other_norm'"
     ):
         shira_to_lora(tmp_path / "a.st", None, rank=1, base=base)
-    other = [WholeTensor("other_norm.weight", np.ones(12, np.float32), base=np.zeros(12, np.float32))]
-    save(Adapter([delta("lin.weight", 12, 12)], whole=other), tmp_path / "a.st")
+    other = [DenseTensor("other_norm.weight", np.ones(12, np.float32), base=np.zeros(12, np.float32))]
+    save(Adapter([delta("lin.weight", 12, 12)], dense=other), tmp_path / "a.st")
     with pytest.raises(BaseMismatch, match=r"'other_norm\.weight': the base holds another tensor"):
         shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=1, base=base)
     wrong = SparseTensor("lin.weight", (12, 12), [0], np.float32([1]), base=np.float32([9]))
@@ -534,7 +534,7 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_updates_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
-    tensor = SparseTensor("wide.weight", (40, 24), [0, 77], np.float32([1, bad]), meaning="delta")
+    tensor = SparseTensor("wide.weight", (40, 24), [0, 77], np.float32([1, bad]), value_kind="delta")
     save(Adapter([tensor]), tmp_path / "a.st")
     with pytest.raises(
         SourceError, match=r"a\.st: tensor 'wide\.weight': its update is not finite at flat index 77"
@@ -609,7 +609,7 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     for i in range(6):
         indices = np.sort(random.choice(shape[0] * shape[1], 30_000, replace=False))
         values = random.standard_normal(30_000).astype(np.float32)
-        tensors.append(SparseTensor(f"l{i}.weight", shape, indices, values, meaning="delta"))
+        tensors.append(SparseTensor(f"l{i}.weight", shape, indices, values, value_kind="delta"))
     save(Adapter(tensors), tmp_path / "a.st")
     del tensors
     peaks = []

@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shira_format import Adapter, FormatError, load, save
-from shira_format.codecs import CODECS, Indices
-from shira_format.dtypes import dtype_name
+from shira_format._core.dtypes import dtype_name
+from shira_format.format.codecs import CODECS, Indices
 from spec import reader, run_vectors
 from tests.spec.test_text import SCHEMA, manifest_of
 from tests.spec.test_vectors import content
@@ -39,7 +39,7 @@ def test_the_plain_reader_finds_what_the_library_wrote(folder: Path, adapter: Ad
     path = folder / "a.st"
     save(adapter, path, block_size=block_size)
     expected = content(
-        Adapter(adapter, whole=adapter.whole, manifest={"format_version": "1.0"} | adapter.manifest)
+        Adapter(adapter, dense=adapter.dense, manifest={"format_version": "1.0"} | adapter.manifest)
     )
     assert run_vectors.difference(reader.read(str(path)), expected) is None
     VALIDATOR.validate(manifest_of(path))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import shira_format
-from shira_format.codecs import BLOCK_SIZE, CODECS
-from shira_format.codecs.blocks import gaps_of
-from shira_format.codecs.structured import list_pattern
-from shira_format.dtypes import DTYPES, FLOATS
-from shira_format.manifest import FEATURES
+from shira_format._core.dtypes import DTYPES, FLOATS
+from shira_format.format.codecs import BLOCK_SIZE, CODECS
+from shira_format.format.codecs.blocks import gaps_of
+from shira_format.format.codecs.structured import list_pattern
+from shira_format.format.manifest import FEATURES
 from spec import reader, run_vectors
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from shira_format import Adapter, FormatError, SparseTensor, load, save
-from shira_format.arrays import Array
-from shira_format.dtypes import dtype_name
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import dtype_name
 from spec import reader, run_vectors
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +48,11 @@ def content(adapter: Adapter) -> dict[str, Any]:
                 "name": t.name,
                 "shape": list(t.shape),
                 "dtype": dtype_name(t.dtype),
-                "values": t.meaning,
+                "values": t.value_kind,
                 "nnz": t.nnz,
                 "indices": t.indices.tolist(),
-                "value_dtype": None if t.meaning == "none" else dtype_name(t.values.dtype),
-                "value_hex": None if t.meaning == "none" else hexed(t.values),
+                "value_dtype": None if t.value_kind == "none" else dtype_name(t.values.dtype),
+                "value_hex": None if t.value_kind == "none" else hexed(t.values),
                 "base_hex": hexed(t.base),
                 "base_digest": t.base_digest,
             }
@@ -68,7 +68,7 @@ def content(adapter: Adapter) -> dict[str, Any]:
                 "base_hex": hexed(w.base),
                 "base_digest": w.base_digest,
             }
-            for w in adapter.whole.values()
+            for w in adapter.dense.values()
         ],
     }
 

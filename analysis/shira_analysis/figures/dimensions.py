@@ -30,9 +30,9 @@ import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
-from shira_analysis.orthogonality import orthogonality
+from shira_analysis.measures.orthogonality import orthogonality
 from shira_format import SourceError
-from shira_format.csr.matrix import scipy_sparse
+from shira_format.convert.csr.matrix import scipy_sparse
 
 DIMENSIONS = (128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = (128, 256, 512, 1024, 2048)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import digits, ink, plain
-from shira_analysis.layer_kinds import KINDS
-from shira_analysis.measures import TensorMeasures
+from shira_analysis.measures.adapter import TensorMeasures
+from shira_analysis.measures.layer_kinds import KINDS
 from shira_format.tensors import density
 
 Float64s = npt.NDArray[np.float64]
@@ -54,7 +54,7 @@ class LayerGrid:
     Attributes:
         stems: what the names of the blocks have before their number, in the order of the adapter; one for each block.
         blocks: their numbers as they are in the names; of tensors outside all blocks, "".
-        kinds: of layers that the adapter has, in the order of :data:`shira_analysis.layer_kinds.KINDS`.
+        kinds: of layers that the adapter has, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
         cells: by (place in ``kinds``, place in ``blocks``); what the adapter does not have is missing.
         energy: the sum of all cells' energy; None if the deltas of a tensor are not known.
         scale: the largest Frobenius norm of a tensor, so that no square is too large or too small for float64.

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_analysis.deltas import DeltaFile
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import apart, digits, ink
-from shira_analysis.moments import Moments
-from shira_analysis.overlap import Overlap, overlap
-from shira_analysis.pairs import measure_pairs
+from shira_analysis.measures.deltas import DeltaFile
+from shira_analysis.measures.overlap import Overlap, overlap
+from shira_analysis.measures.pairs import measure_pairs
 from shira_format import SourceError
+from shira_format.calibration.moments import Moments
 
 _BRACKETS = 6  # adapters up to which there is room for what chance gives
 WRITTEN = 10  # and for any number
@@ -129,7 +129,7 @@ def orthogonality_matrices(
         transposed: of ``A1 A2^T`` in place of ``A1^T A2``.
 
     Raises:
-        SourceError, FormatError, BaseRequired, BaseMismatch: see :func:`shira_analysis.pairs.measure_pairs`.
+        SourceError, FormatError, BaseRequired, BaseMismatch: see :func:`shira_analysis.measures.pairs.measure_pairs`.
     """
     names, size = labels(files), len(files)
     pairs = measure_pairs(files, moments, transposed=transposed, progress=progress)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shira_analysis.deltas import DeltaFile
 from shira_analysis.figures import dimensions, layers, masks, matrices, spectra
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import apart, figure, matplotlib, plain, rendered, styled
-from shira_analysis.measures import measure_file
-from shira_analysis.moments import Moments
+from shira_analysis.measures.adapter import measure_file
+from shira_analysis.measures.deltas import DeltaFile
 from shira_format import SourceError
+from shira_format.calibration.moments import Moments
 from shira_format.lora.updates import Lora
 
 _WIDE = 14.2  # inches: more panels go into a further row

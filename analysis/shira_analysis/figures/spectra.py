@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_analysis.deltas import DeltaFile
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import apart, line
-from shira_analysis.rank import rank_of, rank_of_update
-from shira_analysis.spectrum import LARGEST, Spectrum
+from shira_analysis.measures.deltas import DeltaFile
+from shira_analysis.measures.rank import rank_of, rank_of_update
+from shira_analysis.measures.spectrum import LARGEST, Spectrum
 from shira_format import SourceError
 from shira_format.lora.updates import Lora
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 
 PRIME = 2**31 - 1  # products of two residues fit int64

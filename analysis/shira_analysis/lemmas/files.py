@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_analysis.deltas import delta_values
 from shira_analysis.lemmas.exact import sparse_matrices
+from shira_analysis.measures.deltas import delta_values
 from shira_format.checkpoints import Checkpoint
-from shira_format.container import AdapterFile
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
+from shira_format.format import AdapterFile
 from shira_format.tensors import matrix_view
 
 # The laws are tried on vectors as long as a side of the weight, a few at a time: a gigabyte. No layer of a model is larger.
@@ -122,7 +122,7 @@ class Updates:
         """
         tensor, path = self.file.sparse(name), self.file.path
         values = None
-        if tensor.meaning != "none":
+        if tensor.value_kind != "none":
             if self.base is not None and tensor.base_name not in self.base:
                 raise BaseMismatch(
                     f"{path}: tensor {name!r}: the base {self.base.path} has no {tensor.base_name!r}"

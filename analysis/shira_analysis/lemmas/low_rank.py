@@ -16,7 +16,7 @@ from shira_analysis.lemmas.files import Update
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
 from shira_analysis.lemmas.samples import KINDS, Integers, Setting, integers, mask, named
 from shira_format.errors import SourceError
-from shira_format.to_lora import Factors, best_factors
+from shira_format.export.lora import Factors, best_factors
 
 Floats = npt.NDArray[np.floating[Any]]
 

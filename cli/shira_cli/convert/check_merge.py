@@ -11,7 +11,7 @@ from shira_cli import console
 from shira_cli.convert import common
 
 if TYPE_CHECKING:
-    from shira_analysis.merge_report import Layer, MergeReport
+    from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict
 
 EXIT_CODES = {"yes": 0, "no": 1, "inconclusive": 3}
 EXIT_UNREADABLE = 2
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         console.notice(f"note: {text}", quiet=options.quiet)
     code = EXIT_CODES[report.answer]
     if options.json:
-        from shira_analysis.merged import as_json
+        from shira_analysis.merging.check.check import as_json
 
         console.print_json({"exit_code": code} | as_json(report))
     else:
@@ -82,12 +82,12 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
-def _report(options: argparse.Namespace) -> MergeReport:
+def _report(options: argparse.Namespace) -> MergeVerdict:
     from tqdm import tqdm
 
-    from shira_analysis.merged import MergeCheck, open_source
+    from shira_analysis.merging.check.check import MergeCheck, open_source
     from shira_format.checkpoints import open_checkpoint
-    from shira_format.filters import name_filter
+    from shira_format.names.filters import name_filter
 
     chosen = name_filter(options.include, options.exclude)
     base, merged = open_checkpoint(options.base), open_checkpoint(options.merged)
@@ -100,7 +100,7 @@ def _report(options: argparse.Namespace) -> MergeReport:
         return check.run(options.threads, bar.update)
 
 
-def report_text(report: MergeReport) -> str:
+def report_text(report: MergeVerdict) -> str:
     """The report as a table, with the answer at the end."""
     head = ("tensor", "verdict", "strength", "fits from", "to", "bits equal", "off by", "residual")
     lines = [console.table(head, map(_row, report.layers))]
@@ -126,7 +126,7 @@ def report_text(report: MergeReport) -> str:
     return "\n".join(lines)
 
 
-def _row(layer: Layer) -> tuple[str, ...]:
+def _row(layer: LayerVerdict) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 

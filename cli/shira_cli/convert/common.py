@@ -92,7 +92,7 @@ def run_job(options: argparse.Namespace, job: Job, rule: TopK | Exact) -> int:
     from tqdm import tqdm
 
     from shira_format.convert import convert, work_of
-    from shira_format.convert.parts import partial_folder
+    from shira_format.convert.resume import partial_folder
 
     if options.threads is not None and options.threads < 1:
         console.usage_error(PROG, f"--threads {options.threads} is not a positive count")

@@ -54,7 +54,7 @@ def add_csr_to_shira(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from shira_format.csr import shira_to_csr
+    from shira_format.convert.csr import shira_to_csr
 
     console.terminate_like_interrupt()
     output = None if options.dry_run else options.output
@@ -72,7 +72,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from shira_format.csr import csr_to_shira
+    from shira_format.convert.csr import csr_to_shira
 
     console.terminate_like_interrupt()
     output = None if options.dry_run else options.output

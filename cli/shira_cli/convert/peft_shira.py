@@ -11,7 +11,7 @@ from shira_cli import console
 from shira_cli.convert import common
 
 if TYPE_CHECKING:
-    from shira_format.peft_shira import PeftReport
+    from shira_format.convert.peft_shira import PeftReport
 
 IMPORT = """\
 Make an adapter of a sparse adapter that PEFT trained: SHiRA, or Super-Tuning without its LoRA (r unset).
@@ -66,7 +66,7 @@ def add_shira_to_peft(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from shira_format.peft_shira import peft_to_shira
+    from shira_format.convert.peft_shira import peft_to_shira
 
     console.terminate_like_interrupt()
     output = None if options.dry_run else options.output
@@ -82,7 +82,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from shira_format.peft_shira import shira_to_peft
+    from shira_format.convert.peft_shira import shira_to_peft
 
     console.terminate_like_interrupt()
     output = None if options.dry_run else options.output

@@ -49,8 +49,8 @@ def _run(options: argparse.Namespace) -> int:
 
     from shira_format import AdapterFile
     from shira_format.checkpoints import open_checkpoint
-    from shira_format.filters import name_filter
-    from shira_format.restore import Plan
+    from shira_format.export.full import RestorePlan
+    from shira_format.names.filters import name_filter
 
     if options.alpha is not None and not math.isfinite(options.alpha):
         console.usage_error(common.PROG, f"--alpha {options.alpha} is not a finite number")
@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     output = None if options.dry_run else options.output
     if output is not None:
         console.check_output_folder(output, [options.adapter, base.path, *base.files], force=options.force)
-    plan = Plan(
+    plan = RestorePlan(
         AdapterFile(options.adapter, apart=True),
         base,
         options.alpha,

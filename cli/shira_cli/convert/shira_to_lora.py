@@ -12,7 +12,7 @@ from shira_cli import console
 from shira_cli.convert import common
 
 if TYPE_CHECKING:
-    from shira_format.to_lora import LayerReport, LoraReport
+    from shira_format.export.lora import LayerReport, LoraReport
 
 DESCRIPTION = """\
 Write the best low-rank approximation of an adapter as a LoRA that PEFT loads: of each weight's update the largest singular
@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from shira_format.to_lora import EMBEDDING, shira_to_lora
+    from shira_format.export.lora import EMBEDDING, shira_to_lora
 
     if options.rank is not None and options.rank < 1:
         console.usage_error(common.PROG, f"--rank {options.rank} is not positive")

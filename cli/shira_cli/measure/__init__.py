@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from shira_analysis.deltas import open_deltas
+    from shira_analysis.measures.deltas import open_deltas
     from shira_format.checkpoints import open_checkpoint
 
     base = None if options.base is None else open_checkpoint(options.base)

@@ -10,9 +10,9 @@ from shira_cli import console
 from shira_cli.measure.one import RANK_HEAD, rank_row, spectra
 
 if TYPE_CHECKING:
-    from shira_analysis.lora_measures import LoraMeasures
-    from shira_analysis.measures import Ranks
-    from shira_analysis.rank import RankReport
+    from shira_analysis.measures.adapter import Ranks
+    from shira_analysis.measures.lora import LoraMeasures
+    from shira_analysis.measures.rank import RankReport
     from shira_format.checkpoints import Checkpoint
 
 HEAD = (RANK_HEAD[0], "norm", *RANK_HEAD[1:])
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace, base: Checkpoint) -> tuple[str, list[dict[s
     """Measure each LoRA of ``--lora``; the tables for people, and the same and more as JSON values."""
     from tqdm import tqdm
 
-    from shira_analysis.lora_measures import measure_lora
+    from shira_analysis.measures.lora import measure_lora
 
     hidden = options.quiet or not sys.stderr.isatty()
     found = []
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, base: Checkpoint) -> tuple[str, list[dict[s
 
 
 def _text(found: LoraMeasures, options: argparse.Namespace) -> str:
-    from shira_analysis.lora_measures import frobenius_of
+    from shira_analysis.measures.lora import frobenius_of
 
     rows: list[tuple[str, float | None, RankReport | Ranks]] = []
     if options.tensors:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from shira_cli import console
 
 if TYPE_CHECKING:
-    from shira_analysis.deltas import DeltaFile
-    from shira_analysis.measures import AdapterMeasures, Ranks
-    from shira_analysis.rank import RankReport
-    from shira_analysis.size import Mask, Norms
-    from shira_analysis.uniform import Compared
+    from shira_analysis.measures.adapter import AdapterMeasures, Ranks
+    from shira_analysis.measures.deltas import DeltaFile
+    from shira_analysis.measures.rank import RankReport
+    from shira_analysis.measures.size import Mask, Norms
+    from shira_analysis.measures.uniform import Compared
 
 HEAD = ("", "entries", "density", "norm", "energy", "mean", "largest", "rows", "columns", "row disp.", "column disp.", "gap disp.", "neighbours")  # fmt: skip
 RANK_HEAD = ("", "full", "exact rank", "numerical", "stable", "effective")
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, l
     """Measure each of ``files``; the tables for people, and the same and more as JSON values."""
     from tqdm import tqdm
 
-    from shira_analysis.measures import measure_file
+    from shira_analysis.measures.adapter import measure_file
 
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(total=sum(len(file.names) for file in files), unit="tensors", disable=hidden, leave=False) as bar:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from shira_cli import console
 
 if TYPE_CHECKING:
-    from shira_analysis.deltas import DeltaFile
-    from shira_analysis.interference import Interference
-    from shira_analysis.orthogonality import Orthogonality
-    from shira_analysis.overlap import Overlap
-    from shira_analysis.pairs import Measures, Pair
+    from shira_analysis.measures.deltas import DeltaFile
+    from shira_analysis.measures.interference import Interference
+    from shira_analysis.measures.orthogonality import Orthogonality
+    from shira_analysis.measures.overlap import Overlap
+    from shira_analysis.measures.pairs import Measures, Pair
 
 OVERLAP_HEAD = ("", "shared", "by chance", "Jaccard", "signs agree", "cosine", "apart", "1 to base", "2 to base")
 
@@ -52,8 +52,8 @@ def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, l
     """Measure all pairs of ``files``; the table for people, and the same and more as JSON values."""
     from tqdm import tqdm
 
-    from shira_analysis.moments import Moments
-    from shira_analysis.pairs import measure_pairs
+    from shira_analysis.measures.pairs import measure_pairs
+    from shira_format.calibration.moments import Moments
 
     hidden = options.quiet or not sys.stderr.isatty()
     names = {name for file in files for name in file.names}

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.pairs import common_dtype, scaled
 from shira_format.lora.peft.config import Config
-from shira_format.lora.peft.keys import Layer
+from shira_format.lora.peft.keys import PeftLayer
 from shira_format.lora.peft.places import Experts, Places
 from shira_format.lora.products import LowRank, Stacked
-from shira_format.update import Update
+from shira_format.lora.update import Update
 
 _MOST = 4  # parameters of one module among which those of its wrappers are looked for
 
@@ -36,7 +36,7 @@ class Choice:
             ``[experts, p, q]``.
     """
 
-    layer: Layer
+    layer: PeftLayer
     parameter: str
     swapped: bool | None
 
@@ -51,13 +51,13 @@ class Parameters:
     def __init__(self, places: Places, config: Config, where: object) -> None:
         self.places, self.config, self.where = places, config, where
 
-    def updates(self, layers: Sequence[Layer]) -> list[Update]:
+    def updates(self, layers: Sequence[PeftLayer]) -> list[Update]:
         """The updates, in the order of the layers.
 
         Raises:
             SourceError: a pair of factors fits no parameter, or more than one.
         """
-        modules: dict[str, list[Layer]] = {}
+        modules: dict[str, list[PeftLayer]] = {}
         for layer in layers:
             modules.setdefault(layer.module, []).append(layer)
         found = {module: self._choices(group) for module, group in modules.items()}
@@ -68,7 +68,7 @@ class Parameters:
             update for choices in chosen.values() for choice in choices for update in self._made(choice, grouped)
         ]
 
-    def _choices(self, layers: Sequence[Layer]) -> list[list[Choice]]:
+    def _choices(self, layers: Sequence[PeftLayer]) -> list[list[Choice]]:
         """All ways in which the layers of one module fit its parameters, which the keys do not name.
 
         Wrappers lie around each other, in the order in which the module's class makes its parameters: no file says it.
@@ -92,7 +92,7 @@ class Parameters:
                 )
         return list(_combined(ways))
 
-    def _fits(self, layer: Layer, name: str) -> Iterator[Choice]:
+    def _fits(self, layer: PeftLayer, name: str) -> Iterator[Choice]:
         a, b = layer.pair(self.where)
         shape = self.places.shape(name)
         if a.ndim != 2 or b.ndim != 2 or len(shape) not in (2, 3):
@@ -194,7 +194,7 @@ class Parameters:
                 up, down = down.T, up.T
             yield np.ascontiguousarray(up), np.ascontiguousarray(down)
 
-    def _shapes(self, layer: Layer) -> str:
+    def _shapes(self, layer: PeftLayer) -> str:
         a, b = layer.pair(self.where)
         inner = ".base_layer" * layer.depth
         return f"{layer.module + inner!r} has lora_A of shape {list(a.shape)} and lora_B of shape {list(b.shape)}"

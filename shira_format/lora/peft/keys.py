@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import PREFIX, Config
 
@@ -24,7 +24,7 @@ _DEEP = re.compile(r"(?:\.base_layer)+\Z")
 
 
 @dataclass(eq=False)
-class Layer:
+class PeftLayer:
     """The tensors of one adapted layer, by what PEFT calls them: ``"lora_A.weight"``.
 
     Attributes:
@@ -70,7 +70,7 @@ class Keys:
         plain: other tensors, under their names in the model.
     """
 
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[PeftLayer] = field(default_factory=list)
     tokens: dict[str, Array] = field(default_factory=dict)
     plain: dict[str, Array] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ def sorted_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Key
         SourceError: a key that is not PEFT's, or that goes against the options.
     """
     found = Keys()
-    layers: dict[str, Layer] = {}
+    layers: dict[str, PeftLayer] = {}
     for key, array in tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key:
@@ -114,10 +114,10 @@ def sorted_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Key
     return found
 
 
-def _layer(raw: str) -> Layer:
+def _layer(raw: str) -> PeftLayer:
     outer = _DEEP.sub("", raw)
     parent = outer.removesuffix(".base_layer.out_proj")
-    return Layer(
+    return PeftLayer(
         _WRAPPED.sub("", outer),
         depth=(len(raw) - len(outer)) // len(".base_layer"),
         parent=_WRAPPED.sub("", parent) if parent != outer else "",

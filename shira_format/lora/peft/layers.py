@@ -10,24 +10,24 @@ from functools import cached_property
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.pairs import common_dtype, plain, scaled, transposed
 from shira_format.lora.peft.config import CONFIG, Config
-from shira_format.lora.peft.keys import Layer
+from shira_format.lora.peft.keys import PeftLayer
 from shira_format.lora.peft.places import Places
 from shira_format.lora.products import LowRank
-from shira_format.update import Update
+from shira_format.lora.update import Update
 
 
 class Modules:
     """All layers that wrap modules."""
 
-    def __init__(self, places: Places, config: Config, layers: list[Layer], where: object) -> None:
+    def __init__(self, places: Places, config: Config, layers: list[PeftLayer], where: object) -> None:
         self.places, self.base, self.config, self.layers, self.where = places, places.base, config, layers, where
 
-    def update(self, layer: Layer) -> Update:
+    def update(self, layer: PeftLayer) -> Update:
         """The update of the layer's weight.
 
         Raises:
@@ -46,7 +46,7 @@ class Modules:
             update, by_column = self._plain(layer, name, a, b), False
         return self._decomposed(layer, update, by_column)
 
-    def bias(self, layer: Layer) -> tuple[str, Array] | None:
+    def bias(self, layer: PeftLayer) -> tuple[str, Array] | None:
         """What is added to the layer's bias under ``lora_bias``."""
         bias = layer.parts.get("lora_B.bias")
         if bias is None:
@@ -63,7 +63,7 @@ class Modules:
             raise SourceError(f"{self.where}: {module}.lora_B.bias has shape {list(bias.shape)}, {name!r} {list(self.base.shape(name))}")  # fmt: skip
         return name, scaled(bias, self.scale(layer, twice=False), common_dtype(bias))
 
-    def scale(self, layer: Layer, *, twice: bool = True) -> float:
+    def scale(self, layer: PeftLayer, *, twice: bool = True) -> float:
         """What ``B @ A`` is multiplied by."""
         if not self._of_attention(layer):
             return self.config.scales.scale(layer.module)
@@ -72,10 +72,10 @@ class Modules:
         # update (peft 0.14 to 0.21).
         return self.config.scales.scale(layer.parent) * (2 if twice else 1)
 
-    def _of_attention(self, layer: Layer) -> bool:
+    def _of_attention(self, layer: PeftLayer) -> bool:
         return bool(layer.parent) and self.places.is_attention(layer.parent)
 
-    def _check_rank(self, layer: Layer, name: str, a: Array, b: Array) -> None:
+    def _check_rank(self, layer: PeftLayer, name: str, a: Array, b: Array) -> None:
         rank = self.config.scales.rank(layer.parent if self._of_attention(layer) else layer.module)
         if a.ndim < 2 or b.ndim != a.ndim:
             raise SourceError(f"{self.where}: {layer.module!r} is no layer that is known (lora_A has shape {list(a.shape)} and lora_B {list(b.shape)})")  # fmt: skip
@@ -98,13 +98,13 @@ class Modules:
                 f"lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}"
             )
 
-    def _plain(self, layer: Layer, name: str, a: Array, b: Array, *, turned: bool = False) -> LowRank:
+    def _plain(self, layer: PeftLayer, name: str, a: Array, b: Array, *, turned: bool = False) -> LowRank:
         shape = self.base.shape(name)
         where = f"{self.where}: {layer.module!r}"
         update = plain(name, shape[::-1] if turned else shape, b, a, self.scale(layer), where)
         return transposed(update, shape) if turned else update
 
-    def _embedding(self, layer: Layer, name: str, a: Array, b: Array) -> LowRank:
+    def _embedding(self, layer: PeftLayer, name: str, a: Array, b: Array) -> LowRank:
         """``(B @ A).T``: ``lora_embedding_A`` is ``[r, rows]``, ``lora_embedding_B`` is ``[columns, r]``."""
         shape, made = self.base.shape(name), (a.shape[1], b.shape[0])
         if shape != made:
@@ -115,7 +115,7 @@ class Modules:
         up = scaled(a.T, self.scale(layer), dtype)
         return LowRank(name, shape, np.ascontiguousarray(up), np.ascontiguousarray(b.T.astype(dtype)))
 
-    def _decomposed(self, layer: Layer, update: LowRank, by_column: bool) -> Update:
+    def _decomposed(self, layer: PeftLayer, update: LowRank, by_column: bool) -> Update:
         """DoRA: a norm for each output of a linear layer or a convolution, and for each column of an embedding.
 
         PEFT takes the norm of the base's weight and the scaled update together, as they are now, not as they were in

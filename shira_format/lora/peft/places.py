@@ -13,8 +13,8 @@ from functools import cached_property
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.peft.keys import Keys, Layer, candidates
-from shira_format.names import match_names
+from shira_format.lora.peft.keys import Keys, PeftLayer, candidates
+from shira_format.names.match import match_names
 
 _EXPERT = re.compile(
     r"(?P<module>(?:.*\.)?experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>gate_proj|up_proj|down_proj|w[123]|fc[123])\.weight"
@@ -60,7 +60,7 @@ class Places:
         needed = dict.fromkeys(name for names in self._wanted.values() for name in names)
         self._rename, self.words = match_names(needed.keys(), self._known, where)
 
-    def parameters(self, layer: Layer) -> list[str]:
+    def parameters(self, layer: PeftLayer) -> list[str]:
         """The names of those that the layer can change: several only if it wraps parameters of one module."""
         return self._wanted[layer.module]
 

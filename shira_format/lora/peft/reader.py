@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.errors import SourceError
 from shira_format.lora.files import read_tensors
 from shira_format.lora.peft.config import Config, base_model_of, read_config, source_of
 from shira_format.lora.peft.experts import Parameters
-from shira_format.lora.peft.keys import Layer, candidates, sorted_keys
+from shira_format.lora.peft.keys import PeftLayer, candidates, sorted_keys
 from shira_format.lora.peft.layers import Modules
 from shira_format.lora.peft.places import Places
 from shira_format.lora.peft.replication import replication
 from shira_format.lora.peft.tokens import rows_of
 from shira_format.lora.peft.wholes import Wholes, without_tied_head
+from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.update import Update
 
 
 def read(weights: Path, config_path: Path, base: Checkpoint) -> Lora:
@@ -56,12 +56,12 @@ def read(weights: Path, config_path: Path, base: Checkpoint) -> Lora:
     )  # fmt: skip
 
 
-def _is_parameter(layer: Layer, config: Config, places: Places) -> bool:
+def _is_parameter(layer: PeftLayer, config: Config, places: Places) -> bool:
     names = {f"{layer.module}.{parameter}" for parameter in candidates(layer.module, config.parameters)}
     return bool(names & set(places.parameters(layer)))
 
 
-def _additions(reader: Modules, layers: list[Layer], whole: dict[str, Array]) -> dict[str, Array]:
+def _additions(reader: Modules, layers: list[PeftLayer], whole: dict[str, Array]) -> dict[str, Array]:
     """What is added to biases; to those that ``bias`` trains, too, right away."""
     found = {}
     for layer in layers:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from shira_format.arrays import Array
-from shira_format.changes import narrowed
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import is_float, working_dtype
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import is_float, working_dtype
+from shira_format.entries.changes import round_to
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import Config
 
@@ -73,7 +73,7 @@ def rows_of(module: str, values: Array, name: str, base: Checkpoint, config: Con
         )
     if is_float(dtype):  # another dtype is refused where all updates are
         with np.errstate(over="ignore"):
-            values = narrowed(values, dtype)
+            values = round_to(values, dtype)
         if not np.isfinite(values.astype(working_dtype(dtype))).all():
             raise SourceError(f"{where}: new rows of {module!r} do not fit the base's dtype {dtype}")
     order = np.argsort(rows)

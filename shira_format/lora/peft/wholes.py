@@ -9,12 +9,12 @@ from functools import cached_property
 
 import numpy as np
 
-from shira_format.arrays import Array
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import is_float
 from shira_format.checkpoints import Checkpoint
-from shira_format.dtypes import is_float
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import Config
-from shira_format.lora.peft.keys import Layer
+from shira_format.lora.peft.keys import PeftLayer
 from shira_format.lora.peft.places import Places
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
@@ -142,7 +142,7 @@ def is_tied(base: Checkpoint) -> bool:
     return isinstance(config, dict) and config.get("tie_word_embeddings") is True
 
 
-def without_tied_head(layers: list[Layer], base: Checkpoint, config: Config, where: object) -> list[Layer]:
+def without_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config, where: object) -> list[PeftLayer]:
     """The layers without the LoRA of a head that the base has not, if it is that of the embeddings.
 
     Under ``ensure_weight_tying`` PEFT gives a tied head the embeddings' own factors, swapped, and saves both. The base
@@ -168,7 +168,7 @@ def without_tied_head(layers: list[Layer], base: Checkpoint, config: Config, whe
     return kept
 
 
-def _is_turned(head: Layer, embedding: Layer, config: Config, where: object) -> bool:
+def _is_turned(head: PeftLayer, embedding: PeftLayer, config: Config, where: object) -> bool:
     (a, b), (rows, columns) = head.pair(where), embedding.pair(where)
     return (
         a.shape == columns.shape[::-1]

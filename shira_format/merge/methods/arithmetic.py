@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from shira_format.merge.joined import Factor, Joined
+from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.merge.methods.method import Method, Option, Options
 
 # mergekit divides by no sum of weights that is smaller.
@@ -16,7 +16,7 @@ LAMBDA = Option(1.0, "the result is multiplied by it")
 RESCALE = Option(False, "restore the sum of magnitudes that each adapter had before it was pruned")
 
 
-def summed(joined: Joined, kept: Sequence[Factor], options: Options) -> list[Factor]:
+def summed(joined: AlignedEntries, kept: Sequence[Factor], options: Options) -> list[Factor]:
     """``lambda * sum of w_i kept_i D_i``, with ``normalize`` over the sum of all weights (if that is not 0), as mergekit."""
     scale = options["lambda"]
     if options["normalize"]:
@@ -25,7 +25,7 @@ def summed(joined: Joined, kept: Sequence[Factor], options: Options) -> list[Fac
     return [part.weight * scale * own for part, own in zip(joined.parts, kept, strict=True)]
 
 
-def task_arithmetic(joined: Joined, options: Options) -> Sequence[Factor]:
+def task_arithmetic(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``task_arithmetic``: the weighted sum. Its ``normalize`` counts adapters that leave the weight alone, too."""
     return summed(joined, [1.0] * len(joined.parts), options)
 

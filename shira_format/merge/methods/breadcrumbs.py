@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shira_format.merge.joined import Factor, Floats, Joined
+from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, RESCALE, summed
 from shira_format.merge.methods.election import MAJORITY, elected
 from shira_format.merge.methods.method import Method, Option, Options, of_adapter
 from shira_format.merge.methods.pruning import DENSITY, OF, elements, ranked, restored
 
 
-def sifted(joined: Joined, options: Options) -> list[Floats]:
+def sifted(joined: AlignedEntries, options: Options) -> list[Floats]:
     """For each part the scale of its entries, 0 for those that are left out.
 
     mergekit's counting: the share ``gamma`` of all elements that is largest goes first, then as many of the smallest as it
@@ -37,12 +37,12 @@ def sifted(joined: Joined, options: Options) -> list[Floats]:
     return found
 
 
-def breadcrumbs(joined: Joined, options: Options) -> Sequence[Factor]:
+def breadcrumbs(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``breadcrumbs``: the weighted sum of what is left."""
     return summed(joined, sifted(joined, options), options)
 
 
-def breadcrumbs_ties(joined: Joined, options: Options) -> Sequence[Factor]:
+def breadcrumbs_ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``breadcrumbs_ties``: signs are elected by weighted deltas, and what agrees is joined."""
     return elected(joined, sifted(joined, options), options, peft=False, normalize=options["normalize"])
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shira_format.merge.joined import Factor, Floats, Joined
+from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
 from shira_format.merge.methods.election import MAJORITY, SEMANTICS, elected
 from shira_format.merge.methods.method import Method, Option, Options, of_adapter
@@ -14,7 +14,7 @@ from shira_format.merge.methods.pruning import DENSITY, SEED, restored
 from shira_format.merge.methods.randomness import uniform
 
 
-def dropped(joined: Joined, options: Options) -> list[Floats]:
+def dropped(joined: AlignedEntries, options: Options) -> list[Floats]:
     """For each part 0 for the entries that are dropped, else the scale of what is left.
 
     A density of 0 drops all. (PEFT then divides zeros by 0, and every element of the weight becomes NaN.)
@@ -35,12 +35,12 @@ def dropped(joined: Joined, options: Options) -> list[Floats]:
     return found
 
 
-def dare_linear(joined: Joined, options: Options) -> Sequence[Factor]:
+def dare_linear(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """PEFT's or mergekit's ``dare_linear``: the weighted sum of what was not dropped."""
     return summed(joined, dropped(joined, options), options)
 
 
-def dare_ties(joined: Joined, options: Options) -> Sequence[Factor]:
+def dare_ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """PEFT's or mergekit's ``dare_ties``: drop, elect signs, join what agrees; see :func:`elected` for how they differ."""
     peft = options["semantics"] == "peft"
     normalize = peft if options["normalize"] == "default" else options["normalize"] == "true"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shira_format.entries.aligned import AlignedEntries, Contribution, Factor, Floats
 from shira_format.errors import SourceError
-from shira_format.merge.joined import Factor, Floats, Joined, Part
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
 from shira_format.merge.methods.election import MAJORITY, elected
 from shira_format.merge.methods.method import Method, Option, Options, of_adapter
@@ -16,7 +16,7 @@ from shira_format.merge.methods.pruning import DENSITY, SEED, magnitudes, restor
 from shira_format.merge.methods.randomness import uniform
 
 
-def chances(part: Part, options: Options) -> Floats:
+def chances(part: Contribution, options: Options) -> Floats:
     """The probability of each entry of one adapter to be kept: float64 ``[nnz]``, from ``density - epsilon`` to ``density + epsilon``.
 
     It rises with the rank of the entry's magnitude in its row. mergekit ranks along axis 1: the rows of a matrix; of more
@@ -49,7 +49,7 @@ def chances(part: Part, options: Options) -> Floats:
     return found
 
 
-def thinned(joined: Joined, options: Options) -> list[Floats]:
+def thinned(joined: AlignedEntries, options: Options) -> list[Floats]:
     """For each part the scale of its entries, 0 for those that are dropped."""
     found = []
     for number, part in enumerate(joined.parts):
@@ -65,12 +65,12 @@ def thinned(joined: Joined, options: Options) -> list[Floats]:
     return found
 
 
-def della_linear(joined: Joined, options: Options) -> Sequence[Factor]:
+def della_linear(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``della_linear``: the weighted sum of what was not dropped."""
     return summed(joined, thinned(joined, options), options)
 
 
-def della(joined: Joined, options: Options) -> Sequence[Factor]:
+def della(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``della``: signs are elected by weighted deltas, and what agrees is joined."""
     return elected(joined, thinned(joined, options), options, peft=False, normalize=options["normalize"])
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from shira_format.codecs import Indices
-from shira_format.merge.joined import Floats, Joined
+from shira_format.entries.aligned import AlignedEntries, Floats
+from shira_format.format.codecs import Indices
 from shira_format.merge.methods.arithmetic import SMALL
 from shira_format.merge.methods.method import Option, Options
 
@@ -20,7 +20,7 @@ _BLOCK = 1 << 20  # numbers that are held at a time
 
 
 def stacked(
-    joined: Joined, values: Sequence[Floats], where: Indices | None = None
+    joined: AlignedEntries, values: Sequence[Floats], where: Indices | None = None
 ) -> Iterator[tuple[slice, Floats]]:
     """What the parts have at each entry, zeros where they have none: slices of the entries, and float64 ``[parts, slice]``.
 
@@ -44,7 +44,7 @@ def stacked(
         yield some, block
 
 
-def total(joined: Joined, values: Sequence[Floats]) -> Floats:
+def total(joined: AlignedEntries, values: Sequence[Floats]) -> Floats:
     """The sum for each entry: float64 ``[n]`` from ``[nnz]`` each, bit for bit the same in any order of the parts."""
     found = joined.sum(values)
     if len(values) > 2:  # two numbers have the same sum in both orders
@@ -63,7 +63,7 @@ def ascending(block: Floats) -> Floats:
     return found
 
 
-def agreeing(joined: Joined, steps: Sequence[Floats], majority: str = "total") -> list[Floats]:
+def agreeing(joined: AlignedEntries, steps: Sequence[Floats], majority: str = "total") -> list[Floats]:
     """For each part 1 where its step has the elected sign, else 0. A tie elects plus; a step of 0 has no sign, and never agrees."""
     votes = total(joined, steps) if majority == "total" else joined.sum([np.sign(step) for step in steps])
     elected = np.where(votes >= 0, 1.0, -1.0)
@@ -73,7 +73,7 @@ def agreeing(joined: Joined, steps: Sequence[Floats], majority: str = "total") -
 
 
 def elected(
-    joined: Joined, kept: Sequence[Floats], options: Options, *, peft: bool, normalize: bool
+    joined: AlignedEntries, kept: Sequence[Floats], options: Options, *, peft: bool, normalize: bool
 ) -> list[Floats]:
     """The sum of what is kept and has the elected sign.
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shira_format.arrays import Array, different
+from shira_format._core.arrays import Array, different
+from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.errors import SourceError
-from shira_format.merge.joined import Factor, Floats, Joined
 from shira_format.merge.methods.method import Method, Option, Options
 
 
-def overwrite(joined: Joined, options: Options) -> Sequence[Factor]:
+def overwrite(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """The entry of the first or the last adapter that has it and whose weight is not 0."""
     return _of_winners(joined, options["priority"])
 
 
-def _of_winners(joined: Joined, priority: str) -> list[Floats]:
+def _of_winners(joined: AlignedEntries, priority: str) -> list[Floats]:
     numbers = [number for number, part in enumerate(joined.parts) if part.weight]
     if priority == "first":
         numbers.reverse()
@@ -30,7 +30,7 @@ def _of_winners(joined: Joined, priority: str) -> list[Floats]:
     ]
 
 
-def refuse(joined: Joined, _: Options) -> Sequence[Factor]:
+def refuse(joined: AlignedEntries, _: Options) -> Sequence[Factor]:
     """All entries, if no two adapters set one to different values.
 
     Raises:
@@ -45,8 +45,8 @@ def refuse(joined: Joined, _: Options) -> Sequence[Factor]:
                 continue
             __, mine, its = np.intersect1d(at, joined.places[other], assume_unique=True, return_indices=True)
             tensor, before = part.tensor, joined.parts[other].tensor
-            same = (tensor.meaning, tensor.values.dtype, part.weight) == (
-                before.meaning, before.values.dtype, joined.parts[other].weight,
+            same = (tensor.value_kind, tensor.values.dtype, part.weight) == (
+                before.value_kind, before.values.dtype, joined.parts[other].weight,
             )  # fmt: skip
             bad: Array = different(tensor.values[mine], before.values[its]) if same else np.ones(mine.size, bool)
             if bad.any():
@@ -58,13 +58,13 @@ def refuse(joined: Joined, _: Options) -> Sequence[Factor]:
     return factors
 
 
-def disjoint(joined: Joined, _: Options) -> Sequence[Factor]:
+def disjoint(joined: AlignedEntries, _: Options) -> Sequence[Factor]:
     """The entries that one adapter alone has."""
     alone = sum_of_active(joined) == 1
     return [alone[at] * part.weight for part, at in zip(joined.parts, joined.places, strict=True)]
 
 
-def intersect(joined: Joined, options: Options) -> Sequence[Factor]:
+def intersect(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """The entries that all adapters have, as the first or the last has them."""
     active = sum(1 for part in joined.parts if part.weight)
     every = sum_of_active(joined) == active
@@ -73,7 +73,7 @@ def intersect(joined: Joined, options: Options) -> Sequence[Factor]:
     ]
 
 
-def sum_of_active(joined: Joined) -> Floats:
+def sum_of_active(joined: AlignedEntries) -> Floats:
     """How many adapters of a weight that is not 0 have each entry."""
     return joined.sum([float(part.weight != 0) for part in joined.parts])
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.errors import SourceError
-from shira_format.merge.joined import Factor, Joined
 
 Options = Mapping[str, Any]
 # For each part what its deltas are multiplied by, weight included: one factor, or one for each of its entries; 0 leaves it out.
-Factors = Callable[[Joined, Options], Sequence[Factor]]
+Factors = Callable[[AlignedEntries, Options], Sequence[Factor]]
 
 
 @dataclass(frozen=True)

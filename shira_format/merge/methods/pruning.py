@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from shira_format.arrays import Array
-from shira_format.dtypes import working_dtype
+from shira_format._core.arrays import Array
+from shira_format._core.dtypes import working_dtype
+from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
 from shira_format.merge.cutting import largest
-from shira_format.merge.joined import Floats, Joined, Part
 from shira_format.merge.methods.method import Option, Options, of_adapter
 
 DENSITY = Option(1.0, "share that is kept; 1: all", low=0, high=1, each=True)
@@ -30,19 +30,19 @@ SEED = Option(0, "another seed, other entries", low=0, high=2.0**53)
 _SMALL = 1e-7
 
 
-def elements(part: Part, options: Options) -> int:
+def elements(part: Contribution, options: Options) -> int:
     """How many elements the tensor has of which entries are pruned: those of the weight, or the entries alone."""
     return part.tensor.nnz if options["of"] == "entries" else part.tensor.numel
 
 
-def magnitudes(part: Part) -> Array:
+def magnitudes(part: Contribution) -> Array:
     """Of the deltas, ``[nnz]``, in the type in which they are compared."""
     wide = np.float64 if working_dtype(part.tensor.values.dtype) == np.float64 else np.float32
     with np.errstate(over="ignore", under="ignore"):  # beyond float32's range all are equal
         return np.abs(part.delta).astype(wide)
 
 
-def ranked(part: Part, first: int, last: int) -> Floats:
+def ranked(part: Contribution, first: int, last: int) -> Floats:
     """1 for entries that are, counted from the largest magnitude, at places ``first`` to ``last`` - 1, else 0."""
     kept = np.zeros(part.tensor.nnz)
     size = magnitudes(part)
@@ -52,7 +52,7 @@ def ranked(part: Part, first: int, last: int) -> Floats:
     return kept
 
 
-def restored(part: Part, kept: Floats) -> Floats:
+def restored(part: Contribution, kept: Floats) -> Floats:
     """Scale what is kept so that the sum of magnitudes is that of all deltas, as mergekit's ``rescale``.
 
     Not if either is below 1e-7 (mergekit's limit): then nothing is scaled.
@@ -64,7 +64,7 @@ def restored(part: Part, kept: Floats) -> Floats:
     return kept * (before / after)
 
 
-def by_magnitude(joined: Joined, options: Options, *, least: int = 0) -> list[Floats]:
+def by_magnitude(joined: AlignedEntries, options: Options, *, least: int = 0) -> list[Floats]:
     """For each part 1 for its largest entries, else 0: ``int(density * elements)`` of them, but at least ``least``."""
     found = []
     for number, part in enumerate(joined.parts):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shira_format.merge.joined import Factor, Floats, Joined
+from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.merge.methods.method import Method, Option, Options
 
 
-def ram(joined: Joined, options: Options) -> Sequence[Factor]:
+def ram(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``ram``, on the deltas times their weights (mergekit has none).
 
     An entry counts for an adapter if its delta's magnitude is above ``epsilon``; it is divided by the number of adapters for
@@ -23,7 +23,7 @@ def ram(joined: Joined, options: Options) -> Sequence[Factor]:
     ]
 
 
-def ramplus_tl(joined: Joined, options: Options) -> Sequence[Factor]:
+def ramplus_tl(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``ramplus_tl``: as ``ram``, but what an adapter has alone is made larger, the more it shares.
 
     The factor is ``1 + r * min(rho, rho_max)`` with ``rho`` the entries that it shares over those that it has alone.
@@ -40,7 +40,7 @@ def ramplus_tl(joined: Joined, options: Options) -> Sequence[Factor]:
     return found
 
 
-def _counted(joined: Joined, epsilon: float) -> tuple[list[Floats], Floats]:
+def _counted(joined: AlignedEntries, epsilon: float) -> tuple[list[Floats], Floats]:
     """For each part 1 for entries that count, else 0, ``[nnz]``; and for how many parts each entry counts, ``[n]``."""
     counted = [(np.abs(part.delta * part.weight) > epsilon).astype(np.float64) for part in joined.parts]
     return counted, joined.sum(counted)

@@ -9,14 +9,14 @@ import hashlib
 
 import numpy as np
 
-from shira_format.arrays import bits, digest
-from shira_format.merge.joined import Floats, Joined, Part
+from shira_format._core.arrays import bits, digest
+from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
 from shira_format.tensors import SparseTensor
 
 _FEW = 64
 
 
-def uniform(joined: Joined, number: int, seed: int) -> Floats:
+def uniform(joined: AlignedEntries, number: int, seed: int) -> Floats:
     """A number in [0, 1) for each entry of one part: float64 ``[nnz]``, multiples of 2^-53.
 
     The stream of Philox 4x64-10 is a published standard, and numpy promises the one of ``random_raw``, not those of its
@@ -42,7 +42,7 @@ def uniform(joined: Joined, number: int, seed: int) -> Floats:
     return found
 
 
-def _occurrence(joined: Joined, number: int) -> int:
+def _occurrence(joined: AlignedEntries, number: int) -> int:
     """How many parts with the same entries come before this one: those of less weight, of equal weights the earlier ones."""
     part = joined.parts[number]
     return sum(
@@ -52,7 +52,7 @@ def _occurrence(joined: Joined, number: int) -> int:
     )
 
 
-def _same(one: Part, other: Part) -> bool:
+def _same(one: Contribution, other: Contribution) -> bool:
     a, b = one.tensor, other.tensor
     if a.nnz != b.nnz or not np.array_equal(a.indices[:_FEW], b.indices[:_FEW]):  # most differ here
         return False

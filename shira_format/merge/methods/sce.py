@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.merge.cutting import largest
-from shira_format.merge.joined import Factor, Floats, Joined
 from shira_format.merge.methods.election import agreeing, ascending, stacked, total
 from shira_format.merge.methods.method import Method, Option, Options
 
@@ -16,7 +16,7 @@ from shira_format.merge.methods.method import Method, Option, Options
 _SMALL = 1e-6
 
 
-def sce(joined: Joined, options: Options) -> Sequence[Factor]:
+def sce(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``sce``, on the deltas times their weights (mergekit has none); an adapter of weight 0 is left out.
 
     An adapter that leaves this weight of the model alone counts as one that is equal to the base there. ``select_topk`` is a
@@ -29,7 +29,11 @@ def sce(joined: Joined, options: Options) -> Sequence[Factor]:
     found: list[Factor] = [0.0] * len(joined.parts)
     if not active:
         return found
-    among = joined if len(active) == len(joined.parts) else Joined.of([joined.parts[number] for number in active])
+    among = (
+        joined
+        if len(active) == len(joined.parts)
+        else AlignedEntries.of([joined.parts[number] for number in active])
+    )
     parts = among.parts
     kept = [np.full(part.tensor.nnz, part.weight) for part in parts]
     if options["select_topk"] < 1:
@@ -46,7 +50,7 @@ def sce(joined: Joined, options: Options) -> Sequence[Factor]:
     return found
 
 
-def _varying(joined: Joined, steps: Sequence[Floats], share: float) -> Floats:
+def _varying(joined: AlignedEntries, steps: Sequence[Floats], share: float) -> Floats:
     """1 for the entries whose variance is largest, a share of those where it is not 0; else 0: float64 ``[n]``."""
     variance = np.empty(joined.size)
     for some, block in stacked(joined, steps):

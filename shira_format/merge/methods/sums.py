@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.errors import SourceError
-from shira_format.merge.joined import Factor, Joined
 from shira_format.merge.methods.election import total as summed_up
 from shira_format.merge.methods.method import Method, Option, Options
 
 
-def linear(joined: Joined, options: Options) -> Sequence[Factor]:
+def linear(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """``sum of w_i D_i``, as PEFT's ``linear`` of task tensors and mergekit's ``task_arithmetic``.
 
     With ``normalize`` divided by the sum of all weights (if that is not 0), also of adapters that leave the entry alone: as
@@ -23,7 +23,7 @@ def linear(joined: Joined, options: Options) -> Sequence[Factor]:
     return [part.weight / (divisor if abs(divisor) >= 1e-8 else 1.0) for part in joined.parts]
 
 
-def mean(joined: Joined, _: Options) -> Sequence[Factor]:
+def mean(joined: AlignedEntries, _: Options) -> Sequence[Factor]:
     """``sum of w_i D_i / sum of w_i`` over the adapters that have the entry: one that has it alone changes it in full.
 
     Raises:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shira_format.merge.joined import Factor, Joined
+from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.merge.methods.arithmetic import LAMBDA, RESCALE
 from shira_format.merge.methods.election import MAJORITY, SEMANTICS, elected
 from shira_format.merge.methods.method import Method, Option, Options
 from shira_format.merge.methods.pruning import DENSITY, OF, by_magnitude, restored
 
 
-def magnitude_prune(joined: Joined, options: Options) -> Sequence[Factor]:
+def magnitude_prune(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """PEFT's ``magnitude_prune``: the weighted sum of the largest entries of each adapter."""
     return [part.weight * own for part, own in zip(joined.parts, by_magnitude(joined, options), strict=True)]
 
 
-def ties(joined: Joined, options: Options) -> Sequence[Factor]:
+def ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     """PEFT's or mergekit's ``ties``: trim, elect signs, join what agrees; see :func:`elected` for how they differ.
 
     mergekit also keeps one entry at least, where PEFT keeps ``int(density * elements)``, which may be none.

@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from shira_format import SparseTensor
-from shira_format.merge.joined import Floats, Joined, Part
+from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
+from shira_format.entries.mixing import mix
 from shira_format.merge.methods import METHODS
-from shira_format.merge.mixing import mix
 
 SHAPES = [(1,), (13,), (6, 8), (1, 9), (30, 2), (2, 5, 3), (3, 4, 2, 2)]
 # Sums of these are exact, so that what cancels does so in any order.
@@ -19,29 +19,29 @@ WEIGHTS = [0.0, 1.0, 1.0, -1.0, 0.5, -0.5, 0.75, -0.25, 2.0]
 DENSITIES = [0.0, 1e-4, 0.03, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0]
 
 
-def part(dense: Floats, weight: float = 1.0) -> Part:
+def part(dense: Floats, weight: float = 1.0) -> Contribution:
     """The elements that are not zero, as deltas."""
     indices = np.flatnonzero(dense)
-    tensor = SparseTensor("w", dense.shape, indices, dense.reshape(-1)[indices], meaning="delta")
-    return Part(tensor, weight, "an adapter")
+    tensor = SparseTensor("w", dense.shape, indices, dense.reshape(-1)[indices], value_kind="delta")
+    return Contribution(tensor, weight, "an adapter")
 
 
-def dense(part: Part) -> Floats:
+def dense(part: Contribution) -> Floats:
     """What an adapter adds at strength 1."""
     found = np.zeros(part.tensor.numel)
     found[part.tensor.indices] = part.delta
     return found.reshape(part.tensor.shape)
 
 
-def joined(method: str, parts: list[Part], **options: Any) -> Floats:
+def joined(method: str, parts: list[Contribution], **options: Any) -> Floats:
     """The dense result of a method."""
-    together, chosen = Joined.of(parts), METHODS[method]
+    together, chosen = AlignedEntries.of(parts), METHODS[method]
     result = mix(together, chosen.factors(together, chosen.settings(options)), self_contained=False)
-    return np.zeros(together.shape) if result is None else dense(Part(result))
+    return np.zeros(together.shape) if result is None else dense(Contribution(result))
 
 
 @st.composite
-def adapters(draw: st.DrawFn, shapes: list[tuple[int, ...]] = SHAPES) -> list[Part]:
+def adapters(draw: st.DrawFn, shapes: list[tuple[int, ...]] = SHAPES) -> list[Contribution]:
     """One to four: masks that are equal, disjoint, empty or any; values that are equal, opposite or any; never two alike in one."""
     shape = draw(st.sampled_from(shapes))
     size = math.prod(shape)

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from shira_format import Adapter, SparseTensor, WholeTensor
-from shira_format.arrays import Array
+from shira_format import Adapter, DenseTensor, SparseTensor
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
-from shira_format.switch import apply
+from shira_format.live import apply
 from tests.strategies import any_bits
 
 Weights = dict[str, Array]
@@ -61,7 +61,7 @@ def entries(weight: Array, name: str, indices: Any, values: Any, form: str = "va
     if form == "deltas":
         with np.errstate(over="ignore", invalid="ignore"):
             deltas = (values.astype(np.float64) - base.astype(np.float64)).astype(np.float32)
-        return SparseTensor(name, weight.shape, indices, deltas, meaning="delta")
+        return SparseTensor(name, weight.shape, indices, deltas, value_kind="delta")
     found = SparseTensor(name, weight.shape, indices, values, base=base)
     if form == "values":
         return found
@@ -116,11 +116,11 @@ def tuned(draw: st.DrawFn, before: Weights, *, forms: Sequence[str] = FORMS, who
             tensors.append(entries(weight, name, indices, values, draw(st.sampled_from(forms))))
         elif kind == "whole":
             known = draw(st.sampled_from(forms)) == "values"
-            tensor = WholeTensor(name, draw(any_bits(weight.dtype, weight.shape)), base=weight.copy())
-            replaced.append(tensor if known else WholeTensor(name, tensor.values, base_digest=tensor.base_digest))
+            tensor = DenseTensor(name, draw(any_bits(weight.dtype, weight.shape)), base=weight.copy())
+            replaced.append(tensor if known else DenseTensor(name, tensor.values, base_digest=tensor.base_digest))
     if whole and draw(st.booleans()):
-        replaced += [WholeTensor("head", np.arange(3, dtype=np.float32))] if "head" not in before else []
-    return Adapter(tensors, whole=replaced, manifest={"alpha": draw(st.sampled_from([1.0, 1.0, 0.5, -2.0]))})
+        replaced += [DenseTensor("head", np.arange(3, dtype=np.float32))] if "head" not in before else []
+    return Adapter(tensors, dense=replaced, manifest={"alpha": draw(st.sampled_from([1.0, 1.0, 0.5, -2.0]))})
 
 
 def applied(base: Weights, *adapters: Adapter) -> Weights:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_format import Adapter, BaseMismatch, BaseRequired, SourceError, SparseTensor, WholeTensor, load, save
+from shira_format import Adapter, BaseMismatch, BaseRequired, DenseTensor, SourceError, SparseTensor, load, save
 from shira_format.merge import compose, intersect, invert, merged, subtract
 from shira_format.tensors import same_bits
 from tests.shira_format.merge.small import (
@@ -70,11 +70,11 @@ def test_compose_is_associative(base: Weights, data: st.DataObject) -> None:
 def test_an_inverse_brings_the_base_back(base: Weights, data: st.DataObject) -> None:
     a = data.draw(tuned(base))
     back = invert(a, Held(base))
-    assert set(back.removed) == {"head"} & a.whole.keys()
+    assert set(back.removed) == {"head"} & a.dense.keys()
     after = applied(base, a)
     for name in back.removed:  # a live model keeps its tensors: patches of files remove them
         del after[name]
-    kept = Adapter(back, whole=back.whole, manifest={k: v for k, v in back.manifest.items() if k != "removed"})
+    kept = Adapter(back, dense=back.dense, manifest={k: v for k, v in back.manifest.items() if k != "removed"})
     now = applied(after, kept)
     assert base.keys() == now.keys()
     assert all(same_bits(base[name], now[name]) for name in base)  # NaNs with their payloads, too
@@ -96,7 +96,7 @@ def test_an_inverse_refuses_all_but_what_the_adapter_gives(base: Weights, data: 
 @given(bases, st.data())
 def test_an_inverse_of_an_inverse_is_the_adapter(base: Weights, data: st.DataObject) -> None:
     a = data.draw(tuned(base, forms=["values"]))
-    old = Adapter(a, whole={k: v for k, v in a.whole.items() if k != "head"}, manifest=a.manifest)
+    old = Adapter(a, dense={k: v for k, v in a.dense.items() if k != "head"}, manifest=a.manifest)
     twice = invert(invert(old))
     assert 1 == twice.alpha
     assert same(applied(base, old), applied(base, twice))
@@ -132,15 +132,15 @@ def test_a_difference_is_what_one_adds_beyond_the_other(model: tuple[Weights, li
 
 
 def test_whole_tensors_of_a_difference() -> None:
-    head, old = WholeTensor("head", W), WholeTensor("w", W + 1, base=W)
-    a, b = Adapter(whole=[head, old]), Adapter(whole=[head])
-    assert {"w": old} == dict(subtract(a, b).whole)
-    assert {} == dict(subtract(a, a).whole)
-    for one, other in ((b, a), (a, Adapter(whole=[WholeTensor("w", W + 2, base=W)]))):
+    head, old = DenseTensor("head", W), DenseTensor("w", W + 1, base=W)
+    a, b = Adapter(dense=[head, old]), Adapter(dense=[head])
+    assert {"w": old} == dict(subtract(a, b).dense)
+    assert {} == dict(subtract(a, a).dense)
+    for one, other in ((b, a), (a, Adapter(dense=[DenseTensor("w", W + 2, base=W)]))):
         with pytest.raises(
             SourceError, match="adapter 2: tensor 'w' is replaced as a whole, which cannot be taken away"
         ):
-            dict(subtract(one, other).whole)
+            dict(subtract(one, other).dense)
 
 
 @given(models(forms=["values"], strengths=[1.0]))
@@ -192,15 +192,15 @@ def test_files(tmp_path: Path) -> None:
 W = np.arange(6, dtype=F32).reshape(2, 3)
 A = Adapter([entries(W, "w", [1, 4], [10, 40])])
 AFTER = applied({"w": W}, A)["w"]
-MASK = Adapter([SparseTensor("w", (2, 3), [1], meaning="none", dtype=F32)])
+MASK = Adapter([SparseTensor("w", (2, 3), [1], value_kind="none", dtype=F32)])
 COMPOSED: dict[str, tuple[Adapter, Adapter, str]] = {
     "of one base": (A, Adapter([entries(W, "w", [4, 5], [1, 2])]), r"adapter 2: tensor 'w' was not made for what adapter 1 leaves \(1 entries of both\)"),
     "by digest": (A, Adapter([entries(W, "w", [4, 5], [1, 2], "digest")]), "was not made for what adapter 1 leaves|base's values are not known"),
     "shape": (A, Adapter([entries(AFTER.T.copy(), "w", [4], [1])]), r"adapter 2: tensor 'w' is of float32\[3, 2\], and of float32\[2, 3\] in adapter 1"),
     "dtype": (A, Adapter([entries(AFTER.astype(np.float16), "w", [4], [1])]), r"adapter 2: tensor 'w' is of float16\[2, 3\], and of float32\[2, 3\]"),
-    "whole after entries": (A, Adapter(whole=[WholeTensor("w", W, base=W)]), "adapter 2: tensor 'w'.*other"),
-    "entries after whole": (Adapter(whole=[WholeTensor("w", W + 1, base=W)]), A, "adapter 2: tensor 'w' was not made"),
-    "whole after whole": (Adapter(whole=[WholeTensor("w", W + 1, base=W)]), Adapter(whole=[WholeTensor("w", W, base=W)]), "adapter 2: tensor 'w'.*other"),
+    "whole after entries": (A, Adapter(dense=[DenseTensor("w", W, base=W)]), "adapter 2: tensor 'w'.*other"),
+    "entries after whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), A, "adapter 2: tensor 'w' was not made"),
+    "whole after whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), Adapter(dense=[DenseTensor("w", W, base=W)]), "adapter 2: tensor 'w'.*other"),
     "a mask": (A, MASK, "adapter 2: tensor 'w' is a mask"),
 }  # fmt: skip
 
@@ -209,32 +209,32 @@ COMPOSED: dict[str, tuple[Adapter, Adapter, str]] = {
 def test_what_is_not_composed(case: str) -> None:
     a, b, reason = COMPOSED[case]
     with pytest.raises((BaseMismatch, BaseRequired), match=reason):
-        [*(both := compose(a, b)).values(), *both.whole.values()]
+        [*(both := compose(a, b)).values(), *both.dense.values()]
 
 
 def test_what_lacks_the_bases_values() -> None:
     digest = Adapter([entries(W, "w", [1, 4], [10, 40], "digest")])
     deltas = Adapter([entries(W, "w", [1, 4], [10, 40], "deltas")])
-    whole = Adapter(whole=[WholeTensor("w", W + 1, base_digest=WholeTensor("w", W, base=W).base_digest)])
+    whole = Adapter(dense=[DenseTensor("w", W + 1, base_digest=DenseTensor("w", W, base=W).base_digest)])
     for adapter in (digest, deltas, whole):
         with pytest.raises(
             BaseRequired, match="adapter 1: tensor 'w': the base's values are not known: pass the base"
         ):
             back = invert(adapter)
-            [*back.values(), *back.whole.values()]
+            [*back.values(), *back.dense.values()]
         back = invert(adapter, Held({"w": W}))
         assert same({"w": W}, applied(applied({"w": W}, adapter), back))
     other = Held({"w": W + 1})
     for adapter in (digest, whole):
         with pytest.raises(BaseMismatch, match="adapter 1: tensor 'w'"):
             back = invert(adapter, other)
-            [*back.values(), *back.whole.values()]
+            [*back.values(), *back.dense.values()]
 
 
 def test_an_adapter_of_strength_0_changes_nothing() -> None:
-    off = Adapter(A, whole=[WholeTensor("head", W)], manifest={"alpha": 0})
+    off = Adapter(A, dense=[DenseTensor("head", W)], manifest={"alpha": 0})
     for found in (compose(off, off), invert(off)):
-        assert ([], [], ()) == ([*found], [*found.whole], found.removed)
+        assert ([], [], ()) == ([*found], [*found.dense], found.removed)
     assert compose(off, A) == A == compose(A, off)
 
 

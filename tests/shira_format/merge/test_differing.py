@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_format import Adapter, FormatError, SourceError, SparseTensor, WholeTensor, load, save
-from shira_format.arrays import digest
+from shira_format import Adapter, DenseTensor, FormatError, SourceError, SparseTensor, load, save
+from shira_format._core.arrays import digest
 from shira_format.convert import lora_to_shira
 from shira_format.merge.differing import Differences, TensorDifference, differences
 from shira_format.selection import TopK
@@ -27,9 +27,9 @@ def sparse(at: list[int], values: list[float], name: str = "w", **more: Any) -> 
     return SparseTensor(name, (4, 6), at, np.float32(values), **(known | more))
 
 
-def one(a: SparseTensor | WholeTensor, b: SparseTensor | WholeTensor) -> TensorDifference:
+def one(a: SparseTensor | DenseTensor, b: SparseTensor | DenseTensor) -> TensorDifference:
     """The difference of two adapters of one tensor."""
-    first, second = (Adapter([t]) if isinstance(t, SparseTensor) else Adapter(whole=[t]) for t in (a, b))
+    first, second = (Adapter([t]) if isinstance(t, SparseTensor) else Adapter(dense=[t]) for t in (a, b))
     found = differences(first, second)
     (tensor,) = found.tensors
     assert (first == second) == found.same == tensor.same
@@ -65,13 +65,13 @@ def values(found: TensorDifference) -> tuple[int, int, float | None]:
 
 
 def test_meanings_are_compared_where_the_base_is_known() -> None:
-    delta = sparse([1, 4], [2, 3], meaning="delta")
+    delta = sparse([1, 4], [2, 3], value_kind="delta")
     found = one(sparse([1, 4], [3, 8]), delta)  # deltas 2 and 4
     assert (("meaning", "base values", "base"), 2, 1.0, None) == (
         found.traits, found.other, found.largest, found.same_base,
     )  # fmt: skip
     assert one(sparse([1, 4], [3, 8], base_digest=digest(BASE[[1, 4]])), delta).largest is None
-    mask = SparseTensor("w", (4, 6), [1, 5], meaning="none")
+    mask = SparseTensor("w", (4, 6), [1, 5], value_kind="none")
     assert TensorDifference("w", False, (2, 2), equal=2) == one(mask, mask)
     found = one(mask, delta)
     assert (("meaning",), 1, 1, 1, None) == (
@@ -113,14 +113,16 @@ def test_frames() -> None:
     assert ("patch",) == one(sparse([1], [0]), sparse([1], [0], base_name="v")).traits
     assert () == one(sparse([1], [0]), sparse([1], [0], rows=4)).traits
     assert ("result",) == one(sparse([1], [0]), sparse([1], [0], result_digest="0" * 64)).traits
-    wide_delta = SparseTensor("w", (4, 6), [1], np.array([0.0]), meaning="delta", dtype=np.float32, base=BASE[[1]])
-    found = one(sparse([1], [0], meaning="delta", base=BASE[[1]]), wide_delta)
+    wide_delta = SparseTensor(
+        "w", (4, 6), [1], np.array([0.0]), value_kind="delta", dtype=np.float32, base=BASE[[1]]
+    )
+    found = one(sparse([1], [0], value_kind="delta", base=BASE[[1]]), wide_delta)
     assert (("dtype of values",), 1, 0.0, True) == (found.traits, found.other, found.largest, found.same_base)
 
 
 def test_whole_tensors() -> None:
-    def whole(numbers: list[float], dtype: Any = np.float32, **more: Any) -> WholeTensor:
-        return WholeTensor("b", np.array(numbers, dtype), **more)
+    def whole(numbers: list[float], dtype: Any = np.float32, **more: Any) -> DenseTensor:
+        return DenseTensor("b", np.array(numbers, dtype), **more)
 
     assert TensorDifference("b", True, (2, 2), equal=2, largest=0.0) == one(whole([1, 2]), whole([1, 2]))
     assert TensorDifference("b", True, (2, 2), equal=1, other=1, largest=3.0) == one(whole([1, 2]), whole([1, 5]))
@@ -140,7 +142,7 @@ def test_whole_tensors() -> None:
 def test_adapters() -> None:
     a = Adapter([sparse([1], [0], "a"), sparse([2], [0], "x")], manifest={"alpha": 2, "license": "mit", "k": [1]})
     b = Adapter(
-        [sparse([2], [0], "x")], whole=[WholeTensor("a", BASE)], manifest={"alpha": 1, "removed": ["r"], "k": [1], "n": None}
+        [sparse([2], [0], "x")], dense=[DenseTensor("a", BASE)], manifest={"alpha": 1, "removed": ["r"], "k": [1], "n": None}
     )  # fmt: skip
     found = differences(a, b)
     assert (2.0, 1.0) == found.alpha
@@ -157,7 +159,7 @@ def test_adapters() -> None:
     found = differences(a, alike, exclude=["^a"], progress=done.append)
     assert (["x"], True) == (done, found.same)
     assert {"license", "k", "source"} == set(found.provenance)
-    taken = Adapter(dict(b), whole=dict(b.whole), manifest={"removed": ["r", "s"]})
+    taken = Adapter(dict(b), dense=dict(b.dense), manifest={"removed": ["r", "s"]})
     assert not differences(b, taken).same
     assert differences(b, taken, exclude=["^s$"]).same
 
@@ -168,7 +170,7 @@ def test_same_is_what_equality_says(a: Adapter, data: st.DataObject) -> None:
     b = data.draw(strategies.adapters())
     mixed = Adapter(
         {name: data.draw(st.sampled_from([tensor, b.get(name, tensor)])) for name, tensor in a.items()},
-        whole=data.draw(st.sampled_from([dict(a.whole), dict(b.whole)])), manifest=data.draw(st.sampled_from([a, b])).manifest,
+        dense=data.draw(st.sampled_from([dict(a.dense), dict(b.dense)])), manifest=data.draw(st.sampled_from([a, b])).manifest,
     )  # fmt: skip
     for other in (b, mixed):
         found = differences(a, other)

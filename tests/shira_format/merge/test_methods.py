@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira_format import SourceError, SparseTensor
-from shira_format.merge.joined import Joined, Part
+from shira_format.entries.aligned import AlignedEntries, Contribution
+from shira_format.entries.mixing import mix
 from shira_format.merge.methods import METHODS, della
 from shira_format.merge.methods.randomness import uniform
-from shira_format.merge.mixing import mix
 from tests.shira_format.merge.cases import adapters, dense, joined, part
 
 # Every method that computes, and options with which it leaves some entries out.
@@ -52,12 +52,12 @@ def test_all_are_tried() -> None:
 @some
 @given(parts=adapters(), data=st.data())
 def test_the_order_of_adapters_does_not_matter(
-    method: str, options: dict[str, Any], parts: list[Part], data: st.DataObject
+    method: str, options: dict[str, Any], parts: list[Contribution], data: st.DataObject
 ) -> None:
     weights = data.draw(
         st.lists(st.sampled_from([0.1, 0.2, -0.3, 0.7, 1.0]), min_size=len(parts), max_size=len(parts))
     )
-    parts = [Part(one.tensor, weight, one.label) for one, weight in zip(parts, weights, strict=True)]
+    parts = [Contribution(one.tensor, weight, one.label) for one, weight in zip(parts, weights, strict=True)]
     order = data.draw(st.permutations(parts))
     assert np.array_equal(joined(method, parts, **options), joined(method, order, **options))
 
@@ -71,8 +71,8 @@ def test_huge(method: str, options: dict[str, Any]) -> None:
     for _ in range(3):
         indices = np.unique(rng.integers(0, 2**40, 100))
         values = rng.standard_normal(indices.size)
-        parts.append(Part(SparseTensor("w", shape, indices, values, meaning="delta")))
-    together, chosen = Joined.of(parts), METHODS[method]
+        parts.append(Contribution(SparseTensor("w", shape, indices, values, value_kind="delta")))
+    together, chosen = AlignedEntries.of(parts), METHODS[method]
     factors = chosen.factors(together, chosen.settings(options))
     result = mix(together, factors, self_contained=False)
     if method == "sce":
@@ -95,7 +95,7 @@ def test_one_adapter_alone_stays_as_it_is(method: str, data: st.DataObject) -> N
     values = np.float16(data.draw(st.lists(st.floats(1, 1000, width=16), min_size=5, max_size=5)))
     tensor = SparseTensor("w", (4, 6), [1, 4, 7, 9, 20], values, base=np.float16([0.1, -2, 0.3, 0.7, -900]))
     nothing = SparseTensor("w", (4, 6), np.empty(0, int), np.float16([]), base=np.float16([]))
-    together = Joined.of([Part(nothing, 0.0), Part(tensor, 1.0)])
+    together = AlignedEntries.of([Contribution(nothing, 0.0), Contribution(tensor, 1.0)])
     result = mix(together, METHODS[method].factors(together, METHODS[method].settings({})), self_contained=True)
     assert result == tensor
 
@@ -137,7 +137,7 @@ def test_chances_of_della() -> None:
     np.testing.assert_allclose(della.chances(part(value), {**settings, "of": "entries"}), [0.3, 0.7, 0.5, 0.5])
     column = part(np.ones((4, 1)))  # no rank in a row of one element
     np.testing.assert_allclose(della.chances(column, {**settings, "of": "elements"}), [0.5] * 4)
-    scalar = Part(SparseTensor("w", (), [0], np.float64([2]), meaning="delta"))
+    scalar = Contribution(SparseTensor("w", (), [0], np.float64([2]), value_kind="delta"))
     np.testing.assert_allclose(della.chances(scalar, {**settings, "of": "elements"}), [0.5])
 
 
@@ -149,7 +149,7 @@ def test_della_refuses_chances_that_are_none(density: float, epsilon: float) -> 
 
 @pytest.mark.parametrize("method", ["magnitude_prune", "ties", "breadcrumbs", "breadcrumbs_ties"])
 @given(parts=adapters(), density=st.floats(0, 1))
-def test_a_share_of_the_entries(method: str, parts: list[Part], density: float) -> None:
+def test_a_share_of_the_entries(method: str, parts: list[Contribution], density: float) -> None:
     """An adapter's entries are pruned as if they were the whole tensor."""
     one = parts[0]
     if not one.tensor.nnz:
@@ -238,26 +238,29 @@ def test_uniform_is_the_same_everywhere() -> None:
     import hashlib
 
     indices, values = np.array([2, 5, 6, 11, 30]), np.float32([1, -2, 3, 0.5, 7])
-    tensor = SparseTensor("layer.0", (4, 8), indices, values, meaning="delta")
+    tensor = SparseTensor("layer.0", (4, 8), indices, values, value_kind="delta")
     digests = [hashlib.sha256(array.tobytes()).hexdigest() for array in (indices, values)]
     key = hashlib.sha256("\n".join(["17", "0", *digests, "layer.0"]).encode()).digest()
     expected = [raw // 2**11 / 2**53 for raw in philox(int.from_bytes(key[:16], "little"), 5)]
-    assert expected == uniform(Joined.of([Part(tensor)]), 0, 17).tolist()
+    assert expected == uniform(AlignedEntries.of([Contribution(tensor)]), 0, 17).tolist()
 
 
 def test_uniform_belongs_to_the_content() -> None:
     rng = np.random.default_rng(0)
     one, other = part(rng.standard_normal((30, 40)), 0.5), part(rng.standard_normal((30, 40)), 0.5)
-    alone = uniform(Joined.of([one]), 0, 0)
-    assert np.array_equal(alone, uniform(Joined.of([other, one]), 1, 0))
-    heavier = Part(one.tensor, 0.7)
+    alone = uniform(AlignedEntries.of([one]), 0, 0)
+    assert np.array_equal(alone, uniform(AlignedEntries.of([other, one]), 1, 0))
+    heavier = Contribution(one.tensor, 0.7)
     for parts in ([one, heavier], [heavier, one]):
-        together = Joined.of(parts)
+        together = AlignedEntries.of(parts)
         numbers = {one.weight: uniform(together, at, 0) for at, one in enumerate(parts)}
         assert np.array_equal(numbers[0.5], alone)  # of equal ones that of the smaller weight is the first
         assert not np.isclose(numbers[0.7], alone).any()
-    elsewhere = SparseTensor("v", one.tensor.shape, one.tensor.indices, one.tensor.values, meaning="delta")
-    for found in (uniform(Joined.of([one]), 0, 1), uniform(Joined.of([Part(elsewhere)]), 0, 0)):
+    elsewhere = SparseTensor("v", one.tensor.shape, one.tensor.indices, one.tensor.values, value_kind="delta")
+    for found in (
+        uniform(AlignedEntries.of([one]), 0, 1),
+        uniform(AlignedEntries.of([Contribution(elsewhere)]), 0, 0),
+    ):
         assert not np.isclose(found, alone).any()
     assert 0 <= alone.min() < 0.01
     assert 0.99 < alone.max() < 1
@@ -265,7 +268,7 @@ def test_uniform_belongs_to_the_content() -> None:
 
 
 @given(parts=adapters())
-def test_dense_there_and_back(parts: list[Part]) -> None:
+def test_dense_there_and_back(parts: list[Contribution]) -> None:
     """What these tests stand on."""
     for one in parts:
         assert np.array_equal(dense(part(dense(one))), dense(one))

@@ -14,10 +14,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 
-from shira_format.merge.joined import Floats, Joined, Part
+from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
+from shira_format.entries.mixing import mix
 from shira_format.merge.methods import METHODS
 from shira_format.merge.methods.randomness import uniform
-from shira_format.merge.mixing import mix
 from tests.shira_format.merge.cases import DENSITIES, SHAPES, adapters, dense, joined, part
 
 SEED = 5
@@ -33,20 +33,20 @@ def mergekit() -> Any:
     return pytest.importorskip("mergekit.merge_methods", reason="mergekit is not installed")
 
 
-def tensors(parts: list[Part]) -> list[torch.Tensor]:
+def tensors(parts: list[Contribution]) -> list[torch.Tensor]:
     return [torch.from_numpy(dense(part)) for part in parts]
 
 
-def weights(parts: list[Part]) -> list[float]:
+def weights(parts: list[Contribution]) -> list[float]:
     return [part.weight for part in parts]
 
 
-def masks(parts: list[Part], densities: Any = ()) -> Callable[[torch.Tensor], torch.Tensor]:
+def masks(parts: list[Contribution], densities: Any = ()) -> Callable[[torch.Tensor], torch.Tensor]:
     """A stand-in for torch.bernoulli that draws what we draw for one adapter after the other.
 
     Of ``densities`` of their own, those of 0 and 1 need no numbers.
     """
-    together = Joined.of(parts)
+    together = AlignedEntries.of(parts)
 
     def drawn() -> Iterator[torch.Tensor]:
         for number, one in enumerate(parts):
@@ -60,7 +60,7 @@ def masks(parts: list[Part], densities: Any = ()) -> Callable[[torch.Tensor], to
     return lambda chance: (next(order).reshape(chance.shape) < chance).to(chance.dtype)
 
 
-def peft(name: str, parts: list[Part], *options: Any) -> Floats:
+def peft(name: str, parts: list[Contribution], *options: Any) -> Floats:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(torch, "bernoulli", masks(parts))
         warnings.filterwarnings("ignore", message="The density 1")
@@ -70,7 +70,7 @@ def peft(name: str, parts: list[Part], *options: Any) -> Floats:
     return found.numpy()
 
 
-def kit(mergekit: Any, name: str, parts: list[Part], **parameters: Any) -> Floats:
+def kit(mergekit: Any, name: str, parts: list[Contribution], **parameters: Any) -> Floats:
     """What mergekit makes of a base of zeros and models that are the deltas."""
     method = mergekit.get(name)
     if parameters.pop("majority_sign", "total") == "frequency":  # it has the code, and no method that uses it
@@ -82,12 +82,12 @@ def kit(mergekit: Any, name: str, parts: list[Part], **parameters: Any) -> Float
         return mergekit.merge_tensors(models, method, base_index=0, parameters=parameters).numpy()
 
 
-def close(method: str, parts: list[Part], theirs: Floats, **options: Any) -> None:
+def close(method: str, parts: list[Contribution], theirs: Floats, **options: Any) -> None:
     """Ours is theirs to the rounding of float32, in which mergekit computes what it drops at random."""
-    together, chosen = Joined.of(parts), METHODS[method]
+    together, chosen = AlignedEntries.of(parts), METHODS[method]
     factors = chosen.factors(together, chosen.settings(options))
     result = mix(together, factors, self_contained=False)
-    ours = np.zeros(together.shape) if result is None else dense(Part(result))
+    ours = np.zeros(together.shape) if result is None else dense(Contribution(result))
     added = np.zeros(together.numel)
     added[together.indices] = together.sum(
         [np.abs(factor * delta) for factor, delta in zip(factors, together.deltas, strict=True)]
@@ -97,17 +97,17 @@ def close(method: str, parts: list[Part], theirs: Floats, **options: Any) -> Non
 
 
 @given(parts=adapters(), density=densities)
-def test_peft_magnitude_prune(parts: list[Part], density: float) -> None:
+def test_peft_magnitude_prune(parts: list[Contribution], density: float) -> None:
     close("magnitude_prune", parts, peft("magnitude_prune", parts, density), density=density)
 
 
 @given(parts=adapters(), density=densities, majority=majorities)
-def test_peft_ties(parts: list[Part], density: float, majority: str) -> None:
+def test_peft_ties(parts: list[Contribution], density: float, majority: str) -> None:
     close("ties", parts, peft("ties", parts, density, majority), density=density, majority_sign=majority)
 
 
 @given(parts=adapters(), density=densities, majority=majorities)
-def test_peft_dare(parts: list[Part], density: float, majority: str) -> None:
+def test_peft_dare(parts: list[Contribution], density: float, majority: str) -> None:
     own = {"density": density, "seed": SEED}
     if density == 0:  # PEFT divides 0 by 0, and everything is NaN
         assert np.isnan(peft("dare_linear", parts, density)).all()
@@ -119,13 +119,13 @@ def test_peft_dare(parts: list[Part], density: float, majority: str) -> None:
 
 
 @given(parts=adapters())
-def test_peft_task_arithmetic(parts: list[Part]) -> None:
+def test_peft_task_arithmetic(parts: list[Contribution]) -> None:
     close("linear", parts, peft("task_arithmetic", parts))
     close("task_arithmetic", parts, peft("task_arithmetic", parts))
 
 
 @given(parts=adapters(), density=densities)
-def test_mergekit_defaults(mergekit: Any, parts: list[Part], density: float) -> None:
+def test_mergekit_defaults(mergekit: Any, parts: list[Contribution], density: float) -> None:
     """What mergekit does if it is told weights and a density alone."""
     told = {"weight": weights(parts), "density": density}
     own = {"density": density}
@@ -141,7 +141,13 @@ def test_mergekit_defaults(mergekit: Any, parts: list[Part], density: float) -> 
     parts=adapters(), density=densities, normalize=switches, rescale=switches, factor=lambdas, majority=majorities
 )
 def test_mergekit_options(
-    mergekit: Any, parts: list[Part], density: float, normalize: bool, rescale: bool, factor: float, majority: str
+    mergekit: Any,
+    parts: list[Contribution],
+    density: float,
+    normalize: bool,
+    rescale: bool,
+    factor: float,
+    majority: str,
 ) -> None:
     common = {"density": density, "lambda": factor}
     told = {"weight": weights(parts), "normalize": normalize, "rescale": rescale, **common}
@@ -179,7 +185,7 @@ def test_mergekit_options(
     rescale=switches, factor=lambdas, majority=majorities,
 )  # fmt: skip
 def test_mergekit_breadcrumbs(
-    mergekit: Any, parts: list[Part], density: float, gamma: float, normalize: bool, rescale: bool, factor: float, majority: str
+    mergekit: Any, parts: list[Contribution], density: float, gamma: float, normalize: bool, rescale: bool, factor: float, majority: str
 ) -> None:  # fmt: skip
     own = {"density": density, "gamma": gamma, "normalize": normalize, "rescale": rescale, "lambda": factor}
     told = {**own, "weight": weights(parts)}
@@ -194,7 +200,7 @@ def test_mergekit_breadcrumbs(
 
 
 @given(parts=adapters(), data=st.data())
-def test_mergekit_with_a_density_for_each(mergekit: Any, parts: list[Part], data: st.DataObject) -> None:
+def test_mergekit_with_a_density_for_each(mergekit: Any, parts: list[Contribution], data: st.DataObject) -> None:
     def each(values: list[float]) -> list[float]:
         return data.draw(st.lists(st.sampled_from(values), min_size=len(parts), max_size=len(parts)))
 
@@ -216,7 +222,7 @@ RANKED = [shape for shape in SHAPES if (shape if len(shape) == 1 else shape[1:])
 
 
 @given(parts=adapters(RANKED), density=st.sampled_from([0.0, 0.2, 0.3, 0.5, 0.84, 1.0]))
-def test_mergekit_della_defaults(mergekit: Any, parts: list[Part], density: float) -> None:
+def test_mergekit_della_defaults(mergekit: Any, parts: list[Contribution], density: float) -> None:
     for name in ("della", "della_linear"):
         close(
             name,
@@ -232,7 +238,7 @@ def test_mergekit_della_defaults(mergekit: Any, parts: list[Part], density: floa
     normalize=switches, rescale=switches, factor=lambdas, majority=majorities,
 )  # fmt: skip
 def test_mergekit_della(
-    mergekit: Any, parts: list[Part], density: float, epsilon: float, normalize: bool, rescale: bool, factor: float,
+    mergekit: Any, parts: list[Contribution], density: float, epsilon: float, normalize: bool, rescale: bool, factor: float,
     majority: str,
 ) -> None:  # fmt: skip
     told = {"density": density, "epsilon": epsilon, "normalize": normalize, "rescale": rescale, "lambda": factor}
@@ -249,7 +255,9 @@ def test_mergekit_della(
 
 
 @given(parts=adapters(RANKED), data=st.data())
-def test_mergekit_della_with_options_for_each(mergekit: Any, parts: list[Part], data: st.DataObject) -> None:
+def test_mergekit_della_with_options_for_each(
+    mergekit: Any, parts: list[Contribution], data: st.DataObject
+) -> None:
     size = len(parts)
     own = {
         "density": data.draw(st.lists(st.sampled_from([0.3, 0.5, 0.7, 1.0]), min_size=size, max_size=size)),
@@ -259,13 +267,13 @@ def test_mergekit_della_with_options_for_each(mergekit: Any, parts: list[Part], 
         close(name, parts, kit(mergekit, name, parts, weight=weights(parts), **own), **own, seed=SEED)
 
 
-def weighted(parts: list[Part]) -> list[Part]:
+def weighted(parts: list[Contribution]) -> list[Contribution]:
     """Adapters whose deltas have their weights in them, as mergekit knows none in these methods; at least one."""
     assume(any(part.weight for part in parts))
     return [
-        Part(
+        Contribution(
             type(part.tensor)(
-                "w", part.tensor.shape, part.tensor.indices, part.delta * part.weight, meaning="delta"
+                "w", part.tensor.shape, part.tensor.indices, part.delta * part.weight, value_kind="delta"
             )
         )
         for part in parts
@@ -274,7 +282,7 @@ def weighted(parts: list[Part]) -> list[Part]:
 
 
 @given(parts=adapters(), share=densities)
-def test_mergekit_sce(mergekit: Any, parts: list[Part], share: float) -> None:
+def test_mergekit_sce(mergekit: Any, parts: list[Contribution], share: float) -> None:
     close("sce", parts, kit(mergekit, "sce", weighted(parts), select_topk=share), select_topk=share)
 
 
@@ -282,7 +290,7 @@ def test_mergekit_sce(mergekit: Any, parts: list[Part], share: float) -> None:
     parts=adapters(), epsilon=st.sampled_from([1e-5, 0.3, 1.0]), r=st.sampled_from([0.0, 0.1, 3.0]),
     most=st.sampled_from([0.0, 0.2, 5.0, 1e9]),
 )  # fmt: skip
-def test_mergekit_ram(mergekit: Any, parts: list[Part], epsilon: float, r: float, most: float) -> None:
+def test_mergekit_ram(mergekit: Any, parts: list[Contribution], epsilon: float, r: float, most: float) -> None:
     models = weighted(parts)
     close("ram", parts, kit(mergekit, "ram", models, epsilon=epsilon), epsilon=epsilon)
     close(

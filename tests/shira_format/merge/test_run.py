@@ -16,17 +16,17 @@ from shira_format import (
     Adapter,
     BaseMismatch,
     BaseRequired,
+    DenseTensor,
     FormatError,
     ShiraError,
     SourceError,
     SparseTensor,
-    WholeTensor,
     load,
     save,
 )
+from shira_format.live import Switcher, apply
 from shira_format.merge import METHODS, merge, merged, open_merge
 from shira_format.selection import TopK
-from shira_format.switch import Switcher, apply
 from tests.shira_format.merge.small import (
     DTYPES,
     SHAPES,
@@ -55,7 +55,13 @@ SYMMETRIC = [
 def content(adapter: Adapter) -> dict[str, Any]:
     """All bits of it, by name; a tensor without entries is as none, since a merge leaves it out."""
     return {
-        name: (tensor.shape, tensor.meaning, tensor.indices.tobytes(), tensor.values.tobytes(), tensor.base_digest)
+        name: (
+            tensor.shape,
+            tensor.value_kind,
+            tensor.indices.tobytes(),
+            tensor.values.tobytes(),
+            tensor.base_digest,
+        )
         for name, tensor in adapter.items()
         if tensor.nnz
     }
@@ -70,7 +76,9 @@ def test_a_linear_merge_is_what_a_switcher_makes_of_the_adapters(model: Model, w
     together = {name: weight.copy() for name, weight in base.items()}
     Switcher(together).set([(one, w * one.alpha) for one, w in zip(adapters, weights, strict=True)])
     one = merged(adapters, weights=weights, base=Held(base))
-    if any(tensor.meaning == "delta" for tensor in one.values()):  # their sum is rounded to their own dtype first
+    if any(
+        tensor.value_kind == "delta" for tensor in one.values()
+    ):  # their sum is rounded to their own dtype first
         now = applied(base, one)
         for name in base:
             eps = max(float(ml_dtypes.finfo(base[name].dtype).eps), float(np.finfo(F32).eps))
@@ -101,7 +109,7 @@ def test_a_linear_merge_of_disjoint_adapters_is_their_union(model: Model, data: 
             if tensor.base is None and tensor.base_digest is not None:
                 known = base[name].reshape(-1)[tensor.indices[chosen]]
             kept = SparseTensor(name, tensor.shape, tensor.indices[chosen], tensor.values[chosen],
-                                meaning=tensor.meaning, dtype=tensor.dtype, base=known)  # fmt: skip
+                                value_kind=tensor.value_kind, dtype=tensor.dtype, base=known)  # fmt: skip
             part.append(kept)
     a, b = (Adapter(part) for part in parts)
     union = merged([a, b])
@@ -301,7 +309,7 @@ def test_a_result_of_a_density_is_its_largest_changes(model: Model, density: flo
     for name in full:
         tensor, account = job.tensor(name)
         delta = full[name].values.astype(np.float64)
-        if full[name].meaning == "target":
+        if full[name].value_kind == "target":
             delta -= base[name].reshape(-1)[full[name].indices].astype(np.float64)
         count = min(TopK(density).count(base[name].size), delta.size)
         # Equal magnitudes, of which there are many where the dtype is coarse: the first of them.
@@ -358,7 +366,7 @@ def test_a_huge_weight_costs_what_its_entries_cost() -> None:
 W = np.arange(6, dtype=F32).reshape(2, 3)
 A = Adapter([entries(W, "w", [1, 4], [10, 40])])
 PATCH = Adapter([SparseTensor("v", (2, 3), [1], F32([3]), base=F32([1]), base_name="w")])
-MASK = Adapter([SparseTensor("w", (2, 3), [1], meaning="none", dtype=F32)])
+MASK = Adapter([SparseTensor("w", (2, 3), [1], value_kind="none", dtype=F32)])
 REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
     "shape": (Adapter([entries(W.T.copy(), "w", [1], [3])]), {}, BaseMismatch, r"b.st: tensor 'w' has the shape \[3, 2\], and \[2, 3\] in .*a.st: these are not adapters of one base"),
     "dtype": (Adapter([entries(W.astype(np.float16), "w", [1], [3])]), {}, BaseMismatch, "b.st: tensor 'w' is of float16, and of float32 in .*a.st"),
@@ -373,7 +381,7 @@ REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
     "base without it": (A, {"base": Held({"v": W})}, BaseMismatch, "a.st: tensor 'w': the base base has no 'w'"),
     "base of another shape": (A, {"base": Held({"w": W.T})}, BaseMismatch, r"a.st: tensor 'w': the adapter is for shape \[2, 3\], the weight has \[3, 2\]"),
     "conflict": (Adapter([entries(W, "w", [4, 5], [3, 4])]), {"method": "refuse"}, SourceError, "tensor 'w': .*b.st and .*a.st set 1 entries to different values, the one at flat index 4"),
-    "sparse and whole": (Adapter(whole=[WholeTensor("w", W + 1, base=W)]), {}, SourceError, "tensor 'w': one adapter changes entries, another one replaces it as a whole"),
+    "sparse and whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), {}, SourceError, "tensor 'w': one adapter changes entries, another one replaces it as a whole"),
     "infinite delta": (Adapter([entries(W, "w", [4], [np.inf])]), {"method": "ties"}, SourceError, "b.st: tensor 'w': the delta at flat index 4 is NaN or infinite"),
     "infinite, cut": (Adapter([entries(W, "w", [5], [np.inf])]), {"density": 0.1}, SourceError, "tensor 'w': the delta at flat index 5 is NaN or infinite"),
     "method": (A, {"method": "average"}, SourceError, "no method 'average'; known: linear, "),

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_format import Adapter, SourceError, WholeTensor, load, save
+from shira_format import Adapter, DenseTensor, SourceError, load, save
+from shira_format.live import Switcher
 from shira_format.merge import METHODS, merge, merged
-from shira_format.switch import Switcher
 from tests.shira_format.merge.small import DTYPES, Held, applied, entries, same
 
 F32 = np.float32
@@ -23,10 +23,10 @@ MODEL = {"b": BASE}
 
 def whole(values: Any, *, known: str = "values", alpha: float = 1.0) -> Adapter:
     """An adapter that replaces ``b``: with the base, its digest, or as a new tensor."""
-    tensor = WholeTensor("b", np.asarray(values), base=None if known == "new" else BASE)
+    tensor = DenseTensor("b", np.asarray(values), base=None if known == "new" else BASE)
     if known == "digest":
-        tensor = WholeTensor("b", tensor.values, base_digest=tensor.base_digest)
-    return Adapter(whole=[tensor], manifest={"alpha": alpha} if alpha != 1 else {})
+        tensor = DenseTensor("b", tensor.values, base_digest=tensor.base_digest)
+    return Adapter(dense=[tensor], manifest={"alpha": alpha} if alpha != 1 else {})
 
 
 @pytest.mark.parametrize("known", ["values", "digest", "new"])
@@ -35,15 +35,15 @@ def test_what_one_adapter_alone_replaces_it_replaces_at_any_strength(method: str
     one, other = whole(BASE + 1, known=known, alpha=0.5), Adapter([entries(BASE, "w", [1], [7])])
     for adapters in ([one, other], [other, one]):
         found = merged(adapters, method=method)
-        assert one.whole["b"] == found.whole["b"]
-    assert {} == merged([one, other], weights=[0, 1], method=method).whole
+        assert one.dense["b"] == found.dense["b"]
+    assert {} == merged([one, other], weights=[0, 1], method=method).dense
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_several_replace_by_the_same_bits_stays(method: str) -> None:
     a, b = whole(BASE - 1, known="digest"), whole(BASE - 1)
     found = merged([a, b], method=method, base=Held(MODEL))
-    assert same({"b": BASE - 1}, {"b": found.whole["b"].values})
+    assert same({"b": BASE - 1}, {"b": found.dense["b"].values})
 
 
 @given(st.sampled_from(DTYPES), st.integers(0, 99), st.sampled_from([1.0, 0.5, -2.0]), st.booleans())
@@ -53,13 +53,13 @@ def test_different_ones_are_joined_through_their_deltas(
     rng = np.random.default_rng(seed)
     base = rng.standard_normal((3, 4)).astype(dtype)
     tuned = [(base.astype(np.float64) + rng.standard_normal((3, 4))).astype(dtype) for _ in range(2)]
-    adapters = [Adapter(whole=[WholeTensor("b", values, base=base)], manifest={"alpha": 0.5}) for values in tuned]
+    adapters = [Adapter(dense=[DenseTensor("b", values, base=base)], manifest={"alpha": 0.5}) for values in tuned]
     if given_base:
         adapters = [
-            Adapter(whole=[WholeTensor("b", one.whole["b"].values, base_digest=one.whole["b"].base_digest)], manifest=one.manifest)
+            Adapter(dense=[DenseTensor("b", one.dense["b"].values, base_digest=one.dense["b"].base_digest)], manifest=one.manifest)
             for one in adapters
         ]  # fmt: skip
-    found = merged(adapters, weights=[weight, 1], base=Held({"b": base}) if given_base else None).whole["b"]
+    found = merged(adapters, weights=[weight, 1], base=Held({"b": base}) if given_base else None).dense["b"]
     wide = base.astype(np.float64)
     expected = (
         wide + 0.5 * weight * (tuned[0].astype(np.float64) - wide) + 0.5 * (tuned[1].astype(np.float64) - wide)
@@ -67,7 +67,7 @@ def test_different_ones_are_joined_through_their_deltas(
     error = np.abs(found.values.astype(np.float64) - expected)
     assert error.max() <= 16 * float(ml_dtypes.finfo(dtype).eps)  # a rounding of numbers below 16
     assert (found.base is None) == given_base
-    assert found.base_digest == WholeTensor("b", base, base=base).base_digest
+    assert found.base_digest == DenseTensor("b", base, base=base).base_digest
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.takes])
@@ -86,16 +86,16 @@ def test_each_method_joins_them_as_it_joins_entries(method: str) -> None:
 def test_overwrite_takes_one_of_them(priority: str, winner: int) -> None:
     adapters = [whole(BASE + 1, known="new"), whole(BASE + 2, known="new")]
     found = merged(adapters, method="overwrite", options={"priority": priority})
-    assert adapters[winner].whole["b"] == found.whole["b"]
+    assert adapters[winner].dense["b"] == found.dense["b"]
 
 
 REFUSED: dict[str, tuple[Adapter, str, str]] = {
     "new": (whole(BASE + 2, known="new"), "linear", "the base's is not known"),
     "digest": (whole(BASE + 2, known="digest"), "ties", "the base's is not known"),
-    "integers": (Adapter(whole=[WholeTensor("b", np.arange(6), base=np.zeros(6, int))]), "linear", "int64 is no float"),
+    "integers": (Adapter(dense=[DenseTensor("b", np.arange(6), base=np.zeros(6, int))]), "linear", "int64 is no float"),
     "refuse": (whole(BASE + 2), "refuse", "the method 'refuse' joins no whole tensors"),
     "disjoint": (whole(BASE + 2), "disjoint", "the method 'disjoint' joins no whole tensors"),
-    "shape": (Adapter(whole=[WholeTensor("b", F32([1]), base=F32([0]))]), "linear", r"has the shape \[1\], and \[2, 3\]"),
+    "shape": (Adapter(dense=[DenseTensor("b", F32([1]), base=F32([0]))]), "linear", r"has the shape \[1\], and \[2, 3\]"),
 }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_refusals(case: str, tmp_path: Path) -> None:
 
 def test_files_and_live_models(tmp_path: Path) -> None:
     sparse = entries(BASE, "w", [1], [7])
-    one = Adapter([sparse], whole=[WholeTensor("b", BASE + 1, base=BASE)])
+    one = Adapter([sparse], dense=[DenseTensor("b", BASE + 1, base=BASE)])
     save(one, tmp_path / "a.st")
     save(Adapter([sparse]), tmp_path / "b.st")
     report = merge([tmp_path / "a.st", tmp_path / "b.st"], tmp_path / "out.st", method="mean")

@@ -1,0 +1,140 @@
+"""What a LoRA is, in the numbers that it has in common with a sparse adapter: norms, ranks, singular values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shira_analysis.measures.adapter import Ranks, combine_ranks
+from shira_analysis.measures.layer_kinds import KINDS, layer_kind
+from shira_analysis.measures.rank import RankReport, rank_of_update
+from shira_format import SourceError
+from shira_format.names.filters import name_filter
+
+if TYPE_CHECKING:
+    from shira_format.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """Several updates together.
+
+    Attributes:
+        tensors: how many there are.
+        frobenius: of all together; None if the singular values of one were not computed.
+        ranks: theirs.
+    """
+
+    tensors: int
+    frobenius: float | None
+    ranks: Ranks
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"tensors": self.tensors, "frobenius": self.frobenius, "rank": self.ranks.as_json()}
+
+
+@dataclass(frozen=True, eq=False)
+class LoraMeasures:
+    """One LoRA.
+
+    Attributes:
+        path: where it is.
+        source: what its files say of it: dialect, rank, alpha and so on.
+        tensors: the kind of layer and the report of each chosen update.
+        kinds: by kind of layer, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
+        total: all of them.
+        others: tensors that are replaced or shifted as a whole, which are in no measure.
+        notices: what a user should know.
+    """
+
+    path: Path
+    source: dict[str, Any]
+    tensors: tuple[tuple[str, RankReport], ...]
+    kinds: dict[str, LoraGroup]
+    total: LoraGroup
+    others: tuple[str, ...]
+    notices: tuple[str, ...]
+
+    def as_json(self, *, values: bool = False) -> dict[str, Any]:
+        """Plain values; ``values`` for the singular values of each update too."""
+        return {
+            "lora": str(self.path),
+            "source": self.source,
+            "total": self.total.as_json(),
+            "kinds": {kind: group.as_json() for kind, group in self.kinds.items()},
+            "tensors": [
+                {
+                    "name": report.name,
+                    "kind": kind,
+                    "matrix": list(report.shape),
+                    "frobenius": frobenius_of(report),
+                    "rank": report.as_json(values=values),
+                }
+                for kind, report in self.tensors
+            ],
+            "whole_tensors": list(self.others),
+        }
+
+
+def frobenius_of(report: RankReport) -> float | None:
+    """The norm of one update; None if its singular values were not computed."""
+    return None if report.spectrum is None else report.spectrum.frobenius
+
+
+def measure_lora(
+    path: str | os.PathLike[str],
+    base: Checkpoint,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Callable[[int], object] = lambda _: None,
+) -> LoraMeasures:
+    """Measure a LoRA of any dialect; a dense update is in memory at most one at a time.
+
+    Args:
+        path: the LoRA; see :func:`shira_format.lora.open_lora`.
+        base: the checkpoint that it adapts.
+        include: regexes; an update is measured only if one of them is found in its weight's name.
+        exclude: regexes; an update is left out if one of them is found in it.
+        progress: called with 1 after each update.
+
+    Raises:
+        SourceError: not a LoRA of this base, an update that is not finite, none is chosen, or a package is missing.
+    """
+    from shira_format.lora import open_lora
+
+    chosen = name_filter(include, exclude)
+    lora = open_lora(path, base)
+    updates = [update for update in lora.updates if chosen(update.name)]
+    if not updates:
+        raise SourceError(f"{path}: no update is left by the choice of names")
+    tensors = []
+    for update in updates:
+        try:
+            tensors.append((layer_kind(update.name, update.shape), rank_of_update(update)))
+        except SourceError as error:
+            raise SourceError(f"{path}: {error}") from None
+        progress(1)
+    kinds = {kind: [report for of_kind, report in tensors if of_kind == kind] for kind in KINDS}
+    return LoraMeasures(
+        Path(path),
+        lora.source,
+        tuple(tensors),
+        {kind: _joined(group) for kind, group in kinds.items() if group},
+        _joined(report for _, report in tensors),
+        tuple(name for name in (*lora.whole, *lora.additions) if chosen(name)),
+        tuple(lora.notices),
+    )
+
+
+def _joined(reports: Iterable[RankReport]) -> LoraGroup:
+    reports = list(reports)
+    norms = [norm for report in reports if (norm := frobenius_of(report)) is not None]
+    known = len(norms) == len(reports)
+    return LoraGroup(len(reports), float(np.linalg.norm(norms)) if known else None, combine_ranks(reports))

@@ -1,0 +1,211 @@
+"""Whether a merged checkpoint holds a LoRA, and at which strength, layer by layer.
+
+Merges that silently did nothing, skipped layers or took another scale leave no trace but the weights, so the weights are
+compared: what they have become beside what the base and the LoRA say that they should be. What fits an entry, and how the
+strength follows from it, is in :mod:`shira_analysis.merging.check.strengths`. Memory stays at some tiles, whatever the checkpoint.
+
+The verdict on a layer:
+
+========== ==========================================================================================================
+verified   every entry fits the expected strength, and the entries cannot be those of the base alone
+absent     every entry fits strength zero, and not the expected one: the weight is the base's
+strength   every entry fits another strength
+different  no strength explains every entry: something else was added, or the base was another one
+missing    the checkpoint has no such tensor
+unclear    every entry fits both the expected strength and zero (rounding hides the update), or too few entries moved
+========== ==========================================================================================================
+
+And on the checkpoint: *no* if one layer is absent, of another strength, different or missing, if a tensor that the LoRA
+leaves alone has changed, or if the names are those of a wrapper that was never unloaded; *inconclusive* if no layer is
+verified, or if those that are unclear hold one per cent or more of the update's energy (sum of squares); else *yes*.
+Tensors that are new, or that are not there, are told and do not count: whoever loads the model notices them. A tensor that
+is tied to an adapted one follows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from shira_analysis.merging.check.answer import conclude
+from shira_analysis.merging.check.layers import judge
+from shira_analysis.merging.check.names import MergedNames, renamed
+from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict, Others, Verdict, as_json
+from shira_analysis.merging.check.sources import Change, Source, open_source
+from shira_analysis.merging.check.strengths import Beside, due_of_whole, explain, same_tensor, unchanged
+from shira_format._core.arrays import Array
+from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
+from shira_format.selection import Progress, Workers
+from shira_format.tensors import numel
+
+__all__ = ["Layer", "MergeCheck", "MergeVerdict", "Others", "as_json", "open_source"]
+
+
+class MergeCheck:
+    """A comparison that is ready to run."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        source: Source,
+        merged: Checkpoint,
+        *,
+        strength: float | None = None,
+        chosen: Callable[[str], bool] = lambda _: True,
+        others: bool = True,
+    ) -> None:
+        """Find the tensors of both checkpoints that belong together.
+
+        Args:
+            base: the checkpoint before.
+            source: what should have been merged.
+            merged: the checkpoint after.
+            strength: the expected strength; by default what ``source`` is meant for, usually 1.
+            chosen: by its name in the base, whether a tensor is looked at.
+            others: whether to compare tensors that ``source`` leaves alone.
+
+        Raises:
+            SourceError: no tensor is left, or the checkpoints have no adapted name in common.
+        """
+        self.base, self.merged, self.source = base, merged, source
+        self.expected = source.strength if strength is None else strength
+        if not math.isfinite(self.expected) or self.expected == 0:
+            raise SourceError(
+                f"strength {self.expected:g}: must be a number other than 0, or there is nothing to look for"
+            )
+        self.changes = [change for change in source.changes if chosen(change.update.name)]
+        self.whole = {name: values for name, values in source.whole.items() if chosen(name)}
+        if not self.changes and not self.whole:
+            raise SourceError("no adapted tensor is left by the choice of names")
+        adapted = [*(change.update.name for change in source.changes), *source.whole]
+        self.names: MergedNames = renamed(adapted, base, merged)
+        self._adapted = set(adapted)
+        left_alone = [
+            name for name in base if name not in self._adapted and chosen(name) and name not in source.removed
+        ]
+        self._left_alone = left_alone if others and not self.names.alone else None
+        self._chosen = chosen
+
+    @property
+    def size(self) -> int:
+        """Elements to look at."""
+        names = self._left_alone or ()
+        return sum(numel(change.update.shape) for change in self.changes) + sum(
+            numel(self.base.shape(n)) for n in names
+        )
+
+    def run(self, threads: int | None = None, progress: Progress = lambda _: None) -> MergeVerdict:
+        """Look at all of it.
+
+        Raises:
+            SourceError: a tensor cannot be read, or cannot be compared.
+        """
+        with Workers(threads) as workers:
+            layers = [self._layer(change, workers, progress) for change in self.changes]
+            layers += [self._replaced(name, values) for name, values in self.whole.items()]
+            others = (
+                None if self._left_alone is None else self._others(self._left_alone, layers, workers, progress)
+            )
+        notices = [*self.base.notices, *self.merged.notices, *self.source.notices, *self.names.notices]
+        answer, sentence, strength = conclude(layers, others, self.expected, self.names, self.source.facts)
+        return MergeVerdict(answer, sentence, self.expected, strength, layers, others, notices)
+
+    def _layer(self, change: Change, workers: Workers, progress: Progress) -> LayerVerdict:
+        name, shape = change.update.name, change.update.shape
+        merged_name, reason = self._find(name, change.base_name)
+        if merged_name is None:
+            progress(numel(shape))
+            return LayerVerdict(name, None, change.kind, "missing", reason="not in the merged checkpoint")
+        if (found := self.merged.shape(merged_name)) != shape:
+            progress(numel(shape))
+            return LayerVerdict(
+                name, merged_name, change.kind, "different", reason=f"has shape {list(found)}, not {list(shape)}"
+            )
+        beside = Beside(
+            change.update, self.base, change.base_name, self.merged, merged_name, change.exact, change.scales
+        )
+        if change.scales and self.expected != 1:
+            progress(numel(shape))
+            # Of unknown energy: it counts as all of it.
+            return LayerVerdict(
+                name, merged_name, change.kind, "unclear", energy=math.inf,
+                reason="a weight-decomposed update is not linear in its strength: only 1 can be checked",
+            )  # fmt: skip
+        explained = explain(beside, self.expected, workers, progress)
+        quantised = self.base.is_quantised(change.base_name) or self.merged.is_quantised(merged_name)
+        return judge(beside, change.kind, explained, self.expected, reason, quantised, workers)
+
+    def _find(self, name: str, base_name: str) -> tuple[str | None, str]:
+        """The tensor of the merged checkpoint that belongs to ``name``, or the one that it is tied to."""
+        if (merged_name := self.names.of(name)) is not None:
+            return merged_name, ""
+        if base_name in self.base:
+            for other in self.base:
+                twin = self.names.of(other)
+                if twin is not None and other != base_name and same_tensor(self.base, base_name, self.base, other):
+                    return twin, f"tied to {other!r}"
+        return None, ""
+
+    def _replaced(self, name: str, values: Array) -> LayerVerdict:
+        merged_name = self.names.of(name)
+        if merged_name is None:
+            return LayerVerdict(name, None, "whole", "missing", reason="not in the merged checkpoint")
+        if (found := self.merged.shape(merged_name)) != values.shape:
+            return LayerVerdict(
+                name,
+                merged_name,
+                "whole",
+                "different",
+                reason=f"has shape {list(found)}, not {list(values.shape)}",
+            )
+        fits, equal, off = due_of_whole(values, self.merged, merged_name)
+        of_base = name in self.base and unchanged(self.base, name, self.merged, merged_name)
+        verdict: Verdict = (
+            "unclear" if fits and of_base else "verified" if fits else "absent" if of_base else "different"
+        )
+        reasons = {
+            "unclear": "the base has the same values",
+            "absent": "the base's values, not those that should replace them",
+            "different": "neither the base's values nor those that should replace them",
+        }
+        return LayerVerdict(
+            name, merged_name, "whole", verdict, equal=equal, off=off, reason=reasons.get(verdict, "")
+        )
+
+    def _others(
+        self, names: Sequence[str], layers: Sequence[LayerVerdict], workers: Workers, progress: Progress
+    ) -> Others:
+        found = Others()
+        used = {layer.merged_name: layer.name for layer in layers if layer.merged_name is not None}
+        for name in names:
+            merged_name = self.names.of(name)
+            if merged_name is None:
+                found.missing.append(name)
+            elif merged_name in used:
+                found.tied.append(name)
+            elif self.base.shape(name) == self.merged.shape(merged_name) and unchanged(
+                self.base, name, self.merged, merged_name, workers
+            ):
+                found.compared += 1
+            else:
+                found.compared += 1
+                self._moved(found, name, merged_name, used)
+            progress(numel(self.base.shape(name)))
+        known = {self.names.of(name) for name in (*self.base, *self._adapted)}
+        found.new = [name for name in self.merged if name not in known and self._chosen(name)]
+        return found
+
+    def _moved(self, found: Others, name: str, merged_name: str, used: Mapping[str, str]) -> None:
+        """A tensor that changed though the LoRA leaves it alone."""
+        for other_merged, other in used.items():
+            if (
+                other in self.base
+                and same_tensor(self.base, name, self.base, other)
+                and same_tensor(self.merged, merged_name, self.merged, other_merged)
+            ):
+                found.tied.append(name)
+                return
+        hidden = self.base.is_quantised(name) or self.merged.is_quantised(merged_name)
+        same_shape = self.base.shape(name) == self.merged.shape(merged_name)
+        (found.unclear if hidden and same_shape else found.changed).append(name)

@@ -1,0 +1,101 @@
+"""The verdict on one layer of a merged checkpoint; see :mod:`shira_analysis.merging.check.check`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from shira_analysis.merging.check.report import LayerVerdict, Verdict
+from shira_analysis.merging.check.strengths import COARSE, Beside, Explained, scatter
+from shira_format.selection import Workers
+
+_SIGMAS = 6
+
+
+def judge(
+    beside: Beside,
+    kind: str,
+    explained: Explained,
+    expected: float,
+    reason: str,
+    quantised: bool,
+    workers: Workers,
+) -> LayerVerdict:
+    """What ``explained`` says of a weight.
+
+    Args:
+        beside: the weight.
+        kind: see :class:`LayerVerdict`.
+        explained: how it came about.
+        expected: the strength that is expected.
+        reason: what is known of it before.
+        quantised: whether rounding to floats is not all that happened to it.
+        workers: threads, if it has to be looked at again.
+    """
+    found, sign = explained.found, explained.sign
+    size = max(1, beside.size)
+    norm = abs(expected) * math.sqrt(found.energy)
+    measured: dict[str, Any] = {
+        "equal": found.equal / size,
+        "off": found.off if math.isfinite(found.off) else None,
+        "residual": math.sqrt(found.left) / norm if norm else None,
+        "energy": found.energy,
+    }
+
+    def layer(verdict: Verdict, words: str = "", strength: float | None = None, **ends: float) -> LayerVerdict:
+        if explained.level is not None and verdict != "different":
+            ends = {"low": found.low, "high": found.high}
+            if sign < 0:
+                ends = {"low": -found.high, "high": -found.low}
+        text = "; ".join(filter(None, [reason, words]))
+        name = beside.update.name
+        return LayerVerdict(name, beside.merged_name, kind, verdict, strength, reason=text, **ends, **measured)
+
+    if found.not_finite:
+        return layer("different", f"{found.not_finite} entries are Inf or NaN, or were in the base")
+    if found.energy == 0:
+        if found.fits:
+            return layer("unclear", "the update is zero")
+        return layer("different", "the update is zero, and the weight has changed")
+    if explained.level is None:
+        if quantised:
+            return _by_statistics(beside, explained, expected, layer, workers)
+        best = sign * found.estimate
+        rest = math.sqrt(max(0.0, found.moved - found.along**2 / found.energy))
+        return layer(
+            "different", f"no strength explains it: the nearest, {best:.3g}, leaves {rest / math.sqrt(found.moved):.1%} of the change"
+        )  # fmt: skip
+    how = explained.level.words
+    is_expected = found.holds(abs(expected)) and sign * expected > 0
+    if found.low <= 0:
+        if is_expected:
+            return layer("unclear", "rounding hides the update: with and without it the weight is the same")
+        same = "bit for bit" if not found.changed else "but for rounding"
+        return layer("absent", f"the base's weight, {same}", 0.0)
+    if is_expected:
+        strength = abs(expected) * found.along / found.replayed if found.replayed > 0 else found.estimate
+        strength = sign * min(max(strength, found.low), found.high)
+        if not found.tells:
+            return layer("unclear", "too few entries have moved to tell", strength)
+        if beside.exact is not None and found.equal < size:
+            return layer("different", f"{size - found.equal} entries do not have the bits that are due", strength)
+        return layer("verified", how, strength)
+    return layer("strength", how, sign * min(max(found.estimate, found.low), found.high))
+
+
+def _by_statistics(
+    beside: Beside, explained: Explained, expected: float, layer: Callable[..., LayerVerdict], workers: Workers
+) -> LayerVerdict:
+    """Of quantised weights no entry can be compared, but all of them together tell the strength."""
+    strength = explained.sign * explained.found.estimate
+    error = scatter(beside, strength, workers)
+    words = f"quantised: by all entries together the strength is {strength:.3g} +- {error:.2g}"
+    ends = {"low": strength - _SIGMAS * error, "high": strength + _SIGMAS * error}
+    is_none = abs(strength) <= _SIGMAS * error
+    is_other = abs(strength - expected) > max(_SIGMAS * error, COARSE * abs(expected))
+    if is_none and is_other:
+        return layer("absent", words, 0.0, **ends)
+    if is_other:
+        return layer("strength", words, strength, **ends)
+    return layer("unclear", words, strength, **ends)

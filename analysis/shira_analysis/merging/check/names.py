@@ -1,0 +1,93 @@
+"""Which tensor of a merged checkpoint is which of the base: by name, or by one prefix that all share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
+
+_WRAPPED = re.compile(
+    r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)|\.(base_layer|modules_to_save)\."
+)
+_ADDED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
+_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class MergedNames:
+    """The names of a merged checkpoint.
+
+    Attributes:
+        names: by the name in the base (or, of a new tensor, in the LoRA).
+        wrapped: a key that only the wrapper of an unmerged PEFT model has; None if there is none.
+        alone: whether there is nothing but a LoRA.
+        notices: what was mapped.
+    """
+
+    names: Mapping[str, str]
+    wrapped: str | None
+    alone: bool
+    notices: list[str]
+
+    def of(self, name: str) -> str | None:
+        """The name in the merged checkpoint, or None if it has no such tensor."""
+        return self.names.get(name)
+
+
+def renamed(adapted: Collection[str], base: Checkpoint, merged: Checkpoint) -> MergedNames:
+    """Find the names of ``merged``; the mapping that finds most of the adapted tensors, and then of all, counts.
+
+    Raises:
+        SourceError: there is none that finds any.
+    """
+    added = [name for name in merged if _ADDED.search(name)]
+    wrapped = added[0] if added else next((name for name in merged if _WRAPPED.search(name)), None)
+    plain = {name: _unwrapped(name) for name in merged if not _ADDED.search(name)}
+    known = {*base, *adapted}
+    best: tuple[tuple[int, int], dict[str, str], str] | None = None
+    for rename, words in _candidates(plain.values(), known):
+        found: dict[str, str] = {}
+        for name, inner in plain.items():
+            # A name that is known as it is, such as that of a head beside a prefixed body, stays.
+            found.setdefault(inner if inner in known else rename(inner), name)
+        hits = sum(name in found for name in adapted), sum(name in found for name in base)
+        if any(hits) and (best is None or hits > best[0]):
+            best = hits, found, words
+    if best is None:
+        if wrapped is not None and not plain:
+            return MergedNames({}, wrapped, True, [])
+        raise SourceError(
+            f"{merged.path}: no tensor of the base is in it: the base has names like "
+            f"{next(iter(base), None)!r}, it has names like {next(iter(merged), None)!r}"
+        )
+    notices = [f"names of the merged checkpoint are not those of the base: {best[2]}"] if best[2] else []
+    return MergedNames(best[1], wrapped, False, notices)
+
+
+def _unwrapped(name: str) -> str:
+    """Without what PEFT's wrapper puts in; ``original_module`` is what ``modules_to_save`` replaces, and stays apart."""
+    return re.sub(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)", "", name)
+
+
+def _candidates(merged: Iterable[str], known: Iterable[str]) -> Iterator[tuple[Callable[[str], str], str]]:
+    yield (lambda name: name), ""
+    for prefix in _leading(merged):
+        yield (lambda name, p=prefix: name.removeprefix(p)), f"the prefix {prefix!r} is left out"  # type: ignore[misc]
+    for prefix in _leading(known):
+        yield (lambda name, p=prefix: p + name), f"the prefix {prefix!r} is added"  # type: ignore[misc]
+
+
+def _leading(names: Iterable[str]) -> list[str]:
+    """The first one, two and three parts of the names, and the components of a pipeline, shortest first."""
+    found: dict[str, None] = {}
+    for name in names:
+        component, slash, rest = name.rpartition("/")
+        if slash:
+            found[component + slash] = None
+        parts = (rest if slash else name).split(".")
+        for depth in range(1, min(_DEPTH, len(parts) - 1) + 1):
+            found[component + slash + ".".join(parts[:depth]) + "."] = None
+    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))

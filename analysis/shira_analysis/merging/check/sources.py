@@ -1,0 +1,191 @@
+"""What a merged checkpoint should hold: a LoRA's updates, or the entries of a SHiRA adapter, in one shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from shira_format import AdapterFile, BaseMismatch, SourceError
+from shira_format._core.arrays import Array, digest
+from shira_format._core.dtypes import working_dtype
+from shira_format.checkpoints import Checkpoint
+from shira_format.format.manifest import METADATA_KEY
+from shira_format.lora import open_lora
+from shira_format.lora.decomposed import Decomposed
+from shira_format.lora.update import Update
+from shira_format.storage.paths import located
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.tensors import SparseTensor, matrix_view
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A small tensor, such as a bias, that is added as it is."""
+
+    name: str
+    values: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32 or float64."""
+        return working_dtype(self.values.dtype)
+
+    @property
+    def columns(self) -> int:
+        """All of it: one row."""
+        return self.values.size
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        """As :meth:`shira_format.lora.update.Update.tile`."""
+        out[...] = self.values.reshape(1, -1)[start:stop]
+
+
+class Entries:
+    """A sparse tensor of an adapter as an update: zero but at its entries."""
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], base: Checkpoint, read: Callable[[str], SparseTensor]
+    ) -> None:
+        """Args: ``read`` gives the tensor of a name, the same again and again without decoding it each time."""
+        self.name, self.shape = name, shape
+        self.dtype = working_dtype(base.dtype(name))
+        self.columns = max(1, matrix_view(shape)[1])
+        self._base, self._read = base, read
+
+    def tile(self, start: int, stop: int, out: Array) -> None:
+        """As :meth:`shira_format.lora.update.Update.tile`."""
+        first, last = start * self.columns, stop * self.columns
+        before = self._base.part(self.name, first, last)
+        with np.errstate(over="ignore", invalid="ignore"):
+            after = self.exact(first, before, 1.0).astype(self.dtype)
+            out.reshape(-1)[...] = after - before.astype(self.dtype)
+
+    def exact(self, start: int, before: Array, strength: float) -> Array:
+        """The values that are due for the part ``before`` of the base, from flat index ``start`` on."""
+        tensor = self._read(self.name)
+        first, last = np.searchsorted(tensor.indices, [start, start + before.size])
+        where = tensor.indices[first:last] - start
+        due = before.copy()
+        due[where] = tensor.applied(before[where], strength, int(first))
+        return due
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one weight should have gone through.
+
+    Attributes:
+        kind: ``"weight"``, ``"bias"`` (added as a whole) or ``"entries"`` (of an adapter).
+        update: the change at strength 1.
+        base_name: the weight's name in the base.
+    """
+
+    kind: str
+    update: Update
+    base_name: str
+
+    @property
+    def exact(self) -> Any:
+        """See :class:`shira_analysis.merging.check.strengths.Beside`."""
+        return self.update.exact if isinstance(self.update, Entries) else None
+
+    @property
+    def scales(self) -> bool:
+        """Whether it scales the weight itself, so that it is not linear in the strength."""
+        return _scales(self.update)
+
+
+def _scales(update: Any) -> bool:
+    return isinstance(update, Decomposed) or any(map(_scales, getattr(update, "parts", ())))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LoRA or an adapter.
+
+    Attributes:
+        changes: of weights.
+        whole: tensors that are replaced, by their names in the result.
+        strength: at which it is meant to be merged.
+        facts: provenance, such as rank and alpha.
+        removed: names of base tensors that the result lacks.
+        notices: what a user should know.
+    """
+
+    changes: list[Change]
+    whole: dict[str, Array] = field(default_factory=dict)
+    strength: float = 1.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None) -> Source:
+    """Open a LoRA of any dialect, or an adapter file of ours.
+
+    Raises:
+        SourceError: neither, or it does not fit the base.
+        FormatError: a safetensors file is damaged.
+        BaseMismatch: an adapter was made for another base.
+    """
+    if dialect is None and _is_adapter(path):
+        return _of_adapter(AdapterFile(located(path), apart=True), base)
+    lora = open_lora(path, base, dialect=dialect)
+    changes = [Change("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates]
+    changes += [
+        Change("bias", Addition(name, values), lora.copies.get(name, name))
+        for name, values in lora.additions.items()
+    ]
+    names = [*(change.update.name for change in changes), *lora.whole]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SourceError(f"{path}: tensor {min(twice)!r} is changed twice")
+    return Source(changes, lora.whole, 1.0, lora.source, list(lora.removed), list(lora.notices))
+
+
+def _is_adapter(path: str | os.PathLike[str]) -> bool:
+    found = located(path)
+    if not found.is_file() or found.suffix not in {".st", ".safetensors"}:
+        return False
+    file = SafetensorsFile(found)
+    try:
+        return METADATA_KEY in file.metadata
+    finally:
+        file.close()
+
+
+def _of_adapter(file: AdapterFile, base: Checkpoint) -> Source:
+    read = lru_cache(maxsize=1)(file.sparse)
+    changes = []
+    for name, entry in file.manifest.tensors.items():
+        if entry.values == "none":
+            raise SourceError(f"{file.path}: tensor {name!r} is a mask, without values")
+        if entry.base_name != name or entry.result_shape != entry.shape:
+            raise SourceError(
+                f"{file.path}: tensor {name!r} is renamed or resized by this patch: make the result with shira_to_full, "
+                "which checks it by its digest"
+            )
+        if name not in base:
+            raise BaseMismatch(f"{file.path}: tensor {name!r}: not in the base {base.path}")
+        if base.shape(name) != entry.shape:
+            raise BaseMismatch(f"{file.path}: tensor {name!r} is for shape {list(entry.shape)}, the base has {list(base.shape(name))}")  # fmt: skip
+        tensor = read(name)
+        if tensor.base_digest is not None and (
+            base.dtype(name) != tensor.dtype or digest(base.at(name, tensor.indices)) != tensor.base_digest
+        ):
+            raise BaseMismatch(
+                f"{file.path}: tensor {name!r}: the base {base.path} is not the one that the adapter was made for"
+            )
+        changes.append(Change("entries", Entries(name, entry.shape, base, read), name))
+    whole = {name: file.dense(name).values for name in file.manifest.whole}
+    alpha = float(file.manifest.raw.get("alpha", 1.0))
+    return Source(changes, whole, alpha, removed=list(file.manifest.removed))

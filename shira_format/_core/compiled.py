@@ -1,0 +1,186 @@
+"""Inner loops as machine code, if numba is installed; the same in numpy, if it is not.
+
+numpy makes several passes where these make one: decoding gap8 takes a fifth of the time. numba takes half a second to
+import and to compile once for each machine, so :func:`load` is called by whoever switches adapters on live models, and a
+program that only looks at a file pays nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shira_format._core.arrays import Array
+
+Indices = npt.NDArray[np.int64]
+
+_loading = threading.Lock()
+_kernels: Any = None
+
+
+def load() -> bool:
+    """Use machine code from now on, if numba is there; whether it is used."""
+    global _kernels  # noqa: PLW0603 - set once
+    with _loading:
+        if _kernels is None:
+            try:
+                from shira_format._core import kernels
+            except ImportError:
+                return False
+            _kernels = kernels
+    return True
+
+
+def loaded() -> Any:
+    """The compiled functions of :mod:`shira_format._core.kernels`, or None."""
+    return _kernels
+
+
+def unsigned(flat: Array) -> Array:
+    """The bits of a contiguous array as unsigned integers of its item's size, ``[n]``, in the same memory."""
+    return flat.reshape(-1).view(f"u{flat.dtype.itemsize}")
+
+
+def take(flat: Array, indices: Indices) -> Array:
+    """``flat[indices]`` for indices that were checked, as a new array of the same dtype."""
+    out = np.empty(indices.size, flat.dtype)
+    source, bits = unsigned(flat), unsigned(out)
+    if _kernels is not None:
+        _kernels.take(source, indices, bits)
+    elif indices.size:
+        np.take(source, indices, out=bits, mode="clip")  # "raise" would make another copy
+    return out
+
+
+def put(flat: Array, indices: Indices, values: Array) -> None:
+    """``flat[indices] = values`` for indices that were checked and values of the same dtype."""
+    target, bits = unsigned(flat), unsigned(np.ascontiguousarray(values))
+    if _kernels is not None:
+        _kernels.put(target, indices, bits)
+    else:
+        target[indices] = bits
+
+
+def is_strictly_increasing(indices: Indices) -> bool:
+    """Whether ``indices`` strictly rise."""
+    if _kernels is not None:
+        return bool(_kernels.rises(indices))
+    return bool((indices[1:] > indices[:-1]).all())
+
+
+def exchange(flat: Array, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
+    """Put ``old_base`` back at ``old``, then ``new_values`` at ``new``; what was at ``new`` in between.
+
+    All indices rise and were checked; all values are of the dtype of ``flat``.
+    """
+    if _kernels is None:
+        put(flat, old, old_base)
+        base = take(flat, new)
+        put(flat, new, new_values)
+        return base
+    base = np.empty(new.size, flat.dtype)
+    arrays = [unsigned(np.ascontiguousarray(array)) for array in (old_base, new_values)]
+    _kernels.exchange(unsigned(flat), old, arrays[0], new, arrays[1], unsigned(base))
+    return base
+
+
+def overlay(values: Array, indices: Indices, other: Indices, other_values: Array) -> int:
+    """Where ``indices`` and ``other`` (both rising) meet, let ``values`` be ``other_values``; how often that is."""
+    if _kernels is not None:
+        return int(_kernels.overlay(unsigned(values), indices, other, unsigned(other_values)))
+    if not indices.size or not other.size:
+        return 0
+    at = np.searchsorted(other, indices)
+    at[at == other.size] = 0
+    meet = other[at] == indices
+    values[meet] = other_values[at[meet]]
+    return int(np.count_nonzero(meet))
+
+
+def union(lists: Sequence[Indices]) -> tuple[Indices, list[Indices]]:
+    """All numbers of some strictly rising lists, once each and rising, and where among them those of each list are."""
+    filled = [one for one in lists if one.size]
+    if len(filled) <= 1:
+        every = filled[0] if filled else np.empty(0, np.int64)
+        return every, [np.arange(one.size, dtype=np.int64) for one in lists]
+    if _kernels is not None:
+        return _union_two_by_two(lists)
+    together = np.concatenate(lists)
+    order = np.argsort(together, kind="stable")  # which merges lists that rise
+    rising = together[order]
+    first = np.ones(rising.size, bool)
+    np.not_equal(rising[1:], rising[:-1], out=first[1:])
+    at = np.empty(together.size, np.int64)
+    at[order] = np.cumsum(first) - 1
+    return rising[first], np.split(at, np.cumsum([one.size for one in lists])[:-1])
+
+
+def _union_two_by_two(lists: Sequence[Indices]) -> tuple[Indices, list[Indices]]:
+    every, places = lists[0], [np.arange(lists[0].size, dtype=np.int64)]
+    for other in lists[1:]:
+        joined = np.empty(every.size + other.size, np.int64)
+        moved, at = np.empty(every.size, np.int64), np.empty(other.size, np.int64)
+        every = joined[: _kernels.union(every, other, joined, moved, at)]
+        places = [moved[old] for old in places] if len(places) > 1 else [moved]
+        places.append(at)
+    return every, places
+
+
+def mixed(target: Array, own: Array, factors: Array) -> Array:
+    """``own + factors (target - own)``, rounded once; where a factor is 1, ``target`` bit for bit.
+
+    Args:
+        target: ``[k]``.
+        own: ``[k]``, in the same dtype.
+        factors: float32 (float64 for float64 values) ``[k]``, or ``[1]`` for all.
+    """
+    if factors.size == 1 and factors[0] == 1:
+        return target
+    if _kernels is not None and target.dtype.name == "bfloat16":
+        new = np.empty(target.size, target.dtype)
+        arrays = (unsigned(np.ascontiguousarray(one)) for one in (target, own))
+        _kernels.mix_bfloat16(*arrays, factors, unsigned(new))
+        return new
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
+        origin = own.astype(factors.dtype)
+        new = np.asarray((origin + factors * (target.astype(factors.dtype) - origin)).astype(target.dtype))
+    exact = np.flatnonzero(factors == 1)
+    new[exact] = target[exact]
+    return new
+
+
+def scatter(
+    at: Indices, new: Array, own: Array, factors: Array, values: Array, base: Array, known: Array, count: Array
+) -> int:
+    """Lay one adapter's values onto entries of a weight, where others may lie already.
+
+    ``base[at] = own`` and ``known[at]`` is set; where the factor is not 0, ``count[at]`` counts one more and
+    ``values[at] = new``.
+
+    Args:
+        at: int64 ``[k]``, places in the arrays ``[n]``.
+        new: ``[k]``, in the weight's dtype.
+        own: ``[k]`` the base's values as this adapter knows them.
+        factors: ``[k]``, or ``[1]`` for all, which is not 0.
+        values: ``[n]``, changed.
+        base: ``[n]``, changed.
+        known: bool ``[n]``: where ``base`` is known, changed.
+        count: int32 ``[n]``, changed.
+
+    Returns:
+        The number of an entry where ``base`` was known and is another one, or -1.
+    """
+    if _kernels is not None:
+        arrays = (unsigned(np.ascontiguousarray(one)) for one in (new, own))
+        return int(_kernels.lay(at, *arrays, factors, unsigned(values), unsigned(base), known, count))
+    met = np.flatnonzero(known[at])
+    other = met[unsigned(base[at[met]]) != unsigned(own[met])]
+    base[at], known[at] = own, True
+    laid = np.arange(at.size) if factors.size == 1 else np.flatnonzero(factors)
+    count[at[laid]] += 1
+    values[at[laid]] = new[laid]
+    return int(other[-1]) if other.size else -1

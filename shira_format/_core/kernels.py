@@ -1,0 +1,223 @@
+"""The functions of :mod:`shira_format._core.compiled` that numba compiles; imported only if it is there.
+
+They work on unsigned integers, one compilation for each size of an item, and let other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit
+
+from shira_format._core.prefetch import prefetch, works
+
+_VARINT = 8  # bytes of a code at most
+_PIECE = 1 << 15  # bytes of a weight that are worked on together: they fit a first-level cache
+_AHEAD = 128  # entries: long enough before they are needed, few enough to be still there then
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _compiled(function: F) -> F:
+    return cast("F", njit(nogil=True, cache=True)(function))
+
+
+if works():
+    _soon = prefetch
+else:
+
+    @_compiled
+    def _soon(array: Any, index: Any) -> None:
+        """Nothing: everything works without, at less speed."""
+
+
+@_compiled
+def take(flat: Any, indices: Any, out: Any) -> None:
+    """``out = flat[indices]``."""
+    for i in range(indices.size):
+        if i + _AHEAD < indices.size:
+            _soon(flat, indices[i + _AHEAD])
+        out[i] = flat[indices[i]]
+
+
+@_compiled
+def put(flat: Any, indices: Any, values: Any) -> None:
+    """``flat[indices] = values``."""
+    for i in range(indices.size):
+        if i + _AHEAD < indices.size:
+            _soon(flat, indices[i + _AHEAD])
+        flat[indices[i]] = values[i]
+
+
+@_compiled
+def overlay(values: Any, indices: Any, other: Any, other_values: Any) -> int:
+    """A merge of two rising lists; see :func:`shira_format._core.compiled.overlay`."""
+    i = j = met = 0
+    while i < indices.size and j < other.size:
+        a, b = indices[i], other[j]
+        if a == b:
+            values[i] = other_values[j]
+            met += 1
+        i += a <= b
+        j += b <= a
+    return met
+
+
+@_compiled
+def exchange(flat: Any, old: Any, old_base: Any, new: Any, new_values: Any, new_base: Any) -> None:
+    """``flat[old] = old_base; new_base = flat[new]; flat[new] = new_values``, a piece of ``flat`` at a time.
+
+    Both lists of indices rise, so that each piece comes from memory once, and stays in the cache for all three.
+    """
+    i = j = limit = 0
+    piece = _PIECE // flat.itemsize
+    while i < old.size or j < new.size:
+        limit += piece
+        while i < old.size and old[i] < limit:
+            if i + _AHEAD < old.size:
+                _soon(flat, old[i + _AHEAD])
+            flat[old[i]] = old_base[i]
+            i += 1
+        first = j
+        while j < new.size and new[j] < limit:
+            if j + _AHEAD < new.size:
+                _soon(flat, new[j + _AHEAD])
+            new_base[j] = flat[new[j]]
+            j += 1
+        for k in range(first, j):
+            flat[new[k]] = new_values[k]
+
+
+@_compiled
+def union(first: Any, second: Any, out: Any, of_first: Any, of_second: Any) -> int:
+    """Merge two strictly rising lists into ``out``; where each went; how many there are.
+
+    Which list comes next is a coin toss that no processor foresees: so a place is written at every step, and what is
+    written last is right.
+    """
+    i = j = n = 0
+    while i < first.size and j < second.size:
+        a, b = first[i], second[j]
+        out[n] = min(a, b)
+        of_first[i] = n
+        of_second[j] = n
+        i += a <= b
+        j += b <= a
+        n += 1
+    while i < first.size:
+        out[n] = first[i]
+        of_first[i] = n
+        i += 1
+        n += 1
+    while j < second.size:
+        out[n] = second[j]
+        of_second[j] = n
+        j += 1
+        n += 1
+    return n
+
+
+@_compiled
+def mix_bfloat16(target: Any, own: Any, factors: Any, out: Any) -> None:
+    """``out = own + factors (target - own)`` of bfloat16 as its 16 bits; ``factors`` is of one, or of one for each."""
+    for k in range(target.size):
+        factor = factors[k] if factors.size > 1 else factors[0]
+        origin = np.uint32(np.uint32(own[k]) << 16).view(np.float32)
+        mixed = np.float32(origin + factor * (np.uint32(np.uint32(target[k]) << 16).view(np.float32) - origin))
+        bits = mixed.view(np.uint32)
+        near = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))  # to nearest, ties to even
+        quiet = np.uint32((bits & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
+        changed = np.uint32(quiet if np.isnan(mixed) else near) >> 16
+        out[k] = target[k] if factor == 1 else np.uint16(changed)
+
+
+@_compiled
+def scatter(at: Any, new: Any, own: Any, factors: Any, values: Any, base: Any, known: Any, count: Any) -> int:
+    """See :func:`shira_format._core.compiled.lay`; values as their bits."""
+    bad = -1
+    for k in range(at.size):
+        n = at[k]
+        if known[n] and base[n] != own[k]:
+            bad = k
+        base[n] = own[k]
+        known[n] = True
+        if factors.size == 1 or factors[k] != 0:
+            count[n] += 1
+            values[n] = new[k]
+    return bad
+
+
+@_compiled
+def is_strictly_increasing(indices: Any) -> bool:
+    """Whether ``indices`` strictly rise."""
+    falls = 0
+    for i in range(1, indices.size):
+        falls += (
+            indices[i] <= indices[i - 1]
+        )  # counted, not left at the first one: so several are compared at once
+    return falls == 0
+
+
+@_compiled
+def decode_gap8(stream: Any, indices: Any) -> int:
+    """Fill ``indices`` (as many as bytes other than 255 are expected); how many bytes ended an entry.
+
+    Stops writing when ``indices`` is full, but goes on counting.
+    """
+    at, found = -1, 0
+    for i in range(stream.size):
+        byte = stream[i]
+        at += byte
+        if byte != 255:
+            at += 1
+            if found < indices.size:
+                indices[found] = at
+            found += 1
+    return found
+
+
+@_compiled
+def decode_varint(stream: Any, indices: Any, numel: int) -> bool:
+    """Fill ``indices`` from a stream that breaks no rule; whether it is one, with as many entries, below ``numel``."""
+    at, found, i = -1, 0, 0
+    while i < stream.size:
+        gap, length = 0, 0
+        byte: Any = 128
+        while byte >= 128:
+            if i == stream.size or length == _VARINT:
+                return False
+            byte = np.int64(stream[i])
+            gap |= (byte & 127) << (7 * length)
+            i += 1
+            length += 1
+        at += gap + 1  # at most 2^56 more than what was below numel
+        if (byte == 0 and length > 1) or at >= numel or found == indices.size:
+            return False
+        indices[found] = at
+        found += 1
+    return bool(found == indices.size)
+
+
+@_compiled
+def false_block(stream: Any, blocks: Any, indices: Any, block_size: int, more: int) -> int:
+    """The first row of a directory that lies about decoded ``indices``, or -1; one pass over what it points to.
+
+    Bytes below ``more`` end an entry.
+
+    A row is right if its offset is where the code of its entry starts. Between two right offsets lie just as many ends of
+    entries as a block has, so they are counted; see :func:`shira_format.format.codecs.blocks.check_blocks`.
+    """
+    for row in range(blocks.shape[0]):
+        if blocks[row, 0] != indices[row * block_size]:
+            return row
+    at = 0
+    for row in range(blocks.shape[0] - 1):
+        stop = blocks[row + 1, 1]
+        ends = 0
+        while at < stop:
+            ends += stream[at] < more
+            at += 1
+        if ends != block_size or stream[stop - 1] >= more:
+            return row + 1
+    return -1

@@ -1,0 +1,254 @@
+"""Watching the inputs of layers of a torch model; :func:`shira_format.calibration.moments.collect_moments` is the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shira_format import SourceError
+from shira_format.calibration.moments import Moment
+
+_ROWS = 1024  # inputs at a time, so that their copy in float64 stays small
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class WatchedLayer:
+    """One layer and what was seen of its inputs so far.
+
+    Attributes:
+        module: its name in the model.
+        weight: the name of its weight.
+        samples: inputs seen.
+        shape: of the moments, ``[groups, blocks, size, size]``.
+        width: elements of an input.
+        nbytes: what the moments take.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, block: int | None, dtype: torch.dtype, inputs: int = 0, seed: int = 0
+    ) -> None:
+        self.module, self.weight, self.samples = name, f"{name}.weight" if name else "weight", 0
+        self._layer = module
+        self._sum: torch.Tensor | None = None
+        weight: Any = module.weight
+        self._tokens = isinstance(module, nn.Embedding)
+        self.inputs_first = self._tokens or _is_conv1d(module)
+        self._groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
+        self.width = weight.shape[0] if self.inputs_first else weight[0].numel()
+        size = 1 if self._tokens else max(1, min(block or self.width, self.width))
+        self.shape = (self._groups, -(-self.width // size), size, size)
+        self._dtype = dtype
+        kept = 0 if self._tokens else inputs
+        self._kept = _Sample(kept, seed, name) if kept else None
+        cells = int(np.prod(self.shape, dtype=object)) + kept * self._groups * int(self.width)
+        self.nbytes = cells * dtype.itemsize
+
+    def see(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Add the inputs of one call: ``[..., width]``, images, or token numbers."""
+        if self._tokens:
+            self._count(inputs, mask)
+            return
+        if isinstance(self._layer, _CONVOLUTIONS):
+            dimensions = len(self._layer.kernel_size)
+            images = inputs[None] if inputs.ndim == dimensions + 1 else inputs
+            for image in images:  # the patches of all would be large
+                self._add(_patches(self._layer, image[None]).reshape(-1, self._groups, self.width))
+            return
+        if mask is not None and inputs.ndim > 2 and inputs.shape[:2] == mask.shape:
+            inputs = inputs[mask.to(inputs.device) != 0]
+        elif mask is not None and inputs.ndim == 2 and len(inputs) == mask.numel() > len(mask):
+            inputs = inputs[
+                mask.to(inputs.device).reshape(-1) != 0
+            ]  # mixtures of experts flatten the tokens first
+        rows = inputs.reshape(-1, 1, self.width)
+        for start in range(0, len(rows), _ROWS):
+            self._add(rows[start : start + _ROWS])
+
+    def _add(self, rows: torch.Tensor) -> None:
+        self.samples += len(rows)
+        groups, blocks, size, _ = self.shape
+        wide = rows.to(self._dtype)
+        if wide.numel() and not bool(torch.isfinite(wide).all()):
+            raise SourceError(f"module {self.module!r}: an input is NaN or infinite")
+        if self._kept is not None:
+            self._kept.see(wide)
+        wide = nn.functional.pad(wide, (0, blocks * size - self.width))
+        wide = wide.reshape(len(rows), groups * blocks, size)
+        products = (wide * wide).sum(0) if size == 1 else torch.bmm(wide.permute(1, 2, 0), wide.permute(1, 0, 2))
+        self._accumulate(products.reshape(self.shape))
+
+    def _count(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        if mask is not None and ids.shape == mask.shape:
+            ids = ids[mask.to(ids.device) != 0]
+        self._accumulate(torch.bincount(ids.reshape(-1), minlength=self.width).to(self._dtype).reshape(self.shape))
+        self.samples += ids.numel()
+
+    def _accumulate(self, products: torch.Tensor) -> None:
+        self._sum = products if self._sum is None else self._sum.add_(products)
+
+    def moment(self, weight: str) -> Moment:
+        """The mean over all inputs seen; there was at least one. The sum is used up: there is no room for both."""
+        assert self._sum is not None
+        blocks = self._sum.div_(self.samples).cpu().numpy()
+        self._sum = None
+        inputs = None if self._kept is None else self._kept.rows.cpu().numpy()
+        return Moment(weight, blocks, int(self.width), self.samples, self.inputs_first, inputs, self._tokens)
+
+
+class _Sample:
+    """Some of the rows that go by, every choice of so many as likely as any other, and the same for any size of the parts.
+
+    Each row draws a number, and those with the smallest are kept, in the order in which they came.
+    """
+
+    def __init__(self, count: int, seed: int, name: str) -> None:
+        self._count = count
+        self._random = np.random.default_rng([seed, *name.encode()])
+        self._drawn = np.empty(0)
+        self.rows = torch.empty(0)
+
+    def see(self, rows: torch.Tensor) -> None:
+        drawn = self._random.random(len(rows))
+        low = (
+            np.flatnonzero(drawn < self._drawn.max()) if self._drawn.size == self._count else np.arange(len(rows))
+        )
+        if not low.size:
+            return
+        some = rows[torch.from_numpy(low).to(rows.device)]
+        every = torch.cat([self.rows, some]) if self._drawn.size else some
+        drawn = np.concatenate([self._drawn, drawn[low]])
+        chosen = np.sort(np.argsort(drawn, kind="stable")[: self._count])
+        self.rows, self._drawn = every[torch.from_numpy(chosen).to(every.device)], drawn[chosen]
+
+
+class Watch:
+    """The layers of a model that are watched.
+
+    Attributes:
+        layers: in the order of the model.
+    """
+
+    def __init__(
+        self, model: Any, names: Iterable[str] | None, *, block: int | None, dtype: str, limit: int, inputs: int = 0,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        if inputs < 0 or seed < 0:
+            raise SourceError(f"{inputs} inputs to keep, seed {seed}: neither can be negative")
+        if block is not None and block < 1:
+            raise SourceError(f"blocks of {block} inputs; at least 1 is needed")
+        if dtype not in ("float32", "float64"):
+            raise SourceError(f"moments in {dtype!r}; float32 and float64 are known")
+        self._model = model
+        self._named = names is not None
+        found = dict(model.named_modules())
+        if names is None:
+            chosen = [name for name, module in found.items() if watchable(module)]
+        else:
+            chosen = list(dict.fromkeys(names))
+            for name in chosen:
+                if name not in found:
+                    raise SourceError(f"module {name!r}: the model has none of that name")
+                if not watchable(found[name]):
+                    raise SourceError(
+                        f"module {name!r}: the inputs of a {type(found[name]).__name__} cannot be gathered"
+                    )
+        if not chosen:
+            raise SourceError("the model has no layer whose inputs can be gathered")
+        self._modules = [found[name] for name in chosen]
+        self.layers = [
+            WatchedLayer(name, found[name], block, getattr(torch, dtype), inputs, seed) for name in chosen
+        ]
+        if (needed := sum(layer.nbytes for layer in self.layers)) > limit:
+            raise SourceError(
+                f"the moments of {len(chosen)} layers would take {needed / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB: "
+                "choose some modules, float32, a block, or fewer inputs to keep"
+            )
+
+    def run(self, data: Iterable[Any]) -> None:
+        """Run the model over all batches."""
+        modes = {module: module.training for module in self._model.modules()}
+        device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
+        mask: torch.Tensor | None = None
+        handles: list[Any] = []
+
+        def watch(layer: WatchedLayer, module: nn.Module) -> None:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                layer.see(args[0] if args else next(iter(kwargs.values())), mask)
+
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+        batches = 0
+        try:
+            self._model.eval()
+            for layer, module in zip(self.layers, self._modules, strict=True):
+                watch(layer, module)
+            with torch.no_grad():
+                for batch in data:
+                    batches += 1
+                    mask = _mask(batch)
+                    _call(self._model, batch, device)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, training in modes.items():
+                module.training = training
+        if not batches:
+            raise SourceError("there are no batches to run the model on")
+        for layer in self.layers:
+            if self._named and not layer.samples:
+                raise SourceError(f"module {layer.module!r}: no input reached it")
+
+
+def watchable(module: nn.Module) -> bool:
+    """Whether the inputs of a layer of this kind can be gathered."""
+    return isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers that holds ``[in, out]``, without importing transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
+
+
+def _mask(batch: Any) -> torch.Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+def _call(model: Any, batch: Any, device: torch.device) -> None:
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    if isinstance(batch, Mapping):
+        model(**{key: moved(value) for key, value in batch.items()})
+    elif isinstance(batch, Sequence):
+        model(*map(moved, batch))
+    else:
+        model(moved(batch))
+
+
+def _patches(module: Any, images: torch.Tensor) -> torch.Tensor:
+    """What the kernel sees at each place: ``[places of all images, channels * kernel]``, in the order of the weight."""
+    dimensions = len(module.kernel_size)
+    # As the layer itself pads: the last dimension first; "same" may pad one side more.
+    padding = module._reversed_padding_repeated_twice  # noqa: SLF001 - torch has no other name for it
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    images = nn.functional.pad(images, padding, mode=mode)
+    sizes = images.shape[2:]
+    steps = list(zip(sizes, module.kernel_size, module.stride, module.dilation, strict=True))
+    counts = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in steps]
+    # All offsets of the kernel as further dimensions: [images, channels, *places, *kernel].
+    strides = images.stride()[2:]
+    view = images.as_strided(
+        (*images.shape[:2], *counts, *module.kernel_size),
+        (
+            *images.stride()[:2],
+            *(stride * step for stride, (_, _, step, _) in zip(strides, steps, strict=True)),
+            *(stride * dilation for stride, (_, _, _, dilation) in zip(strides, steps, strict=True)),
+        ),
+    )
+    order = (0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions))
+    return view.permute(order).reshape(-1, images.shape[1] * int(np.prod(module.kernel_size)))

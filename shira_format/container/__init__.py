@@ -1,8 +1,0 @@
-"""One adapter file: reading (mapped, lazy) and writing (streaming, atomic), both checked by every rule of the spec."""
-
-from __future__ import annotations
-
-from shira_format.container.reader import AdapterFile, load
-from shira_format.container.writer import AdapterWriter, Prepared, save
-
-__all__ = ["AdapterFile", "AdapterWriter", "Prepared", "load", "save"]

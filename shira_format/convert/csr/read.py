@@ -1,0 +1,379 @@
+"""A folder of CSR matrices to an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shira_format._core.arrays import Array, bits, digest
+from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
+from shira_format.convert.csr.matrix import read_matrix, scipy_sparse
+from shira_format.errors import BaseMismatch, FormatError, SourceError
+from shira_format.export.csr import base_entries, difference, weight_of, wide
+from shira_format.format import AdapterFile, AdapterWriter
+from shira_format.format.codecs import Indices
+from shira_format.names.filters import name_filter
+from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
+
+# Accounts of a selection, which hold for its very entries.
+_ACCOUNTS = ("energy_kept", "relative_error")
+
+
+@dataclass(frozen=True)
+class ShiraTensor:
+    """One tensor of the adapter; ``changed`` tells whether its matrix is another than ``shira_to_csr`` wrote."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nnz: int
+    values: ValueKind
+    changed: bool
+
+
+@dataclass
+class ShiraReport:
+    """What was written.
+
+    Attributes:
+        tensors: the sparse tensors.
+        whole: names of the whole tensors.
+        notices: what a user should know.
+        file_bytes: size of the file; None for a dry run.
+    """
+
+    tensors: list[ShiraTensor] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    file_bytes: int | None = None
+
+
+def csr_to_shira(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    self_contained: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Callable[[int], object] = lambda _: None,
+) -> ShiraReport:
+    """Make an adapter of a folder that ``shira_to_csr`` wrote, changed or not.
+
+    Without changes the adapter is equal to the one that was exported. What becomes of changed matrices is told in
+    :mod:`shira_format.convert.csr`. One tensor is in memory at a time; the file appears whole or not at all.
+
+    Args:
+        folder: the folder.
+        out: the adapter file, which takes the place of what is there; None for a dry run.
+        base: the checkpoint that the adapter is for: checked where it can be, and needed for entries that are new.
+        self_contained: store the base's values, from ``base`` or ``original.st``. They are stored in any case where ``original.st``
+            has them and they are known of all entries.
+        include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
+        exclude: regexes; a tensor is left out if one of them is found in its name.
+        progress: called with 1 after each matrix.
+
+    Raises:
+        SourceError: scipy is missing; a file is missing, damaged or breaks a rule; base values are needed; a target
+            overflows its dtype; no tensor is chosen.
+        BaseMismatch: ``base`` is not the base of the adapter.
+        FormatError: the tensors cannot make an adapter.
+    """
+    scipy_sparse()
+    source = Path(folder)
+    index = read_index(source)
+    chosen = name_filter(include, exclude)
+    items = [item for item in index.items if chosen(item.name)]
+    whole = [name for name in index.whole if chosen(name)]
+    if not (items or whole or any(map(chosen, index.manifest.get("removed", ())))) and (include or exclude):
+        raise SourceError(f"{source}: no tensor is left by the choice of names")
+    checkpoint = None if base is None else open_checkpoint(base)
+    original = AdapterFile(inside(source, ORIGINAL), apart=True) if index.original else None
+    if out is not None:
+        inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
+        if Path(out).exists() and any(isinstance(p, Path) and p.exists() and p.samefile(out) for p in inputs):
+            raise SourceError(f"{out}: is one of the inputs")
+    report = ShiraReport(whole=whole, notices=list(checkpoint.notices if checkpoint is not None else ()))
+    job = _Job(source, index, chosen, original, checkpoint, self_contained)
+    with ExitStack() as stack:
+        if original is not None:
+            stack.callback(original.streams.close)
+        writer = stack.enter_context(AdapterWriter(out)) if out is not None else None
+        job.write(items, whole, writer, report, progress)
+    if out is not None:
+        report.file_bytes = Path(out).stat().st_size
+    deltas = [tensor for tensor in report.tensors if tensor.changed and tensor.values == "delta"]
+    if deltas:
+        report.notices.append(
+            f"{len(deltas)} changed tensors, {deltas[0].name!r} for example, hold deltas: "
+            "the base's values at their entries are not at hand (--base)"
+        )
+    return report
+
+
+@dataclass
+class _Job:
+    folder: Path
+    index: Index
+    chosen: Callable[[str], bool]
+    original: AdapterFile | None
+    base: Checkpoint | None
+    self_contained: bool
+
+    def write(
+        self,
+        items: list[Item],
+        whole: list[str],
+        writer: AdapterWriter | None,
+        report: ShiraReport,
+        progress: Callable[[int], object],
+    ) -> None:
+        for item in items:
+            tensor, changed = self._tensor(item)
+            report.tensors.append(
+                ShiraTensor(
+                    item.name, tensor.shape, dtype_name(tensor.dtype), tensor.nnz, tensor.value_kind, changed
+                )
+            )
+            if writer is not None:
+                writer.add(tensor, self._notes(item.name, changed=changed))
+            progress(1)
+        for name in whole:
+            replaced = self._whole(name)
+            if writer is not None:
+                assert self.original is not None
+                writer.add_dense(replaced, self.original.manifest.whole[name].raw)
+        if writer is not None:
+            writer.manifest |= self._manifest(report)
+
+    def _notes(self, name: str, *, changed: bool) -> dict[str, Any]:
+        entry = self.original.manifest.tensors.get(name) if self.original is not None else None
+        notes = {} if entry is None else dict(entry.raw)
+        return {key: value for key, value in notes.items() if not (changed and key in _ACCOUNTS)}
+
+    def _manifest(self, report: ShiraReport) -> dict[str, Any]:
+        manifest = provenance(self.index.manifest, self.chosen)
+        names = set(self.original.manifest.tensors) if self.original is not None else set()
+        same = names == {tensor.name for tensor in report.tensors} and not any(t.changed for t in report.tensors)
+        if not same and isinstance(manifest.get("selection"), dict):
+            manifest["selection"] = {k: v for k, v in manifest["selection"].items() if k not in _ACCOUNTS}
+        return manifest
+
+    def _tensor(self, item: Item) -> tuple[SparseTensor, bool]:
+        """The tensor by the rules of the package, and whether its matrix was changed."""
+        path = inside(self.folder, item.file)
+        before = self._before(item)
+        indices, data = read_matrix(path, item.shape)
+        data = _exactly(data, item.data_dtype)
+        same_entries = digest(indices) == item.digests.get("indices")
+        same = same_entries and digest(data) == item.digests.get(item.values)
+        try:
+            if same and before is not None and np.array_equal(indices, before.indices):
+                return self._unchanged(before), False
+            changed = _Changed(item, indices, data, same_entries, before, self.base, self.self_contained)
+            return changed.tensor(), not same
+        except SourceError as error:
+            raise SourceError(f"{path}: tensor {item.name!r}: {error}") from None
+        except FormatError as error:
+            raise error.at(file=path, tensor=item.name) from None
+
+    def _before(self, item: Item) -> SparseTensor | None:
+        """The tensor in ``original.st``."""
+        if self.original is None or item.name not in self.original.manifest.tensors:
+            if "from" in item.more or "rows" in item.more:
+                raise SourceError(
+                    f"{self.folder}: tensor {item.name!r} is part of a patch, which needs {ORIGINAL}"
+                )
+            return None
+        before = self.original.sparse(item.name)
+        if before.shape != item.shape or (before.dtype != item.dtype and before.value_kind != "delta"):
+            raise SourceError(f"{self.folder}: tensor {item.name!r} has another shape or dtype in {ORIGINAL}")
+        return before
+
+    def _unchanged(self, tensor: SparseTensor) -> SparseTensor:
+        if tensor.value_kind == "none":
+            return tensor
+        if self.base is None and (tensor.base is not None or not self.self_contained):
+            return tensor
+        if self.base is None:
+            raise SourceError("the base's values are not at hand: pass --base")
+        start = base_entries(tensor, self.base)
+        if not self.self_contained:
+            return tensor
+        return SparseTensor(
+            tensor.name, tensor.shape, tensor.indices, tensor.values, value_kind=tensor.value_kind, dtype=start.dtype, base=start,
+            base_name=tensor.base_name, rows=tensor.rows, new_rows=tensor.new_rows, result_digest=tensor.result_digest,
+        )  # fmt: skip
+
+    def _whole(self, name: str) -> DenseTensor:
+        if self.original is None or name not in self.original.manifest.whole:
+            raise SourceError(f"{self.folder}: the whole tensor {name!r} is not in {ORIGINAL}")
+        tensor = self.original.dense(name)
+        if self.base is None:
+            if self.self_contained and tensor.base is None and tensor.base_digest is not None:
+                raise SourceError(
+                    f"{self.folder}: tensor {name!r}: the base's values are not at hand: pass --base"
+                )
+            return tensor
+        if tensor.base_digest is None:
+            return tensor
+        weight = weight_of(self.base, name, name)
+        tensor.check_base(weight)
+        return DenseTensor(name, tensor.values, base=weight) if self.self_contained else tensor
+
+
+@dataclass
+class _Changed:
+    """A matrix that is not as it was written, or of which no original is there."""
+
+    item: Item
+    indices: Indices
+    data: Array
+    same_entries: bool
+    before: SparseTensor | None
+    base: Checkpoint | None
+    self_contained: bool
+
+    def tensor(self) -> SparseTensor:
+        """The tensor by rules 2 to 5 of the package."""
+        item = self.item
+        if item.values == "none":
+            if not (self.data == 1).all():
+                raise SourceError(
+                    "a mask whose data are not all 1; for values set 'values' to 'delta' or 'target'"
+                )
+            return SparseTensor(item.name, item.shape, self.indices, value_kind="none", dtype=item.dtype)
+        start = self._start()
+        known = item.digests.get("base") if self.same_entries else None
+        if start is not None:
+            known = digest(start)
+        elif self.self_contained:
+            raise SourceError("the base's values at its entries are not at hand: pass --base")
+        if item.values == "delta" and start is None:
+            return self._deltas(known)
+        if known is None:
+            raise SourceError("targets at entries of which the base's values are not known: pass --base")
+        dtype = item.dtype if start is None else start.dtype
+        target = self._kept(self._rounded(dtype, start), start)
+        keep = start is not None and (
+            self.self_contained or (self.before is not None and self.before.base is not None)
+        )
+        return SparseTensor(
+            item.name, item.shape, self.indices, target, base=start if keep else None, base_digest=known, **self._frame(),
+        )  # fmt: skip
+
+    def _frame(self) -> dict[str, Any]:
+        """What a patch says of the tensor beside its entries."""
+        if self.before is None:
+            return {}
+        return {"base_name": self.before.base_name, "rows": self.before.rows, "new_rows": self.before.new_rows}
+
+    def _deltas(self, known: str | None) -> SparseTensor:
+        item, before = self.item, self.before
+        values = self.data
+        if before is not None and before.value_kind == "delta":
+            values = _exactly(values, before.values.dtype)
+        if known is None and before is not None and before.is_patch:
+            raise SourceError("part of a patch, whose entries were changed: pass --base")
+        dtype = values.dtype if known is None else item.dtype
+        return SparseTensor(
+            item.name,
+            item.shape,
+            self.indices,
+            values,
+            value_kind="delta",
+            dtype=dtype,
+            base_digest=known,
+            **self._frame(),
+        )
+
+    def _start(self) -> Array | None:
+        """The base's values at the entries, if they are at hand."""
+        item, before = self.item, self.before
+        known = None if before is None else before.base
+        here, there = self._common
+        if self.base is None:
+            return known[there] if known is not None and here.size == self.indices.size else None
+        origin = item.name if before is None else before.base_name
+        weight = weight_of(self.base, item.name, origin)
+        if weight.shape != item.shape:
+            raise BaseMismatch(
+                f"tensor {item.name!r}: the matrix is for shape {list(item.shape)}, the base has {list(weight.shape)}"
+            )
+        found: Array = weight.reshape(-1)[self.indices]
+        seen = item.digests.get("base")
+        # Deltas without a digest of the base are for a base of any float dtype.
+        fits = found.dtype == item.dtype or (item.values == "delta" and seen is None and is_float(found.dtype))
+        if not fits:
+            raise BaseMismatch(f"tensor {item.name!r}: the matrix is for {item.dtype}, the base has {found.dtype}")
+        if (self.same_entries and seen is not None and digest(found) != seen) or (
+            known is not None and bits(found[here]).tobytes() != bits(known[there]).tobytes()
+        ):
+            raise BaseMismatch(
+                f"tensor {item.name!r}: the base {self.base.path} holds other values at the entries"
+            )
+        return found
+
+    @cached_property
+    def _common(self) -> tuple[Indices, Indices]:
+        """Positions, among the entries and among the original's, of the entries that both have."""
+        if self.before is None or self.before.nnz == 0:
+            none = np.empty(0, np.int64)
+            return none, none
+        near = np.searchsorted(self.before.indices, self.indices).clip(max=self.before.nnz - 1)
+        both = self.before.indices[near] == self.indices
+        return np.flatnonzero(both), near[both]
+
+    def _rounded(self, dtype: np.dtype[Any], start: Array | None) -> Array:
+        """The targets, as spec 4.1 has it."""
+        work = working_dtype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is looked for below
+            sums = self.data.astype(work)
+            finite = np.isfinite(self.data)
+            if self.item.values == "delta":
+                assert start is not None
+                origin = wide(start)
+                sums += origin
+                finite &= np.isfinite(origin)
+            target = sums.astype(dtype)
+            bad = np.flatnonzero(finite & ~np.isfinite(target.astype(work)))
+        if bad.size:
+            raise SourceError(f"a target overflows {dtype_name(dtype)} at flat index {self.indices[bad[0]]}")
+        return np.asarray(target)
+
+    def _kept(self, target: Array, start: Array | None) -> Array:
+        """``target``, with the bits of the original's entries where the data are as they were."""
+        before = self.before
+        if before is None or before.value_kind != "target" or before.dtype != target.dtype:
+            return target
+        here, there = self._common
+        stored = before.values[there]
+        if self.item.values == "delta":
+            assert start is not None
+            written = difference(stored, start[here])
+        else:
+            written = wide(stored)
+        with np.errstate(over="ignore", invalid="ignore"):
+            now = self.data[here].astype(written.dtype)
+        unsigned = np.dtype(f"u{written.itemsize}")
+        same = written.view(unsigned) == now.view(unsigned)
+        target[here[same]] = stored[same]
+        return target
+
+
+def _exactly(data: Array, dtype: np.dtype[Any]) -> Array:
+    """``data`` in ``dtype`` if that holds them exactly, else as they are."""
+    if data.dtype == dtype:
+        return data
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = data.astype(dtype)
+        return cast if np.array_equal(cast.astype(data.dtype), data, equal_nan=True) else data

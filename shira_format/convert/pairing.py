@@ -1,0 +1,262 @@
+"""Which tensor of a fine-tune comes from which of its base: by name, by a common prefix, or by what they hold."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shira_format._core.arrays import Array, bits
+from shira_format._core.dtypes import dtype_name, is_float
+from shira_format.checkpoints import Checkpoint
+from shira_format.entries.changes import Difference
+from shira_format.errors import SourceError
+from shira_format.tensors import numel
+
+_RUNS, _RUN = 16, 256  # where and how much of two tensors is compared to tell whether one comes from the other
+_ALIKE = 0.5  # share of equal elements from which on it does
+_PREFIX_DEPTH = 3
+
+
+@dataclass
+class Pairs:
+    """How two checkpoints lie beside each other.
+
+    Attributes:
+        sparse: float tensors that have a base, in the base's order; ``name`` is the result's.
+        whole: what is stored whole: the name in ``tuned`` by that in the result.
+        removed: names in ``base`` that the result lacks.
+        equal: names in the result of other tensors (integers) that hold the same bits in both.
+        structure: what changes beyond entries, by the result's name.
+        notices: what a user should know.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    sparse: list[Difference] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+    equal: list[str] = field(default_factory=list)
+    structure: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, exact: bool) -> Pairs:
+    """Pair the tensors whose names are chosen.
+
+    With ``exact`` the result shall be ``tuned`` itself: names are those of ``tuned``, what it lacks is removed, and a
+    tensor that is new may start from another of the base with much the same content. Otherwise the adapter is for
+    the base as it stands: names are those of the base, and a weight of the base that ``tuned`` lacks is an error.
+
+    Raises:
+        SourceError: the checkpoints do not belong together, or one has a weight that cannot be paired.
+    """
+    origins = {name: name for name in tuned if name in base and chosen(name)}
+    new = [name for name in tuned if name not in base and chosen(name)]
+    taken = set(origins.values())
+    gone = [name for name in base if name not in taken and name not in tuned and chosen(name)]
+    pairs = Pairs(base, tuned)
+    if not origins and not new and not gone:
+        raise SourceError(f"{tuned.path}: no tensor is left by the choice of names")
+    if new and (rename := _prefix(new, gone)):
+        prefix, words = rename
+        missing = set(gone)
+        found = {name: prefix(name) for name in new if prefix(name) in missing}
+        pairs.notices.append(f"names: {words}")
+        origins |= found
+        missing -= set(found.values())
+        new, gone = [n for n in new if n not in found], [n for n in gone if n in missing]
+    if new and exact:
+        origins |= _by_content(new, gone, base, tuned)
+    new = [name for name in new if name not in origins]
+    used = set(origins.values())
+    gone = [name for name in gone if name not in used]
+    if not any(is_float(tuned.dtype(name)) for name in origins):
+        raise SourceError(
+            f"{tuned.path}: no weight of it is in the base {base.path}: it has names like {next(iter(tuned), None)!r}, "
+            f"the base like {next(iter(base), None)!r}"
+        )
+    order = {name: place for place, name in enumerate(base)}
+    for name, origin in sorted(origins.items(), key=lambda item: order[item[1]]):
+        _one(pairs, name, origin, exact=exact)
+    _new(pairs, new, origins, exact=exact)
+    _gone(pairs, gone, sorted(used, key=order.__getitem__), exact=exact)
+    if exact:
+        uses = Counter(origins.values())
+        for name, origin in origins.items():
+            if name != origin:
+                kept = origin in tuned or uses[origin] > 1
+                words = f"from {origin}" if kept else f"renamed from {origin}"
+                pairs.structure[name] = "; ".join(filter(None, [words, pairs.structure.get(name)]))
+        # What was only renamed still has to go under its old name.
+        pairs.removed += [o for o in dict.fromkeys(origins.values()) if o not in tuned and chosen(o)]
+    return pairs
+
+
+def _one(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
+    base, tuned = pairs.base, pairs.tuned
+    result = name if exact else origin
+    here, there = base.dtype(origin), tuned.dtype(name)
+    before, after = base.shape(origin), tuned.shape(name)
+    where = f"{tuned.path}: tensor {name!r}"
+    if not is_float(here) or not is_float(there):
+        if not exact and (before != after or here != there):
+            raise SourceError(f"{where} is {_dtype(there)}{list(after)}, the base has {_dtype(here)}{list(before)}: leave it out, or take every difference (exact)")  # fmt: skip
+        if result == origin and here == there and before == after and _same(base, origin, tuned, name):
+            pairs.equal.append(result)
+            return
+        pairs.whole[result] = name
+        if here != there:
+            pairs.structure[result] = f"{_dtype(here)} -> {_dtype(there)}"
+        elif before != after:
+            pairs.structure[result] = f"shape {list(before)} -> {list(after)}"
+        return
+    if here != there and exact:
+        pairs.whole[name] = name
+        pairs.structure[name] = f"{dtype_name(here)} -> {dtype_name(there)}"
+        return
+    if before == after:
+        size = numel(before)
+    elif before and after and before[1:] == after[1:]:
+        pairs.structure[result] = f"rows {before[0]} -> {after[0]}"
+        size = min(before[0], after[0]) * numel(before[1:])
+    elif exact:
+        pairs.whole[name] = name
+        pairs.structure[name] = f"shape {list(before)} -> {list(after)}"
+        return
+    else:
+        raise SourceError(
+            f"{where} has shape {list(after)}, the base {list(before)}: only the first dimension may differ; leave "
+            "it out, or take every difference (exact)"
+        )
+    pairs.sparse.append(Difference(result, base, origin, tuned, name, size))
+
+
+def _new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bool) -> None:
+    """Tensors of the fine-tune that the base lacks."""
+    tuned = pairs.tuned
+    for name in new:
+        twin = None if exact else _twin(tuned, name, origins)
+        if twin is not None:
+            pairs.notices.append(f"tensor {name!r} of the fine-tune is not in the base: it is tied to {twin!r}, and left out")  # fmt: skip
+            continue
+        pairs.whole[name] = name
+        pairs.structure[name] = "new"
+
+
+def _gone(pairs: Pairs, gone: list[str], used: list[str], *, exact: bool) -> None:
+    """Tensors of the base that the fine-tune lacks."""
+    if exact:
+        pairs.removed += gone
+        pairs.structure |= dict.fromkeys(gone, "removed")
+        return
+    base = pairs.base
+    for name in gone:
+        twin = _twin(base, name, used)
+        if twin is not None:
+            pairs.notices.append(f"tensor {name!r} of the base is not in the fine-tune: it is tied to {twin!r}")
+        elif not is_float(base.dtype(name)):
+            pairs.notices.append(f"tensor {name!r} of the base is not in the fine-tune, and stays as it is")
+        else:
+            raise SourceError(
+                f"{pairs.tuned.path}: lacks tensor {name!r} of the base {base.path}: leave it out to keep the "
+                "base's, or take every difference (exact) to remove it"
+            )
+
+
+def _prefix(new: list[str], gone: list[str]) -> tuple[Callable[[str], str], str] | None:
+    """One prefix, left out of or added to all new names, that brings most of them to names of the base."""
+    best: tuple[int, Callable[[str], str], str] | None = None
+    missing = set(gone)
+    for prefix in _leading(new):
+        hits = sum(name.startswith(prefix) and name.removeprefix(prefix) in missing for name in new)
+        if hits and (best is None or hits > best[0]):
+            best = hits, (lambda name, p=prefix: name.removeprefix(p)), f"the prefix {prefix!r} is left out"
+    for prefix in _leading(gone):
+        hits = sum(prefix + name in missing for name in new)
+        if hits and (best is None or hits > best[0]):
+            best = hits, (lambda name, p=prefix: p + name), f"the prefix {prefix!r} is added"
+    if best is None or best[0] <= len(new) / 2:
+        return None
+    return best[1:]
+
+
+def _leading(names: Iterable[str]) -> dict[str, None]:
+    """The first parts of the names, ``"model."`` and the like."""
+    return {
+        ".".join(parts[:depth]) + ".": None
+        for parts in (name.split(".") for name in names)
+        for depth in range(1, min(_PREFIX_DEPTH, len(parts) - 1) + 1)
+    }
+
+
+def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """For each new name the base tensor that holds much the same; renamed tensors before tied ones."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    missing = set(gone)
+    for name in (*gone, *(name for name in base if name not in missing)):
+        if is_float(base.dtype(name)):
+            kinds[base.dtype(name).name, base.shape(name)].append(name)
+    origins: dict[str, str] = {}
+    samples: dict[str, Array] = {}
+    taken: set[str] = set()
+    for name in new:
+        sample = _sample(tuned, name)
+        best, origin = 0.0, None
+        for candidate in kinds.get((tuned.dtype(name).name, tuned.shape(name)), ()):
+            if candidate not in samples:
+                samples[candidate] = _sample(base, candidate)
+            share = float((samples[candidate] == sample).mean()) if sample.size else 1.0
+            # Each renamed tensor has one new name, as long as that says anything: a tie may have several.
+            if share > best and not (candidate in taken and share < 1.0):
+                best, origin = share, candidate
+        if origin is not None and best >= _ALIKE:
+            origins[name] = origin
+            taken.add(origin)
+    return origins
+
+
+def _sample(checkpoint: Checkpoint, name: str) -> Array:
+    """The bits of some elements, ``[n]`` unsigned."""
+    size, width = numel(checkpoint.shape(name)), checkpoint.dtype(name).itemsize
+    length = min(_RUN, size)
+    starts = sorted({i * (size - length) // (_RUNS - 1) for i in range(_RUNS)}) if length else []
+    parts = [checkpoint.part(name, start, start + length).copy() for start in starts]
+    flat = bits(np.concatenate(parts)) if parts else np.empty(0, np.uint8)
+    return np.ascontiguousarray(flat).view(f"u{width}")
+
+
+def _twin(checkpoint: Checkpoint, name: str, others: Iterable[str]) -> str | None:
+    """The first of ``others`` that holds the same float values as ``name``, as tied weights do."""
+    dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
+    if not is_float(dtype) or numel(shape) == 0:
+        return None
+    sample = _sample(checkpoint, name)
+    for other in others:
+        alike = (checkpoint.dtype(other), checkpoint.shape(other)) == (dtype, shape)
+        if (
+            alike
+            and np.array_equal(sample, _sample(checkpoint, other))
+            and _same(checkpoint, name, checkpoint, other)
+        ):
+            return other
+    return None
+
+
+def _same(a: Checkpoint, name: str, b: Checkpoint, other: str, step: int = 1 << 20) -> bool:
+    """Whether two tensors of one dtype and shape have the same bits."""
+    size = numel(a.shape(name))
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        if not np.array_equal(bits(a.part(name, start, stop)), bits(b.part(other, start, stop))):
+            return False
+    return True
+
+
+def _dtype(dtype: np.dtype[np.generic]) -> str:
+    try:
+        return dtype_name(dtype)
+    except TypeError:
+        return str(dtype)

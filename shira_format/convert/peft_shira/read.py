@@ -1,0 +1,254 @@
+"""PEFT's sparse adapters to adapters of this format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from shira_format._core.arrays import Array, digest, sum_of_squares
+from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.convert.finish import rounded, sparse_target
+from shira_format.convert.jobs import ConversionInputs, identified
+from shira_format.convert.lora import lora_inputs
+from shira_format.convert.peft_shira.files import SHIRA, Keys, Kind, find, read_config, sort_keys
+from shira_format.convert.peft_shira.layers import ShiraLayer
+from shira_format.convert.report import ConversionReport, TensorReport
+from shira_format.entries.changes import AddedTo, Entries
+from shira_format.errors import SourceError
+from shira_format.format import AdapterWriter
+from shira_format.lora import Lora
+from shira_format.lora.files import checked, open_tensors
+from shira_format.names.filters import name_filter
+from shira_format.names.match import match_names
+from shira_format.storage.paths import located
+from shira_format.tensors import DenseTensor, SparseTensor
+
+_LARGEST = 1e150  # of float64; the sums of squares in the report must stay numbers
+
+Values = Literal["target", "delta"]
+
+
+def peft_to_shira(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    *,
+    values: Values = "target",
+    self_contained: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Callable[[int], object] = lambda _: None,
+) -> ConversionReport:
+    """Make an adapter of a SHiRA or Super-Tuning adapter of PEFT.
+
+    Targets are ``round(base + value)`` in the base's dtype, which is what PEFT computes; an entry whose target has the bits of
+    the base is left out. Deltas are the values of the file, bit for bit and every one, with the digest of the base's values: the
+    form from which ``shira_to_peft`` makes the same file again. One tensor is in memory at a time.
+
+    Args:
+        adapter: PEFT's folder, or the ``adapter_model`` file in it.
+        base: the checkpoint that it adapts; names and shapes are resolved against it.
+        out: the adapter file to write, which takes the place of what is there; None for a dry run.
+        values: what to store.
+        self_contained: store the base's values too.
+        include: regexes; a tensor is taken only if one of them is found in its name in the base.
+        exclude: regexes; a tensor is left out if one of them is found in its name.
+        progress: called with 1 after each adapted layer.
+
+    Raises:
+        SourceError: an input that cannot be converted exactly; nothing is written.
+        FormatError: a safetensors file is damaged.
+    """
+    if values not in ("target", "delta"):
+        raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
+    weights, config_path = find(located(adapter))
+    kind, config = read_config(config_path)
+    checkpoint = open_checkpoint(base)
+    source = _Reader(weights, config_path, kind, config, checkpoint).read(name_filter(include, exclude))
+    job = lora_inputs(source, checkpoint, identified(os.fspath(base)))
+    path = None if out is None else Path(out)
+    if path is not None and path.exists():
+        inputs = [file for file in job.files if isinstance(file, Path) and file.exists()]
+        if any(path.samefile(file) for file in inputs):
+            raise SourceError(f"{path}: is one of the inputs")
+    report = ConversionReport(notices=list(job.notices))
+    given = unlike = 0
+    with ExitStack() as stack:
+        writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
+        for layer in source.updates:
+            assert isinstance(layer, ShiraLayer)
+            tensor, account, done = _finished(layer, checkpoint, values, self_contained=self_contained)
+            given += done.entries
+            unlike += done.rounded
+            report.tensors.append(account)
+            if writer is not None:
+                writer.add(tensor, _notes(account) if values == "target" else None)
+            progress(1)
+        for whole in _wholes(job, weights, self_contained=self_contained):
+            report.whole.append(whole.name)
+            if whole.base_digest is None:
+                report.notices.append(f"tensor {whole.name!r} is not in the base: stored whole, as a new tensor")
+            if writer is not None:
+                writer.add_dense(whole)
+        if writer is not None:
+            files = [{"name": file.name} for file in checkpoint.files]
+            writer.manifest |= {"base_model": job.base_model | {"files": files}, "source": job.source}
+            if include or exclude:
+                names = {"include": list(include), "exclude": list(exclude)}
+                writer.manifest["selection"] = {key: value for key, value in names.items() if value}
+    if path is not None:
+        report.file_bytes = path.stat().st_size
+    if values == "target" and (lost := given - report.nnz):
+        report.notices.append(
+            f"{lost} of {given} entries do not change the base's values, as its dtype rounds them, and were left out "
+            "(--values delta keeps them)"
+        )
+    if values == "delta" and unlike:
+        report.notices.append(
+            f"Super-Tuning rounds {unlike} of {given} values to the base's dtype before it adds them; they are stored as the "
+            "file has them, and base + delta may differ from PEFT's in the last bit (--values target does not)"
+        )
+    return report
+
+
+@dataclass(frozen=True)
+class _Given:
+    """How many entries PEFT's file has for a layer, and how many of them PEFT rounds before it adds them."""
+
+    entries: int
+    rounded: int
+
+
+def _notes(account: TensorReport) -> dict[str, float]:
+    return {"energy_kept": rounded(account.energy_kept), "relative_error": rounded(account.relative_error)}
+
+
+def _finished(
+    layer: ShiraLayer, base: Checkpoint, values: Values, *, self_contained: bool
+) -> tuple[SparseTensor, TensorReport, _Given]:
+    """The tensor, its account, and what PEFT's file had for it."""
+    indices, stored = layer.entries()
+    steps = layer.steps(stored)
+    if steps.dtype == np.float64 and steps.size and np.abs(steps).max() > _LARGEST:
+        raise SourceError(
+            f"{layer.path}: {layer.values_key!r} holds values beyond {_LARGEST:g}, whose squares overflow"
+        )
+    change = AddedTo(layer, base)
+    before, target = change.completed(indices, steps)
+    entries = Entries(indices, steps, before, target, sum_of_squares(steps))
+    try:
+        tensor, account = sparse_target(change, entries, self_contained=self_contained)
+    except SourceError as error:
+        raise SourceError(f"{layer.path}: {error}") from None
+    if values == "delta":
+        tensor = SparseTensor(
+            layer.name, layer.shape, indices, stored, value_kind="delta", dtype=before.dtype,
+            base=before if self_contained else None, base_digest=None if self_contained else digest(before),
+        )  # fmt: skip
+        account = replace(account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0)
+    unlike = 0
+    if layer.kind.rounds_first:
+        with np.errstate(over="ignore"):
+            unlike = int(np.count_nonzero(stored.astype(steps.dtype) != steps))
+    return tensor, account, _Given(indices.size, unlike)
+
+
+def _wholes(job: ConversionInputs, path: Path, *, self_contained: bool) -> Iterator[DenseTensor]:
+    try:
+        for whole in job.wholes(self_contained):
+            assert isinstance(whole, DenseTensor)
+            yield whole
+    except SourceError as error:
+        raise SourceError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """An adapter on its way from keys to layers and whole tensors of the base."""
+
+    path: Path
+    config_path: Path
+    kind: Kind
+    config: Mapping[str, Any]
+    base: Checkpoint
+
+    def read(self, chosen: Callable[[str], bool]) -> Lora:
+        tensors = open_tensors(self.path)
+        keys = sort_keys(tensors, self.kind, self.path)
+        needed = {f"{module}.weight": module for module in keys.values}
+        rename, words = match_names(needed, self.base, self.path)
+        rank = self.config["r"] if self.kind is SHIRA else None
+        layers = []
+        for weight, module in needed.items():
+            name = rename(weight)
+            layer = ShiraLayer(
+                name, self.base.shape(name), self.base.dtype(name), self.kind, tensors,
+                keys.indices[module], keys.values[module], self.path,
+            )  # fmt: skip
+            layer.check(rank)
+            layers.append(layer)
+        for name, key in keys.own_base.items():
+            self._check_own_base(key, tensors[key], rename(name))
+        whole = dict(self._replacement(name, key, tensors, rename(name)) for name, key in keys.plain.items())
+        if not any(chosen(name) for name in [*whole, *(layer.name for layer in layers)]):
+            raise SourceError(f"{self.path}: no tensor is left by the choice of names")
+        return Lora(
+            updates=[layer for layer in layers if chosen(layer.name)],
+            whole={name: array for name, array in whole.items() if chosen(name)},
+            source=self._source(),
+            base_model=self._base_model(),
+            files=[self.path, self.config_path],
+            notices=self._notices(keys, words),
+        )
+
+    def _notices(self, keys: Keys, words: str) -> list[str]:
+        found = [f"names of the adapter are not those of the base: {words}"] if words else []
+        if keys.own_base:
+            found.append(f"{', '.join(keys.own_base)}: PEFT saved the base's own values too; they are left out")
+        return found
+
+    def _check_own_base(self, key: str, array: Array, name: str) -> None:
+        """PEFT saves what lies under an adapted ``lm_head``, too: it must be what the base has, maybe rounded."""
+        if name not in self.base:
+            raise SourceError(f"{self.path}: {key!r}: the base has no {name!r}")
+        weight = self.base[name]
+        with np.errstate(over="ignore"):
+            if weight.shape != array.shape or not np.array_equal(weight.astype(array.dtype), array):
+                raise SourceError(
+                    f"{self.path}: {key!r} is not the base's {name!r} (resized, or another base): merge the adapter with "
+                    "PEFT and convert the full checkpoint"
+                )
+
+    def _replacement(self, name: str, key: str, tensors: Checkpoint, base_name: str) -> tuple[str, Array]:
+        array = checked(self.path, key, tensors[key])
+        if base_name in self.base:
+            if self.base.shape(base_name) != array.shape:
+                raise SourceError(
+                    f"{self.path}: {key!r} has shape {list(array.shape)}, the base's {base_name!r} "
+                    f"{list(self.base.shape(base_name))}"
+                )
+            return base_name, array
+        if not self._is_saved(name):
+            raise SourceError(f"{self.path}: unmatched key {key!r}: neither in the base nor of modules_to_save")
+        return name, array
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether a tensor is in one of ``modules_to_save``; PEFT takes these for ends of names."""
+        saved = tuple(self.config.get("modules_to_save") or ())
+        parts = name.split(".")
+        return any(".".join(parts[:n]).endswith(saved) for n in range(1, len(parts)))
+
+    def _source(self) -> dict[str, Any]:
+        keys = ("r", "mask_type", "random_seed", "sparsity", "select_top", "modules_to_save", "peft_version")
+        given = {key: self.config[key] for key in keys if self.config.get(key) is not None}
+        return {"kind": "shira", "dialect": self.kind.dialect} | given
+
+    def _base_model(self) -> dict[str, Any]:
+        wanted = {"id": self.config.get("base_model_name_or_path"), "revision": self.config.get("revision")}
+        return {key: value for key, value in wanted.items() if isinstance(value, str) and value}

@@ -1,0 +1,144 @@
+"""Finished parts of a long conversion, kept beside its output until all is done: what ``--resume`` goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+import numpy as np
+
+from shira_format._core.dtypes import DTYPES, dtype_name
+from shira_format.convert.exact import Differences, Exact
+from shira_format.convert.jobs import ConversionInputs, Job
+from shira_format.entries.changes import Entries
+from shira_format.errors import WorkError
+from shira_format.selection import Engine, Progress, TopK
+from shira_format.selection.radix import Survey
+from shira_format.selection.stages import Stage
+from shira_format.storage.atomic import replaced_file
+from shira_format.version import __version__
+
+_C = TypeVar("_C")
+_R = TypeVar("_R")
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Differences, Entries, Survey)}
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the parts of a conversion to ``out`` are kept."""
+    return out.with_name(f"{out.name}.partial")
+
+
+class ResumableEngine:
+    """An engine that keeps each result of another, and does not compute again what it has; a context manager.
+
+    The folder goes when the block ends well, and stays otherwise.
+    """
+
+    def __init__(
+        self, engine: Engine, out: Path, job: Job, rule: TopK | Exact, opened: ConversionInputs, progress: Progress
+    ) -> None:
+        """Raises WorkError if the folder holds parts of something else."""
+        self._engine = engine
+        self._progress = progress
+        self._maps = 0
+        self.folder = partial_folder(out)
+        self._begin(_fingerprint(job, rule, opened))
+
+    def _begin(self, fingerprint: str) -> None:
+        note = self.folder / "conversion"
+        self.folder.mkdir(exist_ok=True)
+        try:
+            found = note.read_text("ascii")
+        except FileNotFoundError:
+            if any(self.folder.iterdir()):
+                raise WorkError(f"{self.folder}: is no folder of a conversion's parts") from None
+            with replaced_file(note) as file:
+                file.write(fingerprint.encode())
+            return
+        if found != fingerprint:
+            raise WorkError(
+                f"{self.folder}: holds parts of a conversion of other inputs or by another rule: delete it, or convert "
+                "without resuming"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder)
+
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
+        """See :class:`shira_format.selection.stages.Engine`."""
+        self._maps += 1
+        paths = [self.folder / f"{self._maps}-{place:06d}.npz" for place in range(len(changes))]
+        there = [path.exists() for path in paths]
+        computed = self._engine.map(
+            stage, [change for change, found in zip(changes, there, strict=True) if not found]
+        )
+        for path, change, found in zip(paths, changes, there, strict=True):
+            if found:
+                result = cast(_R, _unpacked(path))
+                self._progress(cast(Any, change).size * stage.passes)
+            else:
+                result = next(computed)
+                with replaced_file(path) as file:
+                    file.write(_packed(result))
+            yield result
+            del result  # not to be held while the next one is computed
+
+
+def _fingerprint(job: Job, rule: TopK | Exact, opened: ConversionInputs) -> str:
+    """Differs if the inputs, the rule or the writer do."""
+    files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in opened.files]
+    changes = [(change.name, list(change.shape), change.size) for change in opened.changes]
+    what = [__version__, repr(job), type(rule).__name__, asdict(rule), files, changes]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _packed(value: Any) -> bytes:
+    """A dataclass of arrays, numbers, texts and others of its kind, as an ``.npz``: no pickle."""
+    arrays: dict[str, Any] = {}
+
+    def plain(item: Any) -> Any:
+        if is_dataclass(item):
+            return {"kind": type(item).__name__} | {f.name: plain(getattr(item, f.name)) for f in fields(item)}
+        if isinstance(item, np.ndarray):
+            arrays[f"a{len(arrays)}"] = np.ascontiguousarray(item).view(np.uint8)
+            return {"array": f"a{len(arrays) - 1}", "dtype": dtype_name(item.dtype)}
+        return item
+
+    text = json.dumps(plain(value)).encode()
+    out = io.BytesIO()
+    np.savez(out, text=np.frombuffer(text, np.uint8), **arrays)
+    return out.getvalue()
+
+
+def _unpacked(path: Path) -> Any:
+    """What :func:`_packed` has written."""
+    try:
+        # ConversionInputs here: numpy forgets to close a file that is no archive.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+
+            def full(item: Any) -> Any:
+                if not isinstance(item, dict):
+                    return item
+                if "array" in item:
+                    return found[item["array"]].view(DTYPES[item["dtype"]])
+                kind = _KINDS[item["kind"]]
+                return kind(**{key: full(value) for key, value in item.items() if key != "kind"})
+
+            return full(json.loads(found["text"].tobytes()))
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise WorkError(f"{path}: a damaged part: {error}; delete the folder to begin anew") from None

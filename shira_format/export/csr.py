@@ -1,0 +1,231 @@
+"""An adapter to a folder of CSR matrices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from shira_format._core.arrays import Array, digest, upcast
+from shira_format._core.dtypes import dtype_name, working_dtype
+from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.convert.csr.folder import (
+    ORIGINAL,
+    Index,
+    Item,
+    check_replaceable,
+    file_names,
+    provenance,
+    write_index,
+)
+from shira_format.convert.csr.matrix import check_rows, scipy_sparse, write_matrix
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.format import AdapterFile, AdapterWriter
+from shira_format.format.manifest import SparseEntry
+from shira_format.names.filters import name_filter
+from shira_format.storage.atomic import replaced_folder
+from shira_format.tensors import SparseTensor, ValueKind, matrix_view
+
+
+@dataclass(frozen=True)
+class CsrTensor:
+    """One matrix: the tensor's name, its file, shape, dtype and entries, and what the data are."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    nnz: int
+    values: ValueKind
+
+
+@dataclass
+class CsrReport:
+    """What was written.
+
+    Attributes:
+        tensors: the matrices.
+        whole: names of whole tensors, which are in ``original.st`` only.
+        notices: what a user should know.
+        folder_bytes: size of all files; None for a dry run.
+    """
+
+    tensors: list[CsrTensor] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    folder_bytes: int | None = None
+
+
+def shira_to_csr(
+    adapter_path: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    values: Literal["delta", "target"] = "delta",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    force: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> CsrReport:
+    """Write an adapter as a folder of matrices that ``scipy.sparse.load_npz`` opens; see :mod:`shira_format.convert.csr`.
+
+    One tensor is in memory at a time, and the folder appears whole or not at all.
+
+    Args:
+        adapter_path: the adapter file.
+        folder: where to; None for a dry run, which computes everything and writes nothing.
+        base: the checkpoint that the adapter was made for, for deltas of an adapter that does not hold the base's values, or
+            for targets of one that holds deltas.
+        values: what the matrices hold, ``"delta"`` or ``"target"``. Masks have ones in either case.
+        include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
+        exclude: regexes; a tensor is left out if one of them is found in its name.
+        force: replace ``folder``, if ``shira_to_csr`` wrote it and nothing else was put there.
+        progress: called with 1 after each matrix.
+
+    Raises:
+        SourceError: scipy is missing; base values are needed; a tensor has too many rows for a CSR matrix; no tensor is
+            chosen; ``folder`` exists and must not be replaced.
+        BaseMismatch: ``base`` is not the base of the adapter.
+        FormatError: the adapter's file is damaged.
+    """
+    if values not in ("delta", "target"):
+        raise ValueError(f"values {values!r} is neither 'delta' nor 'target'")
+    scipy_sparse()
+    path, target = Path(adapter_path), None if folder is None else Path(folder)
+    if target is not None and os.path.lexists(target):
+        if not force:
+            raise SourceError(f"{target}: exists")
+        check_replaceable(target)
+        if path.resolve().parent == target.resolve():
+            raise SourceError(f"{target}: holds the adapter, and so is not replaced")
+    source = AdapterFile(path, apart=True)
+    chosen = name_filter(include, exclude)
+    entries = [entry for name, entry in source.manifest.tensors.items() if chosen(name)]
+    report = CsrReport(whole=[name for name in source.manifest.whole if chosen(name)])
+    if not (entries or report.whole or any(map(chosen, source.manifest.removed))) and (include or exclude):
+        raise SourceError(f"{path}: no tensor is left by the choice of names")
+    for entry in entries:
+        _check(entry, path, values, has_base=base is not None)
+    checkpoint = None if base is None else open_checkpoint(base)
+    if checkpoint is not None:
+        report.notices += checkpoint.notices
+    with ExitStack() as stack:
+        stack.callback(source.streams.close)
+        hidden = stack.enter_context(replaced_folder(target)) if target is not None else None
+        _write(source, entries, chosen, report, hidden, checkpoint, values, progress)
+        if hidden is not None:
+            report.folder_bytes = sum(file.stat().st_size for file in hidden.iterdir())
+    return report
+
+
+def _check(entry: SparseEntry, path: Path, values: ValueKind, *, has_base: bool) -> None:
+    """What the manifest tells already, before any work."""
+    try:
+        check_rows(matrix_view(entry.shape)[0], entry.nnz)
+        if entry.values in (values, "none") or entry.base_values or has_base:
+            return
+        if values == "delta":
+            raise SourceError(
+                "holds target values without those of the base: pass --base for deltas, or take --values target"
+            )
+        raise SourceError("holds deltas: pass --base for targets, or take --values delta")
+    except SourceError as error:
+        raise SourceError(f"{path}: tensor {entry.name!r}: {error}") from None
+
+
+def _write(
+    source: AdapterFile,
+    entries: list[SparseEntry],
+    chosen: Callable[[str], bool],
+    report: CsrReport,
+    folder: Path | None,
+    base: Checkpoint | None,
+    values: ValueKind,
+    progress: Callable[[int], object],
+) -> None:
+    files = file_names(entry.name for entry in entries)
+    items: list[Item] = []
+    manifest = provenance(source.manifest.raw, chosen)
+    with ExitStack() as stack:
+        # A dry run reads and computes all the same, so that it fails where the run would.
+        writer = stack.enter_context(AdapterWriter(folder / ORIGINAL, manifest)) if folder is not None else None
+        for entry in entries:
+            tensor = source.sparse(entry.name)
+            item, data = _item(tensor, files[entry.name], base, values)
+            items.append(item)
+            report.tensors.append(
+                CsrTensor(item.name, item.file, item.shape, dtype_name(item.dtype), tensor.nnz, item.values)
+            )
+            if folder is not None and writer is not None:
+                write_matrix(folder / item.file, item.shape, tensor.indices, data)
+                writer.add(tensor, entry.raw)
+            progress(1)
+        for name in report.whole:
+            whole = source.dense(name)
+            if writer is not None:
+                writer.add_dense(whole, source.manifest.whole[name].raw)
+    if folder is not None:
+        write_index(folder, Index(items, report.whole, manifest, original=True))
+
+
+def _item(tensor: SparseTensor, file: str, base: Checkpoint | None, values: ValueKind) -> tuple[Item, Array]:
+    """What ``index.json`` says of a tensor, and the data of its matrix."""
+    value_kind, dtype, base_digest = tensor.value_kind, tensor.dtype, tensor.base_digest
+    if value_kind == "none":
+        data = np.ones(tensor.nnz, working_dtype(dtype))
+    elif value_kind == values:
+        data = wide(tensor.values)
+    else:
+        start = base_entries(tensor, base)
+        dtype, base_digest = start.dtype, digest(start)
+        data = difference(tensor.values, start) if values == "delta" else wide(tensor.applied(start))
+        value_kind = values
+    digests = {"indices": digest(tensor.indices), value_kind: digest(data)}
+    if base_digest is not None:
+        digests["base"] = base_digest
+    more: dict[str, Any] = {"nnz": tensor.nnz}
+    if tensor.base_name != tensor.name:
+        more["from"] = tensor.base_name
+    if tensor.rows is not None:
+        more["rows"] = tensor.rows
+    return Item(tensor.name, file, tensor.shape, dtype, value_kind, data.dtype, digests, more), data
+
+
+def weight_of(base: Checkpoint, name: str, base_name: str) -> Array:
+    """The base's tensor from which the adapter's ``name`` starts.
+
+    Raises:
+        BaseMismatch: the base has none.
+    """
+    if base_name not in base:
+        raise BaseMismatch(f"tensor {name!r}: the base {base.path} has no {base_name!r}")
+    return base[base_name]
+
+
+def base_entries(tensor: SparseTensor, base: Checkpoint | None) -> Array:
+    """The base's values at the entries, ``[nnz]``: from ``base``, checked, or those that the adapter holds.
+
+    Raises:
+        BaseMismatch: ``base`` is not the base of this tensor.
+    """
+    if base is not None:
+        return tensor.checked_base(weight_of(base, tensor.name, tensor.base_name))
+    assert tensor.base is not None
+    return tensor.base
+
+
+def wide(values: Array) -> Array:
+    """``values`` in their working type, exactly."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return upcast(values, np.empty(values.shape, working_dtype(values.dtype)))
+
+
+def difference(target: Array, base: Array) -> Array:
+    """Target minus base in their working type."""
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
+        return np.asarray(wide(target) - wide(base))

@@ -1,0 +1,33 @@
+"""Where zeros go that fill a layer up to the count that PEFT asks for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shira_format._core.arrays import Array
+from shira_format.format.codecs import Indices
+
+
+def padded(indices: Indices, values: Array, size: int) -> tuple[Indices, Array]:
+    """``size`` entries: those given, and zeros at the first free positions.
+
+    Args:
+        indices: int64 ``[n]``, strictly increasing.
+        values: ``[n]`` floats.
+        size: ``n`` or more, and no more than the weight has elements.
+
+    Returns:
+        Indices, strictly increasing, and values, both ``[size]``.
+    """
+    count = size - indices.size
+    if count == 0:
+        return indices, values
+    # So many free positions lie before each entry; the j-th free one comes after all entries with j or fewer.
+    before = indices - np.arange(indices.size)
+    free = np.arange(count)
+    free += np.searchsorted(before, free, side="right")
+    places = np.concatenate([indices, free])
+    # Zero below zero, for it leaves even a -0.0 of the base as it is.
+    filled = np.concatenate([values, np.full(count, -0.0, values.dtype)])
+    order = np.argsort(places, kind="stable")
+    return places[order], filled[order]

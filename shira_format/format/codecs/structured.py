@@ -1,0 +1,187 @@
+"""``structured``: every f-th row or column, diagonals, and unions of these, without a stream (spec, section 5.4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shira_format._core.arrays import Array
+from shira_format.errors import FormatError
+from shira_format.format.codecs.base import Encoded, Indices
+from shira_format.tensors import matrix_view
+
+MAX_PARTS = 8
+MAX_LISTED = 2**31  # entries of a mask that no byte in the file vouches for
+
+Part = dict[str, Any]
+
+
+class Structured:
+    """SHiRA-Struct masks: the indices follow from a few numbers in the manifest."""
+
+    name = "structured"
+    stream = None
+    blocks = False
+    counted = False
+
+    def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
+        pattern = find_pattern(indices, shape)
+        return None if pattern is None else len(json.dumps(pattern, separators=(",", ":")))
+
+    def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
+        return Encoded({"codec": self.name, "pattern": find_pattern(indices, shape)})
+
+    def decode(
+        self,
+        params: Mapping[str, Any],
+        stream: Array | None,
+        blocks: Indices | None,
+        shape: tuple[int, ...],
+        nnz: int,
+    ) -> Indices:
+        return list_pattern(params["pattern"], shape, nnz)
+
+
+def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indices:
+    """The sorted union of the parts, after their sizes have been compared with ``nnz``.
+
+    Raises:
+        FormatError: a part breaks its demands, or the union does not have ``nnz`` entries.
+    """
+    rows, columns = matrix_view(shape)
+    if len(pattern) > MAX_PARTS:
+        raise FormatError("pattern", f"{len(pattern)} parts, at most {MAX_PARTS} are allowed")
+    sized = []
+    for part in pattern:
+        _check_part(part, rows, columns)
+        if (size := part_size(part, rows, columns)) > nnz:
+            raise FormatError("count-mismatch", f"the part {part} has {size} entries, the tensor {nnz}")
+        if size:  # lines of no elements can be many
+            sized.append(part)
+    if nnz > MAX_LISTED:
+        raise FormatError("count-mismatch", f"{nnz} entries by pattern are more than this reader lists")
+    union = np.unique(np.concatenate([_NONE, *(_list_part(part, rows, columns) for part in sized)]))
+    if union.size != nnz:
+        raise FormatError("count-mismatch", f"the pattern has {union.size} entries, the tensor {nnz}")
+    return union
+
+
+_NONE = np.empty(0, np.int64)
+
+
+def _check_part(part: Part, rows: int, columns: int) -> None:
+    kind, offset = part["kind"], part["offset"]
+    if kind == "diagonal":
+        good = -rows < offset < columns
+    else:
+        good = part["step"] >= 1 and 0 <= offset < min(part["step"], rows if kind == "rows" else columns)
+    if not good:
+        raise FormatError("pattern", f"the part {part} does not lie in a matrix of {rows} x {columns}")
+
+
+def part_size(part: Part, rows: int, columns: int) -> int:
+    """Entries of one part, by arithmetic."""
+    offset = part["offset"]
+    if part["kind"] == "diagonal":
+        return int(min(rows, columns - offset) - max(0, -offset))
+    along, across = (rows, columns) if part["kind"] == "rows" else (columns, rows)
+    return _ceil_div(along - offset, part["step"]) * across
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """Exact at any size; ``len(range(..))`` fails from 2^63 on."""
+    return -(-a // b)
+
+
+def _list_part(part: Part, rows: int, columns: int) -> Indices:
+    offset = part["offset"]
+    if part["kind"] == "diagonal":
+        r = np.arange(max(0, -offset), min(rows, columns - offset), dtype=np.int64)
+        return np.asarray(r * (columns + 1) + offset)
+    if part["kind"] == "rows":
+        starts = np.arange(offset, rows, part["step"], dtype=np.int64) * columns
+        return (starts[:, None] + np.arange(columns, dtype=np.int64)).ravel()
+    starts = np.arange(rows, dtype=np.int64) * columns
+    return (starts[:, None] + np.arange(offset, columns, part["step"], dtype=np.int64)).ravel()
+
+
+def find_pattern(indices: Indices, shape: tuple[int, ...]) -> list[Part] | None:
+    """The pattern whose union is exactly ``indices``, or None: full rows and full columns at one regular step each,
+    then what remains as whole diagonals.
+    """
+    rows, columns = matrix_view(shape)
+    if indices.size == 0:
+        return []
+    # Three cheap looks turn away nearly every unstructured mask before any work in proportion to a sort.
+    may_have_rows = _has_full_row(indices, columns)
+    may_have_columns = _may_have_full_column(indices, rows, columns)
+    head = indices[: 4 * MAX_PARTS]
+    few_diagonals = np.unique(head % columns - head // columns).size <= MAX_PARTS
+    if not (may_have_rows or may_have_columns or few_diagonals):
+        return None
+    pattern: list[Part] = []
+    r, c = np.divmod(indices, columns)
+    left = np.ones(indices.size, bool)
+    for kind, may, along, across, where in (
+        ("rows", may_have_rows, rows, columns, r),
+        ("columns", may_have_columns, columns, rows, c),
+    ):
+        part = _regular_lines(kind, where, along, across) if may and left.any() else None
+        if part is not None:
+            pattern.append(part)
+            left &= where % part["step"] != part["offset"]
+    offsets = np.unique((c - r)[left])
+    if len(pattern) + offsets.size > MAX_PARTS:
+        return None
+    pattern += [{"kind": "diagonal", "offset": int(k)} for k in offsets]
+    try:  # what remained may be pieces of diagonals only: the union decides
+        return pattern if np.array_equal(list_pattern(pattern, shape, indices.size), indices) else None
+    except FormatError:
+        return None
+
+
+_CHUNK = 1 << 16  # entries
+
+
+def _has_full_row(indices: Indices, columns: int) -> bool:
+    """Whether ``columns`` consecutive indices start at a multiple of ``columns``."""
+    reach = indices.size - columns + 1
+    if reach <= 0:
+        return False
+    for start in range(0, reach, _CHUNK):
+        first = indices[start : min(start + _CHUNK, reach)]
+        last = indices[start + columns - 1 : start + columns - 1 + first.size]
+        if (first[last - first == columns - 1] % columns == 0).any():
+            return True
+    return False
+
+
+def _may_have_full_column(indices: Indices, rows: int, columns: int) -> bool:
+    """Whether some column occurs in each of the first rows; for a random mask the candidates are soon gone."""
+    if indices.size < rows:
+        return False
+    common: Indices | None = None
+    for row in range(min(rows, 4 * MAX_PARTS)):
+        start, stop = np.searchsorted(indices, [row * columns, (row + 1) * columns])
+        here = indices[start:stop] - row * columns
+        common = here if common is None else np.intersect1d(common, here, assume_unique=True)
+        if not common.size:
+            return False
+    return True
+
+
+def _regular_lines(kind: str, where: Indices, along: int, across: int) -> Part | None:
+    """The full rows (or columns) as one part, if they stand at a regular step from end to end."""
+    lines, counts = np.unique(where, return_counts=True)
+    full = lines[counts == across]
+    if not full.size:
+        return None
+    # A single line is the pattern whose next line would lie outside.
+    step, offset = int(full[1] - full[0]) if full.size > 1 else along, int(full[0])
+    regular = full.size == _ceil_div(along - offset, step) and bool((np.diff(full) == step).all())
+    if offset >= step or not regular:
+        return None
+    return {"kind": kind, "step": step, "offset": offset}

@@ -1,0 +1,234 @@
+"""Reading adapter files: everything that the header can tell is checked at once, a tensor when it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from shira_format._core.arrays import Array, digest, file_digest, frozen
+from shira_format._core.dtypes import FLOATS
+from shira_format.adapter import Adapter, Lazy
+from shira_format.errors import FormatError
+from shira_format.format.codecs import CODECS, Indices
+from shira_format.format.codecs.blocks import block_count
+from shira_format.format.manifest import (
+    METADATA_KEY,
+    DenseEntry,
+    SparseEntry,
+    check_shared_target,
+    parse_manifest,
+    stream_name,
+)
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.tensors import DenseTensor, SparseTensor, numel
+
+
+def load(
+    path: str | os.PathLike[str], *, verify: bool = True, masks: str | os.PathLike[str] | None = None
+) -> Adapter:
+    """Open an adapter file.
+
+    The header, the manifest and all sizes are checked now; a tensor's bytes are mapped, decoded and checked when the
+    adapter is asked for it, and not kept.
+
+    Args:
+        path: the file.
+        verify: check each stream's digest when it is read. Order, range and counts are checked in any case.
+        masks: folder of mask files, by default that of ``path``.
+
+    Raises:
+        FormatError: the file breaks a rule of the format.
+        OSError: it cannot be read.
+    """
+    return AdapterFile(path, verify=verify, masks=masks).adapter()
+
+
+class AdapterFile:
+    """An open adapter file: the checked manifest, and its tensors one by one.
+
+    Attributes:
+        path: the file.
+        manifest: the checked manifest.
+        streams: the checked safetensors header.
+        key: digest of the manifest's text, which holds the digests of all else.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        masks: str | os.PathLike[str] | None = None,
+        apart: bool = False,
+        copied: bool = False,
+    ) -> None:
+        """Open it; see :func:`load`.
+
+        With ``apart``, memory is given back as soon as a tensor goes, at the price of more maps. With ``copied``, bytes are
+        read into memory of their own, so that nothing that happens to the file later can reach them.
+        """
+        self._apart = apart
+        self._copied = copied
+        self.path = Path(path)
+        self._verify = verify
+        self._masks = Path(masks) if masks is not None else self.path.parent
+        self._mask_files: dict[str, AdapterFile] = {}
+        self.streams = SafetensorsFile(self.path)
+        try:
+            text = self.streams.metadata.get(METADATA_KEY)
+            if text is None:
+                raise FormatError("no-manifest", "a safetensors file, but not a SHiRA adapter")
+            self.manifest = parse_manifest(text)
+            self.key = hashlib.sha256(text.encode()).hexdigest()
+            self._check_streams()
+        except FormatError as error:
+            self.streams.close()
+            raise error.at(file=self.path) from None
+
+    def adapter(self) -> Adapter:
+        """The adapter, whose tensors are read when they are asked for, and not kept."""
+        return Adapter(
+            Lazy(self.manifest.tensors, self.sparse),
+            dense=Lazy(self.manifest.whole, self.dense),
+            manifest=self.manifest.raw,
+        )
+
+    def sparse(self, name: str) -> SparseTensor:
+        """Read, check and decode one sparse tensor.
+
+        Raises:
+            FormatError: a rule of the tensor is broken.
+        """
+        entry = self.manifest.tensors[name]
+        try:
+            values = self._read(entry, "values") if entry.values != "none" else None
+            base = self._read(entry, "base") if entry.base_values else None
+            rows = self._read(entry, "rows") if entry.new_rows else None
+            return SparseTensor(
+                name,
+                entry.shape,
+                self.indices(entry),
+                values,
+                value_kind=entry.values,
+                dtype=FLOATS[entry.dtype],
+                base=base,
+                base_digest=entry.digests.get("base"),
+                base_name=entry.base_name,
+                rows=entry.rows,
+                new_rows=rows,
+                result_digest=entry.digests.get("result"),
+            )
+        except FormatError as error:
+            raise error.at(file=self.path, tensor=name) from None
+
+    def dense(self, name: str) -> DenseTensor:
+        """Read and check one whole tensor."""
+        entry = self.manifest.whole[name]
+        try:
+            values = self._checked(name, entry.digests["values"])
+            base = self._checked(stream_name(name, "base"), entry.digests["base"]) if entry.base_values else None
+            return DenseTensor(name, values, base=base, base_digest=entry.digests.get("base"))
+        except FormatError as error:
+            raise error.at(file=self.path, tensor=name) from None
+
+    def verify(self) -> None:
+        """Read every tensor; raises FormatError at the first rule that is broken."""
+        for name in self.manifest.tensors:
+            self.sparse(name)
+        for name in self.manifest.whole:
+            self.dense(name)
+
+    def indices(self, entry: SparseEntry) -> Indices:
+        """The decoded indices of one tensor; `SparseTensor` checks their order and range."""
+        if entry.codec == "shared":
+            return self._shared_indices(entry)
+        codec = CODECS[entry.codec]
+        stream = self._read(entry, "indices") if codec.stream is not None else None
+        blocks = self._read(entry, "blocks") if "blocks" in entry.streams() else None
+        return codec.decode(entry.indices, stream, blocks, entry.shape, entry.nnz)
+
+    def _shared_indices(self, entry: SparseEntry) -> Indices:
+        target, file = entry.indices["tensor"], entry.indices.get("file")
+        if file is None:
+            return self.indices(self.manifest.tensors[target])
+        masks = self._mask_file(file)
+        other = masks.manifest.tensors.get(target)
+        if other is None:
+            raise FormatError("shared-target", f"the mask file {file!r} has no tensor {target!r}")
+        check_shared_target(entry, other)
+        return masks.indices(other)
+
+    def _mask_file(self, name: str) -> AdapterFile:
+        if name not in self._mask_files:
+            path = self._masks / name
+            try:
+                found = file_digest(path)
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
+            if found != self.manifest.raw["mask_files"][name]:
+                raise FormatError("mask-file", f"the mask file {path} is another one (its digest differs)")
+            # Its digest vouches for every byte.
+            self._mask_files[name] = AdapterFile(path, verify=False)
+        return self._mask_files[name]
+
+    def _read(self, entry: SparseEntry, role: str) -> Array:
+        return self._checked(stream_name(entry.name, role), entry.digests[role])
+
+    def _checked(self, stream: str, expected: str) -> Array:
+        if self._copied:
+            shape = self.streams[stream].shape
+            array = frozen(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
+        else:
+            array = self.streams.read_apart(stream) if self._apart else self.streams.read(stream)
+        if self._verify and digest(array) != expected:
+            raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
+        return array
+
+    def _check_streams(self) -> None:
+        for entry in self.manifest.tensors.values():
+            for role in entry.streams():
+                self._check_stream(entry, role)
+        for whole in self.manifest.whole.values():
+            self._check_whole(whole)
+        if stray := sorted(set(self.streams) - set(self.manifest.stream_names())):
+            raise FormatError("stray-stream", "the manifest does not know it", tensor=stray[0])
+
+    def _check_stream(self, entry: SparseEntry, role: str) -> None:
+        name = stream_name(entry.name, role)
+        codec = CODECS.get(entry.codec)
+        counted = role != "indices" or (codec is not None and codec.counted)
+        if role == "indices" and codec is not None and codec.stream is not None:
+            self._check_shape(name, {codec.stream}, (entry.nnz,) if counted else None)
+        elif role == "blocks":
+            rows = block_count(entry.nnz, entry.indices["block_size"])
+            self._check_shape(name, {"I64"}, (rows, 2), "block-directory")
+        elif role == "rows":
+            self._check_shape(name, {entry.dtype}, (entry.new_rows, *entry.shape[1:]))
+        elif role == "values" and entry.values == "delta":
+            same = "base" not in entry.digests  # then nobody knows another dtype of the base
+            self._check_shape(name, {entry.dtype} if same else set(FLOATS), (entry.nnz,))
+        else:
+            self._check_shape(name, {entry.dtype}, (entry.nnz,))
+
+    def _check_shape(
+        self, name: str, dtypes: set[str], shape: tuple[int, ...] | None, rule: str = "count-mismatch"
+    ) -> None:
+        if name not in self.streams:
+            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=name)
+        stream = self.streams[name]
+        rank = 1 if shape is None else len(shape)
+        if stream.dtype not in dtypes or len(stream.shape) != rank:
+            wanted = "/".join(sorted(dtypes))
+            raise FormatError(
+                "stream-dtype", f"{stream.dtype}{list(stream.shape)}, expected {wanted}", tensor=name
+            )
+        if shape is not None and stream.shape != shape:
+            raise FormatError(rule, f"shape {list(stream.shape)}, expected {list(shape)}", tensor=name)
+
+    def _check_whole(self, entry: DenseEntry) -> None:
+        if entry.name not in self.streams:
+            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=entry.name)
+        if entry.base_values:
+            stream = self.streams[entry.name]
+            self._check_shape(stream_name(entry.name, "base"), {stream.dtype}, stream.shape)

@@ -1,0 +1,353 @@
+"""Writing adapter files: tensor by tensor into unnamed spools, then header and data in one file that appears whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+
+from shira_format._core.arrays import Array, bits, digest, file_digest
+from shira_format._core.dtypes import dtype_name
+from shira_format.adapter import Adapter
+from shira_format.errors import FormatError
+from shira_format.format.codecs import BLOCK_SIZE, Encoded, encode_smallest
+from shira_format.format.manifest import (
+    DERIVED,
+    DIGEST,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    check_name,
+    parse_manifest,
+    stream_name,
+)
+from shira_format.format.reader import AdapterFile
+from shira_format.storage.atomic import replaced_file
+from shira_format.storage.safetensors_file import MAX_HEADER
+from shira_format.tensors import DenseTensor, SparseTensor, numel
+from shira_format.version import __version__
+
+# Likewise of an item of its lists.
+_DERIVED_OF_TENSOR = {
+    "name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values", "from", "rows",
+}  # fmt: skip
+
+
+def save(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    masks: str | os.PathLike[str] | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> None:
+    """Write an adapter to ``path``, replacing what is there; one tensor is in memory at a time.
+
+    The same adapter gives the same bytes. Readers see the old file or the new one, never a part.
+
+    Args:
+        adapter: what to write; provenance comes from ``adapter.manifest``.
+        path: where to.
+        masks: a mask file that lies, or will lie, in the same folder: tensors whose indices equal those of its tensor of the
+            same name store none of their own.
+        block_size: entries a block of the index directory.
+
+    Raises:
+        FormatError: the adapter has something that the format cannot hold.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    notes = {item["name"]: item for key in ("tensors", "whole") for item in adapter.manifest.get(key, ())}
+    with AdapterWriter(path, adapter.manifest, masks=masks, block_size=block_size) as writer:
+        for name in adapter:
+            writer.add(adapter[name], notes.get(name, {}))
+        for name in adapter.dense:
+            writer.add_dense(adapter.dense[name], notes.get(name, {}))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sparse tensor whose streams are encoded and hashed: the work of :meth:`AdapterWriter.add` that needs no file."""
+
+    tensor: SparseTensor
+    encoded: Encoded
+    digests: dict[str, str]
+
+
+class AdapterWriter:
+    """Writes one adapter file as its tensors come: a context manager that keeps the file only if all went well.
+
+    Streams are spooled to unnamed temporary files, one for each element size, so that nothing is left if the process
+    is killed, and so that each stream is aligned in the end. The file itself appears when the block ends.
+
+    Example:
+        >>> with AdapterWriter("style.st", {"base_model": {"id": "me/base"}}) as writer:
+        ...     writer.add(tensor)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        manifest: Mapping[str, Any] | None = None,
+        *,
+        masks: str | os.PathLike[str] | None = None,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        """Args: see :func:`save`; ``manifest`` holds provenance, and may still grow until the block ends."""
+        self.path = Path(path)
+        self.manifest = dict(manifest or {})
+        self._masks = AdapterFile(masks) if masks is not None else None
+        self._open = ExitStack()
+        self._block_size = block_size
+        self._spools: dict[int, IO[bytes]] = {}
+        self._sizes: dict[int, int] = {}
+        self._streams: dict[str, tuple[str, list[int], int, int]] = {}
+        self._tensors: list[dict[str, Any]] = []
+        self._whole: list[dict[str, Any]] = []
+        self._seen: dict[tuple[Any, ...], str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except FormatError as bad:
+            raise bad.at(file=self.path) from None
+        finally:
+            if self._masks is not None:
+                self._masks.streams.close()
+            self._open.close()
+
+    def prepared(self, tensor: SparseTensor) -> Prepared:
+        """Encode and hash a tensor's streams; may run on any thread, ahead of :meth:`add`."""
+        encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size)
+        streams = {"indices": encoded.stream, "blocks": encoded.blocks, "rows": tensor.new_rows}
+        if tensor.value_kind != "none":
+            streams["values"] = tensor.values
+        return Prepared(tensor, encoded, {role: digest(s) for role, s in streams.items() if s is not None})
+
+    def add(self, tensor: SparseTensor | Prepared, notes: Mapping[str, Any] | None = None) -> int:
+        """Write one sparse tensor; returns the bytes that its streams take.
+
+        Args:
+            tensor: the tensor, or what :meth:`prepared` made of it.
+            notes: more keys for its item in the manifest, such as ``energy_kept``.
+
+        Raises:
+            FormatError: a name that is not allowed or not new, or targets of which nothing tells the base. Nothing
+                of the tensor is kept then, and others may follow.
+        """
+        with self._whole_or_not():
+            return self._add(tensor if isinstance(tensor, Prepared) else self.prepared(tensor), notes)
+
+    def _add(self, prepared: Prepared, notes: Mapping[str, Any] | None) -> int:
+        tensor = prepared.tensor
+        check_name(tensor.name, None)
+        before = sum(self._sizes.values())
+        item: dict[str, Any] = {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "dtype": dtype_name(tensor.dtype),
+            "nnz": tensor.nnz,
+            "values": tensor.value_kind,
+        }
+        digests: dict[str, str] = {}
+        item["indices"] = self._add_indices(prepared, digests)
+        if tensor.value_kind != "none":
+            self._spool_digest(tensor, "values", tensor.values, prepared, digests)
+        if tensor.base_digest is not None:
+            digests["base"] = tensor.base_digest
+        elif tensor.value_kind == "target":
+            raise FormatError("manifest-schema", "target values need the base's values or their digest", tensor=tensor.name)  # fmt: skip
+        item["digests"] = digests
+        if tensor.base is not None:
+            self._spool(stream_name(tensor.name, "base"), tensor.base, tensor.base_digest)
+            item["base_values"] = True
+        if tensor.base_name != tensor.name:
+            item["from"] = tensor.base_name
+        if tensor.rows is not None:
+            item["rows"] = tensor.rows
+        if tensor.new_rows is not None:
+            self._spool_digest(tensor, "rows", tensor.new_rows, prepared, digests)
+        if tensor.result_digest is not None:
+            digests["result"] = tensor.result_digest
+        self._tensors.append(item | _others(notes, _DERIVED_OF_TENSOR))
+        return sum(self._sizes.values()) - before
+
+    def _spool_digest(
+        self, tensor: SparseTensor, role: str, array: Array, prepared: Prepared, digests: dict[str, str]
+    ) -> None:
+        digests[role] = prepared.digests[role]
+        self._spool(stream_name(tensor.name, role), array, digests[role])
+
+    def add_dense(self, tensor: DenseTensor, notes: Mapping[str, Any] | None = None) -> None:
+        """Write one whole tensor; see :meth:`add`."""
+        values, base = tensor.values, tensor.base
+        self.add_parts(
+            tensor.name, values.dtype, values.shape, [values],
+            base=None if base is None else [base], base_digest=tensor.base_digest, notes=notes,
+        )  # fmt: skip
+
+    def add_parts(
+        self,
+        name: str,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        parts: Iterable[Array],
+        *,
+        base: Iterable[Array] | None = None,
+        base_digest: str | Future[str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one whole tensor that comes in parts, so that it is never in memory whole.
+
+        Args:
+            name: its name.
+            dtype: its dtype.
+            shape: its shape.
+            parts: its elements in row-major order.
+            base: those of the base's tensor, in the same dtype and shape, to be kept.
+            base_digest: SHA-256 of the base's tensor, which may still be computed.
+            notes: see :meth:`add`.
+        """
+        with self._whole_or_not():
+            check_name(name, None)
+            digests = {"values": self._spool_parts(name, dtype, shape, parts)}
+            item: dict[str, Any] = {"name": name, "digests": digests}
+            if base is not None:
+                base_digest = self._spool_parts(stream_name(name, "base"), dtype, shape, base)
+                item["base_values"] = True
+            if base_digest is not None:
+                digests["base"] = base_digest if isinstance(base_digest, str) else base_digest.result()
+            self._whole.append(item | _others(notes, _DERIVED_OF_TENSOR))
+
+    @contextmanager
+    def _whole_or_not(self) -> Iterator[None]:
+        """On an exception, forget what was spooled in the block: no stream may be left without a tensor."""
+        streams, seen, sizes = len(self._streams), len(self._seen), dict(self._sizes)
+        try:
+            yield
+        except BaseException:
+            while len(self._streams) > streams:
+                self._streams.popitem()
+            while len(self._seen) > seen:
+                self._seen.popitem()
+            for size, spool in self._spools.items():
+                self._sizes[size] = sizes.get(size, 0)
+                spool.seek(self._sizes[size])
+                spool.truncate()
+            raise
+
+    def _add_indices(self, prepared: Prepared, digests: dict[str, str]) -> dict[str, Any]:
+        tensor, encoded = prepared.tensor, prepared.encoded
+        if self._masks is not None and self._in_mask_file(tensor):
+            return {"codec": "shared", "tensor": tensor.name, "file": self._masks.path.name}
+        if encoded.stream is not None:
+            key = (tensor.shape, encoded.params["codec"], prepared.digests["indices"])
+            twin = self._seen.setdefault(key, tensor.name)
+            if twin != tensor.name and encoded.stream_bytes > len(twin):
+                return {"codec": "shared", "tensor": twin}
+            self._spool_digest(tensor, "indices", encoded.stream, prepared, digests)
+        if encoded.blocks is not None:
+            self._spool_digest(tensor, "blocks", encoded.blocks, prepared, digests)
+        return encoded.params
+
+    def _in_mask_file(self, tensor: SparseTensor) -> bool:
+        assert self._masks is not None
+        entry = self._masks.manifest.tensors.get(tensor.name)
+        return (
+            entry is not None
+            and entry.codec != "shared"
+            and (entry.shape, entry.nnz) == (tensor.shape, tensor.nnz)
+            and np.array_equal(self._masks.indices(entry), tensor.indices)
+        )
+
+    def _spool(self, name: str, array: Array, known: str | None = None) -> str:
+        """Append an array to the spool of its element size; returns its digest, which may be known already."""
+        return self._spool_parts(name, array.dtype, array.shape, [array], known)
+
+    def _spool_parts(
+        self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[Array], known: str | None = None
+    ) -> str:  # fmt: skip
+        if name in self._streams:
+            raise FormatError("duplicate-name", f"the stream name {name!r} occurs twice", tensor=name)
+        size = dtype.itemsize
+        if size not in self._spools:
+            spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed on exit
+            self._spools[size] = self._open.enter_context(spool)
+            self._sizes[size] = 0
+        begin, found = self._sizes[size], hashlib.sha256()
+        for part in parts:
+            raw = bits(part).data
+            self._spools[size].write(raw)
+            self._sizes[size] += len(raw)
+            if known is None:
+                found.update(raw)
+        if self._sizes[size] - begin != numel(shape) * size:
+            raise FormatError("count-mismatch", f"its parts are not of shape {list(shape)}", tensor=name)
+        self._streams[name] = (dtype_name(dtype), list(shape), size, begin)
+        return known or found.hexdigest()
+
+    def _finish(self) -> None:
+        header = self._header()
+        with replaced_file(self.path) as file:
+            file.write(len(header).to_bytes(8, "little"))
+            file.write(header)
+            for size in sorted(self._spools, reverse=True):
+                self._spools[size].seek(0)
+                shutil.copyfileobj(self._spools[size], file, 1 << 20)
+
+    def _header(self) -> bytes:
+        text = _json(self._full_manifest())
+        parse_manifest(text)  # what was handed in as provenance is held to the same rules as a stranger's file
+        begins, at = {}, 0
+        for size in sorted(self._spools, reverse=True):
+            begins[size] = at
+            at += self._sizes[size]
+        entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+        for name, (dtype, shape, size, begin) in self._streams.items():
+            start = begins[size] + begin
+            length = numel(tuple(shape)) * size
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + length]}
+        header = _json(entries).encode()
+        header += b" " * (-len(header) % 8)
+        if len(header) > MAX_HEADER:
+            raise FormatError("header-too-large", f"a header of {len(header)} bytes, the limit is {MAX_HEADER}")
+        return header
+
+    def _full_manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": [], "digest": DIGEST}
+        manifest |= {"writer": f"shira-format {__version__}"} | _others(self.manifest, DERIVED)
+        if any("file" in item["indices"] for item in self._tensors):
+            assert self._masks is not None
+            manifest["features"].append("mask-file")
+            manifest["mask_files"] = {self._masks.path.name: file_digest(self._masks.path)}
+        if manifest.get("removed") or any("from" in item or "rows" in item for item in self._tensors):
+            manifest["features"].append("patch")
+        manifest["tensors"] = self._tensors
+        if self._whole:
+            manifest["whole"] = self._whole
+        return manifest
+
+
+def _others(keys: Mapping[str, Any] | None, known: Container[str]) -> dict[str, Any]:
+    return {key: value for key, value in (keys or {}).items() if key not in known}
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise FormatError("manifest-json", f"the manifest cannot be written as JSON: {error}") from None

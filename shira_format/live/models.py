@@ -1,0 +1,119 @@
+"""The weights of whatever people hold: a dictionary, a ``torch.nn.Module``, a diffusers pipeline.
+
+Modules change as they live: they are moved, wrapped, compiled. So tensors are looked up by their names for each change,
+and never kept.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from shira_format._core.arrays import Array
+from shira_format.errors import BaseMismatch
+
+# What wrappers put into the names of modules: torch.compile, DataParallel; PEFT around a model, and around a layer.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|base_layer)\.")
+_AROUND = re.compile(r"^(?:module\.)?(?:base_model\.model\.)?")
+# A module that PEFT has copied to train it: the copy is used, the original is the base's.
+_COPIED = re.compile(r"\.(?:original_module|modules_to_save)\.")
+
+
+class Weights(ABC):
+    """Live weights by the names that checkpoints give them."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Any]:
+        """What lives under each name now; tied weights are under each of theirs."""
+
+    def add(self, name: str, values: Array) -> None:
+        """Take in a tensor that is new.
+
+        Raises:
+            BaseMismatch: this kind of model has no place for it.
+        """
+        raise BaseMismatch(
+            f"tensor {name!r} is new to the base, and the model has none of this name: add the layer that it belongs to"
+        )
+
+    def drop(self, name: str) -> None:  # noqa: B027 - where nothing can be added, nothing is dropped
+        """Take a tensor that :meth:`add` took in away again."""
+
+
+class DictWeights(Weights):
+    """A dictionary of arrays or tensors; new tensors are added to it."""
+
+    def __init__(self, weights: MutableMapping[str, Any]) -> None:
+        self._weights = weights
+
+    def tensors(self) -> Mapping[str, Any]:
+        return self._weights
+
+    def add(self, name: str, values: Array) -> None:
+        self._weights[name] = values.copy()
+
+    def drop(self, name: str) -> None:
+        self._weights.pop(name, None)  # it may not have been added yet when that is undone
+
+
+class Copied:
+    """Stands for a weight of which PEFT has made a copy to train; the base's own is not used."""
+
+
+class ModuleWeights(Weights):
+    """The parameters and buffers of a module, or of several under the names of their components."""
+
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        """Args: ``modules``: by what stands before their names, such as ``""`` or ``"unet/"``."""
+        self._modules = modules
+
+    def tensors(self) -> Mapping[str, Any]:
+        found: dict[str, Any] = {}
+        for prefix, root in self._modules.items():
+            for path, module in root.named_modules(remove_duplicate=False):
+                for attribute in (*module._parameters, *module._buffers):  # noqa: SLF001 - by name, not by identity
+                    tensor = getattr(module, attribute, None)
+                    if tensor is not None:
+                        name, copied = _plain(f"{path}.{attribute}" if path else attribute)
+                        found[prefix + name] = Copied() if copied else tensor
+        return found
+
+
+def _plain(name: str) -> tuple[str, bool]:
+    """A name as it is without wrappers; and whether it is in a module of which PEFT keeps a copy."""
+    name = _WRAPPERS.sub("", _AROUND.sub("", _WRAPPERS.sub("", name)))
+    if (match := _COPIED.search(name)) is None:
+        return name, False
+    rest = name[match.end() :]
+    if "modules_to_save" in match[0]:
+        rest = rest.partition(".")[2]  # the adapter's name
+    return f"{name[: match.start()]}.{rest}", True
+
+
+def weights_of(model: Any) -> Weights:
+    """The weights of a dictionary, a module or a pipeline.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(model, MutableMapping):
+        return DictWeights(model)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        if isinstance(model, torch.nn.Module):
+            return ModuleWeights({"": model})
+        # diffusers' pipelines say what they consist of; transformers' have one model.
+        components = getattr(model, "components", None)
+        if isinstance(components, Mapping):
+            modules = {f"{name}/": part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+            if modules:
+                return ModuleWeights(modules)
+        if isinstance(getattr(model, "model", None), torch.nn.Module):
+            return ModuleWeights({"": model.model})
+    raise TypeError(
+        f"a {type(model).__name__} is no model: need a torch.nn.Module, a pipeline of diffusers or transformers, or a "
+        "dictionary of arrays or tensors"
+    )

@@ -1,0 +1,204 @@
+"""Many adapters of one base: those in use lately stay decoded in memory, within a budget; the others are on disk."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shira_format.live.loaded import LoadedAdapter, load_adapter
+
+_ENDINGS = (".st", ".safetensors")
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """Counters since the pool was made.
+
+    Attributes:
+        hits: how often an adapter was in memory when it was asked for.
+        misses: how often it had to be read while somebody waited.
+        prefetched: how many were read ahead.
+        evicted: how many were dropped to stay within the budget.
+        held: how many are in memory now.
+        held_bytes: their bytes.
+        read_bytes: bytes of all files that were read.
+        read_seconds: what reading, decoding and checking them took.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    prefetched: int = 0
+    evicted: int = 0
+    held: int = 0
+    held_bytes: int = 0
+    read_bytes: int = 0
+    read_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Held:
+    adapter: LoadedAdapter
+    version: tuple[int, int, int]  # of the file: device or inode, size, time
+
+
+class AdapterPool(Mapping[str, Path]):
+    """The adapter files of a folder, by their names without ending.
+
+    Files are read when they are asked for, and kept decoded as long as the budget allows, least recently used out first.
+    No file stays open or mapped, so that a thousand adapters take no more than the budget. A file that was replaced is
+    read anew when it is asked for next. Safe from several threads: of several that ask for the same file, one reads.
+
+    Args:
+        folder: whose ``.st`` and ``.safetensors`` files are adapters; or a mapping from names to paths.
+        budget: bytes of decoded adapters that are kept. One that is larger is read, used and not kept.
+
+    Example:
+        >>> pool = AdapterPool("adapters/", budget=2 << 30)
+        >>> switcher = Switcher(model, pool=pool)
+        >>> switcher.switch("style")
+        >>> pool.prefetch("next")
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]], *, budget: int = 1 << 30
+    ) -> None:
+        """Raises: NotADirectoryError, FileNotFoundError; ValueError if two files have one name."""
+        if budget < 0:
+            raise ValueError(f"budget {budget} is negative")
+        self._folder = None if isinstance(folder, Mapping) else Path(folder)
+        self._paths = {name: Path(path) for name, path in folder.items()} if isinstance(folder, Mapping) else {}
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._reading: dict[str, Future[_Held]] = {}
+        self._ahead: ThreadPoolExecutor | None = None
+        self._counts = PoolStatistics()
+        if self._folder is not None:
+            self.refresh()
+
+    def __getitem__(self, name: str) -> Path:
+        try:
+            return self._paths[name]
+        except KeyError:
+            raise KeyError(f"no adapter {name!r} in the pool of {len(self)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def refresh(self) -> None:
+        """Look at the folder again, for files that were added or taken away."""
+        if self._folder is None:
+            return
+        found: dict[str, Path] = {}
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix in _ENDINGS and path.is_file():
+                if path.stem in found:
+                    raise ValueError(f"{path} and {found[path.stem]} are both called {path.stem!r}")
+                found[path.stem] = path
+        with self._lock:
+            self._paths = found
+            for name in self._held.keys() - found.keys():
+                del self._held[name]
+
+    def get_adapter(self, name: str, executor: Executor | None = None) -> LoadedAdapter:
+        """The decoded adapter ``name``.
+
+        Args:
+            name: of the adapter.
+            executor: threads to decode on; those of a prefetch are its own.
+
+        Raises:
+            KeyError: the pool has none of this name.
+            FormatError, BaseMismatch, OSError: as :func:`shira_format.live.loaded.decoded`.
+        """
+        return self._get(name, executor, ahead=False)
+
+    def prefetch(self, name: str) -> Future[None]:
+        """Read an adapter in the background, for the next :meth:`get_adapter`; the result tells of errors."""
+        if name not in self._paths:
+            raise KeyError(f"no adapter {name!r} in the pool of {len(self)}")
+        with self._lock:
+            if self._ahead is None:
+                self._ahead = ThreadPoolExecutor(1, thread_name_prefix="shira-prefetch")
+            ahead = self._ahead
+
+        def read() -> None:
+            self._get(name, None, ahead=True)
+
+        return ahead.submit(read)
+
+    @property
+    def statistics(self) -> PoolStatistics:
+        """The counters now."""
+        with self._lock:
+            size = sum(held.adapter.nbytes for held in self._held.values())
+            return replace(self._counts, held=len(self._held), held_bytes=size)
+
+    def clear(self) -> None:
+        """Drop all decoded adapters; those that are on a model stay there."""
+        with self._lock:
+            self._held.clear()
+
+    def _get(self, name: str, executor: Executor | None, *, ahead: bool) -> LoadedAdapter:
+        path = self[name]
+        version = _version(path)
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None and held.version == version:
+                self._held.move_to_end(name)
+                if not ahead:
+                    self._count(hits=1)
+                return held.adapter
+            future = self._reading.get(name)
+            mine = future is None
+            if future is None:
+                future = self._reading[name] = Future()
+            self._count(**({"prefetched": int(mine)} if ahead else {"misses": 1}))
+        if mine:
+            self._read(name, path, version, executor, future)
+        return future.result().adapter
+
+    def _read(
+        self,
+        name: str,
+        path: Path,
+        version: tuple[int, int, int],
+        executor: Executor | None,
+        future: Future[_Held],
+    ) -> None:
+        start = time.perf_counter()
+        try:
+            held = _Held(load_adapter(path, executor), version)
+        except BaseException as error:  # others may wait for it, too
+            with self._lock:
+                del self._reading[name]
+            future.set_exception(error)
+            return
+        with self._lock:
+            del self._reading[name]
+            self._count(read_bytes=version[1], read_seconds=time.perf_counter() - start)
+            self._held.pop(name, None)
+            if held.adapter.nbytes <= self._budget:
+                self._held[name] = held
+            size = sum(held.adapter.nbytes for held in self._held.values())
+            while size > self._budget:
+                size -= self._held.popitem(last=False)[1].adapter.nbytes
+                self._count(evicted=1)
+        future.set_result(held)
+
+    def _count(self, **more: float) -> None:
+        self._counts = replace(self._counts, **{key: getattr(self._counts, key) + n for key, n in more.items()})
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,211 @@
+"""Where live weights are: a numpy array, or a torch tensor on the CPU or another device, read and written at flat indices.
+
+torch is never imported here: whoever hands in its tensors has done so.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+
+from shira_format._core.arrays import Array, as_array
+from shira_format._core.compiled import exchange, put, take
+from shira_format._core.dtypes import DTYPES
+from shira_format.errors import BaseMismatch
+from shira_format.format.codecs import Indices
+from shira_format.live.models import Copied
+
+# What numpy calls the dtypes of torch, for tensors that are not on the CPU.
+_TORCH = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}  # fmt: skip
+
+
+class LiveWeight(Protocol):
+    """One live weight.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype, as numpy calls it.
+        in_one_pass: whether there is :meth:`exchange`.
+    """
+
+    @property
+    def in_one_pass(self) -> bool: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def get(self, indices: Indices) -> Array:
+        """The elements at flat indices within the weight, ``[n]``, as a copy."""
+
+    def put(self, indices: Indices, values: Array) -> None:
+        """Set these elements to values of :attr:`dtype`."""
+
+    def exchange(self, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
+        """Put ``old_base`` back at ``old``, then ``new_values`` at ``new``; what was at ``new`` in between.
+
+        Only if :attr:`in_one_pass`; then it cannot fail half-way.
+        """
+
+    def whole(self) -> Array:
+        """All elements, ``[*shape]``, as a copy."""
+
+    def fill(self, values: Array) -> None:
+        """Set all elements to ``[*shape]`` values of :attr:`dtype`."""
+
+
+def memory_of(weight: Any, name: str) -> object:
+    """Which memory an array or a tensor is: equal for tied weights. What has none is told by ``name``."""
+    if isinstance(weight, np.ndarray):
+        return weight.__array_interface__["data"][0], weight.strides, weight.shape
+    try:
+        pointer = weight.data_ptr()
+        return (str(weight.device), pointer, weight.stride(), tuple(weight.shape)) if pointer else name
+    except (AttributeError, RuntimeError):  # no tensor, or a subclass without memory of its own
+        return name
+
+
+def live_weight(name: str, weight: Any) -> LiveWeight:
+    """The place of a numpy array or a torch tensor.
+
+    Raises:
+        BaseMismatch: it is read-only, quantised, without data or distributed; the message names it.
+    """
+    if isinstance(weight, np.ndarray):
+        if not weight.flags.writeable:
+            raise BaseMismatch(f"tensor {name!r}: the weight is read-only")
+        return ArrayWeight(weight)
+    if isinstance(weight, Copied):
+        raise BaseMismatch(
+            f"tensor {name!r}: PEFT keeps a trained copy of this module (modules_to_save), and the base's own is not used: "
+            "merge and unload that adapter first"
+        )
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(weight, torch.Tensor):
+        raise BaseMismatch(f"tensor {name!r}: the weight is a {type(weight).__name__}, not an array or a tensor")
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise BaseMismatch(
+            f"tensor {name!r}: the weight is a {type(weight).__name__}: quantised and distributed weights cannot take "
+            "exact values; apply the adapter before the model is quantised or sharded"
+        )
+    if weight.device.type == "meta":
+        raise BaseMismatch(
+            f"tensor {name!r}: the weight is on the meta device, without data: load the model first"
+        )
+    if weight.layout != torch.strided or str(weight.dtype) not in _TORCH:
+        raise BaseMismatch(f"tensor {name!r}: the weight is {weight.layout} of {weight.dtype}")
+    return ArrayWeight(as_array(weight), weight) if weight.device.type == "cpu" else DeviceWeight(weight)
+
+
+class ArrayWeight:
+    """A weight in this machine's memory."""
+
+    def __init__(self, array: Array, tensor: Any = None) -> None:
+        """Args: ``tensor``: the torch tensor whose memory ``array`` is."""
+        self._array = array
+        self._tensor = tensor
+        self._flat = array.reshape(-1) if array.flags.c_contiguous else None
+
+    @property
+    def in_one_pass(self) -> bool:
+        return self._flat is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._array.dtype
+
+    def get(self, indices: Indices) -> Array:
+        if self._flat is not None:
+            return take(self._flat, indices)
+        return np.asarray(self._array[np.unravel_index(indices, self.shape)])
+
+    def put(self, indices: Indices, values: Array) -> None:
+        if self._flat is not None:
+            put(self._flat, indices, values)
+        else:
+            self._array[np.unravel_index(indices, self.shape)] = values
+        self._written()
+
+    def exchange(self, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
+        assert self._flat is not None
+        base = exchange(self._flat, old, old_base, new, new_values)
+        self._written()
+        return base
+
+    def whole(self) -> Array:
+        return self._array.copy()
+
+    def fill(self, values: Array) -> None:
+        self._array[...] = values
+        self._written()
+
+    def _written(self) -> None:
+        """Let autograd know, so that a backward pass through the old values is an error and not a wrong gradient."""
+        if self._tensor is not None and not self._tensor.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(self._tensor)
+
+
+class DeviceWeight:
+    """A torch tensor on an accelerator; indices and values travel, the weight stays."""
+
+    in_one_pass = False
+
+    def __init__(self, tensor: Any) -> None:
+        self._torch = sys.modules["torch"]
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._tensor.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return DTYPES[_TORCH[str(self._tensor.dtype)]]
+
+    def get(self, indices: Indices) -> Array:
+        bits, at = self._bits(), self._sent(indices)
+        if bits.is_contiguous():
+            found = self._torch.index_select(bits.view(-1), 0, at)
+        else:
+            found = bits[self._torch.unravel_index(at, bits.shape)]
+        return np.asarray(found.cpu().numpy().view(self.dtype))
+
+    def put(self, indices: Indices, values: Array) -> None:
+        bits, at = self._bits(), self._sent(indices)
+        sent = self._sent(np.ascontiguousarray(values).view(self._carrier))
+        if bits.is_contiguous():
+            bits.view(-1).index_copy_(0, at, sent)
+        else:
+            bits[self._torch.unravel_index(at, bits.shape)] = sent
+
+    def exchange(self, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
+        raise AssertionError  # not in one pass
+
+    def whole(self) -> Array:
+        return np.asarray(self._bits().cpu().numpy().view(self.dtype))
+
+    def fill(self, values: Array) -> None:
+        self._bits().copy_(self._sent(np.ascontiguousarray(values).view(self._carrier)))
+
+    @property
+    def _carrier(self) -> str:
+        """An integer type of the item's size, which every device can move; no rounding, no NaN that changes."""
+        return {1: "u1", 2: "i2", 4: "i4", 8: "i8"}[self.dtype.itemsize]
+
+    def _bits(self) -> Any:
+        carrier = {"u1": "uint8", "i2": "int16", "i4": "int32", "i8": "int64"}[self._carrier]
+        return self._tensor.detach().view(getattr(self._torch, carrier))
+
+    def _sent(self, array: Array) -> Any:
+        return self._torch.from_numpy(np.require(array, requirements="W")).to(self._tensor.device)

@@ -1,0 +1,263 @@
+"""``hf://owner/name[@revision][/path]``: the files of a checkpoint on the Hugging Face hub, by its client and its cache.
+
+Only what the checkpoint needs is fetched. Without a connection the cache has to do.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from shira_format.errors import SourceError
+from shira_format.storage.paths import one_line
+from shira_format.storage.weight_files import is_index, usual_weights
+
+_SYNTAX = "hf://OWNER/NAME[@REVISION][/PATH]"
+_LOCATION = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<inside>.*))?",
+    re.ASCII,
+)
+# What belongs to a model beside its weights: settings, vocabularies, templates.
+_SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+# Reads a file of the repository, which it fetches if need be.
+Peek = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class _Location:
+    text: str
+    repo: str
+    revision: str
+    inside: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def downloaded(text: str) -> Path:
+    """Fetch what the checkpoint at ``text`` needs, and give its path in the hub's cache.
+
+    Of a folder these are its weights (safetensors if there are any, else PyTorch's, else GGUF or a distributed
+    checkpoint) and its small files; of a diffusers pipeline the same of every component; of a file that file, and the
+    shards that it names. Without a connection: what the cache has.
+
+    Raises:
+        SourceError: not of this form; no such repository, revision or path; not allowed; neither reached nor in the cache.
+    """
+    where = _parsed(text)
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise SourceError(f"{text}: needs huggingface_hub: pip install 'shira-format[hub]'") from None
+    try:
+        with _refusals(where):
+            names = [
+                file.rfilename for file in HfApi().model_info(where.repo, revision=where.revision).siblings or ()
+            ]
+    except SourceError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever keeps us from the hub: the client's exceptions differ between its versions
+        return _cached(where, one_line(error))
+
+    def fetch(names: list[str]) -> Path:
+        try:
+            with _refusals(where):
+                return _snapshot(where, allow_patterns=[glob.escape(name) for name in names])
+        except SourceError:
+            raise
+        except Exception as error:
+            raise SourceError(f"{where}: the download failed: {one_line(error)}") from None
+
+    def peek(name: str) -> Any:
+        return _read_json(fetch([name]) / name, where)
+
+    return fetch(wanted(names, where.inside, peek, text)) / where.inside
+
+
+def identified(text: str) -> dict[str, str]:
+    """``id`` of the repository and ``revision``, a commit, that ``text`` stands for in the cache; empty for other paths.
+
+    Call it after :func:`downloaded`, which brings the cache up to date.
+    """
+    if not text.startswith("hf://"):
+        return {}
+    where = _parsed(text)
+    try:
+        commit = _snapshot(where, allow_patterns=[], local_files_only=True).name
+    except Exception:  # not in the cache, or no client
+        return {"id": where.repo}
+    return {"id": where.repo} | ({"revision": commit} if _COMMIT.fullmatch(commit) else {})
+
+
+def wanted(names: Iterable[str], inside: str, peek: Peek, text: str) -> list[str]:
+    """Of a repository's files, those that the checkpoint at ``inside`` needs; in the order of the names.
+
+    Args:
+        names: all files, as paths in the repository.
+        inside: a file or a folder in the repository; empty for its root.
+        peek: reads a JSON file of the repository.
+        text: what the user wrote, for messages.
+
+    Raises:
+        SourceError: there is nothing at ``inside``, or no weights, or several.
+    """
+    names = sorted(name for name in names if _is_plain(name))
+    if inside in names:
+        folder, _, name = inside.rpartition("/")
+        here = _within(names, folder)
+        if name == "model_index.json":
+            found = _pipeline(here, folder, peek, text)
+        else:
+            found = [name, *_shards(name, here, folder, peek)]
+        return sorted(_join(folder, name) for name in found)
+    here = _within(names, inside)
+    if not here:
+        raise SourceError(
+            f"{text}: no such path in the repository" if inside else f"{text}: the repository is empty"
+        )
+    if "model_index.json" in here:
+        found = _pipeline(here, inside, peek, text)
+    else:
+        weights = _weights(here, inside, peek, text)
+        if not weights:
+            raise SourceError(f"{text}: no weights there that can be read (.safetensors, .bin, .gguf)")
+        found = [*weights, *_small(here)]
+    return sorted(_join(inside, name) for name in found)
+
+
+def _pipeline(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
+    """The files of a diffusers pipeline. Whether they are all there is for the one to say who opens it."""
+    listed = peek(_join(folder, "model_index.json"))
+    found = _small(here)
+    for component in listed if isinstance(listed, dict) else ():
+        files = _within(here, component) if _is_plain(component) else []
+        within = _join(folder, component)
+        found += [f"{component}/{name}" for name in [*_weights(files, within, peek, text), *_small(files)]]
+    return found
+
+
+def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
+    """The files of weights directly in a folder whose files are ``here``."""
+    here = [name for name in here if "/" not in name]
+    if (usual := usual_weights(here)) is not None:
+        return [usual.name, *_shards(usual.name, here, folder, peek)]
+    if ".metadata" in here:  # torch.distributed.checkpoint
+        return [name for name in here if name == ".metadata" or name.endswith(".distcp")]
+    for ending in (".safetensors.index.json", ".safetensors", "adapter_model.bin", ".gguf"):
+        found = [name for name in here if name.endswith(ending)]
+        heads = {re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", name) for name in found}
+        if len(heads) > 1:
+            first, second = sorted(heads)[:2]
+            raise SourceError(f"{text}: several checkpoints ({first}, {second}, ...); name one")
+        if found:
+            return sorted({*found, *(shard for name in found for shard in _shards(name, here, folder, peek))})
+    return []
+
+
+def _shards(name: str, here: list[str], folder: str, peek: Peek) -> list[str]:
+    """The files that ``name`` needs beside itself, as far as the folder has them: the one who opens it misses the rest."""
+    if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name):
+        stem, count = split.groups()
+        parts = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-{count}\.gguf")
+        return [other for other in here if parts.fullmatch(other) and other != name]
+    if not is_index(name):
+        return []
+    index = peek(_join(folder, name))
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    named = {file for file in files.values() if isinstance(file, str)} if isinstance(files, dict) else set()
+    return [other for other in here if other in named]
+
+
+def _small(here: list[str]) -> list[str]:
+    """The small files directly in a folder; of indexes only those whose shards are fetched, which are weights."""
+    return [name for name in here if "/" not in name and name.endswith(_SMALL) and not is_index(name)]
+
+
+def _within(names: list[str], folder: str) -> list[str]:
+    prefix = f"{folder}/" if folder else ""
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a path in the repository stays in it, on every system."""
+    return "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _parsed(text: str) -> _Location:
+    match = _LOCATION.fullmatch(text)
+    if match is None:
+        raise SourceError(f"{text}: not of the form {_SYNTAX}")
+    inside = (match["inside"] or "").rstrip("/")
+    revision = unquote(match["revision"] or "main")
+    if not _is_plain(revision) or (inside and not _is_plain(inside)):
+        raise SourceError(f"{text}: not of the form {_SYNTAX}")
+    repo = match["repo"]
+    if repo.split("/")[0] in ("datasets", "spaces", "buckets"):
+        raise SourceError(f"{text}: only repositories of models can be read: {_SYNTAX}")
+    return _Location(text, repo, revision, inside)
+
+
+def _snapshot(where: _Location, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(where.repo, revision=where.revision, **options))
+
+
+def _cached(where: _Location, why: str) -> Path:
+    """The same from the cache alone; ``why`` the hub cannot be asked."""
+    try:
+        root = _snapshot(where, allow_patterns=[], local_files_only=True)
+    except Exception:
+        raise SourceError(f"{where}: not in the cache, and the hub cannot be reached: {why}") from None
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    try:
+        wanted(names, where.inside, lambda name: _read_json(root / name, where), where.text)
+    except SourceError as error:
+        raise SourceError(f"{error} (in the cache; the hub cannot be reached: {why})") from None
+    return root / where.inside
+
+
+def _read_json(path: Path, where: _Location) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{where}: {path.name}: {one_line(error)}") from None
+
+
+@contextmanager
+def _refusals(where: _Location) -> Iterator[None]:
+    """Turn what the hub refuses into one line; other exceptions, such as a lost connection, pass."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise SourceError(f"{where}: gated: accept its terms on the hub, and log in (hf auth login)") from None
+    except errors.RepositoryNotFoundError:
+        raise SourceError(
+            f"{where}: no such repository, or a private one that needs a login (hf auth login)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise SourceError(f"{where}: the repository has no revision {where.revision!r}") from None
+    except errors.HFValidationError as error:
+        raise SourceError(f"{where}: {one_line(error)}") from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 500)
+        if status in (408, 429) or status >= 500:
+            raise  # it is the hub that has a problem
+        raise SourceError(f"{where}: the hub refuses: {one_line(error)}") from None

@@ -1,0 +1,210 @@
+"""Where bytes come from: a local file, or one on shared storage that fsspec reaches, by ranges and from any thread."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from shira_format.errors import SourceError
+
+# One letter is a drive of Windows, not a protocol. A chain names several: zip://weights.st::s3://bucket/all.zip
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://|(?:[A-Za-z][A-Za-z0-9+.\-]+::)+[A-Za-z][A-Za-z0-9+.\-]+://")
+# macOS refuses to read 2 GiB or more at once.
+_AT_ONCE = 1 << 30
+# Filesystems of fsspec that are not asynchronous share one connection, or one position in an archive.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class Storage(Protocol):
+    """One open file.
+
+    Attributes:
+        size: its bytes.
+    """
+
+    size: int
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Fill ``out`` (bytes, writable) with the file's bytes from ``start`` on; safe from several threads.
+
+        Raises:
+            OSError: the file ends before that, or cannot be read.
+            SourceError: the same of a file that is not on this machine.
+        """
+
+    def view(self, start: int, stop: int) -> Any:
+        """The bytes from ``start`` to ``stop`` as a read-only buffer: mapped where that is possible, else read."""
+
+    def close(self) -> None:
+        """Close the file; views stay valid."""
+
+
+class LocalFile:
+    """A file of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError if it cannot be opened."""
+        self._path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the object
+        weakref.finalize(self, self._file.close)
+        self.size = os.fstat(self._file.fileno()).st_size
+        self._lock = threading.Lock()
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        while out:
+            now = out[:_AT_ONCE]
+            if hasattr(os, "preadv"):
+                done = os.preadv(self._file.fileno(), [now], start)
+            else:  # Windows
+                with self._lock:
+                    self._file.seek(start)
+                    done = self._file.readinto(now) or 0
+            if done == 0:
+                raise self._shorter()
+            start, out = start + done, out[done:]
+
+    def view(self, start: int, stop: int) -> Any:
+        if start == stop:
+            return b""
+        skip = start % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(
+                self._file.fileno(), skip + stop - start, access=mmap.ACCESS_READ, offset=start - skip
+            )
+        except ValueError as error:
+            if self._file.closed:
+                raise
+            raise self._shorter() from error
+        return memoryview(mapped)[skip:]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _shorter(self) -> OSError:
+        return OSError(errno.EIO, "the file has become shorter", str(self._path))
+
+
+class RemoteFile:
+    """A file behind fsspec: object stores, shared storage, archives."""
+
+    def __init__(self, path: Any) -> None:
+        """Args: ``path`` is a ``UPath``. Raises SourceError if there is no such file."""
+        self._url, self._fs, self._path = str(path), path.fs, path.path
+        # The asynchronous ones hand every request to a loop of their own, so that any thread may ask.
+        self._turn: Any = nullcontext() if self._fs.async_impl else _ONE_AT_A_TIME
+        with _named(self._url), self._turn:
+            size = self._fs.size(self._path)
+        if size is None:
+            raise SourceError(f"{self._url}: its size is not known, so that no part of it can be read")
+        self.size = int(size)
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        out[:] = self.view(start, start + len(out))
+
+    def view(self, start: int, stop: int) -> Any:
+        if start == stop:
+            return b""
+        with _named(self._url), self._turn:
+            found = self._fs.cat_file(self._path, start=start, end=stop)
+        if len(found) != stop - start:
+            raise SourceError(
+                f"{self._url}: gave {len(found)} bytes instead of bytes {start} to {stop}: "
+                "it has become shorter, or cannot be read in parts"
+            )
+        return found
+
+    def close(self) -> None:
+        """Nothing stays open between reads."""
+
+
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Turn whatever goes wrong into one line that names ``url``; each filesystem has exceptions of its own."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except FileNotFoundError as error:
+        cause = error.__cause__  # such as a lost connection; that a dictionary lacks the file says nothing
+        why = f" ({one_line(cause)})" if cause and not isinstance(cause, LookupError) else ""
+        raise SourceError(f"{url}: no such file or folder{why}") from None
+    except Exception as error:
+        raise SourceError(f"{url}: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """What ``error`` says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def open_storage(path: Path) -> Storage:
+    """Open what :func:`located` gave.
+
+    Raises:
+        OSError: it cannot be read.
+        SourceError: the same of a file that is not on this machine.
+    """
+    return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """The path that ``path`` means: a local one as it is, ``hf://...`` from the hub or its cache, any other URL by fsspec.
+
+    What comes from a URL of fsspec's is a ``UPath``: not a :class:`Path`, but with its methods. A ``UPath`` may also
+    be passed, with the options of its storage; it stays what it is.
+
+    Raises:
+        SourceError: a URL that leads to nothing, cannot be reached, or needs a package which is not installed.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        return path
+    text = os.fspath(path)
+    if text.startswith("hf://"):
+        from shira_format.storage.hub import downloaded
+
+        return downloaded(text)
+    if _URL.match(text) is None:
+        return Path(text)
+    try:
+        from upath import UPath
+    except ImportError:
+        raise SourceError(f"{text}: URLs need fsspec: pip install 'shira-format[remote]'") from None
+    with _named(text):
+        found: Any = UPath(text)
+        if found.protocol in ("file", "local"):
+            return Path(found.path)
+        # Most filesystems answer "it does not exist" to whatever fails; asking for more brings out the reason.
+        if not found.exists():
+            found.stat()
+    return cast(Path, found)
+
+
+def identified(path: str | os.PathLike[str]) -> dict[str, str]:
+    """``id`` and ``revision`` of the repository that an ``hf://`` location stands for; empty for other paths.
+
+    Call it after :func:`located`: the revision is the one in the cache.
+    """
+    if not isinstance(path, str) or not path.startswith("hf://"):
+        return {}
+    from shira_format.storage.hub import identified as identified_by_hub
+
+    return identified_by_hub(path)
+
+
+def check_not_input(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write over a file that is read.
+
+    Raises:
+        SourceError: ``out`` is one of ``inputs``.
+    """
+    local = [path for path in inputs if isinstance(path, Path) and path.exists()]
+    if out.exists() and any(out.samefile(path) for path in local):
+        raise SourceError(f"{out}: is one of the inputs")

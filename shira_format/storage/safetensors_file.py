@@ -1,0 +1,273 @@
+"""Reading a safetensors file strictly and lazily: the header is checked whole, data is mapped only when asked for.
+
+The safetensors package checks less than the spec asks (repeated keys, the metadata's types) and copies what it reads;
+adapters, LoRAs and checkpoints all go through this module instead. Section numbers are those of ``spec/SPEC.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shira_format._core.arrays import Array, frozen
+from shira_format._core.dtypes import DTYPES, dtype_name
+from shira_format.errors import FormatError
+from shira_format.storage.paths import open_storage
+from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
+
+MAX_HEADER = 100_000_000
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One array of the file: dtype, shape and its byte range within the buffer."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the file."""
+        return self.end - self.begin
+
+
+class SafetensorsFile(Mapping[str, Stream]):
+    """The checked header of one file as a mapping from name to :class:`Stream`, in file order of the header.
+
+    Attributes:
+        path: the file.
+        metadata: the strings of ``__metadata__``.
+        size: bytes of the whole file.
+
+    Raises:
+        FormatError: a rule of section 2 is broken.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        # A UPath, of storage that fsspec reaches, is no Path and stays what it is.
+        self.path = Path(path) if isinstance(path, str) else path
+        self._storage = open_storage(self.path)
+        try:
+            self.size = self._storage.size
+            self._start, header = self._read_header()
+            self.metadata = _metadata(header)
+            self._streams = _streams(header, self.size - self._start)
+        except FormatError as error:
+            self._storage.close()
+            raise error.at(file=self.path) from None
+        except BaseException:
+            self._storage.close()
+            raise
+        self._map: Any = None
+
+    def _read_header(self) -> tuple[int, dict[str, Any]]:
+        if self.size < 8:
+            raise FormatError("file-truncated", f"{self.size} bytes are no safetensors file")
+        prefix = bytes(self._storage.view(0, 8))
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER:
+            raise FormatError(
+                "header-too-large", f"the header says it has {length} bytes, the limit is {MAX_HEADER}"
+            )
+        if 8 + length > self.size:
+            raise FormatError("file-truncated", f"the header says it has {length} bytes, the file has {self.size}")
+        text = bytes(self._storage.view(8, 8 + length))
+        if not text.startswith(b"{"):
+            raise FormatError("header-json", "the header does not start with '{'")
+        text = text.rstrip(b" ")
+        if not text.endswith(b"}"):
+            raise FormatError("header-json", "something other than spaces follows the header's object")
+        return 8 + length, parse_object(text, "header-json")
+
+    def __getitem__(self, name: str) -> Stream:
+        return self._streams[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._streams)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def read(self, name: str) -> Array:
+        """The array ``name``, read-only, from one map of the whole file that all arrays share.
+
+        Only the pages that are touched are read. The map lives as long as any array of it.
+        """
+        stream = self._streams[name]
+        if stream.nbytes == 0:
+            return _array(b"", 0, stream)
+        if not isinstance(self.path, Path):
+            return self.read_apart(name)
+        if self._map is None:
+            self._map = self._storage.view(0, self.size)
+        return _array(self._map, self._start + stream.begin, stream)
+
+    def read_apart(self, name: str) -> Array:
+        """The array ``name``, read-only, from a map of its own, which goes when the array goes.
+
+        For checkpoints: resident and virtual memory stay at one tensor, however large the file.
+        """
+        stream = self._streams[name]
+        return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
+
+    def read_part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        """Elements ``start`` to ``stop`` of the flat array ``name``, ``[stop - start]``, read into ``out`` or new memory.
+
+        Args:
+            name: the array.
+            start: first flat index.
+            stop: flat index after the last.
+            out: contiguous, of the array's dtype, at least as long as what is read.
+        """
+        stream = self._streams[name]
+        if out is None:
+            out = np.empty(stop - start, DTYPES[stream.dtype])
+        part = out[: stop - start]
+        if stop > start:
+            at = self._start + stream.begin + start * part.itemsize
+            self._storage.read_into(at, part.view(np.uint8).data)
+        return part
+
+    def close(self) -> None:
+        """Close the file; arrays that were read stay valid."""
+        self._map = None
+        self._storage.close()
+
+
+def _array(buffer: Any, offset: int, stream: Stream) -> Array:
+    flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
+    try:
+        return frozen(flat.reshape(stream.shape))
+    except ValueError as error:  # no elements, but dimensions that numpy cannot multiply
+        raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError("header-entry", "__metadata__ does not map strings to strings")
+    return metadata
+
+
+def _streams(header: dict[str, Any], buffer_size: int) -> dict[str, Stream]:
+    streams = {name: _stream(name, entry) for name, entry in header.items() if name != "__metadata__"}
+    at = 0
+    for name, stream in sorted(streams.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if stream.begin != at:
+            raise FormatError("offsets", f"it begins at {stream.begin}, the one before ends at {at}", tensor=name)
+        at = stream.end
+    if at > buffer_size:
+        raise FormatError("file-truncated", f"the streams take {at} bytes, the file has {buffer_size} for them")
+    if at < buffer_size:
+        raise FormatError("file-trailing", f"{buffer_size - at} bytes follow after the last stream")
+    return streams
+
+
+def _stream(name: str, entry: Any) -> Stream:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name) from None
+    if not (
+        len(entry) == 3
+        and isinstance(dtype, str)
+        and isinstance(shape, list)
+        and len(shape) <= MAX_RANK
+        and all(is_uint(n) for n in [*shape, begin, end])
+        and begin <= end
+    ):
+        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name)
+    if dtype not in DTYPES:
+        raise FormatError("unknown-dtype", f"dtype {dtype!r} is not known", tensor=name)
+    if numel(tuple(shape)) > MAX_NUMEL:
+        raise FormatError("shape-overflow", f"shape {shape} has more than 2^53 - 1 elements", tensor=name)
+    stream = Stream(dtype, tuple(shape), begin, end)
+    if stream.nbytes != numel(stream.shape) * DTYPES[dtype].itemsize:
+        raise FormatError("dtype-length", f"{stream.nbytes} bytes for {dtype} of shape {shape}", tensor=name)
+    return stream
+
+
+def header_of(
+    tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file whose tensors follow one another, and where in it each tensor's bytes begin.
+
+    Args:
+        tensors: name, dtype and shape of each, in the order of the file.
+        metadata: strings by name; none is written if it is empty.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, at = {}, 0
+    for name, dtype, shape in tensors:
+        begins[name], stop = at, at + numel(shape) * dtype.itemsize
+        entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+
+
+def is_uint(value: Any) -> bool:
+    """Whether a parsed JSON value is an integer >= 0 (``true`` is not)."""
+    return type(value) is int and value >= 0
+
+
+def parse_object(text: bytes, rule: str) -> dict[str, Any]:
+    """Parse strict JSON: valid UTF-8, an object, no repeated keys, no NaN, at most 32 levels.
+
+    Raises:
+        FormatError: with the given rule.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FormatError(rule, f"the key {twice!r} occurs twice")
+        return found
+
+    def constant(word: str) -> Any:
+        raise FormatError(rule, f"{word} is not JSON")
+
+    def integer(digits: str) -> int:
+        # Python refuses to parse very long integers. Whatever it was, it is beyond every limit of the format.
+        return int(digits[:400])
+
+    try:
+        parsed = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer
+        )
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(rule, f"invalid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(rule, "not a JSON object")
+    if _depth(parsed) > MAX_DEPTH:
+        raise FormatError(rule, f"nested more than {MAX_DEPTH} deep")
+    return parsed
+
+
+def _depth(value: Any) -> int:
+    """Levels of objects and lists, counted one level at a time so that no depth can exhaust the stack."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            child
+            for item in level
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) is dict or type(child) is list
+        ]
+    return depth
