@@ -8,11 +8,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shira_format import ShiraError, __version__
+from shira_format._core import text
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -72,7 +73,7 @@ def _fail(prog: str, message: str, code: int) -> int:
 
 def complain(prog: str, message: str) -> None:
     """Say on stderr, in one line, why there is no result or not the one that was hoped for."""
-    print(f"{prog}: error: {printable(message)}", file=sys.stderr)
+    print(f"{prog}: error: {text.printable(message)}", file=sys.stderr)
 
 
 def usage_error(prog: str, message: str) -> NoReturn:
@@ -93,7 +94,7 @@ def terminate_like_interrupt() -> None:
 def notice(message: str, *, quiet: bool) -> None:
     """Tell something on stderr that is not the result."""
     if not quiet:
-        print(printable(message), file=sys.stderr)
+        print(text.printable(message), file=sys.stderr)
 
 
 def check_output(path: Path, *, force: bool) -> None:
@@ -129,45 +130,3 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
-
-
-def printable(text: str) -> str:
-    """``text`` in one line, without what could move the cursor or reorder it: names come from strangers' files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns of text; the first is flush left, the others flush right."""
-    lines = [list(head), *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def count(number: int) -> str:
-    """12345678 as 12,345,678."""
-    return f"{number:,}"
-
-
-def counted(number: int, what: str) -> str:
-    """1 as "1 tensor", 2000 as "2,000 tensors"."""
-    return f"{count(number)} {what}{'' if number == 1 else 's'}"
-
-
-def percent(share: float) -> str:
-    """0.01234 as 1.23 %, with more digits where it is small."""
-    return f"{share:.2%}".replace("%", " %") if share >= 0.001 or share == 0 else f"{share * 100:.2g} %"
-
-
-def size(number: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
-        number /= 1000
-    raise AssertionError

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shira_cli import console
+from shira_format._core import text
 
 PROG = "shira-demo"
 DATA = Path(__file__).parent / "data"
@@ -103,8 +104,8 @@ def _run_task(
     task: str, base: Path, rules: Sequence[Any], folder: Path, *, quiet: bool, show: bool
 ) -> dict[str, Any]:
     from shira_analysis import accuracy
-    from shira_analysis.measures.effect import effect
     from shira_analysis.measures.classifier import LabelledTexts
+    from shira_analysis.measures.effect import effect
     from shira_format import load
     from shira_format.convert import lora_to_shira
     from shira_format.live import apply
@@ -210,15 +211,15 @@ def _show(result: dict[str, Any], example: Path) -> None:
     print(f"\n=== {result['task']} ===\n{summary}\n")
     ends = [
         ("base, LoRA's head", "", "", "", f"{result['accuracy_base']:.3f}", "0.00", ""),
-        ("LoRA (PEFT)", "", console.size(result["lora_bytes"]), "100.0%", f"{result['accuracy_lora']:.3f}", "1.00", "1.00"),
+        ("LoRA (PEFT)", "", text.file_size(result["lora_bytes"]), "100.0%", f"{result['accuracy_lora']:.3f}", "1.00", "1.00"),
     ]  # fmt: skip
     rows = [
-        (f"SHiRA {100 * row['density']:g} %", console.count(row["nnz"]), console.size(row["file_bytes"]),
+        (f"SHiRA {100 * row['density']:g} %", text.count(row["nnz"]), text.file_size(row["file_bytes"]),
          f"{row['energy_kept']:.1%}", f"{row['accuracy']:.3f}", f"{row['effect_kept']:.2f}", f"{row['effect_cosine']:.2f}")
         for row in result["adapters"]
     ]  # fmt: skip
     head = ("", "entries", "file", "energy kept", "accuracy", "effect kept", "cosine")
-    print(console.table(head, [ends[0], *rows, ends[1]]))
+    print(text.table(head, [ends[0], *rows, ends[1]]))
     print(f"Without any adapter, a new head on the base alone reaches {result['accuracy_head_only']:.3f}.")
     gain = result["accuracy_lora"] - result["accuracy_base"]
     for row in result["adapters"]:

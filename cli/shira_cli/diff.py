@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_format.merge.differing import Differences, TensorDifference
@@ -93,15 +94,15 @@ def as_text(found: Differences, listed: Sequence[TensorDifference]) -> str:
             "base",
         )
         rows = [_row(tensor) for tensor in listed]
-        rows.append(("all", "", *(console.count(value) for value in _totals(found).values()), "", ""))
-        lines.append(console.table(head, rows))
+        rows.append(("all", "", *(text.count(value) for value in _totals(found).values()), "", ""))
+        lines.append(text.table(head, rows))
     if found.alpha[0] != found.alpha[1]:
         lines.append(f"strength: {found.alpha[0]:g} in A, {found.alpha[1]:g} in B")
     for which, names in zip("AB", found.removed, strict=True):
         if names:
-            lines.append(f"removed by {which} alone: {', '.join(map(console.printable, names))}")
+            lines.append(f"removed by {which} alone: {', '.join(map(text.printable, names))}")
     if found.provenance:
-        keys = ", ".join(map(console.printable, found.provenance))
+        keys = ", ".join(map(text.printable, found.provenance))
         lines.append(f"provenance differs, which is no difference of content: {keys}")
     if found.same:
         lines.append(f"the same content: {len(found.tensors)} tensors")
@@ -129,7 +130,7 @@ def _row(tensor: TensorDifference) -> tuple[str, ...]:
     base = {None: "", True: "same", False: "other"}[tensor.same_base]
     return (
         f"{tensor.name} (whole)" if tensor.whole else tensor.name, differs,
-        *(console.count(value) for value in (tensor.only_first, tensor.only_second, tensor.equal, tensor.other)),
+        *(text.count(value) for value in (tensor.only_first, tensor.only_second, tensor.equal, tensor.other)),
         "" if tensor.largest is None else f"{tensor.largest:.4g}", base,
     )  # fmt: skip
 

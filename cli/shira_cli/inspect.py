@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shira_analysis.report.summary import describe, misfits_with
 from shira_cli import console
 from shira_format import AdapterFile
+from shira_format._core import text
 from shira_format.names.filters import name_filter
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def as_text(info: dict[str, Any]) -> str:
     """The description for a terminal."""
     totals = info["totals"]
     facts = [
-        ("file", f"{info['file']} ({console.size(totals['file_bytes'])})"),
+        ("file", f"{info['file']} ({text.file_size(totals['file_bytes'])})"),
         ("format", f"{info['format_version']}, written by {info['writer'] or 'an unnamed writer'}"),
         ("base model", _model(info["base_model"])),
         *((f"  {name}", _model(part.get("base_model"))) for name, part in (info["components"] or {}).items()),
@@ -166,22 +167,22 @@ def as_text(info: dict[str, Any]) -> str:
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         facts.append(("fits the base", verdict + more))
     width = max(len(key) for key, _ in facts)
-    lines = [f"{key.ljust(width)}  {console.printable(value)}" for key, value in facts]
+    lines = [f"{key.ljust(width)}  {text.printable(value)}" for key, value in facts]
     if info["tensors"]:
         lines += ["", _tensor_table(info["tensors"])]
     if info["whole"]:
-        rows = [(w["name"], w["dtype"], _shape(w["shape"]), console.size(w["bytes"])) for w in info["whole"]]
-        lines += ["", console.table(("whole tensor", "dtype", "shape", "size"), rows)]
+        rows = [(w["name"], w["dtype"], _shape(w["shape"]), text.file_size(w["bytes"])) for w in info["whole"]]
+        lines += ["", text.table(("whole tensor", "dtype", "shape", "size"), rows)]
     return "\n".join(lines)
 
 
 def _tensor_table(tensors: list[dict[str, Any]]) -> str:
     head = ("tensor", "dtype", "shape", "entries", "density", "codec", "values", "size", "energy kept")
-    return console.table(
+    return text.table(
         head,
         (
-            (t["name"], t["dtype"], _shape(t["shape"]), console.count(t["nnz"]), console.percent(t["density"]),
-             t["index_codec"], t["values"], console.size(t["bytes"]),
+            (t["name"], t["dtype"], _shape(t["shape"]), text.count(t["nnz"]), text.percent(t["density"]),
+             t["index_codec"], t["values"], text.file_size(t["bytes"]),
              "" if t["energy_kept"] is None else f"{t['energy_kept']:.1%}")
             for t in tensors
         ),
@@ -258,10 +259,8 @@ def _selection(selection: dict[str, Any] | None) -> str:
 
 
 def _entries(totals: dict[str, Any]) -> str:
-    share = f"{console.count(totals['nnz'])} of {console.count(totals['numel'])} ({console.percent(totals['density'])})"
-    return (
-        f"{share} in {console.counted(totals['tensors'], 'tensor')}; {totals['whole_tensors']} replaced as a whole"
-    )
+    share = f"{text.count(totals['nnz'])} of {text.count(totals['numel'])} ({text.percent(totals['density'])})"
+    return f"{share} in {text.counted(totals['tensors'], 'tensor')}; {totals['whole_tensors']} replaced as a whole"
 
 
 def _bits(totals: dict[str, Any]) -> str:

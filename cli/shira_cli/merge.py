@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
+from shira_format._core import text
 from shira_format.merge.methods import METHODS, shown
 
 if TYPE_CHECKING:
@@ -384,12 +385,12 @@ def _kept(energy: float | None, kept: float | None) -> float | None:
 def _text(report: MergeReport, output: Path | None) -> str:
     names = [Path(label).name for label in report.labels]
     names = names if len(set(names)) == len(names) else report.labels
-    head: tuple[str, ...] = ("tensor", *map(console.printable, names), "shared", "result", "density")
-    totals = ("all", *map(console.count, [*_inputs(report), report.shared, report.nnz]), console.percent(report.density))  # fmt: skip
+    head: tuple[str, ...] = ("tensor", *map(text.printable, names), "shared", "result", "density")
+    totals = ("all", *map(text.count, [*_inputs(report), report.shared, report.nnz]), text.percent(report.density))  # fmt: skip
     rows: list[tuple[str, ...]] = [
         (
-            tensor.name, *map(console.count, [*tensor.inputs, tensor.shared, tensor.nnz]),
-            console.percent(tensor.nnz / tensor.numel if tensor.numel else 0.0),
+            tensor.name, *map(text.count, [*tensor.inputs, tensor.shared, tensor.nnz]),
+            text.percent(tensor.nnz / tensor.numel if tensor.numel else 0.0),
         )
         for tensor in report.tensors
     ]  # fmt: skip
@@ -398,14 +399,14 @@ def _text(report: MergeReport, output: Path | None) -> str:
     if any(share is not None for share in kept):
         head += ("energy lost",)
         shares = [*kept, report.energy_kept]
-        rows = [(*row, "" if share is None else console.percent(1 - share)) for row, share in zip(rows, shares, strict=True)]  # fmt: skip
-    lines = [console.table(head, rows)] if report.tensors else []
+        rows = [(*row, "" if share is None else text.percent(1 - share)) for row, share in zip(rows, shares, strict=True)]  # fmt: skip
+    lines = [text.table(head, rows)] if report.tensors else []
     if report.whole:
-        lines.append(f"stored whole: {', '.join(map(console.printable, report.whole))}")
+        lines.append(f"stored whole: {', '.join(map(text.printable, report.whole))}")
     if output is None:
         lines.append("dry run: nothing was written")
     else:
-        lines.append(f"{console.printable(str(output))}: {console.size(report.file_bytes or 0)}")
+        lines.append(f"{text.printable(str(output))}: {text.file_size(report.file_bytes or 0)}")
     return "\n".join(lines)
 
 

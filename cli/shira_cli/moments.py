@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_format.calibration.texts import Chosen, Loaded
@@ -162,17 +163,17 @@ def _report(options: argparse.Namespace, rows: list[dict[str, Any]], texts: int)
     table = [
         (
             row["name"],
-            console.count(row["width"]),
-            console.count(row["block"]),
-            "-" if row["samples"] is None else console.count(row["samples"]),
-            console.size(row["nbytes"]),
+            text.count(row["width"]),
+            text.count(row["block"]),
+            "-" if row["samples"] is None else text.count(row["samples"]),
+            text.file_size(row["nbytes"]),
         )
         for row in rows
     ]
-    print(console.table(("weight", "width", "block", "inputs", "size"), table))
+    print(text.table(("weight", "width", "block", "inputs", "size"), table))
     told = "would be gathered" if options.dry_run else "gathered"
     print(
-        f"{console.printable(str(options.output))}: {len(rows)} weights, {texts} texts, {console.size(nbytes)} {told}"
+        f"{text.printable(str(options.output))}: {len(rows)} weights, {texts} texts, {text.file_size(nbytes)} {told}"
     )
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_analysis.figures.pictures import Picture
@@ -137,7 +138,7 @@ def _plot(options: argparse.Namespace) -> int:
         console.print_json({"picture": str(options.output), "csv": str(options.csv), "records": picture.records})
     else:
         print(
-            console.printable(
+            text.printable(
                 f"{options.output}: drawn; its numbers are in {options.csv} ({len(picture.records)} rows)"
             )
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shira_cli import console
+from shira_format._core import text as text_
 
 if TYPE_CHECKING:
     from shira_analysis.lemmas import LemmaReport, Verification
@@ -107,10 +108,10 @@ def _shipped(options: argparse.Namespace) -> Iterator[list[Path]]:
 def as_text(found: Verification) -> str:
     """The report for a terminal."""
     names = ", ".join(Path(file).name for file in found.files) or "none"
-    lines = [f"Sparse High Rank Adapters, the five lemmas by numbers; seed {found.seed}{', quick' if found.quick else ''}; files: {console.printable(names)}"]  # fmt: skip
+    lines = [f"Sparse High Rank Adapters, the five lemmas by numbers; seed {found.seed}{', quick' if found.quick else ''}; files: {text_.printable(names)}"]  # fmt: skip
     for lemma in found.lemmas:
         lines += ["", *_lemma(lemma)]
-    rows = [(f"{lemma.number} {lemma.title}", console.count(lemma.cases), "all hold" if lemma.ok else "BROKEN", lemma.verdict) for lemma in found.lemmas]  # fmt: skip
+    rows = [(f"{lemma.number} {lemma.title}", text_.count(lemma.cases), "all hold" if lemma.ok else "BROKEN", lemma.verdict) for lemma in found.lemmas]  # fmt: skip
     return "\n".join([*lines, "", "SUMMARY", *_columns(("lemma", "cases", "true laws", "the printed statement"), rows)])  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "
 
 def _wrapped(text: str, start: str, indent: int) -> list[str]:
     return textwrap.wrap(
-        console.printable(text), max(WIDTH, indent + 40), initial_indent=start, subsequent_indent=" " * indent,
+        text_.printable(text), max(WIDTH, indent + 40), initial_indent=start, subsequent_indent=" " * indent,
         break_on_hyphens=False, break_long_words=False,
     ) or [start.rstrip()]  # fmt: skip
 
@@ -151,12 +152,12 @@ def _lemma(lemma: LemmaReport) -> list[str]:
     if lemma.measured:
         lines += ["", "  measured"]
         for what, text in lemma.measured:
-            lines += [f"    {console.printable(what)}", *_wrapped(text, " " * 6, 6)]
+            lines += [f"    {text_.printable(what)}", *_wrapped(text, " " * 6, 6)]
     if lemma.of_files:
         shown = _some(lemma.of_files)
         lines += ["", f"  of the files ({len(shown)} of {len(lemma.of_files)} weights looked at; --json has all)"]
         for what, text in shown:
-            lines += [f"    {console.printable(what)}", *_wrapped(text, " " * 6, 6)]
+            lines += [f"    {text_.printable(what)}", *_wrapped(text, " " * 6, 6)]
     for note in lemma.notes:
         lines += _wrapped(note, "  note: ", 8)
     return lines
@@ -195,7 +196,7 @@ def _counterexample(found: Counterexample) -> list[str]:
 def _check(check: Check) -> tuple[str, str, str, str]:
     result = "holds" if check.ok else f"BROKEN ({check.broken})" if check.cases else "NO CASE"
     law = check.law if check.ok else f"{check.law} -- worst: {check.where}"
-    return result, console.count(check.cases), _margin(check), law
+    return result, text_.count(check.cases), _margin(check), law
 
 
 def _margin(check: Check) -> str:

@@ -21,9 +21,9 @@ from shira_analysis.merging import lemmas as joining_lemmas
 from shira_analysis.merging.analysis import analyse_merge
 from shira_analysis.merging.lemmas import struct_rows
 from shira_analysis.merging.report import MergeAnalysis
-from shira_analysis.report.tables import percent
 from shira_format import Adapter, BaseRequired, DenseTensor, SourceError, SparseTensor, save
 from shira_format._core.arrays import digest
+from shira_format._core.text import percent
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
 from shira_format.merge import METHODS, Merge, open_merge

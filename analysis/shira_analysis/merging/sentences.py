@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shira_analysis.merging.report import MergeAnalysis, MergedPair, conflict_share
-from shira_analysis.report.tables import percent
+from shira_format._core.text import percent
 
 MET = 0.01  # shared entries, as a share of the smaller adapter's, from which their signs matter
 CLASH = 0.1  # share of the shared entries that are changed in opposite directions

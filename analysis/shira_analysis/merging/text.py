@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from shira_analysis.measures.pairs import Measures
 from shira_analysis.merging.report import LIMITS, MEASURE, MergeAnalysis, MergedPair, conflict_share
 from shira_analysis.merging.sentences import kept_words, lemma_words
-from shira_analysis.report.tables import number, percent, printable, table
+from shira_format._core.text import number, percent, printable, table
 from shira_format.merge.methods import shown
 
 _WIDTH = 120

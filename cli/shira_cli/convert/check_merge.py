@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
 from shira_cli.convert import common
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict
@@ -103,13 +104,13 @@ def _report(options: argparse.Namespace) -> MergeVerdict:
 def report_text(report: MergeVerdict) -> str:
     """The report as a table, with the answer at the end."""
     head = ("tensor", "verdict", "strength", "fits from", "to", "bits equal", "off by", "residual")
-    lines = [console.table(head, map(_row, report.layers))]
+    lines = [text.table(head, map(_row, report.layers))]
     reasons: dict[tuple[str, str], list[str]] = {}
     for layer in report.layers:
         if layer.reason:
             reasons.setdefault((layer.verdict, layer.reason), []).append(layer.name)
     lines += [
-        f"{verdict}: {console.printable(reason)}: {_some(names)}" for (verdict, reason), names in reasons.items()
+        f"{verdict}: {text.printable(reason)}: {_some(names)}" for (verdict, reason), names in reasons.items()
     ]
     if report.others is not None:
         lines.append(
@@ -122,7 +123,7 @@ def report_text(report: MergeVerdict) -> str:
         ):  # fmt: skip
             if names:
                 lines.append(f"  {words}: {_some(names)}")
-    lines.append(f"{report.answer}: {console.printable(report.sentence)}")
+    lines.append(f"{report.answer}: {text.printable(report.sentence)}")
     return "\n".join(lines)
 
 
@@ -138,5 +139,5 @@ def _row(layer: LayerVerdict) -> tuple[str, ...]:
 
 
 def _some(names: list[str], most: int = 8) -> str:
-    text = ", ".join(map(console.printable, names[:most]))
+    text = ", ".join(map(text.printable, names[:most]))
     return text if len(names) <= most else f"{text}, ... ({len(names)})"

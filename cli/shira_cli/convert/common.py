@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -173,32 +174,31 @@ def report_text(report: ConversionReport, output: Path | None) -> str:
     """The report as a table."""
     head: tuple[str, ...] = ("tensor", "shape", "entries", "density")
     rows: list[tuple[str, ...]] = [
-        (t.name, "x".join(map(str, t.shape)), console.count(t.nnz), console.percent(t.density))
-        for t in report.tensors
+        (t.name, "x".join(map(str, t.shape)), text.count(t.nnz), text.percent(t.density)) for t in report.tensors
     ]
-    rows.append(("all", "", console.count(report.nnz), console.percent(report.density)))
+    rows.append(("all", "", text.count(report.nnz), text.percent(report.density)))
     if not report.exact:
         head += ("energy kept", "rel. error")
         accounts = [(t.energy_kept, t.relative_error) for t in report.tensors]
         accounts.append((report.energy_kept, report.relative_error))
         rows = [(*row, f"{kept:.1%}", f"{error:.3f}") for row, (kept, error) in zip(rows, accounts, strict=True)]
-    lines = [console.table(head, rows)]
+    lines = [text.table(head, rows)]
     if report.whole:
         lines.append(f"stored whole: {_some(report.whole)}")
     by_kind: dict[str, list[str]] = {}
     for name, what in report.structure.items():
         by_kind.setdefault(what, []).append(name)
-    lines += [f"{console.printable(what)}: {_some(names)}" for what, names in by_kind.items()]
+    lines += [f"{text.printable(what)}: {_some(names)}" for what, names in by_kind.items()]
     if report.unchanged:
         lines.append(f"unchanged: {report.unchanged} tensors")
     if output is None:
         lines.append("dry run: nothing was written")
     else:
-        lines.append(f"{console.printable(str(output))}: {console.size(report.file_bytes or 0)}")
+        lines.append(f"{text.printable(str(output))}: {text.file_size(report.file_bytes or 0)}")
     return "\n".join(lines)
 
 
 def _some(names: list[str], most: int = 8) -> str:
     """Names in one line; of many, the first, and how many there are."""
-    text = ", ".join(map(console.printable, names[:most]))
+    text = ", ".join(map(text.printable, names[:most]))
     return text if len(names) <= most else f"{text}, ... ({len(names)} tensors)"

@@ -9,6 +9,7 @@ from typing import Any
 
 from shira_cli import console
 from shira_cli.convert import common
+from shira_format._core import text
 
 EXPORT = """\
 Write an adapter as a folder of CSR matrices, one .npz file a tensor, that scipy.sparse.load_npz opens: for analysis in
@@ -65,8 +66,8 @@ def _export(options: argparse.Namespace) -> int:
             options.adapter, output, base=options.base, values=options.values, include=options.include,
             exclude=options.exclude, force=options.force, progress=bar.update,
         )  # fmt: skip
-    rows = [(t.name, _shape(t.shape), console.count(t.nnz), t.values, t.file) for t in report.tensors]
-    table = console.table(("tensor", "shape", "entries", "data", "file"), rows)
+    rows = [(t.name, _shape(t.shape), text.count(t.nnz), t.values, t.file) for t in report.tensors]
+    table = text.table(("tensor", "shape", "entries", "data", "file"), rows)
     _show(options, asdict(report), table, report.whole, report.folder_bytes)
     return 0
 
@@ -84,10 +85,10 @@ def _import(options: argparse.Namespace) -> int:
             include=options.include, exclude=options.exclude, progress=bar.update,
         )  # fmt: skip
     rows = [
-        (t.name, _shape(t.shape), console.count(t.nnz), t.values, "changed" if t.changed else "as it was")
+        (t.name, _shape(t.shape), text.count(t.nnz), t.values, "changed" if t.changed else "as it was")
         for t in report.tensors
     ]
-    table = console.table(("tensor", "shape", "entries", "values", "matrix"), rows)
+    table = text.table(("tensor", "shape", "entries", "values", "matrix"), rows)
     _show(options, asdict(report), table, report.whole, report.file_bytes)
     return 0
 
@@ -107,7 +108,7 @@ def _show(
     print(
         "dry run: nothing was written"
         if output is None
-        else f"{console.printable(output)}: {console.size(size or 0)}"
+        else f"{text.printable(output)}: {text.file_size(size or 0)}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
 from shira_cli.convert import common
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_format.convert.peft_shira import PeftReport
@@ -106,16 +107,16 @@ def _export(options: argparse.Namespace) -> int:
 def _text(report: PeftReport, output: Path | None) -> str:
     rows = [
         (
-            t.module, "x".join(map(str, t.shape)), console.count(t.nnz), console.count(t.zeros),
-            "not known" if t.inexact is None else console.count(t.inexact),
+            t.module, "x".join(map(str, t.shape)), text.count(t.nnz), text.count(t.zeros),
+            "not known" if t.inexact is None else text.count(t.inexact),
         )
         for t in report.tensors
     ]  # fmt: skip
-    lines = [console.table(("module", "shape", "entries", "of them zeros", "inexact"), rows), f"r = {report.rank}"]
+    lines = [text.table(("module", "shape", "entries", "of them zeros", "inexact"), rows), f"r = {report.rank}"]
     if report.modules_to_save:
-        lines.append(f"saved whole: {', '.join(map(console.printable, report.modules_to_save))}")
+        lines.append(f"saved whole: {', '.join(map(text.printable, report.modules_to_save))}")
     if output is None:
         lines.append("dry run: nothing was written")
     else:
-        lines.append(f"{console.printable(str(output))}: {console.size(report.folder_bytes or 0)}")
+        lines.append(f"{text.printable(str(output))}: {text.file_size(report.folder_bytes or 0)}")
     return "\n".join(lines)

@@ -83,5 +83,5 @@ def _run(options: argparse.Namespace) -> int:
         print("dry run: nothing was written")
         return 0
     for name, size in report.files.items():
-        print(f"{console.printable(str(output / name))}: {console.size(size)}")
+        print(f"{text_.printable(str(output / name))}: {text_.file_size(size)}")
     return 0

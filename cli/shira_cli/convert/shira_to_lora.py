@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
 from shira_cli.convert import common
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_format.export.lora import LayerReport, LoraReport
@@ -115,24 +116,24 @@ def _text(report: LoraReport, output: Path | None) -> str:
     )  # fmt: skip
     rows = [
         (
-            layer.name, "x".join(map(str, layer.shape)), console.count(layer.nnz), str(layer.rank),
-            console.count(layer.parameters), f"{layer.energy_kept:.1%}", f"{layer.relative_error:.4g}",
+            layer.name, "x".join(map(str, layer.shape)), text.count(layer.nnz), str(layer.rank),
+            text.count(layer.parameters), f"{layer.energy_kept:.1%}", f"{layer.relative_error:.4g}",
             f"{layer.bound / layer.norm if layer.norm else 0.0:.4g}", f"{layer.spectral_error:.4g}", f"{layer.spectral_bound:.4g}",
         )
         for layer in report.layers
     ]  # fmt: skip
     rows.append(
         (
-            "all", "", console.count(report.nnz), "", console.count(report.parameters), f"{report.energy_kept:.1%}",
+            "all", "", text.count(report.nnz), "", text.count(report.parameters), f"{report.energy_kept:.1%}",
             f"{report.relative_error:.4g}", f"{report.bound / report.norm if report.norm else 0.0:.4g}", "", "",
         )
     )  # fmt: skip
-    lines = [console.table(head, rows)]
+    lines = [text.table(head, rows)]
     if report.saved:
-        lines.append(f"replaced with their modules: {', '.join(map(console.printable, report.saved))}")
+        lines.append(f"replaced with their modules: {', '.join(map(text.printable, report.saved))}")
     if output is None:
         lines.append("dry run: nothing was written")
     else:
-        size, before = console.size(report.folder_bytes or 0), console.size(report.adapter_bytes)
-        lines.append(f"{console.printable(str(output))}: {size}; the adapter: {before}")
+        size, before = text.file_size(report.folder_bytes or 0), text.file_size(report.adapter_bytes)
+        lines.append(f"{text.printable(str(output))}: {size}; the adapter: {before}")
     return "\n".join(lines)

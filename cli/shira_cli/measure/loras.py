@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shira_cli import console
 from shira_cli.measure.one import RANK_HEAD, rank_row, spectra
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_analysis.measures.adapter import Ranks
@@ -46,11 +47,11 @@ def _text(found: LoraMeasures, options: argparse.Namespace) -> str:
     rows += [(name, group.frobenius, group.ranks) for name, group in (*found.kinds.items(), ("all", found.total))]
     cells = [rank_row(name, rank) for name, _, rank in rows]
     others = (
-        f"; {console.counted(len(found.others), 'tensor')} replaced or shifted as a whole" if found.others else ""
+        f"; {text.counted(len(found.others), 'tensor')} replaced or shifted as a whole" if found.others else ""
     )
     lines = [
-        f"{console.printable(str(found.path))}: LoRA, updates of {console.counted(found.total.tensors, 'tensor')}{others}",
-        console.table(HEAD, [
+        f"{text.printable(str(found.path))}: LoRA, updates of {text.counted(found.total.tensors, 'tensor')}{others}",
+        text.table(HEAD, [
             [cell[0], "-" if norm is None else f"{norm:.4g}", *cell[1:]]
             for cell, (_, norm, _) in zip(cells, rows, strict=True)
         ]),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shira_cli import console
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_analysis.measures.adapter import AdapterMeasures, Ranks
@@ -54,19 +54,19 @@ def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, l
 
 def _text(found: AdapterMeasures, options: argparse.Namespace) -> str:
     mask = found.total.mask
-    entries = f"{console.count(mask.nnz)} entries of {console.count(mask.numel)} in {console.counted(found.total.tensors, 'tensor')}"
-    whole = f"{console.counted(len(found.whole), 'tensor')} {'is' if len(found.whole) == 1 else 'are'} replaced as a whole, and not measured"
+    entries = f"{text.count(mask.nnz)} entries of {text.count(mask.numel)} in {text.counted(found.total.tensors, 'tensor')}"
+    whole = f"{text.counted(len(found.whole), 'tensor')} {'is' if len(found.whole) == 1 else 'are'} replaced as a whole, and not measured"
     rows = list(_rows(found, tensors=options.tensors))
     energy = 0.0 if found.total.norms is None else found.total.norms.frobenius
     lines = [
-        f"{console.printable(str(found.path))}: {entries}; {whole}",
-        console.table(HEAD, [_row(name, of_mask, norms, energy) for name, of_mask, norms, _ in rows]),
+        f"{text.printable(str(found.path))}: {entries}; {whole}",
+        text.table(HEAD, [_row(name, of_mask, norms, energy) for name, of_mask, norms, _ in rows]),
     ]
     if options.histogram and found.total.norms is not None:
         lines.append(_histogram(found.total.norms))
     ranks = [(name, rank) for name, _, _, rank in rows if rank is not None]
     if ranks:
-        lines.append(console.table(RANK_HEAD, [rank_row(name, rank) for name, rank in ranks]))
+        lines.append(text.table(RANK_HEAD, [rank_row(name, rank) for name, rank in ranks]))
     if options.spectrum:
         lines.append(spectra((tensor.name, tensor.rank) for tensor in found.tensors if tensor.rank is not None))
     return "\n".join(lines)
@@ -77,10 +77,10 @@ def _histogram(norms: Norms) -> str:
     most = max(norms.histogram.values(), default=0)
     total = norms.zeros + sum(norms.histogram.values())
     bins = [(f"2^{e} = {2.0**e:.2g}", count) for e, count in norms.histogram.items()]
-    rows = [(name, console.count(count), console.percent(count / total), "#" * -(-count * BAR // most)) for name, count in bins]  # fmt: skip
+    rows = [(name, text.count(count), text.percent(count / total), "#" * -(-count * BAR // most)) for name, count in bins]  # fmt: skip
     if norms.zeros:
-        rows.insert(0, ("0", console.count(norms.zeros), console.percent(norms.zeros / total), ""))
-    table = console.table(("|delta| from", "entries", "share"), [row[:3] for row in rows]).splitlines()
+        rows.insert(0, ("0", text.count(norms.zeros), text.percent(norms.zeros / total), ""))
+    table = text.table(("|delta| from", "entries", "share"), [row[:3] for row in rows]).splitlines()
     return "\n".join(
         [table[0], *(f"{line}  {row[3]}".rstrip() for line, row in zip(table[1:], rows, strict=True))]
     )
@@ -100,9 +100,9 @@ def spectra(reports: Iterable[tuple[str, RankReport]]) -> str:
         rows.append([
             name,
             *("-" if value is None else f"{value:.3g}" for value in chosen),
-            *(console.count(found.holding(share)) for share in SHARES),
+            *(text.count(found.holding(share)) for share in SHARES),
         ])  # fmt: skip
-    return console.table(SPECTRUM_HEAD, rows)
+    return text.table(SPECTRUM_HEAD, rows)
 
 
 def _rows(
@@ -117,12 +117,12 @@ def _rows(
 
 
 def _row(name: str, mask: Mask, norms: Norms | None, whole: float) -> list[str]:
-    row = [name, console.count(mask.nnz), console.percent(mask.density)]
+    row = [name, text.count(mask.nnz), text.percent(mask.density)]
     if norms is None:
         row += ["-"] * 4
     else:
         # The root's share, squared: energies may be beyond float64 where norms are not.
-        share = console.percent((norms.frobenius / whole) ** 2) if 0 < whole < math.inf else "-"
+        share = text.percent((norms.frobenius / whole) ** 2) if 0 < whole < math.inf else "-"
         row += [f"{norms.frobenius:.4g}", share, _mean(norms, mask), f"{norms.largest:.3g}"]
     row += [_share(mask.rows, mask.all_rows), _share(mask.columns, mask.all_columns)]
     names = ("row_dispersion", "column_dispersion", "gap_dispersion", "neighbours")
@@ -134,7 +134,7 @@ def _mean(norms: Norms, mask: Mask) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return console.percent(part / whole) if whole else "-"
+    return text.percent(part / whole) if whole else "-"
 
 
 def _compared(figure: Compared | None) -> str:
@@ -148,7 +148,7 @@ def rank_row(name: str, rank: RankReport | Ranks) -> list[str]:
     known = rank.as_json()
     return [
         name,
-        console.count(known["full_rank"]),
+        text.count(known["full_rank"]),
         _interval(known.get("rank_at_least"), known.get("rank_at_most")),
         _count(known.get("numerical_rank")),
         _number(known.get("stable_rank", known.get("mean_stable_rank"))),
@@ -161,7 +161,7 @@ def _interval(low: int | None, high: int | None) -> str:
 
 
 def _count(number: int | None) -> str:
-    return "-" if number is None else console.count(number)
+    return "-" if number is None else text.count(number)
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_cli import console
+from shira_format._core import text
 
 if TYPE_CHECKING:
     from shira_analysis.measures.deltas import DeltaFile
@@ -75,12 +75,12 @@ def run(options: argparse.Namespace, files: Sequence[DeltaFile]) -> tuple[str, l
 def _text(pair: Pair, options: argparse.Namespace) -> str:
     whole = pair.whole
     lines = [
-        f"{console.printable(pair.first)} and {console.printable(pair.second)}: {whole.both} of {console.counted(whole.tensors, 'tensor')} in both"
+        f"{text.printable(pair.first)} and {text.printable(pair.second)}: {whole.both} of {text.counted(whole.tensors, 'tensor')} in both"
     ]
     if not whole.both:
         lines.append("they change no weight in common, and cannot meet within a layer")
     if pair.replaced:
-        names = ", ".join(console.printable(name) for name in pair.replaced[:3])
+        names = ", ".join(text.printable(name) for name in pair.replaced[:3])
         more = len(pair.replaced) - 3
         lines.append(f"not both at once, for one replaces them as a whole: {names}" + (f" and {more} more" if more > 0 else ""))  # fmt: skip
     fed = [
@@ -90,9 +90,9 @@ def _text(pair: Pair, options: argparse.Namespace) -> str:
     ]
     if fed:  # layers of opposite signs hide each other in a sum
         most, name = max(fed, key=lambda found: abs(found[0]))
-        lines.append(f"largest cosine on inputs {most:+.3f}, in {console.printable(name)}")
+        lines.append(f"largest cosine on inputs {most:+.3f}, in {text.printable(name)}")
     rows = list(_rows(pair, tensors=options.tensors))
-    lines.append(console.table(OVERLAP_HEAD, [_overlap_row(name, measures.overlap) for name, measures in rows]))
+    lines.append(text.table(OVERLAP_HEAD, [_overlap_row(name, measures.overlap) for name, measures in rows]))
     lines.append(_products("A1^T A2", [(name, measures.product, measures.interference) for name, measures in rows], options, fed=bool(fed)))  # fmt: skip
     if options.transposed:
         lines.append(_products("A1 A2^T", [(name, measures.transposed, None) for name, measures in rows], options, fed=False))  # fmt: skip
@@ -109,7 +109,7 @@ def _rows(pair: Pair, *, tensors: bool) -> Iterator[tuple[str, Measures]]:
 def _overlap_row(name: str, found: Overlap) -> list[str]:
     distances = ["-"] * 3 if found.distances is None else [f"{distance:.4g}" for distance in found.distances]
     return [
-        name, console.count(found.shared), f"{found.expected:,.0f} ± {found.deviation:.0f}", _number(found.jaccard, ".3f"),
+        name, text.count(found.shared), f"{found.expected:,.0f} ± {found.deviation:.0f}", _number(found.jaccard, ".3f"),
         _share(found.sign_agreement), _number(found.cosine, "+.3f"), *distances,
     ]  # fmt: skip
 
@@ -134,7 +134,7 @@ def _products(
         for name, product, inputs in rows
         if product is not None
     ]  # fmt: skip
-    return console.table([head[i] for i in kept], [[row[i] for i in kept] for row in cells]) if cells else ""
+    return text.table([head[i] for i in kept], [[row[i] for i in kept] for row in cells]) if cells else ""
 
 
 def _on_inputs(inputs: Interference | None) -> list[str]:
@@ -156,7 +156,7 @@ def _zeros(share: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else console.percent(value)
+    return "-" if value is None else text.percent(value)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -12,8 +12,8 @@ from shira_analysis.merging.report import LIMITS, MEASURE, MergeAnalysis, Merged
 from shira_analysis.merging.sentences import kept_words, lemma_words
 from shira_analysis.report.html import charts, page, words
 from shira_analysis.report.html.page import count, facts, name, paragraph, table
-from shira_analysis.report.tables import percent
 from shira_format import __version__
+from shira_format._core.text import percent
 from shira_format.merge.methods import shown
 
 # Whole formulas, since the sentences have names of files and tensors in them.

@@ -1,4 +1,4 @@
-"""Text in columns, and numbers in it."""
+"""Text for people: names from strangers' files made harmless, numbers, and columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def printable(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns of text; the first is flush left, the others flush right."""
+    """Columns of text: the first is aligned left, the others right."""
     lines = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -21,6 +21,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def count(number: int) -> str:
+    """12345678 as 12,345,678."""
+    return f"{number:,}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 as "1 tensor", 2000 as "2,000 tensors"."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def percent(share: float | None) -> str:
@@ -33,5 +43,14 @@ def percent(share: float | None) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number by a format; None as -."""
+    """A number in a format; None as -."""
     return "-" if value is None else format(value, form)
+
+
+def file_size(size: float) -> str:
+    """Bytes in powers of 1000: 1234567 as 1.23 MB."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
