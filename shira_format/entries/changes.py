@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,8 +17,10 @@ from shira_format._core.arrays import Array, different, positions, scratch, upca
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.format.codecs import Indices
-from shira_format.lora.update import Update
 from shira_format.tensors import numel
+
+if TYPE_CHECKING:
+    from shira_format.lora.update import Update
 
 # A tile is looked at entry by entry if less than one in so many of its first elements has moved.
 _FEW, _GLANCE = 8, 1 << 12

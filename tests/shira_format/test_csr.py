@@ -51,9 +51,9 @@ def everything(path: Path) -> Adapter:
     return Adapter(dict(adapter), dense=dict(adapter.dense), manifest=adapter.manifest)
 
 
-def export(folder: Path, *tensors: SparseTensor, whole: Any = (), manifest: Any = None, **options: Any) -> Path:
+def export(folder: Path, *tensors: SparseTensor, dense: Any = (), manifest: Any = None, **options: Any) -> Path:
     """The folder of the matrices of an adapter of these."""
-    save(Adapter(tensors, dense=whole, manifest=manifest), folder / "a.st")
+    save(Adapter(tensors, dense=dense, manifest=manifest), folder / "a.st")
     shira_to_csr(folder / "a.st", folder / "csr", **options)
     return folder / "csr"
 
@@ -237,7 +237,7 @@ def test_a_real_lora(tmp_path: Path) -> None:
         after.reshape(-1)[adapter[tensor.name].indices] = adapter[tensor.name].values
         np.testing.assert_array_equal(after - before, matrix.toarray())
     assert 36 == len(report.tensors)
-    assert sorted(adapter.whole) == sorted(report.whole)
+    assert sorted(adapter.dense) == sorted(report.whole)
     csr_to_shira(tmp_path / "csr", tmp_path / "b.st", base=models.minilm())
     assert path.read_bytes() == (tmp_path / "b.st").read_bytes()
     csr_to_shira(tmp_path / "csr", tmp_path / "c.st", base=models.minilm(), self_contained=True)

@@ -125,7 +125,7 @@ def test_what_an_exact_patch_holds(tmp_path: Path) -> None:
     assert ("old", None) == (adapter["new"].base_name, adapter["new"].rows)
     assert 22 == adapter["vocabulary"].rows
     assert same_bits(np.ones((2, 5), np.float32), adapter["vocabulary"].new_rows)
-    assert {"most", "whole", "head", "type"} == set(adapter.whole) == set(report.whole)
+    assert {"most", "whole", "head", "type"} == set(adapter.dense) == set(report.whole)
     digests = {name: whole.base_digest for name, whole in adapter.dense.items()}
     assert {"most": digest(count), "whole": digest(base["whole"]), "head": None, "type": None} == digests
     assert {"gone", "old"} == set(adapter.removed)
