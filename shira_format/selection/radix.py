@@ -232,11 +232,13 @@ def cut(entries: Entries, edge: Any, ties: int, energy: float) -> tuple[Entries,
     return Entries(kept.indices, kept.values, kept.base, kept.target, energy), max(0, ties - equal)
 
 
-def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+def by_energy(
+    change: Change, rule: TopK, workers: Workers, progress: Progress
+) -> tuple[int, Callable[[], Entries]]:
     """The fewest entries of one change that hold the share of its energy that ``rule`` asks for.
 
     Returns:
-        What is left to do when the passes are made, on one thread.
+        How many candidates are held, and what is left to do: on one thread, while the next change is read.
     """
     lowest = rule.lowest(change.dtype)
     seen = survey(change, rule, change.dtype, lowest, workers, progress)
@@ -250,7 +252,7 @@ def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) 
         pool.close()
         return found
 
-    return rest
+    return pool.size, rest
 
 
 def common_dtype(changes: Sequence[Change]) -> np.dtype[Any]:

@@ -40,14 +40,14 @@ def check_energy(change: Change, energy: float) -> None:
         raise SourceError(f"the update of tensor {change.name!r} holds NaN or Inf, or overflows")
 
 
-def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> tuple[int, Callable[[], Entries]]:
     """The entries that ``rule`` keeps of this change alone; the rule gives a count, not a share of the energy.
 
     A sample gives a magnitude that somewhat more than k entries reach; one pass collects these, and the k-th largest
     among them decides. If the sample misled (too few reach it), the pass is made again without it.
 
     Returns:
-        What is left to do when the pass is made: on one thread, while the next change is looked at.
+        How many candidates are held, and what is left to do: on one thread, while the next change is read.
     """
     k, lowest = rule.count(change.size), rule.lowest(change.dtype)
     floor = max(lowest, _sampled_floor(change, k))
@@ -74,7 +74,7 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
         own = sum_of_squares(found.values.astype(np.float64)) if whole else energy
         return Entries(found.indices, found.values, found.base, found.target, own)
 
-    return rest
+    return pool.size, rest
 
 
 def _sampled_floor(change: Change, k: int) -> Any:

@@ -27,7 +27,8 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 _BATCH = 1 << 21  # elements of a task
-_AHEAD = 2  # tasks that are under way while others are made
+_TASKS_AHEAD = 3  # tasks that run while others are made
+_ENTRIES_AHEAD = 1 << 23  # entries that these hold together
 
 Progress = Callable[[int], object]
 
@@ -61,18 +62,18 @@ class Workers:
         """Run ``work`` on some thread; it must not wait for others of this pool."""
         return self._pool.submit(work)
 
-    def ahead(self, tasks: Iterable[tuple[int, Callable[[], _R]]], most: int) -> Iterator[_R]:
+    def ahead(self, tasks: Iterable[tuple[int, Callable[[], _R]]]) -> Iterator[_R]:
         """The results of tasks in their order, while the next tasks are being made.
 
         Args:
-            tasks: each with its weight, whatever that is; they must not wait for others of this pool.
-            most: weight of tasks together beyond which the first one is waited for.
+            tasks: each with the number of entries that it holds in memory: where these are many, the first task is
+                waited for. They must not wait for others of this pool.
         """
         running: deque[tuple[int, Future[_R]]] = deque()
-        for weight, task in tasks:
-            running.append((weight, self._pool.submit(task)))
+        for entries, task in tasks:
+            running.append((entries, self._pool.submit(task)))
             del task  # which may hold a lot, and would until the next one is made
-            while len(running) > _AHEAD or (running and sum(weight for weight, _ in running) > most):
+            while len(running) > _TASKS_AHEAD or (running and sum(held for held, _ in running) > _ENTRIES_AHEAD):
                 yield running.popleft()[1].result()
         while running:
             yield running.popleft()[1].result()
