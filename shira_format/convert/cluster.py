@@ -12,9 +12,9 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from shira_format._core.threads import Progress, Workers
 from shira_format.convert.jobs import ConversionInputs, Job
 from shira_format.errors import ShiraError, WorkError
-from shira_format.selection import Progress, Workers
 from shira_format.selection.stages import Stage
 
 _C = TypeVar("_C")

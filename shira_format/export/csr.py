@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, upcast
+from shira_format._core.arrays import Array, digest
 from shira_format._core.dtypes import dtype_name, working_dtype
+from shira_format._core.rounding import upcast
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import (
     ORIGINAL,

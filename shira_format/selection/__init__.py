@@ -13,18 +13,14 @@ from shira_format.selection.radix import Edge, Survey, common_dtype, cut
 from shira_format.selection.rule import AMOUNTS, TopK
 from shira_format.selection.spool import Spool
 from shira_format.selection.stages import CollectStage, Engine, LocalEngine, SelectStage, SurveyStage
-from shira_format.selection.workers import Progress, Workers, single_threaded_blas
 
 __all__ = [
     "AMOUNTS",
     "Engine",
     "LocalEngine",
-    "Progress",
     "TopK",
-    "Workers",
     "passes",
     "select",
-    "single_threaded_blas",
 ]
 
 

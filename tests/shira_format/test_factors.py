@@ -15,10 +15,10 @@ from scipy import sparse
 
 from shira_format import SourceError
 from shira_format._core.arrays import Array, digest
+from shira_format._core.threads import single_threaded_blas
 from shira_format.export.lora import Factors, best_factors
 from shira_format.export.lora import svd as svd_module
 from shira_format.export.lora.svd import largest, reaching
-from shira_format.selection import single_threaded_blas
 
 WAYS = ("lanczos", "gram", "full")
 

@@ -55,7 +55,7 @@ def verify(
         FormatError: a file is no adapter, or is damaged.
         BaseMismatch: ``base`` is another one.
     """
-    from shira_format.selection import single_threaded_blas
+    from shira_format._core.threads import single_threaded_blas
 
     sparse_matrices()
     checkpoint = None

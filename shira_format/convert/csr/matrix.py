@@ -10,9 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format.errors import SourceError
-from shira_format.format.codecs import Indices
 from shira_format.storage.atomic import replaced_file
 from shira_format.storage.paths import one_line
 from shira_format.tensors import matrix_view

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, digest
+from shira_format._core.arrays import Array, Indices, bits, digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
@@ -20,7 +20,6 @@ from shira_format.convert.csr.matrix import read_matrix, scipy_sparse
 from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.export.csr import base_entries, difference, weight_of, wide
 from shira_format.format import AdapterFile, AdapterWriter
-from shira_format.format.codecs import Indices
 from shira_format.names.filters import name_filter
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
+from shira_format._core.threads import single_threaded_blas
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.export.lora.factors import Factors, best_factors
@@ -32,7 +33,6 @@ from shira_format.export.lora.svd import scipy_linalg
 from shira_format.format import AdapterFile
 from shira_format.lora.peft.config import PREFIX
 from shira_format.names.filters import name_filter
-from shira_format.selection import single_threaded_blas
 from shira_format.storage.atomic import replaced_file, replaced_folder
 from shira_format.tensors import SparseTensor, matrix_view
 
