@@ -12,6 +12,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from shira_format._core.optional import optional_import
 from shira_format._core.threads import Progress, Workers
 from shira_format.convert.jobs import ConversionInputs, Job
 from shira_format.errors import ShiraError, WorkError
@@ -34,10 +35,8 @@ class ClusterEngine:
         Raises:
             WorkError: it does not answer, has no workers, or the package is not installed.
         """
-        try:
+        with optional_import("a cluster needs dask.distributed", "dask", WorkError):
             from distributed import Client
-        except ImportError:
-            raise WorkError("a cluster needs dask.distributed: pip install 'shira-format[dask]'") from None
         try:
             self._client = Client(scheduler, set_as_default=False, timeout=PATIENCE)
             self._client.wait_for_workers(1, timeout=PATIENCE)

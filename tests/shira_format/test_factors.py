@@ -267,12 +267,6 @@ def test_what_cannot_be_meant_is_refused() -> None:
         best_factors((2, 2), np.array([0, 3]), np.array([1e200, 1]), rank=1)
 
 
-def test_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
-    with pytest.raises(SourceError, match=r"pip install 'shira-format\[lora\]'"):
-        best_factors((2, 2), np.array([0]), np.array([1.0]), rank=1)
-
-
 def test_factors_of_one_element() -> None:
     found: Factors = best_factors((1, 1), np.array([0]), np.float32([-4]), rank=7)
     assert (found.up.tolist(), found.down.tolist()) == ([[2]], [[-2]])
