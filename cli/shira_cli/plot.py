@@ -226,9 +226,7 @@ def _orthogonality(options: argparse.Namespace) -> Picture:
 def _dimension(options: argparse.Namespace) -> Picture:
     from shira_analysis.figures import dimensions
     from shira_analysis.figures.pictures import dimension_picture
-    from shira_analysis.figures.style import matplotlib
 
-    matplotlib()  # before half an hour of work
     sizes = dimensions.QUICK if options.quick else dimensions.DIMENSIONS
     seeds = options.seeds or (dimensions.QUICK_SEEDS if options.quick else dimensions.SEEDS)
     with _bar(options, len(sizes) * len(dimensions.SERIES) * seeds, "pairs") as step:

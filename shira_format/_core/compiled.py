@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from shira_format._core.arrays import Array
-
-Indices = npt.NDArray[np.int64]
+from shira_format._core.arrays import Array, Indices
 
 _loading = threading.Lock()
 _kernels: Any = None

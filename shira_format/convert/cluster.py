@@ -12,10 +12,11 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from shira_format._core.optional import optional_import
+from shira_format._core.threads import Progress, Workers
 from shira_format.convert.inputs import Conversion, ConversionInputs
 from shira_format.errors import ShiraError, WorkError
-from shira_format.selection import Pending, Progress, Workers
-from shira_format.selection.stages import Stage
+from shira_format.selection.stages import Pending, Stage
 
 _C = TypeVar("_C")
 _R = TypeVar("_R")
@@ -34,10 +35,8 @@ class ClusterEngine:
         Raises:
             WorkError: it does not answer, has no workers, or the package is not installed.
         """
-        try:
+        with optional_import("a cluster needs dask.distributed", "dask", WorkError):
             from distributed import Client
-        except ImportError:
-            raise WorkError("a cluster needs dask.distributed: pip install 'shira-format[dask]'") from None
         try:
             self._client = Client(scheduler, set_as_default=False, timeout=CONNECT_TIMEOUT)
             self._client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from shira_format._core.arrays import Array, bits, different, positions, scratch
+from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import TILE, Difference, Entries
-from shira_format.selection import Pending, Progress, Workers
+from shira_format.selection.stages import Pending
 from shira_format.tensors import numel
 
 _INDEX = 1.03  # bytes an index takes at the usual densities

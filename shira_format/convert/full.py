@@ -11,16 +11,18 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import dtype_name
+from shira_format._core.rounding import round_to
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.exact import Exact
 from shira_format.convert.inputs import ConversionInputs, DenseCopy, location
 from shira_format.convert.pairing import Pairs, pair
 from shira_format.convert.pipeline import convert, selection_rule
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import Change, Difference, round_to
+from shira_format.entries.changes import Change, Difference
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
-from shira_format.selection import Progress, TopK
+from shira_format.selection import TopK
 from shira_format.storage.paths import identified
 from shira_format.tensors import numel
 

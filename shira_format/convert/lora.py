@@ -11,6 +11,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array, digest, file_digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.convert.inputs import ConversionInputs, DenseCopy, location
@@ -21,7 +22,6 @@ from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.update import Update
 from shira_format.names.filters import name_filter
-from shira_format.selection import Progress
 from shira_format.storage.paths import identified
 from shira_format.tensors import DenseTensor, SparseTensor
 

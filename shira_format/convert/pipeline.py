@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shira_format._core.dtypes import dtype_name
+from shira_format._core.threads import Progress, Workers
 from shira_format.convert.exact import CompareStage, Differences, Exact, read_parts, tensor_digest
 from shira_format.convert.inputs import Conversion, ConversionInputs, DenseCopy
 from shira_format.convert.report import ConversionReport, TensorReport, six_digits
@@ -17,7 +18,7 @@ from shira_format.convert.targets import sparse_target, target_tensor
 from shira_format.entries.changes import Change, Difference, Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter, Prepared
-from shira_format.selection import AMOUNTS, Engine, LocalEngine, Pending, Progress, TopK, Workers, passes, select
+from shira_format.selection import AMOUNTS, Engine, LocalEngine, Pending, TopK, passes, select
 from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
 

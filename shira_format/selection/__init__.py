@@ -9,24 +9,21 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from shira_format._core.threads import Workers
 from shira_format.entries.changes import Change, Entries
 from shira_format.selection.radix import Edge, Survey, common_dtype, cut
 from shira_format.selection.rule import AMOUNTS, TopK
 from shira_format.selection.spool import Spool
 from shira_format.selection.stages import CollectStage, Engine, LocalEngine, Pending, SelectStage, SurveyStage
-from shira_format.selection.workers import Progress, Workers, single_threaded_blas
 
 __all__ = [
     "AMOUNTS",
     "Engine",
     "LocalEngine",
     "Pending",
-    "Progress",
     "TopK",
-    "Workers",
     "passes",
     "select",
-    "single_threaded_blas",
 ]
 
 

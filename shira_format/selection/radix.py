@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import TILE, Change, Entries, Tile
 from shira_format.selection.rule import TopK
+from shira_format.selection.tiles import tiles
 from shira_format.selection.topk import Pool, at_least, check_energy, completed, reaching
-from shira_format.selection.workers import Progress, Workers
 
 BINS = 1 << 16
 
@@ -70,7 +71,7 @@ def survey(
         # Where few are counted, to pass them on takes less than to add up all bins.
         return bins if bins.size < BINS // 8 else np.bincount(bins, minlength=BINS), None, energy
 
-    for counts, weights, energy in workers.tiles(change, count, progress):
+    for counts, weights, energy in tiles(workers, change, count, progress):
         total.energy += energy
         if weights is None and counts.size < BINS:
             few.add(counts)
@@ -219,7 +220,7 @@ def above(change: Change, reach: Reach, workers: Workers, progress: Progress) ->
     def work(start: int, tile: Tile, _energy: float) -> Entries:
         return Entries.of_tile(change, start, tile, reaching(tile.values, pool.floor))
 
-    for entries in workers.tiles(change, work, progress):
+    for entries in tiles(workers, change, work, progress):
         pool.add(entries)
     return pool
 

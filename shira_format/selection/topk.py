@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, positions, sum_of_squares
+from shira_format._core.arrays import Array, Indices, positions, sum_of_squares
+from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import COLUMNS, TILE, Change, Entries, Tile
 from shira_format.errors import SourceError
-from shira_format.format.codecs import Indices
 from shira_format.selection.rule import TopK
-from shira_format.selection.workers import Progress, Workers
+from shira_format.selection.tiles import tiles
 
 _SAMPLES = 8  # pieces of a change that are looked at first
 _SAMPLE = 1 << 12  # elements a piece
@@ -58,7 +58,7 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
             return Entries.of_tile(change, start, tile, reaching(tile.values, pool.floor)), energy
 
         energy = 0.0
-        for entries, part in workers.tiles(change, work, progress):
+        for entries, part in tiles(workers, change, work, progress):
             energy += part
             pool.add(entries)
         check_energy(change, energy)

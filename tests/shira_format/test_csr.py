@@ -627,14 +627,6 @@ def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "b.st").stat().st_size == done.file_bytes
 
 
-def test_without_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = export(tmp_path, targets(self_contained=True))
-    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    for call in (lambda: shira_to_csr(tmp_path / "a.st", None), lambda: csr_to_shira(folder, None)):
-        with pytest.raises(SourceError, match=r"needs? scipy: pip install 'shira-format\[csr\]'"):
-            call()
-
-
 def test_scipy_is_imported_when_it_is_used() -> None:
     code = "import sys, shira_format.convert.csr; sys.exit('scipy' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
