@@ -17,8 +17,9 @@ from benchmarks.model import Shape
 from benchmarks.sizes import account, entropy
 from benchmarks.table import Row, seconds
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Workers
 from shira_format.entries.changes import Tile
-from shira_format.selection import LocalEngine, TopK, Workers, select
+from shira_format.selection import LocalEngine, TopK, select
 
 # In a process of its own: the peak of its resident memory is then that of the conversion, imports included.
 _CONVERT = """

@@ -30,9 +30,9 @@ from benchmarks.sizes import uniform
 from benchmarks.table import Row
 from shira_format import AdapterWriter, SparseTensor
 from shira_format._core.arrays import as_array
+from shira_format._core.threads import Threads
 from shira_format.convert import lora_to_shira
 from shira_format.live import AdapterPool, Switcher
-from shira_format.live.threads import Threads
 from shira_format.selection import TopK
 
 DENSITY = 0.01

@@ -9,9 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from shira_format import Adapter, DenseTensor, SparseTensor
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.dtypes import DTYPES, FLOATS
-from shira_format.format.codecs import Indices
 from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_view, numel
 
 Shape = tuple[int, ...]

@@ -189,9 +189,7 @@ def dimension(quick: bool, seeds: int | None, form: str, printer: Printer) -> Pi
     """Draw AWOM and AWOR of random adapters against the dimension: figures 4 and 9 of the paper."""
     from shira_analysis.figures import dimensions
     from shira_analysis.figures.pictures import dimension_picture
-    from shira_analysis.figures.style import matplotlib
 
-    matplotlib()  # before half an hour of work
     sizes = dimensions.QUICK if quick else dimensions.DIMENSIONS
     pairs = seeds or (dimensions.QUICK_SEEDS if quick else dimensions.SEEDS)
     with printer.bar("pairs", len(sizes) * len(dimensions.SERIES) * pairs) as bar:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.int64]  # flat positions in a weight
 
 # torch dtypes that numpy cannot take over, with an integer of the same size to carry the bits across.
 _VIA_BITS: dict[str, tuple[str, Any]] = {
@@ -108,21 +108,3 @@ def scratch(use: str, size: int, dtype: np.dtype[Any]) -> Array:
         held = np.empty(nbytes, np.uint8)
         setattr(_held, use, held)
     return held[:nbytes].view(dtype)
-
-
-def upcast(array: Array, out: Array) -> Array:
-    """``array`` in the wider float type of ``out``, exactly, written there; several times faster than ``astype``."""
-    if array.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:
-        upper = out.view(np.uint32)
-        upper[...] = array.view(np.uint16)
-        np.left_shift(upper, 16, out=upper)
-    elif array.dtype.itemsize == 1:
-        np.take(_table(array.dtype, out.dtype), array.view(np.uint8), out=out, mode="clip")
-    else:
-        out[...] = array
-    return out
-
-
-@cache
-def _table(narrow: np.dtype[Any], wide: np.dtype[Any]) -> Array:
-    return np.arange(256, dtype=np.uint8).view(narrow).astype(wide)

@@ -134,7 +134,7 @@ def mix_bfloat16(target: Any, own: Any, factors: Any, out: Any) -> None:
 
 @_compiled
 def scatter(at: Any, new: Any, own: Any, factors: Any, values: Any, base: Any, known: Any, count: Any) -> int:
-    """See :func:`shira_format._core.compiled.lay`; values as their bits."""
+    """See :func:`shira_format._core.compiled.scatter`; values as their bits."""
     bad = -1
     for k in range(at.size):
         n = at[k]

@@ -26,8 +26,8 @@ LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [
 __all__ = ["LAYOUTS", "Checkpoint", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open the checkpoint at ``path``.
+def open_checkpoint(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+    """Open the checkpoint at ``path``; one that is open already is returned.
 
     That is a safetensors file, a file of ``torch.save`` (.bin, .pt, .pth, .ckpt), an index of shards of either, a GGUF
     file, or a folder with one of these; a diffusers pipeline; or a folder of ``torch.distributed.checkpoint``.
@@ -36,6 +36,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         SourceError: there is none, or it is of a layout that is not read.
         FormatError: a safetensors file is damaged.
     """
+    if isinstance(path, Checkpoint):
+        return path
     path = located(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.storage.paths import Storage, open_storage
 from shira_format.tensors import MAX_NUMEL, numel
@@ -202,8 +203,6 @@ def load_gguf(path: Path) -> Any:
     Raises:
         SourceError: it is not installed.
     """
-    try:
+    with optional_import(f"{path}: GGUF files need the gguf package", "gguf"):
         import gguf
-    except ImportError:
-        raise SourceError(f"{path}: GGUF files need the gguf package: pip install 'shira-format[gguf]'") from None
     return gguf

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from shira_format._core.arrays import Array, bits, different, positions, scratch
+from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import TILE, Difference, Entries
-from shira_format.selection import Progress, Workers
+from shira_format.selection.stages import Pending
 from shira_format.tensors import numel
 
 _INDEX = 1.03  # bytes an index takes at the usual densities
@@ -50,7 +51,7 @@ class CompareStage:
     rule: Exact
     passes: int = 1
 
-    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Callable[[], Differences]:
+    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Pending[Differences]:
         """All that differs between the two tensors, which have one dtype."""
         nothing = np.empty(0, change.dtype)  # nobody asks by how much they differ
 
@@ -62,16 +63,17 @@ class CompareStage:
         limit = _whole_from(change)
         if self._many(change, limit, workers):
             progress(change.size)
-            return lambda: Differences(None, None)
+            return 0, lambda: Differences(None, None)
         parts = list(workers.ranges(change.size, TILE, work, progress))
-        if sum(part.size for part in parts) >= limit:  # a sample had not told
-            return lambda: Differences(None, None)
+        held = sum(part.size for part in parts)
+        if held >= limit:  # the sample was misleading
+            return 0, lambda: Differences(None, None)
 
         def rest() -> Differences:
             digest = tensor_digest(change.tuned, change.tuned_name) if self.rule.digests else None
             return Differences(Entries.joined(parts, change), digest)
 
-        return rest
+        return held, rest
 
     @staticmethod
     def _many(change: Difference, limit: float, workers: Workers) -> bool:
@@ -99,7 +101,7 @@ def _whole_from(change: Difference) -> float:
     return max(1.0, change.size * each / (each + _INDEX))
 
 
-def parts_of(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Array]:
+def read_parts(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Array]:
     """The flat tensor in parts, each good until the next."""
     size, dtype = numel(checkpoint.shape(name)), checkpoint.dtype(name)
     for start in range(0, size, step):
@@ -110,6 +112,6 @@ def parts_of(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Ar
 def tensor_digest(checkpoint: Checkpoint, name: str) -> str:
     """SHA-256 of a tensor's bytes, in bounded memory."""
     found = hashlib.sha256()
-    for part in parts_of(checkpoint, name):
+    for part in read_parts(checkpoint, name):
         found.update(bits(part).data)
     return found.hexdigest()

@@ -45,6 +45,19 @@ class TensorReport:
         """
         return math.sqrt(self.error / self.energy) if self.energy else 0.0
 
+    @property
+    def notes(self) -> dict[str, float]:
+        """What the manifest says of the tensor beyond its own facts."""
+        return {
+            "energy_kept": six_digits(self.energy_kept),
+            "relative_error": six_digits(self.relative_error),
+        }
+
+
+def six_digits(number: float) -> float:
+    """``number`` rounded: sums of floats may differ beyond that between machines, and the bytes of files must not."""
+    return float(f"{number:.6g}")
+
 
 @dataclass
 class ConversionReport:

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shira_format._core.arrays import different, digest
+from shira_format._core.arrays import Indices, different, digest
 from shira_format._core.compiled import mixed, scatter
 from shira_format._core.dtypes import working_dtype
+from shira_format._core.rounding import round_to
 from shira_format.entries.aligned import AlignedEntries, Contribution, Factor, Floats
-from shira_format.entries.changes import round_to
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.format.codecs import Indices
 from shira_format.tensors import SparseTensor
 
 

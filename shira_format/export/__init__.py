@@ -1,1 +1,1 @@
-# placeholder
+"""From an adapter to other formats: full checkpoints, PEFT's SHiRA, LoRA, CSR."""

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, upcast
+from shira_format._core.arrays import Array, digest
 from shira_format._core.dtypes import dtype_name, working_dtype
+from shira_format._core.rounding import upcast
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import (
     ORIGINAL,
@@ -23,7 +24,7 @@ from shira_format.convert.csr.folder import (
     provenance,
     write_index,
 )
-from shira_format.convert.csr.matrix import check_rows, scipy_sparse, write_matrix
+from shira_format.convert.csr.matrix import check_rows, write_matrix
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.format.manifest import SparseEntry
@@ -88,14 +89,13 @@ def shira_to_csr(
         progress: called with 1 after each matrix.
 
     Raises:
-        SourceError: scipy is missing; base values are needed; a tensor has too many rows for a CSR matrix; no tensor is
+        SourceError: base values are needed; a tensor has too many rows for a CSR matrix; no tensor is
             chosen; ``folder`` exists and must not be replaced.
         BaseMismatch: ``base`` is not the base of the adapter.
         FormatError: the adapter's file is damaged.
     """
     if values not in ("delta", "target"):
         raise ValueError(f"values {values!r} is neither 'delta' nor 'target'")
-    scipy_sparse()
     path, target = Path(adapter_path), None if folder is None else Path(folder)
     if target is not None and os.path.lexists(target):
         if not force:

@@ -20,13 +20,13 @@ import numpy as np
 
 from shira_format._core.arrays import Array, bits
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float
+from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.changes import TILE
 from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
-from shira_format.selection import Progress, Workers
 from shira_format.storage.atomic import replaced_file, replaced_folder
 from shira_format.storage.paths import located
 from shira_format.storage.safetensors_file import header_of

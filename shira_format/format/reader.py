@@ -6,11 +6,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from shira_format._core.arrays import Array, digest, file_digest, frozen
+from shira_format._core.arrays import Array, Indices, digest, file_digest, frozen
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, Lazy
 from shira_format.errors import FormatError
-from shira_format.format.codecs import CODECS, Indices
+from shira_format.format.codecs import CODECS
 from shira_format.format.codecs.blocks import block_count
 from shira_format.format.manifest import (
     METADATA_KEY,

@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 
 from shira_format._core import compiled
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, Indices, digest
 from shira_format._core.dtypes import is_float
+from shira_format._core.threads import Threads
 from shira_format.adapter import Adapter
 from shira_format.entries.terms import Joint, Term
 from shira_format.errors import BaseMismatch
-from shira_format.format.codecs import Indices
 from shira_format.live.loaded import LoadedAdapter, load_adapter
 from shira_format.live.lock import ReadWriteLock
 from shira_format.live.models import weights_of
 from shira_format.live.names import Rename, renaming
 from shira_format.live.pool import AdapterPool
-from shira_format.live.threads import Threads
 from shira_format.live.weights import LiveWeight, live_weight, memory_of
 from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different
+from shira_format._core.arrays import Array, Indices, different
 from shira_format._core.compiled import union
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.format import AdapterFile
-from shira_format.format.codecs import Indices
 from shira_format.format.manifest import DERIVED
 from shira_format.names.filters import name_filter
 from shira_format.tensors import DenseTensor, SparseTensor, same_bits

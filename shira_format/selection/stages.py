@@ -12,16 +12,18 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import Change, Entries
 from shira_format.selection import radix, topk
 from shira_format.selection.rule import TopK
-from shira_format.selection.workers import Progress, Workers
 
 C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
-_MOST = 1 << 25  # elements of changes whose rest is done while others are looked at: what they keep is in memory
 _C = TypeVar("_C")
 _R = TypeVar("_R")
+
+# What a stage leaves to do: how many entries it holds in memory, and the work, on any one thread, that gives the result.
+Pending = tuple[int, Callable[[], _R]]
 
 
 class Stage(Protocol[C_contra, R_co]):
@@ -34,19 +36,19 @@ class Stage(Protocol[C_contra, R_co]):
     @property
     def passes(self) -> int: ...
 
-    def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> Callable[[], R_co]:
-        """Look at the change; ``progress`` is told of elements done.
+    def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> Pending[R_co]:
+        """Read the change; ``progress`` is called with numbers of elements.
 
         Returns:
-            What is left to do: on one thread, while the next change is looked at. It must not use ``workers``.
+            What is left to do while the next change is read. It must not use ``workers``.
         """
 
 
 class Engine(Protocol):
     """Who computes."""
 
-    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
-        """The stage's result for each change, in order; few are computed ahead."""
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
+        """What the stage leaves to do for each change, in order; few are computed ahead."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,8 @@ class LocalEngine:
     workers: Workers
     progress: Progress = lambda _: None
 
-    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
-        rests = ((_size(change), stage(change, self.workers, self.progress)) for change in changes)
-        return self.workers.ahead(rests, _MOST)
-
-
-def _size(change: object) -> int:
-    return int(getattr(change, "size", 0))
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
+        return (stage(change, self.workers, self.progress) for change in changes)
 
 
 @dataclass
@@ -75,7 +72,7 @@ class SelectStage:
     def passes(self) -> int:
         return 1 if self.rule.energy is None else 2
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Pending[Entries]:
         work = topk.largest if self.rule.energy is None else radix.by_energy
         return work(change, self.rule, workers, progress)
 
@@ -89,9 +86,9 @@ class SurveyStage:
     floor: Any
     passes: int = 1
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], radix.Survey]:
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Pending[radix.Survey]:
         found = radix.survey(change, self.rule, self.dtype, self.floor, workers, progress)
-        return lambda: found
+        return 0, lambda: found
 
 
 @dataclass
@@ -101,7 +98,7 @@ class CollectStage:
     reach: radix.Reach
     passes: int = 1
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Pending[Entries]:
         pool = radix.above(change, self.reach, workers, progress)
 
         def rest() -> Entries:
@@ -109,4 +106,4 @@ class CollectStage:
             pool.close()
             return found
 
-        return rest
+        return pool.size, rest

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.storage.paths import one_line
 from shira_format.storage.weight_files import is_index, usual_weights
@@ -54,10 +55,8 @@ def downloaded(text: str) -> Path:
         SourceError: not of this form; no such repository, revision or path; not allowed; neither reached nor in the cache.
     """
     where = _parsed(text)
-    try:
+    with optional_import(f"{text}: needs huggingface_hub", "hub"):
         from huggingface_hub import HfApi
-    except ImportError:
-        raise SourceError(f"{text}: needs huggingface_hub: pip install 'shira-format[hub]'") from None
     try:
         with _refusals(where):
             names = [

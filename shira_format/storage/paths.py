@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 
 # One letter is a drive of Windows, not a protocol. A chain names several: zip://weights.st::s3://bucket/all.zip
@@ -173,10 +174,8 @@ def located(path: str | os.PathLike[str]) -> Path:
         return downloaded(text)
     if _URL.match(text) is None:
         return Path(text)
-    try:
+    with optional_import(f"{text}: URLs need fsspec", "remote"):
         from upath import UPath
-    except ImportError:
-        raise SourceError(f"{text}: URLs need fsspec: pip install 'shira-format[remote]'") from None
     with _named(text):
         found: Any = UPath(text)
         if found.protocol in ("file", "local"):

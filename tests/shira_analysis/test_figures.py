@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -413,12 +412,6 @@ def test_a_picture_of_the_real_model() -> None:
     assert base  # the names of a real model have places in a grid
     places = {layers.block_of(name) for name in base}
     assert {("encoder.layer.", number) for number in range(6)} | {("", None)} == places
-
-
-def test_without_matplotlib(files: list[DeltaFile], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SourceError, match=r"pip install 'shira-format\[analysis\]'"):
-        pictures.mask_picture(files)
 
 
 @pytest.mark.parametrize(

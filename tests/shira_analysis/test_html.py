@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html.parser
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,15 +275,6 @@ def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
     )
     assert "It does not say for which base model it is." in text
     assert "only the places of the entries are compared" in text
-
-
-def test_without_scipy(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = [looked(path) for path in files]
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    text = parsed(report(looks)).text
-    assert "scipy is not installed (pip install 'shira-format[analysis]'): only the places of the entries" in text
-    assert "a.st and b.st both change 2 weights, and share" in text
 
 
 def test_a_mask_and_a_patch(tmp_path: Path) -> None:

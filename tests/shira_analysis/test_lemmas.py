@@ -491,8 +491,5 @@ def test_no_heavy_import() -> None:
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode
 
 
-def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    with pytest.raises(SourceError, match=r"pip install 'shira-format\[lora\]'"):
-        lemmas.verify(quick=True)
+def test_the_default_seed() -> None:
     assert Setting().seed == 0

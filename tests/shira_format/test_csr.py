@@ -51,9 +51,9 @@ def everything(path: Path) -> Adapter:
     return Adapter(dict(adapter), dense=dict(adapter.dense), manifest=adapter.manifest)
 
 
-def export(folder: Path, *tensors: SparseTensor, whole: Any = (), manifest: Any = None, **options: Any) -> Path:
+def export(folder: Path, *tensors: SparseTensor, dense: Any = (), manifest: Any = None, **options: Any) -> Path:
     """The folder of the matrices of an adapter of these."""
-    save(Adapter(tensors, dense=whole, manifest=manifest), folder / "a.st")
+    save(Adapter(tensors, dense=dense, manifest=manifest), folder / "a.st")
     shira_to_csr(folder / "a.st", folder / "csr", **options)
     return folder / "csr"
 
@@ -237,7 +237,7 @@ def test_a_real_lora(tmp_path: Path) -> None:
         after.reshape(-1)[adapter[tensor.name].indices] = adapter[tensor.name].values
         np.testing.assert_array_equal(after - before, matrix.toarray())
     assert 36 == len(report.tensors)
-    assert sorted(adapter.whole) == sorted(report.whole)
+    assert sorted(adapter.dense) == sorted(report.whole)
     csr_to_shira(tmp_path / "csr", tmp_path / "b.st", base=models.minilm())
     assert path.read_bytes() == (tmp_path / "b.st").read_bytes()
     csr_to_shira(tmp_path / "csr", tmp_path / "c.st", base=models.minilm(), self_contained=True)
@@ -625,14 +625,6 @@ def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
     done = csr_to_shira(tmp_path / "csr", tmp_path / "b.st")
     assert (dried.tensors, None) == (done.tensors, dried.file_bytes)
     assert (tmp_path / "b.st").stat().st_size == done.file_bytes
-
-
-def test_without_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = export(tmp_path, targets(self_contained=True))
-    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    for call in (lambda: shira_to_csr(tmp_path / "a.st", None), lambda: csr_to_shira(folder, None)):
-        with pytest.raises(SourceError, match=r"needs? scipy: pip install 'shira-format\[csr\]'"):
-            call()
 
 
 def test_scipy_is_imported_when_it_is_used() -> None:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from shira_format import Adapter, AdapterFile, SourceError, load
 from shira_format._core.arrays import Array, bits, digest
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
+from shira_format._core.rounding import round_to
 from shira_format.convert import Exact, full_to_shira
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import round_to
 from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
@@ -125,7 +125,7 @@ def test_what_an_exact_patch_holds(tmp_path: Path) -> None:
     assert ("old", None) == (adapter["new"].base_name, adapter["new"].rows)
     assert 22 == adapter["vocabulary"].rows
     assert same_bits(np.ones((2, 5), np.float32), adapter["vocabulary"].new_rows)
-    assert {"most", "whole", "head", "type"} == set(adapter.whole) == set(report.whole)
+    assert {"most", "whole", "head", "type"} == set(adapter.dense) == set(report.whole)
     digests = {name: whole.base_digest for name, whole in adapter.dense.items()}
     assert {"most": digest(count), "whole": digest(base["whole"]), "head": None, "type": None} == digests
     assert {"gone", "old"} == set(adapter.removed)

@@ -156,7 +156,7 @@ def test_self_contained(values: Any, small: Path) -> None:
 def test_a_dry_run_says_the_same(small: Path) -> None:
     dry = peft_to_shira(small / "a", small / "base", None)
     wet = peft_to_shira(small / "a", small / "base", small / "a.st")
-    assert (dry.tensors, dry.dense, dry.file_bytes) == (wet.tensors, wet.dense, None)
+    assert (dry.tensors, dry.whole, dry.file_bytes) == (wet.tensors, wet.whole, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -601,12 +601,12 @@ REFUSED: dict[str, tuple[list[SparseTensor], dict[str, Any], str]] = {
     "targets": (
         [plain(base=None, base_digest=digest(np.zeros(5, np.float32)))], {}, "'a.weight': holds target values .* pass --base"
     ),
-    "bias": ([plain()], {"whole": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves modules whole"),
-    "around": ([plain("m.a.weight")], {"whole": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves modules whole"),
-    "root": ([plain()], {"whole": [DenseTensor("logit_scale", f32(1))]}, "'logit_scale' is in no module"),
-    "regex": ([plain()], {"whole": [DenseTensor("b(.c", f32(1))]}, r"'b\(.c': PEFT cannot save"),
-    "dots of a regex": ([plain("aXb.weight")], {"whole": [DenseTensor("a.b.bias", f32(1))]}, "'aXb.weight' is adapted"),
-    "nan": ([plain()], {"whole": [DenseTensor("b.bias", f32(np.nan))]}, "'b.bias' holds NaN"),
+    "bias": ([plain()], {"dense": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves modules whole"),
+    "around": ([plain("m.a.weight")], {"dense": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves modules whole"),
+    "root": ([plain()], {"dense": [DenseTensor("logit_scale", f32(1))]}, "'logit_scale' is in no module"),
+    "regex": ([plain()], {"dense": [DenseTensor("b(.c", f32(1))]}, r"'b\(.c': PEFT cannot save"),
+    "dots of a regex": ([plain("aXb.weight")], {"dense": [DenseTensor("a.b.bias", f32(1))]}, "'aXb.weight' is adapted"),
+    "nan": ([plain()], {"dense": [DenseTensor("b.bias", f32(np.nan))]}, "'b.bias' holds NaN"),
     "inf": ([plain(base=f32(0, 0, 0, -np.inf, 0))], {}, "flat index 3 is not finite"),
     "overflow": ([plain()], {"manifest": {"alpha": 1e60}}, "flat index 0 is not finite"),
 }  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_analysis.lemmas.exact import sparse_matrices
 from shira_analysis.measures.deltas import delta_values
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
@@ -56,7 +55,9 @@ class Update:
     def matrix(self) -> Any:
         """The update as a CSR matrix in float64, or of ones if it is a mask."""
         values = np.ones(self.indices.size) if self.values is None else self.values
-        return sparse_matrices().csr_matrix((values, (self.row, self.column)), shape=self.shape)
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix((values, (self.row, self.column)), shape=self.shape)
 
 
 @dataclass

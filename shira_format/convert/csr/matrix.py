@@ -10,9 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format.errors import SourceError
-from shira_format.format.codecs import Indices
 from shira_format.storage.atomic import replaced_file
 from shira_format.storage.paths import one_line
 from shira_format.tensors import matrix_view
@@ -30,19 +29,6 @@ _WANTED = {
     "indices": ", not integers",
     "indptr": ", not integers",
 }
-
-
-def scipy_sparse() -> Any:
-    """The module ``scipy.sparse``.
-
-    Raises:
-        SourceError: it is not installed.
-    """
-    try:
-        import scipy.sparse
-    except ImportError:
-        raise SourceError("matrices need scipy: pip install 'shira-format[csr]'") from None
-    return scipy.sparse
 
 
 def check_rows(rows: int, nnz: int) -> None:
@@ -63,7 +49,8 @@ def write_matrix(path: Path, shape: tuple[int, ...], indices: Indices, data: Arr
         indices: int64 ``[nnz]``, flat, strictly increasing.
         data: ``[nnz]`` float32 or float64.
     """
-    sparse = scipy_sparse()
+    from scipy import sparse
+
     rows, columns = matrix_view(shape)
     pointers = np.searchsorted(indices, np.arange(rows + 1, dtype=np.int64) * columns)
     # scipy takes int32 for indices and pointers where that is enough.
@@ -89,7 +76,8 @@ def read_matrix(path: Path, shape: tuple[int, ...]) -> tuple[Indices, Array]:
             entry that occurs twice.
         OSError: it cannot be read.
     """
-    sparse = scipy_sparse()
+    from scipy import sparse
+
     try:
         with open(path, "rb") as file:
             nnz = _check_members(file, matrix_view(shape))

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, digest
+from shira_format._core.arrays import Array, Indices, bits, digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
-from shira_format.convert.csr.matrix import read_matrix, scipy_sparse
+from shira_format.convert.csr.matrix import read_matrix
 from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.export.csr import base_entries, difference, weight_of, wide
 from shira_format.format import AdapterFile, AdapterWriter
-from shira_format.format.codecs import Indices
 from shira_format.names.filters import name_filter
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
@@ -83,12 +82,11 @@ def csr_to_shira(
         progress: called with 1 after each matrix.
 
     Raises:
-        SourceError: scipy is missing; a file is missing, damaged or breaks a rule; base values are needed; a target
+        SourceError: a file is missing, damaged or breaks a rule; base values are needed; a target
             overflows its dtype; no tensor is chosen.
         BaseMismatch: ``base`` is not the base of the adapter.
         FormatError: the tensors cannot make an adapter.
     """
-    scipy_sparse()
     source = Path(folder)
     index = read_index(source)
     chosen = name_filter(include, exclude)

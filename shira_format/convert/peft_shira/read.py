@@ -13,12 +13,12 @@ import numpy as np
 
 from shira_format._core.arrays import Array, digest, sum_of_squares
 from shira_format.checkpoints import Checkpoint, open_checkpoint
-from shira_format.convert.finish import rounded, sparse_target
-from shira_format.convert.jobs import ConversionInputs, identified
+from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Keys, Kind, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.convert.report import ConversionReport, TensorReport
+from shira_format.convert.targets import sparse_target
 from shira_format.entries.changes import AddedTo, Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
@@ -26,7 +26,7 @@ from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
 from shira_format.names.filters import name_filter
 from shira_format.names.match import match_names
-from shira_format.storage.paths import located
+from shira_format.storage.paths import check_not_input, identified, located
 from shira_format.tensors import DenseTensor, SparseTensor
 
 _LARGEST = 1e150  # of float64; the sums of squares in the report must stay numbers
@@ -35,8 +35,8 @@ Values = Literal["target", "delta"]
 
 
 def peft_to_shira(
-    adapter: str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str] | None,
     *,
     values: Values = "target",
@@ -52,7 +52,7 @@ def peft_to_shira(
     form from which ``shira_to_peft`` makes the same file again. One tensor is in memory at a time.
 
     Args:
-        adapter: PEFT's folder, or the ``adapter_model`` file in it.
+        folder: PEFT's folder, or the ``adapter_model`` file in it.
         base: the checkpoint that it adapts; names and shapes are resolved against it.
         out: the adapter file to write, which takes the place of what is there; None for a dry run.
         values: what to store.
@@ -67,16 +67,14 @@ def peft_to_shira(
     """
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
-    weights, config_path = find(located(adapter))
+    weights, config_path = find(located(folder))
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
     source = _Reader(weights, config_path, kind, config, checkpoint).read(name_filter(include, exclude))
-    job = lora_inputs(source, checkpoint, identified(os.fspath(base)))
+    job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else identified(base))
     path = None if out is None else Path(out)
-    if path is not None and path.exists():
-        inputs = [file for file in job.files if isinstance(file, Path) and file.exists()]
-        if any(path.samefile(file) for file in inputs):
-            raise SourceError(f"{path}: is one of the inputs")
+    if path is not None:
+        check_not_input(path, job.files)
     report = ConversionReport(notices=list(job.notices))
     given = unlike = 0
     with ExitStack() as stack:
@@ -88,7 +86,7 @@ def peft_to_shira(
             unlike += done.rounded
             report.tensors.append(account)
             if writer is not None:
-                writer.add(tensor, _notes(account) if values == "target" else None)
+                writer.add(tensor, account.notes if values == "target" else None)
             progress(1)
         for whole in _wholes(job, weights, self_contained=self_contained):
             report.whole.append(whole.name)
@@ -125,10 +123,6 @@ class _Given:
     rounded: int
 
 
-def _notes(account: TensorReport) -> dict[str, float]:
-    return {"energy_kept": rounded(account.energy_kept), "relative_error": rounded(account.relative_error)}
-
-
 def _finished(
     layer: ShiraLayer, base: Checkpoint, values: Values, *, self_contained: bool
 ) -> tuple[SparseTensor, TensorReport, _Given]:
@@ -161,7 +155,7 @@ def _finished(
 
 def _wholes(job: ConversionInputs, path: Path, *, self_contained: bool) -> Iterator[DenseTensor]:
     try:
-        for whole in job.wholes(self_contained):
+        for whole in job.dense(self_contained):
             assert isinstance(whole, DenseTensor)
             yield whole
     except SourceError as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
+from shira_format._core.threads import single_threaded_blas
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.export.lora.factors import Factors, best_factors
@@ -28,11 +29,9 @@ from shira_format.export.lora.folder import (
 )
 from shira_format.export.lora.plan import EMBEDDING, LayerPlan, LoraPlan, Planner, Saved
 from shira_format.export.lora.report import LayerReport, LoraReport
-from shira_format.export.lora.svd import scipy_linalg
 from shira_format.format import AdapterFile
 from shira_format.lora.peft.config import PREFIX
 from shira_format.names.filters import name_filter
-from shira_format.selection import single_threaded_blas
 from shira_format.storage.atomic import replaced_file, replaced_folder
 from shira_format.tensors import SparseTensor, matrix_view
 
@@ -72,7 +71,7 @@ def shira_to_lora(
         progress: called with 1 after each tensor.
 
     Raises:
-        SourceError: scipy is missing; base values are needed; a LoRA cannot hold a tensor, or nothing tells what it is; nothing
+        SourceError: base values are needed; a LoRA cannot hold a tensor, or nothing tells what it is; nothing
             is left to adapt; ``folder`` exists and must not be replaced. Nothing is written.
         BaseMismatch: ``base`` is not the base of the adapter.
         FormatError: the adapter's file is damaged.
@@ -83,7 +82,6 @@ def shira_to_lora(
         raise ValueError(f"rank {rank} is not positive")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy {energy} is not in (0, 1]")
-    scipy_linalg()
     path, target = Path(adapter_path), None if folder is None else Path(folder)
     if target is not None and os.path.lexists(target):
         if not force:

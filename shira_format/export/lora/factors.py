@@ -22,7 +22,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
-from shira_format.export.lora.svd import Method, Triplets, largest, norm, reaching, scipy_linalg
+from shira_format.export.lora.svd import Method, Triplets, largest, norm, reaching
 
 _TILE = 1 << 20  # elements of the difference that are in memory at a time
 _DENSE = 1 << 16  # elements up to which the difference is looked at whole
@@ -91,7 +91,7 @@ def best_factors(
 
     Raises:
         ValueError: neither or both of ``rank`` and ``energy``, or one that cannot be meant, or values of zeros or not finite.
-        SourceError: scipy is missing, or the factors overflow float32.
+        SourceError: the factors overflow float32.
     """
     if (rank is None) == (energy is None):
         raise ValueError("either rank or energy")
@@ -115,7 +115,8 @@ class _Compressed:
     """A sparse matrix without its empty rows and columns, scaled by a power of two so that the largest entry is near 1."""
 
     def __init__(self, shape: tuple[int, int], indices: Array, values: Array) -> None:
-        _, sparse, _ = scipy_linalg()
+        from scipy import sparse
+
         self.shape = shape
         kept = values != 0
         values = values[kept].astype(np.float64)
@@ -207,7 +208,8 @@ class _Difference:
             )
             if found is not None:
                 return found
-        linalg, _, _ = scipy_linalg()
+        from scipy import linalg
+
         square = np.zeros((side, side))
         for tile in self._tiles():
             square += tile.T @ tile

@@ -1,1 +1,1 @@
-# placeholder
+"""From an adapter to PEFT's SHiRA folder."""

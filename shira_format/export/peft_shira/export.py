@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different
+from shira_format._core.arrays import Array, Indices, different
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.peft_shira.files import SHIRA
@@ -21,7 +21,6 @@ from shira_format.export.peft_shira.folder import Stored, check_replaceable, con
 from shira_format.export.peft_shira.padding import padded
 from shira_format.export.peft_shira.plan import PeftPlan, Target, make_plan
 from shira_format.format import AdapterFile
-from shira_format.format.codecs import Indices
 from shira_format.format.manifest import SparseEntry
 from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS
 from shira_format.names.filters import name_filter

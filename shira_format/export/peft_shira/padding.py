@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shira_format._core.arrays import Array
-from shira_format.format.codecs import Indices
+from shira_format._core.arrays import Array, Indices
 
 
 def padded(indices: Indices, values: Array, size: int) -> tuple[Indices, Array]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 
-from shira_format.format.codecs.base import Encoded, IndexCodec, Indices
+from shira_format._core.arrays import Indices
+from shira_format.format.codecs.base import Encoded, IndexCodec
 from shira_format.format.codecs.flat import Flat
 from shira_format.format.codecs.gap8 import Gap8
 from shira_format.format.codecs.structured import Structured
@@ -20,7 +21,7 @@ BLOCK_SIZE = 4096  # entries a block: 16 bytes of directory for them is 0.03 bit
 _ALL: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured(), Flat())
 CODECS = {codec.name: codec for codec in _ALL}
 
-__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "Indices", "encode_smallest", "stored_bytes"]
+__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "encode_smallest", "stored_bytes"]
 
 
 def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> Encoded:

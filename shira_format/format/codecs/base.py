@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from shira_format._core.arrays import Array
-
-Indices = npt.NDArray[np.int64]
+from shira_format._core.arrays import Array, Indices
 
 
 @dataclass(frozen=True)

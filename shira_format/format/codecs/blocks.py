@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from shira_format._core.arrays import Indices
 from shira_format.errors import FormatError
-from shira_format.format.codecs.base import Indices
 
 _CHUNK = 1 << 16  # entries
 

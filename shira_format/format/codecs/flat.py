@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
-from shira_format.format.codecs.base import Encoded, Indices
+from shira_format._core.arrays import Array, Indices
+from shira_format.format.codecs.base import Encoded
 
 
 class Flat:

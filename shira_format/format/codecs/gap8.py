@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.compiled import loaded
 from shira_format.errors import FormatError
-from shira_format.format.codecs.base import Encoded, Indices
+from shira_format.format.codecs.base import Encoded
 from shira_format.format.codecs.blocks import check_blocks, check_offsets, gaps_by_chunks, make_blocks
 
 # Bytes decoded at a time: the chunk's int32 sums stay in the first-level caches.

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format.errors import FormatError
-from shira_format.format.codecs.base import Encoded, Indices
+from shira_format.format.codecs.base import Encoded
 from shira_format.tensors import matrix_view
 
 MAX_PARTS = 8

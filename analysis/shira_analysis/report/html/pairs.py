@@ -193,10 +193,6 @@ def _why_not(look: Look) -> str | None:
         return "Not all changes of {} are known (see above)"
     if any(max(matrix_view(tensor.shape)) > _WIDEST for tensor in look.tensors):
         return "A weight of {} has too many rows or columns for products"
-    try:
-        import scipy.sparse  # noqa: F401 - only whether it is there
-    except ImportError:
-        return "scipy is not installed (pip install 'shira-format[analysis]')"
     return None
 
 
