@@ -33,7 +33,7 @@ def guarded(prog: str, command: Callable[[], int], *, failed: int = EXIT_FAILED)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
-        return _fail(prog, f"interrupted; {interrupt or 'nothing was written'}", EXIT_INTERRUPTED)
+        return _fail(prog, f"interrupted; {str(interrupt) or 'nothing was written'}", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failed
