@@ -35,7 +35,7 @@ examples:
 @options.filters("Watch")
 @click.option("--block", type=options.COUNT, metavar="N", help="Keep only blocks of N inputs along the diagonal of each matrix (1: the diagonal).")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float64", help="Sum and store the moments in this dtype (default: float64).")  # fmt: skip
-@click.option("--inputs", type=options.COUNT, default=0, metavar="N", help="Also keep N randomly drawn inputs of each layer, to measure adapters at each input by itself.")  # fmt: skip
+@click.option("--inputs", type=options.COUNT, metavar="N", help="Also keep N randomly drawn inputs of each layer, to measure adapters at each input by itself.")  # fmt: skip
 @options.seed_option
 @options.force_option("Replace FILE if it exists.")
 @options.dry_run_option

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,21 +14,40 @@ from shira_cli.output import Printer
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Share(click.FloatRange):
-    """A number in a range; NaN is in none."""
+class Share(click.ParamType):
+    """A number in (0, 1]."""
+
+    name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number."""
-        number = float(super().convert(value, param, ctx))
-        if math.isnan(number):
-            self.fail("NaN is not a share", param, ctx)
+        """The number; a usage error for others."""
+        number = float(click.FLOAT.convert(value, param, ctx))
+        if not 0 < number <= 1:
+            raise click.UsageError(f"{_flag(param)} {number} is not in (0, 1]", ctx)
         return number
 
 
-PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
+class Count(click.ParamType):
+    """A positive integer."""
 
-SHARE = Share(min=0, min_open=True, max=1)
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; a usage error for others."""
+        number = int(click.INT.convert(value, param, ctx))
+        if number < 1:
+            raise click.UsageError(f"{_flag(param)} {number} is not a positive count", ctx)
+        return number
+
+
+def _flag(param: click.Parameter | None) -> str:
+    return "" if param is None else param.opts[-1]
+
+
+PATH = click.Path(path_type=Path)
+COUNT = Count()
+
+SHARE = Share()
 
 
 def base_option(text: str, *, required: bool = False) -> Callable[[_F], _F]:
@@ -118,7 +136,7 @@ def selection_options(command: _F) -> _F:
         click.option("--min-change", type=float, metavar="X", help="Leave out changes of a smaller magnitude; alone: keep all others."),
         click.option("--energy", type=SHARE, metavar="E", help="Keep the fewest changes that hold this share of the energy (the sum of squares)."),
         click.option("--top-k", type=COUNT, metavar="N", help="Keep this many entries per tensor, or in all with --scope global."),
-        click.option("--density", type=SHARE, metavar="D", help="Keep this share of the entries (default: 0.01)."),
+        click.option("--density", type=SHARE, metavar="D", help="Keep this share of the entries, in (0, 1] (default: 0.01)."),
     ):  # fmt: skip
         command = option(command)
     return command

@@ -70,7 +70,7 @@ def moments_of_texts(
     exclude: Sequence[str] = (),
     block: int | None = None,
     dtype: Literal["float32", "float64"] = "float64",
-    inputs: int = 0,
+    inputs: int | None = None,
     seed: int = 0,
     on_load: Callable[[MomentsReport], object] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
@@ -109,7 +109,7 @@ def moments_of_texts(
     if out is None:
         from shira_format.calibration.layers import Watch
 
-        watch = Watch(loaded.model, chosen.modules, block=block, dtype=dtype, limit=LIMIT, inputs=inputs)
+        watch = Watch(loaded.model, chosen.modules, block=block, dtype=dtype, limit=LIMIT, inputs=inputs or 0)
         report.layers = [
             LayerMoments(chosen.weights[one.weight], one.width, one.shape[0], one.shape[2], one.nbytes, None)
             for one in watch.layers
@@ -123,7 +123,7 @@ def moments_of_texts(
 
     found = collect_moments(
         loaded.model, shown(), chosen.modules,
-        block=block, dtype=dtype, inputs=inputs, seed=seed, rename=chosen.weights.__getitem__,
+        block=block, dtype=dtype, inputs=inputs or 0, seed=seed, rename=chosen.weights.__getitem__,
     )  # fmt: skip
     found.save(out)
     report.layers = [

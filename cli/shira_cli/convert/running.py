@@ -11,6 +11,7 @@ import click
 
 from shira_cli import options
 from shira_cli.output import Printer, check_output
+from shira_format import ShiraError
 
 if TYPE_CHECKING:
     from shira_format.convert.report import ConversionReport
@@ -44,6 +45,8 @@ def usage_errors() -> Iterator[None]:
     """A ValueError of the block, which is about its arguments, becomes a usage error."""
     try:
         yield
+    except ShiraError:  # a ValueError too
+        raise
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
