@@ -36,7 +36,7 @@ example:
 @options.threads_option
 @options.printing
 def command(strength: float | None, dialect: str | None, printer: Printer, **settings: Any) -> int:
-    r"""Check whether a merged checkpoint holds a LoRA, and at which strength, layer by layer.
+    """Check whether a merged checkpoint holds a LoRA, and at which strength, layer by layer.
 
     The merged weights are compared with what the base and the LoRA say that they should be, entry by entry, up to the
     rounding of their dtype.
@@ -48,7 +48,7 @@ def command(strength: float | None, dialect: str | None, printer: Printer, **set
          another base; other tensors changed as well; or it is a PEFT model that was not unloaded
       2  an input cannot be read or does not fit, or wrong usage
       3  inconclusive: rounding to the merged dtype hides the update, or the weights are quantised
-    """
+    """  # noqa: D301 - click reads the \b as an unwrapped paragraph
     from shira_analysis.merging.check.report import as_json
     from shira_analysis.report.text import check_merge
     from shira_format.lora import DIALECTS

@@ -23,7 +23,7 @@ example:
 @options.dialect_option
 @running.work_options
 def command(lora: str, base: str, dialect: str | None, scope: str | None, **settings: Any) -> int:
-    r"""Convert a LoRA to a sparse adapter: the largest entries of its update, as exact values of the tuned weights.
+    """Convert a LoRA to a sparse adapter: the largest entries of its update, as exact values of the tuned weights.
 
     LORA is a file, a folder or hf://owner/name. The dialect is detected from the file's keys:
 
@@ -40,7 +40,7 @@ def command(lora: str, base: str, dialect: str | None, scope: str | None, **sett
 
     LoRAs of a UNet and its text encoders need the pipeline (the folder with model_index.json) as base. A key that
     matches no weight of the base is an error.
-    """
+    """  # noqa: D301 - click reads the \b as an unwrapped paragraph
     from shira_format.convert.lora import lora_to_shira
     from shira_format.lora import DIALECTS
 

@@ -44,7 +44,7 @@ def command(
     printer: Printer,
     **settings: Any,
 ) -> int:
-    r"""Convert an adapter to a LoRA for PEFT: the best low-rank approximation of each weight's update (truncated SVD).
+    """Convert an adapter to a LoRA for PEFT: the best low-rank approximation of each weight's update (truncated SVD).
 
     A sparse update usually has a high rank, so much is lost. The report says how much:
 
@@ -56,7 +56,7 @@ def command(
       sigma next  the same without rounding: the largest singular value of S that is left out
 
     Layers whose kind cannot be detected are treated by rules that the notes name; options override them.
-    """
+    """  # noqa: D301 - click reads the \b as an unwrapped paragraph
     from shira_analysis.report.text import lora
     from shira_format.export.lora import EMBEDDING, shira_to_lora
 
