@@ -15,7 +15,6 @@ from shira_cli import measure
 from shira_format import Adapter, DenseTensor, SparseTensor, save
 from shira_format._core.arrays import digest
 from shira_format.convert import lora_to_shira
-from shira_format.selection import TopK
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -94,7 +93,7 @@ def test_spectrum(files: Path, capsys: Capture) -> None:
 
 def test_lora_beside_it(tmp_path: Path, capsys: Capture) -> None:
     base, lora = models.minilm(), models.LORAS / "spam"
-    lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(0.01))
+    lora_to_shira(lora, base, tmp_path / "a.st", density=0.01)
     arguments = (tmp_path / "a.st", "--base", base, "--lora", lora, "--include", r"layer\.0.*(query|key)")
     assert 0 == run(*arguments, "--json", "--spectrum", "--quiet")
     told = json.loads(capsys.readouterr().out)
