@@ -1,1 +1,1 @@
-"""From an adapter to other formats: full checkpoints, PEFT's SHiRA, LoRA, CSR."""
+"""From adapter files to full checkpoints, LoRAs, PEFT's SHiRA and matrices."""

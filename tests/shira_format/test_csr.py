@@ -26,10 +26,10 @@ from shira_format._core.arrays import Array, digest
 from shira_format._core.dtypes import FLOATS, working_dtype
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
-from shira_format.convert.csr import csr_to_shira, shira_to_csr
+from shira_format.convert.csr import csr_to_shira
 from shira_format.convert.csr.folder import file_names
 from shira_format.convert.csr.matrix import MAX_ROWS
-from shira_format.selection import TopK
+from shira_format.export.csr import shira_to_csr
 from shira_format.tensors import matrix_view, same_bits
 from tests import models
 from tests.strategies import adapters, float_dtypes, small_shapes, sparse_tensors
@@ -227,7 +227,7 @@ def test_a_changed_patch_stays_one(tmp_path: Path, base: Path) -> None:
 
 def test_a_real_lora(tmp_path: Path) -> None:
     path = tmp_path / "a.st"
-    lora_to_shira(models.LORAS / "spam", models.minilm(), path, rule=TopK(0.01))
+    lora_to_shira(models.LORAS / "spam", models.minilm(), path, density=0.01)
     report = shira_to_csr(path, tmp_path / "csr", base=models.minilm())
     adapter, checkpoint = everything(path), open_checkpoint(models.minilm())
     for tensor in report.tensors:
@@ -565,13 +565,13 @@ def test_file_names_are_distinct_and_are_read_again(names: list[str]) -> None:
 def test_only_an_export_is_replaced(tmp_path: Path) -> None:
     folder = export(tmp_path, targets(self_contained=True))
     path = tmp_path / "a.st"
-    with pytest.raises(SourceError, match=r"csr: exists$"):
+    with pytest.raises(SourceError, match=r"csr: exists; --force replaces it$"):
         shira_to_csr(path, folder)
     edit_matrix(folder, times_two)
     (folder / ".DS_Store").touch()
     shira_to_csr(path, folder, force=True)
     assert everything(path) == back(folder)
-    with pytest.raises(SourceError, match="holds the adapter"):
+    with pytest.raises(SourceError, match=r"holds .*original\.st, and is not replaced"):
         shira_to_csr(folder / "original.st", folder, force=True)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(SourceError, match=r"holds 'notes\.txt', which shira_to_csr did not write"):

@@ -20,13 +20,15 @@ from shira_format import Adapter, AdapterFile, SourceError, load
 from shira_format._core.arrays import Array, bits, digest
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format._core.rounding import round_to
-from shira_format.convert import Exact, full_to_shira
+from shira_format.convert import full_to_shira
+from shira_format.convert.exact import Exact
 from shira_format.convert.report import ConversionReport
 from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
 from spec import reader
 from tests import models
+from tests.rules import arguments
 from tests.strategies import Arrays, checkpoint_pairs, float_dtypes, small_shapes
 
 BF16 = DTYPES["BF16"]
@@ -41,9 +43,9 @@ def converted(
 ) -> tuple[ConversionReport, Adapter]:
     """The report and the adapter, which is ``a.st`` in the folder, of two checkpoints beside it."""
     paths = (
-        models.save_arrays(folder / f"{n}.safetensors", arrays) for n, arrays in (("base", base), ("tuned", tuned))
+        models.save_arrays(folder / f"{n}.safetensors", arrays) for n, arrays in (("tuned", tuned), ("base", base))
     )
-    report = full_to_shira(*paths, folder / "a.st", rule=rule, **options)
+    report = full_to_shira(*paths, folder / "a.st", **(arguments(rule) if rule else {}), **options)
     return report, load(folder / "a.st")
 
 
@@ -77,7 +79,13 @@ def test_an_exact_patch_gives_the_fine_tune_bit_for_bit(
         save = save_shards if sharded else lambda path, arrays: models.save_arrays(path / "w.safetensors", arrays)
         before, after = save(folder / "base", base), save(folder / "tuned", tuned)
         report = full_to_shira(
-            before, after, folder / "a.st", rule=Exact(digests), self_contained=self_contained, threads=threads
+            after,
+            before,
+            folder / "a.st",
+            exact=True,
+            digests=digests,
+            self_contained=self_contained,
+            threads=threads,
         )
         adapter = AdapterFile(folder / "a.st")
         adapter.verify()
@@ -184,7 +192,7 @@ def test_without_a_file_there_is_the_report_alone(tmp_path: Path) -> None:
     report, _ = converted(tmp_path, base, tuned, Exact())
     (tmp_path / "a.st").unlink()
     before = sorted(tmp_path.iterdir())
-    alone = full_to_shira(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", None, rule=Exact())
+    alone = full_to_shira(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", None, exact=True)
     assert before == sorted(tmp_path.iterdir())
     assert (None, 1) == (alone.file_bytes, alone.nnz)
     assert report.tensors == alone.tensors
@@ -387,7 +395,7 @@ def test_what_cannot_be_kept_is_refused(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
     for rule in (TopK(1.0), TopK(None, energy=0.99, scope="global")):
         with pytest.raises(SourceError, match=f"^{source}: {reason}$"):
-            full_to_shira(tmp_path / "base.safetensors", source, tmp_path / "a.st", rule=rule)
+            full_to_shira(source, tmp_path / "base.safetensors", tmp_path / "a.st", **arguments(rule))
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")}
 
 
@@ -409,7 +417,7 @@ def test_an_input_is_not_written_over(tmp_path: Path) -> None:
     for out in ("base.safetensors", "tuned.safetensors"):
         before = (tmp_path / out).read_bytes()
         with pytest.raises(SourceError, match=f"{out}: is one of the inputs"):
-            full_to_shira(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / out)
+            full_to_shira(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", tmp_path / out)
         assert before == (tmp_path / out).read_bytes()
 
 
@@ -430,7 +438,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
         monkeypatch.setattr(when if "os." in when else f"shira_format.convert.pipeline.{when}", stop)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
-        full_to_shira(base, tuned, tmp_path / "a.st", rule=Exact() if exact else TopK())
+        full_to_shira(tuned, base, tmp_path / "a.st", **arguments(Exact() if exact else TopK()))
     assert before == sorted(tmp_path.rglob("*"))
 
 
@@ -441,9 +449,8 @@ import json, resource, sys
 from pathlib import Path
 
 import shira_format
-from shira_format.convert import Exact, full_to_shira
+from shira_format.convert import full_to_shira
 from shira_format.export.full import shira_to_full
-from shira_format.selection import TopK
 
 folder, tensors = Path(sys.argv[1]), int(sys.argv[2])
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
@@ -464,8 +471,8 @@ for name, places in (("base", []), ("tuned", [0, 12_345_678, at - 2])):
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 assert limit < at
 base, tuned, found = folder / "base.safetensors", folder / "tuned.safetensors", []
-for rule in (Exact(), TopK(1e-7), TopK(1e-7, scope="global")):
-    found.append(full_to_shira(base, tuned, folder / f"{len(found)}.st", rule=rule, threads=2).nnz)
+for options in ({"exact": True}, {"density": 1e-7}, {"density": 1e-7, "scope": "global"}):
+    found.append(full_to_shira(tuned, base, folder / f"{len(found)}.st", **options, threads=2).nnz)
 report = shira_to_full(folder / "0.st", base, None, threads=2)
 print(json.dumps([found, report.verified]))
 """
@@ -488,7 +495,7 @@ def test_memory_does_not_grow_with_the_checkpoints(tensors: int, tmp_path: Path)
 
 
 def test_a_real_fine_tune(tmp_path: Path) -> None:
-    report = full_to_shira(models.minilm(), models.sre(), tmp_path / "a.st", rule=Exact())
+    report = full_to_shira(models.sre(), models.minilm(), tmp_path / "a.st", exact=True)
     assert report.exact
     adapter = AdapterFile(tmp_path / "a.st")
     adapter.verify()
@@ -506,7 +513,7 @@ def test_a_real_fine_tune(tmp_path: Path) -> None:
 
 
 def test_the_largest_changes_of_a_real_fine_tune(tmp_path: Path) -> None:
-    report = full_to_shira(models.minilm(), models.sre(), tmp_path / "a.st")
+    report = full_to_shira(models.sre(), models.minilm(), tmp_path / "a.st")
     assert [
         "tensor 'embeddings.position_ids' of the base is not in the fine-tune, and stays as it is"
     ] == report.notices

@@ -24,9 +24,10 @@ from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceE
 from shira_format._core.arrays import Array, as_array, different, digest
 from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
-from shira_format.convert.peft_shira import peft_to_shira, shira_to_peft
+from shira_format.convert.peft_shira import peft_to_shira
 from shira_format.convert.peft_shira.files import KINDS
 from shira_format.convert.peft_shira.layers import ShiraLayer
+from shira_format.export.peft_shira import shira_to_peft
 from shira_format.export.peft_shira.padding import padded
 from shira_format.tensors import same_bits
 from tests import models
@@ -742,7 +743,7 @@ def test_what_is_replaced(small: Path) -> None:
     assert ["adapter_config.json", WEIGHTS] == sorted(path.name for path in out.iterdir())
     for folder, message in [
         (small / "a", "holds 'README.md', which shira_to_peft did not write"),
-        (small / "base", "holds 'model.safetensors'"),
+        (small / "base", "not a folder that shira_to_peft wrote"),
         (adapter, "not a folder"),
     ]:
         with pytest.raises(SourceError, match=message):
@@ -763,7 +764,7 @@ def test_a_folder_that_holds_an_input_is_kept(small: Path) -> None:
     out = small / "out"
     shira_to_peft(tuned(small / "base", small / "a.st", 2, ["wide.weight"]), out)
     (small / "a.st").rename(out / "adapter_model.safetensors")
-    with pytest.raises(SourceError, match="an input, and so is not replaced"):
+    with pytest.raises(SourceError, match="and is not replaced"):
         shira_to_peft(out / "adapter_model.safetensors", out, force=True)
 
 

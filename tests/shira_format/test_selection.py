@@ -94,7 +94,8 @@ def select(
     changes: Sequence[Change], rule: TopK, *, threads: int | None = None, progress: Any = lambda _: None
 ) -> Iterator[tuple[Change, Entries]]:
     with Workers(threads) as workers:
-        yield from zip(changes, select_by(changes, rule, LocalEngine(workers, progress)), strict=True)
+        selected = select_by(changes, rule, LocalEngine(workers, progress), workers)
+        yield from zip(changes, workers.ahead(selected), strict=True)
 
 
 def low_rank(

@@ -14,6 +14,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array, Indices, bits, digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
 from shira_format.convert.csr.matrix import read_matrix
@@ -21,6 +22,7 @@ from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.export.csr import base_entries, difference, weight_of, wide
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.names.filters import name_filter
+from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
 # Accounts of a selection, which hold for its very entries.
@@ -28,7 +30,7 @@ _ACCOUNTS = ("energy_kept", "relative_error")
 
 
 @dataclass(frozen=True)
-class ShiraTensor:
+class FromCsrTensor:
     """One tensor of the adapter; ``changed`` tells whether its matrix is another than ``shira_to_csr`` wrote."""
 
     name: str
@@ -40,7 +42,7 @@ class ShiraTensor:
 
 
 @dataclass
-class ShiraReport:
+class FromCsrReport:
     """What was written.
 
     Attributes:
@@ -50,7 +52,7 @@ class ShiraReport:
         file_bytes: size of the file; None for a dry run.
     """
 
-    tensors: list[ShiraTensor] = field(default_factory=list)
+    tensors: list[FromCsrTensor] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     file_bytes: int | None = None
@@ -60,12 +62,13 @@ def csr_to_shira(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    progress: Callable[[int], object] = lambda _: None,
-) -> ShiraReport:
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
+) -> FromCsrReport:
     """Make an adapter of a folder that ``shira_to_csr`` wrote, changed or not.
 
     Without changes the adapter is equal to the one that was exported. What becomes of changed matrices is told in
@@ -80,6 +83,7 @@ def csr_to_shira(
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         progress: called with 1 after each matrix.
+        on_start: called once with the number of matrices.
 
     Raises:
         SourceError: a file is missing, damaged or breaks a rule; base values are needed; a target
@@ -98,15 +102,15 @@ def csr_to_shira(
     original = AdapterFile(inside(source, ORIGINAL), apart=True) if index.original else None
     if out is not None:
         inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
-        if Path(out).exists() and any(isinstance(p, Path) and p.exists() and p.samefile(out) for p in inputs):
-            raise SourceError(f"{out}: is one of the inputs")
-    report = ShiraReport(whole=whole, notices=list(checkpoint.notices if checkpoint is not None else ()))
-    job = _Job(source, index, chosen, original, checkpoint, self_contained)
+        check_not_input(Path(out), inputs)
+    report = FromCsrReport(whole=whole, notices=list(checkpoint.notices if checkpoint is not None else ()))
+    on_start(len(items))
+    folder_reader = _Folder(source, index, chosen, original, checkpoint, self_contained)
     with ExitStack() as stack:
         if original is not None:
             stack.callback(original.streams.close)
         writer = stack.enter_context(AdapterWriter(out)) if out is not None else None
-        job.write(items, whole, writer, report, progress)
+        folder_reader.write(items, whole, writer, report, progress)
     if out is not None:
         report.file_bytes = Path(out).stat().st_size
     deltas = [tensor for tensor in report.tensors if tensor.changed and tensor.values == "delta"]
@@ -119,7 +123,9 @@ def csr_to_shira(
 
 
 @dataclass
-class _Job:
+class _Folder:
+    """The folder, and what its matrices are compared with."""
+
     folder: Path
     index: Index
     chosen: Callable[[str], bool]
@@ -132,13 +138,13 @@ class _Job:
         items: list[Item],
         whole: list[str],
         writer: AdapterWriter | None,
-        report: ShiraReport,
-        progress: Callable[[int], object],
+        report: FromCsrReport,
+        progress: Progress,
     ) -> None:
         for item in items:
             tensor, changed = self._tensor(item)
             report.tensors.append(
-                ShiraTensor(
+                FromCsrTensor(
                     item.name, tensor.shape, dtype_name(tensor.dtype), tensor.nnz, tensor.value_kind, changed
                 )
             )
@@ -158,7 +164,7 @@ class _Job:
         notes = {} if entry is None else dict(entry.raw)
         return {key: value for key, value in notes.items() if not (changed and key in _ACCOUNTS)}
 
-    def _manifest(self, report: ShiraReport) -> dict[str, Any]:
+    def _manifest(self, report: FromCsrReport) -> dict[str, Any]:
         manifest = provenance(self.index.manifest, self.chosen)
         names = set(self.original.manifest.tensors) if self.original is not None else set()
         same = names == {tensor.name for tensor in report.tensors} and not any(t.changed for t in report.tensors)

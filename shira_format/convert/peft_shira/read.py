@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shira_format._core.arrays import Array, digest, sum_of_squares
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
@@ -43,7 +44,8 @@ def peft_to_shira(
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
 ) -> ConversionReport:
     """Make an adapter of a SHiRA or Super-Tuning adapter of PEFT.
 
@@ -60,6 +62,7 @@ def peft_to_shira(
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         progress: called with 1 after each adapted layer.
+        on_start: called once with the number of adapted layers.
 
     Raises:
         SourceError: an input that cannot be converted exactly; nothing is written.
@@ -77,6 +80,7 @@ def peft_to_shira(
         check_not_input(path, job.files)
     report = ConversionReport(notices=list(job.notices))
     given = unlike = 0
+    on_start(len(source.updates))
     with ExitStack() as stack:
         writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
         for layer in source.updates:

@@ -65,6 +65,20 @@ class Factors:
         return int(self.down.shape[0])
 
 
+def check_amount(rank: int | None, energy: float | None) -> None:
+    """Check how much is to be kept.
+
+    Raises:
+        ValueError: not exactly one of the two, or one that is out of range.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError("give either rank or energy")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank {rank} is not positive")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy {energy} is not in (0, 1]")
+
+
 def best_factors(
     shape: tuple[int, int],
     indices: Array,
@@ -93,12 +107,7 @@ def best_factors(
         ValueError: neither or both of ``rank`` and ``energy``, or one that cannot be meant, or values of zeros or not finite.
         SourceError: the factors overflow float32.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("either rank or energy")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank {rank} is not positive")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy {energy} is not in (0, 1]")
+    check_amount(rank, energy)
     pattern = _Compressed(shape, indices, values)
     for attempt in (method, "gram"):
         triplets, kept = _triplets(pattern.matrix, rank, energy, attempt)

@@ -1,4 +1,4 @@
-"""The folder of a PEFT LoRA: its two files, and what may be replaced by another one."""
+"""The folder of a PEFT LoRA: its two files, and which folders hold one that was written here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy as np
 
 from shira_format._core.arrays import Array, bits
 from shira_format._core.dtypes import dtype_name
-from shira_format.errors import FormatError, SourceError
+from shira_format.errors import SourceError
 from shira_format.export.lora.plan import Kind, pattern, targets
 from shira_format.export.lora.report import LayerReport
 from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
-from shira_format.storage.atomic import LITTER
 from shira_format.storage.safetensors_file import SafetensorsFile
 
 FILE = WEIGHTS[0]
@@ -130,29 +129,17 @@ def config(
     }
 
 
-def write_config(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write ``adapter_config.json``; escapes instead of other letters, so that whatever encoding a reader takes is right."""
-    (folder / CONFIG).write_bytes(json.dumps(values, indent=2, allow_nan=False).encode("ascii") + b"\n")
+def own_files(folder: Path) -> set[str]:
+    """Names of the files of a LoRA that :func:`shira_to_lora` wrote.
 
-
-def check_replaceable(folder: Path) -> None:
-    """Raise SourceError unless ``folder`` holds a LoRA that :func:`shira_to_lora` wrote, and nothing else."""
-    reason = f"{folder}: not a folder that {WRITER} wrote, and so not replaced"
-    if folder.is_symlink() or not folder.is_dir():
-        raise SourceError(reason)
-    names = {path.name for path in folder.iterdir()} - LITTER
-    if others := sorted(names - {CONFIG, FILE}):
-        raise SourceError(f"{folder}: holds {others[0]!r}, which {WRITER} did not write, and so is not replaced")
-    try:
-        file = SafetensorsFile(folder / FILE)
-    except (OSError, FormatError):
-        raise SourceError(reason) from None
+    Raises:
+        SourceError: the folder holds none.
+        OSError: its weights cannot be read.
+        FormatError: they are not a safetensors file.
+    """
+    file = SafetensorsFile(folder / FILE)
     mark = file.metadata.get(_MARK)
     file.close()
     if mark != WRITER or not (folder / CONFIG).is_file():
-        raise SourceError(reason)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files."""
-    return sum((folder / name).stat().st_size for name in (CONFIG, FILE))
+        raise SourceError(f"its weights do not say so, or it has no {CONFIG}")
+    return {CONFIG, FILE}
