@@ -348,13 +348,13 @@ def test_a_folder_that_holds_an_input_is_not_replaced(work: Path, tmp_path: Path
 def test_a_folder_that_cannot_be_made(work: Path, tmp_path: Path) -> None:
     adapter, base = patch(work, {"w": COUNT}, SPARSE)
     before = listing(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SourceError, match="the folder .*missing does not exist"):
         shira_to_full(adapter, base, tmp_path / "missing" / "result")
     assert before == listing(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "when", ["SparseTensor.applied", "_write_indexes", "shutil.copyfileobj", "os.fsync", "os.replace"]
+    "when", ["SparseTensor.applied", "write_indexes", "shutil.copyfileobj", "os.fsync", "os.replace"]
 )
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_interrupt_leaves_everything_as_it_was(
@@ -369,7 +369,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(when if when[:2] in ("os", "sh") else f"shira_format.export.full.{when}", stop)
+    monkeypatch.setattr(when if when[:2] in ("os", "sh") else f"shira_format.export.full.restore.{when}", stop)
     before = listing(tmp_path), sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
         shira_to_full(adapter, base, out)
