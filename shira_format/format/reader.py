@@ -10,8 +10,7 @@ from shira_format._core.arrays import Array, Indices, digest, file_digest, froze
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, Lazy
 from shira_format.errors import FormatError
-from shira_format.format.codecs import CODECS
-from shira_format.format.codecs.blocks import block_count
+from shira_format.format.codecs import CODECS, Encoded
 from shira_format.format.manifest import (
     METADATA_KEY,
     DenseEntry,
@@ -144,9 +143,9 @@ class AdapterFile:
         if entry.codec == "shared":
             return self._shared_indices(entry)
         codec = CODECS[entry.codec]
-        stream = self._read(entry, "indices") if codec.stream is not None else None
-        blocks = self._read(entry, "blocks") if "blocks" in entry.streams() else None
-        return codec.decode(entry.indices, stream, blocks, entry.shape, entry.nnz)
+        streams = {role: self._read(entry, role) for role in entry.index_streams()}
+        stored = Encoded(dict(entry.indices), streams.get("indices"), streams.get("blocks"))
+        return codec.decode(stored, entry.shape, entry.nnz)
 
     def _shared_indices(self, entry: SparseEntry) -> Indices:
         target, file = entry.indices["tensor"], entry.indices.get("file")
@@ -196,13 +195,9 @@ class AdapterFile:
 
     def _check_stream(self, entry: SparseEntry, role: str) -> None:
         name = stream_name(entry.name, role)
-        codec = CODECS.get(entry.codec)
-        counted = role != "indices" or (codec is not None and codec.counted)
-        if role == "indices" and codec is not None and codec.stream is not None:
-            self._check_shape(name, {codec.stream}, (entry.nnz,) if counted else None)
-        elif role == "blocks":
-            rows = block_count(entry.nnz, entry.indices["block_size"])
-            self._check_shape(name, {"I64"}, (rows, 2), "block-directory")
+        if role in (own := entry.index_streams()):
+            dtype, shape = own[role]
+            self._check_shape(name, {dtype}, shape, "block-directory" if role == "blocks" else "count-mismatch")
         elif role == "rows":
             self._check_shape(name, {entry.dtype}, (entry.new_rows, *entry.shape[1:]))
         elif role == "values" and entry.values == "delta":

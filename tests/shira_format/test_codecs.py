@@ -30,7 +30,7 @@ def indexed(draw: st.DrawFn) -> tuple[Indices, Shape]:
 
 def decode(encoded: Encoded, shape: Shape, nnz: int) -> Indices:
     codec = CODECS[encoded.params["codec"]]
-    return codec.decode(encoded.params, encoded.stream, encoded.blocks, shape, nnz)
+    return codec.decode(encoded, shape, nnz)
 
 
 def can_hold(name: str, indices: Indices, shape: Shape) -> bool:
@@ -275,7 +275,7 @@ def test_any_stream_is_decoded_to_its_only_meaning_or_refused(
     nnz = min(nnz, size)
     params = {"codec": name, "block_size": BLOCK_SIZE}
     try:
-        found = CODECS[name].decode(params, np.frombuffer(stream, np.uint8), None, (size,), nnz)
+        found = CODECS[name].decode(Encoded(params, np.frombuffer(stream, np.uint8)), (size,), nnz)
     except FormatError as error:
         assert error.rule in {"stream-truncated", "stream-trailing", "varint", "out-of-range"}
         return

@@ -8,24 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices
+from shira_format._core.arrays import Indices
 from shira_format.errors import FormatError
-from shira_format.format.codecs.base import Encoded
+from shira_format.format.codecs.base import Encoded, IndexCodec
+from shira_format.format.fields import need
 from shira_format.tensors import matrix_view
 
+KINDS = ("rows", "columns", "diagonal")
 MAX_PARTS = 8
 MAX_LISTED = 2**31  # entries of a mask that no byte in the file vouches for
 
 Part = dict[str, Any]
 
 
-class Structured:
+class Structured(IndexCodec):
     """SHiRA-Struct masks: the indices follow from a few numbers in the manifest."""
 
     name = "structured"
-    stream = None
-    blocks = False
-    counted = False
+
+    def check_params(self, params: Mapping[str, Any], tensor: str) -> None:
+        for part in need(params, "pattern", list, tensor):
+            if not isinstance(part, dict) or part.get("kind") not in KINDS:
+                raise FormatError("manifest-schema", f"a part of the pattern is not one of {KINDS}", tensor=tensor)
+            need(part, "offset", int, tensor)
+            if part["kind"] != "diagonal" or "step" in part:
+                need(part, "step", int, tensor)
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
         pattern = find_pattern(indices, shape)
@@ -34,15 +41,8 @@ class Structured:
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         return Encoded({"codec": self.name, "pattern": find_pattern(indices, shape)})
 
-    def decode(
-        self,
-        params: Mapping[str, Any],
-        stream: Array | None,
-        blocks: Indices | None,
-        shape: tuple[int, ...],
-        nnz: int,
-    ) -> Indices:
-        return list_pattern(params["pattern"], shape, nnz)
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+        return list_pattern(stored.params["pattern"], shape, nnz)
 
 
 def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indices:
