@@ -33,7 +33,7 @@ from shira_format.format.manifest import (
 )
 from shira_format.format.reader import AdapterFile
 from shira_format.storage.atomic import replaced_file
-from shira_format.storage.safetensors_file import MAX_HEADER
+from shira_format.storage.safetensors_file import MAX_HEADER, Stream, file_header
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 from shira_format.version import __version__
 
@@ -109,7 +109,7 @@ class AdapterWriter:
         self._block_size = block_size
         self._spools: dict[int, IO[bytes]] = {}
         self._sizes: dict[int, int] = {}
-        self._streams: dict[str, tuple[str, list[int], int, int]] = {}
+        self._streams: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
         self._tensors: list[dict[str, Any]] = []
         self._whole: list[dict[str, Any]] = []
         self._seen: dict[tuple[Any, ...], str] = {}
@@ -297,13 +297,12 @@ class AdapterWriter:
                 found.update(raw)
         if self._sizes[size] - begin != numel(shape) * size:
             raise FormatError("count-mismatch", f"its parts are not of shape {list(shape)}", tensor=name)
-        self._streams[name] = (dtype_name(dtype), list(shape), size, begin)
+        self._streams[name] = (dtype_name(dtype), shape, size, begin)
         return known or found.hexdigest()
 
     def _finish(self) -> None:
         header = self._header()
         with replaced_file(self.path) as file:
-            file.write(len(header).to_bytes(8, "little"))
             file.write(header)
             for size in sorted(self._spools, reverse=True):
                 self._spools[size].seek(0)
@@ -316,15 +315,15 @@ class AdapterWriter:
         for size in sorted(self._spools, reverse=True):
             begins[size] = at
             at += self._sizes[size]
-        entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+        streams = {}
         for name, (dtype, shape, size, begin) in self._streams.items():
             start = begins[size] + begin
-            length = numel(tuple(shape)) * size
-            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + length]}
-        header = _json(entries).encode()
-        header += b" " * (-len(header) % 8)
-        if len(header) > MAX_HEADER:
-            raise FormatError("header-too-large", f"a header of {len(header)} bytes, the limit is {MAX_HEADER}")
+            streams[name] = Stream(dtype, shape, start, start + numel(shape) * size)
+        header = file_header(streams, {METADATA_KEY: text})
+        if len(header) - 8 > MAX_HEADER:
+            raise FormatError(
+                "header-too-large", f"a header of {len(header) - 8} bytes; the limit is {MAX_HEADER}"
+            )
         return header
 
     def _full_manifest(self) -> dict[str, Any]:

@@ -1,7 +1,12 @@
-"""Reading a safetensors file strictly and lazily: the header is checked whole, data is mapped only when asked for.
+"""The safetensors container, read and written by our own code, here and nowhere else.
 
-The safetensors package checks less than the spec asks (repeated keys, the metadata's types) and copies what it reads;
-adapters, LoRAs and checkpoints all go through this module instead. Section numbers are those of ``spec/SPEC.md``.
+The safetensors package does not do what adapters and checkpoints need:
+
+* A stranger's file is checked before anything is allocated: exact offsets, sizes, repeated keys, the types of metadata.
+* Parts of tensors are read by ranges, from local and remote storage, in bounded memory and from several threads.
+* Tensors are written one by one, without all of them in memory, in an order of ours and with float8 and bfloat16.
+
+Section numbers are those of ``spec/SPEC.md``.
 """
 
 from __future__ import annotations
@@ -10,11 +15,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
+from shira_format._core.arrays import Array, bits, frozen
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
 from shira_format.storage.paths import open_storage
@@ -71,15 +76,16 @@ class SafetensorsFile(Mapping[str, Stream]):
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self.size < 8:
-            raise FormatError("file-truncated", f"{self.size} bytes are no safetensors file")
+            raise FormatError("file-truncated", f"not a safetensors file: it has only {self.size} bytes")
         prefix = bytes(self._storage.view(0, 8))
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
-            raise FormatError(
-                "header-too-large", f"the header says it has {length} bytes, the limit is {MAX_HEADER}"
-            )
+            # The first 8 bytes of a file of another kind make an absurd length.
+            other = "not a safetensors file"
+            reason = other if length > self.size else f"a header of {length} bytes; the limit is {MAX_HEADER}"
+            raise FormatError("header-too-large", reason)
         if 8 + length > self.size:
-            raise FormatError("file-truncated", f"the header says it has {length} bytes, the file has {self.size}")
+            raise FormatError("file-truncated", f"a header of {length} bytes in a file of {self.size}")
         text = bytes(self._storage.view(8, 8 + length))
         if not text.startswith(b"{"):
             raise FormatError("header-json", "the header does not start with '{'")
@@ -196,25 +202,73 @@ def _stream(name: str, entry: Any) -> Stream:
     return stream
 
 
+def file_header(streams: Mapping[str, Stream], metadata: Mapping[str, str], room: int = 0) -> bytes:
+    """The beginning of a file up to its buffer: the length of the header and the header, filled up with spaces.
+
+    Args:
+        streams: the arrays by name, in the order of the header.
+        metadata: strings by name; none is written if it is empty.
+        room: bytes of the result; by default as few as give a multiple of 8.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, stream in streams.items():
+        entries[name] = {
+            "dtype": stream.dtype, "shape": stream.shape, "data_offsets": [stream.begin, stream.end],
+        }  # fmt: skip
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(room - 8 if room else (len(text) + 7) & ~7)
+    return len(text).to_bytes(8, "little") + text
+
+
 def header_of(
     tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file whose tensors follow one another, and where in it each tensor's bytes begin.
+    """:func:`file_header` of tensors that follow one another, and where in the file each tensor's bytes begin.
 
     Args:
         tensors: name, dtype and shape of each, in the order of the file.
-        metadata: strings by name; none is written if it is empty.
+        metadata: see :func:`file_header`.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begins, at = {}, 0
+    streams, at = {}, 0
     for name, dtype, shape in tensors:
-        begins[name], stop = at, at + numel(shape) * dtype.itemsize
-        entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [at, stop]}
-        at = stop
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+        stop = at + numel(shape) * dtype.itemsize
+        streams[name], at = Stream(dtype_name(dtype), shape, at, stop), stop
+    header = file_header(streams, metadata)
+    return header, {name: len(header) + stream.begin for name, stream in streams.items()}
+
+
+class SafetensorsWriter:
+    """Writes tensors one after the other, whose exact shapes are known only when they come.
+
+    The header gets the room that it would need if all tensors came in their largest shapes; spaces fill what is left.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        largest: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Args: ``file``: empty, open for writing; ``largest``: dtypes and largest shapes of all tensors that may come."""
+        self._file = file
+        self._metadata = metadata
+        self._streams: dict[str, Stream] = {}
+        self._at = 0
+        end = sum(dtype.itemsize * numel(shape) for dtype, shape in largest.values())
+        most = {name: Stream(dtype_name(dtype), shape, end, end) for name, (dtype, shape) in largest.items()}
+        self._room = len(file_header(most, metadata))
+        file.write(bytes(self._room))
+
+    def add(self, name: str, array: Array) -> None:
+        """Write one tensor."""
+        begin, self._at = self._at, self._at + array.nbytes
+        self._streams[name] = Stream(dtype_name(array.dtype), array.shape, begin, self._at)
+        self._file.write(bits(array).data)
+
+    def finish(self) -> None:
+        """Write the header."""
+        self._file.seek(0)
+        self._file.write(file_header(self._streams, self._metadata, self._room))
 
 
 def is_uint(value: Any) -> bool:

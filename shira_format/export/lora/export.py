@@ -18,8 +18,8 @@ from shira_format.errors import BaseMismatch, SourceError
 from shira_format.export.lora.factors import Factors, best_factors
 from shira_format.export.lora.folder import (
     FILE,
+    METADATA,
     Shapes,
-    WeightsFile,
     check_replaceable,
     config,
     factors_of,
@@ -33,6 +33,7 @@ from shira_format.format import AdapterFile
 from shira_format.lora.peft.config import PREFIX
 from shira_format.names.filters import name_filter
 from shira_format.storage.atomic import replaced_file, replaced_folder
+from shira_format.storage.safetensors_file import SafetensorsWriter
 from shira_format.tensors import SparseTensor, matrix_view
 
 
@@ -137,7 +138,7 @@ class _Job:
                 pass
         else:
             with replaced_file(folder / FILE) as file:
-                weights = WeightsFile(file, self._largest())
+                weights = SafetensorsWriter(file, self._largest(), METADATA)
                 for name, array in self._arrays():
                     weights.add(name, array)
                 weights.finish()
