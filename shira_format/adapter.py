@@ -79,7 +79,7 @@ class Adapter(Mapping[str, SparseTensor]):
         return f"Adapter({len(self)} sparse tensors, {len(self.dense)} dense tensors)"
 
 
-class Lazy(Mapping[str, _V]):
+class LazyMapping(Mapping[str, _V]):
     """A mapping whose values are read or computed when they are asked for, and not kept."""
 
     def __init__(self, names: Collection[str], read: Callable[[str], _V]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from shira_format._core.arrays import Array, as_array, bits, digest, frozen
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, read_only
 from shira_format._core.compiled import is_strictly_increasing
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError
@@ -29,7 +29,7 @@ def density(nnz: int, elements: int) -> float:
     return nnz / elements if elements else 0.0
 
 
-def matrix_view(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of the matrix view of ``shape`` (spec, section 1): axis 0 against all others."""
     if not shape:
         return 1, 1
@@ -114,18 +114,18 @@ class SparseTensor:
         set_(self, "name", name)
         set_(self, "shape", tuple(int(n) for n in shape))
         set_(self, "value_kind", value_kind)
-        set_(self, "indices", frozen(_checked_indices(name, self.shape, indices)))
+        set_(self, "indices", read_only(_checked_indices(name, self.shape, indices)))
         if (values is None) != (value_kind == "none"):
             raise FormatError("count-mismatch", f"a {value_kind} tensor with values={values}", tensor=name)
-        set_(self, "_values", None if values is None else frozen(as_array(values)))
+        set_(self, "_values", None if values is None else read_only(as_array(values)))
         set_(self, "dtype", np.dtype(dtype if dtype is not None else self._guess_dtype()))
-        set_(self, "base", None if base is None else frozen(as_array(base)))
+        set_(self, "base", None if base is None else read_only(as_array(base)))
         if self.base is not None:
-            base_digest = digest(self.base)
+            base_digest = array_digest(self.base)
         set_(self, "base_digest", base_digest)
         set_(self, "base_name", name if base_name is None else base_name)
         set_(self, "rows", None if rows is None else int(rows))
-        set_(self, "new_rows", None if new_rows is None else frozen(as_array(new_rows)))
+        set_(self, "new_rows", None if new_rows is None else read_only(as_array(new_rows)))
         set_(self, "result_digest", result_digest)
         self._check_values()
         self._check_rows()
@@ -266,7 +266,7 @@ class SparseTensor:
             raise BaseMismatch(
                 f"tensor {self.name!r}: the adapter is for {self.dtype}, the weight has {found.dtype}"
             )
-        if digest(found) != self.base_digest:
+        if array_digest(found) != self.base_digest:
             raise BaseMismatch(
                 f"tensor {self.name!r}: the base holds other values at the adapter's entries (digest differs)"
             )
@@ -368,15 +368,15 @@ class DenseTensor:
     def __init__(self, name: str, values: Any, *, base: Any = None, base_digest: str | None = None) -> None:
         set_ = object.__setattr__
         set_(self, "name", name)
-        set_(self, "values", frozen(as_array(values)))
+        set_(self, "values", read_only(as_array(values)))
         dtype_name(self.values.dtype)
-        set_(self, "base", None if base is None else frozen(as_array(base)))
+        set_(self, "base", None if base is None else read_only(as_array(base)))
         if self.base is not None:
             if self.base.dtype != self.values.dtype:
                 raise FormatError("stream-dtype", "base of another dtype", tensor=name)
             if self.base.shape != self.values.shape:
                 raise FormatError("count-mismatch", "base of another shape", tensor=name)
-            base_digest = digest(self.base)
+            base_digest = array_digest(self.base)
         set_(self, "base_digest", base_digest)
 
     def __setattr__(self, key: str, value: object) -> None:
@@ -393,7 +393,7 @@ class DenseTensor:
         found = as_array(weight)
         if self.base_digest is None:
             return
-        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or digest(
+        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or array_digest(
             found
         ) != self.base_digest:
             raise BaseMismatch(f"tensor {self.name!r}: the base holds another tensor (digest differs)")
@@ -421,7 +421,7 @@ def same_bits(a: Array | None, b: Array | None) -> bool:
     """Whether two arrays have the same dtype, shape and bits (so NaN equals itself and -0.0 is not 0.0)."""
     if a is None or b is None:
         return a is b
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(as_bytes(a), as_bytes(b))
 
 
 def _checked_indices(name: str, shape: tuple[int, ...], indices: Any) -> npt.NDArray[np.int64]:

@@ -32,26 +32,26 @@ def as_array(tensor: Any) -> Array:
     if torch is None or not isinstance(tensor, torch.Tensor):
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
-    if (bits := _VIA_BITS.get(str(tensor.dtype))) is None:
+    if (as_bytes := _VIA_BITS.get(str(tensor.dtype))) is None:
         return np.asarray(tensor.numpy())
-    carrier, dtype = bits
+    carrier, dtype = as_bytes
     return np.asarray(tensor.view(getattr(torch, carrier)).numpy().view(dtype))
 
 
-def bits(array: Array) -> Array:
+def as_bytes(array: Array) -> Array:
     """The bytes of ``array`` as flat uint8, without a copy if it is contiguous; compares NaN and -0.0 exactly."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def different(a: Array, b: Array) -> Array:
+def bits_differ(a: Array, b: Array) -> Array:
     """Where the bits of two arrays of one dtype differ."""
     unsigned = np.dtype(f"u{a.dtype.itemsize}")
     return np.asarray(a.view(unsigned) != b.view(unsigned))
 
 
-def digest(array: Array) -> str:
+def array_digest(array: Array) -> str:
     """SHA-256 of the array's bytes in row-major order, 64 hex digits (spec, section 6)."""
-    return hashlib.sha256(bits(array).data).hexdigest()
+    return hashlib.sha256(as_bytes(array).data).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -65,14 +65,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def frozen(array: Array) -> Array:
+def read_only(array: Array) -> Array:
     """A read-only view of ``array``."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-def positions(mask: npt.NDArray[np.bool_], count: int | None = None) -> npt.NDArray[np.int64]:
+def where_true(mask: npt.NDArray[np.bool_], count: int | None = None) -> npt.NDArray[np.int64]:
     """Where a flat mask is true; for sparse masks faster than ``np.flatnonzero``, which looks at every element.
 
     ``count`` is how often it is true, if that is known.

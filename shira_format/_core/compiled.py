@@ -37,7 +37,7 @@ def loaded() -> Any:
     return _kernels
 
 
-def unsigned(flat: Array) -> Array:
+def as_unsigned(flat: Array) -> Array:
     """The bits of a contiguous array as unsigned integers of its item's size, ``[n]``, in the same memory."""
     return flat.reshape(-1).view(f"u{flat.dtype.itemsize}")
 
@@ -45,7 +45,7 @@ def unsigned(flat: Array) -> Array:
 def take(flat: Array, indices: Indices) -> Array:
     """``flat[indices]`` for indices that were checked, as a new array of the same dtype."""
     out = np.empty(indices.size, flat.dtype)
-    source, bits = unsigned(flat), unsigned(out)
+    source, bits = as_unsigned(flat), as_unsigned(out)
     if _kernels is not None:
         _kernels.take(source, indices, bits)
     elif indices.size:
@@ -55,7 +55,7 @@ def take(flat: Array, indices: Indices) -> Array:
 
 def put(flat: Array, indices: Indices, values: Array) -> None:
     """``flat[indices] = values`` for indices that were checked and values of the same dtype."""
-    target, bits = unsigned(flat), unsigned(np.ascontiguousarray(values))
+    target, bits = as_unsigned(flat), as_unsigned(np.ascontiguousarray(values))
     if _kernels is not None:
         _kernels.put(target, indices, bits)
     else:
@@ -80,15 +80,15 @@ def exchange(flat: Array, old: Indices, old_base: Array, new: Indices, new_value
         put(flat, new, new_values)
         return base
     base = np.empty(new.size, flat.dtype)
-    arrays = [unsigned(np.ascontiguousarray(array)) for array in (old_base, new_values)]
-    _kernels.exchange(unsigned(flat), old, arrays[0], new, arrays[1], unsigned(base))
+    arrays = [as_unsigned(np.ascontiguousarray(array)) for array in (old_base, new_values)]
+    _kernels.exchange(as_unsigned(flat), old, arrays[0], new, arrays[1], as_unsigned(base))
     return base
 
 
 def overlay(values: Array, indices: Indices, other: Indices, other_values: Array) -> int:
     """Where ``indices`` and ``other`` (both rising) meet, let ``values`` be ``other_values``; how often that is."""
     if _kernels is not None:
-        return int(_kernels.overlay(unsigned(values), indices, other, unsigned(other_values)))
+        return int(_kernels.overlay(as_unsigned(values), indices, other, as_unsigned(other_values)))
     if not indices.size or not other.size:
         return 0
     at = np.searchsorted(other, indices)
@@ -139,8 +139,8 @@ def mixed(target: Array, own: Array, factors: Array) -> Array:
         return target
     if _kernels is not None and target.dtype.name == "bfloat16":
         new = np.empty(target.size, target.dtype)
-        arrays = (unsigned(np.ascontiguousarray(one)) for one in (target, own))
-        _kernels.mix_bfloat16(*arrays, factors, unsigned(new))
+        arrays = (as_unsigned(np.ascontiguousarray(one)) for one in (target, own))
+        _kernels.mix_bfloat16(*arrays, factors, as_unsigned(new))
         return new
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
         origin = own.astype(factors.dtype)
@@ -172,10 +172,10 @@ def scatter(
         The number of an entry where ``base`` was known and is another one, or -1.
     """
     if _kernels is not None:
-        arrays = (unsigned(np.ascontiguousarray(one)) for one in (new, own))
-        return int(_kernels.scatter(at, *arrays, factors, unsigned(values), unsigned(base), known, count))
+        arrays = (as_unsigned(np.ascontiguousarray(one)) for one in (new, own))
+        return int(_kernels.scatter(at, *arrays, factors, as_unsigned(values), as_unsigned(base), known, count))
     met = np.flatnonzero(known[at])
-    other = met[unsigned(base[at[met]]) != unsigned(own[met])]
+    other = met[as_unsigned(base[at[met]]) != as_unsigned(own[met])]
     base[at], known[at] = own, True
     laid = np.arange(at.size) if factors.size == 1 else np.flatnonzero(factors)
     count[at[laid]] += 1

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numba import njit
 
-from shira_format._core.prefetch import prefetch, works
+from shira_format._core.prefetch import is_supported, prefetch
 
 _VARINT = 8  # bytes of a code at most
 _PIECE = 1 << 15  # bytes of a weight that are worked on together: they fit a first-level cache
@@ -23,7 +23,7 @@ def _compiled(function: F) -> F:
     return cast("F", njit(nogil=True, cache=True)(function))
 
 
-if works():
+if is_supported():
     _soon = prefetch
 else:
 

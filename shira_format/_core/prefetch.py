@@ -37,7 +37,7 @@ def _ask(array: Any) -> None:
     prefetch(array, 0)
 
 
-def works() -> bool:
+def is_supported() -> bool:
     """Whether this numba's LLVM knows the hint by the name that is used here."""
     try:
         _ask(np.zeros(1, np.uint8))

@@ -17,7 +17,7 @@ from shira_format.checkpoints.gguf import open_gguf
 from shira_format.checkpoints.safetensors import open_safetensors
 from shira_format.checkpoints.torch_bin import open_torch_bin
 from shira_format.errors import SourceError
-from shira_format.storage.paths import located
+from shira_format.storage.paths import resolve_path
 
 LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [
     open_diffusers, open_safetensors, open_torch_bin, open_gguf, open_dcp,
@@ -36,7 +36,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         SourceError: there is none, or it is of a layout that is not read.
         FormatError: a safetensors file is damaged.
     """
-    path = located(path)
+    path = resolve_path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     for layout in LAYOUTS:

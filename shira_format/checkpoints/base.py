@@ -90,7 +90,7 @@ class Checkpoint(Mapping[str, Array]):
         return {"format": "pt"}
 
 
-class Listed(Checkpoint, Generic[_T]):
+class IndexedCheckpoint(Checkpoint, Generic[_T]):
     """A checkpoint whose tensors are listed when it is opened, in ``_where``: what is known of each, by name."""
 
     _where: Mapping[str, _T]

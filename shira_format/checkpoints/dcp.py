@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
-from shira_format.checkpoints.base import Listed
+from shira_format._core.arrays import Array, read_only
+from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.dcp_metadata import NAME, Chunk, Metadata, Sharded
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.strided import Box, boxes
-from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
+from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
 from shira_format.storage.paths import Storage, open_storage
 from shira_format.tensors import numel
@@ -24,7 +24,7 @@ _OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state", "optimizer
 _MODELS = ("model", "module", "state_dict", "model_state_dict")
 
 
-class DcpCheckpoint(Listed[Sharded]):
+class DcpCheckpoint(IndexedCheckpoint[Sharded]):
     """The model's tensors of a distributed checkpoint, put together from their chunks."""
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class DcpCheckpoint(Listed[Sharded]):
 
     def __getitem__(self, name: str) -> Array:
         shape = self.shape(name)
-        return frozen(self.part(name, 0, numel(shape)).reshape(shape))
+        return read_only(self.part(name, 0, numel(shape)).reshape(shape))
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         tensor = self._where[name]
@@ -146,12 +146,14 @@ def _open_file(folder: Path, name: str) -> Storage:
         raise SourceError(f"{folder}: the file {name} is missing") from None
 
 
-def _open_chunk(storage: Callable[[str], Storage], chunk: Chunk, dtype: np.dtype[Any]) -> tuple[TorchFile, Stored]:
+def _open_chunk(
+    storage: Callable[[str], Storage], chunk: Chunk, dtype: np.dtype[Any]
+) -> tuple[TorchFile, StoredTensor]:
     """The file that ``torch.save`` wrote of a chunk, and the tensor in it."""
     where = f"{chunk.file}, chunk at {list(chunk.offsets)}"
     try:
         file = TorchFile(_Window(functools.partial(storage, chunk.file), chunk.begin, chunk.length))
-        if type(file.root) is not Stored:
+        if type(file.root) is not StoredTensor:
             raise PickleError("not a tensor")
         file.check(file.root)
     except PickleError as error:

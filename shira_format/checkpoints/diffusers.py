@@ -13,7 +13,7 @@ from shira_format._core.arrays import Array
 from shira_format.checkpoints.base import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.storage.safetensors_file import parse_object
-from shira_format.storage.weight_files import usual_weights
+from shira_format.storage.weight_files import find_weights
 
 _PIPELINE = "model_index.json"
 # The names under which each library looks for weights, for a copy of weights that were in no safetensors file.
@@ -149,7 +149,7 @@ def _open(folder: Path, component: _Component, notices: list[str]) -> Checkpoint
     from shira_format.checkpoints import LAYOUTS
 
     files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else None
-    usual = usual_weights(files or ())
+    usual = find_weights(files or ())
     if usual is None and component.cls.endswith(_WEIGHTLESS):
         return None
     if files is None:

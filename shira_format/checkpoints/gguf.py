@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
+from shira_format._core.arrays import Array, read_only
 from shira_format._core.dtypes import DTYPES
-from shira_format.checkpoints.base import Listed
+from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.gguf_file import Entry, GGUFFile, load_gguf
 from shira_format.checkpoints.gguf_names import ARCHITECTURES, COMPUTED, HEADS, Form
 from shira_format.errors import SourceError
@@ -97,7 +97,7 @@ class _Tensor:
             out[low - start : high - start] = values[low - block * entry.block : high - block * entry.block]
 
 
-class GGUFCheckpoint(Listed[_Tensor]):
+class GGUFCheckpoint(IndexedCheckpoint[_Tensor]):
     """The tensors of one model in one or more GGUF files; quantised ones come as float32.
 
     Attributes:
@@ -139,8 +139,8 @@ class GGUFCheckpoint(Listed[_Tensor]):
         if tensor.form is Form.SAME and tensor.stored is not None:
             begin = tensor.entry.begin
             mapped = tensor.file.storage.view(begin, begin + count * tensor.dtype.itemsize)
-            return frozen(np.frombuffer(mapped, tensor.dtype, count).reshape(tensor.shape))
-        return frozen(self.part(name, 0, count).reshape(tensor.shape))
+            return read_only(np.frombuffer(mapped, tensor.dtype, count).reshape(tensor.shape))
+        return read_only(self.part(name, 0, count).reshape(tensor.shape))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._where[name].shape

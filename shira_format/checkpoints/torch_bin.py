@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
-from shira_format.checkpoints.base import Listed
+from shira_format._core.arrays import Array, read_only
+from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.checkpoints.pickles import PickleError
-from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
+from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
 from shira_format.storage.paths import open_storage
 from shira_format.tensors import numel
@@ -25,7 +25,7 @@ _USUAL = ("pytorch_model", "diffusion_pytorch_model")
 _IGNORED = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
 
-class TorchBinCheckpoint(Listed["_File"]):
+class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
     """The tensors of one or more files of ``torch.save`` under one roof."""
 
     def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
@@ -41,7 +41,7 @@ class TorchBinCheckpoint(Listed["_File"]):
 
     def __getitem__(self, name: str) -> Array:
         shape = self.shape(name)
-        return frozen(self.part(name, 0, numel(shape)).reshape(shape))
+        return read_only(self.part(name, 0, numel(shape)).reshape(shape))
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         return self._where[name].part(name, start, stop, out)
@@ -87,7 +87,7 @@ class _File:
         except PickleError as error:  # a header that is first read now
             raise SourceError(f"{self.path}: tensor {name!r}: {error}") from None
 
-    def _state_dict(self, root: Any) -> dict[str, Stored]:
+    def _state_dict(self, root: Any) -> dict[str, StoredTensor]:
         """The tensors by name: those of ``root``, or of the only dict of tensors in it."""
         if type(root) is not dict:
             raise SourceError(f"{self.path}: it holds a {_kind(root)}, not a dict of tensors")
@@ -105,11 +105,11 @@ class _File:
         )
         return self._tensors(root[inner[0]], f" under {inner[0]!r}")
 
-    def _tensors(self, found: Mapping[Any, Any], where: str) -> dict[str, Stored]:
+    def _tensors(self, found: Mapping[Any, Any], where: str) -> dict[str, StoredTensor]:
         for key, value in found.items():
             if type(key) is not str:
                 raise SourceError(f"{self.path}: the key {key!r}{where} is not a name")
-            if type(value) is not Stored:
+            if type(value) is not StoredTensor:
                 raise SourceError(f"{self.path}: {key!r}{where} is a {_kind(value)}, not a tensor")
         return dict(found)
 
@@ -139,8 +139,8 @@ def _safetensors_name(file: str) -> str:
 
 
 def _has_tensors(found: Mapping[Any, Any]) -> bool:
-    return any(type(value) is Stored for value in found.values())
+    return any(type(value) is StoredTensor for value in found.values())
 
 
 def _kind(value: Any) -> str:
-    return "tensor" if type(value) is Stored else type(value).__name__
+    return "tensor" if type(value) is StoredTensor else type(value).__name__

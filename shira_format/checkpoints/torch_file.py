@@ -53,7 +53,7 @@ class _Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor as a file holds it; nothing of it is checked before :meth:`TorchFile.check`.
 
     Attributes:
@@ -77,7 +77,7 @@ class TorchFile:
     """One file of ``torch.save``, or a part of a file that is one.
 
     Attributes:
-        root: what was saved: plain values, and :class:`Stored` for tensors.
+        root: what was saved: plain values, and :class:`StoredTensor` for tensors.
 
     Raises:
         PickleError: it is no such file, is damaged, or needs more than plain values and dense tensors.
@@ -95,7 +95,7 @@ class TorchFile:
             file.seek(0)
             self.root = self._open_legacy(file)
 
-    def check(self, tensor: Stored) -> None:
+    def check(self, tensor: StoredTensor) -> None:
         """Raise PickleError unless ``tensor`` lies within the file, and has a shape and dtype of a checkpoint."""
         if tensor.dtype not in TORCH_DTYPES:
             raise PickleError(f"dtype {tensor.dtype} is not known")
@@ -116,7 +116,7 @@ class TorchFile:
             )
         self._check_storage(tensor.storage)
 
-    def read(self, tensor: Stored, start: int, stop: int, out: Array | None = None) -> Array:
+    def read(self, tensor: StoredTensor, start: int, stop: int, out: Array | None = None) -> Array:
         """Elements ``start`` to ``stop`` of a flat tensor that was checked, ``[stop - start]``, read into ``out`` or new memory.
 
         Only the range is read if the tensor is contiguous. Safe from several threads.
@@ -291,29 +291,29 @@ def _tensor(
     _grad: Any = False,
     _hooks: Any = None,
     metadata: Any = None,
-) -> Stored:
+) -> StoredTensor:
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
         raise PickleError("a tensor that is not one of a storage")
     flags = tuple(str(key) for key, value in metadata.items() if value) if metadata else ()
-    return Stored(storage, storage.dtype, offset, shape, strides, flags)
+    return StoredTensor(storage, storage.dtype, offset, shape, strides, flags)
 
 
 def _tensor_of_dtype(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> Stored:
+) -> StoredTensor:
     found = _tensor(storage, offset, shape, strides, grad, hooks, metadata)
-    return Stored(found.storage, str(dtype), offset, shape, strides, found.flags)
+    return StoredTensor(found.storage, str(dtype), offset, shape, strides, found.flags)
 
 
 def _same(data: Any, *_: Any) -> Any:
     return data
 
 
-def _of_type(rebuild: Any, kind: Any, arguments: Any, _state: Any) -> Stored:
+def _of_type(rebuild: Any, kind: Any, arguments: Any, _state: Any) -> StoredTensor:
     if rebuild not in (_tensor, _tensor_of_dtype, _same) or kind not in ("Tensor", "Parameter"):
         raise PickleError("a tensor of an unknown class")
     found = rebuild(*arguments)
-    if type(found) is not Stored:
+    if type(found) is not StoredTensor:
         raise PickleError("a tensor that is none")
     return found
 

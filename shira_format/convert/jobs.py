@@ -91,6 +91,6 @@ def identified(location: str) -> dict[str, str]:
     """``id`` and ``revision`` of a model on the hub; nothing for other locations."""
     if not location.startswith("hf://"):
         return {}
-    from shira_format.storage.hub import identified as on_the_hub
+    from shira_format.storage.hub import hub_identity as on_the_hub
 
     return on_the_hub(location)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, file_digest
+from shira_format._core.arrays import Array, array_digest, file_digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -157,7 +157,12 @@ def _copy(name: str, origin: str, base: Checkpoint) -> SparseTensor:
     """The base's tensor, under another name, without an entry."""
     nothing = np.empty(0, base.dtype(origin))
     return SparseTensor(
-        name, base.shape(origin), np.empty(0, np.int64), nothing, base_name=origin, base_digest=digest(nothing)
+        name,
+        base.shape(origin),
+        np.empty(0, np.int64),
+        nothing,
+        base_name=origin,
+        base_digest=array_digest(nothing),
     )
 
 
@@ -196,4 +201,4 @@ def _whole(name: str, array: Array, base: Checkpoint, view: Checkpoint, self_con
     weight = base.get(name)
     if weight is None or (weight.shape, weight.dtype) != (values.shape, values.dtype):
         return DenseTensor(name, values)
-    return DenseTensor(name, values, base=weight if self_contained else None, base_digest=digest(weight))
+    return DenseTensor(name, values, base=weight if self_contained else None, base_digest=array_digest(weight))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import dtype_name, working_dtype
 from shira_format._core.rounding import upcast
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -29,8 +29,8 @@ from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
-from shira_format.storage.atomic import replaced_folder
-from shira_format.tensors import SparseTensor, ValueKind, matrix_view
+from shira_format.storage.atomic import atomic_folder
+from shira_format.tensors import SparseTensor, ValueKind, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def shira_to_csr(
         check_replaceable(target)
         if path.resolve().parent == target.resolve():
             raise SourceError(f"{target}: holds the adapter, and so is not replaced")
-    source = AdapterFile(path, apart=True)
+    source = AdapterFile(path, separate_maps=True)
     chosen = name_filter(include, exclude)
     entries = [entry for name, entry in source.manifest.tensors.items() if chosen(name)]
     report = CsrReport(whole=[name for name in source.manifest.whole if chosen(name)])
@@ -116,7 +116,7 @@ def shira_to_csr(
         report.notices += checkpoint.notices
     with ExitStack() as stack:
         stack.callback(source.streams.close)
-        hidden = stack.enter_context(replaced_folder(target)) if target is not None else None
+        hidden = stack.enter_context(atomic_folder(target)) if target is not None else None
         _write(source, entries, chosen, report, hidden, checkpoint, values, progress)
         if hidden is not None:
             report.folder_bytes = sum(file.stat().st_size for file in hidden.iterdir())
@@ -126,7 +126,7 @@ def shira_to_csr(
 def _check(entry: SparseEntry, path: Path, values: ValueKind, *, has_base: bool) -> None:
     """What the manifest tells already, before any work."""
     try:
-        check_rows(matrix_view(entry.shape)[0], entry.nnz)
+        check_rows(matrix_shape(entry.shape)[0], entry.nnz)
         if entry.values in (values, "none") or entry.base_values or has_base:
             return
         if values == "delta":
@@ -182,10 +182,10 @@ def _item(tensor: SparseTensor, file: str, base: Checkpoint | None, values: Valu
         data = wide(tensor.values)
     else:
         start = base_entries(tensor, base)
-        dtype, base_digest = start.dtype, digest(start)
+        dtype, base_digest = start.dtype, array_digest(start)
         data = difference(tensor.values, start) if values == "delta" else wide(tensor.applied(start))
         value_kind = values
-    digests = {"indices": digest(tensor.indices), value_kind: digest(data)}
+    digests = {"indices": array_digest(tensor.indices), value_kind: array_digest(data)}
     if base_digest is not None:
         digests["base"] = base_digest
     more: dict[str, Any] = {"nnz": tensor.nnz}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
+from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -27,8 +27,8 @@ from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
-from shira_format.storage.atomic import replaced_file, replaced_folder
-from shira_format.storage.paths import located
+from shira_format.storage.atomic import atomic_file, atomic_folder
+from shira_format.storage.paths import resolve_path
 from shira_format.storage.safetensors_file import header_of
 from shira_format.tensors import SparseTensor, numel
 
@@ -112,7 +112,7 @@ def shira_to_full(
         SourceError: the base cannot be read, or the adapter has nothing to apply.
     """
     plan = RestorePlan(
-        AdapterFile(adapter, apart=True), open_checkpoint(base), alpha, name_filter(include, exclude)
+        AdapterFile(adapter, separate_maps=True), open_checkpoint(base), alpha, name_filter(include, exclude)
     )
     return plan.write(None if out is None else Path(out), files_from, threads, progress)
 
@@ -221,7 +221,7 @@ class RestorePlan:
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(threads))
             self._hashing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="shira-hash"))
-            folder = stack.enter_context(replaced_folder(out)) if out is not None else None
+            folder = stack.enter_context(atomic_folder(out)) if out is not None else None
             for shard, pieces in self._shards.items():
                 self._write_shard(folder, shard, pieces, workers, progress)
             if folder is not None:
@@ -250,11 +250,11 @@ class RestorePlan:
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = self._base.metadata(shard) if self._base.shards else {"format": "pt"}
         header = _header(pieces, _component(shard, self._base.components), metadata)
-        with replaced_file(path) as file:
+        with atomic_file(path) as file:
             file.write(header)
             for piece in pieces:
                 for part in self._parts(piece, workers):
-                    file.write(bits(part).data)
+                    file.write(as_bytes(part).data)
                     progress(part.nbytes)
         self._report.files[shard] = path.stat().st_size
 
@@ -291,11 +291,11 @@ class RestorePlan:
             until = int(np.searchsorted(tensor.indices, start + part.size))
             here = tensor.indices[at:until] - start
             found = part[here]
-            before.update(bits(found).data)
+            before.update(as_bytes(found).data)
             part[here] = tensor.applied(found, self._alpha, at)
             at = until
             if check:
-                hashing.append(self._hashing.submit(after.update, bits(part).data))
+                hashing.append(self._hashing.submit(after.update, as_bytes(part).data))
                 if len(hashing) > _HASHING:
                     hashing.popleft().result()
             yield part
@@ -305,7 +305,7 @@ class RestorePlan:
             )
         if tensor.new_rows is not None:
             if check:
-                hashing.append(self._hashing.submit(after.update, bits(tensor.new_rows).data))
+                hashing.append(self._hashing.submit(after.update, as_bytes(tensor.new_rows).data))
             yield tensor.new_rows.reshape(-1)
         if check:
             for done in hashing:
@@ -323,13 +323,13 @@ class RestorePlan:
         if "base" in digests:
             if (base.shape(name), base.dtype(name)) == (piece.shape, piece.dtype):
                 for _, part in self._base_parts(name, size, workers):
-                    found.update(bits(part).data)
+                    found.update(as_bytes(part).data)
             if found.hexdigest() != digests["base"]:
                 raise BaseMismatch(f"tensor {name!r}: the base {base.path} holds another tensor (digest differs)")
             found = hashlib.sha256()
         for start in range(0, size, TILE):
             part = self._adapter.streams.read_part(name, start, min(start + TILE, size))
-            found.update(bits(part).data)
+            found.update(as_bytes(part).data)
             yield part
         if found.hexdigest() != digests["values"]:
             raise FormatError(
@@ -341,7 +341,7 @@ class RestorePlan:
 
     def _copy_others(self, folder: Path, files_from: str | os.PathLike[str] | None) -> None:
         """Config, tokenizer and the like; links are followed, weights and hidden files are not taken."""
-        source = self._base.folder if files_from is None else located(files_from)
+        source = self._base.folder if files_from is None else resolve_path(files_from)
         if files_from is not None and (source is None or not source.is_dir()):
             raise SourceError(f"{files_from}: no such folder")
         if source is None or not any((source / name).is_file() for name in _MODEL_FOLDER):
@@ -419,7 +419,7 @@ def _write_indexes(folder: Path, shards: dict[str, list[_Piece]], base: Checkpoi
         }
         total = sum(piece.nbytes for pieces in group.values() for piece in pieces)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        with replaced_file(folder / name) as file:
+        with atomic_file(folder / name) as file:
             file.write(text.encode() + b"\n")
 
 

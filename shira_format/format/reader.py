@@ -6,9 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from shira_format._core.arrays import Array, Indices, digest, file_digest, frozen
+from shira_format._core.arrays import Array, Indices, array_digest, file_digest, read_only
 from shira_format._core.dtypes import FLOATS
-from shira_format.adapter import Adapter, Lazy
+from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import FormatError
 from shira_format.format.codecs import CODECS, Encoded
 from shira_format.format.manifest import (
@@ -59,16 +59,16 @@ class AdapterFile:
         *,
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
-        apart: bool = False,
-        copied: bool = False,
+        separate_maps: bool = False,
+        copy: bool = False,
     ) -> None:
         """Open it; see :func:`load`.
 
-        With ``apart``, memory is given back as soon as a tensor goes, at the price of more maps. With ``copied``, bytes are
+        With ``separate_maps``, memory is given back as soon as a tensor goes, at the price of more maps. With ``copy``, bytes are
         read into memory of their own, so that nothing that happens to the file later can reach them.
         """
-        self._apart = apart
-        self._copied = copied
+        self._separate_maps = separate_maps
+        self._copy = copy
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
@@ -88,8 +88,8 @@ class AdapterFile:
     def adapter(self) -> Adapter:
         """The adapter, whose tensors are read when they are asked for, and not kept."""
         return Adapter(
-            Lazy(self.manifest.tensors, self.sparse),
-            dense=Lazy(self.manifest.whole, self.dense),
+            LazyMapping(self.manifest.tensors, self.sparse),
+            dense=LazyMapping(self.manifest.whole, self.dense),
             manifest=self.manifest.raw,
         )
 
@@ -175,12 +175,12 @@ class AdapterFile:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        if self._copied:
+        if self._copy:
             shape = self.streams[stream].shape
-            array = frozen(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
+            array = read_only(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
         else:
-            array = self.streams.read_apart(stream) if self._apart else self.streams.read(stream)
-        if self._verify and digest(array) != expected:
+            array = self.streams.read_separately(stream) if self._separate_maps else self.streams.read(stream)
+        if self._verify and array_digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array
 

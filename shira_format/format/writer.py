@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, digest, file_digest
+from shira_format._core.arrays import Array, array_digest, as_bytes, file_digest
 from shira_format._core.dtypes import dtype_name
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
@@ -32,7 +32,7 @@ from shira_format.format.manifest import (
     stream_name,
 )
 from shira_format.format.reader import AdapterFile
-from shira_format.storage.atomic import replaced_file
+from shira_format.storage.atomic import atomic_file
 from shira_format.storage.safetensors_file import MAX_HEADER, Stream, file_header
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 from shira_format.version import __version__
@@ -136,7 +136,7 @@ class AdapterWriter:
         streams = {"indices": encoded.stream, "blocks": encoded.blocks, "rows": tensor.new_rows}
         if tensor.value_kind != "none":
             streams["values"] = tensor.values
-        return Prepared(tensor, encoded, {role: digest(s) for role, s in streams.items() if s is not None})
+        return Prepared(tensor, encoded, {role: array_digest(s) for role, s in streams.items() if s is not None})
 
     def add(self, tensor: SparseTensor | Prepared, notes: Mapping[str, Any] | None = None) -> int:
         """Write one sparse tensor; returns the bytes that its streams take.
@@ -290,7 +290,7 @@ class AdapterWriter:
             self._sizes[size] = 0
         begin, found = self._sizes[size], hashlib.sha256()
         for part in parts:
-            raw = bits(part).data
+            raw = as_bytes(part).data
             self._spools[size].write(raw)
             self._sizes[size] += len(raw)
             if known is None:
@@ -302,7 +302,7 @@ class AdapterWriter:
 
     def _finish(self) -> None:
         header = self._header()
-        with replaced_file(self.path) as file:
+        with atomic_file(self.path) as file:
             file.write(header)
             for size in sorted(self._spools, reverse=True):
                 self._spools[size].seek(0)

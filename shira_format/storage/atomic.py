@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write in binary that takes the place of ``path`` when the block ends without an exception.
 
     It is written under a hidden name in the same folder, flushed to disk and renamed; on any exception, Ctrl-C
@@ -51,10 +51,10 @@ LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 
 @contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill that takes the place of ``path`` when the block ends without an exception.
 
-    Like :func:`replaced_file`: it has a hidden name beside ``path`` until then, and on any exception it is removed and
+    Like :func:`atomic_file`: it has a hidden name beside ``path`` until then, and on any exception it is removed and
     ``path`` is as it was.
     """
     hidden = path.with_name(f".{path.name[:48]}.{secrets.token_hex(6)}.tmp")

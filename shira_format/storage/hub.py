@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.storage.paths import one_line
-from shira_format.storage.weight_files import is_index, usual_weights
+from shira_format.storage.weight_files import find_weights, is_index
 
 _SYNTAX = "hf://OWNER/NAME[@REVISION][/PATH]"
 _LOCATION = re.compile(
@@ -44,7 +44,7 @@ class _Location:
         return self.text
 
 
-def downloaded(text: str) -> Path:
+def download(text: str) -> Path:
     """Fetch what the checkpoint at ``text`` needs, and give its path in the hub's cache.
 
     Of a folder these are its weights (safetensors if there are any, else PyTorch's, else GGUF or a distributed
@@ -81,13 +81,13 @@ def downloaded(text: str) -> Path:
     def peek(name: str) -> Any:
         return _read_json(fetch([name]) / name, where)
 
-    return fetch(wanted(names, where.inside, peek, text)) / where.inside
+    return fetch(needed_files(names, where.inside, peek, text)) / where.inside
 
 
-def identified(text: str) -> dict[str, str]:
+def hub_identity(text: str) -> dict[str, str]:
     """``id`` of the repository and ``revision``, a commit, that ``text`` stands for in the cache; empty for other paths.
 
-    Call it after :func:`downloaded`, which brings the cache up to date.
+    Call it after :func:`download`, which brings the cache up to date.
     """
     if not text.startswith("hf://"):
         return {}
@@ -99,7 +99,7 @@ def identified(text: str) -> dict[str, str]:
     return {"id": where.repo} | ({"revision": commit} if _COMMIT.fullmatch(commit) else {})
 
 
-def wanted(names: Iterable[str], inside: str, peek: Peek, text: str) -> list[str]:
+def needed_files(names: Iterable[str], inside: str, peek: Peek, text: str) -> list[str]:
     """Of a repository's files, those that the checkpoint at ``inside`` needs; in the order of the names.
 
     Args:
@@ -149,7 +149,7 @@ def _pipeline(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
 def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
     """The files of weights directly in a folder whose files are ``here``."""
     here = [name for name in here if "/" not in name]
-    if (usual := usual_weights(here)) is not None:
+    if (usual := find_weights(here)) is not None:
         return [usual.name, *_shards(usual.name, here, folder, peek)]
     if ".metadata" in here:  # torch.distributed.checkpoint
         return [name for name in here if name == ".metadata" or name.endswith(".distcp")]
@@ -225,7 +225,7 @@ def _cached(where: _Location, why: str) -> Path:
         raise SourceError(f"{where}: not in the cache, and the hub cannot be reached: {why}") from None
     names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     try:
-        wanted(names, where.inside, lambda name: _read_json(root / name, where), where.text)
+        needed_files(names, where.inside, lambda name: _read_json(root / name, where), where.text)
     except SourceError as error:
         raise SourceError(f"{error} (in the cache; the hub cannot be reached: {why})") from None
     return root / where.inside

@@ -147,7 +147,7 @@ def one_line(error: BaseException) -> str:
 
 
 def open_storage(path: Path) -> Storage:
-    """Open what :func:`located` gave.
+    """Open what :func:`resolve_path` gave.
 
     Raises:
         OSError: it cannot be read.
@@ -156,7 +156,7 @@ def open_storage(path: Path) -> Storage:
     return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
 
 
-def located(path: str | os.PathLike[str]) -> Path:
+def resolve_path(path: str | os.PathLike[str]) -> Path:
     """The path that ``path`` means: a local one as it is, ``hf://...`` from the hub or its cache, any other URL by fsspec.
 
     What comes from a URL of fsspec's is a ``UPath``: not a :class:`Path`, but with its methods. A ``UPath`` may also
@@ -169,9 +169,9 @@ def located(path: str | os.PathLike[str]) -> Path:
         return path
     text = os.fspath(path)
     if text.startswith("hf://"):
-        from shira_format.storage.hub import downloaded
+        from shira_format.storage.hub import download
 
-        return downloaded(text)
+        return download(text)
     if _URL.match(text) is None:
         return Path(text)
     with optional_import(f"{text}: URLs need fsspec", "remote"):
@@ -186,14 +186,14 @@ def located(path: str | os.PathLike[str]) -> Path:
     return cast(Path, found)
 
 
-def identified(path: str | os.PathLike[str]) -> dict[str, str]:
+def hub_identity(path: str | os.PathLike[str]) -> dict[str, str]:
     """``id`` and ``revision`` of the repository that an ``hf://`` location stands for; empty for other paths.
 
-    Call it after :func:`located`: the revision is the one in the cache.
+    Call it after :func:`resolve_path`: the revision is the one in the cache.
     """
     if not isinstance(path, str) or not path.startswith("hf://"):
         return {}
-    from shira_format.storage.hub import identified as identified_by_hub
+    from shira_format.storage.hub import hub_identity as identified_by_hub
 
     return identified_by_hub(path)
 

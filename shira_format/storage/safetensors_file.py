@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, frozen
+from shira_format._core.arrays import Array, as_bytes, read_only
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
 from shira_format.storage.paths import open_storage
@@ -112,12 +112,12 @@ class SafetensorsFile(Mapping[str, Stream]):
         if stream.nbytes == 0:
             return _array(b"", 0, stream)
         if not isinstance(self.path, Path):
-            return self.read_apart(name)
+            return self.read_separately(name)
         if self._map is None:
             self._map = self._storage.view(0, self.size)
         return _array(self._map, self._start + stream.begin, stream)
 
-    def read_apart(self, name: str) -> Array:
+    def read_separately(self, name: str) -> Array:
         """The array ``name``, read-only, from a map of its own, which goes when the array goes.
 
         For checkpoints: resident and virtual memory stay at one tensor, however large the file.
@@ -152,7 +152,7 @@ class SafetensorsFile(Mapping[str, Stream]):
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:
     flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
     try:
-        return frozen(flat.reshape(stream.shape))
+        return read_only(flat.reshape(stream.shape))
     except ValueError as error:  # no elements, but dimensions that numpy cannot multiply
         raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
 
@@ -263,7 +263,7 @@ class SafetensorsWriter:
         """Write one tensor."""
         begin, self._at = self._at, self._at + array.nbytes
         self._streams[name] = Stream(dtype_name(array.dtype), array.shape, begin, self._at)
-        self._file.write(bits(array).data)
+        self._file.write(as_bytes(array).data)
 
     def finish(self) -> None:
         """Write the header."""

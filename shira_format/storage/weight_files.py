@@ -43,7 +43,7 @@ def is_index(name: str, ending: str | None = None) -> bool:
     return found is not None and ending in (None, found["ending"])
 
 
-def usual_weights(names: Collection[str]) -> Weights | None:
+def find_weights(names: Collection[str]) -> Weights | None:
     """The weights of a folder with these files, if any has a usual name.
 
     Plain weights go before variants, safetensors before PyTorch's files, an index before a single file. Several

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from shira_format import FormatError, SourceError
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
-from shira_format.storage.weight_files import Weights, is_index, usual_weights
+from shira_format.storage.weight_files import Weights, find_weights, is_index
 from shira_format.tensors import same_bits
 
 PARTS = ("text_encoder", "unet", "vae")
@@ -330,7 +330,7 @@ def test_remote_pipelines(saved: tuple[StableDiffusionPipeline, Path]) -> None:
     ],
 )
 def test_usual_names(names: list[str], expected: Weights | None) -> None:
-    assert expected == usual_weights(names)
+    assert expected == find_weights(names)
 
 
 @pytest.mark.parametrize(

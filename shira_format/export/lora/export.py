@@ -32,9 +32,9 @@ from shira_format.export.lora.report import LayerReport, LoraReport
 from shira_format.format import AdapterFile
 from shira_format.lora.peft.config import PREFIX
 from shira_format.names.filters import name_filter
-from shira_format.storage.atomic import replaced_file, replaced_folder
+from shira_format.storage.atomic import atomic_file, atomic_folder
 from shira_format.storage.safetensors_file import SafetensorsWriter
-from shira_format.tensors import SparseTensor, matrix_view
+from shira_format.tensors import SparseTensor, matrix_shape
 
 
 def shira_to_lora(
@@ -88,7 +88,7 @@ def shira_to_lora(
         if not force:
             raise SourceError(f"{target}: exists")
         check_replaceable(target)
-    source = AdapterFile(path, apart=True)
+    source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         checkpoint = None if base is None else open_checkpoint(base)
@@ -102,7 +102,7 @@ def shira_to_lora(
         job.report.adapter_bytes = path.stat().st_size
         # So that the bytes do not depend on how many threads there are.
         stack.enter_context(single_threaded_blas())
-        job.run(stack.enter_context(replaced_folder(target)) if target is not None else None)
+        job.run(stack.enter_context(atomic_folder(target)) if target is not None else None)
     return job.report
 
 
@@ -137,7 +137,7 @@ class _Job:
             for _ in self._arrays():
                 pass
         else:
-            with replaced_file(folder / FILE) as file:
+            with atomic_file(folder / FILE) as file:
                 weights = SafetensorsWriter(file, self._largest(), METADATA)
                 for name, array in self._arrays():
                     weights.add(name, array)
@@ -159,7 +159,7 @@ class _Job:
         most: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         for layer in self._plan.layers:
             shape = layer.entry.shape
-            rank = min(*matrix_view(shape), self._rank or 1 << 53)
+            rank = min(*matrix_shape(shape), self._rank or 1 << 53)
             most |= largest_shapes(layer.module, layer.kind, shape, max(1, rank))
         for saved in self._saved():
             most[PREFIX + saved.name] = self._type(saved)
@@ -197,7 +197,7 @@ class _Job:
         if not values.any():
             report.left_out.append(entry.name)
             return {}
-        shape = matrix_view(entry.shape)
+        shape = matrix_shape(entry.shape)
         try:
             found = best_factors(shape, tensor.indices, values, rank=self._rank, energy=self._energy)
         except SourceError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, different
+from shira_format._core.arrays import Array, Indices, bits_differ
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.peft_shira.files import SHIRA
@@ -24,7 +24,7 @@ from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
 from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS
 from shira_format.names.filters import name_filter
-from shira_format.storage.atomic import replaced_file, replaced_folder
+from shira_format.storage.atomic import atomic_file, atomic_folder
 from shira_format.tensors import SparseTensor
 
 _INDEX = np.dtype(np.int32)
@@ -115,7 +115,7 @@ def shira_to_peft(
     checkpoint = None if base is None else open_checkpoint(base)
     if out is not None and os.path.lexists(out):
         check_replaceable(out, [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])])
-    source = AdapterFile(path, apart=True)
+    source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         plan = make_plan(source, name_filter(include, exclude), checkpoint, prefix, pad=pad)
@@ -123,7 +123,7 @@ def shira_to_peft(
             plan.rank, modules_to_save=plan.saved, whole=list(plan.whole), filled=list(plan.filled),
             notices=[*(checkpoint.notices if checkpoint is not None else ()), *plan.notices],
         )  # fmt: skip
-        hidden = stack.enter_context(replaced_folder(out)) if out is not None else None
+        hidden = stack.enter_context(atomic_folder(out)) if out is not None else None
         put: Callable[[str, Array], None] = lambda _key, _array: None  # noqa: E731
         with ExitStack() as inner:
             if hidden is not None:
@@ -136,7 +136,7 @@ def shira_to_peft(
                 put(key, array)
         if hidden is not None:
             model = source.manifest.raw.get("base_model") or {}
-            with replaced_file(hidden / CONFIG) as file:
+            with atomic_file(hidden / CONFIG) as file:
                 file.write(config_text(plan.rank, [target.module for target in plan.targets], plan.saved, model))
             report.folder_bytes = sum(file.stat().st_size for file in hidden.iterdir())
     report.notices += _notices(report, plan, export.alpha)
@@ -212,7 +212,7 @@ class _Export:
             return steps, None
         with np.errstate(over="ignore", invalid="ignore"):
             found = (wide(start) + steps).astype(start.dtype)
-        return steps, int(np.count_nonzero(different(found, tensor.applied(start, self.alpha))))
+        return steps, int(np.count_nonzero(bits_differ(found, tensor.applied(start, self.alpha))))
 
     def saved(self) -> Iterator[tuple[str, Array]]:
         """Keys and values of the tensors that are saved whole."""

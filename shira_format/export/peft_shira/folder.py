@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
+from shira_format._core.arrays import Array, as_bytes
 from shira_format.convert.peft_shira.files import SHIRA
 from shira_format.errors import SourceError
 from shira_format.lora.files import read_json
 from shira_format.lora.peft import CONFIG, WEIGHTS
-from shira_format.storage.atomic import LITTER, replaced_file
+from shira_format.storage.atomic import LITTER, atomic_file
 from shira_format.storage.safetensors_file import header_of
 
 # Not "random": PEFT would draw a mask for each layer as it loads, only to throw it away. With a name that it does not know, it
@@ -41,14 +41,14 @@ def weights_file(path: Path, tensors: Iterable[Stored]) -> Iterator[Callable[[st
     order = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))
     header, begins = header_of(((tensor.key, tensor.dtype, tensor.shape) for tensor in order), {"format": "pt"})
     left = {tensor.key: tensor for tensor in order}
-    with replaced_file(path) as file:
+    with atomic_file(path) as file:
         file.write(header)
 
         def put(key: str, array: Array) -> None:
             tensor = left.pop(key)
             assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), key
             file.seek(begins[key])
-            file.write(bits(array).data)
+            file.write(as_bytes(array).data)
 
         yield put
         assert not left, left

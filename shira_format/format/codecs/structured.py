@@ -12,7 +12,7 @@ from shira_format._core.arrays import Indices
 from shira_format.errors import FormatError
 from shira_format.format.codecs.base import Encoded, IndexCodec
 from shira_format.format.fields import need
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 KINDS = ("rows", "columns", "diagonal")
 MAX_PARTS = 8
@@ -51,7 +51,7 @@ def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indic
     Raises:
         FormatError: a part breaks its demands, or the union does not have ``nnz`` entries.
     """
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     if len(pattern) > MAX_PARTS:
         raise FormatError("pattern", f"{len(pattern)} parts, at most {MAX_PARTS} are allowed")
     sized = []
@@ -112,7 +112,7 @@ def find_pattern(indices: Indices, shape: tuple[int, ...]) -> list[Part] | None:
     """The pattern whose union is exactly ``indices``, or None: full rows and full columns at one regular step each,
     then what remains as whole diagonals.
     """
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     if indices.size == 0:
         return []
     # Three cheap looks turn away nearly every unstructured mask before any work in proportion to a sort.
