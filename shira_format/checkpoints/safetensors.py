@@ -16,15 +16,15 @@ from shira_format.storage.weight_files import is_index
 
 _INDEX = ".safetensors.index.json"
 _FILE = ".safetensors"
-# Names that transformers and diffusers give to the weights of a folder.
+# File names of transformers and diffusers.
 _USUAL = ("model", "diffusion_pytorch_model")
 
 
 class SafetensorsCheckpoint(IndexedCheckpoint[SafetensorsFile]):
-    """The tensors of one or more safetensors files under one roof."""
+    """The tensors of one or more safetensors files."""
 
     def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
-        """Args: ``weight_map`` is that of an index, from tensor name to file name; it must tell the truth."""
+        """Args: ``weight_map``: that of an index, from tensor name to file name."""
         self.path = path
         self.files = files
         opened = {file.name: SafetensorsFile(file) for file in files}

@@ -19,17 +19,17 @@ from shira_format.tensors import numel
 
 _INDEX = ".bin.index.json"
 _FILES = (".bin", ".pt", ".pth", ".ckpt")
-# Names that transformers and diffusers give to the weights of a folder.
+# File names of transformers and diffusers.
 _USUAL = ("pytorch_model", "diffusion_pytorch_model")
-# What trainers leave beside the weights.
+# Files that trainers save next to the weights.
 _IGNORED = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
 
 class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
-    """The tensors of one or more files of ``torch.save`` under one roof."""
+    """The tensors of one or more files of ``torch.save``."""
 
     def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
-        """Args: ``weight_map`` is that of an index, from tensor name to file name; it must tell the truth."""
+        """Args: ``weight_map``: that of an index, from tensor name to file name."""
         self.path = path
         self.files = files
         opened = {file.name: _File(file) for file in files}
@@ -65,7 +65,7 @@ class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
 
 
 class _File:
-    """One file, whose tensors all lie within it."""
+    """One file, with its tensors checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,13 +84,13 @@ class _File:
     def part(self, name: str, start: int, stop: int, out: Array | None) -> Array:
         try:
             return self._file.read(self.tensors[name], start, stop, out)
-        except PickleError as error:  # a header that is first read now
+        except PickleError as error:  # some headers are read only now
             raise SourceError(f"{self.path}: tensor {name!r}: {error}") from None
 
     def _state_dict(self, root: Any) -> dict[str, StoredTensor]:
         """The tensors by name: those of ``root``, or of the only dict of tensors in it."""
         if type(root) is not dict:
-            raise SourceError(f"{self.path}: it holds a {_kind(root)}, not a dict of tensors")
+            raise SourceError(f"{self.path}: it contains a {_kind(root)}, not a dict of tensors")
         if _has_tensors(root):
             return self._tensors(root, "")
         inner = [key for key, value in root.items() if type(value) is dict and _has_tensors(value)]
@@ -98,7 +98,7 @@ class _File:
             raise SourceError(f"{self.path}: it holds no tensors")
         if len(inner) > 1:
             names = ", ".join(map(repr, inner))
-            raise SourceError(f"{self.path}: several dicts of tensors ({names}); save the one that is meant alone")
+            raise SourceError(f"{self.path}: several dicts of tensors ({names}); save only one of them")
         others = ", ".join(sorted(f"{key!r}" for key in root if key != inner[0]))
         self.notice = f"{self.path.name}: the tensors under {inner[0]!r} are read" + (
             f"; left out: {others}" if others else ""
@@ -117,7 +117,7 @@ class _File:
 def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
     """Open ``path`` if it is, or holds, a checkpoint of ``torch.save``."""
     if path.is_dir():
-        # Beside the metadata of a distributed checkpoint, single files are what a trainer left.
+        # Single files in a distributed checkpoint are the trainer's.
         if (path / ".metadata").is_file():
             return None
         found = find(path, _USUAL, _INDEX, _FILES, _IGNORED)
@@ -131,7 +131,7 @@ def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
 
 
 def _safetensors_name(file: str) -> str:
-    """The name that transformers and diffusers give to the same weights in a safetensors file."""
+    """The file name of transformers and diffusers for the same weights as safetensors."""
     stem = file.rpartition(".")[0] or file
     if stem.startswith("pytorch_model"):
         stem = stem.removeprefix("pytorch_")

@@ -1,4 +1,4 @@
-"""The manifest: what an adapter file says about itself (spec, sections 3 to 7), checked and typed."""
+"""The manifest of an adapter file (spec, sections 3 to 7), checked and typed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAJOR = 1
 METADATA_KEY = "shira"
 FEATURES = frozenset({"mask-file", "patch"})
 DIGEST = "sha256"
-# What a writer derives from the tensors; everything else of a manifest is taken over as it is.
+# What a writer derives from the tensors; all other keys of a manifest are copied.
 DERIVED = frozenset({"format_version", "features", "digest", "mask_files", "tensors", "whole"})
 ROLES = ("indices", "blocks", "values", "base", "rows")
 
@@ -66,7 +66,7 @@ class SparseEntry:
 
     @property
     def new_rows(self) -> int:
-        """How many rows ``#rows`` holds."""
+        """The number of rows in the stream ``#rows``."""
         return max(0, self.rows - self.shape[0]) if self.rows is not None else 0
 
     @property
@@ -102,7 +102,7 @@ class DenseEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A checked manifest; ``raw`` is the JSON object itself, unknown keys included."""
+    """A checked manifest; ``raw`` is the JSON object, with unknown keys."""
 
     raw: dict[str, Any]
     tensors: dict[str, SparseEntry]
@@ -110,7 +110,7 @@ class Manifest:
     removed: tuple[str, ...]
 
     def stream_names(self) -> Iterator[str]:
-        """Every stream that the file must have, and no other."""
+        """All streams that the file must have."""
         for entry in self.tensors.values():
             yield from (stream_name(entry.name, role) for role in entry.streams())
         for whole in self.whole.values():
@@ -128,12 +128,12 @@ def parse_manifest(text: str) -> Manifest:
     """Parse and check the manifest of a file.
 
     Raises:
-        FormatError: a rule of sections 3 to 5 that needs no stream is broken.
+        FormatError: a rule of sections 3 to 5 that can be checked without the streams is broken.
     """
     try:
         raw = parse_object(text.encode("utf-8"), "manifest-json")
     except UnicodeEncodeError:
-        raise FormatError("manifest-json", "lone surrogates are not UTF-8") from None
+        raise FormatError("manifest-json", "it has lone surrogates, which UTF-8 cannot encode") from None
     _check_version(raw)
     tensors = [_sparse(item) for item in items(raw, "tensors", required=True)]
     whole = [_whole(item) for item in items(raw, "whole")]
@@ -165,7 +165,7 @@ def check_name(name: str, components: Mapping[str, Any] | None) -> None:
     component, slash, rest = name.partition("/")
     if components is not None and not (slash and rest and component in components):
         raise FormatError(
-            "component", f"it does not start with one of the components {list(components)}", tensor=name
+            "component", f"the name does not start with one of the components {list(components)}", tensor=name
         )
 
 
@@ -179,7 +179,9 @@ def _check_version(raw: Mapping[str, Any]) -> None:
     if len(set(features)) != len(features):
         raise FormatError("manifest-schema", "a feature is listed twice")
     if unknown := [feature for feature in features if feature not in FEATURES]:
-        raise FormatError("unknown-feature", f"the file needs {', '.join(map(repr, unknown))}")
+        raise FormatError(
+            "unknown-feature", f"the file needs {', '.join(map(repr, unknown))}, which this reader does not know"
+        )
     algorithm = need(raw, "digest", str)
     if algorithm != DIGEST:
         raise FormatError("unknown-digest", f"digests by {algorithm!r}; this reader knows {DIGEST}")
@@ -298,7 +300,7 @@ def _components(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _check_provenance(raw: Mapping[str, Any]) -> None:
-    """Types only: nothing here changes how the file is read."""
+    """Check types only: provenance does not change how the file is read."""
     check_number(raw, "alpha")
     if "alpha" in raw and not is_finite(raw["alpha"]):
         raise FormatError("manifest-schema", "'alpha' is not a finite number")

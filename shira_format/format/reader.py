@@ -1,4 +1,4 @@
-"""Reading adapter files: everything that the header can tell is checked at once, a tensor when it is asked for."""
+"""Reading adapter files: the header is checked when the file is opened, a tensor when it is read."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def load(
 ) -> Adapter:
     """Open an adapter file.
 
-    The header, the manifest and all sizes are checked now; a tensor's bytes are mapped, decoded and checked when the
-    adapter is asked for it, and not kept.
+    The header, the manifest and all sizes are checked now; a tensor is mapped, decoded and checked at each access, and
+    not kept.
 
     Args:
         path: the file.
-        verify: check each stream's digest when it is read. Order, range and counts are checked in any case.
+        verify: check each stream's digest when it is read. Order, range and counts of indices are always checked.
         masks: folder of mask files, by default that of ``path``.
 
     Raises:
@@ -50,7 +50,7 @@ class AdapterFile:
         path: the file.
         manifest: the checked manifest.
         streams: the checked safetensors header.
-        key: digest of the manifest's text, which holds the digests of all else.
+        key: SHA-256 of the manifest's text, which has the digests of everything else.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class AdapterFile:
     ) -> None:
         """Open it; see :func:`load`.
 
-        With ``separate_maps``, memory is given back as soon as a tensor goes, at the price of more maps. With ``copy``, bytes are
-        read into memory of their own, so that nothing that happens to the file later can reach them.
+        With ``separate_maps`` every tensor has a memory map of its own, which is freed with the tensor. With ``copy`` tensors
+        are read into memory, so that later changes of the file do not reach them.
         """
         self._separate_maps = separate_maps
         self._copy = copy
@@ -77,7 +77,7 @@ class AdapterFile:
         try:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
-                raise FormatError("no-manifest", "a safetensors file, but not a SHiRA adapter")
+                raise FormatError("no-manifest", "a safetensors file without a SHiRA manifest, so not an adapter")
             self.manifest = parse_manifest(text)
             self.key = hashlib.sha256(text.encode()).hexdigest()
             self._check_streams()
@@ -86,7 +86,7 @@ class AdapterFile:
             raise error.at(file=self.path) from None
 
     def adapter(self) -> Adapter:
-        """The adapter, whose tensors are read when they are asked for, and not kept."""
+        """The adapter; its tensors are read at each access, and not kept."""
         return Adapter(
             LazyMapping(self.manifest.tensors, self.sparse),
             dense=LazyMapping(self.manifest.whole, self.dense),
@@ -94,7 +94,7 @@ class AdapterFile:
         )
 
     def sparse(self, name: str) -> SparseTensor:
-        """Read, check and decode one sparse tensor.
+        """Read, check and decode a sparse tensor.
 
         Raises:
             FormatError: a rule of the tensor is broken.
@@ -122,7 +122,7 @@ class AdapterFile:
             raise error.at(file=self.path, tensor=name) from None
 
     def dense(self, name: str) -> DenseTensor:
-        """Read and check one whole tensor."""
+        """Read and check a dense tensor."""
         entry = self.manifest.whole[name]
         try:
             values = self._checked(name, entry.digests["values"])
@@ -132,14 +132,14 @@ class AdapterFile:
             raise error.at(file=self.path, tensor=name) from None
 
     def verify(self) -> None:
-        """Read every tensor; raises FormatError at the first rule that is broken."""
+        """Read every tensor; raises FormatError at the first broken rule."""
         for name in self.manifest.tensors:
             self.sparse(name)
         for name in self.manifest.whole:
             self.dense(name)
 
     def indices(self, entry: SparseEntry) -> Indices:
-        """The decoded indices of one tensor; `SparseTensor` checks their order and range."""
+        """The decoded indices of a tensor; :class:`SparseTensor` checks their order and range."""
         if entry.codec == "shared":
             return self._shared_indices(entry)
         codec = CODECS[entry.codec]
@@ -166,8 +166,10 @@ class AdapterFile:
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name
                 raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
             if found != self.manifest.raw["mask_files"][name]:
-                raise FormatError("mask-file", f"the mask file {path} is another one (its digest differs)")
-            # Its digest vouches for every byte.
+                raise FormatError(
+                    "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
+                )
+            # Its digest covers every byte.
             self._mask_files[name] = AdapterFile(path, verify=False)
         return self._mask_files[name]
 
@@ -191,7 +193,7 @@ class AdapterFile:
         for whole in self.manifest.whole.values():
             self._check_whole(whole)
         if stray := sorted(set(self.streams) - set(self.manifest.stream_names())):
-            raise FormatError("stray-stream", "the manifest does not know it", tensor=stray[0])
+            raise FormatError("stray-stream", "the manifest does not list it", tensor=stray[0])
 
     def _check_stream(self, entry: SparseEntry, role: str) -> None:
         name = stream_name(entry.name, role)
@@ -201,7 +203,7 @@ class AdapterFile:
         elif role == "rows":
             self._check_shape(name, {entry.dtype}, (entry.new_rows, *entry.shape[1:]))
         elif role == "values" and entry.values == "delta":
-            same = "base" not in entry.digests  # then nobody knows another dtype of the base
+            same = "base" not in entry.digests  # without a base, the deltas have the tensor's dtype
             self._check_shape(name, {entry.dtype} if same else set(FLOATS), (entry.nnz,))
         else:
             self._check_shape(name, {entry.dtype}, (entry.nnz,))
@@ -210,7 +212,7 @@ class AdapterFile:
         self, name: str, dtypes: set[str], shape: tuple[int, ...] | None, rule: str = "count-mismatch"
     ) -> None:
         if name not in self.streams:
-            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=name)
+            raise FormatError("missing-stream", "the manifest lists it, but the file lacks it", tensor=name)
         stream = self.streams[name]
         rank = 1 if shape is None else len(shape)
         if stream.dtype not in dtypes or len(stream.shape) != rank:
@@ -223,7 +225,7 @@ class AdapterFile:
 
     def _check_whole(self, entry: DenseEntry) -> None:
         if entry.name not in self.streams:
-            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=entry.name)
+            raise FormatError("missing-stream", "the manifest lists it, but the file lacks it", tensor=entry.name)
         if entry.base_values:
             stream = self.streams[entry.name]
             self._check_shape(stream_name(entry.name, "base"), {stream.dtype}, stream.shape)

@@ -31,7 +31,7 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One array of the file: dtype, shape and its byte range within the buffer."""
+    """One array of a file: dtype, shape and byte range in the buffer."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,17 +40,17 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in the file."""
+        """Its size in bytes."""
         return self.end - self.begin
 
 
 class SafetensorsFile(Mapping[str, Stream]):
-    """The checked header of one file as a mapping from name to :class:`Stream`, in file order of the header.
+    """The checked header of a file as a mapping from name to :class:`Stream`, in the header's order.
 
     Attributes:
         path: the file.
         metadata: the strings of ``__metadata__``.
-        size: bytes of the whole file.
+        size: of the whole file, in bytes.
 
     Raises:
         FormatError: a rule of section 2 is broken.
@@ -58,7 +58,7 @@ class SafetensorsFile(Mapping[str, Stream]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        # A UPath, of storage that fsspec reaches, is no Path and stays what it is.
+        # A UPath, of a remote file, is not a Path and stays a UPath.
         self.path = Path(path) if isinstance(path, str) else path
         self._storage = open_storage(self.path)
         try:
@@ -91,7 +91,7 @@ class SafetensorsFile(Mapping[str, Stream]):
             raise FormatError("header-json", "the header does not start with '{'")
         text = text.rstrip(b" ")
         if not text.endswith(b"}"):
-            raise FormatError("header-json", "something other than spaces follows the header's object")
+            raise FormatError("header-json", "the header's object is followed by something other than spaces")
         return 8 + length, parse_object(text, "header-json")
 
     def __getitem__(self, name: str) -> Stream:
@@ -104,9 +104,9 @@ class SafetensorsFile(Mapping[str, Stream]):
         return len(self._streams)
 
     def read(self, name: str) -> Array:
-        """The array ``name``, read-only, from one map of the whole file that all arrays share.
+        """The array ``name``, read-only, from one memory map of the file that all arrays share.
 
-        Only the pages that are touched are read. The map lives as long as any array of it.
+        Only pages that are accessed are read. The map lives as long as any of its arrays.
         """
         stream = self._streams[name]
         if stream.nbytes == 0:
@@ -118,21 +118,21 @@ class SafetensorsFile(Mapping[str, Stream]):
         return _array(self._map, self._start + stream.begin, stream)
 
     def read_separately(self, name: str) -> Array:
-        """The array ``name``, read-only, from a map of its own, which goes when the array goes.
+        """The array ``name``, read-only, from a memory map of its own, which is freed with the array.
 
-        For checkpoints: resident and virtual memory stay at one tensor, however large the file.
+        For checkpoints: memory stays at one tensor, however large the file.
         """
         stream = self._streams[name]
         return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
 
     def read_part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
-        """Elements ``start`` to ``stop`` of the flat array ``name``, ``[stop - start]``, read into ``out`` or new memory.
+        """Elements ``start`` to ``stop`` of the flat array ``name``, ``[stop - start]``, read into ``out`` or a new array.
 
         Args:
             name: the array.
             start: first flat index.
             stop: flat index after the last.
-            out: contiguous, of the array's dtype, at least as long as what is read.
+            out: contiguous, of the array's dtype, with at least ``stop - start`` elements.
         """
         stream = self._streams[name]
         if out is None:
@@ -153,7 +153,7 @@ def _array(buffer: Any, offset: int, stream: Stream) -> Array:
     flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
     try:
         return read_only(flat.reshape(stream.shape))
-    except ValueError as error:  # no elements, but dimensions that numpy cannot multiply
+    except ValueError as error:  # no elements, but a shape that numpy cannot hold
         raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
 
 
@@ -169,10 +169,14 @@ def _streams(header: dict[str, Any], buffer_size: int) -> dict[str, Stream]:
     at = 0
     for name, stream in sorted(streams.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stream.begin != at:
-            raise FormatError("offsets", f"it begins at {stream.begin}, the one before ends at {at}", tensor=name)
+            raise FormatError(
+                "offsets", f"it begins at byte {stream.begin}, but the stream before it ends at {at}", tensor=name
+            )
         at = stream.end
     if at > buffer_size:
-        raise FormatError("file-truncated", f"the streams take {at} bytes, the file has {buffer_size} for them")
+        raise FormatError(
+            "file-truncated", f"the streams have {at} bytes, but the file has only {buffer_size} after its header"
+        )
     if at < buffer_size:
         raise FormatError("file-trailing", f"{buffer_size - at} bytes follow after the last stream")
     return streams
@@ -182,7 +186,7 @@ def _stream(name: str, entry: Any) -> Stream:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name) from None
+        raise FormatError("header-entry", "its entry is not {dtype, shape, data_offsets}", tensor=name) from None
     if not (
         len(entry) == 3
         and isinstance(dtype, str)
@@ -191,7 +195,7 @@ def _stream(name: str, entry: Any) -> Stream:
         and all(is_uint(n) for n in [*shape, begin, end])
         and begin <= end
     ):
-        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name)
+        raise FormatError("header-entry", "its entry is not {dtype, shape, data_offsets}", tensor=name)
     if dtype not in DTYPES:
         raise FormatError("unknown-dtype", f"dtype {dtype!r} is not known", tensor=name)
     if numel(tuple(shape)) > MAX_NUMEL:
@@ -295,7 +299,7 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
         raise FormatError(rule, f"{word} is not JSON")
 
     def integer(digits: str) -> int:
-        # Python refuses to parse very long integers. Whatever it was, it is beyond every limit of the format.
+        # Python refuses very long integers; cut to 400 digits, they are still beyond every limit of the format.
         return int(digits[:400])
 
     try:
@@ -314,7 +318,7 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """Levels of objects and lists, counted one level at a time so that no depth can exhaust the stack."""
+    """Levels of objects and lists, counted without recursion, so that no depth exhausts the stack."""
     depth, level = 0, [value]
     while level:
         depth += 1

@@ -106,7 +106,7 @@ def test_pipelines(kind: str, saved: tuple[StableDiffusionPipeline, Path]) -> No
     assert folder / kind == checkpoint.path == checkpoint.folder
     assert {folder / kind / part for part in PARTS} == {file.parent for file in checkpoint.files}
     assert ("sharded" in kind) == (len(checkpoint.files) > len(PARTS))
-    assert ("variant" in kind) == any("the variant fp16 alone" in notice for notice in checkpoint.notices)
+    assert ("variant" in kind) == any("the variant fp16 is read" in notice for notice in checkpoint.notices)
     assert checkpoint.notices == open_checkpoint(folder / kind / "model_index.json").notices
 
 
@@ -213,9 +213,12 @@ def spoil_kind(folder: Path) -> None:
     ("spoil", "reason"),
     [
         (spoil_folder, "the folder of a component that model_index.json lists (AutoencoderKL) is missing"),
-        (spoil_weights, "no weights that can be read, of a component that model_index.json lists (AutoencoderKL)"),
-        (spoil_all, "no weights that can be read, of a component that model_index.json lists (AutoencoderKL)"),
-        (spoil_kind, "no weights that can be read, of a component that model_index.json lists (AutoencoderKL)"),
+        (
+            spoil_weights,
+            "no weights of a supported format, but model_index.json lists the component (AutoencoderKL)",
+        ),
+        (spoil_all, "no weights of a supported format, but model_index.json lists the component (AutoencoderKL)"),
+        (spoil_kind, "no weights of a supported format, but model_index.json lists the component (AutoencoderKL)"),
     ],
 )
 def test_what_should_have_weights(spoil: Callable[[Path], None], reason: str, plain: Path) -> None:

@@ -279,10 +279,10 @@ def test_what_the_hub_does_not_have(hub: type[Hub]) -> None:
     assert "the repository has no revision 'v9'" == refused("hf://me/single@v9")
     assert "no such path in the repository" == refused("hf://me/single/nothing")
     assert "no such path in the repository" == refused("hf://me/single/config.json/x")
-    assert "no weights there that can be read (.safetensors, .bin, .gguf)" == refused("hf://me/single/onnx")
+    assert "no weights of a supported format there (.safetensors, .bin, .gguf)" == refused("hf://me/single/onnx")
     assert {"id": "me/nothing"} == hub_identity("hf://me/nothing")
     hub.failing = 403
-    assert "the hub refuses: " in refused("hf://me/single")
+    assert "the hub refuses the request: " in refused("hf://me/single")
     assert [] == hub.fetched
 
 

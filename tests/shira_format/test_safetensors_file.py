@@ -193,6 +193,12 @@ def test_lengths_are_checked_before_anything_is_read(tmp_path: Path, data: bytes
     assert rule == refused(tmp_path / "a.st").rule
 
 
+@pytest.mark.parametrize("data", [b"A plain text file.\n", b"PK\3\4\x14\0\0\0" + bytes(40), b"hi"])
+def test_files_of_other_kinds_are_called_so(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.st").write_bytes(data)
+    assert str(refused(tmp_path / "a.st")).startswith(f"{tmp_path / 'a.st'}: not a safetensors file")
+
+
 def test_empty_streams_lie_anywhere(tmp_path: Path) -> None:
     def empty(at: int, shape: list[int]) -> dict[str, Any]:
         return {"dtype": "F32", "shape": shape, "data_offsets": [at, at]}

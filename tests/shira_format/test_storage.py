@@ -181,7 +181,7 @@ def test_damaged_files_are_named(memory: MemoryFileSystem) -> None:
     [
         ({"weight_map": {"a": "gone.safetensors"}}, "the shard gone.safetensors is missing"),
         ({"weight_map": {"a": "../a.safetensors"}}, "which is not a file name"),
-        ({"weight_map": {"b": "a.safetensors"}}, "the index puts 'b' in a.safetensors, which lacks it"),
+        ({"weight_map": {"b": "a.safetensors"}}, "the index lists 'b' in a.safetensors, which does not have it"),
     ],
 )
 def test_a_remote_index_must_tell_the_truth(index: Any, reason: str, memory: MemoryFileSystem) -> None:
@@ -313,7 +313,7 @@ def test_a_remote_file_that_has_become_shorter(memory: MemoryFileSystem) -> None
     assert isinstance(file, RemoteFile)
     assert 100 == file.size
     memory.pipe_file("/a", bytes(50))
-    with pytest.raises(SourceError, match=r"^memory://a: gave 10 bytes instead of bytes 40 to 60: "):
+    with pytest.raises(SourceError, match=r"^memory://a: 10 bytes came instead of bytes 40 to 60: "):
         file.view(40, 60)
     memory.rm_file("/a")
     with pytest.raises(SourceError, match=r"^memory://a: no such file or folder$"):

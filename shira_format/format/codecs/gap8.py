@@ -11,12 +11,12 @@ from shira_format._core.arrays import Array, Indices
 from shira_format.format.codecs.base import Encoded
 from shira_format.format.codecs.gaps import GapCodec, check_count, gaps_by_chunks
 
-# Bytes decoded at a time: the chunk's int32 sums stay in the first-level caches.
+# Bytes decoded at a time: the int32 sums of a chunk fit a first-level cache.
 CHUNK = 1 << 14
 
 
 class Gap8(GapCodec):
-    """Near the entropy bound at 1 % density: 8.67 bits an entry against 8.08."""
+    """Near the entropy bound at 1 % density: 8.67 bits an entry; the bound is 8.08."""
 
     name = "gap8"
     end_below = 255

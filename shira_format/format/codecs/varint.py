@@ -16,7 +16,7 @@ MAX_BYTES = 8
 
 
 class Varint(GapCodec):
-    """For very sparse tensors: ten entries in an embedding of 500 M take 40 bytes, where gap8 takes 2 MB."""
+    """For very sparse tensors: ten entries of an embedding of 500 M elements take 40 bytes, with gap8 2 MB."""
 
     name = "varint"
     end_below = 128
@@ -51,7 +51,7 @@ class Varint(GapCodec):
         lengths = lengths[:-1]
         check_count(stream, ends.size, nnz, self.end_below)
         if ((lengths > 1) & (stream[ends] == 0)).any():
-            raise FormatError("varint", "a code is longer than it has to be")
+            raise FormatError("varint", "a code is longer than necessary")
         starts = ends - lengths + 1
         gaps = np.zeros(nnz, np.int64)
         for k in range(int(lengths.max(initial=0))):
@@ -65,7 +65,7 @@ class Varint(GapCodec):
 
 
 def _lengths(gaps: Indices) -> Indices:
-    """Bytes of each code: one for every 7 bits begun, at least 1."""
+    """Bytes of each code: 1 for every 7 bits, rounded up, at least 1."""
     lengths = np.ones(gaps.size, np.int64)
     for k in range(1, MAX_BYTES):
         lengths += gaps >> (7 * k) > 0
