@@ -30,7 +30,7 @@ from shira_format import (
     SparseTensor,
     save,
 )
-from shira_format._core.arrays import Array, as_array, digest
+from shira_format._core.arrays import Array, array_digest, as_array
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import full_to_shira
@@ -64,7 +64,9 @@ def listing(folder: Path) -> dict[str, bytes]:
 def target(name: str, base: Array, indices: list[int], values: Any, **more: Any) -> SparseTensor:
     places = np.array(indices, np.int64)
     at = base.reshape(-1)[places]
-    return SparseTensor(name, base.shape, places, np.asarray(values, base.dtype), base_digest=digest(at), **more)
+    return SparseTensor(
+        name, base.shape, places, np.asarray(values, base.dtype), base_digest=array_digest(at), **more
+    )
 
 
 def patch(folder: Path, base: Arrays, *tensors: SparseTensor | DenseTensor, **manifest: Any) -> tuple[Path, Path]:
