@@ -35,7 +35,8 @@ from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import full_to_shira
 from shira_format.convert.exact import Exact
-from shira_format.export.full import layout, shira_to_full
+from shira_format.export.full import layout as restore_layout
+from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 from shira_format.storage.safetensors_file import SafetensorsFile
 from tests import models
@@ -584,7 +585,7 @@ def test_a_base_that_is_not_divided_is_divided_by_size(
     shira_to_full(work / "a.st", work / "base.gguf", tmp_path / "one")
     assert ["model.safetensors"] == list(listing(tmp_path / "one"))
     assert described(tuned) == models.read_arrays(tmp_path / "one")
-    monkeypatch.setattr(layout, "SHARD_BYTES", 6 * 32 * 4)
+    monkeypatch.setattr(restore_layout, "SHARD_BYTES", 6 * 32 * 4)
     report = shira_to_full(work / "a.st", work / "base.gguf", tmp_path / "many")
     assert len(report.files) in (2, 3)
     assert all(name.endswith(f"-of-{len(report.files):05d}.safetensors") for name in report.files)

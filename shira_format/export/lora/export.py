@@ -18,6 +18,7 @@ from shira_format.errors import BaseMismatch, SourceError
 from shira_format.export.lora.factors import Factors, best_factors, check_amount
 from shira_format.export.lora.folder import (
     FILE,
+    METADATA,
     WRITER,
     Shapes,
     config,
