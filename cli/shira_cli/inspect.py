@@ -62,11 +62,11 @@ def command(
         checkpoint = open_checkpoint(base)
     infos = inspect_files(files, base=checkpoint, base_name=base, verify=verify, order=sort, include=include, exclude=exclude)  # fmt: skip
     if html is not None:
-        from shira_format.storage.atomic import replaced_file
+        from shira_format.storage.atomic import atomic_file
 
         with printer.bar("tensors") as bar:
             page = html_report(infos, checkpoint, moments, include=include, exclude=exclude, progress=bar.update, on_start=bar.reset)  # fmt: skip
-        with replaced_file(html) as out:
+        with atomic_file(html) as out:
             out.write(page.encode())
         printer.notice(f"{html}: written")
     printer.result(

@@ -180,7 +180,7 @@ def _analysis(job: Merge, moments: Path | None, printer: Printer) -> MergeAnalys
 @contextmanager
 def _written(analysis: MergeAnalysis, page: Path) -> Iterator[None]:
     """The report in its file, which appears when the block has ended without an exception."""
-    from shira_format.storage.atomic import replaced_file
+    from shira_format.storage.atomic import atomic_file
 
     if page.suffix.lower() == ".json":
         text = json.dumps(analysis.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -188,7 +188,7 @@ def _written(analysis: MergeAnalysis, page: Path) -> Iterator[None]:
         from shira_analysis.report.html.merge_page import merge_page
 
         text = merge_page(analysis)
-    with replaced_file(page) as out:
+    with atomic_file(page) as out:
         out.write(text.encode(errors="backslashreplace"))
         yield
 
@@ -278,7 +278,7 @@ def _algebra(
     from shira_format.merge import MergeReport
     from shira_format.names.filters import name_filter
 
-    files = [AdapterFile(path, apart=True) for path in adapters]
+    files = [AdapterFile(path, separate_maps=True) for path in adapters]
     chosen = name_filter(settings["include"], settings["exclude"])
     result = _result(method, adapters, base)
     names = [name for name in dict.fromkeys([n for f in files for n in f.manifest.tensors] + list(result)) if chosen(name)]  # fmt: skip

@@ -213,9 +213,9 @@ def _files(
 
 def _write(picture: Picture, output: Path, csv: Path) -> None:
     from shira_analysis.figures.records import to_csv
-    from shira_format.storage.atomic import replaced_file
+    from shira_format.storage.atomic import atomic_file
 
-    with replaced_file(csv) as numbers, replaced_file(output) as image:
+    with atomic_file(csv) as numbers, atomic_file(output) as image:
         numbers.write(to_csv(picture.records).encode(errors="backslashreplace"))
         image.write(picture.image)
 

@@ -12,10 +12,10 @@ from shira_format._core.arrays import Array
 
 
 def round_to(array: Array, dtype: np.dtype[Any]) -> Array:
-    """``array`` in ``dtype``, each value rounded once, to nearest, ties to even; what overflows becomes Inf or NaN."""
+    """``array`` in ``dtype``, rounded once to nearest, ties to even; overflow becomes Inf or NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
         if array.dtype == np.float64 and dtype not in (np.float64, np.float32, np.float16):
-            # ml_dtypes goes through float32, and would round twice. Rounded to odd there, no value can look like a tie.
+            # ml_dtypes converts through float32, which rounds twice. Rounding to odd in float32 makes no value look like a tie.
             near = array.astype(np.float32)
             pattern = near.view(np.uint32)
             pattern -= np.abs(near) > np.abs(array)
@@ -25,7 +25,7 @@ def round_to(array: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def upcast(array: Array, out: Array) -> Array:
-    """``array`` in the wider float type of ``out``, exactly, written there; several times faster than ``astype``."""
+    """Write ``array`` to ``out``, of a wider float dtype, exactly; several times faster than ``astype``. Returns ``out``."""
     if array.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:
         upper = out.view(np.uint32)
         upper[...] = array.view(np.uint16)

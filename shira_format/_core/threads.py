@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from shira_format.errors import SourceError
 
-MOST_THREADS = 16  # with more, threads wait for each other
+MOST_THREADS = 16  # with more, they wait for each other
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -66,7 +66,7 @@ class Workers:
         self._blas.__exit__(kind, error, trace)
 
     def submit(self, work: Callable[[], _R]) -> Future[_R]:
-        """Run ``work`` on some thread; it must not wait for others of this pool."""
+        """Run ``work`` on one of the threads; it must not wait for other work of this pool."""
         return self._pool.submit(work)
 
     def ahead(self, tasks: Iterable[tuple[int, Callable[[], _R]]]) -> Iterator[_R]:
@@ -86,7 +86,7 @@ class Workers:
             yield running.popleft()[1].result()
 
     def map(self, work: Callable[[_T], _R], tasks: Iterable[_T]) -> Iterator[_R]:
-        """The results in the order of ``tasks``; few are ahead of the one that is waited for."""
+        """The results in the order of ``tasks``; only a few tasks run ahead."""
         running: deque[Future[_R]] = deque()
         try:
             for task in tasks:
@@ -95,7 +95,7 @@ class Workers:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
-        finally:  # whoever stops asking early leaves no work behind
+        finally:  # no work is left behind if the caller stops early
             for future in running:
                 future.cancel()
 
@@ -103,7 +103,7 @@ class Workers:
         self, size: int, step: int, work: Callable[[int, int], _R], progress: Progress = lambda _: None
     ) -> Iterator[_R]:
         """``work(start, stop)`` for each tile of ``size`` elements."""
-        # Several at a time, where there are many: to hand over a result takes as long as some of the work.
+        # Several tiles per task, where there are many: handing over a result costs as much as a small tile.
         stride = step * max(1, min(_BATCH // step, size // (step * 4 * self.threads)))
 
         def several(first: int) -> list[tuple[int, _R]]:
@@ -119,10 +119,13 @@ class Workers:
 
 
 class Threads:
-    """A pool that lives as long as the object, and is made anew after a fork."""
+    """The threads that write to live weights: an interrupt reaches the thread that waits, never one that writes.
+
+    The pool lives as long as the object, and is made anew after a fork.
+    """
 
     def __init__(self, count: int | None = None) -> None:
-        """Args: ``count``: at most so many threads; all cores by default, but no more than 16."""
+        """Args: ``count``: threads; all cores by default, but no more than 16."""
         self._count = count or min(usable_cores(), MOST_THREADS)
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
@@ -130,13 +133,13 @@ class Threads:
     @property
     def executor(self) -> ThreadPoolExecutor:
         """The pool."""
-        if self._pool is None or self._process != os.getpid():  # a fork takes no threads along
+        if self._pool is None or self._process != os.getpid():  # a fork copies no threads
             self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="shira-switch")
             self._process = os.getpid()
         return self._pool
 
     def map(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-        """``work`` of each item; when this returns or raises, none of it is under way any more."""
+        """``work`` of each item; when this returns or raises, no work is running any more."""
         futures: list[Future[_R]] = [self.executor.submit(work, item) for item in items]
         try:
             return [future.result() for future in futures]
@@ -147,7 +150,7 @@ class Threads:
             raise
 
     def run(self, work: Callable[[], Any]) -> None:
-        """Do this to its end, whatever interrupts come; they are raised then."""
+        """Run ``work`` to its end; an interrupt is raised after that."""
         _wait([future := self.executor.submit(work)])
         future.result()
 
@@ -172,7 +175,7 @@ _limits: Any = None
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """BLAS on one thread until the last of those who asked for it is done: the setting belongs to the process."""
+    """BLAS on one thread until the last block of this kind ends: the setting is that of the process."""
     global _users, _limits  # noqa: PLW0603 - so does this count
     with _lock:
         _users += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, different, positions, scratch
+from shira_format._core.arrays import Array, as_bytes, bits_differ, scratch, where_true
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import TILE, Difference, Entries
@@ -57,7 +57,7 @@ class CompareStage:
 
         def work(start: int, stop: int) -> Entries:
             base, tuned = change.both(start, stop)
-            found = positions(different(base, tuned))
+            found = where_true(bits_differ(base, tuned))
             return Entries(found + start, nothing, base[found], tuned[found])
 
         limit = _whole_from(change)
@@ -80,7 +80,7 @@ class CompareStage:
         """Whether at least ``limit`` entries differ: counted, not collected, and only where a sample says that it may be."""
 
         def count(start: int, stop: int) -> int:
-            return int(np.count_nonzero(different(*change.both(start, stop))))
+            return int(np.count_nonzero(bits_differ(*change.both(start, stop))))
 
         if change.size <= TILE:
             return False
@@ -113,5 +113,5 @@ def tensor_digest(checkpoint: Checkpoint, name: str) -> str:
     """SHA-256 of a tensor's bytes, in bounded memory."""
     found = hashlib.sha256()
     for part in read_parts(checkpoint, name):
-        found.update(bits(part).data)
+        found.update(as_bytes(part).data)
     return found.hexdigest()

@@ -23,7 +23,7 @@ from shira_format.entries.changes import Change, Difference
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 from shira_format.selection import TopK
-from shira_format.storage.paths import identified
+from shira_format.storage.paths import hub_identity
 from shira_format.tensors import numel
 
 
@@ -57,8 +57,8 @@ class FullConversion:
             removed=pairs.removed,
             structure=pairs.structure,
             unchanged=len(pairs.equal),
-            base_model=identified(self.base),
-            source={"kind": "full"} | identified(self.tuned),
+            base_model=hub_identity(self.base),
+            source={"kind": "full"} | hub_identity(self.tuned),
             files=[*base.files, *tuned.files],
             source_file=tuned.files[0] if tuned.files else None,
             notices=_notices(pairs),

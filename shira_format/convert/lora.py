@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, file_digest
+from shira_format._core.arrays import Array, array_digest, file_digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -22,7 +22,7 @@ from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.update import Update
 from shira_format.names.filters import name_filter
-from shira_format.storage.paths import identified
+from shira_format.storage.paths import hub_identity
 from shira_format.tensors import DenseTensor, SparseTensor
 
 
@@ -40,7 +40,7 @@ class LoraConversion:
         """Open the LoRA, and the base if it is not open yet."""
         base = open_checkpoint(self.base) if base is None else base
         lora = filtered(open_lora(self.lora, base, dialect=self.dialect), self.include, self.exclude)
-        return lora_inputs(lora, base, identified(self.base))
+        return lora_inputs(lora, base, hub_identity(self.base))
 
 
 def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
@@ -184,7 +184,7 @@ def _renamed(name: str, base_name: str, base: Checkpoint) -> SparseTensor:
         np.empty(0, np.int64),
         nothing,
         base_name=base_name,
-        base_digest=digest(nothing),
+        base_digest=array_digest(nothing),
     )
 
 
@@ -223,4 +223,4 @@ def _dense(name: str, array: Array, base: Checkpoint, view: Checkpoint, *, self_
     weight = base.get(name)
     if weight is None or (weight.shape, weight.dtype) != (values.shape, values.dtype):
         return DenseTensor(name, values)
-    return DenseTensor(name, values, base=weight if self_contained else None, base_digest=digest(weight))
+    return DenseTensor(name, values, base=weight if self_contained else None, base_digest=array_digest(weight))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
+from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import Difference
@@ -224,7 +224,7 @@ def _sample(checkpoint: Checkpoint, name: str) -> Array:
     length = min(_RUN, size)
     starts = sorted({i * (size - length) // (_RUNS - 1) for i in range(_RUNS)}) if length else []
     parts = [checkpoint.part(name, start, start + length).copy() for start in starts]
-    flat = bits(np.concatenate(parts)) if parts else np.empty(0, np.uint8)
+    flat = as_bytes(np.concatenate(parts)) if parts else np.empty(0, np.uint8)
     return np.ascontiguousarray(flat).view(f"u{width}")
 
 
@@ -250,7 +250,7 @@ def _same(a: Checkpoint, name: str, b: Checkpoint, other: str, step: int = 1 << 
     size = numel(a.shape(name))
     for start in range(0, size, step):
         stop = min(start + step, size)
-        if not np.array_equal(bits(a.part(name, start, stop)), bits(b.part(other, start, stop))):
+        if not np.array_equal(as_bytes(a.part(name, start, stop)), as_bytes(b.part(other, start, stop))):
             return False
     return True
 

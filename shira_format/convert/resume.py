@@ -25,7 +25,7 @@ from shira_format.errors import WorkError
 from shira_format.selection import Engine, Pending, TopK
 from shira_format.selection.radix import Survey
 from shira_format.selection.stages import Stage
-from shira_format.storage.atomic import replaced_file
+from shira_format.storage.atomic import atomic_file
 from shira_format.version import __version__
 
 _C = TypeVar("_C")
@@ -70,7 +70,7 @@ class ResumableEngine:
         except FileNotFoundError:
             if any(self.folder.iterdir()):
                 raise WorkError(f"{self.folder}: is no folder of a conversion's parts") from None
-            with replaced_file(note) as file:
+            with atomic_file(note) as file:
                 file.write(fingerprint.encode())
             return
         if found != fingerprint:
@@ -109,7 +109,7 @@ class ResumableEngine:
 
 def _keep(path: Path, result: Callable[[], _R]) -> _R:
     found = result()
-    with replaced_file(path) as file:
+    with atomic_file(path) as file:
         file.write(_packed(found))
     return found
 

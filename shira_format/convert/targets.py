@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different, digest
+from shira_format._core.arrays import Array, array_digest, bits_differ
 from shira_format._core.dtypes import dtype_name, working_dtype
 from shira_format._core.rounding import upcast
 from shira_format.convert.report import TensorReport
@@ -41,7 +41,7 @@ def sparse_target(
                 f"tensor {change.name!r}: base + update overflows {dtype_name(change.weight_dtype)} "
                 f"at flat index {part.indices[bad][0]}"
             )
-        here = different(part.base, part.target)
+        here = bits_differ(part.base, part.target)
         moved[start : start + _STEP] = here
         with np.errstate(invalid="ignore"):  # where both are infinite, nothing is stored
             missed = target - base - part.values
@@ -65,7 +65,7 @@ def target_tensor(
     return SparseTensor(
         name, shape, entries.indices, entries.target,
         base=entries.base if self_contained else None,
-        base_digest=None if self_contained else digest(entries.base), **options,
+        base_digest=None if self_contained else array_digest(entries.base), **options,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, different, positions, scratch
+from shira_format._core.arrays import Array, Indices, bits_differ, scratch, where_true
 from shira_format._core.dtypes import working_dtype
 from shira_format._core.rounding import round_to, upcast
 from shira_format.checkpoints import Checkpoint
@@ -232,10 +232,10 @@ class Difference:
         before, after = self.both(start, stop)
         where = moved = None
         if before.dtype == after.dtype:
-            moved = partial(different, before, after)
+            moved = partial(bits_differ, before, after)
             # After a step of training few entries have moved, and only these need any arithmetic.
-            if np.count_nonzero(different(before[:_GLANCE], after[:_GLANCE])) * _FEW < min(_GLANCE, out.size):
-                where = positions(moved())
+            if np.count_nonzero(bits_differ(before[:_GLANCE], after[:_GLANCE])) * _FEW < min(_GLANCE, out.size):
+                where = where_true(moved())
                 before, after = before[where], after[where]
                 out, moved = out[: where.size], None
         upcast(after, out)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import dtype_name, working_dtype
 from shira_format._core.rounding import upcast
 from shira_format._core.threads import Progress
@@ -31,7 +31,7 @@ from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
 from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder
-from shira_format.tensors import SparseTensor, ValueKind, matrix_view
+from shira_format.tensors import SparseTensor, ValueKind, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def shira_to_csr(
     check_output_folder(
         target, inputs, force=force, writer="shira_to_csr", own_files=lambda f: read_index(f).files()
     )
-    source = AdapterFile(path, apart=True)
+    source = AdapterFile(path, separate_maps=True)
     chosen = name_filter(include, exclude)
     entries = [entry for name, entry in source.manifest.tensors.items() if chosen(name)]
     report = CsrReport(whole=[name for name in source.manifest.whole if chosen(name)])
@@ -129,7 +129,7 @@ def shira_to_csr(
 def _check(entry: SparseEntry, path: Path, values: ValueKind, *, has_base: bool) -> None:
     """What the manifest tells already, before any work."""
     try:
-        check_rows(matrix_view(entry.shape)[0], entry.nnz)
+        check_rows(matrix_shape(entry.shape)[0], entry.nnz)
         if entry.values in (values, "none") or entry.base_values or has_base:
             return
         if values == "delta":
@@ -185,10 +185,10 @@ def _item(tensor: SparseTensor, file: str, base: Checkpoint | None, values: Valu
         data = wide(tensor.values)
     else:
         start = base_entries(tensor, base)
-        dtype, base_digest = start.dtype, digest(start)
+        dtype, base_digest = start.dtype, array_digest(start)
         data = difference(tensor.values, start) if values == "delta" else wide(tensor.applied(start))
         value_kind = values
-    digests = {"indices": digest(tensor.indices), value_kind: digest(data)}
+    digests = {"indices": array_digest(tensor.indices), value_kind: array_digest(data)}
     if base_digest is not None:
         digests["base"] = base_digest
     more: dict[str, Any] = {"nnz": tensor.nnz}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, positions, sum_of_squares
+from shira_format._core.arrays import Array, Indices, sum_of_squares, where_true
 from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import COLUMNS, TILE, Change, Entries, Tile
 from shira_format.errors import SourceError
@@ -23,7 +23,7 @@ def reaching(values: Array, floor: Any) -> Indices:
     """Positions of magnitude ``floor`` or more, rising."""
     mask = values >= floor
     mask |= values <= -floor
-    return positions(mask)
+    return where_true(mask)
 
 
 def completed(change: Change, entries: Entries) -> Entries:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
+from shira_format._core.arrays import Array, as_bytes
 from shira_format.errors import ShiraError, SourceError
-from shira_format.storage.atomic import LITTER, replaced_file, replaced_folder
+from shira_format.storage.atomic import LITTER, atomic_file, atomic_folder
 from shira_format.storage.safetensors_file import header_of
 
 # A tensor of a file to be written: name, dtype, shape.
@@ -101,7 +101,7 @@ def output_folder(path: Path | None) -> Iterator[Path | None]:
     if path is None:
         yield None
         return
-    with replaced_folder(path) as folder:
+    with atomic_folder(path) as folder:
         yield folder
 
 
@@ -118,7 +118,7 @@ def write_json(path: Path, value: Any, indent: int = 2) -> None:
         TypeError: not JSON.
     """
     text = json.dumps(value, indent=indent, allow_nan=False)
-    with replaced_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode("ascii") + b"\n")
 
 
@@ -138,13 +138,13 @@ def weights_file(
     """
     layout = sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
     header, starts = header_of(layout, metadata)
-    with replaced_file(path) as file:
+    with atomic_file(path) as file:
         file.write(header)
 
         def put(name: str, parts: Iterable[Array]) -> None:
             file.seek(starts.pop(name))
             for part in parts:
-                file.write(bits(part).data)
+                file.write(as_bytes(part).data)
 
         yield put
         assert not starts, starts

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from shira_cli import convert
 from shira_format import Adapter, DenseTensor, SparseTensor, load, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -22,7 +22,7 @@ BASE = np.arange(12, dtype=np.float32).reshape(3, 4)
 def adapter(tmp_path: Path) -> Path:
     """An adapter with two sparse tensors and a whole one, and its base beside it."""
     save_file({"w": BASE, "v": BASE}, tmp_path / "base.safetensors")
-    seen = digest(np.float32([1, 11]))
+    seen = array_digest(np.float32([1, 11]))
     tensors = [SparseTensor(n, (3, 4), [1, 11], np.float32([2, 5]), base_digest=seen) for n in ("w", "v")]
     save(Adapter(tensors, dense=[DenseTensor("b", np.float32([1]))]), tmp_path / "a.st")
     return tmp_path / "a.st"

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import measure
 from shira_format import Adapter, DenseTensor, SparseTensor, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.convert import lora_to_shira
 from tests import models
 
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> Path:
     at, values = [1, 11], np.float32([2, 5])
     own = [SparseTensor(name, (3, 4), at, values, base=np.float32([1, 11])) for name in (QUERY, UP)]
     save(Adapter(own, dense=[DenseTensor("b", np.float32([1]))]), tmp_path / "a.st")
-    needy = SparseTensor(QUERY, (3, 4), [1, 6], values, base_digest=digest(np.float32([1, 6])))
+    needy = SparseTensor(QUERY, (3, 4), [1, 6], values, base_digest=array_digest(np.float32([1, 6])))
     save(Adapter([needy]), tmp_path / "b.st")
     return tmp_path
 

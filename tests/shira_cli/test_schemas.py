@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.load_lora(model, found / "lora").merge_and_unload().save_pretrained(found / "merged")
     (found / "texts.txt").write_text("one text\nanother text\n")
     Moments([
-        Moment(f"encoder.layer.0.attention.self.{part}.weight", np.eye(384)[None, None], 10)
+        Moment(f"encoder.layer.0.attention.self.{part}.weight", np.eye(384)[None, None], 384, 10)
         for part in ("query", "key", "value")
     ]).save(found / "m.safetensors")  # fmt: skip
     return found

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert
 from shira_format import Adapter, DenseTensor, SparseTensor, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.zeros((3, 4), np.float32)
@@ -21,7 +21,7 @@ BASE = np.zeros((3, 4), np.float32)
 def adapter(tmp_path: Path) -> Path:
     """An adapter of one matrix with the singular values 3, 2 and 1, and its base beside it."""
     save_file({"w.weight": BASE, "n.weight": np.ones(2, np.float32)}, tmp_path / "base.safetensors")
-    seen = digest(np.zeros(3, np.float32))
+    seen = array_digest(np.zeros(3, np.float32))
     tensor = SparseTensor("w.weight", (3, 4), [1, 4, 11], np.float32([3, 2, 1]), base_digest=seen)
     save(Adapter([tensor], dense=[DenseTensor("n.weight", np.float32([5, 6]))]), tmp_path / "a.st")
     return tmp_path / "a.st"

@@ -132,7 +132,7 @@ def test_an_unusable_tensor_is_named_as_in_a_local_run(
 def test_a_scheduler_that_does_not_answer(
     tune: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shira_format.convert.cluster.PATIENCE", 1)
+    monkeypatch.setattr("shira_format.convert.cluster.CONNECT_TIMEOUT", 1)
     with pytest.raises(WorkError, match=r"^tcp://127\.0\.0\.1:1: "):
         full_to_shira(*tune, tmp_path / "a.st", dask="tcp://127.0.0.1:1")
     assert [] == list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira_format import ShiraError, SourceError, load
-from shira_format._core.arrays import as_array, digest
+from shira_format._core.arrays import array_digest, as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert.lora import LoraConversion, lora_inputs, lora_to_shira
 from shira_format.convert.pipeline import convert
@@ -82,7 +82,7 @@ def test_replaced_and_new_tensors(tmp_path: Path) -> None:
         assert ["head.weight"] == report.whole
         # In the base's dtype if the base has the tensor, else as it came.
         assert same_bits(as_array(head.bfloat16() if known else head), whole.values)
-        assert (digest(as_array(state["head.weight"])) if known else None) == whole.base_digest
+        assert (array_digest(as_array(state["head.weight"])) if known else None) == whole.base_digest
         notice = "tensor 'head.weight' is not in the base: stored whole, as a new tensor"
         assert known == (notice not in report.notices)
 

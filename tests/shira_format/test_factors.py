@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from shira_format import SourceError
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, array_digest
 from shira_format._core.threads import single_threaded_blas
 from shira_format.export.lora import Factors, best_factors
 from shira_format.export.lora import svd as svd_module
@@ -229,7 +229,7 @@ def fingerprints() -> list[str]:
     for dense in (masked(500, 400, 0.02), np.diag(np.repeat([1.0, 2.0], 300)), of_rank(300, 300, 3)):
         for way in WAYS:
             factors = best_factors(*entries(dense), rank=5, method=way)
-            found += [digest(factors.up), digest(factors.down)]
+            found += [array_digest(factors.up), array_digest(factors.down)]
     return found
 
 

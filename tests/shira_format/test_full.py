@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira_format import Adapter, AdapterFile, SourceError, load
-from shira_format._core.arrays import Array, bits, digest
+from shira_format._core.arrays import Array, array_digest, as_bytes
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format._core.rounding import round_to
 from shira_format.convert import full_to_shira
@@ -128,14 +128,19 @@ def test_what_an_exact_patch_holds(tmp_path: Path) -> None:
     assert [0, 3, 0, 0] == [tensor.nnz for tensor in adapter.values()]
     assert [0, 7, 99] == adapter["some"].indices.tolist()
     assert same_bits(some[[0, 7, 99]], adapter["some"].values)
-    assert digest(count[[0, 7, 99]]) == adapter["some"].base_digest
-    assert all(digest(tuned[name]) == adapter[name].result_digest for name in adapter)
+    assert array_digest(count[[0, 7, 99]]) == adapter["some"].base_digest
+    assert all(array_digest(tuned[name]) == adapter[name].result_digest for name in adapter)
     assert ("old", None) == (adapter["new"].base_name, adapter["new"].rows)
     assert 22 == adapter["vocabulary"].rows
     assert same_bits(np.ones((2, 5), np.float32), adapter["vocabulary"].new_rows)
     assert {"most", "whole", "head", "type"} == set(adapter.dense) == set(report.whole)
     digests = {name: whole.base_digest for name, whole in adapter.dense.items()}
-    assert {"most": digest(count), "whole": digest(base["whole"]), "head": None, "type": None} == digests
+    assert {
+        "most": array_digest(count),
+        "whole": array_digest(base["whole"]),
+        "head": None,
+        "type": None,
+    } == digests
     assert {"gone", "old"} == set(adapter.removed)
     assert {
         "new": "renamed from old", "head": "new", "gone": "removed", "vocabulary": "rows 20 -> 22", "type": "F32 -> BF16",
@@ -249,7 +254,9 @@ def oracle(base: Arrays, tuned: Arrays, rule: TopK) -> tuple[dict[str, tuple[Arr
             picked = np.flatnonzero(chosen[at : at + change.size])
             at += change.size
             target = rounded_once(tuned[name].reshape(-1)[picked].astype(np.float64), before.dtype)
-            moved = bits(target).reshape(-1, target.itemsize) != bits(before[picked]).reshape(-1, target.itemsize)
+            moved = as_bytes(target).reshape(-1, target.itemsize) != as_bytes(before[picked]).reshape(
+                -1, target.itemsize
+            )
             stays = moved.any(1)
             found[name] = picked[stays], target[stays]
             stored = np.zeros(change.size)
@@ -297,7 +304,7 @@ def test_the_largest_changes_are_those_of_plain_numpy(
     for name, (indices, target) in expected.items():
         assert indices.tolist() == adapter[name].indices.tolist()
         assert same_bits(target, adapter[name].values)
-        assert digest(base[name].reshape(-1)[indices]) == adapter[name].base_digest
+        assert array_digest(base[name].reshape(-1)[indices]) == adapter[name].base_digest
         if base[name].dtype == tuned[name].dtype:
             assert same_bits(tuned[name].reshape(-1)[indices], adapter[name].values)
     assert kept == pytest.approx(report.energy_kept, rel=1e-5, abs=1e-9)
@@ -363,7 +370,7 @@ def test_integers_are_replaced_or_left(tmp_path: Path) -> None:
     report, adapter = converted(tmp_path, base, tuned, TopK(1.0))
     assert (["w"], ["other"]) == (list(adapter), list(adapter.dense))
     assert same_bits(np.arange(5) * 2, adapter.dense["other"].values)
-    assert digest(np.arange(5)) == adapter.dense["other"].base_digest
+    assert array_digest(np.arange(5)) == adapter.dense["other"].base_digest
     assert 2 == report.unchanged
     assert ["names: the prefix 'model.' is left out"] == report.notices
     # The adapter is for the base as it stands.
@@ -433,7 +440,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
         raise KeyboardInterrupt
 
     if when == "target_tensor":
-        monkeypatch.setattr(f"shira_format.convert.{'pipeline' if exact else 'finish'}.target_tensor", stop)
+        monkeypatch.setattr(f"shira_format.convert.{'pipeline' if exact else 'targets'}.target_tensor", stop)
     else:
         monkeypatch.setattr(when if "os." in when else f"shira_format.convert.pipeline.{when}", stop)
     before = sorted(tmp_path.rglob("*"))

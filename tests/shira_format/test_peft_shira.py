@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceError, SparseTensor, load, save
-from shira_format._core.arrays import Array, as_array, different, digest
+from shira_format._core.arrays import Array, array_digest, as_array, bits_differ
 from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert.peft_shira import peft_to_shira
@@ -600,7 +600,7 @@ REFUSED: dict[str, tuple[list[SparseTensor], dict[str, Any], str]] = {
     "nothing": ([plain(count=0, base=np.zeros(0, np.float32))], {}, "needs an adapted layer"),
     "no tensor": ([], {}, "needs an adapted layer"),
     "targets": (
-        [plain(base=None, base_digest=digest(np.zeros(5, np.float32)))], {}, "'a.weight': holds target values .* pass --base"
+        [plain(base=None, base_digest=array_digest(np.zeros(5, np.float32)))], {}, "'a.weight': holds target values .* pass --base"
     ),
     "bias": ([plain()], {"dense": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves modules whole"),
     "around": ([plain("m.a.weight")], {"dense": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves modules whole"),
@@ -852,7 +852,7 @@ def test_the_report_counts_what_a_round_trip_loses(data: st.DataObject) -> None:
         back = load(path / "b.st")["a.weight"]
         found = before.copy()
         found[back.indices] = back.values
-        assert report.tensors[0].inexact == np.count_nonzero(different(found, after))
+        assert report.tensors[0].inexact == np.count_nonzero(bits_differ(found, after))
         told = [text for text in report.notices if "cannot reproduce" in text]
         assert bool(told) == bool(report.tensors[0].inexact)
 

@@ -30,12 +30,13 @@ from shira_format import (
     SparseTensor,
     save,
 )
-from shira_format._core.arrays import Array, as_array, digest
+from shira_format._core.arrays import Array, array_digest, as_array
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import full_to_shira
 from shira_format.convert.exact import Exact
-from shira_format.export.full import layout, shira_to_full
+from shira_format.export.full import layout as restore_layout
+from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 from shira_format.storage.safetensors_file import SafetensorsFile
 from tests import models
@@ -64,7 +65,9 @@ def listing(folder: Path) -> dict[str, bytes]:
 def target(name: str, base: Array, indices: list[int], values: Any, **more: Any) -> SparseTensor:
     places = np.array(indices, np.int64)
     at = base.reshape(-1)[places]
-    return SparseTensor(name, base.shape, places, np.asarray(values, base.dtype), base_digest=digest(at), **more)
+    return SparseTensor(
+        name, base.shape, places, np.asarray(values, base.dtype), base_digest=array_digest(at), **more
+    )
 
 
 def patch(folder: Path, base: Arrays, *tensors: SparseTensor | DenseTensor, **manifest: Any) -> tuple[Path, Path]:
@@ -348,13 +351,13 @@ def test_a_folder_that_holds_an_input_is_not_replaced(work: Path, tmp_path: Path
 def test_a_folder_that_cannot_be_made(work: Path, tmp_path: Path) -> None:
     adapter, base = patch(work, {"w": COUNT}, SPARSE)
     before = listing(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SourceError, match="the folder .*missing does not exist"):
         shira_to_full(adapter, base, tmp_path / "missing" / "result")
     assert before == listing(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "when", ["SparseTensor.applied", "_write_indexes", "shutil.copyfileobj", "os.fsync", "os.replace"]
+    "when", ["SparseTensor.applied", "write_indexes", "shutil.copyfileobj", "os.fsync", "os.replace"]
 )
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_interrupt_leaves_everything_as_it_was(
@@ -369,7 +372,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(when if when[:2] in ("os", "sh") else f"shira_format.export.full.{when}", stop)
+    monkeypatch.setattr(when if when[:2] in ("os", "sh") else f"shira_format.export.full.restore.{when}", stop)
     before = listing(tmp_path), sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
         shira_to_full(adapter, base, out)
@@ -582,7 +585,7 @@ def test_a_base_that_is_not_divided_is_divided_by_size(
     shira_to_full(work / "a.st", work / "base.gguf", tmp_path / "one")
     assert ["model.safetensors"] == list(listing(tmp_path / "one"))
     assert described(tuned) == models.read_arrays(tmp_path / "one")
-    monkeypatch.setattr(layout, "SHARD_BYTES", 6 * 32 * 4)
+    monkeypatch.setattr(restore_layout, "SHARD_BYTES", 6 * 32 * 4)
     report = shira_to_full(work / "a.st", work / "base.gguf", tmp_path / "many")
     assert len(report.files) in (2, 3)
     assert all(name.endswith(f"-of-{len(report.files):05d}.safetensors") for name in report.files)

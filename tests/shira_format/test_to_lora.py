@@ -22,7 +22,7 @@ from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import FLOATS
 from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.export.lora import LoraReport, shira_to_lora
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 from tests import models
 
 GPT2 = r"c_attn|c_proj|c_fc"
@@ -62,7 +62,7 @@ def expected(model: nn.Module, adapter: Path, rank: int, prefix: str = "") -> St
     for name, tensor in found.items():
         dense = np.zeros(tensor.numel)
         dense[tensor.indices] = found.alpha * tensor.delta().astype(np.float64)
-        u, s, v = np.linalg.svd(dense.reshape(matrix_view(tensor.shape)), full_matrices=False)
+        u, s, v = np.linalg.svd(dense.reshape(matrix_shape(tensor.shape)), full_matrices=False)
         update = torch.from_numpy(((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(tensor.shape))
         state[prefix + name] = (state[prefix + name].double() + update).float()
     return state

@@ -24,7 +24,7 @@ from shira_format._core.arrays import Array
 from shira_format.convert.csr.matrix import check_rows
 from shira_format.entries.base_check import with_base
 from shira_format.names.filters import name_filter
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint  # with all layouts, which self-contained files do not need
@@ -90,7 +90,7 @@ def entries_matrix(name: str, shape: tuple[int, ...], indices: Array, values: Ar
     """
     from scipy import sparse
 
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     try:
         check_rows(rows, indices.size)
     except SourceError as error:
@@ -191,7 +191,7 @@ def open_deltas(
         OSError: it cannot be read.
     """
     chosen = name_filter(include, exclude)
-    file = AdapterFile(path, apart=True)
+    file = AdapterFile(path, separate_maps=True)
     names = tuple(name for name in file.manifest.tensors if chosen(name))
     whole = tuple(name for name in file.manifest.whole if chosen(name))
     if not (names or whole) and (include or exclude):

@@ -105,7 +105,7 @@ def html_report(
     on_start(sum(map(len, listed)) + (len(set().union(*listed)) if len(infos) > 1 else 0))
     looks = []
     for info, names in zip(infos, listed, strict=True):
-        file = AdapterFile(info["file"], apart=True)
+        file = AdapterFile(info["file"], separate_maps=True)
         fitting = base if "base" in info and info["base"]["fits"] else None
         whole = tuple(name for name in file.manifest.whole if keep(name))
         looks.append(look(DeltaFile(file, fitting, names, whole), info, progress))

@@ -12,9 +12,9 @@ import numpy as np
 
 from shira_format._core.arrays import Array, Indices
 from shira_format.errors import SourceError
-from shira_format.storage.atomic import replaced_file
+from shira_format.storage.atomic import atomic_file
 from shira_format.storage.paths import one_line
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 # A CSR matrix has an array as long as its rows, however few its entries are. So many it may have in any case.
 MAX_ROWS = 1 << 24
@@ -51,11 +51,11 @@ def write_matrix(path: Path, shape: tuple[int, ...], indices: Indices, data: Arr
     """
     from scipy import sparse
 
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     pointers = np.searchsorted(indices, np.arange(rows + 1, dtype=np.int64) * columns)
     # scipy takes int32 for indices and pointers where that is enough.
     matrix = sparse.csr_matrix((data, indices % max(1, columns), pointers), shape=(rows, columns))
-    with replaced_file(path) as file:
+    with atomic_file(path) as file:
         # Floats hardly compress, and reading is several times faster without.
         sparse.save_npz(file, matrix, compressed=False)
 
@@ -80,7 +80,7 @@ def read_matrix(path: Path, shape: tuple[int, ...]) -> tuple[Indices, Array]:
 
     try:
         with open(path, "rb") as file:
-            nnz = _check_members(file, matrix_view(shape))
+            nnz = _check_members(file, matrix_shape(shape))
             matrix = sparse.load_npz(file)
         return _entries(matrix, nnz)
     except (MemoryError, OSError) as error:

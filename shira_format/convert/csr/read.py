@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, bits, digest
+from shira_format._core.arrays import Array, Indices, array_digest, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -99,7 +99,7 @@ def csr_to_shira(
     if not (items or whole or any(map(chosen, index.manifest.get("removed", ())))) and (include or exclude):
         raise SourceError(f"{source}: no tensor is left by the choice of names")
     checkpoint = None if base is None else open_checkpoint(base)
-    original = AdapterFile(inside(source, ORIGINAL), apart=True) if index.original else None
+    original = AdapterFile(inside(source, ORIGINAL), separate_maps=True) if index.original else None
     if out is not None:
         inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
         check_not_input(Path(out), inputs)
@@ -178,8 +178,8 @@ class _Folder:
         before = self._before(item)
         indices, data = read_matrix(path, item.shape)
         data = _exactly(data, item.data_dtype)
-        same_entries = digest(indices) == item.digests.get("indices")
-        same = same_entries and digest(data) == item.digests.get(item.values)
+        same_entries = array_digest(indices) == item.digests.get("indices")
+        same = same_entries and array_digest(data) == item.digests.get(item.values)
         try:
             if same and before is not None and np.array_equal(indices, before.indices):
                 return self._unchanged(before), False
@@ -259,7 +259,7 @@ class _Changed:
         start = self._start()
         known = item.digests.get("base") if self.same_entries else None
         if start is not None:
-            known = digest(start)
+            known = array_digest(start)
         elif self.self_contained:
             raise SourceError("the base's values at its entries are not at hand: pass --base")
         if item.values == "delta" and start is None:
@@ -319,8 +319,8 @@ class _Changed:
         fits = found.dtype == item.dtype or (item.values == "delta" and seen is None and is_float(found.dtype))
         if not fits:
             raise BaseMismatch(f"tensor {item.name!r}: the matrix is for {item.dtype}, the base has {found.dtype}")
-        if (self.same_entries and seen is not None and digest(found) != seen) or (
-            known is not None and bits(found[here]).tobytes() != bits(known[there]).tobytes()
+        if (self.same_entries and seen is not None and array_digest(found) != seen) or (
+            known is not None and as_bytes(found[here]).tobytes() != as_bytes(known[there]).tobytes()
         ):
             raise BaseMismatch(
                 f"tensor {item.name!r}: the base {self.base.path} holds other values at the entries"

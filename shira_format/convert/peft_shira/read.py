@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, sum_of_squares
+from shira_format._core.arrays import Array, array_digest, sum_of_squares
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.inputs import ConversionInputs
@@ -27,7 +27,7 @@ from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
 from shira_format.names.filters import name_filter
 from shira_format.names.match import match_names
-from shira_format.storage.paths import check_not_input, identified, located
+from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
 
 _LARGEST = 1e150  # of float64; the sums of squares in the report must stay numbers
@@ -70,11 +70,11 @@ def peft_to_shira(
     """
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
-    weights, config_path = find(located(folder))
+    weights, config_path = find(resolve_path(folder))
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
     source = _Reader(weights, config_path, kind, config, checkpoint).read(name_filter(include, exclude))
-    job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else identified(base))
+    job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
     if path is not None:
         check_not_input(path, job.files)
@@ -147,7 +147,7 @@ def _finished(
     if values == "delta":
         tensor = SparseTensor(
             layer.name, layer.shape, indices, stored, value_kind="delta", dtype=before.dtype,
-            base=before if self_contained else None, base_digest=None if self_contained else digest(before),
+            base=before if self_contained else None, base_digest=None if self_contained else array_digest(before),
         )  # fmt: skip
         account = replace(account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0)
     unlike = 0

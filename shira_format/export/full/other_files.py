@@ -11,7 +11,7 @@ from pathlib import Path
 from shira_format.errors import SourceError
 from shira_format.export.full.layout import Piece
 from shira_format.storage.output_folder import write_json
-from shira_format.storage.paths import located
+from shira_format.storage.paths import resolve_path
 
 # Weights in any format, which are not copied.
 _WEIGHTS = re.compile(
@@ -65,7 +65,7 @@ def copy_model_files(
     Raises:
         SourceError: ``files_from`` is not the folder of a model.
     """
-    source = base_folder if files_from is None else located(files_from)
+    source = base_folder if files_from is None else resolve_path(files_from)
     if files_from is not None and (source is None or not source.is_dir()):
         raise SourceError(f"{files_from}: no such folder")
     if source is None or not any((source / name).is_file() for name in _MODEL_CONFIGS):

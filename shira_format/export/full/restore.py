@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
+from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.changes import TILE
@@ -88,7 +88,7 @@ def shira_to_full(
     """
     path = None if out is None else Path(out)
     checkpoint = open_checkpoint(base)
-    source = AdapterFile(adapter, apart=True)
+    source = AdapterFile(adapter, separate_maps=True)
     layout = Layout(source, checkpoint, alpha, name_filter(include, exclude))
     check_output_folder(path, [source.path, checkpoint.path, *checkpoint.files], force=force)
     on_start(layout.nbytes)
@@ -174,11 +174,11 @@ class _Restore:
             until = int(np.searchsorted(tensor.indices, start + part.size))
             indices = tensor.indices[done:until] - start
             found = part[indices]
-            before.update(bits(found).data)
+            before.update(as_bytes(found).data)
             part[indices] = tensor.applied(found, self._layout.alpha, done)
             done = until
             if check:
-                hashing.append(self._hashing.submit(after.update, bits(part).data))
+                hashing.append(self._hashing.submit(after.update, as_bytes(part).data))
                 if len(hashing) > _PARTS_AHEAD:
                     hashing.popleft().result()
             yield part
@@ -188,7 +188,7 @@ class _Restore:
             )
         if tensor.new_rows is not None:
             if check:
-                hashing.append(self._hashing.submit(after.update, bits(tensor.new_rows).data))
+                hashing.append(self._hashing.submit(after.update, as_bytes(tensor.new_rows).data))
             yield tensor.new_rows.reshape(-1)
         if check:
             for hashed in hashing:
@@ -207,13 +207,13 @@ class _Restore:
             found = hashlib.sha256()
             if (base.shape(name), base.dtype(name)) == (piece.shape, piece.dtype):
                 for _, part in self._base_parts(name, size):
-                    found.update(bits(part).data)
+                    found.update(as_bytes(part).data)
             if found.hexdigest() != digests["base"]:
                 raise BaseMismatch(f"tensor {name!r}: the base {base.path} holds another tensor (digest differs)")
         found = hashlib.sha256()
         for start in range(0, size, TILE):
             part = self._adapter.streams.read_part(name, start, min(start + TILE, size))
-            found.update(bits(part).data)
+            found.update(as_bytes(part).data)
             yield part
         if found.hexdigest() != digests["values"]:
             raise FormatError(

@@ -18,9 +18,9 @@ from shira_format.errors import BaseMismatch, SourceError
 from shira_format.export.lora.factors import Factors, best_factors, check_amount
 from shira_format.export.lora.folder import (
     FILE,
+    METADATA,
     WRITER,
     Shapes,
-    WeightsFile,
     config,
     factors_of,
     largest_shapes,
@@ -31,9 +31,10 @@ from shira_format.export.lora.report import LayerReport, LoraReport
 from shira_format.format import AdapterFile
 from shira_format.lora.peft.config import CONFIG, PREFIX
 from shira_format.names.filters import name_filter
-from shira_format.storage.atomic import replaced_file
+from shira_format.storage.atomic import atomic_file
 from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder, write_json
-from shira_format.tensors import SparseTensor, matrix_view
+from shira_format.storage.safetensors_file import SafetensorsWriter
+from shira_format.tensors import SparseTensor, matrix_shape
 
 
 def shira_to_lora(
@@ -84,7 +85,7 @@ def shira_to_lora(
     checkpoint = None if base is None else open_checkpoint(base)
     inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
     check_output_folder(target, inputs, force=force, writer=WRITER, own_files=own_files)
-    source = AdapterFile(path, apart=True)
+    source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         plan = Planner(
@@ -125,8 +126,8 @@ class _Export:
             for _ in self._arrays():
                 pass
         else:
-            with replaced_file(folder / FILE) as file:
-                weights = WeightsFile(file, self._largest())
+            with atomic_file(folder / FILE) as file:
+                weights = SafetensorsWriter(file, self._largest(), METADATA)
                 for name, array in self._arrays():
                     weights.add(name, array)
                 weights.finish()
@@ -148,7 +149,7 @@ class _Export:
         most: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         for layer in self._plan.layers:
             shape = layer.entry.shape
-            rank = min(*matrix_view(shape), self._rank or 1 << 53)
+            rank = min(*matrix_shape(shape), self._rank or 1 << 53)
             most |= largest_shapes(layer.module, layer.kind, shape, max(1, rank))
         for saved in self._saved():
             most[PREFIX + saved.name] = self._type(saved)
@@ -186,7 +187,7 @@ class _Export:
         if not values.any():
             report.left_out.append(entry.name)
             return {}
-        shape = matrix_view(entry.shape)
+        shape = matrix_shape(entry.shape)
         try:
             found = best_factors(shape, tensor.indices, values, rank=self._rank, energy=self._energy)
         except SourceError as error:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
-from shira_format._core.dtypes import dtype_name
+from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.export.lora.plan import Kind, pattern, targets
 from shira_format.export.lora.report import LayerReport
@@ -20,46 +18,9 @@ from shira_format.storage.safetensors_file import SafetensorsFile
 FILE = WEIGHTS[0]
 WRITER = "shira_to_lora"
 _MARK = "written_by"
+METADATA = {"format": "pt", _MARK: WRITER}
 
 Shapes = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
-
-
-class WeightsFile:
-    """A safetensors file that is written tensor by tensor, although its header tells their sizes.
-
-    Room for the header is left by the largest shapes that the tensors may have; the true one, which is no longer, is filled up
-    with spaces.
-    """
-
-    def __init__(self, file: BinaryIO, most: Shapes) -> None:
-        """Args: ``file``: open for writing, empty; ``most``: dtypes and largest shapes, also of tensors that may not come."""
-        self._file = file
-        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt", _MARK: WRITER}}
-        self._at = 0
-        end = sum(dtype.itemsize * int(np.prod(shape, dtype=object)) for dtype, shape in most.values())
-        entries = self._entries | {name: _entry(*known, end, end) for name, known in most.items()}
-        self._room = len(_text(entries)) + 7 & ~7
-        file.write(bytes(8 + self._room))
-
-    def add(self, name: str, array: Array) -> None:
-        """Write one tensor."""
-        array = np.ascontiguousarray(array)
-        self._entries[name] = _entry(array.dtype, array.shape, self._at, self._at + array.nbytes)
-        self._at += array.nbytes
-        self._file.write(bits(array).data)
-
-    def finish(self) -> None:
-        """Write the header."""
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + _text(self._entries).ljust(self._room))
-
-
-def _entry(dtype: np.dtype[Any], shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
-    return {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [start, stop]}
-
-
-def _text(entries: Mapping[str, Any]) -> bytes:
-    return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def factors_of(module: str, kind: Kind, shape: tuple[int, ...], up: Array, down: Array) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, different
+from shira_format._core.arrays import Array, Indices, bits_differ
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -123,7 +123,7 @@ def shira_to_peft(
     checkpoint = None if base is None else open_checkpoint(base)
     inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
     check_output_folder(target, inputs, force=force, writer="shira_to_peft", own_files=own_files)
-    source = AdapterFile(path, apart=True)
+    source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         plan = make_plan(source, name_filter(include, exclude), checkpoint, prefix, pad=pad)
@@ -224,7 +224,7 @@ class _Export:
             return steps, None
         with np.errstate(over="ignore", invalid="ignore"):
             found = (wide(start) + steps).astype(start.dtype)
-        return steps, int(np.count_nonzero(different(found, tensor.applied(start, self.alpha))))
+        return steps, int(np.count_nonzero(bits_differ(found, tensor.applied(start, self.alpha))))
 
     def saved(self) -> Iterator[tuple[str, Array]]:
         """Keys and values of the tensors that are saved whole."""
