@@ -265,7 +265,7 @@ def test_an_interrupted_way_back_leaves_nothing(pair: Pair, tmp_path: Path) -> N
     script = _SLOW.replace(
         "from shira_format.entries.changes import Difference\nfast = Difference.both\n", ""
     ).partition("def slow")[0] + (
-        "from shira_format.export.full.restore import RestorePlan as Plan\n"
+        "from shira_format.export.full.restore import _Restore as Plan\n"
         "fast = Plan._parts\n"
         "def slow(self, piece, workers):\n"
         "    time.sleep(0.05)\n"
