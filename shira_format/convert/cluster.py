@@ -1,7 +1,7 @@
 """The stages of a conversion on the workers of a ``dask.distributed`` cluster, one tensor a task.
 
-Workers open the same inputs by the same paths, so these must lie on storage that all of them reach. What comes back are
-the entries alone; they are put in order and written here, so that the bytes are those of a local run.
+Workers open the same inputs by the same paths, on storage that all of them reach. They return entries, which this process
+writes in order, so that the bytes are those of a local run.
 """
 
 from __future__ import annotations

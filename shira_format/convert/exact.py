@@ -24,8 +24,8 @@ class Exact:
     """The rule: keep every difference.
 
     Attributes:
-        digests: record the digest of each whole float tensor of the result, changed or not, so that whoever applies
-            the patch can tell that all of it is as it was meant; reads the fine-tune once more.
+        digests: record the digest of each whole float tensor of the result, changed or not, so that applying the patch
+            verifies the whole result; reads the fine-tune once more.
     """
 
     digests: bool = True
@@ -33,11 +33,11 @@ class Exact:
 
 @dataclass(frozen=True)
 class Differences:
-    """What differs in one tensor.
+    """The differences of one tensor.
 
     Attributes:
         entries: the entries, or None if the whole tensor takes fewer bytes.
-        digest: of the whole tuned tensor, or None if nobody asked for it.
+        digest: of the whole tuned tensor; None if it is not recorded.
     """
 
     entries: Entries | None
@@ -53,7 +53,7 @@ class CompareStage:
 
     def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Pending[Differences]:
         """All that differs between the two tensors, which have one dtype."""
-        nothing = np.empty(0, change.dtype)  # nobody asks by how much they differ
+        nothing = np.empty(0, change.dtype)  # the sizes of the differences are not needed
 
         def work(start: int, stop: int) -> Entries:
             base, tuned = change.both(start, stop)
@@ -77,7 +77,7 @@ class CompareStage:
 
     @staticmethod
     def _many(change: Difference, limit: float, workers: Workers) -> bool:
-        """Whether at least ``limit`` entries differ: counted, not collected, and only where a sample says that it may be."""
+        """Whether at least ``limit`` entries differ: counted without collecting them, and only if a sample suggests it."""
 
         def count(start: int, stop: int) -> int:
             return int(np.count_nonzero(bits_differ(*change.both(start, stop))))
@@ -96,7 +96,7 @@ class CompareStage:
 
 
 def _whole_from(change: Difference) -> float:
-    """From how many differing entries on the whole tensor takes fewer bytes."""
+    """The number of differing entries from which the whole tensor takes fewer bytes."""
     each = change.weight_dtype.itemsize
     return max(1.0, change.size * each / (each + _INDEX))
 

@@ -15,9 +15,9 @@ from shira_format._core.rounding import round_to
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.exact import Exact
-from shira_format.convert.inputs import ConversionInputs, DenseCopy, location
+from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
-from shira_format.convert.pipeline import convert, selection_rule
+from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.entries.changes import Change, Difference
 from shira_format.errors import SourceError

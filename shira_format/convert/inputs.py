@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,16 +80,3 @@ class Conversion(Protocol):
             SourceError: they cannot be converted.
             FormatError: a safetensors file is damaged.
         """
-
-
-def location(base: str | os.PathLike[str] | Checkpoint, dask: str | None) -> str:
-    """The path of a base, by which a conversion and its parts are known.
-
-    Raises:
-        ValueError: workers of a cluster are to open it, and it is an open checkpoint.
-    """
-    if not isinstance(base, Checkpoint):
-        return os.fspath(base)
-    if dask is not None:
-        raise ValueError("workers of a cluster need the base as a path, not as an open checkpoint")
-    return str(base.path)

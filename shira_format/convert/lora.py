@@ -14,8 +14,8 @@ from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.renamed import rearranged
-from shira_format.convert.inputs import ConversionInputs, DenseCopy, location
-from shira_format.convert.pipeline import convert, selection_rule
+from shira_format.convert.inputs import ConversionInputs, DenseCopy
+from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.entries.changes import AddedTo
 from shira_format.errors import SourceError
@@ -54,7 +54,7 @@ def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | Non
     Raises:
         SourceError: a tensor is updated twice, or an updated tensor of the base is not of a float dtype.
     """
-    view = rearranged(base, source.copies, source.removed)
+    view = rearranged(base, source.copies, source.removed) if source.copies or source.removed else base
     _check_base(source.updates, view)
     renamed = _untouched(source)
     files = [{"name": path.name, "digest": file_digest(path)} for path in source.files]
@@ -143,6 +143,8 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     Raises:
         SourceError: a bad regex, or no update is left.
     """
+    if source.updates and not include and not exclude:
+        return source
     match = name_filter(include, exclude)
     updates = [update for update in source.updates if match(update.name)]
     if not updates:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from shira_format._core.dtypes import dtype_name
 from shira_format._core.threads import Progress, Workers
+from shira_format.checkpoints import Checkpoint
 from shira_format.convert.exact import CompareStage, Differences, Exact, read_parts, tensor_digest
 from shira_format.convert.inputs import Conversion, ConversionInputs, DenseCopy
 from shira_format.convert.report import ConversionReport, TensorReport, six_digits
@@ -34,6 +35,19 @@ def selection_rule(
     if density is None and top_k is None and energy is None:
         density = 0.01 if min_change is None else 1.0
     return TopK(density, top_k, scope, energy, min_change or 0.0)
+
+
+def location(base: str | os.PathLike[str] | Checkpoint, dask: str | None) -> str:
+    """The path of a base, by which a conversion and its parts are known.
+
+    Raises:
+        ValueError: workers of a cluster are to open it, and it is an open checkpoint.
+    """
+    if not isinstance(base, Checkpoint):
+        return os.fspath(base)
+    if dask is not None:
+        raise ValueError("workers of a cluster need the base as a path, not as an open checkpoint")
+    return str(base.path)
 
 
 def convert(

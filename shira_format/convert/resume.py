@@ -1,4 +1,4 @@
-"""Finished parts of a long conversion, kept beside its output until all is done: what ``--resume`` goes on from."""
+"""Finished parts of a long conversion, kept beside its output until it is done, for ``--resume``."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def partial_folder(out: Path) -> Path:
 
 
 class ResumableEngine:
-    """An engine that keeps each result of another, and does not compute again what it has; a context manager.
+    """An engine that keeps the results of another one on disk and does not compute them again; a context manager.
 
-    The folder goes when the block ends well, and stays otherwise.
+    The folder is deleted if the block ends without an exception.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ def _keep(path: Path, result: Callable[[], _R]) -> _R:
 
 
 def _fingerprint(conversion: Conversion, rule: TopK | Exact, inputs: ConversionInputs) -> str:
-    """Differs if the inputs, the rule or the writer do."""
+    """A digest of the inputs, the rule and the writer's version."""
     files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in inputs.files]
     changes = [(change.name, list(change.shape), change.size) for change in inputs.changes]
     what = [__version__, repr(conversion), type(rule).__name__, asdict(rule), files, changes]
@@ -123,7 +123,7 @@ def _fingerprint(conversion: Conversion, rule: TopK | Exact, inputs: ConversionI
 
 
 def _packed(value: Any) -> bytes:
-    """A dataclass of arrays, numbers, texts and others of its kind, as an ``.npz``: no pickle."""
+    """A dataclass of arrays, numbers, strings and such dataclasses as an ``.npz`` without pickle."""
     arrays: dict[str, Any] = {}
 
     def plain(item: Any) -> Any:

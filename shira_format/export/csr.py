@@ -1,4 +1,4 @@
-"""An adapter to a folder of CSR matrices."""
+"""From an adapter file to a folder of CSR matrices."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def shira_to_csr(
 
 
 def _check(entry: SparseEntry, path: Path, values: ValueKind, *, has_base: bool) -> None:
-    """What the manifest tells already, before any work."""
+    """Check a tensor by its manifest entry, before any work."""
     try:
         check_rows(matrix_shape(entry.shape)[0], entry.nnz)
         if entry.values in (values, "none") or entry.base_values or has_base:
@@ -230,5 +230,5 @@ def wide(values: Array) -> Array:
 
 def difference(target: Array, base: Array) -> Array:
     """Target minus base in their working type."""
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are valid values
         return np.asarray(wide(target) - wide(base))

@@ -1,13 +1,15 @@
-"""What is computed of one change at a time, and who computes it.
+"""The selection as stages, each computed for one change at a time, and the engines that run them.
 
-A stage is a small object that can travel: this process, or workers of a cluster, call it with one change after the
-other. Its results do not depend on who called it.
+A stage is a small object that can be pickled: the threads of this process, or workers of a cluster, call it with one
+change after the other. Its results do not depend on the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import Change, Entries
 from shira_format.selection import radix, topk
 from shira_format.selection.rule import TopK
+from shira_format.selection.spool import Spool
 
 C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
@@ -107,3 +110,60 @@ class CollectStage:
             return found
 
         return pool.size, rest
+
+
+def select(
+    changes: Sequence[Change], rule: TopK, engine: Engine, workers: Workers, *, folder: Path | None = None
+) -> Iterator[Pending[Entries]]:
+    """The selected entries of each change, in order; memory stays at one tensor's selection.
+
+    Args:
+        changes: what to select from.
+        rule: how many.
+        engine: who computes: the threads of this process (:class:`LocalEngine`), or a cluster. The result does not depend on it.
+        workers: the threads of this process.
+        folder: for a temporary file of what is selected, under the global scope.
+
+    Returns:
+        For each change what is left to do, for :meth:`Workers.ahead`.
+
+    Raises:
+        SourceError: a change holds NaN or Inf.
+    """
+    if rule.scope == "global":
+        return _of_all(changes, rule, engine, workers, folder)
+    return engine.map(SelectStage(rule), changes)
+
+
+def passes(rule: TopK) -> int:
+    """How often each change is computed."""
+    return 2 if rule.scope == "global" or rule.energy is not None else 1
+
+
+def _of_all(
+    changes: Sequence[Change], rule: TopK, engine: Engine, workers: Workers, folder: Path | None
+) -> Iterator[Pending[Entries]]:
+    dtype, size = radix.common_dtype(changes), sum(change.size for change in changes)
+    surveying, seen, energies = SurveyStage(rule, dtype, rule.lowest(dtype)), radix.Survey.empty(rule), []
+    for _, result in engine.map(surveying, changes):
+        survey = result()
+        seen.add(survey)
+        energies.append(survey.energy)
+        if rule.energy is None:  # what is below the k largest so far is not among the k largest
+            surveying.floor = radix.Edge(rule, seen, size, dtype).floor
+    edge = radix.Edge(rule, seen, size, dtype)
+    with Spool(folder) as spool:
+        places = []
+        for entries in workers.ahead(engine.map(CollectStage(edge.reach), changes)):
+            edge.see(entries.values)
+            places.append(spool.put(entries))
+            del entries  # not to be held while the next ones are collected
+        value, ties = edge.decide()
+        for place, energy in zip(places, energies, strict=True):
+            entries, ties = radix.cut(spool.get(place), value, ties, energy)
+            yield entries.size, partial(_itself, entries)
+            del entries
+
+
+def _itself(entries: Entries) -> Entries:
+    return entries

@@ -271,7 +271,7 @@ def test_changed_deltas_without_the_base_stay_deltas(tmp_path: Path, base: Path)
     assert ("delta", array_digest(f32(1, 6, 11))) == (found.value_kind, found.base_digest)
     assert same_bits(f32(1, -6, -22), found.values)
     assert [True] == [tensor.changed for tensor in report.tensors]
-    assert ["1 changed tensors, 'w' for example, hold deltas: the base's values at their entries are not at hand (--base)"] == report.notices  # fmt: skip
+    assert ["1 changed tensors, 'w' for example, hold deltas: the base's values at their entries are not available (--base)"] == report.notices  # fmt: skip
     with pytest.raises(SourceError, match="pass --base"):
         csr_to_shira(folder, tmp_path / "b.st", self_contained=True)
 
@@ -448,7 +448,7 @@ def test_another_base_is_refused(tmp_path: Path, base: Path) -> None:
 def test_whole_tensors_and_the_base(tmp_path: Path, base: Path) -> None:
     known = DenseTensor("w", BASE + 1, base_digest=array_digest(BASE))
     folder = export(tmp_path, dense=[known, DenseTensor("new", f32(1))])
-    with pytest.raises(SourceError, match="'w': the base's values are not at hand: pass --base"):
+    with pytest.raises(SourceError, match="'w': the base's values are not available: pass --base"):
         back(folder, self_contained=True)
     assert known == back(folder, base=base).dense["w"]
     found = back(folder, base=base, self_contained=True).dense
@@ -817,7 +817,7 @@ def test_archives_that_lie(mine: Path, tmp_path: Path) -> None:
         ({"dtype": "I32"}, "dtype 'I32' is not a float dtype"),
         ({"data_dtype": "BF16"}, "'data_dtype' is neither"),
         ({"values": "sum"}, "'values' is 'sum'"),
-        ({"values": "target"}, "targets at entries of which the base's values are not known: pass --base"),
+        ({"values": "target"}, "targets whose base values are not known: pass --base"),
         ({"digests": {"base": "0"}}, "the digest 'base' is not 64 hex digits"),
         ({"digests": []}, "'digests' is not of type dict"),
         ({"rows": 5}, "part of a patch, which needs original.st"),

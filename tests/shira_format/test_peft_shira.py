@@ -323,8 +323,8 @@ BAD_WEIGHTS: dict[str, tuple[Edit, str]] = {
     "row": (with_index(0, 127, 40), r"names row 40, out of range in 'wide.weight' of shape \[40, 24\]"),
     "column": (with_index(1, 127, 24), "names column 24, out of range"),
     "negative": (with_index(1, 0, -1), "names column -1, out of range"),
-    "half": (with_index(1, 0, 0.5, torch.float32), "no whole number"),
-    "nan index": (with_index(1, 0, float("nan"), torch.float32), "no whole number"),
+    "half": (with_index(1, 0, 0.5, torch.float32), "not an integer"),
+    "nan index": (with_index(1, 0, float("nan"), torch.float32), "not an integer"),
     "inf index": (with_index(1, 0, float("-inf"), torch.float32), "from 2\\^24 on"),
     "large float": (with_index(0, 0, 2**24, torch.float32), "from 2\\^24 on in float32"),
     "twice": (twice, r"names the element \[\d+, \d+\] twice"),
@@ -522,7 +522,7 @@ def test_saved_modules_whose_names_end_alike(tmp_path: Path) -> None:
     bias = np.ones(8, np.float32)
     adapter = tuned(base, tmp_path / "a.st", 2, ["inner.forehead.weight"], {"head.bias": bias})
     with pytest.raises(
-        SourceError, match="'head.bias': PEFT saves modules whole .*'inner.forehead.weight' is adapted"
+        SourceError, match="'head.bias': PEFT saves whole modules .*'inner.forehead.weight' is adapted"
     ):
         shira_to_peft(adapter, tmp_path / "out", base=base)
     # Without the base nothing tells of the others; PEFT itself then fails, and changes nothing silently.
@@ -602,8 +602,8 @@ REFUSED: dict[str, tuple[list[SparseTensor], dict[str, Any], str]] = {
     "targets": (
         [plain(base=None, base_digest=array_digest(np.zeros(5, np.float32)))], {}, "'a.weight': holds target values .* pass --base"
     ),
-    "bias": ([plain()], {"dense": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves modules whole"),
-    "around": ([plain("m.a.weight")], {"dense": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves modules whole"),
+    "bias": ([plain()], {"dense": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves whole modules"),
+    "around": ([plain("m.a.weight")], {"dense": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves whole modules"),
     "root": ([plain()], {"dense": [DenseTensor("logit_scale", f32(1))]}, "'logit_scale' is in no module"),
     "regex": ([plain()], {"dense": [DenseTensor("b(.c", f32(1))]}, r"'b\(.c': PEFT cannot save"),
     "dots of a regex": ([plain("aXb.weight")], {"dense": [DenseTensor("a.b.bias", f32(1))]}, "'aXb.weight' is adapted"),

@@ -179,7 +179,7 @@ def test_orientation_is_never_guessed_in_silence(tmp_path: Path) -> None:
     report = shira_to_lora(net, None, None, rank=2)
     (notice,) = report.notices
     assert notice == (
-        "taken as [out, in], as torch.nn.Linear stores them; nothing proves it (--fan-in-fan-out): "
+        "taken as [out, in], as torch.nn.Linear stores them, without proof (--fan-in-fan-out): "
         "wide.weight, square.weight, head.weight"
     )
 

@@ -1,4 +1,4 @@
-"""The folder of an export: names of its files, its ``index.json``, and what may be replaced by another one."""
+"""The folder of an export: the names of its files, and its ``index.json``."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Index:
 
 
 def provenance(manifest: Mapping[str, Any], chosen: Callable[[str], bool]) -> dict[str, Any]:
-    """What a manifest says beyond what follows from the tensors; of ``removed`` the names that are chosen."""
+    """The manifest without what follows from the tensors; of ``removed`` only the chosen names."""
     kept = {key: value for key, value in manifest.items() if key not in DERIVED}
     if isinstance(kept.get("removed"), list):
         kept["removed"] = [name for name in kept["removed"] if not isinstance(name, str) or chosen(name)]
@@ -146,7 +146,7 @@ def read_index(folder: Path) -> Index:
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder")
     if not path.is_file():
-        raise SourceError(f"{folder}: no folder of shira_to_csr: it has no {INDEX}")
+        raise SourceError(f"{folder}: not a folder of shira_to_csr: it has no {INDEX}")
     if path.stat().st_size > MAX_HEADER:
         raise SourceError(f"{path}: more than {MAX_HEADER} bytes")
     try:

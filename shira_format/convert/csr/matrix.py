@@ -1,4 +1,4 @@
-"""One matrix: flat entries to a CSR matrix in an ``.npz`` file of scipy's, and back with nothing taken for granted."""
+"""One matrix: flat entries to a CSR matrix in an ``.npz`` file of scipy's, and back with every size checked."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from shira_format.tensors import matrix_shape
 # A CSR matrix has an array as long as its rows, however few its entries are. So many it may have in any case.
 MAX_ROWS = 1 << 24
 _ROWS_PER_ENTRY = 8
-# What load_npz reads, with the kinds of dtype that each may have; other members are nobody's business.
+# The members that load_npz reads, with the kinds of dtype that each may have; others are ignored.
 _MEMBERS = {"format": "SU", "shape": "iu", "data": "f", "indices": "i", "indptr": "i"}
 _OPTIONAL = {"_is_array": "b"}
-# Deflate cannot do better; a file that says so lies about its sizes.
+# The best ratio of deflate; a higher one means a forged file.
 _BEST_RATIO = 1032
 _WANTED = {
     "data": "; it must be float16, float32 or float64",
@@ -141,7 +141,7 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> tuple
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise SourceError(f"{name!r} is compressed in a way that numpy does not use")
     if info.compress_size > size or info.file_size > _BEST_RATIO * info.compress_size + 64:
-        raise SourceError(f"{name!r} says that it is larger than it can be")
+        raise SourceError(f"{name!r} declares more bytes than it can hold")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

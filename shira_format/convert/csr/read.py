@@ -25,13 +25,13 @@ from shira_format.names.filters import name_filter
 from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
-# Accounts of a selection, which hold for its very entries.
+# Figures of a selection, which are valid only for its exact entries.
 _ACCOUNTS = ("energy_kept", "relative_error")
 
 
 @dataclass(frozen=True)
 class FromCsrTensor:
-    """One tensor of the adapter; ``changed`` tells whether its matrix is another than ``shira_to_csr`` wrote."""
+    """One tensor of the adapter; ``changed``: whether its matrix differs from what ``shira_to_csr`` wrote."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ def csr_to_shira(
 ) -> FromCsrReport:
     """Make an adapter of a folder that ``shira_to_csr`` wrote, changed or not.
 
-    Without changes the adapter is equal to the one that was exported. What becomes of changed matrices is told in
+    Without changes the adapter is equal to the one that was exported. For changed matrices see
     :mod:`shira_format.convert.csr`. One tensor is in memory at a time; the file appears whole or not at all.
 
     Args:
@@ -117,7 +117,7 @@ def csr_to_shira(
     if deltas:
         report.notices.append(
             f"{len(deltas)} changed tensors, {deltas[0].name!r} for example, hold deltas: "
-            "the base's values at their entries are not at hand (--base)"
+            "the base's values at their entries are not available (--base)"
         )
     return report
 
@@ -209,7 +209,7 @@ class _Folder:
         if self.base is None and (tensor.base is not None or not self.self_contained):
             return tensor
         if self.base is None:
-            raise SourceError("the base's values are not at hand: pass --base")
+            raise SourceError("the base's values are not available: pass --base")
         start = base_entries(tensor, self.base)
         if not self.self_contained:
             return tensor
@@ -225,7 +225,7 @@ class _Folder:
         if self.base is None:
             if self.self_contained and tensor.base is None and tensor.base_digest is not None:
                 raise SourceError(
-                    f"{self.folder}: tensor {name!r}: the base's values are not at hand: pass --base"
+                    f"{self.folder}: tensor {name!r}: the base's values are not available: pass --base"
                 )
             return tensor
         if tensor.base_digest is None:
@@ -237,7 +237,7 @@ class _Folder:
 
 @dataclass
 class _Changed:
-    """A matrix that is not as it was written, or of which no original is there."""
+    """A matrix that was changed, or has no original."""
 
     item: Item
     indices: Indices
@@ -261,11 +261,11 @@ class _Changed:
         if start is not None:
             known = array_digest(start)
         elif self.self_contained:
-            raise SourceError("the base's values at its entries are not at hand: pass --base")
+            raise SourceError("the base's values at its entries are not available: pass --base")
         if item.values == "delta" and start is None:
             return self._deltas(known)
         if known is None:
-            raise SourceError("targets at entries of which the base's values are not known: pass --base")
+            raise SourceError("targets whose base values are not known: pass --base")
         dtype = item.dtype if start is None else start.dtype
         target = self._kept(self._rounded(dtype, start), start)
         keep = start is not None and (
@@ -276,7 +276,7 @@ class _Changed:
         )  # fmt: skip
 
     def _frame(self) -> dict[str, Any]:
-        """What a patch says of the tensor beside its entries."""
+        """What a patch changes of the tensor beyond its entries."""
         if self.before is None:
             return {}
         return {"base_name": self.before.base_name, "rows": self.before.rows, "new_rows": self.before.new_rows}
@@ -301,7 +301,7 @@ class _Changed:
         )
 
     def _start(self) -> Array | None:
-        """The base's values at the entries, if they are at hand."""
+        """The base's values at the entries, if they are available."""
         item, before = self.item, self.before
         known = None if before is None else before.base
         here, there = self._common
@@ -340,7 +340,7 @@ class _Changed:
     def _rounded(self, dtype: np.dtype[Any], start: Array | None) -> Array:
         """The targets, as spec 4.1 has it."""
         work = working_dtype(dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is looked for below
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is checked below
             sums = self.data.astype(work)
             finite = np.isfinite(self.data)
             if self.item.values == "delta":
@@ -355,7 +355,7 @@ class _Changed:
         return np.asarray(target)
 
     def _kept(self, target: Array, start: Array | None) -> Array:
-        """``target``, with the bits of the original's entries where the data are as they were."""
+        """``target``, with the original's bits where the data are unchanged."""
         before = self.before
         if before is None or before.value_kind != "target" or before.dtype != target.dtype:
             return target
@@ -375,7 +375,7 @@ class _Changed:
 
 
 def _exactly(data: Array, dtype: np.dtype[Any]) -> Array:
-    """``data`` in ``dtype`` if that holds them exactly, else as they are."""
+    """``data`` in ``dtype`` if that is exact, else unchanged."""
     if data.dtype == dtype:
         return data
     with np.errstate(over="ignore", invalid="ignore"):

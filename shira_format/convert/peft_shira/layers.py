@@ -55,7 +55,7 @@ class ShiraLayer:
         return self.shape[-1]
 
     def check(self, rank: int | None) -> None:
-        """Check all that can be seen without reading the tensors.
+        """Check what is known without reading the tensors.
 
         Args:
             rank: PEFT's ``r``; None where there is none.
@@ -98,7 +98,7 @@ class ShiraLayer:
             order = np.argsort(flat, kind="stable")
             flat, values = flat[order], values[order]
         if (twice := np.flatnonzero(flat[1:] == flat[:-1])).size:
-            # PEFT would add them one after the other, rounding each time; it never writes such a file.
+            # PEFT would add both, rounding twice; it never writes such a file.
             raise self._bad(self.indices_key, f"names the element {self._place(int(flat[twice[0]]))} twice")
         return flat, values
 
@@ -106,7 +106,7 @@ class ShiraLayer:
         raw = self.tensors[self.indices_key]
         if raw.dtype != np.int32:
             if not (raw == np.floor(raw)).all():
-                raise self._bad(self.indices_key, "holds a position that is no whole number")
+                raise self._bad(self.indices_key, "holds a position that is not an integer")
             if raw.size and np.abs(raw).max() >= _EXACT:
                 raise self._bad(
                     self.indices_key,

@@ -1,4 +1,4 @@
-"""PEFT's sparse adapters to adapters of this format."""
+"""From PEFT's sparse adapters to adapter files."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ def peft_to_shira(
     if path is not None:
         check_not_input(path, job.files)
     report = ConversionReport(notices=list(job.notices))
-    given = unlike = 0
+    given = rounded_first = 0
     on_start(len(source.updates))
     with ExitStack() as stack:
         writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
         for layer in source.updates:
             assert isinstance(layer, ShiraLayer)
-            tensor, account, done = _finished(layer, checkpoint, values, self_contained=self_contained)
+            tensor, account, done = _convert_layer(layer, checkpoint, values, self_contained=self_contained)
             given += done.entries
-            unlike += done.rounded
+            rounded_first += done.rounded
             report.tensors.append(account)
             if writer is not None:
                 writer.add(tensor, account.notes if values == "target" else None)
@@ -111,25 +111,25 @@ def peft_to_shira(
             f"{lost} of {given} entries do not change the base's values, as its dtype rounds them, and were left out "
             "(--values delta keeps them)"
         )
-    if values == "delta" and unlike:
+    if values == "delta" and rounded_first:
         report.notices.append(
-            f"Super-Tuning rounds {unlike} of {given} values to the base's dtype before it adds them; they are stored as the "
+            f"Super-Tuning rounds {rounded_first} of {given} values to the base's dtype before it adds them; they are stored as the "
             "file has them, and base + delta may differ from PEFT's in the last bit (--values target does not)"
         )
     return report
 
 
 @dataclass(frozen=True)
-class _Given:
-    """How many entries PEFT's file has for a layer, and how many of them PEFT rounds before it adds them."""
+class _SourceCounts:
+    """The number of entries of a layer in PEFT's file, and of those that PEFT rounds before it adds them."""
 
     entries: int
     rounded: int
 
 
-def _finished(
+def _convert_layer(
     layer: ShiraLayer, base: Checkpoint, values: Values, *, self_contained: bool
-) -> tuple[SparseTensor, TensorReport, _Given]:
+) -> tuple[SparseTensor, TensorReport, _SourceCounts]:
     """The tensor, its account, and what PEFT's file had for it."""
     indices, stored = layer.entries()
     steps = layer.steps(stored)
@@ -150,11 +150,11 @@ def _finished(
             base=before if self_contained else None, base_digest=None if self_contained else array_digest(before),
         )  # fmt: skip
         account = replace(account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0)
-    unlike = 0
+    rounded_first = 0
     if layer.kind.rounds_first:
         with np.errstate(over="ignore"):
-            unlike = int(np.count_nonzero(stored.astype(steps.dtype) != steps))
-    return tensor, account, _Given(indices.size, unlike)
+            rounded_first = int(np.count_nonzero(stored.astype(steps.dtype) != steps))
+    return tensor, account, _SourceCounts(indices.size, rounded_first)
 
 
 def _wholes(job: ConversionInputs, path: Path, *, self_contained: bool) -> Iterator[DenseTensor]:
@@ -168,7 +168,7 @@ def _wholes(job: ConversionInputs, path: Path, *, self_contained: bool) -> Itera
 
 @dataclass(frozen=True)
 class _Reader:
-    """An adapter on its way from keys to layers and whole tensors of the base."""
+    """Reads an adapter: from keys to layers and dense tensors of the base."""
 
     path: Path
     config_path: Path
@@ -212,7 +212,7 @@ class _Reader:
         return found
 
     def _check_own_base(self, key: str, array: Array, name: str) -> None:
-        """PEFT saves what lies under an adapted ``lm_head``, too: it must be what the base has, maybe rounded."""
+        """PEFT also saves the base weight of an adapted ``lm_head``: it must be the base's, possibly rounded."""
         if name not in self.base:
             raise SourceError(f"{self.path}: {key!r}: the base has no {name!r}")
         weight = self.base[name]

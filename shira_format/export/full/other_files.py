@@ -1,4 +1,4 @@
-"""The files of a checkpoint's folder beside its weights: indexes of shards, config and tokenizer."""
+"""The files of a checkpoint's folder other than weights: indexes of shards, config and tokenizer."""
 
 from __future__ import annotations
 

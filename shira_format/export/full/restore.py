@@ -142,7 +142,7 @@ class _Restore:
         self.report.files[shard] = path.stat().st_size
 
     def _parts(self, piece: Piece) -> Iterator[Array]:
-        """The tensor in flat parts; raises BaseMismatch at the end if the base was another one."""
+        """The tensor in flat parts; raises BaseMismatch at the end if the base is another one."""
         if piece.base_name is None:
             yield from self._dense_parts(piece)
         elif piece.sparse:

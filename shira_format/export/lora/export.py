@@ -1,4 +1,4 @@
-"""An adapter to a PEFT LoRA."""
+"""From an adapter file to a PEFT LoRA."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def _triplets(matrix: Any, rank: int | None, energy: float | None, method: Any) 
         assert rank is not None
         triplets = largest(matrix, min(rank, *matrix.shape) + 1, method)
         kept = min(rank, triplets.values.size)
-    # Beyond the rank there is rounding only.
+    # Beyond the rank there is only rounding noise.
     noise = max(matrix.shape) * _EPSILON * triplets.values[0]
     return triplets, max(1, min(kept, int(np.count_nonzero(triplets.values > noise))))
 
@@ -195,7 +195,7 @@ def _spread(factor: Array, places: Array, size: int) -> Array:
 
 
 class _Difference:
-    """A sparse matrix minus a product of factors, of which no more than a tile is ever made; turned so that it is not wide."""
+    """A sparse matrix minus a product of factors, computed tile by tile; transposed if it is wide."""
 
     def __init__(self, matrix: Any, up: Array, down: Array) -> None:
         wide = matrix.shape[0] < matrix.shape[1]

@@ -43,7 +43,7 @@ _TILE = 1 << 20  # elements of a dense piece
 _FILLED = 0.1  # density from which dense products beat sparse ones
 _RESIDUAL = 1e-11  # of the largest singular value; Lanczos gives about 1e-15
 _NEARLY_ALL = 1e-9  # energy beyond which small singular values count, and so squares do not do
-# What sums of squares in float64 are good to, of the whole.
+# The relative accuracy of sums of squares in float64.
 _ROUNDING: dict[Method, float] = {"lanczos": 1e-12, "gram": 1e-12, "full": 1e-14}
 
 

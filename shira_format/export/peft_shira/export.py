@@ -1,4 +1,4 @@
-"""Adapters of this format to PEFT's SHiRA."""
+"""From adapter files to PEFT's SHiRA."""
 
 from __future__ import annotations
 
