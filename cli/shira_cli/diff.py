@@ -13,7 +13,7 @@ from shira_cli import console
 from shira_format._core import text
 
 if TYPE_CHECKING:
-    from shira_format.merge.differing import Differences, TensorDifference
+    from shira_format.merge.diff import Differences, TensorDifference
 
 PROG = "shira-diff"
 
@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from shira_format.merge.differing import differences
+    from shira_format.merge.diff import diff
 
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(unit="tensors", disable=hidden, leave=False) as bar:
-        found = differences(
+        found = diff(
             options.first, options.second, include=options.include, exclude=options.exclude,
             progress=lambda _: bar.update(),
         )  # fmt: skip

@@ -68,7 +68,7 @@ def put(flat: Array, indices: Indices, values: Array) -> None:
 def is_strictly_increasing(indices: Indices) -> bool:
     """Whether ``indices`` strictly rise."""
     if _kernels is not None:
-        return bool(_kernels.rises(indices))
+        return bool(_kernels.is_strictly_increasing(indices))
     return bool((indices[1:] > indices[:-1]).all())
 
 
@@ -176,7 +176,7 @@ def scatter(
     """
     if _kernels is not None:
         arrays = (unsigned(np.ascontiguousarray(one)) for one in (new, own))
-        return int(_kernels.lay(at, *arrays, factors, unsigned(values), unsigned(base), known, count))
+        return int(_kernels.scatter(at, *arrays, factors, unsigned(values), unsigned(base), known, count))
     met = np.flatnonzero(known[at])
     other = met[unsigned(base[at[met]]) != unsigned(own[met])]
     base[at], known[at] = own, True

@@ -10,7 +10,8 @@ import numpy as np
 
 from shira_format._core.arrays import Array, bits, different, positions, scratch
 from shira_format.checkpoints import Checkpoint
-from shira_format.entries.changes import TILE, Difference, Entries
+from shira_format.entries.changes import TILE, CheckpointChange
+from shira_format.entries.selected import Entries
 from shira_format.selection import Progress, Workers
 from shira_format.tensors import numel
 
@@ -50,7 +51,9 @@ class CompareStage:
     rule: Exact
     passes: int = 1
 
-    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Callable[[], Differences]:
+    def __call__(
+        self, change: CheckpointChange, workers: Workers, progress: Progress
+    ) -> Callable[[], Differences]:
         """All that differs between the two tensors, which have one dtype."""
         nothing = np.empty(0, change.dtype)  # nobody asks by how much they differ
 
@@ -74,7 +77,7 @@ class CompareStage:
         return rest
 
     @staticmethod
-    def _many(change: Difference, limit: float, workers: Workers) -> bool:
+    def _many(change: CheckpointChange, limit: float, workers: Workers) -> bool:
         """Whether at least ``limit`` entries differ: counted, not collected, and only where a sample says that it may be."""
 
         def count(start: int, stop: int) -> int:
@@ -93,7 +96,7 @@ class CompareStage:
         return seen >= limit
 
 
-def _whole_from(change: Difference) -> float:
+def _whole_from(change: CheckpointChange) -> float:
     """From how many differing entries on the whole tensor takes fewer bytes."""
     each = change.weight_dtype.itemsize
     return max(1.0, change.size * each / (each + _INDEX))

@@ -11,13 +11,14 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import dtype_name
+from shira_format._core.rounding import round_to
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert.exact import Exact
 from shira_format.convert.jobs import ConversionInputs, DenseCopy, identified
 from shira_format.convert.pairing import Pairs, pair
 from shira_format.convert.pipeline import convert
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import Change, Difference, round_to
+from shira_format.entries.changes import Change, CheckpointChange
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 from shira_format.selection import Progress, TopK
@@ -109,7 +110,7 @@ def full_to_shira(
 
 def _frame(change: Change) -> dict[str, Any]:
     """What a pair of tensors says beyond its entries: another name in the base, more rows or fewer."""
-    assert isinstance(change, Difference)
+    assert isinstance(change, CheckpointChange)
     before, after = change.shape, change.tuned.shape(change.tuned_name)
     frame: dict[str, Any] = {"base_name": change.base_name}
     if before == after:

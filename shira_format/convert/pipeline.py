@@ -14,7 +14,8 @@ from shira_format.convert.exact import CompareStage, Exact, parts_of, tensor_dig
 from shira_format.convert.finish import rounded, sparse_target, target_tensor
 from shira_format.convert.jobs import ConversionInputs, DenseCopy, Job
 from shira_format.convert.report import ConversionReport, TensorReport
-from shira_format.entries.changes import Difference, Entries
+from shira_format.entries.changes import CheckpointChange
+from shira_format.entries.selected import Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter, Prepared
 from shira_format.selection import AMOUNTS, Engine, LocalEngine, Progress, TopK, Workers, passes, select
@@ -135,7 +136,7 @@ def _largest_changes(
 def _every_difference(
     opened: ConversionInputs, rule: Exact, engine: Engine, copies: list[DenseCopy], self_contained: bool
 ) -> Iterator[tuple[int, _Finish]]:
-    changes = cast("Sequence[Difference]", opened.changes)
+    changes = cast("Sequence[CheckpointChange]", opened.changes)
     results = engine.map(CompareStage(rule), changes)
     for change in changes:
         found = next(results)
@@ -151,7 +152,7 @@ def _every_difference(
 
 
 def _difference(
-    opened: ConversionInputs, change: Difference, entries: Entries, seen: str | None, self_contained: bool
+    opened: ConversionInputs, change: CheckpointChange, entries: Entries, seen: str | None, self_contained: bool
 ) -> tuple[SparseTensor | None, TensorReport | None]:
     frame = opened.frame(change)
     tensor = target_tensor(

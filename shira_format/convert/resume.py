@@ -18,7 +18,7 @@ import numpy as np
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.convert.exact import Differences, Exact
 from shira_format.convert.jobs import ConversionInputs, Job
-from shira_format.entries.changes import Entries
+from shira_format.entries.selected import Entries
 from shira_format.errors import WorkError
 from shira_format.selection import Engine, Progress, TopK
 from shira_format.selection.radix import Survey

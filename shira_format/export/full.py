@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array, bits
-from shira_format._core.dtypes import DTYPES, FLOATS, is_float
+from shira_format._core.dtypes import DTYPES, FLOATS
+from shira_format._core.fits import check_dense, check_values, missing
 from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.entries.base_check import check_frame
 from shira_format.entries.changes import TILE
 from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.format import AdapterFile
@@ -184,27 +186,16 @@ class RestorePlan:
     def _whole_piece(self, name: str) -> _Piece:
         stream = self._adapter.streams[name]
         if "base" in self._adapter.manifest.whole[name].digests and name not in self._base:
-            raise BaseMismatch(f"tensor {name!r}: the base {self._base.path} has no such tensor")
+            raise missing(f"tensor {name!r}", name, f"the base {self._base.path}")
         return _Piece(name, DTYPES[stream.dtype], stream.shape, None)
 
     def _check(self, tensor: SparseEntry) -> None:
-        base, origin = self._base, tensor.base_name
+        base, origin, what = self._base, tensor.base_name, f"tensor {tensor.name!r}"
         if tensor.values == "none":
-            raise BaseMismatch(f"tensor {tensor.name!r} is a mask: there is nothing to apply")
-        if origin not in base:
-            raise BaseMismatch(f"tensor {tensor.name!r}: the base {base.path} has no {origin!r}")
-        if base.shape(origin) != tensor.shape:
-            raise BaseMismatch(
-                f"tensor {tensor.name!r}: the adapter is for shape {list(tensor.shape)}, the base has "
-                f"{list(base.shape(origin))}"
-            )
-        dtype = base.dtype(origin)
-        if "base" not in tensor.digests and tensor.new_rows and dtype != FLOATS[tensor.dtype]:
-            raise BaseMismatch(f"tensor {tensor.name!r}: new rows of {FLOATS[tensor.dtype]} for a base of {dtype}")
-        if dtype != FLOATS[tensor.dtype] if "base" in tensor.digests else not is_float(dtype):
-            raise BaseMismatch(
-                f"tensor {tensor.name!r}: the adapter is for {FLOATS[tensor.dtype]}, the base has {dtype}"
-            )
+            raise BaseMismatch(f"{what} is a mask, without values to apply")
+        # New rows are in the adapter's dtype, and so must be the base's.
+        any_float = "base" not in tensor.digests and not tensor.new_rows
+        check_frame(what, origin, tensor.shape, FLOATS[tensor.dtype], base, any_float=any_float)
 
     def write(
         self,
@@ -299,10 +290,9 @@ class RestorePlan:
                 if len(hashing) > _HASHING:
                     hashing.popleft().result()
             yield part
-        if tensor.base_digest is not None and before.hexdigest() != tensor.base_digest:
-            raise BaseMismatch(
-                f"tensor {tensor.name!r}: the base {self._base.path} holds other values at the adapter's entries (digest differs)"
-            )
+        check_values(
+            f"tensor {tensor.name!r}", tensor.base_digest, before.hexdigest(), f"the base {self._base.path}"
+        )
         if tensor.new_rows is not None:
             if check:
                 hashing.append(self._hashing.submit(after.update, bits(tensor.new_rows).data))
@@ -321,12 +311,13 @@ class RestorePlan:
         base, name, size = self._base, piece.name, numel(piece.shape)
         digests, found = self._adapter.manifest.whole[name].digests, hashlib.sha256()
         if "base" in digests:
-            if (base.shape(name), base.dtype(name)) == (piece.shape, piece.dtype):
+            before = hashlib.sha256()
+            alike = (base.shape(name), base.dtype(name)) == (piece.shape, piece.dtype)
+            if alike:
                 for _, part in self._base_parts(name, size, workers):
-                    found.update(bits(part).data)
-            if found.hexdigest() != digests["base"]:
-                raise BaseMismatch(f"tensor {name!r}: the base {base.path} holds another tensor (digest differs)")
-            found = hashlib.sha256()
+                    before.update(bits(part).data)
+            digest = before.hexdigest() if alike else None
+            check_dense(f"tensor {name!r}", digests["base"], digest, f"the base {base.path}")
         for start in range(0, size, TILE):
             part = self._adapter.streams.read_part(name, start, min(start + TILE, size))
             found.update(bits(part).data)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shira_format.entries.changes import Change, Entries
+from shira_format.entries.changes import Change
+from shira_format.entries.selected import Entries
 from shira_format.selection.radix import Edge, Survey, common_dtype, cut
 from shira_format.selection.rule import AMOUNTS, TopK
 from shira_format.selection.spool import Spool

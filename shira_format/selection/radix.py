@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format._core.arrays import Array
-from shira_format.entries.changes import TILE, Change, Entries, Tile
+from shira_format.entries.changes import TILE, Change, Tile
+from shira_format.entries.selected import Entries
+from shira_format.selection.largest import at_least
 from shira_format.selection.rule import TopK
-from shira_format.selection.topk import Pool, at_least, check_energy, completed, reaching
+from shira_format.selection.topk import Pool, check_energy, completed, reaching
 from shira_format.selection.workers import Progress, Workers
 
 BINS = 1 << 16

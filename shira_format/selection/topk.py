@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array, positions, sum_of_squares
-from shira_format.entries.changes import COLUMNS, TILE, Change, Entries, Tile
+from shira_format.entries.changes import TILE, Change, Tile
+from shira_format.entries.selected import COLUMNS, Entries
 from shira_format.errors import SourceError
 from shira_format.format.codecs import Indices
+from shira_format.selection.largest import largest
 from shira_format.selection.rule import TopK
 from shira_format.selection.workers import Progress, Workers
 
@@ -40,7 +42,7 @@ def check_energy(change: Change, energy: float) -> None:
         raise SourceError(f"the update of tensor {change.name!r} holds NaN or Inf, or overflows")
 
 
-def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+def largest_entries(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
     """The entries that ``rule`` keeps of this change alone; the rule gives a count, not a share of the energy.
 
     A sample gives a magnitude that somewhat more than k entries reach; one pass collects these, and the k-th largest
@@ -162,12 +164,12 @@ class Pool:
         entries = self.all()
         magnitudes = np.abs(entries.values)
         if self._free == np.inf:
-            return entries.copied() if self.size <= self._k else entries.kept(_largest_of(magnitudes, self._k))
+            return entries.copied() if self.size <= self._k else entries.kept(largest(magnitudes, self._k))
         rest = np.flatnonzero(magnitudes < self._free)
         if rest.size <= self._k:
             return entries.copied()
         keep = magnitudes >= self._free
-        keep[rest[_largest_of(magnitudes[rest], self._k)]] = True
+        keep[rest[largest(magnitudes[rest], self._k)]] = True
         return entries.kept(keep)
 
 
@@ -198,23 +200,6 @@ class _Rooms:
                 self._free.pop(0)
 
 
-_ROOMS, _ROOM = (
-    16,
-    1 << 25,
-)  # how many are kept, four for each pool that is in use at a time; and of how many bytes
+_ROOMS = 16  # kept at most: four for each pool that is in use at a time
+_ROOM = 1 << 25  # bytes of one that is kept, at most
 _rooms = _Rooms()
-
-
-def _largest_of(magnitudes: Array, k: int) -> Array:
-    """A mask of the ``k`` largest, lower positions first among equals."""
-    if k == 0:
-        return np.zeros(magnitudes.size, bool)
-    edge = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
-    return at_least(magnitudes, edge, k - int(np.count_nonzero(magnitudes > edge)))
-
-
-def at_least(magnitudes: Array, edge: Any, ties: int) -> Array:
-    """A mask of those above ``edge``, and of the first ``ties`` of those that equal it."""
-    keep: Array = magnitudes > edge
-    keep[np.flatnonzero(magnitudes == edge)[:ties]] = True
-    return keep

@@ -23,7 +23,7 @@ from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.merge import METHODS
 from shira_format.merge import merge as merge_files
-from shira_format.merge.differing import differences
+from shira_format.merge.diff import diff
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -162,7 +162,7 @@ def test_one_adapter_alone(files: Path) -> None:
     assert 0 == run(files / "a.st", "-o", files / "half.st", "--weights", "0.5", "--quiet")
     assert {1: 0.5, 4: 1.0, 5: 1.5} == deltas(files / "half.st")
     assert 0 == run(files / "a.st", "-o", files / "same.st", "--quiet")
-    assert differences(files / "a.st", files / "same.st").same
+    assert diff(files / "a.st", files / "same.st").same
 
 
 def test_notes_and_whole_tensors(files: Path, capsys: Capture) -> None:
@@ -233,7 +233,7 @@ def test_a_merge_of_real_adapters_applied(real: Path, tmp_path: Path) -> None:
 def test_disjoint_real_adapters(real: Path, tmp_path: Path) -> None:
     out = tmp_path / "ab.st"
     assert 0 == run(real / "spam.st", real / "genre.st", "-o", out, "--method", "disjoint", "--quiet")
-    found = differences(real / "spam.st", out).tensors
+    found = diff(real / "spam.st", out).tensors
     assert all(tensor.other == 0 < tensor.equal for tensor in found)
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from shira_format import Adapter, AdapterFile, SourceError, load
 from shira_format._core.arrays import Array, bits, digest
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
+from shira_format._core.rounding import round_to
 from shira_format.convert import Exact, full_to_shira
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import round_to
 from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits

@@ -16,18 +16,18 @@ LAMBDA = Option(1.0, "the result is multiplied by it")
 RESCALE = Option(False, "restore the sum of magnitudes that each adapter had before it was pruned")
 
 
-def summed(joined: AlignedEntries, kept: Sequence[Factor], options: Options) -> list[Factor]:
+def summed(aligned: AlignedEntries, kept: Sequence[Factor], options: Options) -> list[Factor]:
     """``lambda * sum of w_i kept_i D_i``, with ``normalize`` over the sum of all weights (if that is not 0), as mergekit."""
     scale = options["lambda"]
     if options["normalize"]:
-        total = math.fsum(joined.weights)  # exact: the order of the adapters does not matter
+        total = math.fsum(aligned.weights)  # exact: the order of the adapters does not matter
         scale /= total if abs(total) >= SMALL else 1.0
-    return [part.weight * scale * own for part, own in zip(joined.parts, kept, strict=True)]
+    return [part.weight * scale * own for part, own in zip(aligned.parts, kept, strict=True)]
 
 
-def task_arithmetic(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def task_arithmetic(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``task_arithmetic``: the weighted sum. Its ``normalize`` counts adapters that leave the weight alone, too."""
-    return summed(joined, [1.0] * len(joined.parts), options)
+    return summed(aligned, [1.0] * len(aligned.parts), options)
 
 
 METHODS = (

@@ -13,7 +13,7 @@ from shira_format.merge.methods.method import Method, Option, Options, of_adapte
 from shira_format.merge.methods.pruning import DENSITY, OF, elements, ranked, restored
 
 
-def sifted(joined: AlignedEntries, options: Options) -> list[Floats]:
+def sifted(aligned: AlignedEntries, options: Options) -> list[Floats]:
     """For each part the scale of its entries, 0 for those that are left out.
 
     mergekit's counting: the share ``gamma`` of all elements that is largest goes first, then as many of the smallest as it
@@ -22,7 +22,7 @@ def sifted(joined: AlignedEntries, options: Options) -> list[Floats]:
     all of them: ``of=entries`` is what such adapters need.
     """
     found = []
-    for number, part in enumerate(joined.parts):
+    for number, part in enumerate(aligned.parts):
         own = of_adapter(options, number)
         density = own["density"]
         if density >= 1:
@@ -37,14 +37,14 @@ def sifted(joined: AlignedEntries, options: Options) -> list[Floats]:
     return found
 
 
-def breadcrumbs(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def breadcrumbs(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``breadcrumbs``: the weighted sum of what is left."""
-    return summed(joined, sifted(joined, options), options)
+    return summed(aligned, sifted(aligned, options), options)
 
 
-def breadcrumbs_ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """As mergekit's ``breadcrumbs_ties``: signs are elected by weighted deltas, and what agrees is joined."""
-    return elected(joined, sifted(joined, options), options, peft=False, normalize=options["normalize"])
+def breadcrumbs_ties(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``breadcrumbs_ties``: signs are elected by weighted deltas, and what agrees is aligned."""
+    return elected(aligned, sifted(aligned, options), options, peft=False, normalize=options["normalize"])
 
 
 _BOTH = {

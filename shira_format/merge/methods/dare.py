@@ -14,7 +14,7 @@ from shira_format.merge.methods.pruning import DENSITY, SEED, restored
 from shira_format.merge.methods.randomness import uniform
 
 
-def dropped(joined: AlignedEntries, options: Options) -> list[Floats]:
+def dropped(aligned: AlignedEntries, options: Options) -> list[Floats]:
     """For each part 0 for the entries that are dropped, else the scale of what is left.
 
     A density of 0 drops all. (PEFT then divides zeros by 0, and every element of the weight becomes NaN.)
@@ -23,28 +23,28 @@ def dropped(joined: AlignedEntries, options: Options) -> list[Floats]:
     if rescale == "default":
         rescale = "density" if options["semantics"] == "peft" else "norm"
     found = []
-    for number, part in enumerate(joined.parts):
+    for number, part in enumerate(aligned.parts):
         density = of_adapter(options, number)["density"]
         if density >= 1:
             found.append(np.ones(part.tensor.nnz))
             continue
-        kept = (uniform(joined, number, options["seed"]) < density).astype(np.float64)
+        kept = (uniform(aligned, number, options["seed"]) < density).astype(np.float64)
         if rescale == "density" and density > 0:
             kept /= density
         found.append(restored(part, kept) if rescale == "norm" else kept)
     return found
 
 
-def dare_linear(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def dare_linear(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """PEFT's or mergekit's ``dare_linear``: the weighted sum of what was not dropped."""
-    return summed(joined, dropped(joined, options), options)
+    return summed(aligned, dropped(aligned, options), options)
 
 
-def dare_ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def dare_ties(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """PEFT's or mergekit's ``dare_ties``: drop, elect signs, join what agrees; see :func:`elected` for how they differ."""
     peft = options["semantics"] == "peft"
     normalize = peft if options["normalize"] == "default" else options["normalize"] == "true"
-    return elected(joined, dropped(joined, options), options, peft=peft, normalize=normalize)
+    return elected(aligned, dropped(aligned, options), options, peft=peft, normalize=normalize)
 
 
 RESCALE = Option(

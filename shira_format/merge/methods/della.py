@@ -49,10 +49,10 @@ def chances(part: Contribution, options: Options) -> Floats:
     return found
 
 
-def thinned(joined: AlignedEntries, options: Options) -> list[Floats]:
+def thinned(aligned: AlignedEntries, options: Options) -> list[Floats]:
     """For each part the scale of its entries, 0 for those that are dropped."""
     found = []
-    for number, part in enumerate(joined.parts):
+    for number, part in enumerate(aligned.parts):
         own = of_adapter(options, number)
         density = own["density"]
         if density >= 1:
@@ -60,19 +60,19 @@ def thinned(joined: AlignedEntries, options: Options) -> list[Floats]:
         elif density <= 0:
             found.append(np.zeros(part.tensor.nnz))
         else:
-            kept = (uniform(joined, number, options["seed"]) < chances(part, own)).astype(np.float64)
+            kept = (uniform(aligned, number, options["seed"]) < chances(part, own)).astype(np.float64)
             found.append(restored(part, kept) if options["rescale"] else kept)
     return found
 
 
-def della_linear(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def della_linear(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``della_linear``: the weighted sum of what was not dropped."""
-    return summed(joined, thinned(joined, options), options)
+    return summed(aligned, thinned(aligned, options), options)
 
 
-def della(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """As mergekit's ``della``: signs are elected by weighted deltas, and what agrees is joined."""
-    return elected(joined, thinned(joined, options), options, peft=False, normalize=options["normalize"])
+def della(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``della``: signs are elected by weighted deltas, and what agrees is aligned."""
+    return elected(aligned, thinned(aligned, options), options, peft=False, normalize=options["normalize"])
 
 
 _BOTH = {

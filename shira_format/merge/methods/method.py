@@ -89,14 +89,14 @@ class Method:
         factors: computes it.
         about: what it does, in a line.
         options: its settings by name.
-        takes: whether every entry of the result is one adapter's, as it is: then weights are no strengths.
+        copies: whether every entry of the result is copied from one adapter: then weights are 1 or 0.
     """
 
     name: str
     factors: Factors
     about: str
     options: Mapping[str, Option] = field(default_factory=dict)
-    takes: bool = False
+    copies: bool = False
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options, with what was given.

@@ -15,8 +15,8 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
-from shira_format.merge.cutting import largest
 from shira_format.merge.methods.method import Option, Options, of_adapter
+from shira_format.selection.largest import largest
 
 DENSITY = Option(1.0, "share that is kept; 1: all", low=0, high=1, each=True)
 OF = Option(
@@ -64,10 +64,10 @@ def restored(part: Contribution, kept: Floats) -> Floats:
     return kept * (before / after)
 
 
-def by_magnitude(joined: AlignedEntries, options: Options, *, least: int = 0) -> list[Floats]:
+def by_magnitude(aligned: AlignedEntries, options: Options, *, least: int = 0) -> list[Floats]:
     """For each part 1 for its largest entries, else 0: ``int(density * elements)`` of them, but at least ``least``."""
     found = []
-    for number, part in enumerate(joined.parts):
+    for number, part in enumerate(aligned.parts):
         density = of_adapter(options, number)["density"]
         count = int(density * elements(part, options))
         if density > 0:

@@ -10,28 +10,28 @@ from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.merge.methods.method import Method, Option, Options
 
 
-def ram(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def ram(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``ram``, on the deltas times their weights (mergekit has none).
 
     An entry counts for an adapter if its delta's magnitude is above ``epsilon``; it is divided by the number of adapters for
     which it counts.
     """
-    counted, number = _counted(joined, options["epsilon"])
+    counted, number = _counted(aligned, options["epsilon"])
     return [
         part.weight * own / np.maximum(number[at], 1)
-        for part, own, at in zip(joined.parts, counted, joined.places, strict=True)
+        for part, own, at in zip(aligned.parts, counted, aligned.places, strict=True)
     ]
 
 
-def ramplus_tl(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def ramplus_tl(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``ramplus_tl``: as ``ram``, but what an adapter has alone is made larger, the more it shares.
 
     The factor is ``1 + r * min(rho, rho_max)`` with ``rho`` the entries that it shares over those that it has alone.
     ``rho_max`` is mergekit's ``alpha``, which here would be taken for an adapter's.
     """
-    counted, number = _counted(joined, options["epsilon"])
+    counted, number = _counted(aligned, options["epsilon"])
     found: list[Factor] = []
-    for part, own, at in zip(joined.parts, counted, joined.places, strict=True):
+    for part, own, at in zip(aligned.parts, counted, aligned.places, strict=True):
         mine = number[at]
         shared, alone = np.count_nonzero(own * (mine > 1)), np.count_nonzero(own * (mine == 1))
         # Of an adapter that has nothing alone nothing is made larger.
@@ -40,10 +40,10 @@ def ramplus_tl(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     return found
 
 
-def _counted(joined: AlignedEntries, epsilon: float) -> tuple[list[Floats], Floats]:
+def _counted(aligned: AlignedEntries, epsilon: float) -> tuple[list[Floats], Floats]:
     """For each part 1 for entries that count, else 0, ``[nnz]``; and for how many parts each entry counts, ``[n]``."""
-    counted = [(np.abs(part.delta * part.weight) > epsilon).astype(np.float64) for part in joined.parts]
-    return counted, joined.sum(counted)
+    counted = [(np.abs(part.delta * part.weight) > epsilon).astype(np.float64) for part in aligned.parts]
+    return counted, aligned.sum(counted)
 
 
 EPSILON = Option(1e-5, "deltas that are not larger do not count", low=0)

@@ -16,24 +16,24 @@ from shira_format.tensors import SparseTensor
 _FEW = 64
 
 
-def uniform(joined: AlignedEntries, number: int, seed: int) -> Floats:
+def uniform(aligned: AlignedEntries, number: int, seed: int) -> Floats:
     """A number in [0, 1) for each entry of one part: float64 ``[nnz]``, multiples of 2^-53.
 
     The stream of Philox 4x64-10 is a published standard, and numpy promises the one of ``random_raw``, not those of its
     distributions: the upper 53 bits of each output are taken as they are.
 
     Args:
-        joined: the weight.
+        aligned: the weight.
         number: of the part.
         seed: any integer.
     """
-    part = joined.parts[number]
+    part = aligned.parts[number]
     told = (
         str(seed),
-        str(_occurrence(joined, number)),
+        str(_occurrence(aligned, number)),
         digest(part.tensor.indices),
         digest(part.tensor.values),
-        joined.name,
+        aligned.name,
     )
     key = hashlib.sha256("\n".join(told).encode("utf-8", "surrogatepass")).digest()
     raw = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw(part.tensor.nnz)
@@ -42,12 +42,12 @@ def uniform(joined: AlignedEntries, number: int, seed: int) -> Floats:
     return found
 
 
-def _occurrence(joined: AlignedEntries, number: int) -> int:
+def _occurrence(aligned: AlignedEntries, number: int) -> int:
     """How many parts with the same entries come before this one: those of less weight, of equal weights the earlier ones."""
-    part = joined.parts[number]
+    part = aligned.parts[number]
     return sum(
         (other.weight, place) < (part.weight, number) and _same(other, part)
-        for place, other in enumerate(joined.parts)
+        for place, other in enumerate(aligned.parts)
         if place != number
     )
 

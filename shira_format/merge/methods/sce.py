@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from shira_format.entries.aligned import AlignedEntries, Factor, Floats
-from shira_format.merge.cutting import largest
 from shira_format.merge.methods.election import agreeing, ascending, stacked, total
 from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.selection.largest import largest
 
 # mergekit's limits: of the sum of mean squares below which all adapters count the same, and of the divisor.
 _SMALL = 1e-6
 
 
-def sce(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def sce(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``sce``, on the deltas times their weights (mergekit has none); an adapter of weight 0 is left out.
 
     An adapter that leaves this weight of the model alone counts as one that is equal to the base there. ``select_topk`` is a
@@ -25,14 +25,14 @@ def sce(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     The adapters' shares are those of their mean squares over *all* elements of the weight. If these add up to less than 1e-6,
     as they often do for sparse adapters, mergekit gives all adapters the same share, and so does this.
     """
-    active = [number for number, part in enumerate(joined.parts) if part.weight]
-    found: list[Factor] = [0.0] * len(joined.parts)
+    active = [number for number, part in enumerate(aligned.parts) if part.weight]
+    found: list[Factor] = [0.0] * len(aligned.parts)
     if not active:
         return found
     among = (
-        joined
-        if len(active) == len(joined.parts)
-        else AlignedEntries.of([joined.parts[number] for number in active])
+        aligned
+        if len(active) == len(aligned.parts)
+        else AlignedEntries.of([aligned.parts[number] for number in active])
     )
     parts = among.parts
     kept = [np.full(part.tensor.nnz, part.weight) for part in parts]
@@ -40,7 +40,7 @@ def sce(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
         chosen = _varying(among, [part.delta * part.weight for part in parts], options["select_topk"])
         kept = [own * chosen[at] for own, at in zip(kept, among.places, strict=True)]
     steps = [part.delta * own for part, own in zip(parts, kept, strict=True)]
-    energies = [float(np.square(step).sum()) / max(1, joined.numel) for step in steps]
+    energies = [float(np.square(step).sum()) / max(1, aligned.numel) for step in steps]
     whole = math.fsum(energies)
     shares = [1 / len(parts) if whole < _SMALL else energy / whole for energy in energies]
     erased = [share * own for share, own in zip(shares, agreeing(among, steps), strict=True)]
@@ -50,14 +50,14 @@ def sce(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
     return found
 
 
-def _varying(joined: AlignedEntries, steps: Sequence[Floats], share: float) -> Floats:
+def _varying(aligned: AlignedEntries, steps: Sequence[Floats], share: float) -> Floats:
     """1 for the entries whose variance is largest, a share of those where it is not 0; else 0: float64 ``[n]``."""
-    variance = np.empty(joined.size)
-    for some, block in stacked(joined, steps):
+    variance = np.empty(aligned.size)
+    for some, block in stacked(aligned, steps):
         off = block - block.min(axis=0)  # equal numbers have the variance 0, exactly
         off -= ascending(off) / len(off)
         variance[some] = ascending(off * off) / len(off)
-    chosen = np.zeros(joined.size)
+    chosen = np.zeros(aligned.size)
     # In float32, as torch multiplies a count by a number: one more or one less otherwise.
     count = int(np.float32(np.count_nonzero(variance)) * np.float32(share))
     chosen[largest(variance, count)] = 1

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira_format import Adapter, BaseMismatch, BaseRequired, DenseTensor, SourceError, SparseTensor, load, save
-from shira_format.merge import compose, intersect, invert, merged, subtract
+from shira_format.merge import open_merge
+from shira_format.merge.algebra import compose, intersect, invert, subtract
 from shira_format.tensors import same_bits
 from tests.shira_format.merge.small import (
     DTYPES,
@@ -240,5 +241,5 @@ def test_an_adapter_of_strength_0_changes_nothing() -> None:
 
 def test_the_difference_of_a_merge_and_a_part_is_the_other_part() -> None:
     a, b = (Adapter([entries(W, "w", at, W.reshape(-1)[at] + 1)]) for at in ([0, 1], [3, 5]))
-    rest = subtract(merged([a, b]), a)
+    rest = subtract(open_merge([a, b]).adapter(), a)
     assert same(applied({"w": W}, b), applied({"w": W}, rest))

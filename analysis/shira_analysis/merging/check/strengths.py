@@ -37,8 +37,8 @@ import numpy as np
 
 from shira_format._core.arrays import Array, different, scratch, sum_of_squares, upcast
 from shira_format._core.dtypes import FLOATS, is_float, working_dtype
+from shira_format._core.rounding import round_to
 from shira_format.checkpoints import Checkpoint
-from shira_format.entries.changes import round_to
 from shira_format.errors import SourceError
 from shira_format.lora.update import Update
 from shira_format.selection import Progress, Workers
