@@ -97,9 +97,9 @@ REFUSED: dict[str, tuple[Adapter, str, str]] = {
     "new": (whole(BASE + 2, known="new"), "linear", "the base's is not known"),
     "digest": (whole(BASE + 2, known="digest"), "ties", "the base's is not known"),
     "integers": (Adapter(dense=[DenseTensor("b", np.arange(6), base=np.zeros(6, int))]), "linear", "int64 is no float"),
-    "refuse": (whole(BASE + 2), "refuse", "the method 'refuse' joins no whole tensors"),
-    "disjoint": (whole(BASE + 2), "disjoint", "the method 'disjoint' joins no whole tensors"),
-    "shape": (Adapter(dense=[DenseTensor("b", F32([1]), base=F32([0]))]), "linear", r"has the shape \[1\], and \[2, 3\]"),
+    "refuse": (whole(BASE + 2), "refuse", "the method 'refuse' merges no dense tensors"),
+    "disjoint": (whole(BASE + 2), "disjoint", "the method 'disjoint' merges no dense tensors"),
+    "shape": (Adapter(dense=[DenseTensor("b", F32([1]), base=F32([0]))]), "linear", r"has shape \[1\], and \[2, 3\]"),
 }  # fmt: skip
 
 

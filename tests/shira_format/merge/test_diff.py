@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("kernels")  # everything here holds with nu
 
 
 def sparse(at: list[int], values: list[float], name: str = "w", **more: Any) -> SparseTensor:
-    known = {} if more.get("meaning") in ("delta", "none") or "base_digest" in more else {"base": BASE[at]}
+    known = {} if more.get("value_kind") in ("delta", "none") or "base_digest" in more else {"base": BASE[at]}
     return SparseTensor(name, (4, 6), at, np.float32(values), **(known | more))
 
 

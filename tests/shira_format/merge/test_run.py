@@ -284,7 +284,7 @@ def test_licences_that_differ_are_told(tmp_path: Path) -> None:
     for number, name in enumerate(["mit", "cc0"]):
         save(Adapter(make_adapter(base, number), manifest={"license": name}), tmp_path / f"{name}.st")
     report = merge([tmp_path / "mit.st", tmp_path / "cc0.st"], tmp_path / "out.st")
-    assert ["the adapters' licences differ (cc0, mit): the result names none"] == report.notices
+    assert ["the adapters' licences differ (cc0, mit): the result has none"] == report.notices
     assert "license" not in load(tmp_path / "out.st").manifest
 
 
@@ -296,11 +296,11 @@ def test_notices(tmp_path: Path) -> None:
     a, b = tmp_path / "a.st", tmp_path / "b.st"
     assert [] == merge([a, a], None, weights=[0.5, 0.5]).notices
     report = merge([a, a], None)
-    assert ["1 entries of the result are NaN or infinite, of the tensor 'w' for example"] == report.notices
+    assert ["1 entries of the result are NaN or infinite, for example in tensor 'w'"] == report.notices
     nothing = merge([a, a], None, weights=[0, 0])
-    assert ["nothing is left: the result changes no weight"] == nothing.notices
+    assert ["no entries are left: the result changes no weight"] == nothing.notices
     apart = [
-        "no entry is in two of the adapters, so that nothing tells whether they are of one base: --base checks it"
+        "the adapters share no entries, so whether they are of one base was not checked: pass --base to check it"
     ]
     assert apart == merge([a, b], None).notices
     assert [] == merge([a, b], None, base=Held({"w": w})).notices
@@ -376,20 +376,20 @@ A = Adapter([entries(W, "w", [1, 4], [10, 40])])
 PATCH = Adapter([SparseTensor("v", (2, 3), [1], F32([3]), base=F32([1]), base_name="w")])
 MASK = Adapter([SparseTensor("w", (2, 3), [1], value_kind="none", dtype=F32)])
 REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
-    "shape": (Adapter([entries(W.T.copy(), "w", [1], [3])]), {}, BaseMismatch, r"b.st: tensor 'w' has the shape \[3, 2\], and \[2, 3\] in .*a.st: these are not adapters of one base"),
-    "dtype": (Adapter([entries(W.astype(np.float16), "w", [1], [3])]), {}, BaseMismatch, "b.st: tensor 'w' is of float16, and of float32 in .*a.st"),
-    "base values": (Adapter([entries(W + 1, "w", [4, 5], [3, 4])]), {}, BaseMismatch, "st: tensor 'w': other base values than another adapter's where entries meet"),
-    "negative zero": (Adapter([entries(W, "w", [1], [3]), entries(-W, "z", [0], [1])]), {"more": Adapter([entries(W, "z", [0], [2])])}, BaseMismatch, "tensor 'z': other base values"),
+    "shape": (Adapter([entries(W.T.copy(), "w", [1], [3])]), {}, BaseMismatch, r"b.st: tensor 'w' has shape \[3, 2\], and \[2, 3\] in .*a.st: these are not adapters of one base"),
+    "dtype": (Adapter([entries(W.astype(np.float16), "w", [1], [3])]), {}, BaseMismatch, "b.st: tensor 'w' is float16, and float32 in .*a.st"),
+    "base values": (Adapter([entries(W + 1, "w", [4, 5], [3, 4])]), {}, BaseMismatch, "st: tensor 'w': its base values differ from another adapter's at entries of both"),
+    "negative zero": (Adapter([entries(W, "w", [1], [3]), entries(-W, "z", [0], [1])]), {"more": Adapter([entries(W, "z", [0], [2])])}, BaseMismatch, "tensor 'z': its base values differ"),
     "model": (Adapter(A, manifest={"base_model": {"id": "org/other"}}), {}, BaseMismatch, "b.st: made for the base org/other, and .*a.st for org/base"),
-    "mask": (MASK, {}, BaseMismatch, "b.st: tensor 'w' is a mask: there is nothing to join"),
-    "patch": (PATCH, {}, BaseMismatch, "b.st: tensor 'v' is renamed or resized: a patch of whole checkpoints"),
+    "mask": (MASK, {}, BaseMismatch, "b.st: tensor 'w' is a mask, without values to merge"),
+    "patch": (PATCH, {}, BaseMismatch, "b.st: tensor 'v' is renamed or resized: a patch of a full checkpoint"),
     "removed": (Adapter(A, manifest={"removed": ["x"]}), {}, BaseMismatch, "b.st: removes tensors"),
-    "no base values": (Adapter([entries(W, "w", [4], [3], "digest")]), {"method": "ties"}, BaseRequired, "b.st: tensor 'w': the base's values at its entries are not known"),
-    "wrong base": (A, {"base": Held({"w": W + 1})}, BaseMismatch, "a.st: tensor 'w': the base holds other values"),
+    "no base values": (Adapter([entries(W, "w", [4], [3], "digest")]), {"method": "ties"}, BaseRequired, "b.st: tensor 'w': the base's values at the adapter's entries are not known"),
+    "wrong base": (A, {"base": Held({"w": W + 1})}, BaseMismatch, "a.st: tensor 'w': the base base holds other values"),
     "base without it": (A, {"base": Held({"v": W})}, BaseMismatch, "a.st: tensor 'w': the base base has no 'w'"),
-    "base of another shape": (A, {"base": Held({"w": W.T})}, BaseMismatch, r"a.st: tensor 'w': the adapter is for shape \[2, 3\], the weight has \[3, 2\]"),
+    "base of another shape": (A, {"base": Held({"w": W.T})}, BaseMismatch, r"a.st: tensor 'w': the adapter is for shape \[2, 3\], the base base has \[3, 2\]"),
     "conflict": (Adapter([entries(W, "w", [4, 5], [3, 4])]), {"method": "refuse"}, SourceError, "tensor 'w': .*b.st and .*a.st set 1 entries to different values, the one at flat index 4"),
-    "sparse and whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), {}, SourceError, "tensor 'w': one adapter changes entries, another one replaces it as a whole"),
+    "sparse and whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), {}, SourceError, "tensor 'w': one adapter changes entries of it, another one replaces it"),
     "infinite delta": (Adapter([entries(W, "w", [4], [np.inf])]), {"method": "ties"}, SourceError, "b.st: tensor 'w': the delta at flat index 4 is NaN or infinite"),
     "infinite, cut": (Adapter([entries(W, "w", [5], [np.inf])]), {"density": 0.1}, SourceError, "tensor 'w': the delta at flat index 5 is NaN or infinite"),
     "method": (A, {"method": "average"}, SourceError, "no method 'average'; known: linear, "),
@@ -402,9 +402,9 @@ REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
     "weights in a text": (A, {"weights": "12"}, SourceError, "1 weights for 2 adapters"),
     "mean": (A, {"method": "mean", "weights": [-1, -1]}, SourceError, "a.st: the weight -1 is below 0, which the method 'mean' cannot take"),
     "infinite weight": (A, {"weights": [1, 1e39]}, SourceError, r"b.st: the weight 1e\+39 is infinite in float32"),
-    "weight of exact": (A, {"method": "overwrite", "weights": [1, 0.5]}, SourceError, "'overwrite' takes entries as they are"),
+    "weight of exact": (A, {"method": "overwrite", "weights": [1, 0.5]}, SourceError, "'overwrite' copies entries unscaled"),
     "names": (A, {"include": ["nothing"]}, SourceError, "no tensor is left by the choice of names"),
-    "pattern": (A, {"layers": [("nothing", {"weights": [1, 1]})]}, SourceError, "the pattern 'nothing' is found in no tensor's name"),
+    "pattern": (A, {"layers": [("nothing", {"weights": [1, 1]})]}, SourceError, "the pattern 'nothing' matches no tensor's name"),
     "no pattern": (A, {"layers": [("(", {})]}, SourceError, r"not a regular expression: '\('"),
     "layer's option": (A, {"layers": [("w", {"densty": 1})]}, SourceError, "no option 'densty'"),
     "layer's weights": (A, {"layers": [("w", {"weights": [1]})]}, SourceError, "1 weights for 2 adapters"),
@@ -433,7 +433,7 @@ def test_refusals_leave_nothing(case: str, tmp_path: Path) -> None:
 def test_other_base_values_are_found_where_nothing_is_taken_of_an_adapter(method: str) -> None:
     other = Adapter([entries(W + 1, "w", [1, 4], [10, 40])])
     options = {"density": 0.0} if "density" in METHODS[method].options else {}
-    with pytest.raises(BaseMismatch, match="other base values"):
+    with pytest.raises(BaseMismatch, match="its base values differ"):
         open_merge([A, other], method=method, options=options).adapter()
 
 
