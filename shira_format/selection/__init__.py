@@ -32,19 +32,19 @@ __all__ = [
 def select(
     changes: Sequence[Change], rule: TopK, engine: Engine, *, folder: Path | None = None
 ) -> Iterator[Entries]:
-    """The selected entries of each change, in order; memory stays at one tensor's selection.
+    """The selected entries of each change, in order; those of one tensor are in memory at a time.
 
     Args:
         changes: what to select from.
-        rule: how many.
-        engine: who computes: the threads of this process (:class:`LocalEngine`), or a cluster. The result does not depend on it.
-        folder: for a temporary file of what is selected, under the global scope.
+        rule: how many to select.
+        engine: the threads of this process (:class:`LocalEngine`), or a cluster; the result is the same.
+        folder: for a temporary file, under the global scope.
 
     Raises:
         SourceError: a change holds NaN or Inf.
     """
     return (
-        _of_all(changes, rule, engine, folder)
+        _select_global(changes, rule, engine, folder)
         if rule.scope == "global"
         else engine.map(SelectStage(rule), changes)
     )
@@ -55,13 +55,15 @@ def passes(rule: TopK) -> int:
     return 2 if rule.scope == "global" or rule.energy is not None else 1
 
 
-def _of_all(changes: Sequence[Change], rule: TopK, engine: Engine, folder: Path | None) -> Iterator[Entries]:
+def _select_global(
+    changes: Sequence[Change], rule: TopK, engine: Engine, folder: Path | None
+) -> Iterator[Entries]:
     dtype, size = common_dtype(changes), sum(change.size for change in changes)
     surveying, seen, energies = SurveyStage(rule, dtype, rule.lowest(dtype)), Survey.empty(rule), []
     for survey in engine.map(surveying, changes):
         seen.add(survey)
         energies.append(survey.energy)
-        if rule.energy is None:  # what is below the k largest so far is not among the k largest
+        if rule.energy is None:  # anything below the k largest so far is not selected
             surveying.floor = Edge(rule, seen, size, dtype).floor
     edge = Edge(rule, seen, size, dtype)
     with Spool(folder) as spool:

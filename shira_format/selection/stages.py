@@ -1,7 +1,7 @@
-"""What is computed of one change at a time, and who computes it.
+"""Stages (a computation on one change at a time) and the engines that run them.
 
-A stage is a small object that can travel: this process, or workers of a cluster, call it with one change after the
-other. Its results do not depend on who called it.
+A stage is a small object that can be pickled: this process, or the workers of a cluster, call it with one change after the
+other. The results are the same.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from shira_format.selection.workers import Progress, Workers
 
 C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
-_MOST = 1 << 25  # elements of changes whose rest is done while others are looked at: what they keep is in memory
+_MOST = (
+    1 << 25
+)  # elements of changes that are finished in the background at a time: their candidates are in memory
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
 
 class Stage(Protocol[C_contra, R_co]):
-    """One step for one change.
+    """A computation on one change.
 
     Attributes:
         passes: how often it computes the change.
@@ -36,18 +38,18 @@ class Stage(Protocol[C_contra, R_co]):
     def passes(self) -> int: ...
 
     def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> Callable[[], R_co]:
-        """Look at the change; ``progress`` is told of elements done.
+        """Compute the change; ``progress`` is called with numbers of elements done.
 
         Returns:
-            What is left to do: on one thread, while the next change is looked at. It must not use ``workers``.
+            What finishes the result, on one thread, while the next change is computed. It must not use ``workers``.
         """
 
 
 class Engine(Protocol):
-    """Who computes."""
+    """Runs stages."""
 
     def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
-        """The stage's result for each change, in order; few are computed ahead."""
+        """The stage's results in the order of ``changes``; few are computed ahead."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _size(change: object) -> int:
 
 @dataclass
 class SelectStage:
-    """The selection of each change alone."""
+    """The selection within each change."""
 
     rule: TopK
 
@@ -83,7 +85,7 @@ class SelectStage:
 
 @dataclass
 class SurveyStage:
-    """The first pass over all; ``floor`` may rise as results come in."""
+    """The first pass of the global selection; ``floor`` may increase as results come in."""
 
     rule: TopK
     dtype: np.dtype[Any]
@@ -97,7 +99,7 @@ class SurveyStage:
 
 @dataclass
 class CollectStage:
-    """The second pass over all."""
+    """The second pass of the global selection."""
 
     reach: radix.Reach
     passes: int = 1

@@ -1,4 +1,4 @@
-"""Methods that take entries as they are: every entry of the result is bit for bit that of one adapter."""
+"""Methods that copy entries: every entry of the result is bit for bit that of one adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shira_format.merge.methods.method import Method, Option, Options
 
 
 def overwrite(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """The entry of the first or the last adapter that has it and whose weight is not 0."""
+    """The entry of the first or the last adapter that has it and a weight other than 0."""
     return _of_winners(aligned, options["priority"])
 
 
@@ -31,7 +31,7 @@ def _of_winners(aligned: AlignedEntries, priority: str) -> list[Floats]:
 
 
 def refuse(aligned: AlignedEntries, _: Options) -> Sequence[Factor]:
-    """All entries, if no two adapters set one to different values.
+    """All entries; an error if two adapters set one to different values.
 
     Raises:
         SourceError: two do.
@@ -53,19 +53,19 @@ def refuse(aligned: AlignedEntries, _: Options) -> Sequence[Factor]:
                 index = int(tensor.indices[mine[bad]][0])
                 raise SourceError(
                     f"tensor {aligned.name!r}: {part.label} and {aligned.parts[other].label} set {int(bad.sum())} entries to "
-                    f"different values, the one at flat index {index} for example"
+                    f"different values, for example at flat index {index}"
                 )
     return factors
 
 
 def disjoint(aligned: AlignedEntries, _: Options) -> Sequence[Factor]:
-    """The entries that one adapter alone has."""
+    """The entries of exactly one adapter."""
     alone = sum_of_active(aligned) == 1
     return [alone[at] * part.weight for part, at in zip(aligned.parts, aligned.places, strict=True)]
 
 
 def intersect(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """The entries that all adapters have, as the first or the last has them."""
+    """The entries that all adapters have, with the values of the first or the last."""
     active = sum(1 for part in aligned.parts if part.weight)
     every = sum_of_active(aligned) == active
     return [
@@ -74,15 +74,21 @@ def intersect(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
 
 
 def sum_of_active(aligned: AlignedEntries) -> Floats:
-    """How many adapters of a weight that is not 0 have each entry."""
+    """The number of adapters with a weight other than 0 that have each entry."""
     return aligned.sum([float(part.weight != 0) for part in aligned.parts])
 
 
 PRIORITY = Option("last", "which adapter wins where several have an entry", choices=("first", "last"))
 
 METHODS = (
-    Method("overwrite", overwrite, "one adapter over the other", {"priority": PRIORITY}, copies=True),
+    Method(
+        "overwrite",
+        overwrite,
+        "the entry of the last adapter that has it (or of the first)",
+        {"priority": PRIORITY},
+        copies=True,
+    ),
     Method("refuse", refuse, "all entries; an error if two adapters set one to different values", copies=True),
-    Method("disjoint", disjoint, "only the entries that one adapter alone has", copies=True),
+    Method("disjoint", disjoint, "only the entries of exactly one adapter", copies=True),
     Method("intersect", intersect, "only the entries that all adapters have", {"priority": PRIORITY}, copies=True),
 )

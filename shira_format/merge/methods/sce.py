@@ -1,4 +1,4 @@
-"""SCE (https://arxiv.org/abs/2408.07990): select entries that vary, calculate weights from energies, erase minorities."""
+"""SCE (https://arxiv.org/abs/2408.07990): select the entries that vary most, calculate weights from energies, erase minority signs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from shira_format.entries.aligned import AlignedEntries, Factor, Floats
-from shira_format.merge.methods.election import agreeing, ascending, stacked, total
+from shira_format.entries.mixing import sum_ascending
+from shira_format.merge.methods.election import agreeing, stacked, total
 from shira_format.merge.methods.method import Method, Option, Options
 from shira_format.selection.largest import largest
 
-# mergekit's limits: of the sum of mean squares below which all adapters count the same, and of the divisor.
+# mergekit's limit of the sum of mean squares below which all adapters get the same share, and of the divisor.
 _SMALL = 1e-6
 
 
 def sce(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``sce``, on the deltas times their weights (mergekit has none); an adapter of weight 0 is left out.
 
-    An adapter that leaves this weight of the model alone counts as one that is equal to the base there. ``select_topk`` is a
-    share of the entries that vary among the adapters, so none are left of one adapter alone.
+    An adapter that does not change this weight counts as equal to the base there. ``select_topk`` is a share of the entries that
+    vary among the adapters, so nothing is left of one adapter alone.
 
-    The adapters' shares are those of their mean squares over *all* elements of the weight. If these add up to less than 1e-6,
-    as they often do for sparse adapters, mergekit gives all adapters the same share, and so does this.
+    The adapters' shares are proportional to their mean squares over *all* elements of the weight. If these sum to less than 1e-6,
+    as is common for sparse adapters, all adapters get the same share, as in mergekit.
     """
     active = [number for number, part in enumerate(aligned.parts) if part.weight]
     found: list[Factor] = [0.0] * len(aligned.parts)
@@ -51,14 +52,14 @@ def sce(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
 
 
 def _varying(aligned: AlignedEntries, steps: Sequence[Floats], share: float) -> Floats:
-    """1 for the entries whose variance is largest, a share of those where it is not 0; else 0: float64 ``[n]``."""
+    """1 for a share of the entries with a variance other than 0, those of largest variance; else 0: float64 ``[n]``."""
     variance = np.empty(aligned.size)
     for some, block in stacked(aligned, steps):
         off = block - block.min(axis=0)  # equal numbers have the variance 0, exactly
-        off -= ascending(off) / len(off)
-        variance[some] = ascending(off * off) / len(off)
+        off -= sum_ascending(off) / len(off)
+        variance[some] = sum_ascending(off * off) / len(off)
     chosen = np.zeros(aligned.size)
-    # In float32, as torch multiplies a count by a number: one more or one less otherwise.
+    # in float32, as torch multiplies: the count may differ by one otherwise
     count = int(np.float32(np.count_nonzero(variance)) * np.float32(share))
     chosen[largest(variance, count)] = 1
     return chosen
@@ -68,11 +69,7 @@ METHODS = (
     Method(
         "sce",
         sce,
-        "entries that vary most, weighted by the adapters' energies, where they have the elected sign",
-        {
-            "select_topk": Option(
-                1.0, "share of the entries that vary which is kept; 1: all entries", low=0, high=1
-            )
-        },
+        "entries that vary most, weighted by the adapters' energies (sums of squares), where they have the elected sign",
+        {"select_topk": Option(1.0, "share of the entries that vary that is kept; 1: all entries", low=0, high=1)},
     ),
 )

@@ -17,9 +17,9 @@ def magnitude_prune(aligned: AlignedEntries, options: Options) -> Sequence[Facto
 
 
 def ties(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """PEFT's or mergekit's ``ties``: trim, elect signs, join what agrees; see :func:`elected` for how they differ.
+    """PEFT's or mergekit's ``ties``: trim, elect signs, sum what agrees; see :func:`elected` for how they differ.
 
-    mergekit also keeps one entry at least, where PEFT keeps ``int(density * elements)``, which may be none.
+    mergekit keeps at least one entry; PEFT keeps ``int(density * elements)``, which may be none.
     """
     peft = options["semantics"] == "peft"
     kept = by_magnitude(aligned, options, least=0 if peft else 1)
