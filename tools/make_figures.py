@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from shira_cli import plot
-from shira_cli.demo import DATA, find_base
+from shira_cli.shipped import DATA, find_base
 from shira_format.convert import lora_to_shira
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"

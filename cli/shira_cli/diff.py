@@ -45,11 +45,12 @@ def command(
 
     The exit code is 0 if the content is the same, 1 if it differs, and 2 after an error.
     """
+    from shira_format.merge.diff import diff as diff_adapters
+
     from shira_analysis.report.text import diff
-    from shira_format.merge.differing import differences
 
     with printer.bar("tensors") as bar:
-        found = differences(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
+        found = diff_adapters(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
     if not printer.quiet:
         listed = found.tensors if every else found.different
         printer.result(lambda: diff.as_json(found, listed, first, second), lambda: diff.as_text(found, listed))

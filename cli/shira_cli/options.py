@@ -14,7 +14,7 @@ from shira_cli.output import Printer
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Share(click.ParamType):
+class Share(click.ParamType[Any]):
     """A number in (0, 1]."""
 
     name = "share"
@@ -27,7 +27,7 @@ class Share(click.ParamType):
         return number
 
 
-class Count(click.ParamType):
+class Count(click.ParamType[Any]):
     """A positive integer."""
 
     name = "count"
