@@ -27,7 +27,6 @@ from shira_format._core.text import percent
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
 from shira_format.merge import METHODS, Merge, open_merge
-from shira_format.selection import TopK
 from shira_format.tensors import matrix_view
 from tests import models
 
@@ -500,7 +499,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("joining")
     for name in ("spam", "genre"):
         lora_to_shira(
-            models.LORAS / name, models.minilm(), folder / f"{name}.st", rule=TopK(0.01), self_contained=True
+            models.LORAS / name, models.minilm(), folder / f"{name}.st", density=0.01, self_contained=True
         )
     return [folder / "spam.st", folder / "genre.st"]
 
