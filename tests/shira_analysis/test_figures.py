@@ -317,7 +317,7 @@ def test_layers_of_several_have_one_scale(
     save(Adapter([tensor(QUERY, (24, 16), 0.9, 0)]), tmp_path / "dense.st")
     both = [files[0], open_deltas(tmp_path / "dense.st")]
     seen: list[Any] = []
-    monkeypatch.setattr(pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
+    monkeypatch.setattr(pictures, "render", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
     pictures.layers_picture(both)
     panels = [one for one in seen[0].axes if one.images and one.get_title(loc="left")]
     assert 4 == len(panels)
@@ -332,7 +332,7 @@ def test_masks_of_odd_shapes(shape: tuple[int, ...], tmp_path: Path, monkeypatch
     """However narrow: title above the picture, in the picture, and nothing over anything else."""
     save(Adapter([tensor("model.norm.weight", shape, 0.4, 1)]), tmp_path / "a.st")
     seen: list[Any] = []
-    monkeypatch.setattr(pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
+    monkeypatch.setattr(pictures, "render", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
     pictures.mask_picture([open_deltas(tmp_path / "a.st")])
     (drawn,) = seen
     drawn.set_dpi(style.DPI)
@@ -438,7 +438,7 @@ def test_no_two_titles_of_masks_overlap(
     for path in paths:
         save(Adapter([tall]), path)
     seen: list[Any] = []
-    monkeypatch.setattr(pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
+    monkeypatch.setattr(pictures, "render", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
     pictures.mask_picture([open_deltas(path) for path in paths])
     (drawn,) = seen
     panels = [one for one in drawn.axes if one.get_title()]
