@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from shira_cli.output import Printer
 
+# Generic for type checkers alone: older versions of click cannot be subscripted.
+_ParamType = click.ParamType[Any] if TYPE_CHECKING else click.ParamType
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Share(click.ParamType[Any]):
+class Share(_ParamType):
     """A number in (0, 1]."""
 
     name = "share"
@@ -27,7 +29,7 @@ class Share(click.ParamType[Any]):
         return number
 
 
-class Count(click.ParamType[Any]):
+class Count(_ParamType):
     """A positive integer."""
 
     name = "count"

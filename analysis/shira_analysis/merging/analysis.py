@@ -22,7 +22,7 @@ from shira_analysis.measures.interference import interference
 from shira_analysis.measures.layer_kinds import layer_kind
 from shira_analysis.measures.orthogonality import orthogonality
 from shira_analysis.measures.overlap import overlap
-from shira_analysis.measures.pairs import Measures, Pair, TensorPair, check_fed
+from shira_analysis.measures.pairs import Measures, Pair, TensorPair, check_moments
 from shira_analysis.merging.accounts import Trial, outcome, summed
 from shira_analysis.merging.lemmas import PairLemmas, TensorLemmas, struct_rows, tensor_lemmas
 from shira_analysis.merging.report import MergeAnalysis, MergedPair, TensorAfter
@@ -64,7 +64,7 @@ def analyse_merge(
         raise SourceError(f"no method {unknown[0]!r}; known: {', '.join(METHODS)}")
     report = _new_report(job, fed=moments is not None)
     if moments is not None and job.names:
-        check_fed(moments, job.names)
+        check_moments(moments, job.names)
     _, options = job.settings.of("")
     report.trials += [Trial(name, _carried(job.settings.method, options, METHODS[name]), chosen=False) for name in others if name != job.settings.method.name]  # fmt: skip
     _leave_out_takers(job, report.trials[1:])
