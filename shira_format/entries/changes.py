@@ -17,7 +17,7 @@ from shira_format._core.arrays import Array, different, positions, scratch, upca
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.format.codecs import Indices
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.tensors import numel
 
 # A tile is looked at entry by entry if less than one in so many of its first elements has moved.

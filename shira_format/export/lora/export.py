@@ -30,7 +30,7 @@ from shira_format.export.lora.plan import EMBEDDING, LayerPlan, LoraPlan, Planne
 from shira_format.export.lora.report import LayerReport, LoraReport
 from shira_format.export.lora.svd import scipy_linalg
 from shira_format.format import AdapterFile
-from shira_format.lora.peft.config import PREFIX
+from shira_format.lora.peft import PREFIX
 from shira_format.names.filters import name_filter
 from shira_format.selection import single_threaded_blas
 from shira_format.storage.atomic import replaced_file, replaced_folder

@@ -14,7 +14,7 @@ from shira_format._core.dtypes import dtype_name
 from shira_format.errors import FormatError, SourceError
 from shira_format.export.lora.plan import Kind, pattern, targets
 from shira_format.export.lora.report import LayerReport
-from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
+from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS
 from shira_format.storage.atomic import LITTER
 from shira_format.storage.safetensors_file import SafetensorsFile
 

@@ -40,7 +40,7 @@ from shira_format._core.dtypes import FLOATS, is_float, working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import round_to
 from shira_format.errors import SourceError
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.selection import Progress, Workers
 from shira_format.tensors import numel
 
