@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from shira_cli.output import Printer
 
-# Generic for type checkers alone: older versions of click cannot be subscripted.
-_ParamType = click.ParamType[Any] if TYPE_CHECKING else click.ParamType
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Share(_ParamType):
+class Share(click.ParamType):  # type: ignore[type-arg] - generic in the newest versions alone
     """A number in (0, 1]."""
 
     name = "share"
@@ -29,7 +27,7 @@ class Share(_ParamType):
         return number
 
 
-class Count(_ParamType):
+class Count(click.ParamType):  # type: ignore[type-arg] - generic in the newest versions alone
     """A positive integer."""
 
     name = "count"

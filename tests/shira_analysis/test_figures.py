@@ -24,7 +24,7 @@ from shira_format import Adapter, SourceError, SparseTensor, save
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import LowRank
-from shira_format.lora.updates import Lora
+from shira_format.lora.base import Lora
 from shira_format.tensors import matrix_shape
 from tests import models, strategies
 
