@@ -96,6 +96,10 @@ def merges(draw: st.DrawFn) -> Merge:
 def test_every_figure_by_dense_arithmetic(job: Merge) -> None:
     report = analyse_merge(job, alternatives=["linear", "mean", "overwrite", "refuse"])
     told(report)
+    if job.settings.method.name == "mean" and min(report.weights) < 0:
+        assert "which the method 'mean' cannot take" in (report.chosen.refused or "")
+        assert [] == report.after
+        return
     names = list(job.names)
     parts = {name: job.aligned(name).parts for name in names}
     of = {
