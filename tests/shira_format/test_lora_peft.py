@@ -544,7 +544,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(net: Saved, how: str, tmp_pat
     message = str(caught.value)
     # In the old form of torch.save, pickles follow each other, and a pickle of one dict is not it.
     assert message.startswith(f"{path}: ")
-    assert "the pickle asks for " in message
+    assert "the pickle needs " in message
     assert "\n" not in message
 
 
