@@ -12,7 +12,7 @@ from shira_cli import console
 from shira_format._core import text
 
 if TYPE_CHECKING:
-    from shira_format.calibration.texts import Chosen, Loaded
+    from shira_format.calibration.texts import ChosenLayers, LoadedModel
 
 PROG = "shira-moments"
 
@@ -68,7 +68,7 @@ _count.__name__ = "positive count"  # argparse tells it
 def _moments(options: argparse.Namespace) -> int:
     from shira_format import ShiraError
     from shira_format.calibration.moments import collect_moments
-    from shira_format.calibration.texts import batches, choose, load_model, read_texts
+    from shira_format.calibration.texts import batches, choose_layers, load_model, read_texts
     from shira_format.checkpoints import open_checkpoint
 
     console.terminate_like_interrupt()
@@ -80,7 +80,7 @@ def _moments(options: argparse.Namespace) -> int:
     console.check_output(options.output, force=options.force)
     read = read_texts(options.texts, field=options.field, limit=options.limit)
     loaded = load_model(options.model, causal=options.causal)
-    chosen = choose(loaded.model, set(open_checkpoint(options.model)), options.include, options.exclude)
+    chosen = choose_layers(loaded.model, set(open_checkpoint(options.model)), options.include, options.exclude)
     length = min(options.max_length, loaded.longest or options.max_length)
     _notices(options, read.empty, loaded, chosen, length)
     if options.dry_run:
@@ -114,7 +114,7 @@ def _moments(options: argparse.Namespace) -> int:
     return _report(options, rows, len(read.texts))
 
 
-def _notices(options: argparse.Namespace, empty: int, loaded: Loaded, chosen: Chosen, length: int) -> None:
+def _notices(options: argparse.Namespace, empty: int, loaded: LoadedModel, chosen: ChosenLayers, length: int) -> None:
     def tell(text: str) -> None:
         console.notice(text, quiet=options.quiet)
 
@@ -124,8 +124,8 @@ def _notices(options: argparse.Namespace, empty: int, loaded: Loaded, chosen: Ch
         tell(f"note: texts are cut after {length} tokens, which is all that the model takes")
     if loaded.random:
         tell(f"warning: {len(loaded.random)} weights are not in the folder, and random: {_some(loaded.random)}")
-    if chosen.strange:
-        tell(f"note: not watched, for no tensor in the files has the name: {_some(chosen.strange)}")
+    if chosen.unknown:
+        tell(f"note: not watched, for no tensor in the files has the name: {_some(chosen.unknown)}")
 
 
 def _some(names: Sequence[str]) -> str:
