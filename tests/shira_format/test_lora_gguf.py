@@ -255,11 +255,11 @@ def test_without_heads(llama: Saved) -> None:
     config = llama.hf / "config.json"
     for text in ("{}", '{"model_type": "llama"}', '{"model_type": "llama", "num_attention_heads": true}'):
         config.write_text(text)
-        refused(llama, f"{config} does not say what the model is and how many heads it has", llama.hf)
+        refused(llama, f"{config} does not state the model's type and number of heads", llama.hf)
     config.unlink()
     refused(
         llama,
-        "the rows of queries and keys are in the order of another rotary embedding, head by head: the number of heads is "
+        "the rows of queries and keys have another rotary embedding's order within each head: the number of heads is "
         f"needed, but {llama.hf / 'model.safetensors'} has no config.json beside it and is no GGUF file",
         llama.hf,
     )
@@ -278,7 +278,7 @@ def test_heads_in_the_file_itself(llama: Saved) -> None:
 def test_rows_that_are_no_pairs(llama: Saved) -> None:
     b = np.ones((12, RANK), np.float32)
     llama.rewrite({"blk.0.attn_q.weight.lora_b": b})
-    refused(llama, "'blk.0.attn_q.weight': shape [12, 4] has no pairs of rows for 4 heads")
+    refused(llama, "'blk.0.attn_q.weight': shape [12, 4] cannot be split into 4 heads of an even number of rows")
 
 
 # What is refused
@@ -302,7 +302,7 @@ ONES = np.ones((RANK, 64), np.float32)
         ({}, {"edit": add_tokens}, "an activated LoRA (adapter.alora.invocation_tokens) acts on some tokens only, and is no change of weights"),
         ({}, {"alpha": float("nan")}, "adapter.lora.alpha is nan, not a number"),
         ({"blk.0.attn_norm.weight": np.ones(64, np.float32)}, {}, "unmatched key 'blk.0.attn_norm.weight': llama.cpp ignores vectors of norms; convert the adapter that the file was made from"),
-        ({"blk.0.ffn_up.weight": ONES}, {}, "unmatched key 'blk.0.ffn_up.weight'"),
+        ({"blk.0.ffn_up.weight": ONES}, {}, "unmatched key 'blk.0.ffn_up.weight': it ends neither in .lora_a nor .lora_b"),
         ({"blk.0.ffn_up.weight.lora_b": None}, {}, "'blk.0.ffn_up.weight' has lora_a only"),
         ({"blk.0.ffn_gate_exps.weight.lora_a": ONES, "blk.0.ffn_gate_exps.weight.lora_b": ONES.T}, {}, "tensor 'blk.0.ffn_gate_exps.weight' has no known Hugging Face name for llama, or is none that a LoRA adapts"),
         ({"blk.0.ffn_up.bias.lora_a": ONES, "blk.0.ffn_up.bias.lora_b": ONES.T}, {}, "tensor 'blk.0.ffn_up.bias' has no known Hugging Face name for llama, or is none that a LoRA adapts"),

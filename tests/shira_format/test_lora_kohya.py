@@ -440,10 +440,10 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         "unet: the base has no module that is written 'conv_out'",
     ),
     "near": (pair("lora_unet_conv_inn"), "unet: the base has no module that is written 'conv_inn'; there is 'conv_in'"),
-    "unmatched": (pair() | {"x.weight": torch.ones(1)}, "unmatched key 'x.weight': its name does not begin as kohya's and LyCORIS' do (lora_unet_, lora_te_, lycoris_)"),
+    "unmatched": (pair() | {"x.weight": torch.ones(1)}, "unmatched key 'x.weight': it begins with none of kohya's and LyCORIS' prefixes (lora_unet_, lora_te_, lycoris_)"),
     "bundle": (
         pair() | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)},
-        "unmatched key 'bundle_emb.cat.string_to_param.*': an embedding of new tokens is bundled with this LoRA; it is no change of the base's weights",
+        "unmatched key 'bundle_emb.cat.string_to_param.*': the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights",
     ),
     "alpha": (pair() | {f"{NAME}.alpha": torch.ones(2)}, "'lora_unet_conv_in.alpha' has shape [2], not one number"),
     "nan": (pair() | {f"{NAME}.alpha": torch.tensor(float("nan"))}, "'lora_unet_conv_in.alpha' holds NaN or Inf"),
@@ -453,7 +453,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "both namings": (
         pair() | pair("lora_unet_input_blocks_0_0"),
-        "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0' are both the base's 'conv_in.weight'",
+        "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0' both adapt the base's 'conv_in.weight'",
     ),
     "norm": (pair("lora_unet_mid_norm", down=(1,)), "'lora_unet_mid_norm': updates a weight of shape [4, 1], the base's 'mid.norm.weight' has [4]"),
     "two models": (pair() | pair("lora_te_x"), "adapts 'text_encoder' and other components: the base must be the whole pipeline (a folder with model_index.json), not one model of it"),

@@ -361,8 +361,8 @@ def test_alpha_of_2024_is_not_guessed_at(tmp_path: Path) -> None:
     refused(
         saved,
         "lora_parameters has alpha 16, which mlx-lm multiplied into the scale (scale * alpha / rank) until June 2024 and has "
-        "ignored since; the file may be from before or after. Take alpha out of lora_parameters if it is from after, and "
-        "multiply scale by alpha / rank as well if it is from before",
+        "ignored since; the file may be from before or after. If it is from after, remove alpha from lora_parameters; if "
+        "it is from before, also multiply scale by alpha / rank",
         "adapter_config.json",
     )
     for parameters in ({}, {"alpha": RANK}):  # then both times mean the same
@@ -455,8 +455,8 @@ def test_a_square_weight_of_gpt2_is_not_guessed_at(tmp_path: Path) -> None:
     saved.edit(lambda state: state | square)
     refused(
         saved,
-        f"'{name}': the base's '{name}.weight' is square, and may be an embedding or stored as [in, out] (Conv1D): nothing "
-        "tells which way round its update is",
+        f"'{name}': the base's '{name}.weight' is square, and may be an embedding or stored as [in, out] (Conv1D): "
+        "whether to transpose its update cannot be determined",
     )
 
 

@@ -264,7 +264,7 @@ def test_a_base_without_heads(llama: Saved) -> None:
     (llama.base / "config.json").unlink()
     refused(
         llama,
-        "the rows of queries and keys are in the order of another rotary embedding, head by head: the number of heads is "
+        "the rows of queries and keys have another rotary embedding's order within each head: the number of heads is "
         f"needed, but {llama.base / 'model.safetensors'} has no config.json beside it and is no GGUF file",
     )
     llama.edit({key: None for key in llama.running.adapter if "q_proj" in key or "k_proj" in key})
@@ -372,7 +372,7 @@ def test_configurations_that_are_refused(llama: Saved, changes: dict[str, Any], 
         ({f"{Q}.lora_b.weight": torch.ones(96, 5)}, f"'{Q}': should have rank 4 by adapter_config.json, lora_a has shape [4, 64] and lora_b [96, 5]"),
         ({f"{Q}.lora_b.weight": torch.ones(4)}, f"'{Q}': should have rank 4 by adapter_config.json, lora_a has shape [4, 64] and lora_b [4]"),
         ({f"{Q}.lora_b.weight": torch.ones(88, 4)}, f"'{Q}': updates a weight of shape [88, 64], the base's 'model.layers.0.self_attn.q_proj.weight' has [96, 64]"),
-        ({f"{Q}.lora_b.weight": torch.ones(94, 4)}, f"'{Q}': shape [94, 4] has no pairs of rows for 4 heads"),
+        ({f"{Q}.lora_b.weight": torch.ones(94, 4)}, f"'{Q}': shape [94, 4] cannot be split into 4 heads of an even number of rows"),
         ({f"{Q}.magnitude": torch.ones(95)}, f"'{Q}': magnitude has shape [95], the weight [96, 64]"),
         ({f"{Q}.lora_a.weight": torch.full((4, 64), torch.nan)}, f"'{Q}.lora_a.weight' holds NaN or Inf"),
         ({f"{Q}.lora_a.weight": torch.ones(4, 64, dtype=torch.int8)}, f"'{Q}.lora_a.weight' is of dtype int8, not a float"),
