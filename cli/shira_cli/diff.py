@@ -45,14 +45,14 @@ def command(
 
     The exit code is 0 if the content is the same, 1 if it differs, and 2 after an error.
     """
-    from shira_analysis.report.text import diff
-    from shira_format.merge.differing import differences
+    from shira_analysis.report.text.diff import as_json, as_text
+    from shira_format.merge.diff import diff
 
     with printer.bar("tensors") as bar:
-        found = differences(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
+        found = diff(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
     if not printer.quiet:
         listed = found.tensors if every else found.different
-        printer.result(lambda: diff.as_json(found, listed, first, second), lambda: diff.as_text(found, listed))
+        printer.result(lambda: as_json(found, listed, first, second), lambda: as_text(found, listed))
     return SAME if found.same else DIFFERENT
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shira_format._core.text import count, printable, table
 
 if TYPE_CHECKING:
-    from shira_format.merge.differing import Differences, TensorDifference
+    from shira_format.merge.diff import Differences, TensorDifference
 
 HEAD = ("tensor", "differs in", "only in A", "only in B", "equal", "other values", "largest difference", "base")
 
