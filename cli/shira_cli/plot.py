@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shira_cli import app, options
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
 from shira_format._core.text import printable
+from shira_format.storage.output_folder import check_output_file
 
 if TYPE_CHECKING:
     from shira_analysis.figures.pictures import Picture
@@ -54,8 +55,8 @@ def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False
                 raise click.UsageError(f"{csv}: picture and CSV need two names")
             if pairs and len(settings["adapters"]) < 2:
                 raise click.UsageError(f"{name} is about pairs: name two adapters or more")
-            check_output(output, force=force)
-            check_output(csv, force=force)
+            check_output_file(output, force=force)
+            check_output_file(csv, force=force)
             picture = draw(form=FORMS[output.suffix.lower()], printer=printer, **settings)
             _write(picture, output, csv)
             printer.result(

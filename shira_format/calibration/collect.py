@@ -151,9 +151,7 @@ def _notes(report: MomentsReport, empty: int, loaded: Loaded, chosen: Chosen, cu
             f"{len(loaded.random)} weights are not in the folder and are random: {_some(loaded.random)}"
         )
     if chosen.strange:
-        report.notices.append(
-            f"not watched, because no tensor in the files has the name: {_some(chosen.strange)}"
-        )
+        report.notices.append(f"not watched, because no tensor in the files has the name: {_some(chosen.strange)}")
 
 
 def _some(names: Sequence[str]) -> str:

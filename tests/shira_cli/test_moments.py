@@ -109,7 +109,9 @@ def test_names_are_those_of_the_files(folder: Path, capsys: Capture) -> None:
     save_file(stripped, path, {"format": "pt"})
     for options in ((), ("--causal",)):
         assert 0 == run(folder / "llama", "--texts", folder / "texts.txt", "-o", out, "--force", *options)
-        assert "not watched, because no tensor in the files has the name: lm_head.weight" in capsys.readouterr().err
+        assert (
+            "not watched, because no tensor in the files has the name: lm_head.weight" in capsys.readouterr().err
+        )
         assert {name for name in stripped if "norm" not in name} == set(Moments.read(out))
 
 
