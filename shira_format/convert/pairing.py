@@ -11,7 +11,7 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float
 from shira_format.checkpoints import Checkpoint
-from shira_format.entries.changes import Difference
+from shira_format.entries.changes import CheckpointChange
 from shira_format.errors import SourceError
 from shira_format.tensors import numel
 
@@ -35,7 +35,7 @@ class Pairs:
 
     base: Checkpoint
     tuned: Checkpoint
-    sparse: list[Difference] = field(default_factory=list)
+    sparse: list[CheckpointChange] = field(default_factory=list)
     whole: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     equal: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ def _add_pair(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
             f"{where} has shape {list(after)}, the base {list(before)}: only the first dimension may differ; leave "
             "it out, or take every difference (exact)"
         )
-    pairs.sparse.append(Difference(result, base, origin, tuned, name, size))
+    pairs.sparse.append(CheckpointChange(result, base, origin, tuned, name, size))
 
 
 def _add_new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bool) -> None:

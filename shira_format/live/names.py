@@ -1,4 +1,4 @@
-"""From the names in an adapter to those in a live model, which may have a prefix more, or less."""
+"""From the names in an adapter to those in a live model, which may have an additional prefix, or lack one."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from shira_format.errors import BaseMismatch, SourceError
 from shira_format.live.loaded import LoadedAdapter
 from shira_format.names.match import match_names
 
-# Of an adapter and the live tensors: the function from a name in the adapter to one in the model.
+# From an adapter and the live tensors to a function from a name in the adapter to one in the model.
 Rename = Callable[[LoadedAdapter, Mapping[str, Any]], Callable[[str], str]]
 
 
 def renaming(prefix: str | None, rename: Callable[[str], str] | None) -> Rename:
-    """The rule that the arguments of a switcher ask for."""
+    """The renaming that a switcher's arguments ask for."""
     if rename is not None:
         return lambda _adapter, _live: rename
     if prefix is not None:
-        return lambda adapter, live: _new_as_they_are(adapter, live, prefix.__add__)
-    return _found
+        return lambda adapter, live: _keeping_new(adapter, live, prefix.__add__)
+    return _by_prefix
 
 
-def _found(adapter: LoadedAdapter, live: Mapping[str, Any]) -> Callable[[str], str]:
-    """With the one prefix that makes all names fit.
+def _by_prefix(adapter: LoadedAdapter, live: Mapping[str, Any]) -> Callable[[str], str]:
+    """Add or remove the one prefix that makes all names fit.
 
     Raises:
         BaseMismatch: there is none.
@@ -35,15 +35,15 @@ def _found(adapter: LoadedAdapter, live: Mapping[str, Any]) -> Callable[[str], s
     except SourceError:
         missing = next(name for name in needed if name not in live)
         raise BaseMismatch(
-            f"{adapter.where}tensor {missing!r}: the weights have no {missing!r}, but names like "
-            f"{next(iter(live), 'none at all')!r} (prefix= or rename= maps names)"
+            f"{adapter.where}tensor {missing!r}: the model has no {missing!r}, but names like "
+            f"{next(iter(live), 'none at all')!r} (map them by prefix= or rename=)"
         ) from None
-    return _new_as_they_are(adapter, live, rename)
+    return _keeping_new(adapter, live, rename)
 
 
-def _new_as_they_are(
+def _keeping_new(
     adapter: LoadedAdapter, live: Mapping[str, Any], rename: Callable[[str], str]
 ) -> Callable[[str], str]:
-    """Tensors that are new to the base, such as a head, are those of the live model, which has no prefix for them."""
+    """As ``rename``, but tensors that are new to the base, such as a head, may have no prefix in the model."""
     new = {whole.name for whole in adapter.dense if whole.base_digest is None}
     return lambda name: name if name in new and rename(name) not in live else rename(name)

@@ -20,7 +20,8 @@ from shira_format.convert.peft_shira.files import SHIRA, Keys, Kind, find, read_
 from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.convert.report import ConversionReport, TensorReport
 from shira_format.convert.targets import sparse_target
-from shira_format.entries.changes import AddedTo, Entries
+from shira_format.entries.changes import UpdateChange
+from shira_format.entries.selected import Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
@@ -137,7 +138,7 @@ def _convert_layer(
         raise SourceError(
             f"{layer.path}: {layer.values_key!r} holds values beyond {_LARGEST:g}, whose squares overflow"
         )
-    change = AddedTo(layer, base)
+    change = UpdateChange(layer, base)
     before, target = change.completed(indices, steps)
     entries = Entries(indices, steps, before, target, sum_of_squares(steps))
     try:
