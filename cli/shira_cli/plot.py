@@ -47,7 +47,7 @@ def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False
 
     def made(draw: Callable[..., Picture]) -> click.Command:
         @functools.wraps(draw)
-        def run(output: Path, csv: Path | None, force: bool, printer: Printer, **settings: Any) -> int:
+        def drawn(output: Path, csv: Path | None, force: bool, printer: Printer, **settings: Any) -> int:
             csv = csv or output.with_suffix(".csv")
             if output.suffix.lower() not in FORMS:
                 raise click.UsageError(f"{output}: a picture ends in {' or '.join(FORMS)}")
@@ -65,7 +65,7 @@ def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False
             )
             return 0
 
-        run = options.printing(run)
+        run = options.printing(drawn)
         run = options.force_option("Replace the files if they exist.")(run)
         run = click.option("--csv", type=options.PATH, metavar="FILE", help="Where the numbers go (default: beside the picture, ending in .csv).")(run)  # fmt: skip
         run = options.output_file("The picture to write, .png or .svg.")(run)
