@@ -27,7 +27,7 @@ examples:
 @click.argument("second", type=options.PATH, metavar="B")
 @click.option("--all", "every", is_flag=True, help="List equal tensors as well.")
 @options.filters("Compare")
-@options.printing(quiet="Print nothing but errors; the exit code is the answer.")
+@options.printing_options("Print nothing but errors; the exit code is the answer.")
 @app.version_option
 def command(
     first: Path,
@@ -45,14 +45,14 @@ def command(
 
     The exit code is 0 if the content is the same, 1 if it differs, and 2 after an error.
     """
-    from shira_analysis.report.text import diff
-    from shira_format.merge.diff import diff as diff_adapters
+    from shira_analysis.report.text.diff import as_json, as_text
+    from shira_format.merge.diff import diff
 
     with printer.bar("tensors") as bar:
-        found = diff_adapters(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
+        found = diff(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
     if not printer.quiet:
         listed = found.tensors if every else found.different
-        printer.result(lambda: diff.as_json(found, listed, first, second), lambda: diff.as_text(found, listed))
+        printer.result(lambda: as_json(found, listed, first, second), lambda: as_text(found, listed))
     return SAME if found.same else DIFFERENT
 
 

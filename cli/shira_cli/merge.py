@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shira_cli import app, options
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
 from shira_format.merge.methods import METHODS, shown
+from shira_format.storage.output_folder import check_output_file
 
 if TYPE_CHECKING:
     from shira_analysis.merging.report import MergeAnalysis
-    from shira_format import Adapter, SparseTensor
     from shira_format.checkpoints import Checkpoint
-    from shira_format.merge import Merge, MergedTensor, MergeReport
+    from shira_format.merge import Merge, MergeReport
 
 PROG = "shira-merge"
 
@@ -118,7 +118,7 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
     inputs = [*adapters, *([] if base is None else [base.path, *base.files]), *filter(None, [settings["moments"]])]
     _check_files(output, page, inputs, force=settings["force"])
     if method in ALGEBRA:
-        report = _algebra(method, adapters, base, output, settings, printer)
+        report = _combine(method, adapters, output, base, printer, settings)
     else:
         from shira_format.merge import open_merge
 
@@ -153,7 +153,7 @@ def _check_files(output: Path | None, page: Path | None, inputs: Sequence[Path],
     for path in (output, page):
         if path is not None:
             check_not_input(path, inputs)
-            check_output(path, force=force)
+            check_output_file(path, force=force)
     if output is not None and page is not None and output.resolve() == page.resolve():
         raise SourceError(f"{page}: the report and the adapter need two names")
 
@@ -265,80 +265,22 @@ def _layer(method: str, text: str) -> tuple[str, dict[str, Any]]:
     return found["pattern"], {key: value}
 
 
-def _algebra(
-    method: str,
-    adapters: Sequence[Path],
-    base: Checkpoint | None,
-    output: Path | None,
-    settings: dict[str, Any],
-    printer: Printer,
-) -> MergeReport:
-    """Subtract, compose or invert, and write the result tensor by tensor."""
-    from shira_format import AdapterFile, AdapterWriter, SourceError
-    from shira_format.merge import MergeReport
-    from shira_format.names.filters import name_filter
+def _combine(
+    method: str, adapters: Sequence[Path], output: Path | None, base: Checkpoint | None, printer: Printer, settings: dict[str, Any]
+) -> MergeReport:  # fmt: skip
+    """Subtract, compose or invert, by an exact rule."""
+    from shira_format.merge import compose, invert, subtract
 
-    files = [AdapterFile(path, separate_maps=True) for path in adapters]
-    chosen = name_filter(settings["include"], settings["exclude"])
-    result = _result(method, adapters, base)
-    names = [name for name in dict.fromkeys([n for f in files for n in f.manifest.tensors] + list(result)) if chosen(name)]  # fmt: skip
-    whole = [name for name in result.dense if chosen(name)]
-    removed = [name for name in result.removed if chosen(name)]
-    if not names and not whole and not removed:
-        raise SourceError("no tensor is left by the choice of names")
-    manifest = {key: value for key, value in result.manifest.items() if key != "removed"}
-    if removed:
-        manifest["removed"] = removed
-    report = MergeReport([str(path) for path in adapters], method, whole=whole)
-    if removed:
-        report.notices.append(
-            f"removes {len(removed)} tensors that the adapter added ({removed[0]} for example): shira-convert shira_to_full does that, "
-            "live models keep their tensors and refuse it"
-        )
-    with ExitStack() as stack:
-        bar = stack.enter_context(printer.bar("tensors", len(names) + len(whole)))
-        writer = None if output is None else stack.enter_context(AdapterWriter(output, manifest))
-        for name in names:
-            tensor = result.get(name)
-            if writer is not None and tensor is not None:
-                writer.add(tensor)
-            parts = [file.sparse(name) if name in file.manifest.tensors else None for file in files]
-            report.tensors.append(_account(name, parts, tensor))
-            bar.update()
-        for name in whole:
-            if writer is not None:
-                writer.add_dense(result.dense[name])
-            bar.update()
-    if output is not None:
-        report.file_bytes = output.stat().st_size
-    return report
-
-
-def _result(method: str, adapters: Sequence[Path], base: Checkpoint | None) -> Adapter:
-    from shira_format.merge.algebra import compose, invert, subtract
-
-    if method == "invert":
-        return invert(adapters[0], base)
-    if method == "subtract":
-        return subtract(adapters[0], adapters[1], base)
-    return compose(*adapters, base=base)
-
-
-def _account(name: str, parts: Sequence[SparseTensor | None], result: SparseTensor | None) -> MergedTensor:
-    import numpy as np
-
-    from shira_format._core.compiled import union
-    from shira_format.merge import MergedTensor
-
-    known = result if result is not None else next(part for part in parts if part is not None)
-    every, places = union([part.indices for part in parts if part is not None])
-    count = np.zeros(every.size, np.int64)
-    for at in places:
-        count[at] += 1
-    return MergedTensor(
-        name, known.shape, 0 if result is None else result.nnz, known.numel,
-        tuple(0 if part is None else part.nnz for part in parts), int(np.count_nonzero(count > 1)),
-    )  # fmt: skip
+    with printer.bar("tensors") as bar:
+        shared: dict[str, Any] = {
+            "base": base, "include": settings["include"], "exclude": settings["exclude"],
+            "progress": lambda _: bar.update(),
+        }  # fmt: skip
+        if method == "subtract":
+            return subtract(adapters[0], adapters[1], output, **shared)
+        if method == "invert":
+            return invert(adapters[0], output, **shared)
+        return compose(adapters, output, **shared)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
