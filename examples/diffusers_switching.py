@@ -21,7 +21,6 @@ from transformers.utils import logging as parts
 from shira_format.convert import full_to_shira
 from shira_format.export.full import shira_to_full
 from shira_format.live import AdapterPool, Switcher
-from shira_format.selection import TopK
 
 STYLES = ("ink", "oil")
 WORDS = torch.tensor([[1, 5, 9, 2]])  # a prompt, as its tokenizer would give it
@@ -38,7 +37,7 @@ def main() -> None:
         pipeline.save_pretrained(folder / "base")
         for seed, style in enumerate(STYLES, 1):
             fine_tuned(folder / "base", seed).save_pretrained(folder / style)
-            full_to_shira(folder / "base", folder / style, folder / f"{style}.st", rule=TopK(0.02))
+            full_to_shira(folder / style, folder / "base", folder / f"{style}.st", density=0.02)
 
         # To compare with: a checkpoint of the whole pipeline for each style.
         alone = {}

@@ -26,7 +26,6 @@ from shira_cli.demo import DATA, find_base
 from shira_format import Adapter, ShiraError, load
 from shira_format.convert import lora_to_shira
 from shira_format.live import AdapterPool, Switcher
-from shira_format.selection import TopK
 
 MAILS = (
     "Congratulations! You have won a free cruise, call now to claim it.",
@@ -53,7 +52,7 @@ def classifiers(folder: Path) -> None:
     """MiniLM with the two LoRAs that ship here, each with a head of its own."""
     base = find_base()
     for task in ("spam", "genre"):
-        lora_to_shira(DATA / "loras" / task, base, folder / f"{task}.st", rule=TopK(0.05))
+        lora_to_shira(DATA / "loras" / task, base, folder / f"{task}.st", density=0.05)
 
     model = AutoModelForSequenceClassification.from_pretrained(base)
     inputs = AutoTokenizer.from_pretrained(base)(MAILS, padding=True, return_tensors="pt")
@@ -91,7 +90,7 @@ def language_model(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
     for name, text in LINES.items():
         train_lora(copy.deepcopy(model), tokenizer(text, return_tensors="pt"), folder / name)
-        lora_to_shira(folder / name, base, folder / f"{name}.st", rule=TopK(0.05))
+        lora_to_shira(folder / name, base, folder / f"{name}.st", density=0.05)
 
     prompt = tokenizer(PROMPT, return_tensors="pt")
 

@@ -118,7 +118,7 @@ def _run_task(
     rows = []
     for rule in rules:
         path = folder / f"{task}-{rule.density:g}.st"
-        report = lora_to_shira(lora, base, path, rule=rule)
+        report = lora_to_shira(lora, base, path, density=rule.density, scope=rule.scope)
         weights = bench.weights()
         applied = apply(load(path), weights, rename=bench.rename)
         of_adapter = bench.logits()

@@ -116,7 +116,7 @@ def _write_report(
 
     from shira_analysis.measures.deltas import DeltaFile
     from shira_analysis.report.html import look, report
-    from shira_format.storage.atomic import replaced_file
+    from shira_format.storage.atomic import atomic_file
 
     hidden = options.quiet or not sys.stderr.isatty()
     moments = None
@@ -127,7 +127,7 @@ def _write_report(
     looks = []
     with tqdm(total=sum(len(i["tensors"]) for i in infos), unit="tensors", disable=hidden, leave=False) as bar:
         for path, info in zip(options.files, infos, strict=True):
-            file = AdapterFile(path, apart=True)
+            file = AdapterFile(path, separate_maps=True)
             fits = base is not None and info["base"]["fits"]
             names = tuple(row["name"] for row in info["tensors"])
             whole = tuple(name for name in file.manifest.whole if keep(name))
@@ -135,7 +135,7 @@ def _write_report(
     count = len({tensor.name for one in looks for tensor in one.tensors})
     with tqdm(total=count, unit="tensors", disable=hidden or len(looks) == 1, leave=False) as bar:
         page = report(looks, moments, progress=lambda _: bar.update(1))
-    with replaced_file(options.html) as out:
+    with atomic_file(options.html) as out:
         out.write(page.encode())
     console.notice(f"{options.html}: written", quiet=options.quiet)
 

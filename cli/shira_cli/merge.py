@@ -253,7 +253,7 @@ def _joining(job: Merge, options: argparse.Namespace) -> MergeAnalysis:
 @contextmanager
 def _written(joining: MergeAnalysis, options: argparse.Namespace) -> Iterator[None]:
     """The report in its file, which appears when the block has ended without an exception."""
-    from shira_format.storage.atomic import replaced_file
+    from shira_format.storage.atomic import atomic_file
 
     if options.report.suffix.lower() == ".json":
         text = json.dumps(joining.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -261,7 +261,7 @@ def _written(joining: MergeAnalysis, options: argparse.Namespace) -> Iterator[No
         from shira_analysis.report.html.merge_page import merge_page
 
         text = merge_page(joining)
-    with replaced_file(options.report) as out:
+    with atomic_file(options.report) as out:
         out.write(text.encode(errors="backslashreplace"))
         yield
 
@@ -272,7 +272,7 @@ def _algebra(options: argparse.Namespace, base: Checkpoint | None, output: Path 
     from shira_format.merge import MergeReport
     from shira_format.names.filters import name_filter
 
-    files = [AdapterFile(path, apart=True) for path in options.adapters]
+    files = [AdapterFile(path, separate_maps=True) for path in options.adapters]
     chosen = name_filter(options.include, options.exclude)
     result = _result(options.method, options.adapters, base)
     names = [name for name in dict.fromkeys([n for f in files for n in f.manifest.tensors] + list(result)) if chosen(name)]  # fmt: skip

@@ -125,13 +125,13 @@ def _add_tensor(parser: argparse.ArgumentParser) -> None:
 
 def _plot(options: argparse.Namespace) -> int:
     from shira_analysis.figures.records import to_csv
-    from shira_format.storage.atomic import replaced_file
+    from shira_format.storage.atomic import atomic_file
 
     console.terminate_like_interrupt()
     for path in (options.output, options.csv):
         console.check_output(path, force=options.force)
     picture = options.draw(options)
-    with replaced_file(options.csv) as table, replaced_file(options.output) as image:
+    with atomic_file(options.csv) as table, atomic_file(options.output) as image:
         table.write(to_csv(picture.records).encode(errors="backslashreplace"))
         image.write(picture.image)
     if options.json:
@@ -226,9 +226,7 @@ def _orthogonality(options: argparse.Namespace) -> Picture:
 def _dimension(options: argparse.Namespace) -> Picture:
     from shira_analysis.figures import dimensions
     from shira_analysis.figures.pictures import dimension_picture
-    from shira_analysis.figures.style import matplotlib
 
-    matplotlib()  # before half an hour of work
     sizes = dimensions.QUICK if options.quick else dimensions.DIMENSIONS
     seeds = options.seeds or (dimensions.QUICK_SEEDS if options.quick else dimensions.SEEDS)
     with _bar(options, len(sizes) * len(dimensions.SERIES) * seeds, "pairs") as step:

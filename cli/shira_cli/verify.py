@@ -101,7 +101,7 @@ def _shipped(options: argparse.Namespace) -> Iterator[list[Path]]:
     with tempfile.TemporaryDirectory(prefix="shira-verify-") as folder:
         paths = [Path(folder) / f"{task}.st" for task in TASKS]
         for task, path in zip(TASKS, paths, strict=True):
-            lora_to_shira(DATA / "loras" / task, base, path, rule=TopK(0.01), self_contained=True)
+            lora_to_shira(DATA / "loras" / task, base, path, density=0.01, self_contained=True)
         yield paths
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shira_format._core import fits
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, array_digest
 from shira_format.tensors import DenseTensor, SparseTensor
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def base_values(tensor: SparseTensor, base: Checkpoint | None) -> Array:
     any_float = tensor.value_kind != "target" and tensor.base_digest is None
     check_frame(what, tensor.base_name, tensor.shape, tensor.dtype, base, any_float=any_float)
     found = base.at(tensor.base_name, tensor.indices)
-    fits.check_values(what, tensor.base_digest, digest(found), f"the base {base.path}")
+    fits.check_values(what, tensor.base_digest, array_digest(found), f"the base {base.path}")
     return found
 
 

@@ -12,11 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different, positions, scratch, upcast
+from shira_format._core.arrays import Array, Indices, bits_differ, scratch, where_true
 from shira_format._core.dtypes import working_dtype
-from shira_format._core.rounding import round_to
+from shira_format._core.rounding import round_to, upcast
 from shira_format.checkpoints import Checkpoint
-from shira_format.format.codecs import Indices
 from shira_format.lora.update import Update
 from shira_format.tensors import numel
 
@@ -172,10 +171,10 @@ class CheckpointChange:
         before, after = self.both(start, stop)
         where = moved = None
         if before.dtype == after.dtype:
-            moved = partial(different, before, after)
+            moved = partial(bits_differ, before, after)
             # After one training step few entries differ, and only these need arithmetic.
-            if np.count_nonzero(different(before[:_SAMPLE], after[:_SAMPLE])) * _SPARSE < min(_SAMPLE, out.size):
-                where = positions(moved())
+            if np.count_nonzero(bits_differ(before[:_SAMPLE], after[:_SAMPLE])) * _SPARSE < min(_SAMPLE, out.size):
+                where = where_true(moved())
                 before, after = before[where], after[where]
                 out, moved = out[: where.size], None
         upcast(after, out)

@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format._core import fits
-from shira_format._core.arrays import Array, different, digest
+from shira_format._core.arrays import Array, Indices, array_digest, bits_differ
 from shira_format._core.compiled import scatter
 from shira_format._core.dtypes import working_dtype
 from shira_format._core.rounding import round_to
 from shira_format.entries.aligned import AlignedEntries, Contribution, Factor, Floats, common_dtype
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.format.codecs import Indices
 from shira_format.tensors import SparseTensor
 
 
@@ -71,7 +70,7 @@ def mix(aligned: AlignedEntries, factors: Sequence[Factor], *, self_contained: b
     _mix_shared(aligned, factors, active, scattered.count, scattered.base, scattered.values)
     kept = slice(None) if scattered.count.all() else np.flatnonzero(scattered.count)
     base = scattered.base[kept]
-    known = {"base": base} if self_contained else {"base_digest": digest(base)}
+    known = {"base": base} if self_contained else {"base_digest": array_digest(base)}
     return SparseTensor(
         aligned.name, aligned.shape, aligned.indices[kept], scattered.values[kept], dtype=aligned.dtype, **known
     )
@@ -106,7 +105,7 @@ class _Scattered:
             if part.tensor.value_kind == "target" or not self._known[at].all():
                 raise fits.base_required(part.what)
             own = self.base[at]
-            if part.tensor.base_digest is not None and digest(own) != part.tensor.base_digest:
+            if part.tensor.base_digest is not None and array_digest(own) != part.tensor.base_digest:
                 raise _other_base(part)
         work = working_dtype(self._aligned.dtype)
         if abs(part.weight) > float(np.finfo(work).max):
@@ -135,7 +134,7 @@ def _check_inactive(aligned: AlignedEntries, active: Sequence[int]) -> None:
     for number in known:
         at, own = aligned.places[number], aligned.parts[number].tensor.base
         assert own is not None
-        if (different(base[at], own) & seen[at]).any():
+        if (bits_differ(base[at], own) & seen[at]).any():
             raise _other_base(aligned.parts[number])
         base[at], seen[at] = own, True
 

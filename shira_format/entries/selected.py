@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format.entries.changes import Change, Tile
-from shira_format.format.codecs import Indices
 
 COLUMNS = ("indices", "values", "base", "target")
 

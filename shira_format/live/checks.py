@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shira_format._core import fits
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, array_digest
 from shira_format.entries.aligned import AlignedEntries, Contribution
 from shira_format.errors import BaseMismatch
 from shira_format.live.weights import LiveWeight
@@ -39,7 +39,7 @@ def check_digests(name: str, aligned: AlignedEntries, base: Array) -> None:
     """Raise BaseMismatch unless ``base``, the values at all entries, are those that each part was made for."""
     for number, part in enumerate(aligned.parts):
         if (expected := part.tensor.base_digest) is not None:
-            fits.check_values(part.about(name), expected, digest(aligned.of_part(number, base)))
+            fits.check_values(part.about(name), expected, array_digest(aligned.of_part(number, base)))
 
 
 def check_replacement(name: str, new: Replacement, base: Array | None) -> None:
@@ -51,7 +51,7 @@ def check_replacement(name: str, new: Replacement, base: Array | None) -> None:
         return
     fits.check_shape(what, new.tensor.values.shape, base.shape, "the weight")
     alike = base.dtype == new.tensor.values.dtype
-    fits.check_dense(what, new.tensor.base_digest, digest(base) if alike else None)
+    fits.check_dense(what, new.tensor.base_digest, array_digest(base) if alike else None)
 
 
 def check_same(where: str, one: SparseTensor, other: SparseTensor) -> None:

@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 
 from shira_format._core import compiled
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
+from shira_format._core.threads import Threads
 from shira_format.adapter import Adapter
 from shira_format.entries.aligned import AlignedEntries, Contribution
 from shira_format.entries.mixing import mix_values
 from shira_format.errors import BaseMismatch
-from shira_format.format.codecs import Indices
 from shira_format.live.checks import Parts, Replacement, check_digests, check_frames, check_replacement, check_same
 from shira_format.live.loaded import LoadedAdapter, load_adapter
 from shira_format.live.lock import ReadWriteLock
 from shira_format.live.models import weights_of
 from shira_format.live.names import Rename, renaming
 from shira_format.live.pool import AdapterPool
-from shira_format.live.threads import Threads
 from shira_format.live.weights import LiveWeight, live_weight, memory_of
 from shira_format.tensors import SparseTensor, same_bits
 

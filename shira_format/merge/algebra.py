@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different, digest
+from shira_format._core.arrays import Array, array_digest, bits_differ
 from shira_format._core.compiled import union
 from shira_format._core.fits import base_required
-from shira_format.adapter import Adapter, Lazy
+from shira_format.adapter import Adapter, LazyMapping
 from shira_format.entries.base_check import dense_with_base, with_base
 from shira_format.entries.mixing import keep_base
 from shira_format.errors import BaseMismatch, SourceError
@@ -61,7 +61,9 @@ def subtract(first: Source, second: Source, base: Base = None) -> Adapter:
 
     replaced = dict.fromkeys([*_dense_names(a), *_dense_names(b)])
     names = [name for name in replaced if not cancels(name)]
-    return Adapter(Lazy(job.names, sparse), dense=Lazy(names, dense), manifest=_provenance("subtract", a, b))
+    return Adapter(
+        LazyMapping(job.names, sparse), dense=LazyMapping(names, dense), manifest=_provenance("subtract", a, b)
+    )
 
 
 def intersect(*adapters: Source, base: Base = None) -> Adapter:
@@ -129,14 +131,14 @@ def invert(adapter: Source, base: Base = None) -> Adapter:
         kept = (
             {"base": tensor.values}
             if one.adapter.dense[name].base is not None
-            else {"base_digest": digest(tensor.values)}
+            else {"base_digest": array_digest(tensor.values)}
         )
         return DenseTensor(name, tensor.base, **kept)
 
     new = [name for name in one.adapter.dense if one.adapter.dense[name].base_digest is None] if alpha else []
     manifest = _provenance("inverse", one) | ({"removed": new} if new else {})
     names = [name for name in _dense_names(one) if name not in new]
-    return Adapter(Lazy(_sparse_names(one), sparse), dense=Lazy(names, dense), manifest=manifest)
+    return Adapter(LazyMapping(_sparse_names(one), sparse), dense=LazyMapping(names, dense), manifest=manifest)
 
 
 def _sparse_names(one: Input) -> Mapping[str, object]:
@@ -172,7 +174,7 @@ class _Composed:
         pair = (self.first, self.second)
         whole = dict.fromkeys(name for one in pair for name in _dense_names(one))
         names = dict.fromkeys(name for one in pair for name in _sparse_names(one) if name not in whole)
-        return Adapter(Lazy(names, self.sparse), dense=Lazy(whole, self.dense))
+        return Adapter(LazyMapping(names, self.sparse), dense=LazyMapping(whole, self.dense))
 
     def sparse(self, name: str) -> SparseTensor:
         """A tensor that neither replaces."""
@@ -223,8 +225,8 @@ class _Composed:
 
     def _check(self, b: SparseTensor, current: Array, shared: int) -> None:
         """Check that ``current`` are the values that the second adapter was made for, at its entries."""
-        wrong = b.base is not None and different(b.base, current).any()
-        if wrong or (b.base_digest is not None and digest(current) != b.base_digest):
+        wrong = b.base is not None and bits_differ(b.base, current).any()
+        if wrong or (b.base_digest is not None and array_digest(current) != b.base_digest):
             raise BaseMismatch(
                 f"{self.second.label}: tensor {b.name!r} was not made for the result of {self.first.label} ({shared} entries of "
                 "both): to merge adapters of one base use the method 'overwrite'"

@@ -14,6 +14,7 @@ import numpy as np
 
 from shira_format._core import compiled
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Workers
 from shira_format.adapter import Adapter
 from shira_format.entries.aligned import AlignedEntries, Contribution
 from shira_format.entries.mixing import keep_base, mix
@@ -26,11 +27,8 @@ from shira_format.merge.methods import METHODS
 from shira_format.merge.report import MergedTensor, MergeReport
 from shira_format.merge.settings import Settings
 from shira_format.names.filters import name_filter
-from shira_format.selection import Workers
 from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
-
-_MOST = 1 << 23  # entries of the adapters that are merged at a time
 
 
 @dataclass(frozen=True)
@@ -266,4 +264,4 @@ def _computed(
             yield sum(one.nnz(name) for one in job.inputs), partial(finished, name)
 
     compiled.load()
-    yield from workers.ahead(tasks(), _MOST)
+    yield from workers.ahead(tasks())

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, positions, sum_of_squares
+from shira_format._core.arrays import Array, Indices, sum_of_squares, where_true
+from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import TILE, Change, Tile
 from shira_format.entries.selected import COLUMNS, Entries
 from shira_format.errors import SourceError
-from shira_format.format.codecs import Indices
 from shira_format.selection.largest import largest
 from shira_format.selection.rule import TopK
-from shira_format.selection.workers import Progress, Workers
+from shira_format.selection.tiles import tiles
 
 _SAMPLES = 8  # pieces of a change that are sampled
 _SAMPLE = 1 << 12  # elements of a piece
@@ -25,7 +25,7 @@ def reaching(values: Array, floor: Any) -> Indices:
     """Positions of magnitudes of at least ``floor``, strictly increasing."""
     mask = values >= floor
     mask |= values <= -floor
-    return positions(mask)
+    return where_true(mask)
 
 
 def completed(change: Change, entries: Entries) -> Entries:
@@ -42,14 +42,16 @@ def check_energy(change: Change, energy: float) -> None:
         raise SourceError(f"the update of tensor {change.name!r} holds NaN or Inf, or overflows")
 
 
-def largest_entries(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+def largest_entries(
+    change: Change, rule: TopK, workers: Workers, progress: Progress
+) -> tuple[int, Callable[[], Entries]]:
     """The entries of one change that ``rule`` keeps; it gives a count, not a share of the energy.
 
     A sample gives a magnitude that somewhat more than k entries reach; one pass collects these, and the k largest of them are
     kept. If too few reach it, the pass is repeated without a sample.
 
     Returns:
-        What finishes the result, on one thread, while the next change is computed.
+        The number of candidates in memory, and what finishes the result, on one thread, while the next change is read.
     """
     k, lowest = rule.count(change.size), rule.lowest(change.dtype)
     floor = max(lowest, _sampled_floor(change, k))
@@ -60,7 +62,7 @@ def largest_entries(change: Change, rule: TopK, workers: Workers, progress: Prog
             return Entries.of_tile(change, start, tile, reaching(tile.values, pool.floor)), energy
 
         energy = 0.0
-        for entries, part in workers.tiles(change, work, progress):
+        for entries, part in tiles(workers, change, work, progress):
             energy += part
             pool.add(entries)
         check_energy(change, energy)
@@ -76,7 +78,7 @@ def largest_entries(change: Change, rule: TopK, workers: Workers, progress: Prog
         own = sum_of_squares(found.values.astype(np.float64)) if whole else energy
         return Entries(found.indices, found.values, found.base, found.target, own)
 
-    return rest
+    return pool.size, rest
 
 
 def _sampled_floor(change: Change, k: int) -> Any:

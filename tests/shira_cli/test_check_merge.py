@@ -18,7 +18,6 @@ from torch import nn
 
 from shira_cli.convert import main
 from shira_format.convert import lora_to_shira
-from shira_format.selection import TopK
 from tests import models
 from tests.shira_format import test_checkpoints_gguf as ggufs
 
@@ -385,7 +384,7 @@ def test_the_real_ones(task: str, dtype: str, tmp_path: Path, capsys: Capture) -
 def test_an_adapter_file(tmp_path: Path, capsys: Capture) -> None:
     """The entries have the bits that are due, and the others those of the base."""
     merge = Merge(tmp_path, torch.bfloat16, LLAMA)
-    lora_to_shira(merge.lora, merge.base, tmp_path / "a.st", rule=TopK(0.05))
+    lora_to_shira(merge.lora, merge.base, tmp_path / "a.st", density=0.05)
     assert 0 == main(["shira_to_full", str(tmp_path / "a.st"), "--base", str(merge.base), "-o", str(merge.merged)])
     merge.lora = tmp_path / "a.st"
     assert 0 == merge.check()

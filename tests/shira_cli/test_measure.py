@@ -13,9 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import measure
 from shira_format import Adapter, DenseTensor, SparseTensor, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.convert import lora_to_shira
-from shira_format.selection import TopK
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -34,7 +33,7 @@ def files(tmp_path: Path) -> Path:
     at, values = [1, 11], np.float32([2, 5])
     own = [SparseTensor(name, (3, 4), at, values, base=np.float32([1, 11])) for name in (QUERY, UP)]
     save(Adapter(own, dense=[DenseTensor("b", np.float32([1]))]), tmp_path / "a.st")
-    needy = SparseTensor(QUERY, (3, 4), [1, 6], values, base_digest=digest(np.float32([1, 6])))
+    needy = SparseTensor(QUERY, (3, 4), [1, 6], values, base_digest=array_digest(np.float32([1, 6])))
     save(Adapter([needy]), tmp_path / "b.st")
     return tmp_path
 
@@ -94,7 +93,7 @@ def test_spectrum(files: Path, capsys: Capture) -> None:
 
 def test_lora_beside_it(tmp_path: Path, capsys: Capture) -> None:
     base, lora = models.minilm(), models.LORAS / "spam"
-    lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(0.01))
+    lora_to_shira(lora, base, tmp_path / "a.st", density=0.01)
     arguments = (tmp_path / "a.st", "--base", base, "--lora", lora, "--include", r"layer\.0.*(query|key)")
     assert 0 == run(*arguments, "--json", "--spectrum", "--quiet")
     told = json.loads(capsys.readouterr().out)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from shira_cli import convert, merge
 from shira_cli.merge import ALGEBRA
 from shira_format import Adapter, DenseTensor, SparseTensor, load, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.merge import METHODS
@@ -38,7 +38,7 @@ def run(*arguments: str | Path | float) -> int:
 
 def sparse(name: str, at: list[int], deltas: list[float], *, known: bool = True) -> SparseTensor:
     base = BASE[name].reshape(-1)[at]
-    more: dict[str, Any] = {"base": base} if known else {"base_digest": digest(base)}
+    more: dict[str, Any] = {"base": base} if known else {"base_digest": array_digest(base)}
     return SparseTensor(name, (3, 4), at, base + np.float32(deltas), **more)
 
 

@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     if output is not None:
         console.check_output_folder(output, [options.adapter, base.path, *base.files], force=options.force)
     plan = RestorePlan(
-        AdapterFile(options.adapter, apart=True),
+        AdapterFile(options.adapter, separate_maps=True),
         base,
         options.alpha,
         name_filter(options.include, options.exclude),

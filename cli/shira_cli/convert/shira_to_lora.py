@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(unit="tensors", disable=hidden, leave=False) as bar:
         report = shira_to_lora(
-            options.adapter, output, rank=options.rank, energy=options.energy, base=options.base, prefix=options.prefix,
+            options.adapter, options.base, output, rank=options.rank, energy=options.energy, prefix=options.prefix,
             embedding=EMBEDDING if options.embedding is None else options.embedding,
             fan_in_fan_out=options.fan_in_fan_out, include=options.include, exclude=options.exclude, force=options.force, progress=bar.update,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a conversion is about, in a form that can travel: another process opens the same inputs by the same job."""
+"""What a conversion reads: opened here, and by the workers of a cluster from the same description."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class DenseCopy:
     """A tensor of ``tuned`` that is stored whole, read in parts.
 
     Attributes:
-        name: in the result.
-        tuned: where it is.
+        name: its name in the adapter.
+        tuned: the checkpoint that has it.
         tuned_name: its name there.
-        base: the checkpoint that has a tensor of this name, dtype and shape to be replaced; None if it has none.
+        base: the checkpoint whose tensor of this name, dtype and shape it replaces; None if it replaces none.
     """
 
     name: str
@@ -31,47 +31,42 @@ class DenseCopy:
 
 @dataclass
 class ConversionInputs:
-    """Open inputs.
+    """Open inputs of a conversion.
 
     Attributes:
         base: the base.
-        changes: of which sparse tensors are made, in the file's order.
-        wholes: makes the tensors that are stored whole.
-        copy: makes a whole copy of a change that turns out to take fewer bytes whole; None where that cannot be.
-        frame: more arguments of the sparse tensor of a change.
+        changes: the changes that become sparse tensors, in the file's order.
+        dense: makes the dense tensors; its argument says whether to keep the base's values.
+        copy: makes a dense copy of a change that takes fewer bytes whole; None if there are no such changes.
+        options: further arguments of the sparse tensor of a change: ``base_name``, ``rows``, ``new_rows``.
         removed: names of base tensors that the result lacks.
-        copies: tensors without entries, which say what of the base the result has under another name.
+        renamed: sparse tensors without entries: tensors of the base that the result has under another name.
         structure: what changes beyond entries, by name.
-        unchanged: tensors that were compared already, and are equal.
+        unchanged: number of tensors that were compared already, and are equal.
         base_model, source: provenance.
         files: every file that is read.
-        blamed: the file that an unusable change is put down to.
+        source_file: the file that errors in a change are attributed to.
         notices: what a user should know.
     """
 
     base: Checkpoint
     changes: Sequence[Change]
-    wholes: Callable[[bool], Iterator[DenseTensor | DenseCopy]]
+    dense: Callable[[bool], Iterator[DenseTensor | DenseCopy]]
     copy: Callable[[Change], DenseCopy] | None = None
-    frame: Callable[[Change], dict[str, Any]] = lambda _: {}
+    options: Callable[[Change], dict[str, Any]] = lambda _: {}
     removed: list[str] = field(default_factory=list)
-    copies: Sequence[SparseTensor] = ()
+    renamed: Sequence[SparseTensor] = ()
     structure: dict[str, str] = field(default_factory=dict)
     unchanged: int = 0
     base_model: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
-    blamed: list[Path] = field(default_factory=list)
+    source_file: Path | None = None
     notices: list[str] = field(default_factory=list)
 
-    @property
-    def size(self) -> int:
-        """Elements of all changes."""
-        return sum(change.size for change in self.changes)
 
-
-class Job(Protocol):
-    """A frozen dataclass of plain values."""
+class Conversion(Protocol):
+    """Paths and options of a conversion: a frozen dataclass of plain values, which workers of a cluster are sent."""
 
     @property
     def include(self) -> tuple[str, ...]: ...
@@ -79,18 +74,9 @@ class Job(Protocol):
     def exclude(self) -> tuple[str, ...]: ...
 
     def open(self) -> ConversionInputs:
-        """Open the inputs and say what is to be done.
+        """Open the inputs.
 
         Raises:
             SourceError: they cannot be converted.
             FormatError: a safetensors file is damaged.
         """
-
-
-def identified(location: str) -> dict[str, str]:
-    """``id`` and ``revision`` of a model on the hub; nothing for other locations."""
-    if not location.startswith("hf://"):
-        return {}
-    from shira_format.storage.hub import identified as on_the_hub
-
-    return on_the_hub(location)

@@ -1,35 +1,43 @@
-"""The threads of this machine: tiles of one change after the other, with results in order.
+"""Pools of threads: one that computes, with results in order, and one that writes to live weights.
 
-Work goes in tiles of fixed size, one thread each with BLAS on one thread, so that no value depends on how many threads
-there are.
+Work is cut into tiles of a fixed size, each computed by one thread with BLAS on one thread, so that no value depends on
+the number of threads.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
-from shira_format._core.arrays import scratch, sum_of_squares
-from shira_format._core.cores import MOST_THREADS, usable_cores
-from shira_format.entries.changes import Change, Tile, tile_size
 from shira_format.errors import SourceError
+
+MOST_THREADS = 16  # with more, they wait for each other
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 _BATCH = 1 << 21  # elements of a task
-_AHEAD = 2  # tasks that are under way while others are made
+_TASKS_AHEAD = 3  # tasks that run while others are made
+_ENTRIES_AHEAD = 1 << 23  # entries that these hold together
 
 Progress = Callable[[int], object]
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
 
 
 class Workers:
@@ -58,27 +66,27 @@ class Workers:
         self._blas.__exit__(kind, error, trace)
 
     def submit(self, work: Callable[[], _R]) -> Future[_R]:
-        """Run ``work`` on some thread; it must not wait for others of this pool."""
+        """Run ``work`` on one of the threads; it must not wait for other work of this pool."""
         return self._pool.submit(work)
 
-    def ahead(self, tasks: Iterable[tuple[int, Callable[[], _R]]], most: int) -> Iterator[_R]:
+    def ahead(self, tasks: Iterable[tuple[int, Callable[[], _R]]]) -> Iterator[_R]:
         """The results of tasks in their order, while the next tasks are being made.
 
         Args:
-            tasks: each with its weight, whatever that is; they must not wait for others of this pool.
-            most: weight of tasks together beyond which the first one is waited for.
+            tasks: each with the number of entries that it holds in memory: where these are many, the first task is
+                waited for. They must not wait for others of this pool.
         """
         running: deque[tuple[int, Future[_R]]] = deque()
-        for weight, task in tasks:
-            running.append((weight, self._pool.submit(task)))
+        for entries, task in tasks:
+            running.append((entries, self._pool.submit(task)))
             del task  # which may hold a lot, and would until the next one is made
-            while len(running) > _AHEAD or (running and sum(weight for weight, _ in running) > most):
+            while len(running) > _TASKS_AHEAD or (running and sum(held for held, _ in running) > _ENTRIES_AHEAD):
                 yield running.popleft()[1].result()
         while running:
             yield running.popleft()[1].result()
 
     def map(self, work: Callable[[_T], _R], tasks: Iterable[_T]) -> Iterator[_R]:
-        """The results in the order of ``tasks``; few are ahead of the one that is waited for."""
+        """The results in the order of ``tasks``; only a few tasks run ahead."""
         running: deque[Future[_R]] = deque()
         try:
             for task in tasks:
@@ -87,7 +95,7 @@ class Workers:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
-        finally:  # whoever stops asking early leaves no work behind
+        finally:  # no work is left behind if the caller stops early
             for future in running:
                 future.cancel()
 
@@ -95,7 +103,7 @@ class Workers:
         self, size: int, step: int, work: Callable[[int, int], _R], progress: Progress = lambda _: None
     ) -> Iterator[_R]:
         """``work(start, stop)`` for each tile of ``size`` elements."""
-        # Several at a time, where there are many: to hand over a result takes as long as some of the work.
+        # Several tiles per task, where there are many: handing over a result costs as much as a small tile.
         stride = step * max(1, min(_BATCH // step, size // (step * 4 * self.threads)))
 
         def several(first: int) -> list[tuple[int, _R]]:
@@ -109,24 +117,55 @@ class Workers:
                 progress(elements)
                 yield result
 
-    def tiles(
-        self,
-        change: Change,
-        work: Callable[[int, Tile, float], _R],
-        progress: Progress = lambda _: None,
-    ) -> Iterator[_R]:
-        """``work(start, tile, energy)`` for each tile: its first flat index, itself, and its sum of squares."""
 
-        def one(start: int, stop: int) -> _R:
-            with np.errstate(over="ignore", invalid="ignore"):  # found, and named, by the energy
-                tile = change.tile(start, stop, scratch("values", stop - start, change.dtype))
-                energy = sum_of_squares(tile.values)
-                if tile.moved is not None and not np.isfinite(energy):
-                    tile.values[~tile.moved()] = 0
-                    energy = sum_of_squares(tile.values)
-            return work(start, tile, energy)
+class Threads:
+    """The threads that write to live weights: an interrupt reaches the thread that waits, never one that writes.
 
-        return self.ranges(change.size, tile_size(change), one, progress)
+    The pool lives as long as the object, and is made anew after a fork.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        """Args: ``count``: threads; all cores by default, but no more than 16."""
+        self._count = count or min(usable_cores(), MOST_THREADS)
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The pool."""
+        if self._pool is None or self._process != os.getpid():  # a fork copies no threads
+            self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="shira-switch")
+            self._process = os.getpid()
+        return self._pool
+
+    def map(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+        """``work`` of each item; when this returns or raises, no work is running any more."""
+        futures: list[Future[_R]] = [self.executor.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            _wait(futures)
+            raise
+
+    def run(self, work: Callable[[], Any]) -> None:
+        """Run ``work`` to its end; an interrupt is raised after that."""
+        _wait([future := self.executor.submit(work)])
+        future.result()
+
+
+def _wait(futures: Sequence[Future[Any]]) -> None:
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            wait(futures)
+        except KeyboardInterrupt as error:
+            interrupt = error
+            continue
+        break
+    if interrupt is not None:
+        raise interrupt
 
 
 _lock = threading.Lock()
@@ -136,7 +175,7 @@ _limits: Any = None
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """BLAS on one thread until the last of those who asked for it is done: the setting belongs to the process."""
+    """BLAS on one thread until the last block of this kind ends: the setting is that of the process."""
     global _users, _limits  # noqa: PLW0603 - so does this count
     with _lock:
         _users += 1
