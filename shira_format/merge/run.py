@@ -30,8 +30,6 @@ from shira_format.names.filters import name_filter
 from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
 
-_MOST = 1 << 23  # entries of the adapters that are merged at a time
-
 
 @dataclass(frozen=True)
 class Merge:

@@ -426,7 +426,7 @@ def test_another_base_is_refused(tmp_path: Path, base: Path) -> None:
     with pytest.raises(BaseMismatch, match="digest differs"):
         back(folder, base=wrong)
     edit_matrix(folder, times_two)  # the entries are as they were
-    with pytest.raises(BaseMismatch, match="other values at the entries"):
+    with pytest.raises(BaseMismatch, match="other values at the adapter's entries"):
         back(folder, base=wrong)
     holds({"w": BASE.T})
     with pytest.raises(BaseMismatch, match="shape"):
@@ -441,7 +441,7 @@ def test_another_base_is_refused(tmp_path: Path, base: Path) -> None:
     (tmp_path / "self").mkdir()
     folder = export(tmp_path / "self", targets(self_contained=True))
     edit_matrix(folder, without_first)
-    with pytest.raises(BaseMismatch, match="other values at the entries"):
+    with pytest.raises(BaseMismatch, match="other values at the adapter's entries"):
         back(folder, base=wrong)
 
 

@@ -165,7 +165,7 @@ def test_deltas_without_a_digest_fit_any_float(work: Path, tmp_path: Path) -> No
             ) == refused(adapter, base)
     grown = SparseTensor("w", (3,), [1], f32(1), value_kind="delta", rows=4, new_rows=f32(1))
     adapter, base = patch(work, {"w": np.ones(3, np.float16)}, grown)
-    assert "tensor 'w': new rows of float32 for a base of float16" == refused(adapter, base)
+    assert f"tensor 'w': the adapter is for float32, the base {base} has float16" == refused(adapter, base)
 
 
 # What a patch does to names and sizes
