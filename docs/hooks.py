@@ -49,11 +49,11 @@ def benchmarks(path: Path) -> str:
     run = json.loads(path.read_text("utf-8"))
     machine = run["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
     lines = [
         f"## {path.stem}",
         "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}, "
-        f"Python {machine['python']}; {packages}.",
+        f"{hardware}; {machine['system']}, Python {machine['python']}; {packages}.",
         "",
         "| case | ours | peer | unit | peer / ours | the peer is | required |",
         "|---|--:|--:|---|--:|---|---|",
@@ -97,9 +97,7 @@ def api(package: str) -> str:
             groups["Classes"].append(directive(home(value)))
         elif callable(value):
             groups["Functions"].append(directive(home(value)))
-    return "\n\n".join(
-        f"## {group}\n\n" + "\n\n".join(sorted(found)) for group, found in groups.items() if found
-    )
+    return "\n\n".join(f"## {group}\n\n" + "\n\n".join(sorted(found)) for group, found in groups.items() if found)
 
 
 def home(value: Any) -> str:

@@ -18,7 +18,19 @@ ROOMS = (
     "version", "errors", "_core", "tensors", "adapter", "storage", "format", "checkpoints", "names", "lora",
     "entries", "selection", "convert", "export", "live", "merging", "calibration", "masks", "training",
 )  # fmt: skip
-HEAVY = {"torch", "transformers", "diffusers", "peft", "scipy", "matplotlib", "numba", "distributed", "gguf", "tqdm", "flint"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "diffusers",
+    "peft",
+    "scipy",
+    "matplotlib",
+    "numba",
+    "distributed",
+    "gguf",
+    "tqdm",
+    "flint",
+}
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -92,9 +104,15 @@ def test_no_circles() -> None:
     assert not needs.keys() - done, f"a circle among {sorted(needs.keys() - done)}"
 
 
-@pytest.mark.parametrize(("name", "path"), [*modules("shira_format"), *modules("shira_analysis"), *modules("shira_cli")])
+@pytest.mark.parametrize(
+    ("name", "path"), [*modules("shira_format"), *modules("shira_analysis"), *modules("shira_cli")]
+)
 def test_heavy_packages_are_imported_where_they_are_used(name: str, path: Path) -> None:
-    compiled = {"shira_format._core.kernels", "shira_format._core.prefetch", "shira_analysis.measures.product_kernels"}
+    compiled = {
+        "shira_format._core.kernels",
+        "shira_format._core.prefetch",
+        "shira_analysis.measures.product_kernels",
+    }
     if name not in compiled:  # which exist only to be compiled
         assert not HEAVY & {other.partition(".")[0] for other in imported(path, everywhere=False)}
 
@@ -109,5 +127,7 @@ def test_contributing_states_the_order() -> None:
 
 def test_the_door_opens_on_nothing_heavy() -> None:
     code = "import sys, shira_format, shira_analysis, shira_cli; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not HEAVY & set(loaded)
