@@ -1,7 +1,7 @@
 """Hooks of MkDocs: parts of pages that are generated from the repository, each where a page has its marker.
 
 ``<!-- benchmarks -->``: all rows of benchmarks/results/*.json; ``<!-- api: PACKAGE -->``: the public names of a package;
-``<!-- schemas -->``: the schemas of JSON outputs that lie beside that page.
+``<!-- schemas -->``: the schemas of JSON outputs that lie beside that page; ``<!-- methods -->``: the methods of merging.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     del page, config, files
     markdown = markdown.replace("<!-- benchmarks -->", "\n\n".join(benchmarks(path) for path in results()))
     markdown = markdown.replace("<!-- schemas -->", "\n".join(map(schema_line, sorted(SCHEMAS.glob("*.json")))))
+    markdown = re.sub("<!-- methods -->", lambda _: methods(), markdown)
     return re.sub(r"<!-- api: (\w+) -->", lambda marker: api(marker[1]), markdown)
 
 
@@ -81,6 +82,18 @@ def schema_line(path: Path) -> str:
     described = schema.get("description", "")
     title = schema.get("title", path.name.removesuffix(".schema.json"))
     return f"* **{title}**: [`{path.name}`]({path.name}). {described}".rstrip()
+
+
+def methods() -> str:
+    """The methods of merging, with their options' defaults, as a table."""
+    from shira_cli.merge import ALGEBRA, METHODS  # which imports more than the other pages need
+
+    lines = ["| method | | options |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        options = ", ".join(f"`{key}={option.default}`" for key, option in method.options.items())
+        lines.append(f"| `{name}` | {escaped(method.about)} | {options} |")
+    lines += [f"| `{name}` | {escaped(about)} | |" for name, (about, _, _) in ALGEBRA.items()]
+    return "\n".join(lines)
 
 
 def api(package: str) -> str:
