@@ -63,6 +63,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = AutoModelForSequenceClassification.from_pretrained(models.minilm())
     models.load_lora(model, models.LORAS / "spam").merge_and_unload().save_pretrained(folder / "my-merged-model")
     shutil.copy(models.LORAS.parent / "text" / "genre.jsonl", folder / "my-texts.jsonl")
+    shutil.copytree(models.LORAS, folder / "loras")
     (folder / "adapters").mkdir()
     for name, without in (("spam", []), ("genre", ["classifier"])):  # there is one head
         lora_to_shira(models.LORAS / name, models.minilm(), folder / "adapters" / f"{name}.st", exclude=without)
