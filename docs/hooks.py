@@ -40,6 +40,12 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return re.sub(r"<!-- api: (\w+) -->", lambda marker: api(marker[1]), markdown)
 
 
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Restore what looks like a reference in the help of a command, as in hf://owner/name[@revision][/path]."""
+    del page, config, files
+    return re.sub(r'<autoref identifier="(/[^"]*)"[^>]*>(.*?)</autoref>', r"[\2][\1]", html)
+
+
 def results() -> list[Path]:
     """The stored runs of the benchmarks."""
     return sorted(RESULTS.glob("*.json"))
