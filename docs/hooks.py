@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Restore what looks like a reference in the help of a command, as in hf://owner/name[@revision][/path]."""
     del page, config, files
-    return re.sub(r'<autoref identifier="(/[^"]*)"[^>]*>(.*?)</autoref>', r"[\2][\1]", html)
+    return re.sub(r'<autoref [^>]*identifier="(/[^"]*)"[^>]*>(.*?)</autoref>', r"[\2][\1]", html)
 
 
 def results() -> list[Path]:
@@ -92,13 +92,12 @@ def schema_line(path: Path) -> str:
 
 def methods() -> str:
     """The methods of merging, with their options' defaults, as a table."""
-    from shira_cli.merge import ALGEBRA, METHODS  # which imports more than the other pages need
-
+    merge = importlib.import_module("shira_cli.merge")
     lines = ["| method | | options |", "|---|---|---|"]
-    for name, method in METHODS.items():
+    for name, method in merge.METHODS.items():
         options = ", ".join(f"`{key}={option.default}`" for key, option in method.options.items())
         lines.append(f"| `{name}` | {escaped(method.about)} | {options} |")
-    lines += [f"| `{name}` | {escaped(about)} | |" for name, (about, _, _) in ALGEBRA.items()]
+    lines += [f"| `{name}` | {escaped(about)} | |" for name, (about, _, _) in merge.ALGEBRA.items()]
     return "\n".join(lines)
 
 
