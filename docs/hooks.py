@@ -1,7 +1,7 @@
 """Hooks of MkDocs: parts of pages that are generated from the repository, each where a page has its marker.
 
 ``<!-- benchmarks -->``: all rows of benchmarks/results/*.json; ``<!-- api: PACKAGE -->``: the public names of a package;
-``<!-- schemas -->``: the schemas of JSON outputs that lie beside that page; ``<!-- methods -->``: the methods of merging.
+``<!-- schemas -->``: the schemas of JSON outputs in docs/schemas; ``<!-- commands -->``: the help of all commands.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import importlib
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -36,14 +38,16 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     del page, config, files
     markdown = markdown.replace("<!-- benchmarks -->", "\n\n".join(benchmarks(path) for path in results()))
     markdown = markdown.replace("<!-- schemas -->", "\n".join(map(schema_line, sorted(SCHEMAS.glob("*.json")))))
-    markdown = re.sub("<!-- methods -->", lambda _: methods(), markdown)
+    if "<!-- commands -->" in markdown:
+        shira = importlib.import_module("shira_cli.main").command
+        markdown = markdown.replace("<!-- commands -->", "\n\n".join(commands(shira, "shira")))
     return re.sub(r"<!-- api: (\w+) -->", lambda marker: api(marker[1]), markdown)
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Restore what looks like a reference in the help of a command, as in hf://owner/name[@revision][/path]."""
+    """Remove the roles of Sphinx, such as :func:, before names in docstrings."""
     del page, config, files
-    return re.sub(r'<autoref [^>]*identifier="(/[^"]*)"[^>]*>(.*?)</autoref>', r"[\2][\1]", html)
+    return re.sub(r":(?:attr|class|data|exc|func|meth|mod):(?=<code>)", "", html)
 
 
 def results() -> list[Path]:
@@ -87,18 +91,20 @@ def schema_line(path: Path) -> str:
     schema = json.loads(path.read_text("utf-8"))
     described = schema.get("description", "")
     title = schema.get("title", path.name.removesuffix(".schema.json"))
-    return f"* **{title}**: [`{path.name}`]({path.name}). {described}".rstrip()
+    return f"* **{title}**: [`{path.name}`](../schemas/{path.name}). {described}".rstrip()
 
 
-def methods() -> str:
-    """The methods of merging, with their options' defaults, as a table."""
-    merge = importlib.import_module("shira_cli.merge")
-    lines = ["| method | | options |", "|---|---|---|"]
-    for name, method in merge.METHODS.items():
-        options = ", ".join(f"`{key}={option.default}`" for key, option in method.options.items())
-        lines.append(f"| `{name}` | {escaped(method.about)} | {options} |")
-    lines += [f"| `{name}` | {escaped(about)} | |" for name, (about, _, _) in merge.ALGEBRA.items()]
-    return "\n".join(lines)
+def commands(
+    command: click.Command, name: str, parent: click.Context | None = None, level: int = 2
+) -> Iterator[str]:
+    """The help of a command and, if it is a group, of all its commands, each under a heading."""
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=96)
+    yield f"{'#' * level} {context.command_path}\n\n```text\n{command.get_help(context)}\n```"
+    if isinstance(command, click.Group):
+        for key in command.list_commands(context):
+            found = command.get_command(context, key)
+            assert found is not None
+            yield from commands(found, key, context, level + 1)
 
 
 def api(package: str) -> str:
@@ -115,7 +121,7 @@ def api(package: str) -> str:
             groups["Classes"].append(directive(home(value)))
         elif callable(value):
             groups["Functions"].append(directive(home(value)))
-    return "\n\n".join(f"## {group}\n\n" + "\n\n".join(sorted(found)) for group, found in groups.items() if found)
+    return "\n\n".join(f"## {group}\n\n" + "\n\n".join(found) for group, found in groups.items() if found)
 
 
 def home(value: Any) -> str:
