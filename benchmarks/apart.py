@@ -99,12 +99,10 @@ def _read_again(clock: _Clock, files: list[str], threads: int) -> None:
 
 
 def _convert(clock: _Clock, base: str, tuned: str, out: str, rule: str, options: dict[str, Any]) -> None:
-    from shira_format.convert import Exact, full_to_shira
-    from shira_format.selection import TopK
+    from shira_format.convert import full_to_shira
 
-    chosen = Exact(**options) if rule == "exact" else TopK(**options)
     with clock:
-        full_to_shira(base, tuned, out, rule=chosen)
+        full_to_shira(tuned, base, out, exact=rule == "exact", **options)
 
 
 def _top_k_script(clock: _Clock, base: list[str], tuned: list[str], out: str, density: float) -> None:

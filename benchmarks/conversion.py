@@ -17,16 +17,16 @@ from benchmarks.model import Shape
 from benchmarks.sizes import account, entropy
 from benchmarks.table import Row, seconds
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Workers
 from shira_format.entries.changes import Tile
-from shira_format.selection import LocalEngine, TopK, Workers, select
+from shira_format.selection import LocalEngine, TopK, select
 
 # In a process of its own: the peak of its resident memory is then that of the conversion, imports included.
 _CONVERT = """
 import json, resource, sys, time
 from shira_format.convert import lora_to_shira
-from shira_format.selection import TopK
 start = time.perf_counter()
-lora_to_shira(sys.argv[1], sys.argv[2], sys.argv[3], rule=TopK(0.01, scope=sys.argv[4]))
+lora_to_shira(sys.argv[1], sys.argv[2], sys.argv[3], density=0.01, scope=sys.argv[4])
 taken = time.perf_counter() - start
 if sys.platform == "linux":
     # ru_maxrss starts at what the parent had when it forked; VmHWM starts anew with the program.
@@ -129,8 +129,9 @@ def _top_k(side: int = 4096) -> Iterator[Row]:
 
     def ours() -> tuple[Array, Array]:
         with Workers() as workers:
-            selected = next(iter(select([_Dense(weight)], rule, LocalEngine(workers))))
-        return selected.indices, selected.values
+            ((_, selected),) = select([_Dense(weight)], rule, LocalEngine(workers), workers)
+            entries = selected()
+        return entries.indices, entries.values
 
     def by_torch() -> tuple[torch.Tensor, torch.Tensor]:
         indices = torch.topk(tensor.abs(), k, sorted=False).indices

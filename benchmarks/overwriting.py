@@ -19,8 +19,7 @@ from benchmarks.sizes import uniform
 from benchmarks.table import Row, machine_name
 from shira_format import Adapter, SparseTensor
 from shira_format._core import compiled
-from shira_format._core.arrays import as_array
-from shira_format.format.codecs import Indices
+from shira_format._core.arrays import Indices, as_array
 from shira_format.live import Switcher
 
 DENSITY = 0.01

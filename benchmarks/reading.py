@@ -85,9 +85,7 @@ def _coding() -> Iterator[Row]:
     encoded = gap8.encode(indices, shape, BLOCK_SIZE)
     target = np.empty_like(indices)
     copy = seconds(lambda: np.copyto(target, indices), repeat=50)
-    decode = seconds(
-        lambda: gap8.decode(encoded.params, encoded.stream, encoded.blocks, shape, indices.size), repeat=20
-    )
+    decode = seconds(lambda: gap8.decode(encoded, shape, indices.size), repeat=20)
     encode = seconds(lambda: gap8.encode(indices, shape, BLOCK_SIZE), repeat=20)
     per = 1e9 / indices.size
     yield Row(

@@ -14,8 +14,8 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from benchmarks.model import RANK, Shape
 from benchmarks.table import Row
 from shira_format import AdapterWriter, SparseTensor
-from shira_format._core.arrays import Array
-from shira_format.format.codecs import Indices, encode_smallest
+from shira_format._core.arrays import Array, Indices
+from shira_format.format.codecs import encode_smallest
 
 ENTRIES = 1 << 24
 

@@ -30,10 +30,9 @@ from benchmarks.sizes import uniform
 from benchmarks.table import Row
 from shira_format import AdapterWriter, SparseTensor
 from shira_format._core.arrays import as_array
+from shira_format._core.threads import Threads
 from shira_format.convert import lora_to_shira
 from shira_format.live import AdapterPool, Switcher
-from shira_format.live.threads import Threads
-from shira_format.selection import TopK
 
 DENSITY = 0.01
 LINE = 64  # bytes of a cache line
@@ -55,7 +54,7 @@ def rows(shape: Shape, base: Path, lora: Path, folder: Path) -> Iterator[Row]:
     uniform_ones = [_uniform_adapter(shape, base, folder / f"switch-{n}.st", seed=1000 * n) for n in (1, 2)]
     converted = [folder / f"switch-converted-{n}.st" for n in (1, 2)]
     for one, path in zip(loras, converted, strict=True):
-        lora_to_shira(one, base, path, rule=TopK(DENSITY))
+        lora_to_shira(one, base, path, density=DENSITY)
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT, transformers and torch deprecate in each other

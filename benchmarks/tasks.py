@@ -21,7 +21,6 @@ from shira_format.convert import lora_to_shira
 from shira_format.errors import SourceError
 from shira_format.live import Switcher
 from shira_format.merge import METHODS, Method, merge, merged
-from shira_format.selection import TopK
 
 TASKS = ("spam", "genre")
 DENSITIES = (0.01, 0.05)
@@ -162,7 +161,7 @@ def _sparse(
     paths, alone = [], {}
     for task in TASKS:
         path = folder / f"tasks-{task}-{density:g}.st"
-        lora_to_shira(_DATA / "loras" / task, base, path, rule=TopK(density), self_contained=True)
+        lora_to_shira(_DATA / "loras" / task, base, path, density=density, self_contained=True)
         with Switcher(bench.model).applied(path):
             alone[task] = bench.of(task)
         paths.append(path)

@@ -1,4 +1,4 @@
-"""An adapter in memory, or lazily over a file: an ordered mapping of sparse tensors."""
+"""An adapter, in memory or read lazily from a file: an ordered mapping of sparse tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _V = TypeVar("_V")
 
 
 class Adapter(Mapping[str, SparseTensor]):
-    """An ordered mapping from tensor name to :class:`SparseTensor`, with whole tensors and a manifest beside it.
+    """An ordered mapping from tensor name to :class:`SparseTensor`, plus dense tensors and a manifest.
 
-    An adapter that was loaded from a file reads each tensor when it is asked for, and keeps none.
+    An adapter loaded from a file reads a tensor at each access and keeps none.
 
     Attributes:
-        dense: the tensors that are replaced as a whole, by name.
-        manifest: the manifest as plain JSON values. For a new adapter it holds provenance only (``base_model``,
-            ``source``, ``alpha``, ...); what follows from the tensors is written by ``save``.
+        dense: the tensors that are replaced whole, by name.
+        manifest: the manifest as plain JSON values. In a new adapter, provenance only (``base_model``,
+            ``source``, ``alpha``, ...): ``save`` adds what it derives from the tensors.
 
     Example:
         >>> adapter = Adapter([SparseTensor("w", (2, 3), [1, 4], np.float32([1, 2]), base=np.float32([0, 0]))])
@@ -40,12 +40,12 @@ class Adapter(Mapping[str, SparseTensor]):
 
     @property
     def alpha(self) -> float:
-        """The strength at which the adapter is meant to be applied."""
+        """The strength at which the adapter should be applied."""
         return float(self.manifest.get("alpha", 1.0))
 
     @property
     def removed(self) -> tuple[str, ...]:
-        """Names of base tensors that a patch takes away (spec, section 3.5)."""
+        """Names of base tensors that a patch removes (spec, section 3.5)."""
         return tuple(self.manifest.get("removed", ()))
 
     def __getitem__(self, name: str) -> SparseTensor:
@@ -61,7 +61,7 @@ class Adapter(Mapping[str, SparseTensor]):
         return name in self._tensors  # without reading the tensor
 
     def __eq__(self, other: object) -> bool:
-        """Equal content: the same tensors and strength, whatever the codecs, the order and the provenance."""
+        """Equal content: the same tensors and strength; codecs, order and provenance may differ."""
         if not isinstance(other, Adapter):
             return NotImplemented
         return (
@@ -79,8 +79,8 @@ class Adapter(Mapping[str, SparseTensor]):
         return f"Adapter({len(self)} sparse tensors, {len(self.dense)} dense tensors)"
 
 
-class Lazy(Mapping[str, _V]):
-    """A mapping whose values are read or computed when they are asked for, and not kept."""
+class LazyMapping(Mapping[str, _V]):
+    """A mapping whose values are read or computed at each access, and not kept."""
 
     def __init__(self, names: Collection[str], read: Callable[[str], _V]) -> None:
         """Args: ``names``, in order, which may be a mapping; ``read`` gives the value of one."""

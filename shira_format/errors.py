@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 class ShiraError(Exception):
-    """Root of everything that this package raises about its inputs."""
+    """Base class of all errors that this package raises about its inputs."""
 
 
 class FormatError(ShiraError, ValueError):
-    """An adapter file, or what should become one, breaks a rule of the format.
+    """An adapter file, or an adapter that is to be written, breaks a rule of the format.
 
     Attributes:
         rule: the rule's name as in section 10 of ``spec/SPEC.md``, for example ``"out-of-range"``.
         reason: what is wrong, in words.
-        file: the file, if there is one.
+        file: the file, if known.
         tensor: the tensor or stream, if the rule is about one.
     """
 
@@ -27,7 +27,7 @@ class FormatError(ShiraError, ValueError):
         self.tensor = tensor
 
     def at(self, *, file: Path | None = None, tensor: str | None = None) -> FormatError:
-        """Add where it happened, unless a deeper layer said so already; returns the error itself."""
+        """Add the file and the tensor where they are not yet set; returns the error itself."""
         self.file = self.file or file
         self.tensor = self.tensor or tensor
         return self
@@ -43,7 +43,7 @@ class SourceError(ShiraError):
 
 
 class WorkError(ShiraError):
-    """A conversion cannot go on: kept parts that are unusable, a cluster that fails; nothing was written."""
+    """A conversion cannot continue: unusable saved parts, a cluster that fails; nothing was written."""
 
 
 class BaseMismatch(ShiraError):
@@ -51,4 +51,4 @@ class BaseMismatch(ShiraError):
 
 
 class BaseRequired(ShiraError):
-    """Deltas of target values were asked for, and neither the file nor the caller gave the base values."""
+    """Deltas of target values need the base values, which are neither in the file nor given."""

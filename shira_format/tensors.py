@@ -1,4 +1,4 @@
-"""The two kinds of tensor that an adapter holds: sparse ones and whole replacements. Immutable, checked when made."""
+"""The two kinds of tensor in an adapter, sparse and dense: immutable, and checked when they are made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from shira_format._core.arrays import Array, as_array, bits, digest, frozen
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, read_only
 from shira_format._core.compiled import is_strictly_increasing
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError
@@ -29,30 +29,42 @@ def density(nnz: int, elements: int) -> float:
     return nnz / elements if elements else 0.0
 
 
-def matrix_view(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of the matrix view of ``shape`` (spec, section 1): axis 0 against all others."""
     if not shape:
         return 1, 1
     return shape[0], math.prod(shape[1:])
 
 
-class SparseTensor:
+class _Immutable:
+    """Its attributes are set once, by ``object.__setattr__``."""
+
+    __slots__ = ()
+
+    def __setattr__(self, key: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable; cannot set {key}")
+
+    def __delattr__(self, key: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable; cannot delete {key}")
+
+
+class SparseTensor(_Immutable):
     """The entries of one weight that an adapter sets.
 
     Attributes:
         name: the weight's name in the base's checkpoint.
         shape: its shape, any rank.
         dtype: its dtype in the base, a float numpy dtype (``ml_dtypes`` for bfloat16 and float8).
-        indices: int64 ``[nnz]``: flat row-major positions, strictly increasing, read-only.
-        meaning: what the values are: ``"target"`` (what the entries become), ``"delta"`` (what is added to them) or
+        indices: int64 ``[nnz]``: flat row-major, strictly increasing, read-only.
+        value_kind: what the values are: ``"target"`` (what the entries become), ``"delta"`` (what is added to them) or
             ``"none"`` (a mask).
-        base: ``[nnz]`` values of the base at the entries in ``dtype``, or None if they are not at hand.
-        base_digest: SHA-256 of those values, or None if they were never known.
-        base_name: the name of the base's tensor from which this one starts; ``name`` unless the adapter is a patch that
-            renames or derives tensors (spec, section 3.5). ``shape`` and all that is said of the base is said of that one.
-        rows: size of dimension 0 of the result; None: as ``shape`` says.
-        new_rows: ``[rows - shape[0], *shape[1:]]``, the further rows of a result that has more; else None.
-        result_digest: SHA-256 of the whole result at strength 1, or None if nobody computed it.
+        base: ``[nnz]`` values of the base at the entries, in ``dtype``; None if the adapter does not hold them.
+        base_digest: SHA-256 of those values; None if it is not known.
+        base_name: the base's tensor from which this one is made: ``name``, unless a patch renames or copies tensors (spec,
+            section 3.5). ``shape``, ``dtype`` and ``base`` are about that tensor.
+        rows: size of dimension 0 of the result; None: that of ``shape``.
+        new_rows: ``[rows - shape[0], *shape[1:]]``, the rows that a longer result has in addition; else None.
+        result_digest: SHA-256 of the whole result at strength 1, or None.
     """
 
     __slots__ = (
@@ -89,14 +101,14 @@ class SparseTensor:
         new_rows: Any = None,
         result_digest: str | None = None,
     ) -> None:
-        """Check and take over one tensor's entries; arrays are shared, not copied, and seen read-only.
+        """Check and store one tensor's entries; arrays are shared, not copied, and become read-only views.
 
         Args:
             name: the weight's name in the base's checkpoint.
             shape: the weight's shape.
             indices: ``[nnz]`` integers, flat row-major, strictly increasing.
-            values: ``[nnz]`` floats, numpy or torch; left out for a mask (``value_kind="none"``).
-            meaning: see the class.
+            values: ``[nnz]`` floats, numpy or torch; None for a mask (``value_kind="none"``).
+            value_kind: see the class.
             dtype: the weight's dtype; by default that of ``values``, which targets must have.
             base: ``[nnz]`` values of the base at the entries.
             base_digest: their SHA-256; computed if ``base`` is given.
@@ -109,23 +121,23 @@ class SparseTensor:
             FormatError: a rule of the format is broken; ``rule`` says which.
         """
         if value_kind not in ("target", "delta", "none"):
-            raise FormatError("manifest-schema", f"meaning {value_kind!r}", tensor=name)
+            raise FormatError("manifest-schema", f"value_kind {value_kind!r}", tensor=name)
         set_ = object.__setattr__
         set_(self, "name", name)
         set_(self, "shape", tuple(int(n) for n in shape))
         set_(self, "value_kind", value_kind)
-        set_(self, "indices", frozen(_checked_indices(name, self.shape, indices)))
+        set_(self, "indices", read_only(_checked_indices(name, self.shape, indices)))
         if (values is None) != (value_kind == "none"):
             raise FormatError("count-mismatch", f"a {value_kind} tensor with values={values}", tensor=name)
-        set_(self, "_values", None if values is None else frozen(as_array(values)))
+        set_(self, "_values", None if values is None else read_only(as_array(values)))
         set_(self, "dtype", np.dtype(dtype if dtype is not None else self._guess_dtype()))
-        set_(self, "base", None if base is None else frozen(as_array(base)))
+        set_(self, "base", None if base is None else read_only(as_array(base)))
         if self.base is not None:
-            base_digest = digest(self.base)
+            base_digest = array_digest(self.base)
         set_(self, "base_digest", base_digest)
         set_(self, "base_name", name if base_name is None else base_name)
         set_(self, "rows", None if rows is None else int(rows))
-        set_(self, "new_rows", None if new_rows is None else frozen(as_array(new_rows)))
+        set_(self, "new_rows", None if new_rows is None else read_only(as_array(new_rows)))
         set_(self, "result_digest", result_digest)
         self._check_values()
         self._check_rows()
@@ -166,13 +178,13 @@ class SparseTensor:
             raise FormatError("manifest-schema", "a result digest without target values", tensor=self.name)
         if self.rows is None:
             if self.new_rows is not None:
-                raise FormatError("stray-stream", "new rows, and no count of rows", tensor=self.name)
+                raise FormatError("stray-stream", "new rows without a number of rows", tensor=self.name)
             return
         if not self.shape or self.rows < 0 or self.value_kind == "none":
             raise FormatError("manifest-schema", f"rows {self.rows} of a {self.value_kind} tensor of shape {list(self.shape)}", tensor=self.name)  # fmt: skip
         if numel(self.result_shape) > MAX_NUMEL:
             raise FormatError(
-                "shape-overflow", f"{self.rows} rows make more than 2^53 - 1 elements", tensor=self.name
+                "shape-overflow", f"a result of {self.rows} rows has more than 2^53 - 1 elements", tensor=self.name
             )
         more = self.rows - self.shape[0]
         if (more > 0) != (self.new_rows is not None):
@@ -186,7 +198,7 @@ class SparseTensor:
                     "count-mismatch", f"new rows of shape {list(self.new_rows.shape)}", tensor=self.name
                 )
         if more < 0 and self.nnz and self.indices[-1] >= numel(self.result_shape):
-            raise FormatError("out-of-range", f"index {self.indices[-1]} lies in the rows that are dropped", tensor=self.name)  # fmt: skip
+            raise FormatError("out-of-range", f"index {self.indices[-1]} is in the rows that are removed", tensor=self.name)  # fmt: skip
 
     @property
     def result_shape(self) -> tuple[int, ...]:
@@ -195,17 +207,11 @@ class SparseTensor:
 
     @property
     def is_patch(self) -> bool:
-        """Whether the tensor starts from one of another name or size (feature ``patch``)."""
+        """Whether the tensor is made from one of another name or size (feature ``patch``)."""
         return self.base_name != self.name or self.rows is not None
 
-    def __setattr__(self, key: str, value: object) -> None:
-        raise AttributeError(f"SparseTensor is immutable; cannot set {key}")
-
-    def __delattr__(self, key: str) -> None:
-        raise AttributeError(f"SparseTensor is immutable; cannot delete {key}")
-
     def __reduce__(self) -> tuple[Any, ...]:
-        # __slots__ without setattr defeats pickle's default; adapters travel between processes.
+        # pickle's default needs setattr; adapters are sent between processes.
         return _rebuild, (
             self.name, self.shape, self.indices, self._values, self.value_kind, self.dtype, self.base, self.base_digest,
             self.base_name, self.rows, self.new_rows, self.result_digest,
@@ -213,12 +219,12 @@ class SparseTensor:
 
     @property
     def nnz(self) -> int:
-        """How many entries are stored."""
+        """The number of entries."""
         return int(self.indices.size)
 
     @property
     def numel(self) -> int:
-        """How many elements the whole weight has."""
+        """The number of elements of the weight."""
         return numel(self.shape)
 
     @property
@@ -252,7 +258,7 @@ class SparseTensor:
         return array.reshape(-1)[self.indices]
 
     def checked_base(self, weight: Any) -> Array:
-        """``at_entries(weight)``, if ``weight`` is the base that this tensor was made for.
+        """``at_entries(weight)``, after a check that ``weight`` is the base that this tensor was made for.
 
         Raises:
             BaseMismatch: another shape, dtype or values at the entries.
@@ -266,7 +272,7 @@ class SparseTensor:
             raise BaseMismatch(
                 f"tensor {self.name!r}: the adapter is for {self.dtype}, the weight has {found.dtype}"
             )
-        if digest(found) != self.base_digest:
+        if array_digest(found) != self.base_digest:
             raise BaseMismatch(
                 f"tensor {self.name!r}: the base holds other values at the adapter's entries (digest differs)"
             )
@@ -275,11 +281,11 @@ class SparseTensor:
     def delta(self, base: Any = None) -> Array:
         """What the adapter adds to each entry, ``[nnz]`` in float32 (float64 for a float64 weight).
 
-        For targets this is target - base, from ``base`` (the whole weight ``[*shape]``, checked by digest) or, if it
-        is None, from the base values that the file holds.
+        For targets this is target - base, with ``base`` (the weight ``[*shape]``, checked by digest) or, if it is None,
+        with the base values in the file.
 
         Raises:
-            BaseRequired: targets, and no base values.
+            BaseRequired: the values are targets, and there are no base values.
             BaseMismatch: ``base`` is not the base of this adapter.
         """
         work = working_dtype(self.dtype)
@@ -298,7 +304,7 @@ class SparseTensor:
     def applied(self, base: Array, alpha: float = 1.0, start: int = 0) -> Array:
         """The entries' new values at strength ``alpha``, ``[n]`` in ``base.dtype`` (spec, section 4.1).
 
-        ``base`` holds the base's values at the entries from the ``start``-th on, ``[n]``; see :meth:`checked_base`.
+        ``base``: ``[n]`` values of the base at the entries from the ``start``-th on; see :meth:`checked_base`.
         """
         values = self.values[start : start + base.size]
         work = working_dtype(base.dtype)
@@ -339,23 +345,23 @@ class SparseTensor:
 
 
 def _rebuild(
-    name: str, shape: tuple[int, ...], indices: Any, values: Any, value_kind: ValueKind, dtype: Any, base: Any, seen: Any,
+    name: str, shape: tuple[int, ...], indices: Any, values: Any, value_kind: ValueKind, dtype: Any, base: Any, base_digest: Any,
     base_name: str, rows: int | None, new_rows: Any, result: Any,
 ) -> SparseTensor:  # fmt: skip
     return SparseTensor(
-        name, shape, indices, values, value_kind=value_kind, dtype=dtype, base=base, base_digest=seen,
+        name, shape, indices, values, value_kind=value_kind, dtype=dtype, base=base, base_digest=base_digest,
         base_name=base_name, rows=rows, new_rows=new_rows, result_digest=result,
     )  # fmt: skip
 
 
-class DenseTensor:
-    """A tensor that the adapter replaces as a whole: a bias, a norm, a head; any dtype and shape.
+class DenseTensor(_Immutable):
+    """A tensor that the adapter replaces whole, such as a bias, a norm or a head; any dtype and shape.
 
     Attributes:
         name: its name in the base's checkpoint, or a new one.
         values: ``[*shape]``, read-only.
         base: the base's tensor in the same dtype and shape, or None.
-        base_digest: its SHA-256, or None if the base has no such tensor or was not at hand.
+        base_digest: its SHA-256; None if the base has no such tensor, or it is not known.
     """
 
     __slots__ = ("base", "base_digest", "name", "values")
@@ -368,32 +374,26 @@ class DenseTensor:
     def __init__(self, name: str, values: Any, *, base: Any = None, base_digest: str | None = None) -> None:
         set_ = object.__setattr__
         set_(self, "name", name)
-        set_(self, "values", frozen(as_array(values)))
+        set_(self, "values", read_only(as_array(values)))
         dtype_name(self.values.dtype)
-        set_(self, "base", None if base is None else frozen(as_array(base)))
+        set_(self, "base", None if base is None else read_only(as_array(base)))
         if self.base is not None:
             if self.base.dtype != self.values.dtype:
-                raise FormatError("stream-dtype", "base of another dtype", tensor=name)
+                raise FormatError("stream-dtype", "the base has another dtype", tensor=name)
             if self.base.shape != self.values.shape:
-                raise FormatError("count-mismatch", "base of another shape", tensor=name)
-            base_digest = digest(self.base)
+                raise FormatError("count-mismatch", "the base has another shape", tensor=name)
+            base_digest = array_digest(self.base)
         set_(self, "base_digest", base_digest)
 
-    def __setattr__(self, key: str, value: object) -> None:
-        raise AttributeError(f"DenseTensor is immutable; cannot set {key}")
-
-    def __delattr__(self, key: str) -> None:
-        raise AttributeError(f"DenseTensor is immutable; cannot delete {key}")
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_whole, (self.name, self.values, self.base, self.base_digest)
+        return _rebuild_dense, (self.name, self.values, self.base, self.base_digest)
 
     def check_base(self, weight: Any) -> None:
-        """Raise BaseMismatch if the base's tensor is known and ``weight`` is not that tensor."""
+        """Raise BaseMismatch if the digest of the base's tensor is known and ``weight`` has another."""
         found = as_array(weight)
         if self.base_digest is None:
             return
-        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or digest(
+        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or array_digest(
             found
         ) != self.base_digest:
             raise BaseMismatch(f"tensor {self.name!r}: the base holds another tensor (digest differs)")
@@ -413,15 +413,15 @@ class DenseTensor:
         return f"DenseTensor({self.name!r}, shape={list(self.values.shape)}, dtype={self.values.dtype})"
 
 
-def _rebuild_whole(name: str, values: Any, base: Any, seen: Any) -> DenseTensor:
-    return DenseTensor(name, values, base=base, base_digest=seen)
+def _rebuild_dense(name: str, values: Any, base: Any, base_digest: Any) -> DenseTensor:
+    return DenseTensor(name, values, base=base, base_digest=base_digest)
 
 
 def same_bits(a: Array | None, b: Array | None) -> bool:
-    """Whether two arrays have the same dtype, shape and bits (so NaN equals itself and -0.0 is not 0.0)."""
+    """Whether two arrays have the same dtype, shape and bits (NaN equals itself, -0.0 is not 0.0)."""
     if a is None or b is None:
         return a is b
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(as_bytes(a), as_bytes(b))
 
 
 def _checked_indices(name: str, shape: tuple[int, ...], indices: Any) -> npt.NDArray[np.int64]:

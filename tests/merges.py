@@ -16,7 +16,6 @@ from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.lora import Lora, open_lora
-from shira_format.selection import TopK
 from tests import models
 from tests.updates import dense
 
@@ -57,7 +56,7 @@ class Adapted:
 
     def applied(self) -> nn.Module:
         """The model after our conversion of every entry."""
-        lora_to_shira(self.lora, self.base, self.folder / "all.st", rule=TopK(1.0))
+        lora_to_shira(self.lora, self.base, self.folder / "all.st", density=1.0)
         model = self.make()
         apply(load(self.folder / "all.st"), model.state_dict())
         return model

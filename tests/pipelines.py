@@ -27,7 +27,6 @@ from shira_format import load
 from shira_format._core.arrays import Array
 from shira_format.convert import lora_to_shira
 from shira_format.convert.report import ConversionReport
-from shira_format.selection import TopK
 
 MODELS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
@@ -146,7 +145,7 @@ def check(
     Returns:
         what the conversion reports.
     """
-    report = lora_to_shira(lora, base, out, rule=TopK(1.0))
+    report = lora_to_shira(lora, base, out, density=1.0)
     adapter = load(out)
     found = {name: np.array(array) for name, array in before.items()}
     for name, tensor in adapter.items():

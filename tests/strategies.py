@@ -9,10 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from shira_format import Adapter, DenseTensor, SparseTensor
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.dtypes import DTYPES, FLOATS
-from shira_format.format.codecs import Indices
-from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_view, numel
+from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_shape, numel
 
 Shape = tuple[int, ...]
 Part = dict[str, Any]
@@ -42,7 +41,7 @@ def small_shapes(min_rank: int = 0, max_rank: int = 5, max_numel: int = 4096) ->
 @st.composite
 def patterns(draw: st.DrawFn, shape: Shape, max_diagonals: int = 3) -> list[Part]:
     """Rows, columns and diagonals, each of which lies in the matrix view of ``shape``."""
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     pattern: list[Part] = []
     for kind, along in (("rows", rows), ("columns", columns)):
         if along and draw(st.booleans()):
@@ -56,7 +55,7 @@ def patterns(draw: st.DrawFn, shape: Shape, max_diagonals: int = 3) -> list[Part
 
 def pattern_indices(pattern: list[Part], shape: Shape) -> Indices:
     """The union of the parts, element by element as section 5.4 defines it."""
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     r, c = np.divmod(np.arange(rows * columns, dtype=np.int64), max(1, columns))
     chosen = np.zeros(rows * columns, bool)
     for part in pattern:

@@ -12,7 +12,6 @@ from shira_format._core.arrays import Array
 from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.lora.update import Update
-from shira_format.selection import TopK
 
 
 def dense(update: Update, step: int = 7) -> Array:
@@ -34,6 +33,6 @@ def close(expected: Array, found: Array) -> None:
 
 def merge(lora: Path, base: Path, model: nn.Module, folder: Path) -> nn.Module:
     """``model`` (changed in place) with every entry that the LoRA changes, by our own conversion."""
-    lora_to_shira(lora, base, folder / "everything.st", rule=TopK(1.0))
+    lora_to_shira(lora, base, folder / "everything.st", density=1.0)
     apply(load(folder / "everything.st"), model.state_dict())
     return model

@@ -14,7 +14,6 @@ from pathlib import Path
 from shira_cli import plot
 from shira_cli.demo import DATA, find_base
 from shira_format.convert import lora_to_shira
-from shira_format.selection import TopK
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 QUERY = "encoder.layer.3.attention.self.query.weight"
@@ -34,11 +33,11 @@ def main() -> int:
             for density in (0.01, 0.05):
                 path = Path(folder, f"{name} {density:.0%}")
                 lora_to_shira(
-                    DATA / "loras" / name, base, path, rule=TopK(density, None, "tensor"), self_contained=True
+                    DATA / "loras" / name, base, path, density=density, scope="tensor", self_contained=True
                 )
                 made[path.name] = [path]
         path = Path(folder, "spam, 5% over all tensors")
-        lora_to_shira(DATA / "loras" / "spam", base, path, rule=TopK(0.05, None, "global"), self_contained=True)
+        lora_to_shira(DATA / "loras" / "spam", base, path, density=0.05, scope="global", self_contained=True)
         every = [path for paths in made.values() for path in paths]
         figures: dict[str, list[str | Path]] = {
             "mask": [*made["spam 5%"], *made["genre 5%"], "--tensor", QUERY, "--csv", Path(folder, "mask.csv")],

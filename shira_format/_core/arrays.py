@@ -1,11 +1,10 @@
-"""Arrays as others hand them to us: numpy, torch (never imported here) and what numpy can read."""
+"""Numpy arrays: from torch tensors (torch is never imported here), as bytes, digests, and buffers that are reused."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 import threading
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.int64]  # flat positions in a weight
 
-# torch dtypes that numpy cannot take over, with an integer of the same size to carry the bits across.
+# torch dtypes that numpy lacks, with an integer dtype of the same size through which the bits are converted.
 _VIA_BITS: dict[str, tuple[str, Any]] = {
     "torch.bfloat16": ("int16", ml_dtypes.bfloat16),
     "torch.float8_e4m3fn": ("uint8", ml_dtypes.float8_e4m3fn),
@@ -24,7 +24,7 @@ _VIA_BITS: dict[str, tuple[str, Any]] = {
 
 
 def as_array(tensor: Any) -> Array:
-    """``tensor`` as a numpy array that shares memory where it can: a numpy array, or a torch tensor on the CPU.
+    """``tensor``, numpy or torch, as a numpy array that shares its memory where possible.
 
     A torch tensor elsewhere is copied to the CPU. bfloat16 and float8 become ``ml_dtypes`` arrays, bit for bit.
     """
@@ -32,26 +32,26 @@ def as_array(tensor: Any) -> Array:
     if torch is None or not isinstance(tensor, torch.Tensor):
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
-    if (bits := _VIA_BITS.get(str(tensor.dtype))) is None:
+    if (as_bytes := _VIA_BITS.get(str(tensor.dtype))) is None:
         return np.asarray(tensor.numpy())
-    carrier, dtype = bits
+    carrier, dtype = as_bytes
     return np.asarray(tensor.view(getattr(torch, carrier)).numpy().view(dtype))
 
 
-def bits(array: Array) -> Array:
-    """The bytes of ``array`` as flat uint8, without a copy if it is contiguous; compares NaN and -0.0 exactly."""
+def as_bytes(array: Array) -> Array:
+    """The bytes of ``array`` as flat uint8, without a copy if it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def different(a: Array, b: Array) -> Array:
+def bits_differ(a: Array, b: Array) -> Array:
     """Where the bits of two arrays of one dtype differ."""
     unsigned = np.dtype(f"u{a.dtype.itemsize}")
     return np.asarray(a.view(unsigned) != b.view(unsigned))
 
 
-def digest(array: Array) -> str:
-    """SHA-256 of the array's bytes in row-major order, 64 hex digits (spec, section 6)."""
-    return hashlib.sha256(bits(array).data).hexdigest()
+def array_digest(array: Array) -> str:
+    """SHA-256 of the array's bytes in row-major order, as 64 hex digits (spec, section 6)."""
+    return hashlib.sha256(as_bytes(array).data).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -65,33 +65,30 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def frozen(array: Array) -> Array:
+def read_only(array: Array) -> Array:
     """A read-only view of ``array``."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-def positions(mask: npt.NDArray[np.bool_], count: int | None = None) -> npt.NDArray[np.int64]:
-    """Where a flat mask is true; for sparse masks faster than ``np.flatnonzero``, which looks at every element.
-
-    ``count`` is how often it is true, if that is known.
-    """
+def where_true(mask: npt.NDArray[np.bool_], count: int | None = None) -> npt.NDArray[np.int64]:
+    """``np.flatnonzero`` of a flat mask, faster if the mask is sparse; ``count`` is the number of true elements, if known."""
     if (np.count_nonzero(mask) if count is None else count) * 8 > mask.size:
         return np.flatnonzero(mask)
     whole = mask.size & ~7
     words = mask[:whole].view(np.uint64)
-    some = np.flatnonzero(words != 0)  # for booleans it is several times as fast
+    some = np.flatnonzero(words != 0)  # several times as fast on booleans
     inner = np.flatnonzero(words[some].view(np.bool_))
     found = (some << 3)[inner >> 3] + (inner & 7)
     return found if whole == mask.size else np.concatenate([found, np.flatnonzero(mask[whole:]) + whole])
 
 
 def sum_of_squares(values: Array) -> float:
-    """In the values' own type, unless it leaves that type's normal range."""
+    """The sum of squares, in the values' dtype; in float64 if it leaves that dtype's normal range."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         energy = float(np.dot(values, values))
-    if not 1e-30 < energy < 1e30:  # squares may have vanished, or overflowed; or there is a NaN, which stays
+    if not 1e-30 < energy < 1e30:  # squares may have underflowed or overflowed, or there is a NaN, which stays
         wide = values.astype(np.float64)
         energy = float(np.dot(wide, wide))
     return energy
@@ -101,28 +98,10 @@ _held = threading.local()
 
 
 def scratch(use: str, size: int, dtype: np.dtype[Any]) -> Array:
-    """A buffer ``[size]`` that belongs to this thread and use, and is used again: fresh ones cost more than arithmetic."""
+    """A buffer ``[size]`` for this thread and use, which the next call returns again: allocation costs more than arithmetic."""
     held: Array | None = getattr(_held, use, None)
     nbytes = size * dtype.itemsize
     if held is None or held.size < nbytes:
         held = np.empty(nbytes, np.uint8)
         setattr(_held, use, held)
     return held[:nbytes].view(dtype)
-
-
-def upcast(array: Array, out: Array) -> Array:
-    """``array`` in the wider float type of ``out``, exactly, written there; several times faster than ``astype``."""
-    if array.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:
-        upper = out.view(np.uint32)
-        upper[...] = array.view(np.uint16)
-        np.left_shift(upper, 16, out=upper)
-    elif array.dtype.itemsize == 1:
-        np.take(_table(array.dtype, out.dtype), array.view(np.uint8), out=out, mode="clip")
-    else:
-        out[...] = array
-    return out
-
-
-@cache
-def _table(narrow: np.dtype[Any], wide: np.dtype[Any]) -> Array:
-    return np.arange(256, dtype=np.uint8).view(narrow).astype(wide)

@@ -1,8 +1,7 @@
-"""Inner loops as machine code, if numba is installed; the same in numpy, if it is not.
+"""Inner loops, compiled by numba if it is installed, else in numpy.
 
-numpy makes several passes where these make one: decoding gap8 takes a fifth of the time. numba takes half a second to
-import and to compile once for each machine, so :func:`load` is called by whoever switches adapters on live models, and a
-program that only looks at a file pays nothing.
+Compiled loops make one pass where numpy makes several: gap8 decodes five times as fast. Importing numba takes half a
+second, so :func:`load` is called only by code that switches adapters on live models.
 """
 
 from __future__ import annotations
@@ -12,18 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from shira_format._core.arrays import Array
-
-Indices = npt.NDArray[np.int64]
+from shira_format._core.arrays import Array, Indices
 
 _loading = threading.Lock()
 _kernels: Any = None
 
 
 def load() -> bool:
-    """Use machine code from now on, if numba is there; whether it is used."""
+    """Use compiled loops from now on if numba is installed; returns whether they are used."""
     global _kernels  # noqa: PLW0603 - set once
     with _loading:
         if _kernels is None:
@@ -40,15 +36,15 @@ def loaded() -> Any:
     return _kernels
 
 
-def unsigned(flat: Array) -> Array:
-    """The bits of a contiguous array as unsigned integers of its item's size, ``[n]``, in the same memory."""
+def as_unsigned(flat: Array) -> Array:
+    """A contiguous array's bits as flat unsigned integers of the same item size, in the same memory."""
     return flat.reshape(-1).view(f"u{flat.dtype.itemsize}")
 
 
 def take(flat: Array, indices: Indices) -> Array:
-    """``flat[indices]`` for indices that were checked, as a new array of the same dtype."""
+    """``flat[indices]`` as a new array of the same dtype; the indices are not checked."""
     out = np.empty(indices.size, flat.dtype)
-    source, bits = unsigned(flat), unsigned(out)
+    source, bits = as_unsigned(flat), as_unsigned(out)
     if _kernels is not None:
         _kernels.take(source, indices, bits)
     elif indices.size:
@@ -57,8 +53,8 @@ def take(flat: Array, indices: Indices) -> Array:
 
 
 def put(flat: Array, indices: Indices, values: Array) -> None:
-    """``flat[indices] = values`` for indices that were checked and values of the same dtype."""
-    target, bits = unsigned(flat), unsigned(np.ascontiguousarray(values))
+    """``flat[indices] = values``, of the same dtype; the indices are not checked."""
+    target, bits = as_unsigned(flat), as_unsigned(np.ascontiguousarray(values))
     if _kernels is not None:
         _kernels.put(target, indices, bits)
     else:
@@ -66,16 +62,16 @@ def put(flat: Array, indices: Indices, values: Array) -> None:
 
 
 def is_strictly_increasing(indices: Indices) -> bool:
-    """Whether ``indices`` strictly rise."""
+    """Whether ``indices`` are strictly increasing."""
     if _kernels is not None:
-        return bool(_kernels.rises(indices))
+        return bool(_kernels.is_strictly_increasing(indices))
     return bool((indices[1:] > indices[:-1]).all())
 
 
 def exchange(flat: Array, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
-    """Put ``old_base`` back at ``old``, then ``new_values`` at ``new``; what was at ``new`` in between.
+    """Write ``old_base`` at ``old``, then ``new_values`` at ``new``; returns what was at ``new`` in between.
 
-    All indices rise and were checked; all values are of the dtype of ``flat``.
+    Indices are strictly increasing and not checked; values have the dtype of ``flat``.
     """
     if _kernels is None:
         put(flat, old, old_base)
@@ -83,15 +79,15 @@ def exchange(flat: Array, old: Indices, old_base: Array, new: Indices, new_value
         put(flat, new, new_values)
         return base
     base = np.empty(new.size, flat.dtype)
-    arrays = [unsigned(np.ascontiguousarray(array)) for array in (old_base, new_values)]
-    _kernels.exchange(unsigned(flat), old, arrays[0], new, arrays[1], unsigned(base))
+    arrays = [as_unsigned(np.ascontiguousarray(array)) for array in (old_base, new_values)]
+    _kernels.exchange(as_unsigned(flat), old, arrays[0], new, arrays[1], as_unsigned(base))
     return base
 
 
 def overlay(values: Array, indices: Indices, other: Indices, other_values: Array) -> int:
-    """Where ``indices`` and ``other`` (both rising) meet, let ``values`` be ``other_values``; how often that is."""
+    """Where ``indices`` are also in ``other`` (both strictly increasing), set ``values`` to ``other_values``; returns how many."""
     if _kernels is not None:
-        return int(_kernels.overlay(unsigned(values), indices, other, unsigned(other_values)))
+        return int(_kernels.overlay(as_unsigned(values), indices, other, as_unsigned(other_values)))
     if not indices.size or not other.size:
         return 0
     at = np.searchsorted(other, indices)
@@ -102,7 +98,7 @@ def overlay(values: Array, indices: Indices, other: Indices, other_values: Array
 
 
 def union(lists: Sequence[Indices]) -> tuple[Indices, list[Indices]]:
-    """All numbers of some strictly rising lists, once each and rising, and where among them those of each list are."""
+    """The union of strictly increasing lists, strictly increasing, and where in it the items of each list are."""
     filled = [one for one in lists if one.size]
     if len(filled) <= 1:
         every = filled[0] if filled else np.empty(0, np.int64)
@@ -110,13 +106,13 @@ def union(lists: Sequence[Indices]) -> tuple[Indices, list[Indices]]:
     if _kernels is not None:
         return _union_two_by_two(lists)
     together = np.concatenate(lists)
-    order = np.argsort(together, kind="stable")  # which merges lists that rise
-    rising = together[order]
-    first = np.ones(rising.size, bool)
-    np.not_equal(rising[1:], rising[:-1], out=first[1:])
+    order = np.argsort(together, kind="stable")  # a merge: each list is sorted
+    ordered = together[order]
+    first = np.ones(ordered.size, bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     at = np.empty(together.size, np.int64)
     at[order] = np.cumsum(first) - 1
-    return rising[first], np.split(at, np.cumsum([one.size for one in lists])[:-1])
+    return ordered[first], np.split(at, np.cumsum([one.size for one in lists])[:-1])
 
 
 def _union_two_by_two(lists: Sequence[Indices]) -> tuple[Indices, list[Indices]]:
@@ -131,7 +127,7 @@ def _union_two_by_two(lists: Sequence[Indices]) -> tuple[Indices, list[Indices]]
 
 
 def mixed(target: Array, own: Array, factors: Array) -> Array:
-    """``own + factors (target - own)``, rounded once; where a factor is 1, ``target`` bit for bit.
+    """``own + factors * (target - own)``, rounded once; where a factor is 1, ``target`` bit for bit.
 
     Args:
         target: ``[k]``.
@@ -142,8 +138,8 @@ def mixed(target: Array, own: Array, factors: Array) -> Array:
         return target
     if _kernels is not None and target.dtype.name == "bfloat16":
         new = np.empty(target.size, target.dtype)
-        arrays = (unsigned(np.ascontiguousarray(one)) for one in (target, own))
-        _kernels.mix_bfloat16(*arrays, factors, unsigned(new))
+        arrays = (as_unsigned(np.ascontiguousarray(one)) for one in (target, own))
+        _kernels.mix_bfloat16(*arrays, factors, as_unsigned(new))
         return new
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
         origin = own.astype(factors.dtype)
@@ -156,31 +152,31 @@ def mixed(target: Array, own: Array, factors: Array) -> Array:
 def scatter(
     at: Indices, new: Array, own: Array, factors: Array, values: Array, base: Array, known: Array, count: Array
 ) -> int:
-    """Lay one adapter's values onto entries of a weight, where others may lie already.
+    """Write one adapter's values to entries of a weight that other adapters may have set already.
 
     ``base[at] = own`` and ``known[at]`` is set; where the factor is not 0, ``count[at]`` counts one more and
     ``values[at] = new``.
 
     Args:
-        at: int64 ``[k]``, places in the arrays ``[n]``.
+        at: int64 ``[k]``, positions in the arrays ``[n]``.
         new: ``[k]``, in the weight's dtype.
-        own: ``[k]`` the base's values as this adapter knows them.
-        factors: ``[k]``, or ``[1]`` for all, which is not 0.
+        own: ``[k]`` the base's values as this adapter has them.
+        factors: ``[k]``, or ``[1]`` for all, then not 0.
         values: ``[n]``, changed.
         base: ``[n]``, changed.
         known: bool ``[n]``: where ``base`` is known, changed.
         count: int32 ``[n]``, changed.
 
     Returns:
-        The number of an entry where ``base`` was known and is another one, or -1.
+        The number of an entry whose ``base`` was known and differs, or -1.
     """
     if _kernels is not None:
-        arrays = (unsigned(np.ascontiguousarray(one)) for one in (new, own))
-        return int(_kernels.lay(at, *arrays, factors, unsigned(values), unsigned(base), known, count))
+        arrays = (as_unsigned(np.ascontiguousarray(one)) for one in (new, own))
+        return int(_kernels.scatter(at, *arrays, factors, as_unsigned(values), as_unsigned(base), known, count))
     met = np.flatnonzero(known[at])
-    other = met[unsigned(base[at[met]]) != unsigned(own[met])]
+    other = met[as_unsigned(base[at[met]]) != as_unsigned(own[met])]
     base[at], known[at] = own, True
-    laid = np.arange(at.size) if factors.size == 1 else np.flatnonzero(factors)
-    count[at[laid]] += 1
-    values[at[laid]] = new[laid]
+    written = np.arange(at.size) if factors.size == 1 else np.flatnonzero(factors)
+    count[at[written]] += 1
+    values[at[written]] = new[written]
     return int(other[-1]) if other.size else -1

@@ -1,6 +1,6 @@
 """The dtypes of checkpoints, by their safetensors names, as numpy dtypes.
 
-numpy lacks bfloat16 and the 8-bit floats; ``ml_dtypes`` adds them, so that a value keeps its bits without torch.
+``ml_dtypes`` adds bfloat16 and the 8-bit floats, which numpy lacks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     """The safetensors name of ``dtype``, for example ``"BF16"``.
 
     Raises:
-        TypeError: checkpoints do not use this dtype.
+        TypeError: it has none.
     """
     try:
         return _NAMES[dtype]
@@ -51,5 +51,5 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def working_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type in which deltas of ``dtype`` are computed: float64 for float64, else float32 (spec, 4.1)."""
+    """The dtype in which deltas of ``dtype`` are computed: float64 for float64, else float32 (spec, 4.1)."""
     return FLOATS["F64"] if dtype == FLOATS["F64"] else FLOATS["F32"]

@@ -1,6 +1,6 @@
-"""The functions of :mod:`shira_format._core.compiled` that numba compiles; imported only if it is there.
+"""The functions of :mod:`shira_format._core.compiled` that numba compiles; imported only if numba is installed.
 
-They work on unsigned integers, one compilation for each size of an item, and let other threads run meanwhile.
+They take unsigned integers, with one compilation per item size, and release the GIL.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numba import njit
 
-from shira_format._core.prefetch import prefetch, works
+from shira_format._core.prefetch import is_supported, prefetch
 
 _VARINT = 8  # bytes of a code at most
-_PIECE = 1 << 15  # bytes of a weight that are worked on together: they fit a first-level cache
-_AHEAD = 128  # entries: long enough before they are needed, few enough to be still there then
+_PIECE = 1 << 15  # bytes of a weight that fit a first-level cache
+_AHEAD = 128  # entries: early enough for the memory to answer, late enough for the cache to still hold them
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -23,13 +23,13 @@ def _compiled(function: F) -> F:
     return cast("F", njit(nogil=True, cache=True)(function))
 
 
-if works():
+if is_supported():
     _soon = prefetch
 else:
 
     @_compiled
     def _soon(array: Any, index: Any) -> None:
-        """Nothing: everything works without, at less speed."""
+        """No prefetch: slower, but correct."""
 
 
 @_compiled
@@ -52,7 +52,7 @@ def put(flat: Any, indices: Any, values: Any) -> None:
 
 @_compiled
 def overlay(values: Any, indices: Any, other: Any, other_values: Any) -> int:
-    """A merge of two rising lists; see :func:`shira_format._core.compiled.overlay`."""
+    """A merge of two strictly increasing lists; see :func:`shira_format._core.compiled.overlay`."""
     i = j = met = 0
     while i < indices.size and j < other.size:
         a, b = indices[i], other[j]
@@ -68,7 +68,7 @@ def overlay(values: Any, indices: Any, other: Any, other_values: Any) -> int:
 def exchange(flat: Any, old: Any, old_base: Any, new: Any, new_values: Any, new_base: Any) -> None:
     """``flat[old] = old_base; new_base = flat[new]; flat[new] = new_values``, a piece of ``flat`` at a time.
 
-    Both lists of indices rise, so that each piece comes from memory once, and stays in the cache for all three.
+    Both index lists are increasing, so that each piece is loaded once and stays in the cache for all three steps.
     """
     i = j = limit = 0
     piece = _PIECE // flat.itemsize
@@ -91,10 +91,10 @@ def exchange(flat: Any, old: Any, old_base: Any, new: Any, new_values: Any, new_
 
 @_compiled
 def union(first: Any, second: Any, out: Any, of_first: Any, of_second: Any) -> int:
-    """Merge two strictly rising lists into ``out``; where each went; how many there are.
+    """Merge two strictly increasing lists into ``out``, and their positions in it; returns its length.
 
-    Which list comes next is a coin toss that no processor foresees: so a place is written at every step, and what is
-    written last is right.
+    Which list comes next is unpredictable, so there is no branch: every step writes both positions, and the last write
+    of each is the right one.
     """
     i = j = n = 0
     while i < first.size and j < second.size:
@@ -120,7 +120,7 @@ def union(first: Any, second: Any, out: Any, of_first: Any, of_second: Any) -> i
 
 @_compiled
 def mix_bfloat16(target: Any, own: Any, factors: Any, out: Any) -> None:
-    """``out = own + factors (target - own)`` of bfloat16 as its 16 bits; ``factors`` is of one, or of one for each."""
+    """``out = own + factors (target - own)`` of bfloat16 as its 16 bits; ``factors`` is ``[1]`` or ``[k]``."""
     for k in range(target.size):
         factor = factors[k] if factors.size > 1 else factors[0]
         origin = np.uint32(np.uint32(own[k]) << 16).view(np.float32)
@@ -134,7 +134,7 @@ def mix_bfloat16(target: Any, own: Any, factors: Any, out: Any) -> None:
 
 @_compiled
 def scatter(at: Any, new: Any, own: Any, factors: Any, values: Any, base: Any, known: Any, count: Any) -> int:
-    """See :func:`shira_format._core.compiled.lay`; values as their bits."""
+    """See :func:`shira_format._core.compiled.scatter`; values are given as their bits."""
     bad = -1
     for k in range(at.size):
         n = at[k]
@@ -150,21 +150,16 @@ def scatter(at: Any, new: Any, own: Any, factors: Any, values: Any, base: Any, k
 
 @_compiled
 def is_strictly_increasing(indices: Any) -> bool:
-    """Whether ``indices`` strictly rise."""
+    """Whether ``indices`` are strictly increasing."""
     falls = 0
     for i in range(1, indices.size):
-        falls += (
-            indices[i] <= indices[i - 1]
-        )  # counted, not left at the first one: so several are compared at once
+        falls += indices[i] <= indices[i - 1]  # counted without an early exit, so that the loop is vectorised
     return falls == 0
 
 
 @_compiled
 def decode_gap8(stream: Any, indices: Any) -> int:
-    """Fill ``indices`` (as many as bytes other than 255 are expected); how many bytes ended an entry.
-
-    Stops writing when ``indices`` is full, but goes on counting.
-    """
+    """Fill ``indices``; returns how many entries the stream has, of which those that do not fit are only counted."""
     at, found = -1, 0
     for i in range(stream.size):
         byte = stream[i]
@@ -179,7 +174,7 @@ def decode_gap8(stream: Any, indices: Any) -> int:
 
 @_compiled
 def decode_varint(stream: Any, indices: Any, numel: int) -> bool:
-    """Fill ``indices`` from a stream that breaks no rule; whether it is one, with as many entries, below ``numel``."""
+    """Fill ``indices``; returns whether the stream is valid and has exactly so many entries, all below ``numel``."""
     at, found, i = -1, 0, 0
     while i < stream.size:
         gap, length = 0, 0
@@ -191,7 +186,7 @@ def decode_varint(stream: Any, indices: Any, numel: int) -> bool:
             gap |= (byte & 127) << (7 * length)
             i += 1
             length += 1
-        at += gap + 1  # at most 2^56 more than what was below numel
+        at += gap + 1  # no overflow: at most 2^56 more than a number below numel
         if (byte == 0 and length > 1) or at >= numel or found == indices.size:
             return False
         indices[found] = at
@@ -201,12 +196,10 @@ def decode_varint(stream: Any, indices: Any, numel: int) -> bool:
 
 @_compiled
 def false_block(stream: Any, blocks: Any, indices: Any, block_size: int, more: int) -> int:
-    """The first row of a directory that lies about decoded ``indices``, or -1; one pass over what it points to.
+    """The first row of a block directory that disagrees with the decoded ``indices``, or -1.
 
-    Bytes below ``more`` end an entry.
-
-    A row is right if its offset is where the code of its entry starts. Between two right offsets lie just as many ends of
-    entries as a block has, so they are counted; see :func:`shira_format.format.codecs.blocks.check_blocks`.
+    Bytes below ``more`` end an entry. A row is right if its offset is where the code of its entry starts: between two right
+    offsets, as many entries end as a block has. See :func:`shira_format.format.codecs.blocks.check_blocks`.
     """
     for row in range(blocks.shape[0]):
         if blocks[row, 0] != indices[row * block_size]:

@@ -1,7 +1,7 @@
-"""Asking the processor for a cache line before it is needed, from code that numba compiles.
+"""Prefetching cache lines from code that numba compiles.
 
-Entries of a sparse adapter lie a few cache lines apart, too far for the processor to guess the next one: without this, a
-switch waits for memory most of the time.
+Entries of a sparse adapter are a few cache lines apart, too far for the hardware prefetcher: without this, a switch
+mostly waits for memory.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numba.extending import intrinsic
 
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001 - numba's signature
-    """``prefetch(array, index)``: soon that element of a contiguous array will be read and written. A hint, nothing more."""
+    """``prefetch(array, index)``: hint that this element of a contiguous array will be read and written soon."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        wanted = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        hint = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0")
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         place = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
         # To be written; to be kept in all caches; data, not instructions.
         builder.call(hint, [place, number(1), number(3), number(1)])
@@ -37,10 +37,10 @@ def _ask(array: Any) -> None:
     prefetch(array, 0)
 
 
-def works() -> bool:
-    """Whether this numba's LLVM knows the hint by the name that is used here."""
+def is_supported() -> bool:
+    """Whether this numba's LLVM has the intrinsic."""
     try:
         _ask(np.zeros(1, np.uint8))
-    except Exception:  # whatever another LLVM says to it
+    except Exception:  # other versions of LLVM raise different errors
         return False
     return True

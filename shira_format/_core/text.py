@@ -1,4 +1,4 @@
-"""Text for people: names from strangers' files made harmless, numbers, and columns."""
+"""Text for people: printable names, numbers and tables."""
 
 from __future__ import annotations
 

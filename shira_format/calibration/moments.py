@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from shira_format import SourceError
-from shira_format._core.arrays import Array, bits
-from shira_format.storage.atomic import replaced_file
+from shira_format._core.arrays import Array, as_bytes
+from shira_format.storage.atomic import atomic_file
 from shira_format.storage.safetensors_file import SafetensorsFile, header_of, parse_object
 
 _KEY = "shira_moments"
@@ -177,12 +177,12 @@ class Moments(Mapping[str, Moment]):
                 sizes.append((name + _INPUTS, one.inputs.dtype, one.inputs.shape))
         version = _WITH_INPUTS if len(sizes) > len(told) else _VERSION
         header, _ = header_of(sizes, {_KEY: json.dumps({"version": version, "weights": told})})
-        with replaced_file(Path(path)) as file:
+        with atomic_file(Path(path)) as file:
             file.write(header)
             for one in self.values():
-                file.write(bits(one.blocks).data)
+                file.write(as_bytes(one.blocks).data)
                 if one.inputs is not None:
-                    file.write(bits(one.inputs).data)
+                    file.write(as_bytes(one.inputs).data)
 
     @classmethod
     def read(cls, path: str | Path) -> Moments:
@@ -231,14 +231,14 @@ class _File(Mapping[str, Moment]):
 
     def __getitem__(self, weight: str) -> Moment:
         entry = self._told[weight]
-        inputs = self._file.read_apart(weight + _INPUTS) if "inputs" in entry else None
+        inputs = self._file.read_separately(weight + _INPUTS) if "inputs" in entry else None
         try:
             if inputs is not None and inputs.shape[:1] != (entry["inputs"],):
                 raise SourceError(
                     f"moments of {weight!r}: not the {entry['inputs']!r} inputs that the metadata tells"
                 )
             return Moment(
-                weight, self._file.read_apart(weight), entry["width"], entry["samples"], entry["inputs_first"], inputs,
+                weight, self._file.read_separately(weight), entry["width"], entry["samples"], entry["inputs_first"], inputs,
                 entry.get("tokens", False),
             )  # fmt: skip
         except SourceError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shira_format import SourceError
+from shira_format._core.optional import optional_import
 from shira_format.names.filters import name_filter
 
 _LONGEST = 1 << 24  # characters of a line, more than any text that a model takes
@@ -102,13 +103,9 @@ def load_model(folder: Path, *, causal: bool = False) -> Loaded:
     Raises:
         SourceError: torch or transformers is missing; no folder; transformers cannot load it; weights of its blocks are missing.
     """
-    try:
+    with optional_import("running a model needs torch and transformers", "demo"):
         import torch  # noqa: F401 - transformers is there without it, and then has no models
         import transformers
-    except ImportError:
-        raise SourceError(
-            "running a model needs torch and transformers: pip install 'shira-format[demo]'"
-        ) from None
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder")
     with _silent(transformers):

@@ -1,7 +1,7 @@
-"""Full checkpoints as lazy mappings from tensor name to array, whatever their layout; a file per layout.
+"""Full checkpoints of any layout as lazy mappings from tensor name to array; a file per layout.
 
-A new layout is a module with an ``open_...`` function that returns a :class:`Checkpoint`, or None if the path is not
-of its kind, and one line in :data:`LAYOUTS`.
+A new layout is a module with an ``open_...`` function that returns a :class:`Checkpoint`, or None if the path has
+another layout, and one line in :data:`LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shira_format.checkpoints.gguf import open_gguf
 from shira_format.checkpoints.safetensors import open_safetensors
 from shira_format.checkpoints.torch_bin import open_torch_bin
 from shira_format.errors import SourceError
-from shira_format.storage.paths import located
+from shira_format.storage.paths import resolve_path
 
 LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [
     open_diffusers, open_safetensors, open_torch_bin, open_gguf, open_dcp,
@@ -26,20 +26,22 @@ LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [
 __all__ = ["LAYOUTS", "Checkpoint", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open the checkpoint at ``path``.
+def open_checkpoint(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+    """Open the checkpoint at ``path``; one that is open already is returned.
 
-    That is a safetensors file, a file of ``torch.save`` (.bin, .pt, .pth, .ckpt), an index of shards of either, a GGUF
-    file, or a folder with one of these; a diffusers pipeline; or a folder of ``torch.distributed.checkpoint``.
+    It is a safetensors file, a file of ``torch.save`` (.bin, .pt, .pth, .ckpt), an index of shards of either, a GGUF file,
+    or a folder with one of these; a diffusers pipeline; or a folder of ``torch.distributed.checkpoint``.
 
     Raises:
-        SourceError: there is none, or it is of a layout that is not read.
+        SourceError: there is none, or its layout is not supported.
         FormatError: a safetensors file is damaged.
     """
-    path = located(path)
+    if isinstance(path, Checkpoint):
+        return path
+    path = resolve_path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     for layout in LAYOUTS:
         if (checkpoint := layout(path)) is not None:
             return checkpoint
-    raise SourceError(f"{path}: not a safetensors checkpoint, nor another one that is read: need a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, an .index.json of shards, or a folder with one, of a pipeline, or of a distributed checkpoint")  # fmt: skip
+    raise SourceError(f"{path}: not a checkpoint of a supported layout: a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, an .index.json of shards, a folder with one of these, a diffusers pipeline, or a distributed checkpoint")  # fmt: skip

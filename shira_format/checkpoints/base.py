@@ -1,4 +1,4 @@
-"""What every checkpoint layout looks like to the rest of the package."""
+"""The interface of a checkpoint, whatever its layout."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 
-_MAPPED = 1 << 28  # bytes of a tensor up to which it is mapped whole to look at some of its elements
+_MAPPED = 1 << 28  # bytes up to which a tensor is mapped whole when some of its elements are read
 
 _T = TypeVar("_T")
 
 
 class Checkpoint(Mapping[str, Array]):
-    """A lazy mapping from tensor name to a read-only array, which lives in memory only as long as it is held.
+    """A lazy mapping from tensor name to a read-only array, which the checkpoint does not keep.
 
     Attributes:
-        path: what was opened.
+        path: the path that was opened.
         files: the files that hold the tensors.
-        components: the parts of a model of several, such as a pipeline; then every name is ``COMPONENT/NAME``.
-        notices: what a user should know, such as that a quantised file was dequantised.
+        components: of a pipeline, whose tensors are all named ``COMPONENT/NAME``; else empty.
+        notices: remarks for the user, such as that a quantised file was dequantised.
     """
 
     path: Path
@@ -41,21 +41,21 @@ class Checkpoint(Mapping[str, Array]):
         """The dtype of a tensor, without reading it."""
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
-        """Elements ``start`` to ``stop`` of the flat tensor, read from storage alone: ``[stop - start]``.
+        """Elements ``start`` to ``stop`` of the flat tensor, ``[stop - start]``.
 
-        Memory stays at the part, not the tensor, in layouts that can do so. Safe from several threads.
+        Most layouts read no more than that from storage. Safe from several threads.
 
         Args:
             name: the tensor.
             start: first flat index.
             stop: flat index after the last.
-            out: a contiguous buffer of the tensor's dtype and of at least this many elements, to fill and return a
-                part of; some layouts return another array.
+            out: a contiguous buffer of the tensor's dtype with at least that many elements, of which a part is filled
+                and returned; some layouts return another array.
         """
         return self[name].reshape(-1)[start:stop]
 
     def at(self, name: str, indices: Array) -> Array:
-        """The elements at flat ``indices`` (int64 ``[n]``, rising), ``[n]``; safe from several threads."""
+        """The elements at flat ``indices`` (int64 ``[n]``, increasing), ``[n]``; safe from several threads."""
         size, dtype = math.prod(self.shape(name)), self.dtype(name)
         if size * dtype.itemsize <= _MAPPED:
             return self[name].reshape(-1)[indices]
@@ -69,20 +69,20 @@ class Checkpoint(Mapping[str, Array]):
         return found
 
     def is_quantised(self, name: str) -> bool:
-        """Whether the file holds other numbers than these, from which they were dequantised."""
+        """Whether the tensor was dequantised, so that the file has other values."""
         return False
 
     @property
     def shards(self) -> dict[str, list[str]] | None:
-        """The names by the safetensors file, relative to a folder, that a copy in the same layout has; in order.
+        """The tensor names of each safetensors file (relative to a folder) of a copy in the same layout, in order.
 
-        None: the layout has no such files; whoever writes a copy divides it by size.
+        None: the layout has no such files, and a copy is sharded by size.
         """
         return None
 
     @property
     def folder(self) -> Path | None:
-        """The folder whose other files (config, tokenizer) belong to the model; None if there is none."""
+        """The folder with the model's other files (config, tokenizer), or None."""
         return None
 
     def metadata(self, shard: str) -> dict[str, str]:
@@ -90,8 +90,8 @@ class Checkpoint(Mapping[str, Array]):
         return {"format": "pt"}
 
 
-class Listed(Checkpoint, Generic[_T]):
-    """A checkpoint whose tensors are listed when it is opened, in ``_where``: what is known of each, by name."""
+class IndexedCheckpoint(Checkpoint, Generic[_T]):
+    """A checkpoint that indexes its tensors when it is opened: ``_where`` has what the layout needs of each, by name."""
 
     _where: Mapping[str, _T]
 

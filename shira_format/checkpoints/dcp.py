@@ -1,4 +1,4 @@
-"""Distributed checkpoints: folders that ``torch.distributed.checkpoint`` wrote, on one rank or many. Needs no torch."""
+"""Distributed checkpoints: folders that ``torch.distributed.checkpoint`` wrote on one or many ranks. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
-from shira_format.checkpoints.base import Listed
+from shira_format._core.arrays import Array, read_only
+from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.dcp_metadata import NAME, Chunk, Metadata, Sharded
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.strided import Box, boxes
-from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
+from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
 from shira_format.storage.paths import Storage, open_storage
 from shira_format.tensors import numel
 
-# Dicts beside the model's, by the names that training programs give them.
+# Names that training programs give to the optimizer's and to the model's dict.
 _OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state", "optimizer_states", "optimizer_state_dict")
 _MODELS = ("model", "module", "state_dict", "model_state_dict")
 
 
-class DcpCheckpoint(Listed[Sharded]):
-    """The model's tensors of a distributed checkpoint, put together from their chunks."""
+class DcpCheckpoint(IndexedCheckpoint[Sharded]):
+    """The model's tensors of a distributed checkpoint, assembled from their chunks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,8 +33,7 @@ class DcpCheckpoint(Listed[Sharded]):
         keys, notices = _model(metadata)
         self.notices = tuple(notices)
         self._where = {name: metadata.tensor(key) for name, key in keys.items()}
-        # A checkpoint of thousands of ranks has more files than a process may have open, and more chunks than need
-        # be remembered.
+        # A checkpoint of thousands of ranks has more files than a process may open, and too many chunks to cache all.
         self._storage = functools.lru_cache(64)(functools.partial(_open_file, path))
         self._chunk = functools.lru_cache(4096)(functools.partial(_open_chunk, self._storage))
         names = sorted({chunk.file for tensor in self._where.values() for chunk in tensor.chunks})
@@ -47,7 +46,7 @@ class DcpCheckpoint(Listed[Sharded]):
 
     def __getitem__(self, name: str) -> Array:
         shape = self.shape(name)
-        return frozen(self.part(name, 0, numel(shape)).reshape(shape))
+        return read_only(self.part(name, 0, numel(shape)).reshape(shape))
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         tensor = self._where[name]
@@ -75,7 +74,7 @@ class DcpCheckpoint(Listed[Sharded]):
         return self.path
 
     def _fill(self, target: Array, box: Box, chunk: Chunk, dtype: np.dtype[Any]) -> None:
-        """Set what ``chunk`` holds of ``target``, which is ``box`` of the tensor."""
+        """Fill the part of ``target``, which is ``box`` of the tensor, that ``chunk`` holds."""
         cuts, local, begin = [], [], 0
         for at, size, chunk_at, chunk_size in zip(*box, chunk.offsets, chunk.sizes, strict=True):
             low, high = max(at, chunk_at), min(at + size, chunk_at + chunk_size)
@@ -84,9 +83,9 @@ class DcpCheckpoint(Listed[Sharded]):
             cuts.append(slice(low - at, high - at))
             local.append(high - low)
             begin = begin * chunk_size + low - chunk_at
-        # The box is whole in all dimensions after the first that is not single: what it has of a chunk has no gaps.
+        # The box is whole in all dimensions after the first whose size is not 1, so its part of a chunk is contiguous.
         file, stored = self._chunk(chunk, dtype)
-        index: Any = (*cuts, ...)  # the dots make a scalar a view too
+        index: Any = (*cuts, ...)  # with the ellipsis, a scalar is a view as well
         place = target[index]
         count = numel(tuple(local))
         if place.flags.c_contiguous:
@@ -103,7 +102,7 @@ def open_dcp(path: Path) -> DcpCheckpoint | None:
 
 
 def _model(metadata: Metadata) -> tuple[dict[str, str], list[str]]:
-    """The keys of the model's tensors by their names in the model, and what a user should know of the choice."""
+    """The keys of the model's tensors by their names in the model, and notices about the choice."""
     kept: dict[str, tuple[str | int, ...]] = {key: metadata.paths.get(key, (key,)) for key in metadata.tensors}
     if not kept:
         raise SourceError(f"{metadata.path}: it has no tensors")
@@ -125,13 +124,13 @@ def _model(metadata: Metadata) -> tuple[dict[str, str], list[str]]:
     for key, steps in kept.items():
         name = ".".join(map(str, steps))
         if name in names:
-            raise SourceError(f"{metadata.path}: {names[name]!r} and {key!r} are both the tensor {name!r}")
+            raise SourceError(f"{metadata.path}: {names[name]!r} and {key!r} are both named {name!r} in the model")
         names[name] = key
     notices = [f"the tensors under {'.'.join(stripped)!r} are read"] if stripped else []
     if others := [key for key in metadata.tensors if key not in kept]:
-        notices.append(f"left out, as not the model's: {_some(others)}")
+        notices.append(f"left out, not part of the model: {_some(others)}")
     if metadata.others:
-        notices.append(f"left out, as not tensors: {_some(metadata.others)}")
+        notices.append(f"left out, not tensors: {_some(metadata.others)}")
     return names, notices
 
 
@@ -146,23 +145,25 @@ def _open_file(folder: Path, name: str) -> Storage:
         raise SourceError(f"{folder}: the file {name} is missing") from None
 
 
-def _open_chunk(storage: Callable[[str], Storage], chunk: Chunk, dtype: np.dtype[Any]) -> tuple[TorchFile, Stored]:
-    """The file that ``torch.save`` wrote of a chunk, and the tensor in it."""
+def _open_chunk(
+    storage: Callable[[str], Storage], chunk: Chunk, dtype: np.dtype[Any]
+) -> tuple[TorchFile, StoredTensor]:
+    """The part of a file that ``torch.save`` wrote for a chunk, and the tensor in it."""
     where = f"{chunk.file}, chunk at {list(chunk.offsets)}"
     try:
         file = TorchFile(_Window(functools.partial(storage, chunk.file), chunk.begin, chunk.length))
-        if type(file.root) is not Stored:
+        if type(file.root) is not StoredTensor:
             raise PickleError("not a tensor")
         file.check(file.root)
     except PickleError as error:
         raise PickleError(f"{where}: {error}") from None
     if (found := (TORCH_DTYPES[file.root.dtype], file.root.shape)) != (dtype, chunk.sizes):
-        raise PickleError(f"{where}: {found[0]} of shape {list(found[1])}, the metadata says {dtype} of {list(chunk.sizes)}")  # fmt: skip
+        raise PickleError(f"{where}: {found[0]} of shape {list(found[1])}, but {dtype} of {list(chunk.sizes)} in the metadata")  # fmt: skip
     return file, file.root
 
 
 class _Window:
-    """A part of a file as a storage of its own; the file is opened anew if it was closed in between."""
+    """A part of a file as a storage of its own; the file is reopened if it was closed in between."""
 
     def __init__(self, opener: Callable[[], Storage], begin: int, size: int) -> None:
         self._opener = opener
@@ -176,4 +177,4 @@ class _Window:
         return self._opener().view(self._begin + start, self._begin + stop)
 
     def close(self) -> None:
-        """Whoever opened the file closes it."""
+        """The file is closed by its owner."""

@@ -1,4 +1,4 @@
-"""``.metadata`` of a distributed checkpoint: which tensors there are, in which chunks, and where these are."""
+"""``.metadata`` of a distributed checkpoint: its tensors, their chunks, and where these are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Chunk:
         sizes: its shape.
         file: the name of the file.
         begin: where it begins in the file, in bytes.
-        length: its bytes, all of what ``torch.save`` wrote.
+        length: its size in bytes, including all that ``torch.save`` adds.
     """
 
     offsets: tuple[int, ...]
@@ -44,7 +44,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """A tensor in chunks that cover it once; those without elements are left out."""
+    """A tensor in chunks that cover it exactly once; empty ones are left out."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -52,16 +52,16 @@ class Sharded:
 
 
 class Metadata:
-    """What ``.metadata`` says.
+    """The content of ``.metadata``.
 
     Attributes:
         path: the file.
         tensors: the keys of tensors, in order.
-        others: the keys of all that is no tensor.
-        paths: for a key, where in the saved dict of dicts its item was; a key that was not flattened lacks.
+        others: the keys of everything that is not a tensor.
+        paths: the path of a key's item in the saved nested dict; only of keys that were flattened.
 
     Raises:
-        SourceError: it is damaged, or asks for something that metadata does not need.
+        SourceError: it is damaged, or its pickle needs something that metadata does not have.
         OSError: it cannot be read.
     """
 
@@ -94,12 +94,14 @@ class Metadata:
         """One of :attr:`tensors`, checked: its chunks cover it, without gap or overlap.
 
         Raises:
-            SourceError: they do not, or something else is wrong with it.
+            SourceError: they do not, or the tensor is damaged otherwise.
         """
         try:
             return self._tensor(key)
         except RecursionError:
-            raise SourceError(f"{self.path}: tensor {key!r}: its chunks lie in a way that is not read") from None
+            raise SourceError(
+                f"{self.path}: tensor {key!r}: its chunks are arranged in a way that is not supported"
+            ) from None
         except PickleError as error:
             raise SourceError(f"{self.path}: tensor {key!r}: {error}") from None
 
@@ -108,7 +110,7 @@ class Metadata:
         shape = _size(item, "TensorStorageMetadata", "size")
         dtype = _dtype(_field(item, "TensorStorageMetadata", "properties"))
         if numel(tuple(n for n in shape if n)) > MAX_NUMEL:
-            raise PickleError(f"shape {list(shape)} is for more than 2^53 - 1 elements")
+            raise PickleError(f"shape {list(shape)} has more than 2^53 - 1 elements")
         entries = _field(item, "TensorStorageMetadata", "chunks")
         if type(entries) is not list:
             raise PickleError("its chunks are not a list")
@@ -119,7 +121,7 @@ class Metadata:
                 raise PickleError(f"a chunk of rank {len(sizes)} of a tensor of shape {list(shape)}")
             if any(at + size > whole for at, size, whole in zip(offsets, sizes, shape, strict=True) if size):
                 raise PickleError(
-                    f"the chunk at {list(offsets)} of shape {list(sizes)} leaves shape {list(shape)}"
+                    f"the chunk at {list(offsets)} of shape {list(sizes)} is not within shape {list(shape)}"
                 )
             if numel(sizes):
                 chunks.append(self._chunk(key, offsets, sizes, alone=len(entries) == 1))
@@ -129,7 +131,7 @@ class Metadata:
 
     def _chunk(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], *, alone: bool) -> Chunk:
         place = self._places.get((key, offsets))
-        if place is None and alone:  # an index may leave the offset out where there is only one
+        if place is None and alone:  # the offset may be missing if there is only one chunk
             place = self._places.get((key, None))
         if place is None:
             raise PickleError(f"storage_data does not say where the chunk at {list(offsets)} is")
@@ -137,12 +139,12 @@ class Metadata:
             _field(place, "_StorageInfo", name) for name in ("relative_path", "offset", "length")
         )
         if place.state.get("transform_descriptors"):
-            raise PickleError("its file is compressed or otherwise transformed, which is not read")
+            raise PickleError("its file is compressed or otherwise transformed, which is not supported")
         if not is_file_name(file):
             shown = repr(file) if type(file) is str else "something"
             raise PickleError(f"it is in {shown:.200}, which is not the name of a file in the folder")
         if not _is_size((begin, length)):
-            raise PickleError("the place of a chunk is damaged")
+            raise PickleError("the offset or length of a chunk is invalid")
         return Chunk(offsets, sizes, file, begin, length)
 
 
@@ -208,7 +210,7 @@ def _dtype(properties: Any) -> np.dtype[Any]:
 
 
 def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]]:
-    if type(planner_data) is not dict:  # saved by a planner that does not flatten
+    if type(planner_data) is not dict:  # the planner did not flatten
         return {}
     return {
         key: path
@@ -218,7 +220,7 @@ def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]]:
 
 
 def _are_apart(chunks: Sequence[Chunk]) -> bool:
-    """Whether no two chunks share an element. Quick if they come from cuts across the whole tensor, as all known do."""
+    """Whether no two chunks overlap; fast if they come from cuts across the whole tensor, as all known ones do."""
     if len(chunks) < 2:
         return True
     for axis in range(len(chunks[0].sizes)):

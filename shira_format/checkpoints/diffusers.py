@@ -13,15 +13,15 @@ from shira_format._core.arrays import Array
 from shira_format.checkpoints.base import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.storage.safetensors_file import parse_object
-from shira_format.storage.weight_files import usual_weights
+from shira_format.storage.weight_files import find_weights
 
 _PIPELINE = "model_index.json"
-# The names under which each library looks for weights, for a copy of weights that were in no safetensors file.
+# The file names under which each library looks for weights: for copies of weights in other formats.
 _COPIES = {"transformers": "model.safetensors"}
 _COPY = "diffusion_pytorch_model.safetensors"
 # Endings of the names of classes that have no weights.
 _WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor")
-# Weights that no layout reads; a component of these is no component without weights.
+# Weights in unsupported formats; a component with one of these has weights.
 _UNREAD = (".onnx", ".msgpack", ".h5", ".ckpt", ".pt", ".pth", ".pb", ".xml", ".safetensors", ".bin")
 
 
@@ -32,12 +32,12 @@ class _Component:
 
 
 class PipelineCheckpoint(Checkpoint):
-    """The tensors of all components under one roof, each as ``COMPONENT/NAME``."""
+    """The tensors of all components, named ``COMPONENT/NAME``."""
 
     def __init__(
         self, folder: Path, parts: dict[str, Checkpoint], copies: dict[str, str], notices: list[str]
     ) -> None:
-        """Args: ``copies`` says for each of ``parts`` how a single file of its weights would be called."""
+        """Args: ``copies`` is for each of ``parts`` the name of a single file with its weights."""
         self.path = folder
         self.components = tuple(parts)
         self.files = [file for part in parts.values() for file in part.files]
@@ -90,7 +90,7 @@ class PipelineCheckpoint(Checkpoint):
     def shards(self) -> dict[str, list[str]]:
         found = {}
         for component, part in self._parts.items():
-            # A loader looks for weights in the component's folder, so that a copy cannot be divided otherwise.
+            # Loaders look for weights in the component's folder.
             shards = part.shards or {self._copies[component]: list(part)}
             for shard, names in shards.items():
                 found[f"{component}/{shard}"] = [f"{component}/{name}" for name in names]
@@ -125,7 +125,7 @@ def open_diffusers(path: Path) -> PipelineCheckpoint | None:
 
 
 def _components(path: Path) -> dict[str, _Component]:
-    """What ``model_index.json`` lists as ``name: [library, class]``; its other entries are settings, or left empty."""
+    """The entries ``name: [library, class]`` of ``model_index.json``; the others are settings or empty."""
     try:
         entries = parse_object(path.read_text("utf-8").encode(), "json")
     except (FormatError, ValueError) as error:
@@ -135,21 +135,23 @@ def _components(path: Path) -> dict[str, _Component]:
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
         library, cls = entry
-        # A pipeline with code of its own names the module and the class by a list and a string.
+        # A pipeline with custom code has a list for the module and a string for the class.
         if not isinstance(cls, str) or not isinstance(library, (str, list)):
             continue
-        if not name.isidentifier():  # it is an argument of the pipeline's class; and no path that leads elsewhere
+        if (
+            not name.isidentifier()
+        ):  # it is an argument of the pipeline's class, and must not be a path to elsewhere
             raise SourceError(f"{path}: {name!r} is not the name of a component")
         found[name] = _Component(str(library), cls)
     return found
 
 
 def _open(folder: Path, component: _Component, notices: list[str]) -> Checkpoint | None:
-    """The weights in the folder of a component; None if it is of a kind without weights."""
+    """The weights in the folder of a component; None if it has none, such as a tokenizer."""
     from shira_format.checkpoints import LAYOUTS
 
     files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else None
-    usual = usual_weights(files or ())
+    usual = find_weights(files or ())
     if usual is None and component.cls.endswith(_WEIGHTLESS):
         return None
     if files is None:
@@ -162,14 +164,14 @@ def _open(folder: Path, component: _Component, notices: list[str]) -> Checkpoint
         if usual.others:
             variants = ", ".join(sorted([usual.variant, *usual.others]))
             raise SourceError(f"{folder}: several variants ({variants}) and no plain weights; keep one")
-        notices.append(f"{folder.name}: there is the variant {usual.variant} alone, which is read")
+        notices.append(f"{folder.name}: the variant {usual.variant} is read; there are no plain weights")
     elif usual is not None and usual.others:
         notices.append(f"{folder.name}: the plain weights are read, not the variant {', '.join(usual.others)}")
     path = folder if usual is None else folder / usual.name
     for layout in LAYOUTS:
         if layout is not open_diffusers and (found := layout(path)) is not None:
             return found
-    # What is a model has config.json; other objects have settings under other names.
+    # Models have a config.json; other objects have configs of other names.
     if "config.json" in files or not files or any(name.endswith(_UNREAD) for name in files):
-        raise SourceError(f"{folder}: no weights that can be read, of a component that {_PIPELINE} lists ({component.cls})")  # fmt: skip
+        raise SourceError(f"{folder}: no weights of a supported format, but {_PIPELINE} lists the component ({component.cls})")  # fmt: skip
     return None

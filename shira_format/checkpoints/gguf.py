@@ -1,4 +1,4 @@
-"""GGUF checkpoints, one file or a split one, under the names and in the orientation that Hugging Face has."""
+"""GGUF checkpoints, single or split, with the names and orientations of Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
+from shira_format._core.arrays import Array, read_only
 from shira_format._core.dtypes import DTYPES
-from shira_format.checkpoints.base import Listed
+from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.gguf_file import Entry, GGUFFile, load_gguf
 from shira_format.checkpoints.gguf_names import ARCHITECTURES, COMPUTED, HEADS, Form
 from shira_format.errors import SourceError
@@ -20,22 +20,22 @@ from shira_format.tensors import numel
 
 _FILE = ".gguf"
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.IGNORECASE)
-# Elements that are dequantised or turned at a time; a multiple of every block.
+# Elements that are dequantised or transposed at a time; a multiple of every block size.
 _CHUNK = 2**18
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One tensor as it comes out: what the file has, and what is undone.
+    """A tensor, with what reading undoes of the conversion to GGUF.
 
     Attributes:
         file: the file that holds it.
-        entry: where and how it does.
-        form: what the file did to it.
-        heads: for :attr:`Form.ROTARY`, into how many groups the rows are divided.
+        entry: its entry in that file.
+        form: what the conversion to GGUF did to it.
+        heads: for :attr:`Form.ROTARY`, the number of heads, in which the rows are grouped.
         stored: the dtype in the file; None if it is quantised.
-        dtype: the dtype that comes out.
-        shape: the shape that comes out.
+        dtype: the dtype that is returned.
+        shape: the shape that is returned.
     """
 
     file: GGUFFile
@@ -58,7 +58,7 @@ class _Tensor:
                 out -= 1
 
     def _read_rotary(self, start: int, stop: int, out: Array) -> None:
-        """Head by head: a head's rows stay together, so that nothing else has to be read."""
+        """Head by head: rows are reordered only within a head."""
         rows, size = self.shape[0] // self.heads, numel(self.shape) // self.heads
         head = np.empty(size, self.dtype)
         for number in range(start // size, -(-stop // size)):
@@ -69,7 +69,7 @@ class _Tensor:
             out[low - start : high - start] = ordered[low - begin : high - begin]
 
     def _read_transposed(self, start: int, stop: int, out: Array) -> None:
-        """Whole rows of the file, of which a few columns are kept: much is read, little is held."""
+        """Read whole rows of the file and keep a few columns: little memory, much reading."""
         rows, columns = self.entry.shape
         first, last = start // rows, -(-stop // rows)
         kept = np.empty((last - first, rows), self.dtype)
@@ -81,7 +81,7 @@ class _Tensor:
         out[:] = kept.reshape(-1)[start - first * rows : stop - first * rows]
 
     def _read_stored(self, start: int, stop: int, out: Array) -> None:
-        """Elements in the file's own order, as :attr:`dtype`."""
+        """Elements in the file's order, as :attr:`dtype`."""
         entry, storage = self.entry, self.file.storage
         if self.stored == self.dtype:
             storage.read_into(entry.begin + start * self.dtype.itemsize, out.view(np.uint8).data)
@@ -92,23 +92,23 @@ class _Tensor:
             block, last = low // entry.block, -(-high // entry.block)
             raw = np.empty((last - block) * entry.block_bytes, np.uint8)
             storage.read_into(entry.begin + block * entry.block_bytes, raw.data)
-            with np.errstate(all="ignore"):  # a scale may be infinite: so are the values then
+            with np.errstate(all="ignore"):  # an infinite scale makes infinite values
                 values = dequantize(raw, entry.type)
             out[low - start : high - start] = values[low - block * entry.block : high - block * entry.block]
 
 
-class GGUFCheckpoint(Listed[_Tensor]):
-    """The tensors of one model in one or more GGUF files; quantised ones come as float32.
+class GGUFCheckpoint(IndexedCheckpoint[_Tensor]):
+    """The tensors of a model in one or more GGUF files; quantised ones are returned as float32.
 
     Attributes:
         header: the numbers and short strings of its metadata; of a split model, those of the first file.
     """
 
     def __init__(self, path: Path, files: list[GGUFFile]) -> None:
-        """Args: ``files`` are the parts of a split model in order; the first one's metadata counts.
+        """Args: ``files`` are the parts of a split model in order; the metadata of the first one is used.
 
         Raises:
-            SourceError: it is no whole model, or of an architecture or with a tensor of which too little is known.
+            SourceError: it is not a whole model, or its architecture or a tensor is not supported.
         """
         self.path = path
         self.files = [file.path for file in files]
@@ -123,9 +123,7 @@ class GGUFCheckpoint(Listed[_Tensor]):
                     left_out.append(stem)
                     continue
                 if (found := architecture.find(stem)) is None:
-                    raise SourceError(
-                        f"{file.path}: tensor {stem!r} has no Hugging Face name that is known for {name}"
-                    )
+                    raise SourceError(f"{file.path}: no Hugging Face name is known for tensor {stem!r} of {name}")
                 target, form = found
                 if target in self._where:
                     raise SourceError(f"{file.path}: tensor {stem!r} is in an earlier part as well")
@@ -139,8 +137,8 @@ class GGUFCheckpoint(Listed[_Tensor]):
         if tensor.form is Form.SAME and tensor.stored is not None:
             begin = tensor.entry.begin
             mapped = tensor.file.storage.view(begin, begin + count * tensor.dtype.itemsize)
-            return frozen(np.frombuffer(mapped, tensor.dtype, count).reshape(tensor.shape))
-        return frozen(self.part(name, 0, count).reshape(tensor.shape))
+            return read_only(np.frombuffer(mapped, tensor.dtype, count).reshape(tensor.shape))
+        return read_only(self.part(name, 0, count).reshape(tensor.shape))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._where[name].shape
@@ -162,10 +160,10 @@ class GGUFCheckpoint(Listed[_Tensor]):
 
 
 def read_stored(file: GGUFFile, name: str) -> Array:
-    """A whole tensor as the file has it, whatever it means; one that is quantised comes as float32.
+    """A whole tensor as stored, in the file's orientation; a quantised one is returned as float32.
 
     Raises:
-        SourceError: it is of a type that cannot be dequantised.
+        SourceError: its type cannot be dequantised.
     """
     tensor = _tensor(file, name, file.entries[name], Form.SAME, 1)
     out = np.empty(numel(tensor.shape), tensor.dtype)
@@ -199,14 +197,14 @@ def _open_parts(path: Path, files: list[GGUFFile]) -> None:
     if match is None:
         if count != 1:
             raise SourceError(
-                f"{path}: one of {count} parts of a split model, but not named ...-00001-of-....gguf"
+                f"{path}: one of {count} parts of a split model, but its name is not ...-00001-of-....gguf"
             )
         return
     stem, number, last = match.groups()
     if int(number) != 1:
         raise SourceError(f"{path}: a later part of a split model: give the first, {stem}-00001-of-{last}.gguf")
     if count != int(last):
-        raise SourceError(f"{path}: split.count is {count}, the name says that there are {int(last)} parts")
+        raise SourceError(f"{path}: split.count is {count}, but the file name is that of {int(last)} parts")
     for other in range(2, int(last) + 1):
         part = path.parent / f"{stem}-{other:05}-of-{last}.gguf"
         if not part.is_file():
@@ -214,9 +212,9 @@ def _open_parts(path: Path, files: list[GGUFFile]) -> None:
         files.append(GGUFFile(part))
         if (place := files[-1].metadata.get("split.no")) != other - 1:
             raise SourceError(f"{part}: split.no is {place}, not {other - 1}")
-    tensors, told = sum(len(file.entries) for file in files), files[0].metadata.get("split.tensors.count")
-    if told is not None and told != tensors:
-        raise SourceError(f"{path}: the parts have {tensors} tensors, not {told} as split.tensors.count says")
+    tensors, declared = sum(len(file.entries) for file in files), files[0].metadata.get("split.tensors.count")
+    if declared is not None and declared != tensors:
+        raise SourceError(f"{path}: the parts have {tensors} tensors, but split.tensors.count is {declared}")
 
 
 def _find(folder: Path) -> Path | None:
@@ -226,7 +224,7 @@ def _find(folder: Path) -> Path | None:
     first = [path for path in found if (match := _SPLIT.fullmatch(path.name)) is None or int(match[2]) == 1]
     if len(first) > 1:
         raise SourceError(f"{folder}: several GGUF files ({first[0].name}, {first[1].name}, ...); name one")
-    # Later parts alone: opening one says what is missing.
+    # Only later parts: opening one raises the error.
     return next(iter(first or found), None)
 
 
@@ -243,24 +241,24 @@ def _architecture(path: Path, files: list[GGUFFile]) -> str:
         raise SourceError(f"{path}: general.architecture is missing")
     if name not in ARCHITECTURES:
         raise SourceError(
-            f"{path}: how the architecture {name!r} stores its tensors is not known here; read are {', '.join(ARCHITECTURES)}"
+            f"{path}: the architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     return name
 
 
 def _heads(path: Path, name: str, entry: Entry, architecture: str, metadata: dict[str, Any]) -> int:
-    """Into how many groups the rows of a tensor of :attr:`Form.ROTARY` are divided."""
+    """The number of heads of a tensor of :attr:`Form.ROTARY`."""
     query = f"{architecture}.{HEADS['attn_q']}"
     key = f"{architecture}.{HEADS[name.split('.')[2]]}"
-    # Without its own number of key heads, a model has as many as it has query heads.
+    # Without a number of key heads, there are as many as query heads.
     if key not in metadata:
         key = query
     heads = metadata.get(key)
     if type(heads) is not int or heads < 1:
-        raise SourceError(f"{path}: {key} is {'missing' if key not in metadata else 'not one number above 0'}")
+        raise SourceError(f"{path}: {key} is {'missing' if key not in metadata else 'not a positive integer'}")
     if not entry.shape or entry.shape[0] % (2 * heads):
         raise SourceError(
-            f"{path}: tensor {name!r} of shape {list(entry.shape)} has no pairs of rows for {heads} heads"
+            f"{path}: tensor {name!r} of shape {list(entry.shape)} cannot be divided into pairs of rows of {heads} heads"
         )
     return heads
 
@@ -271,7 +269,7 @@ def _tensor(file: GGUFFile, name: str, entry: Entry, form: Form, heads: int) -> 
     stored = DTYPES.get(entry.type.name)
     dtype = DTYPES["F32"] if stored is None else stored
     if form is Form.SHIFTED and dtype not in {DTYPES["F32"], DTYPES["F64"]}:
-        dtype = DTYPES["F32"]  # what is left after the subtraction may need it
+        dtype = DTYPES["F32"]  # the difference may need its precision
     if stored is None or stored != dtype:
         gguf = load_gguf(file.path)
         try:
@@ -289,9 +287,9 @@ def _notices(tensors: list[_Tensor], left_out: list[str]) -> Iterator[str]:
     if quantised:
         kinds = ", ".join(sorted({tensor.entry.type.name for tensor in quantised}))
         yield (
-            f"{len(quantised)} of {len(tensors)} tensors are quantised ({kinds}): values are the dequantised ones, in float32"
+            f"{len(quantised)} of {len(tensors)} tensors are quantised ({kinds}): they are dequantised to float32"
         )
     if any(tensor.form is Form.SHIFTED for tensor in tensors):
-        yield "the file has 1 added to the weights of norms: it is subtracted, but the bits that the sum lost are gone"
+        yield "the file has 1 added to the weights of norms: it is subtracted, but the precision that the addition lost is not restored"
     if left_out:
-        yield f"left out, since llama.cpp computed them and no Hugging Face checkpoint has them: {', '.join(left_out)}"
+        yield f"left out, computed by llama.cpp and not in Hugging Face checkpoints: {', '.join(left_out)}"

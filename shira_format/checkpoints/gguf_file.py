@@ -1,8 +1,7 @@
 """Reading a GGUF file's header strictly, by ranges and in bounded memory.
 
-``gguf.GGUFReader`` maps the whole file, makes Python objects of a whole vocabulary and believes every count that it
-finds; and it cannot read what is not a local file. What the types mean, and how to dequantise them, comes from that
-package all the same.
+``gguf.GGUFReader`` maps the whole file, makes Python objects of the whole vocabulary, trusts every count, and reads only
+local files. The types and their dequantisation come from that package.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.storage.paths import Storage, open_storage
 from shira_format.tensors import MAX_NUMEL, numel
@@ -32,8 +32,8 @@ class Entry:
 
     Attributes:
         type: a ``gguf.GGMLQuantizationType``.
-        shape: as numpy counts, so that the last dimension is contiguous; GGUF counts the other way round.
-        begin: where its data begin in the file.
+        shape: in numpy's order, with the last dimension contiguous; GGUF has the reverse.
+        begin: where its data begins in the file.
         block: elements of a block; 1 if the type is not quantised.
         block_bytes: bytes of a block.
     """
@@ -73,25 +73,25 @@ class GGUFFile:
 
 
 class _Header:
-    """Reads from the start of a file on, through a window, never beyond its end."""
+    """Reads a file from its start, through a window, never beyond its end."""
 
     def __init__(self, path: Path, storage: Storage) -> None:
         self._path, self._storage = path, storage
         self._at, self._window, self._begin = 0, b"", 0
 
     def start(self) -> tuple[int, int]:
-        """How many tensors and how many keys there are."""
+        """The number of tensors and of keys."""
         if self._storage.size < 24 or self._take(4) != b"GGUF":
             raise self._error("not a GGUF file")
         version = self._number("I")
         if version and version & 0xFFFF == 0:
-            raise self._error("a big-endian GGUF file, which is not read")
+            raise self._error("a big-endian GGUF file, which is not supported")
         if version not in {2, 3}:
-            raise self._error(f"GGUF version {version}; only 2 and 3 are read")
+            raise self._error(f"GGUF version {version}; only 2 and 3 are supported")
         tensors, keys = self._number("Q"), self._number("Q")
         for count, what in ((tensors, "tensors"), (keys, "keys")):
             if count > MAX_ENTRIES:
-                raise self._error(f"it says that it has {count} {what}; the limit is {MAX_ENTRIES}")
+                raise self._error(f"a header with {count} {what}; the limit is {MAX_ENTRIES}")
         return tensors, keys
 
     def metadata(self, keys: int) -> dict[str, Any]:
@@ -133,10 +133,12 @@ class _Header:
         if not 0 < (count := numel(shape)) <= MAX_NUMEL:
             raise self._error(f"tensor {name!r} of shape {list(shape)} has no elements, or more than 2^53 - 1")
         if (row := shape[-1] if shape else 1) % block:
-            raise self._error(f"tensor {name!r}: rows of {row} are no whole blocks of {kind.name} ({block})")
+            raise self._error(
+                f"tensor {name!r}: rows of {row} are not a multiple of the block size of {kind.name} ({block})"
+            )
         if (end := begin + count // block * block_bytes) > self._storage.size:
             raise self._error(
-                f"tensor {name!r} ends at byte {end}, the file at byte {self._storage.size}: cut short?"
+                f"tensor {name!r} ends at byte {end}, but the file has {self._storage.size} bytes: truncated?"
             )
         return Entry(kind, shape, begin, block, block_bytes)
 
@@ -156,7 +158,7 @@ class _Header:
         if kind in _SCALARS:
             self._skip(count * struct.calcsize(_SCALARS[kind]))
         elif kind == _STRING:
-            for _ in range(count):  # ends at the latest when the file does
+            for _ in range(count):  # at most until the end of the file
                 self._skip(self._number("Q"))
         else:
             raise self._error(f"the key {key!r} is a list of the unknown type {kind}")
@@ -178,7 +180,7 @@ class _Header:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(code)))[0]
 
     def _take(self, count: int) -> bytes:
-        """The next bytes, at most a window of them."""
+        """The next bytes; at most the size of the window."""
         begin = self._at
         self._skip(count)
         if not self._begin <= begin <= self._at <= self._begin + len(self._window):
@@ -189,7 +191,7 @@ class _Header:
 
     def _skip(self, count: int) -> None:
         if count > self._storage.size - self._at:
-            raise self._error(f"it ends at byte {self._storage.size}, within its header: cut short?")
+            raise self._error(f"it ends at byte {self._storage.size}, within its header: truncated?")
         self._at += count
 
     def _error(self, reason: str) -> SourceError:
@@ -202,8 +204,6 @@ def load_gguf(path: Path) -> Any:
     Raises:
         SourceError: it is not installed.
     """
-    try:
+    with optional_import(f"{path}: GGUF files need the gguf package", "gguf"):
         import gguf
-    except ImportError:
-        raise SourceError(f"{path}: GGUF files need the gguf package: pip install 'shira-format[gguf]'") from None
     return gguf

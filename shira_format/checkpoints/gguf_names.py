@@ -1,8 +1,7 @@
-"""What GGUF calls a tensor and how it stores it, by architecture, beside what Hugging Face has.
+"""GGUF's names and forms of tensors, by architecture, with the names of Hugging Face checkpoints.
 
-The converter of llama.cpp renames tensors, and for some architectures changes them as well. Both must be known to give
-a tensor back as it was: an architecture that is not in :data:`ARCHITECTURES` is refused, since a guess could be wrong
-without a sign of it.
+The converter of llama.cpp renames tensors, and changes some of them. Both must be known to restore a tensor: an
+architecture that is not in :data:`ARCHITECTURES` is refused, since a wrong guess could go unnoticed.
 """
 
 from __future__ import annotations
@@ -13,23 +12,23 @@ from enum import Enum
 
 
 class Form(Enum):
-    """What the file did to a tensor, which reading undoes."""
+    """What the conversion to GGUF did to a tensor, which reading undoes."""
 
     SAME = "nothing"
-    ROTARY = "the rows of every head are paired (0, n/2, 1, n/2 + 1, ...) as Meta's rotary embedding wants them"
+    ROTARY = "the rows of every head are paired (0, n/2, 1, n/2 + 1, ...) for Meta's rotary embedding"
     TRANSPOSED = "it is transposed, since a Conv1D of Hugging Face holds [in, out]"
     SHIFTED = "1 is added"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The names of one architecture, as GGUF's stem to Hugging Face's module, and what was done to its tensors.
+    """The names of an architecture, from GGUF's stem to Hugging Face's module, and the forms of its tensors.
 
     Attributes:
-        model: of the tensors that are there once.
-        layer: of the tensors of every layer.
+        model: names outside of the layers.
+        layer: names within each layer.
         layers: the module that holds the layers.
-        rotary: whether the rows of ``attn_q`` and ``attn_k`` are in another order.
+        rotary: whether the rows of ``attn_q`` and ``attn_k`` are reordered.
         transposed: stems of weights that are transposed.
         shifted: whether the weights of norms have 1 added.
     """
@@ -60,13 +59,13 @@ class Architecture:
         return f"{module if number is None else f'{self.layers}.{number}.{module}'}.{ending}", form
 
 
-# No leading zeros: two names must not mean one tensor.
+# No leading zeros: a tensor must have only one name.
 _NAME = re.compile(r"(?:blk\.(0|[1-9][0-9]{0,8})\.)?([a-z0-9_]+)\.(weight|bias)")
 
-# Which of the architecture's keys says how many heads a tensor has.
+# The metadata key with the number of heads of a tensor.
 HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
-# What llama.cpp computes from the configuration; no Hugging Face checkpoint has it.
+# Computed by llama.cpp from the config; not in Hugging Face checkpoints.
 COMPUTED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.[0-9]+\.(attn_rot_embd|rope_freqs)\.weight")  # fmt: skip
 
 _MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -106,7 +105,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         layers="transformer.h", transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
     ),
     "granite": _LLAMA,
-    "llama": _LLAMA,  # and Mistral and others, which llama.cpp calls llama
+    "llama": _LLAMA,  # also Mistral and others
     "nemotron": Architecture(
         _MODEL,
         {**_ATTENTION, "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"},
@@ -128,7 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }  # fmt: skip
 
-# LoRAs of these are read as well, whole models are not. The prefix that a model with a head on top has is left out.
+# LoRAs of these are supported as well, but not whole models. Names are without the prefix of a model with a head.
 ADAPTED: dict[str, Architecture] = {
     **ARCHITECTURES,
     "bert": Architecture(

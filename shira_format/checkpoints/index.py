@@ -1,4 +1,4 @@
-"""What layouts of several files share: the search of a folder, and the index from tensor name to file."""
+"""What layouts with shards share: the search in a folder, and the index from tensor name to file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from shira_format.errors import SourceError
 def find(
     folder: Path, usual: tuple[str, ...], index: str, files: tuple[str, ...], ignored: tuple[str, ...] = ()
 ) -> Path | None:
-    """The checkpoint in ``folder``: one with a usual name, else the only one; None if there is none.
+    """The checkpoint in ``folder``: one with a standard name, else the only one; None if there is none.
 
     Args:
-        folder: where to look; not in folders within.
-        usual: names without ending, the preferred first.
-        index: the ending of an index, which tells more than a single file.
+        folder: where to look, without its subfolders.
+        usual: standard names without ending, the preferred first.
+        index: the ending of an index, which is preferred to a single file.
         files: the endings of single files.
-        ignored: beginnings of file names that are no weights.
+        ignored: beginnings of the names of files that are not weights.
 
     Raises:
         SourceError: there are several.
@@ -39,10 +39,10 @@ def find(
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index: from tensor name to the name of a file beside it, which is there.
+    """The ``weight_map`` of an index: from tensor name to the name of an existing file in the same folder.
 
     Raises:
-        SourceError: it is no index, a file name leads elsewhere, or a file is missing.
+        SourceError: it is not an index, a file name is a path, or a file is missing.
     """
     try:
         weight_map: Any = json.loads(path.read_text("utf-8"))["weight_map"]
@@ -51,21 +51,21 @@ def read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise SourceError(f"{path}: weight_map is not an object")
     for name, file in weight_map.items():
-        # An index from a stranger must not lead outside its folder.
+        # A stranger's index must not point outside of its folder.
         if not is_file_name(file):
-            raise SourceError(f"{path}: weight_map puts {name!r} in {file!r}, which is not a file name")
+            raise SourceError(f"{path}: weight_map has {file!r} for {name!r}, which is not a file name")
         if not (path.parent / file).is_file():
             raise SourceError(f"{path}: the shard {file} is missing")
     return weight_map
 
 
 def is_file_name(name: Any) -> bool:
-    """Whether ``name`` is that of a file, without folders."""
+    """Whether ``name`` is a plain file name, without folders."""
     return isinstance(name, str) and Path(name).name == name and "\\" not in name
 
 
 def check_weight_map(path: Path, weight_map: Mapping[str, str], opened: Mapping[str, Container[str]]) -> None:
-    """Raise SourceError unless every file holds the tensors that the index at ``path`` puts in it."""
+    """Raise SourceError unless every file has the tensors that the index at ``path`` lists for it."""
     for name, file in weight_map.items():
         if name not in opened[file]:
-            raise SourceError(f"{path}: the index puts {name!r} in {file}, which lacks it")
+            raise SourceError(f"{path}: the index lists {name!r} in {file}, which does not have it")

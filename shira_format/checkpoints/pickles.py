@@ -1,8 +1,8 @@
-"""Reading pickles of strangers: plain values, and what an allow-list names; no code of the pickle's choice ever runs.
+"""Reading strangers' pickles: plain values and the names of an allow-list; no code of the pickle's choice ever runs.
 
-``pickle.Unpickler`` with a ``find_class`` of one's own comes close, but its memo grows to any index that the pickle
-names, it hashes tuples of any depth, and it sets attributes on whatever it was given. This reader does none of that,
-and is what ``torch.load(weights_only=True)`` is, for any list, without torch.
+Like ``torch.load(weights_only=True)``, for any allow-list and without torch. ``pickle.Unpickler`` with its own
+``find_class`` is not enough: its memo grows to any index in the pickle, it hashes tuples of any depth, and it sets
+attributes on any object.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import IO, Any
 
 MAX_PICKLE = 2**28  # bytes: millions of chunks of a sharded checkpoint
 
-# (module, name) to what stands for it: a function to call where the pickle calls, or a value.
+# (module, name) to the value that replaces it, or to a function that is called in its place.
 Names = Mapping[tuple[str, str], Any]
 
 
 class PickleError(ValueError):
-    """A pickle is damaged, or asks for something that the allow-list does not have."""
+    """A pickle is damaged, or needs a name that is not in the allow-list."""
 
 
 class Record:
-    """An object that was asked for: its class, and what the pickle says that it holds.
+    """A pickled object: the name of its class and its state.
 
     Attributes:
         kind: the name of its class.
-        state: the pickled state, most often a dict of its attributes; None if there was none.
+        state: the pickled state, usually a dict of attributes, or None.
     """
 
     __slots__ = ("kind", "state")
@@ -50,15 +50,15 @@ def ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def load(file: IO[bytes], names: Names, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """Read one pickle from ``file`` and stop behind it.
+    """Read one pickle from ``file`` and stop after it.
 
     Args:
-        file: where it starts; must not allocate more than there is when asked for too many bytes.
-        names: what it may name. Values are used as they are; functions are called with arguments from the pickle.
+        file: at the start of the pickle; must not allocate more than there is when asked for too many bytes.
+        names: the allow-list. Values are used unchanged; functions are called with arguments from the pickle.
         persistent: makes an object from a persistent id.
 
     Raises:
-        PickleError: it is damaged, too long, or names something else.
+        PickleError: it is damaged, too long, or needs another name.
     """
     import pickletools
 
@@ -69,7 +69,7 @@ def load(file: IO[bytes], names: Names, persistent: Callable[[Any], Any] | None 
             if at is None or at - start > MAX_PICKLE:
                 raise PickleError(f"the pickle has more than {MAX_PICKLE} bytes")
             if (step := machine.steps.get(opcode.name)) is None:
-                raise PickleError(f"the pickle has the opcode {opcode.name}, which is not read")
+                raise PickleError(f"the pickle has the opcode {opcode.name}, which is not supported")
             step(argument)
         (result,) = machine.stack
     except PickleError:
@@ -80,7 +80,7 @@ def load(file: IO[bytes], names: Names, persistent: Callable[[Any], Any] | None 
 
 
 class _Machine:
-    """The stack machine that a pickle is a program for."""
+    """The stack machine that runs a pickle."""
 
     def __init__(self, names: Names, persistent: Callable[[Any], Any] | None) -> None:
         self._names = names
@@ -164,14 +164,14 @@ class _Machine:
 
     def _global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise PickleError("a damaged pickle: it asks for something without a name")
+            raise PickleError("a damaged pickle: it imports something without a name")
         if (module, name) not in self._names:
-            raise PickleError(f"the pickle asks for {module:.200}.{name:.200}, which is not allowed")
+            raise PickleError(f"the pickle needs {module:.200}.{name:.200}, which is not allowed")
         self.stack.append(self._names[module, name])
 
     def _call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        # Only what the allow-list gave can be a function here: nothing else that a pickle makes is callable.
+        # Only values of the allow-list are callable: a pickle makes no other functions.
         if type(arguments) is not tuple or not callable(function):
             raise PickleError("a damaged pickle: it calls something that is not a function")
         self.stack.append(function(*arguments))
@@ -180,17 +180,17 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is Record:
             target.state = state
-        elif type(target) is not dict:  # the attributes of an OrderedDict are of no use here
+        elif type(target) is not dict:  # the attributes of an OrderedDict are not needed
             raise PickleError("a damaged pickle: it sets the state of a plain value")
 
     def _persist(self, _: Any) -> None:
         if self._persistent is None:
-            raise PickleError("the pickle has persistent ids, which do not belong there")
+            raise PickleError("the pickle has persistent ids, which are not expected here")
         self.stack.append(self._persistent(self.stack.pop()))
 
 
 def _put(target: dict[Any, Any], key: Any, value: Any) -> None:
-    # The hash of a tuple goes as deep as the tuple, and a deep one would end the process.
+    # Hashing a deeply nested tuple would exhaust the stack and end the process.
     if not (key is None or isinstance(key, (str, bytes, int, float, Record))):
         raise PickleError(f"a key of a dict is a {type(key).__name__}")
     target[key] = value

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors are seen under other names."""
+"""A checkpoint under other tensor names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shira_format.checkpoints.base import Checkpoint
 
 
 class RenamedCheckpoint(Checkpoint):
-    """``names`` maps the names that this checkpoint has to those of ``base``; several may share one, others have none."""
+    """``names`` maps this checkpoint's names to those of ``base``: several to one, or not all."""
 
     def __init__(self, base: Checkpoint, names: Mapping[str, str]) -> None:
         self.base = base
@@ -56,7 +56,7 @@ class RenamedCheckpoint(Checkpoint):
 
 
 def rearranged(base: Checkpoint, copies: Mapping[str, str], removed: list[str]) -> Checkpoint:
-    """``base`` as a patch leaves it: with ``copies`` (from new names to those of the base), without ``removed``."""
+    """``base`` as a patch changes it: with ``copies`` (from new names to those of the base), without ``removed``."""
     if not copies and not removed:
         return base
     gone = {*removed, *copies}

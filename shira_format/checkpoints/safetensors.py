@@ -9,22 +9,22 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
-from shira_format.checkpoints.base import Listed
+from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.storage.weight_files import is_index
 
 _INDEX = ".safetensors.index.json"
 _FILE = ".safetensors"
-# Names that transformers and diffusers give to the weights of a folder.
+# File names of transformers and diffusers.
 _USUAL = ("model", "diffusion_pytorch_model")
 
 
-class SafetensorsCheckpoint(Listed[SafetensorsFile]):
-    """The tensors of one or more safetensors files under one roof."""
+class SafetensorsCheckpoint(IndexedCheckpoint[SafetensorsFile]):
+    """The tensors of one or more safetensors files."""
 
     def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
-        """Args: ``weight_map`` is that of an index, from tensor name to file name; it must tell the truth."""
+        """Args: ``weight_map``: that of an index, from tensor name to file name."""
         self.path = path
         self.files = files
         opened = {file.name: SafetensorsFile(file) for file in files}
@@ -35,7 +35,7 @@ class SafetensorsCheckpoint(Listed[SafetensorsFile]):
         self._where = {name: opened[file] for name, file in weight_map.items()}
 
     def __getitem__(self, name: str) -> Array:
-        return self._where[name].read_apart(name)
+        return self._where[name].read_separately(name)
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         return self._where[name].read_part(name, start, stop, out)

@@ -1,4 +1,4 @@
-"""Parts of tensors that do not lie in memory order: as boxes, and from a storage with strides."""
+"""Parts of tensors as boxes, and reading of tensors with strides."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format.tensors import numel
 
-_SMALL = 2**16  # bytes that are read at once even if only a few of them are asked for
-_LARGE = 2**25  # bytes that are read at once at most
+_SMALL = 2**16  # bytes that are read at once even if only a few are needed
+_LARGE = 2**25  # most bytes that are read at once
 
 # Offsets and sizes, one of each for every dimension.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Divide the flat range from ``start`` to ``stop`` of a tensor into boxes, in order, each without gaps in it.
+    """Divide the flat range from ``start`` to ``stop`` of a tensor into contiguous boxes, in order.
 
-    Each box has size 1 in the dimensions before some one, and is whole in those after it.
+    Each box has size 1 in all dimensions before one of them, and the full size in all after it.
     """
     if start >= stop:
         return
@@ -40,7 +40,7 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether elements with these strides, in elements, lie in row-major order without gaps."""
+    """Whether elements with these strides (in elements) are in row-major order without gaps."""
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:
@@ -50,20 +50,22 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """The elements from the first to the last of a tensor with these strides, both included."""
+    """The number of elements from the first to the last, both included, of a tensor with these strides."""
     if numel(shape) == 0:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def gather(read: Callable[[int, memoryview], None], first: int, strides: tuple[int, ...], out: Array) -> None:
-    """Fill ``out``, of any shape, with the elements from ``first`` on that lie ``strides`` apart.
+    """Fill ``out``, of any shape, with the elements at ``first`` plus multiples of ``strides``.
+
+    Takes at most twice the memory of ``out`` in addition, and no more than 32 MiB.
 
     Args:
         read: fills a buffer with the bytes from an element on.
-        first: the element, as ``read`` counts.
-        strides: steps in elements, at least 0, one for each dimension of ``out``.
-        out: what to fill; it takes at most twice its memory beside it, and no more than 32 MiB.
+        first: the first element.
+        strides: in elements, at least 0, one for each dimension of ``out``.
+        out: the array to fill.
     """
     span = extent(out.shape, strides)
     if span == 0:
@@ -73,7 +75,7 @@ def gather(read: Callable[[int, memoryview], None], first: int, strides: tuple[i
         read(first, buffer.view(np.uint8).data)
         out[...] = np.ndarray(out.shape, out.dtype, buffer, 0, tuple(stride * out.itemsize for stride in strides))
         return
-    # It would take too much memory, or most of it is what lies between: halve the longest way.
+    # Too much memory, or most of it for elements in between: halve the longest axis.
     axis = max(range(out.ndim), key=lambda n: (out.shape[n] - 1) * strides[n])
     half = out.shape[axis] // 2
     lower, upper = np.split(out, [half], axis)

@@ -8,28 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
-from shira_format.checkpoints.base import Listed
+from shira_format._core.arrays import Array, read_only
+from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.checkpoints.pickles import PickleError
-from shira_format.checkpoints.torch_file import TORCH_DTYPES, Stored, TorchFile
+from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
 from shira_format.storage.paths import open_storage
 from shira_format.tensors import numel
 
 _INDEX = ".bin.index.json"
 _FILES = (".bin", ".pt", ".pth", ".ckpt")
-# Names that transformers and diffusers give to the weights of a folder.
+# File names of transformers and diffusers.
 _USUAL = ("pytorch_model", "diffusion_pytorch_model")
-# What trainers leave beside the weights.
+# Files that trainers save next to the weights.
 _IGNORED = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
 
-class TorchBinCheckpoint(Listed["_File"]):
-    """The tensors of one or more files of ``torch.save`` under one roof."""
+class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
+    """The tensors of one or more files of ``torch.save``."""
 
     def __init__(self, path: Path, files: list[Path], weight_map: dict[str, str] | None = None) -> None:
-        """Args: ``weight_map`` is that of an index, from tensor name to file name; it must tell the truth."""
+        """Args: ``weight_map``: that of an index, from tensor name to file name."""
         self.path = path
         self.files = files
         opened = {file.name: _File(file) for file in files}
@@ -41,7 +41,7 @@ class TorchBinCheckpoint(Listed["_File"]):
 
     def __getitem__(self, name: str) -> Array:
         shape = self.shape(name)
-        return frozen(self.part(name, 0, numel(shape)).reshape(shape))
+        return read_only(self.part(name, 0, numel(shape)).reshape(shape))
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         return self._where[name].part(name, start, stop, out)
@@ -65,7 +65,7 @@ class TorchBinCheckpoint(Listed["_File"]):
 
 
 class _File:
-    """One file, whose tensors all lie within it."""
+    """One file, with its tensors checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,13 +84,13 @@ class _File:
     def part(self, name: str, start: int, stop: int, out: Array | None) -> Array:
         try:
             return self._file.read(self.tensors[name], start, stop, out)
-        except PickleError as error:  # a header that is first read now
+        except PickleError as error:  # some headers are read only now
             raise SourceError(f"{self.path}: tensor {name!r}: {error}") from None
 
-    def _state_dict(self, root: Any) -> dict[str, Stored]:
+    def _state_dict(self, root: Any) -> dict[str, StoredTensor]:
         """The tensors by name: those of ``root``, or of the only dict of tensors in it."""
         if type(root) is not dict:
-            raise SourceError(f"{self.path}: it holds a {_kind(root)}, not a dict of tensors")
+            raise SourceError(f"{self.path}: it contains a {_kind(root)}, not a dict of tensors")
         if _has_tensors(root):
             return self._tensors(root, "")
         inner = [key for key, value in root.items() if type(value) is dict and _has_tensors(value)]
@@ -98,18 +98,18 @@ class _File:
             raise SourceError(f"{self.path}: it holds no tensors")
         if len(inner) > 1:
             names = ", ".join(map(repr, inner))
-            raise SourceError(f"{self.path}: several dicts of tensors ({names}); save the one that is meant alone")
+            raise SourceError(f"{self.path}: several dicts of tensors ({names}); save only one of them")
         others = ", ".join(sorted(f"{key!r}" for key in root if key != inner[0]))
         self.notice = f"{self.path.name}: the tensors under {inner[0]!r} are read" + (
             f"; left out: {others}" if others else ""
         )
         return self._tensors(root[inner[0]], f" under {inner[0]!r}")
 
-    def _tensors(self, found: Mapping[Any, Any], where: str) -> dict[str, Stored]:
+    def _tensors(self, found: Mapping[Any, Any], where: str) -> dict[str, StoredTensor]:
         for key, value in found.items():
             if type(key) is not str:
                 raise SourceError(f"{self.path}: the key {key!r}{where} is not a name")
-            if type(value) is not Stored:
+            if type(value) is not StoredTensor:
                 raise SourceError(f"{self.path}: {key!r}{where} is a {_kind(value)}, not a tensor")
         return dict(found)
 
@@ -117,7 +117,7 @@ class _File:
 def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
     """Open ``path`` if it is, or holds, a checkpoint of ``torch.save``."""
     if path.is_dir():
-        # Beside the metadata of a distributed checkpoint, single files are what a trainer left.
+        # Single files in a distributed checkpoint are the trainer's.
         if (path / ".metadata").is_file():
             return None
         found = find(path, _USUAL, _INDEX, _FILES, _IGNORED)
@@ -131,7 +131,7 @@ def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
 
 
 def _safetensors_name(file: str) -> str:
-    """The name that transformers and diffusers give to the same weights in a safetensors file."""
+    """The file name of transformers and diffusers for the same weights as safetensors."""
     stem = file.rpartition(".")[0] or file
     if stem.startswith("pytorch_model"):
         stem = stem.removeprefix("pytorch_")
@@ -139,8 +139,8 @@ def _safetensors_name(file: str) -> str:
 
 
 def _has_tensors(found: Mapping[Any, Any]) -> bool:
-    return any(type(value) is Stored for value in found.values())
+    return any(type(value) is StoredTensor for value in found.values())
 
 
 def _kind(value: Any) -> str:
-    return "tensor" if type(value) is Stored else type(value).__name__
+    return "tensor" if type(value) is StoredTensor else type(value).__name__

@@ -1,6 +1,6 @@
 """Reading a file of ``torch.save`` without torch: its pickle by an allow-list, its tensors by ranges.
 
-Both formats: a zip archive (PyTorch 1.6 and later), and the pickles in a row that came before it.
+Both formats: a zip archive (PyTorch 1.6 and later), and the older sequence of pickles.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from shira_format.checkpoints.strided import boxes, extent, gather, is_contiguou
 from shira_format.storage.paths import Storage
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
 
-_LEGACY = 0x1950A86A20F9469CFC6C  # the first of the pickles in a row
+_LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of the sequence
 
-# torch dtypes by the names of their storages, and what a checkpoint calls them.
+# torch dtypes by the names of their storages.
 _STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -35,7 +35,7 @@ TORCH_DTYPES: dict[str, np.dtype[Any]] = {
     "uint64": DTYPES["U64"], "uint32": DTYPES["U32"], "uint16": DTYPES["U16"], "uint8": DTYPES["U8"],
     "bool": DTYPES["BOOL"],
 }  # fmt: skip
-# Known, so that tensors of them can be told apart from damage and left out; but no checkpoint of ours has them.
+# Known, so that such tensors are not taken for damage, but not supported.
 _OTHERS = {"complex64": 8, "complex128": 16}
 _NAMED = (
     *TORCH_DTYPES, "complex32", "complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
@@ -45,7 +45,7 @@ _NAMED = (
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A run of bytes in the file that tensors share."""
+    """A range of bytes in the file that tensors share."""
 
     key: str
     dtype: str
@@ -53,8 +53,8 @@ class _Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor as a file holds it; nothing of it is checked before :meth:`TorchFile.check`.
+class StoredTensor:
+    """A tensor in a file; nothing of it is checked before :meth:`TorchFile.check`.
 
     Attributes:
         storage: where its bytes are.
@@ -62,7 +62,7 @@ class Stored:
         offset: its first element within the storage, in elements.
         shape: its shape.
         strides: its strides, in elements.
-        flags: lazy operations that are still to be done, such as a conjugation.
+        flags: lazy operations, such as a conjugation.
     """
 
     storage: _Storage
@@ -77,10 +77,10 @@ class TorchFile:
     """One file of ``torch.save``, or a part of a file that is one.
 
     Attributes:
-        root: what was saved: plain values, and :class:`Stored` for tensors.
+        root: what was saved: plain values, and :class:`StoredTensor` for tensors.
 
     Raises:
-        PickleError: it is no such file, is damaged, or needs more than plain values and dense tensors.
+        PickleError: it is not such a file, is damaged, or contains more than plain values and dense tensors.
         OSError: it cannot be read.
     """
 
@@ -95,19 +95,19 @@ class TorchFile:
             file.seek(0)
             self.root = self._open_legacy(file)
 
-    def check(self, tensor: Stored) -> None:
-        """Raise PickleError unless ``tensor`` lies within the file, and has a shape and dtype of a checkpoint."""
+    def check(self, tensor: StoredTensor) -> None:
+        """Raise PickleError unless ``tensor`` is within the file, and has a valid shape and a supported dtype."""
         if tensor.dtype not in TORCH_DTYPES:
             raise PickleError(f"dtype {tensor.dtype} is not known")
         if tensor.flags:
-            raise PickleError(f"it is a view that is {' and '.join(tensor.flags)}")
+            raise PickleError(f"it is a lazy view ({', '.join(tensor.flags)}), which is not supported")
         shape, strides = tensor.shape, tensor.strides
         if len(shape) != len(strides) or len(shape) > MAX_RANK or not _are_counts(tensor.offset, *shape, *strides):
-            raise PickleError("its shape, strides or offset are none")
+            raise PickleError("its shape, strides or offset are invalid")
         if numel(tuple(n for n in shape if n)) > MAX_NUMEL:
-            raise PickleError(f"shape {list(shape)} is for more than 2^53 - 1 elements")
+            raise PickleError(f"shape {list(shape)} has more than 2^53 - 1 elements")
         size = TORCH_DTYPES[tensor.dtype].itemsize
-        # An expanded tensor may be larger than its storage; a file that says so without end is a bomb.
+        # An expanded tensor may be larger than its storage; without a limit, a small file could fill the memory.
         if numel(shape) * size > self._storage.size:
             raise PickleError(f"shape {list(shape)} has more bytes than the file")
         if numel(shape) and (tensor.offset + extent(shape, strides)) * size > tensor.storage.nbytes:
@@ -116,10 +116,10 @@ class TorchFile:
             )
         self._check_storage(tensor.storage)
 
-    def read(self, tensor: Stored, start: int, stop: int, out: Array | None = None) -> Array:
-        """Elements ``start`` to ``stop`` of a flat tensor that was checked, ``[stop - start]``, read into ``out`` or new memory.
+    def read(self, tensor: StoredTensor, start: int, stop: int, out: Array | None = None) -> Array:
+        """Elements ``start`` to ``stop`` of a checked, flat tensor, ``[stop - start]``, read into ``out`` or a new array.
 
-        Only the range is read if the tensor is contiguous. Safe from several threads.
+        Only that range is read if the tensor is contiguous. Safe from several threads.
         """
         dtype = TORCH_DTYPES[tensor.dtype]
         part = (np.empty(stop - start, dtype) if out is None else out)[: stop - start]
@@ -162,11 +162,11 @@ class TorchFile:
         if len({entry.filename for entry in entries}) != len(entries):
             raise PickleError("a zip archive with two records of one name")
         if "constants.pkl" in self._records:
-            raise PickleError("a TorchScript archive, which is a program; save the state_dict of its module")
+            raise PickleError("a TorchScript archive, which is a program: save the state_dict of its module")
         if "data.pkl" not in self._records:
             raise PickleError("a zip archive without data.pkl, so not written by torch.save")
         if "byteorder" in self._records and self._record("byteorder") != b"little":
-            raise PickleError("its tensors are big-endian, which is not read")
+            raise PickleError("its tensors are big-endian, which is not supported")
         return load(io.BytesIO(self._record("data.pkl")), _names(), _storage)
 
     def _record(self, name: str) -> bytes:
@@ -189,12 +189,12 @@ class TorchFile:
         if entry.compress_type != 0 or entry.flag_bits & 1:
             raise PickleError(f"its record {name} is compressed or encrypted, which torch.save does not do")
         if not 0 <= header <= self._storage.size - 30:
-            raise PickleError(f"its record {name} lies outside of the file")
+            raise PickleError(f"its record {name} is outside of the file")
         local = self._bytes(header, 30)
-        # The local header may have a longer extra field than the directory says: torch aligns with it.
+        # torch aligns records by an extra field of the local header, so its length there counts.
         begin = header + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         if local[:4] != b"PK\3\4" or begin + entry.file_size > self._storage.size:
-            raise PickleError(f"its record {name} lies outside of the file")
+            raise PickleError(f"its record {name} is outside of the file")
         return begin
 
     def _check_storage(self, storage: _Storage) -> None:
@@ -208,10 +208,10 @@ class TorchFile:
         if entry.file_size < storage.nbytes or entry.compress_type != 0:
             raise PickleError(f"its storage {storage.key} is compressed, or shorter than {storage.nbytes} bytes")
         if entry.header_offset + 30 + len(entry.filename) + entry.file_size > self._storage.size:
-            raise PickleError(f"its storage {storage.key} lies outside of the file")
+            raise PickleError(f"its storage {storage.key} is outside of the file")
 
     def _begin(self, storage: _Storage) -> int:
-        # Headers are read when first needed: hundreds of requests at once would be slow on remote storage.
+        # Headers are read when first needed: hundreds of requests would be slow on remote storage.
         if storage.key not in self._begins:
             self._begins[storage.key] = self._begin_of_record(f"data/{storage.key}")
         return self._begins[storage.key]
@@ -219,7 +219,7 @@ class TorchFile:
     def _open_legacy(self, file: IO[bytes]) -> Any:
         try:
             if load(file, {}) != _LEGACY:
-                raise PickleError("a pickle of something else")
+                raise PickleError("a pickle of another kind")
         except PickleError as error:
             raise PickleError(f"not written by torch.save ({error})") from None
         version, system = load(file, {}), load(file, {})
@@ -229,7 +229,7 @@ class TorchFile:
 
         def persistent(identity: Any) -> _Storage:
             if type(identity) is not tuple or len(identity) != 6 or identity[5] is not None:
-                raise PickleError("it saves views of storages, or code, as very old versions of torch did")
+                raise PickleError("it has views of storages, or code, of very old versions of torch")
             found = _storage(identity[:5])
             return storages.setdefault(found.key, found)
 
@@ -243,14 +243,14 @@ class TorchFile:
             file.seek(at)
             count = int.from_bytes(file.read(8), "little")
             if count * _itemsize(storage.dtype) != storage.nbytes or at + 8 + storage.nbytes > self._storage.size:
-                raise PickleError(f"its storage {key} is damaged, or does not end within the file")
+                raise PickleError(f"its storage {key} is damaged or not within the file")
             self._begins[key] = at + 8
             at += 8 + storage.nbytes
         return root
 
 
 def _names() -> dict[tuple[str, str], Any]:
-    """What ``torch.load(weights_only=True)`` allows, less what no dense tensor needs; all of it inert."""
+    """What ``torch.load(weights_only=True)`` allows, as far as dense tensors need it; none of it has side effects."""
     names: dict[tuple[str, str], Any] = {("torch", name): name for name in _NAMED}
     names |= {("torch", name): dtype for name, dtype in _STORAGES.items()}
     names |= {
@@ -276,10 +276,10 @@ def _names() -> dict[tuple[str, str], Any]:
 
 def _storage(identity: Any) -> _Storage:
     if type(identity) is not tuple or len(identity) != 5 or identity[0] != "storage":
-        raise PickleError("a persistent id that is not that of a storage")
+        raise PickleError("a persistent id that is not a storage")
     _, dtype, key, _, count = identity
     if type(dtype) is not str or type(key) is not str or not _are_counts(count):
-        raise PickleError("a persistent id that is not that of a storage")
+        raise PickleError("a persistent id that is not a storage")
     return _Storage(key, dtype, count * _itemsize(dtype))
 
 
@@ -291,35 +291,35 @@ def _tensor(
     _grad: Any = False,
     _hooks: Any = None,
     metadata: Any = None,
-) -> Stored:
+) -> StoredTensor:
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
-        raise PickleError("a tensor that is not one of a storage")
+        raise PickleError("a tensor without a storage")
     flags = tuple(str(key) for key, value in metadata.items() if value) if metadata else ()
-    return Stored(storage, storage.dtype, offset, shape, strides, flags)
+    return StoredTensor(storage, storage.dtype, offset, shape, strides, flags)
 
 
 def _tensor_of_dtype(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> Stored:
+) -> StoredTensor:
     found = _tensor(storage, offset, shape, strides, grad, hooks, metadata)
-    return Stored(found.storage, str(dtype), offset, shape, strides, found.flags)
+    return StoredTensor(found.storage, str(dtype), offset, shape, strides, found.flags)
 
 
 def _same(data: Any, *_: Any) -> Any:
     return data
 
 
-def _of_type(rebuild: Any, kind: Any, arguments: Any, _state: Any) -> Stored:
+def _of_type(rebuild: Any, kind: Any, arguments: Any, _state: Any) -> StoredTensor:
     if rebuild not in (_tensor, _tensor_of_dtype, _same) or kind not in ("Tensor", "Parameter"):
         raise PickleError("a tensor of an unknown class")
     found = rebuild(*arguments)
-    if type(found) is not Stored:
-        raise PickleError("a tensor that is none")
+    if type(found) is not StoredTensor:
+        raise PickleError("a rebuilt object that is not a tensor")
     return found
 
 
 def _nothing(*_: Any) -> None:
-    """Settings and counters beside the tensors: what they are does not matter."""
+    """For settings and counters, whose values are not needed."""
 
 
 def _itemsize(dtype: str) -> int:
@@ -362,7 +362,7 @@ class _File(io.RawIOBase):
 
 
 class _Bounded(io.BufferedReader):
-    """A file object that does not allocate what a stranger's count says."""
+    """A file object that does not trust counts in a stranger's file: it allocates no more than the file has."""
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(_File(storage), 2**16)
@@ -372,7 +372,7 @@ class _Bounded(io.BufferedReader):
         rest = max(0, self._size - self.tell())
         size = rest if size is None or size < 0 else min(size, rest)
         if size > MAX_PICKLE:
-            raise ValueError(f"{size} bytes are to be read at once, the limit is {MAX_PICKLE}")
+            raise ValueError(f"a read of {size} bytes; the limit is {MAX_PICKLE}")
         return super().read(size)
 
     def readline(self, size: int | None = -1, /) -> bytes:

@@ -1,7 +1,7 @@
 """The stages of a conversion on the workers of a ``dask.distributed`` cluster, one tensor a task.
 
-Workers open the same inputs by the same paths, so these must lie on storage that all of them reach. What comes back are
-the entries alone; they are put in order and written here, so that the bytes are those of a local run.
+Workers open the same inputs by the same paths, on storage that all of them reach. They return entries, which this process
+writes in order, so that the bytes are those of a local run.
 """
 
 from __future__ import annotations
@@ -12,38 +12,37 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from shira_format.convert.jobs import ConversionInputs, Job
+from shira_format._core.optional import optional_import
+from shira_format._core.threads import Progress, Workers
+from shira_format.convert.inputs import Conversion, ConversionInputs
 from shira_format.errors import ShiraError, WorkError
-from shira_format.selection import Progress, Workers
-from shira_format.selection.stages import Stage
+from shira_format.selection.stages import Pending, Stage
 
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
 RETRIES = 5  # of a task whose worker was lost, or could not read for the moment
-PATIENCE = 60  # seconds to wait for a scheduler, and for a first worker
-_AHEAD = 4  # tasks a thread of the cluster
+CONNECT_TIMEOUT = 60  # seconds to wait for a scheduler, and for a first worker
+_TASKS_PER_THREAD = 4  # tasks that are submitted ahead
 
 
 class ClusterEngine:
     """An engine on a cluster; a context manager."""
 
-    def __init__(self, scheduler: str, job: Job, progress: Progress) -> None:
+    def __init__(self, scheduler: str, conversion: Conversion, progress: Progress) -> None:
         """Connect to the scheduler at an address such as ``tcp://host:8786``.
 
         Raises:
             WorkError: it does not answer, has no workers, or the package is not installed.
         """
-        try:
+        with optional_import("a cluster needs dask.distributed", "dask", WorkError):
             from distributed import Client
-        except ImportError:
-            raise WorkError("a cluster needs dask.distributed: pip install 'shira-format[dask]'") from None
         try:
-            self._client = Client(scheduler, set_as_default=False, timeout=PATIENCE)
-            self._client.wait_for_workers(1, timeout=PATIENCE)
+            self._client = Client(scheduler, set_as_default=False, timeout=CONNECT_TIMEOUT)
+            self._client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
         except (OSError, TimeoutError, ValueError) as error:
             raise WorkError(f"{scheduler}: {error}") from None
-        self._scheduler, self._job, self._progress = scheduler, job, progress
+        self._scheduler, self._conversion, self._progress = scheduler, conversion, progress
 
     def __enter__(self) -> Self:
         return self
@@ -53,7 +52,7 @@ class ClusterEngine:
     ) -> None:
         self._client.close()
 
-    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
         """See :class:`shira_format.selection.stages.Engine`."""
         threads = max(1, sum(self._client.nthreads().values()))
         running: deque[tuple[Any, int]] = deque()
@@ -62,17 +61,17 @@ class ClusterEngine:
                 named = cast(Any, change)
                 # Not pure: the same task of an earlier run must not stand in for this one, whose inputs may differ.
                 future = self._client.submit(
-                    compute, self._job, named.name, stage, pure=False, retries=RETRIES, key=None
+                    compute, self._conversion, named.name, stage, pure=False, retries=RETRIES, key=None
                 )
                 running.append((future, named.size * stage.passes))
-                if len(running) > _AHEAD * threads:
+                if len(running) > _TASKS_PER_THREAD * threads:
                     yield self._next(running)
             while running:
                 yield self._next(running)
         finally:
             self._client.cancel([future for future, _ in running])
 
-    def _next(self, running: deque[tuple[Any, int]]) -> Any:
+    def _next(self, running: deque[tuple[Any, int]]) -> Pending[Any]:
         future, size = running.popleft()
         try:
             result = future.result()
@@ -81,19 +80,20 @@ class ClusterEngine:
         except Exception as error:
             raise WorkError(f"{self._scheduler}: a worker failed: {type(error).__name__}: {error}") from error
         self._progress(size)
-        return result
+        return getattr(result, "size", 0), lambda: result
 
 
-def compute(job: Job, name: str, stage: Stage[Any, _R]) -> _R:
+def compute(conversion: Conversion, name: str, stage: Stage[Any, _R]) -> _R:
     """One stage for one change; runs on a worker."""
     with Workers(1) as workers:
-        return stage(_changes(job)[name], workers, lambda _: None)()
+        _, result = stage(_changes(conversion)[name], workers, lambda _: None)
+        return result()
 
 
 @lru_cache(maxsize=2)
-def _opened(job: Job) -> ConversionInputs:
-    return job.open()
+def _opened(conversion: Conversion) -> ConversionInputs:
+    return conversion.open()
 
 
-def _changes(job: Job) -> dict[str, Any]:
-    return {change.name: change for change in _opened(cast(Any, job)).changes}
+def _changes(conversion: Conversion) -> dict[str, Any]:
+    return {change.name: change for change in _opened(cast(Any, conversion)).changes}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, different, positions, scratch
+from shira_format._core.arrays import Array, as_bytes, bits_differ, scratch, where_true
+from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import TILE, Difference, Entries
-from shira_format.selection import Progress, Workers
+from shira_format.selection.stages import Pending
 from shira_format.tensors import numel
 
 _INDEX = 1.03  # bytes an index takes at the usual densities
@@ -23,8 +24,8 @@ class Exact:
     """The rule: keep every difference.
 
     Attributes:
-        digests: record the digest of each whole float tensor of the result, changed or not, so that whoever applies
-            the patch can tell that all of it is as it was meant; reads the fine-tune once more.
+        digests: record the digest of each whole float tensor of the result, changed or not, so that applying the patch
+            verifies the whole result; reads the fine-tune once more.
     """
 
     digests: bool = True
@@ -32,11 +33,11 @@ class Exact:
 
 @dataclass(frozen=True)
 class Differences:
-    """What differs in one tensor.
+    """The differences of one tensor.
 
     Attributes:
         entries: the entries, or None if the whole tensor takes fewer bytes.
-        digest: of the whole tuned tensor, or None if nobody asked for it.
+        digest: of the whole tuned tensor; None if it is not recorded.
     """
 
     entries: Entries | None
@@ -50,35 +51,36 @@ class CompareStage:
     rule: Exact
     passes: int = 1
 
-    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Callable[[], Differences]:
+    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Pending[Differences]:
         """All that differs between the two tensors, which have one dtype."""
-        nothing = np.empty(0, change.dtype)  # nobody asks by how much they differ
+        nothing = np.empty(0, change.dtype)  # the sizes of the differences are not needed
 
         def work(start: int, stop: int) -> Entries:
             base, tuned = change.both(start, stop)
-            found = positions(different(base, tuned))
+            found = where_true(bits_differ(base, tuned))
             return Entries(found + start, nothing, base[found], tuned[found])
 
         limit = _whole_from(change)
         if self._many(change, limit, workers):
             progress(change.size)
-            return lambda: Differences(None, None)
+            return 0, lambda: Differences(None, None)
         parts = list(workers.ranges(change.size, TILE, work, progress))
-        if sum(part.size for part in parts) >= limit:  # a sample had not told
-            return lambda: Differences(None, None)
+        held = sum(part.size for part in parts)
+        if held >= limit:  # the sample was misleading
+            return 0, lambda: Differences(None, None)
 
         def rest() -> Differences:
             digest = tensor_digest(change.tuned, change.tuned_name) if self.rule.digests else None
             return Differences(Entries.joined(parts, change), digest)
 
-        return rest
+        return held, rest
 
     @staticmethod
     def _many(change: Difference, limit: float, workers: Workers) -> bool:
-        """Whether at least ``limit`` entries differ: counted, not collected, and only where a sample says that it may be."""
+        """Whether at least ``limit`` entries differ: counted without collecting them, and only if a sample suggests it."""
 
         def count(start: int, stop: int) -> int:
-            return int(np.count_nonzero(different(*change.both(start, stop))))
+            return int(np.count_nonzero(bits_differ(*change.both(start, stop))))
 
         if change.size <= TILE:
             return False
@@ -94,12 +96,12 @@ class CompareStage:
 
 
 def _whole_from(change: Difference) -> float:
-    """From how many differing entries on the whole tensor takes fewer bytes."""
+    """The number of differing entries from which the whole tensor takes fewer bytes."""
     each = change.weight_dtype.itemsize
     return max(1.0, change.size * each / (each + _INDEX))
 
 
-def parts_of(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Array]:
+def read_parts(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Array]:
     """The flat tensor in parts, each good until the next."""
     size, dtype = numel(checkpoint.shape(name)), checkpoint.dtype(name)
     for start in range(0, size, step):
@@ -110,6 +112,6 @@ def parts_of(checkpoint: Checkpoint, name: str, step: int = TILE) -> Iterator[Ar
 def tensor_digest(checkpoint: Checkpoint, name: str) -> str:
     """SHA-256 of a tensor's bytes, in bounded memory."""
     found = hashlib.sha256()
-    for part in parts_of(checkpoint, name):
-        found.update(bits(part).data)
+    for part in read_parts(checkpoint, name):
+        found.update(as_bytes(part).data)
     return found.hexdigest()

@@ -1,9 +1,9 @@
-"""Full fine-tunes: what lies between two checkpoints."""
+"""From a full fine-tune and its base to an adapter or an exact patch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,64 +11,72 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import dtype_name
-from shira_format.checkpoints import open_checkpoint
+from shira_format._core.rounding import round_to
+from shira_format._core.threads import Progress
+from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.exact import Exact
-from shira_format.convert.jobs import ConversionInputs, DenseCopy, identified
+from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
-from shira_format.convert.pipeline import convert
+from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import Change, Difference, round_to
+from shira_format.entries.changes import Change, Difference
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
-from shira_format.selection import Progress, TopK
-from shira_format.tensors import DenseTensor, numel
+from shira_format.selection import TopK
+from shira_format.storage.paths import hub_identity
+from shira_format.tensors import numel
 
 
 @dataclass(frozen=True)
-class FullJob:
-    """From a base and a fine-tune of it."""
+class FullConversion:
+    """From a fine-tune and its base."""
 
-    base: str
     tuned: str
+    base: str
     exact: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def open(self) -> ConversionInputs:
-        base, tuned = open_checkpoint(self.base), open_checkpoint(self.tuned)
+    def open(self, base: Checkpoint | None = None) -> ConversionInputs:
+        """Open the fine-tune, and the base if it is not open yet, and pair their tensors."""
+        base = open_checkpoint(self.base) if base is None else base
+        tuned = open_checkpoint(self.tuned)
         pairs = pair(base, tuned, name_filter(self.include, self.exclude), exact=self.exact)
 
-        def copy(name: str, source: str) -> DenseCopy:
-            kind = tuned.dtype(source), tuned.shape(source)
-            same = name in base and (base.dtype(name), base.shape(name)) == kind
-            return DenseCopy(name, tuned, source, base if same else None)
-
-        def wholes(_self_contained: bool) -> Iterator[DenseTensor | DenseCopy]:
-            return (copy(name, source) for name, source in pairs.whole.items())
+        def copy(name: str, tuned_name: str) -> DenseCopy:
+            kind = tuned.dtype(tuned_name), tuned.shape(tuned_name)
+            replaces = name in base and (base.dtype(name), base.shape(name)) == kind
+            return DenseCopy(name, tuned, tuned_name, base if replaces else None)
 
         return ConversionInputs(
             base=base,
             changes=pairs.sparse,
-            wholes=wholes,
+            dense=lambda _: (copy(name, tuned_name) for name, tuned_name in pairs.whole.items()),
             copy=lambda change: copy(change.name, change.name),  # exact: names are those of the fine-tune
-            frame=_frame,
+            options=_options,
             removed=pairs.removed,
             structure=pairs.structure,
             unchanged=len(pairs.equal),
-            base_model=identified(self.base),
-            source={"kind": "full"} | identified(self.tuned),
+            base_model=hub_identity(self.base),
+            source={"kind": "full"} | hub_identity(self.tuned),
             files=[*base.files, *tuned.files],
-            blamed=tuned.files,
+            source_file=tuned.files[0] if tuned.files else None,
             notices=_notices(pairs),
         )
 
 
 def full_to_shira(
-    base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str] | None,
     *,
-    rule: TopK | Exact | None = None,
+    density: float | None = None,
+    top_k: int | None = None,
+    energy: float | None = None,
+    min_change: float | None = None,
+    scope: str = "tensor",
+    exact: bool = False,
+    digests: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     self_contained: bool = False,
@@ -76,49 +84,81 @@ def full_to_shira(
     resume: bool = False,
     dask: str | None = None,
     progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
 ) -> ConversionReport:
-    """Convert what lies between a base and a fine-tune of it into an adapter, or into an exact patch.
+    """Convert the difference between a fine-tune and its base into an adapter, or into an exact patch.
 
     Memory stays at what is kept of one tensor, whatever the size of the checkpoints. The same input gives the same bytes,
-    on any number of threads or workers.
+    for any number of threads or workers.
 
     Args:
-        base: the checkpoint before; see :func:`shira_format.checkpoints.open_checkpoint` for what is read.
-        tuned: the checkpoint after, in the same layout or another.
-        out: the adapter file to write, or None to compute the report only.
-        rule: the largest 1 % of each tensor's change by default; :class:`Exact` for all of it, so that
-            :func:`shira_format.export.full.shira_to_full` gives ``tuned`` back bit for bit.
-        include: regexes; a tensor is looked at only if one of them is found in its name.
+        tuned: the fine-tuned checkpoint; see :func:`shira_format.checkpoints.open_checkpoint` for the layouts.
+        base: the checkpoint that it was tuned from, in the same layout or another: a path or an open checkpoint.
+        out: the adapter file to write, replacing what is there; None for a dry run.
+        density: see :func:`shira_format.convert.lora.lora_to_shira`, also for the arguments that are not listed here.
+        top_k: likewise.
+        energy: likewise.
+        min_change: likewise.
+        scope: likewise.
+        exact: keep every entry whose bits differ, so that :func:`shira_format.export.full.shira_to_full` restores ``tuned`` bit
+            for bit; without any of the five arguments above.
+        digests: with ``exact``: record the digest of each whole tensor of the result, which detects a base that differs
+            anywhere; reads ``tuned`` once more.
+        include: regexes; a tensor is compared only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
-        self_contained: store the base's values too, so that the file can be undone, scaled and measured alone.
-        threads: at most this many.
-        resume: keep finished tensors beside ``out`` until all is done, and go on from those that are there.
-        dask: address of a scheduler of ``dask.distributed`` whose workers do the work.
-        progress: called with numbers of elements done; all passes together make ``passes(rule)`` times the elements.
+        self_contained: likewise.
+        threads: likewise.
+        resume: likewise.
+        dask: likewise.
+        progress: likewise.
+        on_start: likewise.
 
     Raises:
+        ValueError: arguments that exclude each other, or are out of range.
         SourceError: an input that cannot be converted; nothing is written.
         FormatError: a safetensors file is damaged.
+        WorkError: the cluster fails, or the parts in ``OUT.partial`` are of another conversion.
     """
-    job = FullJob(os.fspath(base), os.fspath(tuned), isinstance(rule, Exact), tuple(include), tuple(exclude))
+    rule = _rule(density, top_k, energy, min_change, scope, exact=exact, digests=digests)
+    conversion = FullConversion(
+        os.fspath(tuned), location(base, dask), exact, include=tuple(include), exclude=tuple(exclude)
+    )
+    inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
-        job, out, rule=rule or TopK(), self_contained=self_contained, threads=threads, resume=resume, dask=dask,
-        progress=progress,
+        conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
+        dask=dask, progress=progress, on_start=on_start,
     )  # fmt: skip
 
 
-def _frame(change: Change) -> dict[str, Any]:
-    """What a pair of tensors says beyond its entries: another name in the base, more rows or fewer."""
+def _rule(
+    density: float | None, top_k: int | None, energy: float | None, min_change: float | None, scope: str, *,
+    exact: bool, digests: bool,
+) -> TopK | Exact:  # fmt: skip
+    if not exact:
+        if not digests:
+            raise ValueError("only an exact patch has digests to leave out")
+        return selection_rule(density, top_k, energy, min_change, scope)
+    given = {"density": density, "top-k": top_k, "energy": energy, "min-change": min_change}
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"an exact patch keeps every difference: {option} has no meaning with it")
+    if scope != "tensor":
+        raise ValueError("an exact patch keeps every difference: scope has no meaning with it")
+    return Exact(digests)
+
+
+def _options(change: Change) -> dict[str, Any]:
+    """What a pair of tensors has beyond its entries: another name in the base, more rows or fewer."""
     assert isinstance(change, Difference)
     before, after = change.shape, change.tuned.shape(change.tuned_name)
-    frame: dict[str, Any] = {"base_name": change.base_name}
+    options: dict[str, Any] = {"base_name": change.base_name}
     if before == after:
-        return frame
-    frame["rows"] = after[0]
+        return options
+    options["rows"] = after[0]
     if after[0] > before[0]:
         part = change.tuned.part(change.tuned_name, numel(before), numel(after))
-        frame["new_rows"] = _in_dtype(part, change).reshape(after[0] - before[0], *before[1:])
-    return frame
+        options["new_rows"] = _in_dtype(part, change).reshape(after[0] - before[0], *before[1:])
+    return options
 
 
 def _in_dtype(part: Array, change: Change) -> Array:

@@ -1,4 +1,4 @@
-"""LoRAs: low-rank updates of a base."""
+"""From a LoRA and its base to an adapter."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, file_digest
+from shira_format._core.arrays import Array, array_digest, file_digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.renamed import rearranged
-from shira_format.convert.jobs import ConversionInputs, DenseCopy, identified
-from shira_format.convert.pipeline import convert
+from shira_format.convert.inputs import ConversionInputs, DenseCopy
+from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.entries.changes import AddedTo
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.update import Update
 from shira_format.names.filters import name_filter
-from shira_format.selection import Progress, TopK
+from shira_format.storage.paths import hub_identity
 from shira_format.tensors import DenseTensor, SparseTensor
 
 
 @dataclass(frozen=True)
-class LoraJob:
+class LoraConversion:
     """From a LoRA and its base."""
 
     lora: str
@@ -35,82 +36,104 @@ class LoraJob:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def open(self) -> ConversionInputs:
-        base = open_checkpoint(self.base)
-        return lora_inputs(
-            filtered(open_lora(self.lora, base, dialect=self.dialect), self.include, self.exclude),
-            base,
-            identified(self.base),
-        )
+    def open(self, base: Checkpoint | None = None) -> ConversionInputs:
+        """Open the LoRA, and the base if it is not open yet."""
+        base = open_checkpoint(self.base) if base is None else base
+        lora = filtered(open_lora(self.lora, base, dialect=self.dialect), self.include, self.exclude)
+        return lora_inputs(lora, base, hub_identity(self.base))
 
 
 def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
-    """A LoRA that is open already, as the pipeline takes it."""
-    view = rearranged(base, source.copies, source.removed)
+    """The inputs of a conversion from an open LoRA.
+
+    Args:
+        source: the LoRA.
+        base: the checkpoint that it adapts.
+        base_model: ``id`` and ``revision`` of the base, if they are known; they take precedence over those in ``source``.
+
+    Raises:
+        SourceError: a tensor is updated twice, or an updated tensor of the base is not of a float dtype.
+    """
+    view = rearranged(base, source.copies, source.removed) if source.copies or source.removed else base
     _check_base(source.updates, view)
+    renamed = _untouched(source)
     files = [{"name": path.name, "digest": file_digest(path)} for path in source.files]
     return ConversionInputs(
         base=base,
         changes=[AddedTo(update, view) for update in source.updates],
-        wholes=lambda self_contained: _whole_tensors(source, base, view, self_contained),
-        frame=lambda change: {"base_name": source.copies.get(change.name)},
+        dense=lambda self_contained: _dense_tensors(source, base, view, self_contained=self_contained),
+        options=lambda change: {"base_name": source.copies.get(change.name)},
         removed=source.removed,
-        copies=[
-            _copy(name, origin, base)
-            for name, origin in _untouched(source).items()
-            if is_float(base.dtype(origin))
+        renamed=[
+            _renamed(name, base_name, base)
+            for name, base_name in renamed.items()
+            if is_float(base.dtype(base_name))
         ],
-        structure={name: f"from {origin}" for name, origin in source.copies.items()}
+        structure={name: f"from {base_name}" for name, base_name in source.copies.items()}
         | dict.fromkeys(source.removed, "removed"),
         base_model=source.base_model | (base_model or {}),
         source=source.source | {"files": files},
         files=[*base.files, *source.files],
-        blamed=source.files,
+        source_file=source.files[0] if source.files else None,
         notices=[*base.notices, *source.notices],
     )
 
 
 def lora_to_shira(
     lora: str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str] | None,
     *,
-    rule: TopK | None = None,
+    density: float | None = None,
+    top_k: int | None = None,
+    energy: float | None = None,
+    min_change: float | None = None,
+    scope: str = "tensor",
+    dialect: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     self_contained: bool = False,
-    dialect: str | None = None,
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
     progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
 ) -> ConversionReport:
-    """Convert a LoRA into an adapter of target values, exact top-k by magnitude of the update.
+    """Convert a LoRA into a sparse adapter: the largest entries of its update, as exact values of the tuned weights.
 
-    Memory stays at about one tensor of the base. The same input gives the same bytes, whatever ``threads`` is.
+    Memory stays at about one tensor of the base. The same input gives the same bytes, for any number of threads.
 
     Args:
         lora: a LoRA file or folder; see :mod:`shira_format.lora` for the dialects.
-        base: the checkpoint that it adapts.
-        out: the adapter file to write, or None to compute the report only.
-        rule: what to keep; the largest 1 % of each tensor by default.
+        base: the checkpoint that it adapts: a path or an open checkpoint.
+        out: the adapter file to write, replacing what is there; None for a dry run.
+        density: share of the entries to keep, in (0, 1]; 0.01 by default. Give at most one of ``density``, ``top_k`` and ``energy``.
+        top_k: number of entries to keep: of each tensor, or of all tensors with the global scope.
+        energy: keep the fewest entries that hold this share, in (0, 1], of the update's energy (the sum of squares).
+        min_change: leave out changes of a smaller magnitude; given alone, all others are kept.
+        scope: ``"tensor"`` for the largest entries of each tensor, ``"global"`` for the largest of all tensors.
+        dialect: of the LoRA; detected from its files by default.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
-        self_contained: store the base's values too, so that the file can be undone, scaled and measured alone.
-        dialect: of the LoRA; recognised by default.
-        threads: at most this many.
-        resume: keep finished tensors beside ``out`` until all is done, and go on from those that are there.
-        dask: address of a scheduler of ``dask.distributed`` whose workers do the work.
-        progress: called with numbers of elements done; all passes together make ``passes(rule)`` times the elements.
+        self_contained: store the base's values too, so that the adapter can be undone, scaled and measured without the base.
+        threads: at most this many; all cores by default.
+        resume: keep finished tensors in ``OUT.partial`` until all are done, and start from those that are there.
+        dask: address of a ``dask.distributed`` scheduler whose workers compute; needs ``base`` as a path.
+        progress: called with the number of elements done since the last call.
+        on_start: called once with the sum of all calls of ``progress``.
 
     Raises:
+        ValueError: arguments that exclude each other, or are out of range.
         SourceError: an input that cannot be converted exactly; nothing is written.
         FormatError: a safetensors file is damaged.
+        WorkError: the cluster fails, or the parts in ``OUT.partial`` are of another conversion.
     """
-    job = LoraJob(os.fspath(lora), os.fspath(base), dialect, tuple(include), tuple(exclude))
+    rule = selection_rule(density, top_k, energy, min_change, scope)
+    conversion = LoraConversion(os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude))
+    inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
-        job, out, rule=rule or TopK(), self_contained=self_contained, threads=threads, resume=resume, dask=dask,
-        progress=progress,
+        conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
+        dask=dask, progress=progress, on_start=on_start,
     )  # fmt: skip
 
 
@@ -120,6 +143,8 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     Raises:
         SourceError: a bad regex, or no update is left.
     """
+    if source.updates and not include and not exclude:
+        return source
     match = name_filter(include, exclude)
     updates = [update for update in source.updates if match(update.name)]
     if not updates:
@@ -147,41 +172,46 @@ def _check_base(updates: Iterable[Update], base: Checkpoint) -> None:
 
 
 def _untouched(source: Lora) -> dict[str, str]:
-    """What the result has under another name than the base, and else unchanged."""
+    """Names of tensors that are the base's under another name, and otherwise unchanged; the base's name by the new one."""
     changed = {update.name for update in source.updates} | source.whole.keys() | source.additions.keys()
-    return {name: origin for name, origin in source.copies.items() if name not in changed}
+    return {name: base_name for name, base_name in source.copies.items() if name not in changed}
 
 
-def _copy(name: str, origin: str, base: Checkpoint) -> SparseTensor:
-    """The base's tensor, under another name, without an entry."""
-    nothing = np.empty(0, base.dtype(origin))
+def _renamed(name: str, base_name: str, base: Checkpoint) -> SparseTensor:
+    """The base's tensor under another name: a sparse tensor without entries."""
+    nothing = np.empty(0, base.dtype(base_name))
     return SparseTensor(
-        name, base.shape(origin), np.empty(0, np.int64), nothing, base_name=origin, base_digest=digest(nothing)
+        name,
+        base.shape(base_name),
+        np.empty(0, np.int64),
+        nothing,
+        base_name=base_name,
+        base_digest=array_digest(nothing),
     )
 
 
-def _whole_tensors(
-    source: Lora, base: Checkpoint, view: Checkpoint, self_contained: bool
+def _dense_tensors(
+    source: Lora, base: Checkpoint, view: Checkpoint, *, self_contained: bool
 ) -> Iterator[DenseTensor | DenseCopy]:
     if twice := source.whole.keys() & source.additions.keys():
         raise SourceError(f"tensor {min(twice)!r} is both replaced and added to")
     for name, array in source.whole.items():
-        yield _whole(name, array, base, view, self_contained)
+        yield _dense(name, array, base, view, self_contained=self_contained)
     for name, addition in source.additions.items():
         weight = view[name]
         work = working_dtype(weight.dtype)
-        yield _whole(name, weight.astype(work) + addition.astype(work), base, view, self_contained)
-    for name, origin in _untouched(source).items():
-        if not is_float(base.dtype(origin)):
+        yield _dense(name, weight.astype(work) + addition.astype(work), base, view, self_contained=self_contained)
+    for name, base_name in _untouched(source).items():
+        if not is_float(base.dtype(base_name)):
             same = name in base and (base.shape(name), base.dtype(name)) == (
-                base.shape(origin),
-                base.dtype(origin),
+                base.shape(base_name),
+                base.dtype(base_name),
             )
-            yield DenseCopy(name, base, origin, base if same else None)
+            yield DenseCopy(name, base, base_name, base if same else None)
 
 
-def _whole(name: str, array: Array, base: Checkpoint, view: Checkpoint, self_contained: bool) -> DenseTensor:
-    """A replacement in the dtype that the tensor has in ``view``, if it is there and of floats."""
+def _dense(name: str, array: Array, base: Checkpoint, view: Checkpoint, *, self_contained: bool) -> DenseTensor:
+    """A replacement, in the dtype that the tensor has in ``view`` if it is there."""
     if name not in view:
         return DenseTensor(name, array)
     dtype = view.dtype(name)
@@ -191,8 +221,8 @@ def _whole(name: str, array: Array, base: Checkpoint, view: Checkpoint, self_con
         values = array.astype(dtype)
     if not np.isfinite(values.astype(working_dtype(dtype))).all():
         raise SourceError(f"tensor {name!r} does not fit the base's dtype {dtype_name(dtype)}, or holds NaN")
-    # What the base has under this name, which may be another layer's: it is replaced.
+    # The base's tensor of this name, which may be another layer's, is replaced.
     weight = base.get(name)
     if weight is None or (weight.shape, weight.dtype) != (values.shape, values.dtype):
         return DenseTensor(name, values)
-    return DenseTensor(name, values, base=weight if self_contained else None, base_digest=digest(weight))
+    return DenseTensor(name, values, base=weight if self_contained else None, base_digest=array_digest(weight))

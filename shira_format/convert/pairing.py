@@ -1,4 +1,4 @@
-"""Which tensor of a fine-tune comes from which of its base: by name, by a common prefix, or by what they hold."""
+"""Pairs each tensor of a fine-tune with one of its base: by name, by a common prefix, or by content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
+from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import Difference
@@ -22,13 +22,13 @@ _PREFIX_DEPTH = 3
 
 @dataclass
 class Pairs:
-    """How two checkpoints lie beside each other.
+    """The tensors of two checkpoints, paired.
 
     Attributes:
         sparse: float tensors that have a base, in the base's order; ``name`` is the result's.
-        whole: what is stored whole: the name in ``tuned`` by that in the result.
+        whole: tensors that are stored whole: their names in ``tuned`` by those in the result.
         removed: names in ``base`` that the result lacks.
-        equal: names in the result of other tensors (integers) that hold the same bits in both.
+        equal: names in the result of non-float tensors with the same bits in both.
         structure: what changes beyond entries, by the result's name.
         notices: what a user should know.
     """
@@ -46,9 +46,9 @@ class Pairs:
 def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, exact: bool) -> Pairs:
     """Pair the tensors whose names are chosen.
 
-    With ``exact`` the result shall be ``tuned`` itself: names are those of ``tuned``, what it lacks is removed, and a
-    tensor that is new may start from another of the base with much the same content. Otherwise the adapter is for
-    the base as it stands: names are those of the base, and a weight of the base that ``tuned`` lacks is an error.
+    With ``exact`` the result is ``tuned`` itself: names are those of ``tuned``, base tensors that it lacks are removed, and a
+    new tensor may start from a base tensor with much the same content. Otherwise the adapter applies to the base: names are
+    those of the base, and a weight of the base that ``tuned`` lacks is an error.
 
     Raises:
         SourceError: the checkpoints do not belong together, or one has a weight that cannot be paired.
@@ -80,9 +80,9 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
         )
     order = {name: place for place, name in enumerate(base)}
     for name, origin in sorted(origins.items(), key=lambda item: order[item[1]]):
-        _one(pairs, name, origin, exact=exact)
-    _new(pairs, new, origins, exact=exact)
-    _gone(pairs, gone, sorted(used, key=order.__getitem__), exact=exact)
+        _add_pair(pairs, name, origin, exact=exact)
+    _add_new(pairs, new, origins, exact=exact)
+    _add_missing(pairs, gone, sorted(used, key=order.__getitem__), exact=exact)
     if exact:
         uses = Counter(origins.values())
         for name, origin in origins.items():
@@ -95,7 +95,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     return pairs
 
 
-def _one(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
+def _add_pair(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
     base, tuned = pairs.base, pairs.tuned
     result = name if exact else origin
     here, there = base.dtype(origin), tuned.dtype(name)
@@ -134,7 +134,7 @@ def _one(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
     pairs.sparse.append(Difference(result, base, origin, tuned, name, size))
 
 
-def _new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bool) -> None:
+def _add_new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bool) -> None:
     """Tensors of the fine-tune that the base lacks."""
     tuned = pairs.tuned
     for name in new:
@@ -146,7 +146,7 @@ def _new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bool) 
         pairs.structure[name] = "new"
 
 
-def _gone(pairs: Pairs, gone: list[str], used: list[str], *, exact: bool) -> None:
+def _add_missing(pairs: Pairs, gone: list[str], used: list[str], *, exact: bool) -> None:
     """Tensors of the base that the fine-tune lacks."""
     if exact:
         pairs.removed += gone
@@ -158,7 +158,7 @@ def _gone(pairs: Pairs, gone: list[str], used: list[str], *, exact: bool) -> Non
         if twin is not None:
             pairs.notices.append(f"tensor {name!r} of the base is not in the fine-tune: it is tied to {twin!r}")
         elif not is_float(base.dtype(name)):
-            pairs.notices.append(f"tensor {name!r} of the base is not in the fine-tune, and stays as it is")
+            pairs.notices.append(f"tensor {name!r} of the base is not in the fine-tune, and stays unchanged")
         else:
             raise SourceError(
                 f"{pairs.tuned.path}: lacks tensor {name!r} of the base {base.path}: leave it out to keep the "
@@ -193,7 +193,7 @@ def _leading(names: Iterable[str]) -> dict[str, None]:
 
 
 def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
-    """For each new name the base tensor that holds much the same; renamed tensors before tied ones."""
+    """For each new name the base tensor with much the same content; renamed tensors before tied ones."""
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     missing = set(gone)
     for name in (*gone, *(name for name in base if name not in missing)):
@@ -209,7 +209,7 @@ def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkp
             if candidate not in samples:
                 samples[candidate] = _sample(base, candidate)
             share = float((samples[candidate] == sample).mean()) if sample.size else 1.0
-            # Each renamed tensor has one new name, as long as that says anything: a tie may have several.
+            # A renamed tensor has one new name; only tied weights, which are equal, have several.
             if share > best and not (candidate in taken and share < 1.0):
                 best, origin = share, candidate
         if origin is not None and best >= _ALIKE:
@@ -224,7 +224,7 @@ def _sample(checkpoint: Checkpoint, name: str) -> Array:
     length = min(_RUN, size)
     starts = sorted({i * (size - length) // (_RUNS - 1) for i in range(_RUNS)}) if length else []
     parts = [checkpoint.part(name, start, start + length).copy() for start in starts]
-    flat = bits(np.concatenate(parts)) if parts else np.empty(0, np.uint8)
+    flat = as_bytes(np.concatenate(parts)) if parts else np.empty(0, np.uint8)
     return np.ascontiguousarray(flat).view(f"u{width}")
 
 
@@ -250,7 +250,7 @@ def _same(a: Checkpoint, name: str, b: Checkpoint, other: str, step: int = 1 << 
     size = numel(a.shape(name))
     for start in range(0, size, step):
         stop = min(start + step, size)
-        if not np.array_equal(bits(a.part(name, start, stop)), bits(b.part(other, start, stop))):
+        if not np.array_equal(as_bytes(a.part(name, start, stop)), as_bytes(b.part(other, start, stop))):
             return False
     return True
 

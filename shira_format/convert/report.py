@@ -1,4 +1,4 @@
-"""What a conversion kept, per tensor and in all, and what its user should know."""
+"""The report of a conversion: what it keeps, per tensor and in all."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from shira_format.tensors import density, numel
 
-LITTLE = 0.5  # below this share of the update's energy, much of what the source does is lost
+LOW_ENERGY = 0.5  # below this share of the update's energy, much of the source's effect is lost
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one weight; energies are sums of squares of the update."""
+    """What is kept of one weight; energies are sums of squares of the update."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,20 +41,33 @@ class TensorReport:
     def relative_error(self) -> float:
         """``||update - stored|| / ||update||`` in the Frobenius norm, rounding to the base's dtype included.
 
-        What is left out is a difference of sums in float32: below about 1e-4 the figure is an upper bound.
+        The part that is left out is a difference of sums in float32: below about 1e-4 the figure is an upper bound.
         """
         return math.sqrt(self.error / self.energy) if self.energy else 0.0
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """Keys for the tensor's item in the manifest."""
+        return {
+            "energy_kept": six_digits(self.energy_kept),
+            "relative_error": six_digits(self.relative_error),
+        }
+
+
+def six_digits(number: float) -> float:
+    """``number`` rounded: sums of floats may differ beyond that between machines, and the bytes of files must not."""
+    return float(f"{number:.6g}")
 
 
 @dataclass
 class ConversionReport:
-    """The account of one conversion.
+    """The report of one conversion.
 
     Attributes:
         tensors: the sparse tensors.
         whole: names of the tensors that are replaced as a whole.
         structure: what changes beyond entries, by name: ``"new"``, ``"removed"``, ``"rows 100 -> 104"``, ...
-        unchanged: how many tensors of the base are in no way touched, of those that were compared.
+        unchanged: number of compared tensors that do not change.
         exact: whether every difference is stored.
         notices: what a user should know.
         file_bytes: the size of the file; None if none was written.
@@ -100,11 +113,11 @@ class ConversionReport:
         return self._total().relative_error
 
     def warnings(self) -> list[str]:
-        """What is lost, in plain words; empty if little is."""
+        """Warnings about what is lost; empty if little is."""
         if self.exact:
             return []
         found = []
-        if self.energy_kept < LITTLE:
+        if self.energy_kept < LOW_ENERGY:
             found.append(
                 f"only {self.energy_kept:.1%} of the update's energy is kept (relative error {self.relative_error:.2f}): "
                 "the adapter will do much less than its source. A higher density keeps more; so does training a "

@@ -1,4 +1,4 @@
-"""Finished parts of a long conversion, kept beside its output until all is done: what ``--resume`` goes on from."""
+"""Finished parts of a long conversion, kept beside its output until it is done, for ``--resume``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import io
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -16,19 +17,21 @@ from typing import Any, Self, TypeVar, cast
 import numpy as np
 
 from shira_format._core.dtypes import DTYPES, dtype_name
+from shira_format._core.threads import Progress
 from shira_format.convert.exact import Differences, Exact
-from shira_format.convert.jobs import ConversionInputs, Job
+from shira_format.convert.inputs import Conversion, ConversionInputs
 from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
-from shira_format.selection import Engine, Progress, TopK
+from shira_format.selection import Engine, Pending, TopK
 from shira_format.selection.radix import Survey
 from shira_format.selection.stages import Stage
-from shira_format.storage.atomic import replaced_file
+from shira_format.storage.atomic import atomic_file
 from shira_format.version import __version__
 
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
+_BYTES_PER_ENTRY = 16  # of a part: index, value, base, target
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Differences, Entries, Survey)}
 
 
@@ -38,20 +41,26 @@ def partial_folder(out: Path) -> Path:
 
 
 class ResumableEngine:
-    """An engine that keeps each result of another, and does not compute again what it has; a context manager.
+    """An engine that keeps the results of another one on disk and does not compute them again; a context manager.
 
-    The folder goes when the block ends well, and stays otherwise.
+    The folder is deleted if the block ends without an exception.
     """
 
     def __init__(
-        self, engine: Engine, out: Path, job: Job, rule: TopK | Exact, opened: ConversionInputs, progress: Progress
+        self,
+        engine: Engine,
+        out: Path,
+        conversion: Conversion,
+        rule: TopK | Exact,
+        inputs: ConversionInputs,
+        progress: Progress,
     ) -> None:
         """Raises WorkError if the folder holds parts of something else."""
         self._engine = engine
         self._progress = progress
         self._maps = 0
         self.folder = partial_folder(out)
-        self._begin(_fingerprint(job, rule, opened))
+        self._begin(_fingerprint(conversion, rule, inputs))
 
     def _begin(self, fingerprint: str) -> None:
         note = self.folder / "conversion"
@@ -61,7 +70,7 @@ class ResumableEngine:
         except FileNotFoundError:
             if any(self.folder.iterdir()):
                 raise WorkError(f"{self.folder}: is no folder of a conversion's parts") from None
-            with replaced_file(note) as file:
+            with atomic_file(note) as file:
                 file.write(fingerprint.encode())
             return
         if found != fingerprint:
@@ -79,36 +88,42 @@ class ResumableEngine:
         if kind is None:
             shutil.rmtree(self.folder)
 
-    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
         """See :class:`shira_format.selection.stages.Engine`."""
         self._maps += 1
         paths = [self.folder / f"{self._maps}-{place:06d}.npz" for place in range(len(changes))]
-        there = [path.exists() for path in paths]
-        computed = self._engine.map(
-            stage, [change for change, found in zip(changes, there, strict=True) if not found]
-        )
-        for path, change, found in zip(paths, changes, there, strict=True):
-            if found:
-                result = cast(_R, _unpacked(path))
+        kept = [path.exists() for path in paths]
+        missing = [change for change, is_kept in zip(changes, kept, strict=True) if not is_kept]
+        computed = self._engine.map(stage, missing)
+        for path, change, is_kept in zip(paths, changes, kept, strict=True):
+            if is_kept:
                 self._progress(cast(Any, change).size * stage.passes)
-            else:
-                result = next(computed)
-                with replaced_file(path) as file:
-                    file.write(_packed(result))
-            yield result
+                yield path.stat().st_size // _BYTES_PER_ENTRY, partial(_read, path)
+                continue
+            held, result = next(computed)
+            task = partial(_keep, path, result)
             del result  # not to be held while the next one is computed
+            yield held, task
+            del task
 
 
-def _fingerprint(job: Job, rule: TopK | Exact, opened: ConversionInputs) -> str:
-    """Differs if the inputs, the rule or the writer do."""
-    files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in opened.files]
-    changes = [(change.name, list(change.shape), change.size) for change in opened.changes]
-    what = [__version__, repr(job), type(rule).__name__, asdict(rule), files, changes]
+def _keep(path: Path, result: Callable[[], _R]) -> _R:
+    found = result()
+    with atomic_file(path) as file:
+        file.write(_packed(found))
+    return found
+
+
+def _fingerprint(conversion: Conversion, rule: TopK | Exact, inputs: ConversionInputs) -> str:
+    """A digest of the inputs, the rule and the writer's version."""
+    files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in inputs.files]
+    changes = [(change.name, list(change.shape), change.size) for change in inputs.changes]
+    what = [__version__, repr(conversion), type(rule).__name__, asdict(rule), files, changes]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _packed(value: Any) -> bytes:
-    """A dataclass of arrays, numbers, texts and others of its kind, as an ``.npz``: no pickle."""
+    """A dataclass of arrays, numbers, strings and such dataclasses as an ``.npz`` without pickle."""
     arrays: dict[str, Any] = {}
 
     def plain(item: Any) -> Any:
@@ -125,10 +140,10 @@ def _packed(value: Any) -> bytes:
     return out.getvalue()
 
 
-def _unpacked(path: Path) -> Any:
+def _read(path: Path) -> Any:
     """What :func:`_packed` has written."""
     try:
-        # ConversionInputs here: numpy forgets to close a file that is no archive.
+        # Opened here: numpy forgets to close a file that is no archive.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
 
             def full(item: Any) -> Any:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.compiled import union
 from shira_format._core.dtypes import working_dtype
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
-from shira_format.format.codecs import Indices
 from shira_format.tensors import SparseTensor
 
 Floats = npt.NDArray[np.float64]

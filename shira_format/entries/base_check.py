@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format._core.dtypes import is_float
 from shira_format.errors import BaseMismatch
 from shira_format.tensors import DenseTensor, SparseTensor
@@ -34,7 +34,7 @@ def with_base(tensor: SparseTensor, base: Checkpoint) -> SparseTensor:
     if dtype != tensor.dtype:
         raise BaseMismatch(f"{where}: the adapter is for {tensor.dtype}, the weight has {dtype}")
     found = base.at(tensor.base_name, tensor.indices)
-    if tensor.base_digest is not None and digest(found) != tensor.base_digest:
+    if tensor.base_digest is not None and array_digest(found) != tensor.base_digest:
         raise BaseMismatch(f"{where}: the base holds other values at the adapter's entries (digest differs)")
     if tensor.value_kind == "delta" or tensor.base is not None:
         return tensor

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different, positions, scratch, upcast
+from shira_format._core.arrays import Array, Indices, bits_differ, scratch, where_true
 from shira_format._core.dtypes import working_dtype
+from shira_format._core.rounding import round_to, upcast
 from shira_format.checkpoints import Checkpoint
-from shira_format.format.codecs import Indices
 from shira_format.lora.update import Update
 from shira_format.tensors import numel
 
@@ -85,19 +85,6 @@ class Change(Protocol):
 def tile_size(change: Change) -> int:
     """Elements a tile of ``change``."""
     return TILE if change.grain == 1 else max(1, _ROWS // change.grain) * change.grain
-
-
-def round_to(array: Array, dtype: np.dtype[Any]) -> Array:
-    """``array`` in ``dtype``, each value rounded once, to nearest, ties to even; what overflows becomes Inf or NaN."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if array.dtype == np.float64 and dtype not in (np.float64, np.float32, np.float16):
-            # ml_dtypes goes through float32, and would round twice. Rounded to odd there, no value can look like a tie.
-            near = array.astype(np.float32)
-            pattern = near.view(np.uint32)
-            pattern -= np.abs(near) > np.abs(array)
-            pattern |= (near != array) & ~np.isnan(array)
-            array = near
-        return array.astype(dtype, copy=False)
 
 
 COLUMNS = ("indices", "values", "base", "target")
@@ -245,10 +232,10 @@ class Difference:
         before, after = self.both(start, stop)
         where = moved = None
         if before.dtype == after.dtype:
-            moved = partial(different, before, after)
+            moved = partial(bits_differ, before, after)
             # After a step of training few entries have moved, and only these need any arithmetic.
-            if np.count_nonzero(different(before[:_GLANCE], after[:_GLANCE])) * _FEW < min(_GLANCE, out.size):
-                where = positions(moved())
+            if np.count_nonzero(bits_differ(before[:_GLANCE], after[:_GLANCE])) * _FEW < min(_GLANCE, out.size):
+                where = where_true(moved())
                 before, after = before[where], after[where]
                 out, moved = out[: where.size], None
         upcast(after, out)

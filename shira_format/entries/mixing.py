@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shira_format._core.arrays import different, digest
+from shira_format._core.arrays import Indices, array_digest, bits_differ
 from shira_format._core.compiled import mixed, scatter
 from shira_format._core.dtypes import working_dtype
+from shira_format._core.rounding import round_to
 from shira_format.entries.aligned import AlignedEntries, Contribution, Factor, Floats
-from shira_format.entries.changes import round_to
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.format.codecs import Indices
 from shira_format.tensors import SparseTensor
 
 
@@ -58,7 +57,7 @@ def mix(joined: AlignedEntries, factors: Sequence[Factor], *, self_contained: bo
     laid.values[several] = round_to(sums, joined.dtype)
     kept = slice(None) if laid.count.all() else np.flatnonzero(laid.count)
     base = laid.base[kept]
-    known = {"base": base} if self_contained else {"base_digest": digest(base)}
+    known = {"base": base} if self_contained else {"base_digest": array_digest(base)}
     return SparseTensor(
         joined.name, joined.shape, joined.indices[kept], laid.values[kept], dtype=joined.dtype, **known
     )
@@ -94,7 +93,7 @@ class _Laid:
             if tensor.value_kind == "target" or not self._known[at].all():
                 raise part.needs_base()
             own = self.base[at]
-            if tensor.base_digest is not None and digest(own) != tensor.base_digest:
+            if tensor.base_digest is not None and array_digest(own) != tensor.base_digest:
                 raise _other_base(part)
         wide = working_dtype(self._joined.dtype)
         if abs(part.weight) > float(np.finfo(wide).max):
@@ -131,7 +130,7 @@ def _check_idle(joined: AlignedEntries, active: Sequence[int]) -> None:
     for number in known:
         at, own = joined.places[number], joined.parts[number].tensor.base
         assert own is not None
-        if (different(base[at], own) & seen[at]).any():
+        if (bits_differ(base[at], own) & seen[at]).any():
             raise _other_base(joined.parts[number])
         base[at], seen[at] = own, True
 

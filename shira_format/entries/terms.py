@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shira_format._core.arrays import Array
-from shira_format.entries.changes import round_to
-from shira_format.format.codecs import Indices
+from shira_format._core.arrays import Array, Indices
+from shira_format._core.rounding import round_to
 from shira_format.tensors import SparseTensor
 
 

@@ -1,1 +1,1 @@
-# placeholder
+"""From adapter files to full checkpoints, LoRAs, PEFT's SHiRA and matrices."""

@@ -1,4 +1,4 @@
-"""An adapter to a folder of CSR matrices."""
+"""From an adapter file to a folder of CSR matrices."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, upcast
+from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import dtype_name, working_dtype
+from shira_format._core.rounding import upcast
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import (
     ORIGINAL,
     Index,
     Item,
-    check_replaceable,
     file_names,
     provenance,
+    read_index,
     write_index,
 )
-from shira_format.convert.csr.matrix import check_rows, scipy_sparse, write_matrix
+from shira_format.convert.csr.matrix import check_rows, write_matrix
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
-from shira_format.storage.atomic import replaced_folder
-from shira_format.tensors import SparseTensor, ValueKind, matrix_view
+from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder
+from shira_format.tensors import SparseTensor, ValueKind, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -62,48 +64,49 @@ class CsrReport:
 
 
 def shira_to_csr(
-    adapter_path: str | os.PathLike[str],
-    folder: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     values: Literal["delta", "target"] = "delta",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     force: bool = False,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
 ) -> CsrReport:
     """Write an adapter as a folder of matrices that ``scipy.sparse.load_npz`` opens; see :mod:`shira_format.convert.csr`.
 
     One tensor is in memory at a time, and the folder appears whole or not at all.
 
     Args:
-        adapter_path: the adapter file.
-        folder: where to; None for a dry run, which computes everything and writes nothing.
-        base: the checkpoint that the adapter was made for, for deltas of an adapter that does not hold the base's values, or
-            for targets of one that holds deltas.
+        adapter: the adapter file.
+        out: the folder to write; None for a dry run, which computes everything and writes nothing.
+        base: the checkpoint that the adapter was made for, a path or an open checkpoint: needed for deltas of an adapter without
+            the base's values, and for targets of one that holds deltas.
         values: what the matrices hold, ``"delta"`` or ``"target"``. Masks have ones in either case.
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
-        force: replace ``folder``, if ``shira_to_csr`` wrote it and nothing else was put there.
+        force: replace ``out``, if ``shira_to_csr`` wrote it and nothing else was put there.
         progress: called with 1 after each matrix.
+        on_start: called once with the number of matrices.
 
     Raises:
-        SourceError: scipy is missing; base values are needed; a tensor has too many rows for a CSR matrix; no tensor is
-            chosen; ``folder`` exists and must not be replaced.
+        ValueError: ``values`` is neither of the two.
+        SourceError: base values are needed; a tensor has too many rows for a CSR matrix; no tensor is chosen; ``out``
+            exists and must not be replaced.
         BaseMismatch: ``base`` is not the base of the adapter.
         FormatError: the adapter's file is damaged.
     """
     if values not in ("delta", "target"):
         raise ValueError(f"values {values!r} is neither 'delta' nor 'target'")
-    scipy_sparse()
-    path, target = Path(adapter_path), None if folder is None else Path(folder)
-    if target is not None and os.path.lexists(target):
-        if not force:
-            raise SourceError(f"{target}: exists")
-        check_replaceable(target)
-        if path.resolve().parent == target.resolve():
-            raise SourceError(f"{target}: holds the adapter, and so is not replaced")
-    source = AdapterFile(path, apart=True)
+    path, target = Path(adapter), None if out is None else Path(out)
+    checkpoint = None if base is None else open_checkpoint(base)
+    inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
+    check_output_folder(
+        target, inputs, force=force, writer="shira_to_csr", own_files=lambda f: read_index(f).files()
+    )
+    source = AdapterFile(path, separate_maps=True)
     chosen = name_filter(include, exclude)
     entries = [entry for name, entry in source.manifest.tensors.items() if chosen(name)]
     report = CsrReport(whole=[name for name in source.manifest.whole if chosen(name)])
@@ -111,22 +114,22 @@ def shira_to_csr(
         raise SourceError(f"{path}: no tensor is left by the choice of names")
     for entry in entries:
         _check(entry, path, values, has_base=base is not None)
-    checkpoint = None if base is None else open_checkpoint(base)
     if checkpoint is not None:
         report.notices += checkpoint.notices
+    on_start(len(entries))
     with ExitStack() as stack:
         stack.callback(source.streams.close)
-        hidden = stack.enter_context(replaced_folder(target)) if target is not None else None
-        _write(source, entries, chosen, report, hidden, checkpoint, values, progress)
-        if hidden is not None:
-            report.folder_bytes = sum(file.stat().st_size for file in hidden.iterdir())
+        folder = stack.enter_context(output_folder(target))
+        _write(source, entries, chosen, report, folder, checkpoint, values, progress)
+        if folder is not None:
+            report.folder_bytes = folder_bytes(folder)
     return report
 
 
 def _check(entry: SparseEntry, path: Path, values: ValueKind, *, has_base: bool) -> None:
-    """What the manifest tells already, before any work."""
+    """Check a tensor by its manifest entry, before any work."""
     try:
-        check_rows(matrix_view(entry.shape)[0], entry.nnz)
+        check_rows(matrix_shape(entry.shape)[0], entry.nnz)
         if entry.values in (values, "none") or entry.base_values or has_base:
             return
         if values == "delta":
@@ -146,7 +149,7 @@ def _write(
     folder: Path | None,
     base: Checkpoint | None,
     values: ValueKind,
-    progress: Callable[[int], object],
+    progress: Progress,
 ) -> None:
     files = file_names(entry.name for entry in entries)
     items: list[Item] = []
@@ -182,10 +185,10 @@ def _item(tensor: SparseTensor, file: str, base: Checkpoint | None, values: Valu
         data = wide(tensor.values)
     else:
         start = base_entries(tensor, base)
-        dtype, base_digest = start.dtype, digest(start)
+        dtype, base_digest = start.dtype, array_digest(start)
         data = difference(tensor.values, start) if values == "delta" else wide(tensor.applied(start))
         value_kind = values
-    digests = {"indices": digest(tensor.indices), value_kind: digest(data)}
+    digests = {"indices": array_digest(tensor.indices), value_kind: array_digest(data)}
     if base_digest is not None:
         digests["base"] = base_digest
     more: dict[str, Any] = {"nnz": tensor.nnz}
@@ -227,5 +230,5 @@ def wide(values: Array) -> Array:
 
 def difference(target: Array, base: Array) -> Array:
     """Target minus base in their working type."""
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are valid values
         return np.asarray(wide(target) - wide(base))

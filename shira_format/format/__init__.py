@@ -1,4 +1,4 @@
-"""One adapter file: reading (mapped, lazy) and writing (streaming, atomic), both checked by every rule of the spec."""
+"""Adapter files: reading (mapped, lazy) and writing (streamed, atomic), both checked by every rule of the spec."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The manifest: what an adapter file says about itself (spec, sections 3 to 7), checked and typed."""
+"""The manifest of an adapter file (spec, sections 3 to 7), checked and typed."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,17 @@ from typing import Any, cast
 from shira_format._core.dtypes import FLOATS
 from shira_format.errors import FormatError
 from shira_format.format.codecs import CODECS
-from shira_format.format.codecs.blocks import block_count
+from shira_format.format.fields import (
+    check_number,
+    digests,
+    flag,
+    is_digest,
+    is_finite,
+    items,
+    need,
+    optional,
+    strings,
+)
 from shira_format.storage.safetensors_file import is_uint, parse_object
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, ValueKind, numel
 
@@ -21,12 +30,11 @@ MAJOR = 1
 METADATA_KEY = "shira"
 FEATURES = frozenset({"mask-file", "patch"})
 DIGEST = "sha256"
-# What a writer derives from the tensors; everything else of a manifest is taken over as it is.
+# What a writer derives from the tensors; all other keys of a manifest are copied.
 DERIVED = frozenset({"format_version", "features", "digest", "mask_files", "tensors", "whole"})
 ROLES = ("indices", "blocks", "values", "base", "rows")
 
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -58,7 +66,7 @@ class SparseEntry:
 
     @property
     def new_rows(self) -> int:
-        """How many rows ``#rows`` holds."""
+        """The number of rows in the stream ``#rows``."""
         return max(0, self.rows - self.shape[0]) if self.rows is not None else 0
 
     @property
@@ -66,13 +74,14 @@ class SparseEntry:
         """The index codec's name."""
         return str(self.indices["codec"])
 
+    def index_streams(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+        """The streams of the index codec, if it has any; see :meth:`IndexCodec.streams`."""
+        codec = CODECS.get(self.codec)
+        return {} if codec is None else codec.streams(self.indices, self.nnz)
+
     def streams(self) -> Iterator[str]:
         """The roles of this tensor's streams, as in ``NAME#role``."""
-        codec = CODECS.get(self.codec)
-        if codec is not None and codec.stream is not None:
-            yield "indices"
-            if codec.blocks and block_count(self.nnz, self.indices.get("block_size")):
-                yield "blocks"
+        yield from self.index_streams()
         if self.values != "none":
             yield "values"
         if self.base_values:
@@ -93,7 +102,7 @@ class DenseEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A checked manifest; ``raw`` is the JSON object itself, unknown keys included."""
+    """A checked manifest; ``raw`` is the JSON object, with unknown keys."""
 
     raw: dict[str, Any]
     tensors: dict[str, SparseEntry]
@@ -101,7 +110,7 @@ class Manifest:
     removed: tuple[str, ...]
 
     def stream_names(self) -> Iterator[str]:
-        """Every stream that the file must have, and no other."""
+        """All streams that the file must have."""
         for entry in self.tensors.values():
             yield from (stream_name(entry.name, role) for role in entry.streams())
         for whole in self.whole.values():
@@ -119,18 +128,18 @@ def parse_manifest(text: str) -> Manifest:
     """Parse and check the manifest of a file.
 
     Raises:
-        FormatError: a rule of sections 3 to 5 that needs no stream is broken.
+        FormatError: a rule of sections 3 to 5 that can be checked without the streams is broken.
     """
     try:
         raw = parse_object(text.encode("utf-8"), "manifest-json")
     except UnicodeEncodeError:
-        raise FormatError("manifest-json", "lone surrogates are not UTF-8") from None
+        raise FormatError("manifest-json", "it has lone surrogates, which UTF-8 cannot encode") from None
     _check_version(raw)
-    tensors = [_sparse(item) for item in _list(raw, "tensors", required=True)]
-    whole = [_whole(item) for item in _list(raw, "whole")]
+    tensors = [_sparse(item) for item in items(raw, "tensors", required=True)]
+    whole = [_whole(item) for item in items(raw, "whole")]
     _check_provenance(raw)
     components = _components(raw)
-    removed = tuple(_strings(raw, "removed"))
+    removed = tuple(strings(raw, "removed"))
     names = [entry.name for entry in tensors] + [entry.name for entry in whole] + list(removed)
     for name in (*names, *(entry.base_name for entry in tensors)):
         check_name(name, components)
@@ -156,22 +165,24 @@ def check_name(name: str, components: Mapping[str, Any] | None) -> None:
     component, slash, rest = name.partition("/")
     if components is not None and not (slash and rest and component in components):
         raise FormatError(
-            "component", f"it does not start with one of the components {list(components)}", tensor=name
+            "component", f"the name does not start with one of the components {list(components)}", tensor=name
         )
 
 
 def _check_version(raw: Mapping[str, Any]) -> None:
-    version = _need(raw, "format_version", str, None)
+    version = need(raw, "format_version", str)
     if not (match := _VERSION.fullmatch(version)):
         raise FormatError("manifest-schema", f"format_version {version!r} is not MAJOR.MINOR")
     if match[1] != str(MAJOR):
         raise FormatError("unknown-major", f"format version {version}; this reader knows {MAJOR}.x")
-    features = _strings(raw, "features", required=True)
+    features = strings(raw, "features", required=True)
     if len(set(features)) != len(features):
         raise FormatError("manifest-schema", "a feature is listed twice")
     if unknown := [feature for feature in features if feature not in FEATURES]:
-        raise FormatError("unknown-feature", f"the file needs {', '.join(map(repr, unknown))}")
-    algorithm = _need(raw, "digest", str, None)
+        raise FormatError(
+            "unknown-feature", f"the file needs {', '.join(map(repr, unknown))}, which this reader does not know"
+        )
+    algorithm = need(raw, "digest", str)
     if algorithm != DIGEST:
         raise FormatError("unknown-digest", f"digests by {algorithm!r}; this reader knows {DIGEST}")
 
@@ -179,31 +190,31 @@ def _check_version(raw: Mapping[str, Any]) -> None:
 def _sparse(item: Any) -> SparseEntry:
     if not isinstance(item, dict):
         raise FormatError("manifest-schema", "an item of 'tensors' is not an object")
-    name = _need(item, "name", str, None)
-    shape = _need(item, "shape", list, name)
+    name = need(item, "name", str)
+    shape = need(item, "shape", list, name)
     if len(shape) > MAX_RANK or not all(is_uint(n) for n in shape):
         raise FormatError("manifest-schema", f"shape {shape} is not a list of dimensions", tensor=name)
     if numel(tuple(shape)) > MAX_NUMEL:
         raise FormatError("shape-overflow", f"shape {shape} has more than 2^53 - 1 elements", tensor=name)
-    dtype = _need(item, "dtype", str, name)
+    dtype = need(item, "dtype", str, name)
     if dtype not in FLOATS:
         raise FormatError("sparse-dtype", f"dtype {dtype!r} is not a float dtype", tensor=name)
-    nnz = _need(item, "nnz", int, name)
+    nnz = need(item, "nnz", int, name)
     if nnz < 0:
         raise FormatError("manifest-schema", f"nnz {nnz}", tensor=name)
     if nnz > numel(tuple(shape)):
         raise FormatError("count-mismatch", f"nnz {nnz} in a tensor of {numel(tuple(shape))}", tensor=name)
-    values = _need(item, "values", str, name)
+    values = need(item, "values", str, name)
     if values not in ("target", "delta", "none"):
         raise FormatError("manifest-schema", f"values {values!r}", tensor=name)
     for key in ("energy_kept", "relative_error"):
-        _number(item, key, name)
-    indices = _need(item, "indices", dict, name)
+        check_number(item, key, name)
+    indices = need(item, "indices", dict, name)
     _check_indices(indices, name)
     entry = SparseEntry(
         name, tuple(shape), dtype, nnz, cast(ValueKind, values), indices,
-        _digests(item, name, (*ROLES, "result")), _flag(item, "base_values", name),
-        _need(item, "from", str, name) if "from" in item else name, _rows(item, tuple(shape)), item,
+        digests(item, name, (*ROLES, "result")), flag(item, "base_values", name),
+        need(item, "from", str, name) if "from" in item else name, _rows(item, tuple(shape)), item,
     )  # fmt: skip
     _check_digests(entry)
     return entry
@@ -220,30 +231,15 @@ def _rows(item: dict[str, Any], shape: tuple[int, ...]) -> int | None:
 
 
 def _check_indices(indices: Mapping[str, Any], name: str) -> None:
-    codec = _need(indices, "codec", str, name)
+    codec = need(indices, "codec", str, name)
     if codec == "shared":
-        _need(indices, "tensor", str, name)
+        need(indices, "tensor", str, name)
         if "file" in indices:
-            _need(indices, "file", str, name)
+            need(indices, "file", str, name)
         return
     if codec not in CODECS:
         raise FormatError("unknown-codec", f"index codec {codec!r}; known: {', '.join([*CODECS, 'shared'])}", tensor=name)  # fmt: skip
-    if CODECS[codec].blocks and "block_size" in indices:
-        size = _need(indices, "block_size", int, name)
-        if not 16 <= size < 2**31:
-            raise FormatError("manifest-schema", f"block_size {size}", tensor=name)
-    if codec == "structured":
-        for part in _need(indices, "pattern", list, name):
-            _check_part(part, name)
-
-
-def _check_part(part: Any, name: str) -> None:
-    kinds = ("rows", "columns", "diagonal")
-    if not isinstance(part, dict) or part.get("kind") not in kinds:
-        raise FormatError("manifest-schema", f"a part of the pattern is not one of {kinds}", tensor=name)
-    _need(part, "offset", int, name)
-    if part["kind"] != "diagonal" or "step" in part:
-        _need(part, "step", int, name)
+    CODECS[codec].check_params(indices, name)
 
 
 def _check_digests(entry: SparseEntry) -> None:
@@ -261,8 +257,8 @@ def _check_digests(entry: SparseEntry) -> None:
 def _whole(item: Any) -> DenseEntry:
     if not isinstance(item, dict):
         raise FormatError("manifest-schema", "an item of 'whole' is not an object")
-    name = _need(item, "name", str, None)
-    entry = DenseEntry(name, _digests(item, name, ("values", "base")), _flag(item, "base_values", name), item)
+    name = need(item, "name", str)
+    entry = DenseEntry(name, digests(item, name, ("values", "base")), flag(item, "base_values", name), item)
     needed = {"values", "base"} if entry.base_values else {"values"}
     if missing := needed - entry.digests.keys():
         raise FormatError("manifest-schema", f"digests lack {', '.join(sorted(missing))}", tensor=name)
@@ -295,7 +291,7 @@ def check_shared_target(entry: SparseEntry, other: SparseEntry) -> None:
 def _components(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if "components" not in raw:
         return None
-    components = cast(dict[str, Any], _need(raw, "components", dict, None))
+    components = cast(dict[str, Any], need(raw, "components", dict))
     for name, value in components.items():
         if not name or "/" in name or not isinstance(value, dict):
             raise FormatError("manifest-schema", f"component {name!r}")
@@ -304,101 +300,48 @@ def _components(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _check_provenance(raw: Mapping[str, Any]) -> None:
-    """Types only: nothing here changes how the file is read."""
-    _number(raw, "alpha", None)
-    if "alpha" in raw and not _finite(raw["alpha"]):
+    """Check types only: provenance does not change how the file is read."""
+    check_number(raw, "alpha")
+    if "alpha" in raw and not is_finite(raw["alpha"]):
         raise FormatError("manifest-schema", "'alpha' is not a finite number")
     for key in ("license", "writer", "description"):
-        _optional(raw, key, str)
+        optional(raw, key, str)
     _check_base_model(raw)
-    source = _optional(raw, "source", dict) or {}
+    source = optional(raw, "source", dict) or {}
     for key in ("kind", "dialect"):
-        _optional(source, key, str)
+        optional(source, key, str)
     _check_files(source)
-    selection = _optional(raw, "selection", dict) or {}
+    selection = optional(raw, "selection", dict) or {}
     for key in ("rule", "scope"):
-        _optional(selection, key, str)
+        optional(selection, key, str)
     for key in ("density", "energy", "energy_kept", "min_change", "relative_error"):
-        _number(selection, key, None)
+        check_number(selection, key)
     if "top_k" in selection and not is_uint(selection["top_k"]):
         raise FormatError("manifest-schema", "top_k is not a count")
     for key in ("include", "exclude"):
-        _strings(selection, key)
-    mask = _optional(raw, "mask", dict) or {}
+        strings(selection, key)
+    mask = optional(raw, "mask", dict) or {}
     for key in ("rule", "calibration_digest"):
-        _optional(mask, key, str)
-    _optional(mask, "seed", int)
-    for name, digest in (_optional(raw, "mask_files", dict) or {}).items():
-        if name in ("", ".", "..") or "/" in name or "\\" in name or not _is_digest(digest):
+        optional(mask, key, str)
+    optional(mask, "seed", int)
+    for name, digest in (optional(raw, "mask_files", dict) or {}).items():
+        if name in ("", ".", "..") or "/" in name or "\\" in name or not is_digest(digest):
             raise FormatError("manifest-schema", f"mask file {name!r}")
 
 
 def _check_base_model(raw: Mapping[str, Any]) -> None:
-    base = _optional(raw, "base_model", dict) or {}
+    base = optional(raw, "base_model", dict) or {}
     for key in ("id", "revision"):
-        _optional(base, key, str)
+        optional(base, key, str)
     _check_files(base)
 
 
 def _check_files(raw: Mapping[str, Any]) -> None:
-    for item in _list(raw, "files"):
+    for item in items(raw, "files"):
         if not isinstance(item, dict):
             raise FormatError("manifest-schema", "an item of 'files' is not an object")
-        _need(item, "name", str, None)
-        _optional(item, "digest", str)
-
-
-def _need(raw: Mapping[str, Any], key: str, kind: type, tensor: str | None) -> Any:
-    value = raw.get(key)
-    if type(value) is not kind:  # so that true is no integer
-        reason = f"{key!r} is missing" if key not in raw else f"{key!r} is not of type {kind.__name__}"
-        raise FormatError("manifest-schema", reason, tensor=tensor)
-    return value
-
-
-def _optional(raw: Mapping[str, Any], key: str, kind: type) -> Any:
-    return _need(raw, key, kind, None) if key in raw else None
-
-
-def _list(raw: Mapping[str, Any], key: str, *, required: bool = False) -> list[Any]:
-    if key not in raw and not required:
-        return []
-    return cast(list[Any], _need(raw, key, list, None))
-
-
-def _strings(raw: Mapping[str, Any], key: str, *, required: bool = False) -> list[str]:
-    items = _list(raw, key, required=required)
-    if not all(isinstance(item, str) for item in items):
-        raise FormatError("manifest-schema", f"{key!r} is not a list of strings")
-    return items
-
-
-def _number(raw: Mapping[str, Any], key: str, tensor: str | None) -> None:
-    if key in raw and type(raw[key]) not in (int, float):
-        raise FormatError("manifest-schema", f"{key!r} is not a number", tensor=tensor)
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond float64
-        return False
-
-
-def _flag(raw: Mapping[str, Any], key: str, tensor: str) -> bool:
-    return bool(_need(raw, key, bool, tensor)) if key in raw else False
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and bool(_DIGEST.fullmatch(value))
-
-
-def _digests(raw: Mapping[str, Any], tensor: str, roles: tuple[str, ...]) -> dict[str, str]:
-    digests = cast(dict[str, Any], _need(raw, "digests", dict, tensor))
-    for role in roles:
-        if role in digests and not _is_digest(digests[role]):
-            raise FormatError("manifest-schema", f"the digest of {role} is not 64 hex digits", tensor=tensor)
-    return digests
+        need(item, "name", str)
+        optional(item, "digest", str)
 
 
 def _check_distinct(names: Any, what: str) -> None:

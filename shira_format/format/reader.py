@@ -1,4 +1,4 @@
-"""Reading adapter files: everything that the header can tell is checked at once, a tensor when it is asked for."""
+"""Reading adapter files: the header is checked when the file is opened, a tensor when it is read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from shira_format._core.arrays import Array, digest, file_digest, frozen
+from shira_format._core.arrays import Array, Indices, array_digest, file_digest, read_only
 from shira_format._core.dtypes import FLOATS
-from shira_format.adapter import Adapter, Lazy
+from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import FormatError
-from shira_format.format.codecs import CODECS, Indices
-from shira_format.format.codecs.blocks import block_count
+from shira_format.format.codecs import CODECS, Encoded
 from shira_format.format.manifest import (
     METADATA_KEY,
     DenseEntry,
@@ -29,12 +28,12 @@ def load(
 ) -> Adapter:
     """Open an adapter file.
 
-    The header, the manifest and all sizes are checked now; a tensor's bytes are mapped, decoded and checked when the
-    adapter is asked for it, and not kept.
+    The header, the manifest and all sizes are checked now; a tensor is mapped, decoded and checked at each access, and
+    not kept.
 
     Args:
         path: the file.
-        verify: check each stream's digest when it is read. Order, range and counts are checked in any case.
+        verify: check each stream's digest when it is read. Order, range and counts of indices are always checked.
         masks: folder of mask files, by default that of ``path``.
 
     Raises:
@@ -51,7 +50,7 @@ class AdapterFile:
         path: the file.
         manifest: the checked manifest.
         streams: the checked safetensors header.
-        key: digest of the manifest's text, which holds the digests of all else.
+        key: SHA-256 of the manifest's text, which has the digests of everything else.
     """
 
     def __init__(
@@ -60,16 +59,16 @@ class AdapterFile:
         *,
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
-        apart: bool = False,
-        copied: bool = False,
+        separate_maps: bool = False,
+        copy: bool = False,
     ) -> None:
         """Open it; see :func:`load`.
 
-        With ``apart``, memory is given back as soon as a tensor goes, at the price of more maps. With ``copied``, bytes are
-        read into memory of their own, so that nothing that happens to the file later can reach them.
+        With ``separate_maps`` every tensor has a memory map of its own, which is freed with the tensor. With ``copy`` tensors
+        are read into memory, so that later changes of the file do not reach them.
         """
-        self._apart = apart
-        self._copied = copied
+        self._separate_maps = separate_maps
+        self._copy = copy
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
@@ -78,7 +77,7 @@ class AdapterFile:
         try:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
-                raise FormatError("no-manifest", "a safetensors file, but not a SHiRA adapter")
+                raise FormatError("no-manifest", "a safetensors file without a SHiRA manifest, so not an adapter")
             self.manifest = parse_manifest(text)
             self.key = hashlib.sha256(text.encode()).hexdigest()
             self._check_streams()
@@ -87,15 +86,15 @@ class AdapterFile:
             raise error.at(file=self.path) from None
 
     def adapter(self) -> Adapter:
-        """The adapter, whose tensors are read when they are asked for, and not kept."""
+        """The adapter; its tensors are read at each access, and not kept."""
         return Adapter(
-            Lazy(self.manifest.tensors, self.sparse),
-            dense=Lazy(self.manifest.whole, self.dense),
+            LazyMapping(self.manifest.tensors, self.sparse),
+            dense=LazyMapping(self.manifest.whole, self.dense),
             manifest=self.manifest.raw,
         )
 
     def sparse(self, name: str) -> SparseTensor:
-        """Read, check and decode one sparse tensor.
+        """Read, check and decode a sparse tensor.
 
         Raises:
             FormatError: a rule of the tensor is broken.
@@ -123,7 +122,7 @@ class AdapterFile:
             raise error.at(file=self.path, tensor=name) from None
 
     def dense(self, name: str) -> DenseTensor:
-        """Read and check one whole tensor."""
+        """Read and check a dense tensor."""
         entry = self.manifest.whole[name]
         try:
             values = self._checked(name, entry.digests["values"])
@@ -133,20 +132,20 @@ class AdapterFile:
             raise error.at(file=self.path, tensor=name) from None
 
     def verify(self) -> None:
-        """Read every tensor; raises FormatError at the first rule that is broken."""
+        """Read every tensor; raises FormatError at the first broken rule."""
         for name in self.manifest.tensors:
             self.sparse(name)
         for name in self.manifest.whole:
             self.dense(name)
 
     def indices(self, entry: SparseEntry) -> Indices:
-        """The decoded indices of one tensor; `SparseTensor` checks their order and range."""
+        """The decoded indices of a tensor; :class:`SparseTensor` checks their order and range."""
         if entry.codec == "shared":
             return self._shared_indices(entry)
         codec = CODECS[entry.codec]
-        stream = self._read(entry, "indices") if codec.stream is not None else None
-        blocks = self._read(entry, "blocks") if "blocks" in entry.streams() else None
-        return codec.decode(entry.indices, stream, blocks, entry.shape, entry.nnz)
+        streams = {role: self._read(entry, role) for role in entry.index_streams()}
+        stored = Encoded(dict(entry.indices), streams.get("indices"), streams.get("blocks"))
+        return codec.decode(stored, entry.shape, entry.nnz)
 
     def _shared_indices(self, entry: SparseEntry) -> Indices:
         target, file = entry.indices["tensor"], entry.indices.get("file")
@@ -167,8 +166,10 @@ class AdapterFile:
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name
                 raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
             if found != self.manifest.raw["mask_files"][name]:
-                raise FormatError("mask-file", f"the mask file {path} is another one (its digest differs)")
-            # Its digest vouches for every byte.
+                raise FormatError(
+                    "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
+                )
+            # Its digest covers every byte.
             self._mask_files[name] = AdapterFile(path, verify=False)
         return self._mask_files[name]
 
@@ -176,12 +177,12 @@ class AdapterFile:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        if self._copied:
+        if self._copy:
             shape = self.streams[stream].shape
-            array = frozen(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
+            array = read_only(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
         else:
-            array = self.streams.read_apart(stream) if self._apart else self.streams.read(stream)
-        if self._verify and digest(array) != expected:
+            array = self.streams.read_separately(stream) if self._separate_maps else self.streams.read(stream)
+        if self._verify and array_digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array
 
@@ -192,21 +193,17 @@ class AdapterFile:
         for whole in self.manifest.whole.values():
             self._check_whole(whole)
         if stray := sorted(set(self.streams) - set(self.manifest.stream_names())):
-            raise FormatError("stray-stream", "the manifest does not know it", tensor=stray[0])
+            raise FormatError("stray-stream", "the manifest does not list it", tensor=stray[0])
 
     def _check_stream(self, entry: SparseEntry, role: str) -> None:
         name = stream_name(entry.name, role)
-        codec = CODECS.get(entry.codec)
-        counted = role != "indices" or (codec is not None and codec.counted)
-        if role == "indices" and codec is not None and codec.stream is not None:
-            self._check_shape(name, {codec.stream}, (entry.nnz,) if counted else None)
-        elif role == "blocks":
-            rows = block_count(entry.nnz, entry.indices["block_size"])
-            self._check_shape(name, {"I64"}, (rows, 2), "block-directory")
+        if role in (own := entry.index_streams()):
+            dtype, shape = own[role]
+            self._check_shape(name, {dtype}, shape, "block-directory" if role == "blocks" else "count-mismatch")
         elif role == "rows":
             self._check_shape(name, {entry.dtype}, (entry.new_rows, *entry.shape[1:]))
         elif role == "values" and entry.values == "delta":
-            same = "base" not in entry.digests  # then nobody knows another dtype of the base
+            same = "base" not in entry.digests  # without a base, the deltas have the tensor's dtype
             self._check_shape(name, {entry.dtype} if same else set(FLOATS), (entry.nnz,))
         else:
             self._check_shape(name, {entry.dtype}, (entry.nnz,))
@@ -215,7 +212,7 @@ class AdapterFile:
         self, name: str, dtypes: set[str], shape: tuple[int, ...] | None, rule: str = "count-mismatch"
     ) -> None:
         if name not in self.streams:
-            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=name)
+            raise FormatError("missing-stream", "the manifest lists it, but the file lacks it", tensor=name)
         stream = self.streams[name]
         rank = 1 if shape is None else len(shape)
         if stream.dtype not in dtypes or len(stream.shape) != rank:
@@ -228,7 +225,7 @@ class AdapterFile:
 
     def _check_whole(self, entry: DenseEntry) -> None:
         if entry.name not in self.streams:
-            raise FormatError("missing-stream", "the manifest names it, the file lacks it", tensor=entry.name)
+            raise FormatError("missing-stream", "the manifest lists it, but the file lacks it", tensor=entry.name)
         if entry.base_values:
             stream = self.streams[entry.name]
             self._check_shape(stream_name(entry.name, "base"), {stream.dtype}, stream.shape)

@@ -1,4 +1,4 @@
-"""Writing adapter files: tensor by tensor into unnamed spools, then header and data in one file that appears whole."""
+"""Writing adapter files: tensor by tensor to unnamed temporary files, then header and data to one file, atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, digest, file_digest
+from shira_format._core.arrays import Array, array_digest, as_bytes, file_digest
 from shira_format._core.dtypes import dtype_name
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
@@ -32,12 +32,12 @@ from shira_format.format.manifest import (
     stream_name,
 )
 from shira_format.format.reader import AdapterFile
-from shira_format.storage.atomic import replaced_file
-from shira_format.storage.safetensors_file import MAX_HEADER
+from shira_format.storage.atomic import atomic_file
+from shira_format.storage.safetensors_file import MAX_HEADER, Stream, file_header
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 from shira_format.version import __version__
 
-# Likewise of an item of its lists.
+# The same for an item of `tensors` or `whole`.
 _DERIVED_OF_TENSOR = {
     "name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values", "from", "rows",
 }  # fmt: skip
@@ -52,17 +52,17 @@ def save(
 ) -> None:
     """Write an adapter to ``path``, replacing what is there; one tensor is in memory at a time.
 
-    The same adapter gives the same bytes. Readers see the old file or the new one, never a part.
+    The same adapter gives the same bytes. Readers see the old file or the new one, never a partial one.
 
     Args:
         adapter: what to write; provenance comes from ``adapter.manifest``.
-        path: where to.
-        masks: a mask file that lies, or will lie, in the same folder: tensors whose indices equal those of its tensor of the
-            same name store none of their own.
-        block_size: entries a block of the index directory.
+        path: the file.
+        masks: a mask file that is, or will be, in the same folder: a tensor whose indices equal those of the mask file's
+            tensor of the same name stores none of its own.
+        block_size: entries per block of the block directory.
 
     Raises:
-        FormatError: the adapter has something that the format cannot hold.
+        FormatError: the adapter breaks a rule of the format.
         OSError: it cannot be written; nothing is left behind.
     """
     notes = {item["name"]: item for key in ("tensors", "whole") for item in adapter.manifest.get(key, ())}
@@ -75,7 +75,7 @@ def save(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sparse tensor whose streams are encoded and hashed: the work of :meth:`AdapterWriter.add` that needs no file."""
+    """A sparse tensor with encoded and hashed streams: the part of :meth:`AdapterWriter.add` that needs no file."""
 
     tensor: SparseTensor
     encoded: Encoded
@@ -83,10 +83,10 @@ class Prepared:
 
 
 class AdapterWriter:
-    """Writes one adapter file as its tensors come: a context manager that keeps the file only if all went well.
+    """Writes an adapter file tensor by tensor: a context manager that creates the file if the block raises nothing.
 
-    Streams are spooled to unnamed temporary files, one for each element size, so that nothing is left if the process
-    is killed, and so that each stream is aligned in the end. The file itself appears when the block ends.
+    Streams are spooled to unnamed temporary files, one per element size: nothing is left behind if the process is killed,
+    and every stream is aligned in the file.
 
     Example:
         >>> with AdapterWriter("style.st", {"base_model": {"id": "me/base"}}) as writer:
@@ -101,7 +101,7 @@ class AdapterWriter:
         masks: str | os.PathLike[str] | None = None,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        """Args: see :func:`save`; ``manifest`` holds provenance, and may still grow until the block ends."""
+        """Args: see :func:`save`; ``manifest`` holds provenance; keys may be added until the block ends."""
         self.path = Path(path)
         self.manifest = dict(manifest or {})
         self._masks = AdapterFile(masks) if masks is not None else None
@@ -109,7 +109,7 @@ class AdapterWriter:
         self._block_size = block_size
         self._spools: dict[int, IO[bytes]] = {}
         self._sizes: dict[int, int] = {}
-        self._streams: dict[str, tuple[str, list[int], int, int]] = {}
+        self._streams: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
         self._tensors: list[dict[str, Any]] = []
         self._whole: list[dict[str, Any]] = []
         self._seen: dict[tuple[Any, ...], str] = {}
@@ -131,25 +131,25 @@ class AdapterWriter:
             self._open.close()
 
     def prepared(self, tensor: SparseTensor) -> Prepared:
-        """Encode and hash a tensor's streams; may run on any thread, ahead of :meth:`add`."""
+        """Encode and hash a tensor's streams; may run on any thread before :meth:`add`."""
         encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size)
         streams = {"indices": encoded.stream, "blocks": encoded.blocks, "rows": tensor.new_rows}
         if tensor.value_kind != "none":
             streams["values"] = tensor.values
-        return Prepared(tensor, encoded, {role: digest(s) for role, s in streams.items() if s is not None})
+        return Prepared(tensor, encoded, {role: array_digest(s) for role, s in streams.items() if s is not None})
 
     def add(self, tensor: SparseTensor | Prepared, notes: Mapping[str, Any] | None = None) -> int:
-        """Write one sparse tensor; returns the bytes that its streams take.
+        """Write a sparse tensor; returns the bytes of its streams.
 
         Args:
-            tensor: the tensor, or what :meth:`prepared` made of it.
-            notes: more keys for its item in the manifest, such as ``energy_kept``.
+            tensor: the tensor, or the result of :meth:`prepared`.
+            notes: more keys of its item in the manifest, such as ``energy_kept``.
 
         Raises:
-            FormatError: a name that is not allowed or not new, or targets of which nothing tells the base. Nothing
-                of the tensor is kept then, and others may follow.
+            FormatError: the name is not allowed or not new, or the values are targets without base values or their digest.
+                Nothing of the tensor is written then, and others may follow.
         """
-        with self._whole_or_not():
+        with self._all_or_nothing():
             return self._add(tensor if isinstance(tensor, Prepared) else self.prepared(tensor), notes)
 
     def _add(self, prepared: Prepared, notes: Mapping[str, Any] | None) -> int:
@@ -170,7 +170,7 @@ class AdapterWriter:
         if tensor.base_digest is not None:
             digests["base"] = tensor.base_digest
         elif tensor.value_kind == "target":
-            raise FormatError("manifest-schema", "target values need the base's values or their digest", tensor=tensor.name)  # fmt: skip
+            raise FormatError("manifest-schema", "target values need the base values or their digest", tensor=tensor.name)  # fmt: skip
         item["digests"] = digests
         if tensor.base is not None:
             self._spool(stream_name(tensor.name, "base"), tensor.base, tensor.base_digest)
@@ -193,7 +193,7 @@ class AdapterWriter:
         self._spool(stream_name(tensor.name, role), array, digests[role])
 
     def add_dense(self, tensor: DenseTensor, notes: Mapping[str, Any] | None = None) -> None:
-        """Write one whole tensor; see :meth:`add`."""
+        """Write a dense tensor; see :meth:`add`."""
         values, base = tensor.values, tensor.base
         self.add_parts(
             tensor.name, values.dtype, values.shape, [values],
@@ -211,18 +211,18 @@ class AdapterWriter:
         base_digest: str | Future[str] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write one whole tensor that comes in parts, so that it is never in memory whole.
+        """Write a dense tensor that comes in parts, so that it is never whole in memory.
 
         Args:
             name: its name.
             dtype: its dtype.
             shape: its shape.
             parts: its elements in row-major order.
-            base: those of the base's tensor, in the same dtype and shape, to be kept.
-            base_digest: SHA-256 of the base's tensor, which may still be computed.
+            base: those of the base's tensor, of the same dtype and shape, to be stored as well.
+            base_digest: SHA-256 of the base's tensor, or a future of it.
             notes: see :meth:`add`.
         """
-        with self._whole_or_not():
+        with self._all_or_nothing():
             check_name(name, None)
             digests = {"values": self._spool_parts(name, dtype, shape, parts)}
             item: dict[str, Any] = {"name": name, "digests": digests}
@@ -234,8 +234,8 @@ class AdapterWriter:
             self._whole.append(item | _others(notes, _DERIVED_OF_TENSOR))
 
     @contextmanager
-    def _whole_or_not(self) -> Iterator[None]:
-        """On an exception, forget what was spooled in the block: no stream may be left without a tensor."""
+    def _all_or_nothing(self) -> Iterator[None]:
+        """On an exception, remove what the block has spooled: no stream may be left without a tensor."""
         streams, seen, sizes = len(self._streams), len(self._seen), dict(self._sizes)
         try:
             yield
@@ -275,7 +275,7 @@ class AdapterWriter:
         )
 
     def _spool(self, name: str, array: Array, known: str | None = None) -> str:
-        """Append an array to the spool of its element size; returns its digest, which may be known already."""
+        """Append an array to the spool of its element size; returns its digest, computed unless it is ``known``."""
         return self._spool_parts(name, array.dtype, array.shape, [array], known)
 
     def _spool_parts(
@@ -290,20 +290,19 @@ class AdapterWriter:
             self._sizes[size] = 0
         begin, found = self._sizes[size], hashlib.sha256()
         for part in parts:
-            raw = bits(part).data
+            raw = as_bytes(part).data
             self._spools[size].write(raw)
             self._sizes[size] += len(raw)
             if known is None:
                 found.update(raw)
         if self._sizes[size] - begin != numel(shape) * size:
-            raise FormatError("count-mismatch", f"its parts are not of shape {list(shape)}", tensor=name)
-        self._streams[name] = (dtype_name(dtype), list(shape), size, begin)
+            raise FormatError("count-mismatch", f"its parts do not add up to shape {list(shape)}", tensor=name)
+        self._streams[name] = (dtype_name(dtype), shape, size, begin)
         return known or found.hexdigest()
 
     def _finish(self) -> None:
         header = self._header()
-        with replaced_file(self.path) as file:
-            file.write(len(header).to_bytes(8, "little"))
+        with atomic_file(self.path) as file:
             file.write(header)
             for size in sorted(self._spools, reverse=True):
                 self._spools[size].seek(0)
@@ -311,20 +310,20 @@ class AdapterWriter:
 
     def _header(self) -> bytes:
         text = _json(self._full_manifest())
-        parse_manifest(text)  # what was handed in as provenance is held to the same rules as a stranger's file
+        parse_manifest(text)  # the provenance must pass the same checks as a stranger's file
         begins, at = {}, 0
         for size in sorted(self._spools, reverse=True):
             begins[size] = at
             at += self._sizes[size]
-        entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+        streams = {}
         for name, (dtype, shape, size, begin) in self._streams.items():
             start = begins[size] + begin
-            length = numel(tuple(shape)) * size
-            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + length]}
-        header = _json(entries).encode()
-        header += b" " * (-len(header) % 8)
-        if len(header) > MAX_HEADER:
-            raise FormatError("header-too-large", f"a header of {len(header)} bytes, the limit is {MAX_HEADER}")
+            streams[name] = Stream(dtype, shape, start, start + numel(shape) * size)
+        header = file_header(streams, {METADATA_KEY: text})
+        if len(header) - 8 > MAX_HEADER:
+            raise FormatError(
+                "header-too-large", f"a header of {len(header) - 8} bytes; the limit is {MAX_HEADER}"
+            )
         return header
 
     def _full_manifest(self) -> dict[str, Any]:

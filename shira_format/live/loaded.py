@@ -87,7 +87,7 @@ def load_adapter(
         _refuse_removed("", source.removed)
         return LoadedAdapter(source, list(source.values()), list(source.dense.values()), source.alpha)
     path = Path(source)
-    file = AdapterFile(path, copied=True)
+    file = AdapterFile(path, copy=True)
     try:
         _refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
         names = list(file.manifest.tensors)

@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 
 from shira_format._core import compiled
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, Indices, array_digest
 from shira_format._core.dtypes import is_float
+from shira_format._core.threads import Threads
 from shira_format.adapter import Adapter
 from shira_format.entries.terms import Joint, Term
 from shira_format.errors import BaseMismatch
-from shira_format.format.codecs import Indices
 from shira_format.live.loaded import LoadedAdapter, load_adapter
 from shira_format.live.lock import ReadWriteLock
 from shira_format.live.models import weights_of
 from shira_format.live.names import Rename, renaming
 from shira_format.live.pool import AdapterPool
-from shira_format.live.threads import Threads
 from shira_format.live.weights import LiveWeight, live_weight, memory_of
 from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 
@@ -427,7 +426,7 @@ def _check_frames(name: str, terms: Sequence[_Named], place: LiveWeight | None) 
 def _check_digests(name: str, terms: Sequence[_Named], joint: Joint, base: Array) -> None:
     for number, named in enumerate(terms):
         expected = named.term.tensor.base_digest
-        if expected is not None and digest(joint.of_term(number, base)) != expected:
+        if expected is not None and array_digest(joint.of_term(number, base)) != expected:
             raise BaseMismatch(
                 f"{named.where}tensor {name!r}: the base holds other values at the adapter's entries (digest differs)"
             )

@@ -10,11 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shira_format._core.arrays import Array, as_array
+from shira_format._core.arrays import Array, Indices, as_array
 from shira_format._core.compiled import exchange, put, take
 from shira_format._core.dtypes import DTYPES
 from shira_format.errors import BaseMismatch
-from shira_format.format.codecs import Indices
 from shira_format.live.models import Copied
 
 # What numpy calls the dtypes of torch, for tensors that are not on the CPU.

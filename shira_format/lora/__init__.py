@@ -20,7 +20,7 @@ from shira_format.lora.products import LowRank
 from shira_format.lora.torchtune import Torchtune
 from shira_format.lora.updates import Dialect, Lora
 from shira_format.lora.xlabs import Xlabs
-from shira_format.storage.paths import located
+from shira_format.storage.paths import resolve_path
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
@@ -42,7 +42,7 @@ def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | 
         SourceError: not a LoRA, or one with a key, a shape or an option that cannot be taken over exactly.
         FormatError: a safetensors file is damaged.
     """
-    path = located(path)
+    path = resolve_path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:

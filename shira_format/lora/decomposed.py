@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, scratch, upcast
+from shira_format._core.arrays import Array, scratch
 from shira_format._core.dtypes import working_dtype
+from shira_format._core.rounding import upcast
 from shira_format.checkpoints import Checkpoint
 from shira_format.lora.update import Update
 from shira_format.tensors import numel

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, scratch, upcast
+from shira_format._core.arrays import Array, scratch
 from shira_format._core.dtypes import working_dtype
+from shira_format._core.rounding import upcast
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.kohya import ALPHA, DOWN, UP, Group, KohyaLayer, Reader, is_lycoris, keys_at, low_rank

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different, digest
+from shira_format._core.arrays import Array, array_digest, bits_differ
 from shira_format._core.compiled import union
-from shira_format.adapter import Adapter, Lazy
+from shira_format.adapter import Adapter, LazyMapping
 from shira_format.entries.base_check import dense_with_base, with_base
 from shira_format.entries.mixing import framed
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
@@ -61,7 +61,9 @@ def subtract(a: Source, b: Source, base: Checkpoint | None = None) -> Adapter:
     replaced = dict.fromkeys(name for one in (first, second) for name in _names(one, whole=True))
     names = [name for name in replaced if not alike(name)]
     return Adapter(
-        Lazy(job.names, sparse), dense=Lazy(names, dense), manifest=_provenance("subtract", first, second)
+        LazyMapping(job.names, sparse),
+        dense=LazyMapping(names, dense),
+        manifest=_provenance("subtract", first, second),
     )
 
 
@@ -129,14 +131,16 @@ def invert(a: Source, base: Checkpoint | None = None) -> Adapter:
         kept = (
             {"base": tensor.values}
             if one.adapter.dense[name].base is not None
-            else {"base_digest": digest(tensor.values)}
+            else {"base_digest": array_digest(tensor.values)}
         )
         return DenseTensor(name, tensor.base, **kept)
 
     new = [name for name in one.adapter.dense if one.adapter.dense[name].base_digest is None] if alpha else []
     manifest = _provenance("inverse", one) | ({"removed": new} if new else {})
     names = [name for name in _names(one, whole=True) if name not in new]
-    return Adapter(Lazy(_names(one, whole=False), sparse), dense=Lazy(names, dense), manifest=manifest)
+    return Adapter(
+        LazyMapping(_names(one, whole=False), sparse), dense=LazyMapping(names, dense), manifest=manifest
+    )
 
 
 _UNKNOWN = "the base's values are not known: pass the base (--base), or convert with --self-contained"
@@ -170,7 +174,7 @@ class _Composed:
         pair = (self.first, self.second)
         whole = dict.fromkeys(name for one in pair for name in _names(one, whole=True))
         names = dict.fromkeys(name for one in pair for name in _names(one, whole=False) if name not in whole)
-        return Adapter(Lazy(names, self.sparse), dense=Lazy(whole, self.dense))
+        return Adapter(LazyMapping(names, self.sparse), dense=LazyMapping(whole, self.dense))
 
     def sparse(self, name: str) -> SparseTensor:
         """A tensor that neither replaces as a whole."""
@@ -225,8 +229,8 @@ class _Composed:
 
     def _check(self, b: SparseTensor, current: Array, met: int) -> None:
         """Whether these are the values that the second adapter was made for."""
-        wrong = b.base is not None and different(b.base, current).any()
-        if wrong or (b.base_digest is not None and digest(current) != b.base_digest):
+        wrong = b.base is not None and bits_differ(b.base, current).any()
+        if wrong or (b.base_digest is not None and array_digest(current) != b.base_digest):
             raise BaseMismatch(
                 f"{self.second.label}: tensor {b.name!r} was not made for what {self.first.label} leaves ({met} entries of both): "
                 "adapters of one base are joined by the method 'overwrite'"

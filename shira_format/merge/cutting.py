@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.dtypes import working_dtype
 from shira_format.entries.aligned import Contribution
-from shira_format.format.codecs import Indices
 from shira_format.selection import TopK
 from shira_format.tensors import SparseTensor
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different
+from shira_format._core.arrays import Array, Indices, bits_differ
 from shira_format._core.compiled import union
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.format import AdapterFile
-from shira_format.format.codecs import Indices
 from shira_format.format.manifest import DERIVED
 from shira_format.names.filters import name_filter
 from shira_format.tensors import DenseTensor, SparseTensor, same_bits
@@ -116,7 +115,9 @@ def differences(
         True
     """
     chosen = name_filter(include, exclude)
-    first, second = (one if isinstance(one, Adapter) else AdapterFile(one, apart=True).adapter() for one in (a, b))
+    first, second = (
+        one if isinstance(one, Adapter) else AdapterFile(one, separate_maps=True).adapter() for one in (a, b)
+    )
     gone = [{name for name in one.removed if chosen(name)} for one in (first, second)]
     found = Differences(
         alpha=(first.alpha, second.alpha),
@@ -203,7 +204,7 @@ def _unequal(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices) -> A
         return np.zeros(mine.size, bool)
     if a.value_kind != b.value_kind or a.values.dtype != b.values.dtype:
         return np.ones(mine.size, bool)
-    return different(a.values[mine], b.values[its])
+    return bits_differ(a.values[mine], b.values[its])
 
 
 def _largest(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices, unequal: Array) -> float | None:
@@ -235,7 +236,7 @@ def _same_base(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices) ->
         return a.base_digest == b.base_digest
     if a.base is None or b.base is None:
         return None  # digests of different entries tell nothing
-    return not bool(different(a.base[mine], b.base[its]).any())
+    return not bool(bits_differ(a.base[mine], b.base[its]).any())
 
 
 def _whole(name: str, a: DenseTensor | None, b: DenseTensor | None) -> TensorDifference:
@@ -259,7 +260,7 @@ def _whole(name: str, a: DenseTensor | None, b: DenseTensor | None) -> TensorDif
             same_base=same_base,
         )  # fmt: skip
     flat_a, flat_b = a.values.reshape(-1), b.values.reshape(-1)
-    unequal = different(flat_a, flat_b) if "dtype" not in traits else np.ones(flat_a.size, bool)
+    unequal = bits_differ(flat_a, flat_b) if "dtype" not in traits else np.ones(flat_a.size, bool)
     other = int(np.count_nonzero(unequal))
     return TensorDifference(
         name, whole=True, entries=sizes, traits=tuple(traits), equal=sizes[0] - other, other=other,

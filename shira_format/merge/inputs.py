@@ -131,7 +131,7 @@ def open_input(source: Source, base: Checkpoint | None, number: int = 1) -> Inpu
     if isinstance(source, Adapter):
         one = Input(f"adapter {number}", source, None, base)
     else:
-        file = AdapterFile(source, apart=True)
+        file = AdapterFile(source, separate_maps=True)
         one = Input(str(file.path), file.adapter(), file, base)
     _check_plain(one)
     return one

@@ -14,6 +14,7 @@ import numpy as np
 
 from shira_format._core import compiled
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Workers
 from shira_format.adapter import Adapter
 from shira_format.entries.aligned import AlignedEntries, Contribution
 from shira_format.entries.mixing import framed, mix
@@ -26,14 +27,12 @@ from shira_format.merge.report import MergedTensor, MergeReport
 from shira_format.merge.settings import Settings
 from shira_format.merge.wholes import joined_whole
 from shira_format.names.filters import name_filter
-from shira_format.selection import Workers
 from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint
 
-_MOST = 1 << 23  # entries of the adapters that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -333,4 +332,4 @@ def _computed(
             yield sum(one.nnz(name) for one in job.inputs), partial(finished, name)
 
     compiled.load()
-    yield from workers.ahead(tasks(), _MOST)
+    yield from workers.ahead(tasks())

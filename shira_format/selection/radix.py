@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import TILE, Change, Entries, Tile
 from shira_format.selection.rule import TopK
+from shira_format.selection.tiles import tiles
 from shira_format.selection.topk import Pool, at_least, check_energy, completed, reaching
-from shira_format.selection.workers import Progress, Workers
 
 BINS = 1 << 16
 
@@ -70,7 +71,7 @@ def survey(
         # Where few are counted, to pass them on takes less than to add up all bins.
         return bins if bins.size < BINS // 8 else np.bincount(bins, minlength=BINS), None, energy
 
-    for counts, weights, energy in workers.tiles(change, count, progress):
+    for counts, weights, energy in tiles(workers, change, count, progress):
         total.energy += energy
         if weights is None and counts.size < BINS:
             few.add(counts)
@@ -219,7 +220,7 @@ def above(change: Change, reach: Reach, workers: Workers, progress: Progress) ->
     def work(start: int, tile: Tile, _energy: float) -> Entries:
         return Entries.of_tile(change, start, tile, reaching(tile.values, pool.floor))
 
-    for entries in workers.tiles(change, work, progress):
+    for entries in tiles(workers, change, work, progress):
         pool.add(entries)
     return pool
 
@@ -232,11 +233,13 @@ def cut(entries: Entries, edge: Any, ties: int, energy: float) -> tuple[Entries,
     return Entries(kept.indices, kept.values, kept.base, kept.target, energy), max(0, ties - equal)
 
 
-def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+def by_energy(
+    change: Change, rule: TopK, workers: Workers, progress: Progress
+) -> tuple[int, Callable[[], Entries]]:
     """The fewest entries of one change that hold the share of its energy that ``rule`` asks for.
 
     Returns:
-        What is left to do when the passes are made, on one thread.
+        How many candidates are held, and what is left to do: on one thread, while the next change is read.
     """
     lowest = rule.lowest(change.dtype)
     seen = survey(change, rule, change.dtype, lowest, workers, progress)
@@ -250,7 +253,7 @@ def by_energy(change: Change, rule: TopK, workers: Workers, progress: Progress) 
         pool.close()
         return found
 
-    return rest
+    return pool.size, rest
 
 
 def common_dtype(changes: Sequence[Change]) -> np.dtype[Any]:

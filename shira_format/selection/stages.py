@@ -1,27 +1,32 @@
-"""What is computed of one change at a time, and who computes it.
+"""The selection as stages, each computed for one change at a time, and the engines that run them.
 
-A stage is a small object that can travel: this process, or workers of a cluster, call it with one change after the
-other. Its results do not depend on who called it.
+A stage is a small object that can be pickled: the threads of this process, or workers of a cluster, call it with one
+change after the other. Its results do not depend on the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import Change, Entries
 from shira_format.selection import radix, topk
 from shira_format.selection.rule import TopK
-from shira_format.selection.workers import Progress, Workers
+from shira_format.selection.spool import Spool
 
 C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
-_MOST = 1 << 25  # elements of changes whose rest is done while others are looked at: what they keep is in memory
 _C = TypeVar("_C")
 _R = TypeVar("_R")
+
+# What a stage leaves to do: how many entries it holds in memory, and the work, on any one thread, that gives the result.
+Pending = tuple[int, Callable[[], _R]]
 
 
 class Stage(Protocol[C_contra, R_co]):
@@ -34,19 +39,19 @@ class Stage(Protocol[C_contra, R_co]):
     @property
     def passes(self) -> int: ...
 
-    def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> Callable[[], R_co]:
-        """Look at the change; ``progress`` is told of elements done.
+    def __call__(self, change: C_contra, workers: Workers, progress: Progress) -> Pending[R_co]:
+        """Read the change; ``progress`` is called with numbers of elements.
 
         Returns:
-            What is left to do: on one thread, while the next change is looked at. It must not use ``workers``.
+            What is left to do while the next change is read. It must not use ``workers``.
         """
 
 
 class Engine(Protocol):
     """Who computes."""
 
-    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
-        """The stage's result for each change, in order; few are computed ahead."""
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
+        """What the stage leaves to do for each change, in order; few are computed ahead."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,8 @@ class LocalEngine:
     workers: Workers
     progress: Progress = lambda _: None
 
-    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[_R]:
-        rests = ((_size(change), stage(change, self.workers, self.progress)) for change in changes)
-        return self.workers.ahead(rests, _MOST)
-
-
-def _size(change: object) -> int:
-    return int(getattr(change, "size", 0))
+    def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
+        return (stage(change, self.workers, self.progress) for change in changes)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class SelectStage:
     def passes(self) -> int:
         return 1 if self.rule.energy is None else 2
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Pending[Entries]:
         work = topk.largest if self.rule.energy is None else radix.by_energy
         return work(change, self.rule, workers, progress)
 
@@ -89,9 +89,9 @@ class SurveyStage:
     floor: Any
     passes: int = 1
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], radix.Survey]:
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Pending[radix.Survey]:
         found = radix.survey(change, self.rule, self.dtype, self.floor, workers, progress)
-        return lambda: found
+        return 0, lambda: found
 
 
 @dataclass
@@ -101,7 +101,7 @@ class CollectStage:
     reach: radix.Reach
     passes: int = 1
 
-    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+    def __call__(self, change: Change, workers: Workers, progress: Progress) -> Pending[Entries]:
         pool = radix.above(change, self.reach, workers, progress)
 
         def rest() -> Entries:
@@ -109,4 +109,61 @@ class CollectStage:
             pool.close()
             return found
 
-        return rest
+        return pool.size, rest
+
+
+def select(
+    changes: Sequence[Change], rule: TopK, engine: Engine, workers: Workers, *, folder: Path | None = None
+) -> Iterator[Pending[Entries]]:
+    """The selected entries of each change, in order; memory stays at one tensor's selection.
+
+    Args:
+        changes: what to select from.
+        rule: how many.
+        engine: who computes: the threads of this process (:class:`LocalEngine`), or a cluster. The result does not depend on it.
+        workers: the threads of this process.
+        folder: for a temporary file of what is selected, under the global scope.
+
+    Returns:
+        For each change what is left to do, for :meth:`Workers.ahead`.
+
+    Raises:
+        SourceError: a change holds NaN or Inf.
+    """
+    if rule.scope == "global":
+        return _of_all(changes, rule, engine, workers, folder)
+    return engine.map(SelectStage(rule), changes)
+
+
+def passes(rule: TopK) -> int:
+    """How often each change is computed."""
+    return 2 if rule.scope == "global" or rule.energy is not None else 1
+
+
+def _of_all(
+    changes: Sequence[Change], rule: TopK, engine: Engine, workers: Workers, folder: Path | None
+) -> Iterator[Pending[Entries]]:
+    dtype, size = radix.common_dtype(changes), sum(change.size for change in changes)
+    surveying, seen, energies = SurveyStage(rule, dtype, rule.lowest(dtype)), radix.Survey.empty(rule), []
+    for _, result in engine.map(surveying, changes):
+        survey = result()
+        seen.add(survey)
+        energies.append(survey.energy)
+        if rule.energy is None:  # what is below the k largest so far is not among the k largest
+            surveying.floor = radix.Edge(rule, seen, size, dtype).floor
+    edge = radix.Edge(rule, seen, size, dtype)
+    with Spool(folder) as spool:
+        places = []
+        for entries in workers.ahead(engine.map(CollectStage(edge.reach), changes)):
+            edge.see(entries.values)
+            places.append(spool.put(entries))
+            del entries  # not to be held while the next ones are collected
+        value, ties = edge.decide()
+        for place, energy in zip(places, energies, strict=True):
+            entries, ties = radix.cut(spool.get(place), value, ties, energy)
+            yield entries.size, partial(_itself, entries)
+            del entries
+
+
+def _itself(entries: Entries) -> Entries:
+    return entries

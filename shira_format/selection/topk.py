@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, positions, sum_of_squares
+from shira_format._core.arrays import Array, Indices, sum_of_squares, where_true
+from shira_format._core.threads import Progress, Workers
 from shira_format.entries.changes import COLUMNS, TILE, Change, Entries, Tile
 from shira_format.errors import SourceError
-from shira_format.format.codecs import Indices
 from shira_format.selection.rule import TopK
-from shira_format.selection.workers import Progress, Workers
+from shira_format.selection.tiles import tiles
 
 _SAMPLES = 8  # pieces of a change that are looked at first
 _SAMPLE = 1 << 12  # elements a piece
@@ -23,7 +23,7 @@ def reaching(values: Array, floor: Any) -> Indices:
     """Positions of magnitude ``floor`` or more, rising."""
     mask = values >= floor
     mask |= values <= -floor
-    return positions(mask)
+    return where_true(mask)
 
 
 def completed(change: Change, entries: Entries) -> Entries:
@@ -40,14 +40,14 @@ def check_energy(change: Change, energy: float) -> None:
         raise SourceError(f"the update of tensor {change.name!r} holds NaN or Inf, or overflows")
 
 
-def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> Callable[[], Entries]:
+def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> tuple[int, Callable[[], Entries]]:
     """The entries that ``rule`` keeps of this change alone; the rule gives a count, not a share of the energy.
 
     A sample gives a magnitude that somewhat more than k entries reach; one pass collects these, and the k-th largest
     among them decides. If the sample misled (too few reach it), the pass is made again without it.
 
     Returns:
-        What is left to do when the pass is made: on one thread, while the next change is looked at.
+        How many candidates are held, and what is left to do: on one thread, while the next change is read.
     """
     k, lowest = rule.count(change.size), rule.lowest(change.dtype)
     floor = max(lowest, _sampled_floor(change, k))
@@ -58,7 +58,7 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
             return Entries.of_tile(change, start, tile, reaching(tile.values, pool.floor)), energy
 
         energy = 0.0
-        for entries, part in workers.tiles(change, work, progress):
+        for entries, part in tiles(workers, change, work, progress):
             energy += part
             pool.add(entries)
         check_energy(change, energy)
@@ -74,7 +74,7 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
         own = sum_of_squares(found.values.astype(np.float64)) if whole else energy
         return Entries(found.indices, found.values, found.base, found.target, own)
 
-    return rest
+    return pool.size, rest
 
 
 def _sampled_floor(change: Change, k: int) -> Any:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in binary that takes the place of ``path`` when the block ends without an exception.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write that replaces ``path`` when the block ends without an exception.
 
-    It is written under a hidden name in the same folder, flushed to disk and renamed; on any exception, Ctrl-C
-    included, it is removed and ``path`` is as it was.
+    It has a hidden name in the same folder until it is flushed to disk and renamed; on any exception, including Ctrl-C,
+    it is removed and ``path`` is unchanged.
     """
     hidden = path.with_name(f".{path.name[:48]}.{secrets.token_hex(6)}.tmp")
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
@@ -33,7 +33,7 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where folders can be opened (not on Windows)."""
+    """Flush the rename to disk, where folders can be opened (not on Windows)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -46,16 +46,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# What file managers leave behind.
+# Files that file managers create.
 LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 
 @contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill that takes the place of ``path`` when the block ends without an exception.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill that replaces ``path`` when the block ends without an exception.
 
-    Like :func:`replaced_file`: it has a hidden name beside ``path`` until then, and on any exception it is removed and
-    ``path`` is as it was.
+    Like :func:`atomic_file`: it has a hidden name beside ``path`` until then, and on any exception it is removed and
+    ``path`` is unchanged.
     """
     hidden = path.with_name(f".{path.name[:48]}.{secrets.token_hex(6)}.tmp")
     old = hidden.with_suffix(".old")

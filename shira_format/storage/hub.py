@@ -1,6 +1,6 @@
 """``hf://owner/name[@revision][/path]``: the files of a checkpoint on the Hugging Face hub, by its client and its cache.
 
-Only what the checkpoint needs is fetched. Without a connection the cache has to do.
+Only the files that the checkpoint needs are downloaded. Without a connection the cache is used.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.storage.paths import one_line
-from shira_format.storage.weight_files import is_index, usual_weights
+from shira_format.storage.weight_files import find_weights, is_index
 
 _SYNTAX = "hf://OWNER/NAME[@REVISION][/PATH]"
 _LOCATION = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<inside>.*))?",
     re.ASCII,
 )
-# What belongs to a model beside its weights: settings, vocabularies, templates.
+# Files of a model other than weights: configs, vocabularies, templates.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
-# Reads a file of the repository, which it fetches if need be.
+# Reads a file of the repository, downloaded if necessary.
 Peek = Callable[[str], Any]
 
 
@@ -43,21 +44,19 @@ class _Location:
         return self.text
 
 
-def downloaded(text: str) -> Path:
-    """Fetch what the checkpoint at ``text`` needs, and give its path in the hub's cache.
+def download(text: str) -> Path:
+    """Download the files that the checkpoint at ``text`` needs; returns its path in the hub's cache.
 
-    Of a folder these are its weights (safetensors if there are any, else PyTorch's, else GGUF or a distributed
-    checkpoint) and its small files; of a diffusers pipeline the same of every component; of a file that file, and the
-    shards that it names. Without a connection: what the cache has.
+    For a folder these are its weights (safetensors if there are any, else PyTorch's, else GGUF or a distributed
+    checkpoint) and its small files; for a diffusers pipeline the same of every component; for a file that file and the
+    shards that it lists. Without a connection: the files in the cache.
 
     Raises:
-        SourceError: not of this form; no such repository, revision or path; not allowed; neither reached nor in the cache.
+        SourceError: a malformed location; no such repository, revision or path; no access; neither online nor in the cache.
     """
     where = _parsed(text)
-    try:
+    with optional_import(f"{text}: needs huggingface_hub", "hub"):
         from huggingface_hub import HfApi
-    except ImportError:
-        raise SourceError(f"{text}: needs huggingface_hub: pip install 'shira-format[hub]'") from None
     try:
         with _refusals(where):
             names = [
@@ -65,9 +64,7 @@ def downloaded(text: str) -> Path:
             ]
     except SourceError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever keeps us from the hub: the client's exceptions differ between its versions
+    except Exception as error:  # no connection: the exceptions differ between versions of the client
         return _cached(where, one_line(error))
 
     def fetch(names: list[str]) -> Path:
@@ -82,13 +79,13 @@ def downloaded(text: str) -> Path:
     def peek(name: str) -> Any:
         return _read_json(fetch([name]) / name, where)
 
-    return fetch(wanted(names, where.inside, peek, text)) / where.inside
+    return fetch(needed_files(names, where.inside, peek, text)) / where.inside
 
 
-def identified(text: str) -> dict[str, str]:
-    """``id`` of the repository and ``revision``, a commit, that ``text`` stands for in the cache; empty for other paths.
+def hub_identity(text: str) -> dict[str, str]:
+    """The ``id`` of the repository and its ``revision``, a commit, in the cache; empty for paths that are not on the hub.
 
-    Call it after :func:`downloaded`, which brings the cache up to date.
+    Call it after :func:`download`, which updates the cache.
     """
     if not text.startswith("hf://"):
         return {}
@@ -100,17 +97,17 @@ def identified(text: str) -> dict[str, str]:
     return {"id": where.repo} | ({"revision": commit} if _COMMIT.fullmatch(commit) else {})
 
 
-def wanted(names: Iterable[str], inside: str, peek: Peek, text: str) -> list[str]:
-    """Of a repository's files, those that the checkpoint at ``inside`` needs; in the order of the names.
+def needed_files(names: Iterable[str], inside: str, peek: Peek, text: str) -> list[str]:
+    """The files of a repository that the checkpoint at ``inside`` needs, sorted by name.
 
     Args:
         names: all files, as paths in the repository.
         inside: a file or a folder in the repository; empty for its root.
         peek: reads a JSON file of the repository.
-        text: what the user wrote, for messages.
+        text: the location as the user wrote it, for messages.
 
     Raises:
-        SourceError: there is nothing at ``inside``, or no weights, or several.
+        SourceError: there is nothing at ``inside``, or it has no weights or several checkpoints.
     """
     names = sorted(name for name in names if _is_plain(name))
     if inside in names:
@@ -131,13 +128,13 @@ def wanted(names: Iterable[str], inside: str, peek: Peek, text: str) -> list[str
     else:
         weights = _weights(here, inside, peek, text)
         if not weights:
-            raise SourceError(f"{text}: no weights there that can be read (.safetensors, .bin, .gguf)")
+            raise SourceError(f"{text}: no weights of a supported format there (.safetensors, .bin, .gguf)")
         found = [*weights, *_small(here)]
     return sorted(_join(inside, name) for name in found)
 
 
 def _pipeline(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
-    """The files of a diffusers pipeline. Whether they are all there is for the one to say who opens it."""
+    """The files of a diffusers pipeline; whether they are complete is checked when it is opened."""
     listed = peek(_join(folder, "model_index.json"))
     found = _small(here)
     for component in listed if isinstance(listed, dict) else ():
@@ -150,7 +147,7 @@ def _pipeline(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
 def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
     """The files of weights directly in a folder whose files are ``here``."""
     here = [name for name in here if "/" not in name]
-    if (usual := usual_weights(here)) is not None:
+    if (usual := find_weights(here)) is not None:
         return [usual.name, *_shards(usual.name, here, folder, peek)]
     if ".metadata" in here:  # torch.distributed.checkpoint
         return [name for name in here if name == ".metadata" or name.endswith(".distcp")]
@@ -166,7 +163,7 @@ def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
 
 
 def _shards(name: str, here: list[str], folder: str, peek: Peek) -> list[str]:
-    """The files that ``name`` needs beside itself, as far as the folder has them: the one who opens it misses the rest."""
+    """The other files that ``name`` needs, if the folder has them: missing ones are reported when it is opened."""
     if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name):
         stem, count = split.groups()
         parts = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-{count}\.gguf")
@@ -180,7 +177,7 @@ def _shards(name: str, here: list[str], folder: str, peek: Peek) -> list[str]:
 
 
 def _small(here: list[str]) -> list[str]:
-    """The small files directly in a folder; of indexes only those whose shards are fetched, which are weights."""
+    """The small files directly in a folder, without indexes of shards: those belong to the weights."""
     return [name for name in here if "/" not in name and name.endswith(_SMALL) and not is_index(name)]
 
 
@@ -219,14 +216,14 @@ def _snapshot(where: _Location, **options: Any) -> Path:
 
 
 def _cached(where: _Location, why: str) -> Path:
-    """The same from the cache alone; ``why`` the hub cannot be asked."""
+    """The same from the cache alone; ``why``: the reason that the hub cannot be reached."""
     try:
         root = _snapshot(where, allow_patterns=[], local_files_only=True)
     except Exception:
         raise SourceError(f"{where}: not in the cache, and the hub cannot be reached: {why}") from None
     names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     try:
-        wanted(names, where.inside, lambda name: _read_json(root / name, where), where.text)
+        needed_files(names, where.inside, lambda name: _read_json(root / name, where), where.text)
     except SourceError as error:
         raise SourceError(f"{error} (in the cache; the hub cannot be reached: {why})") from None
     return root / where.inside
@@ -241,13 +238,13 @@ def _read_json(path: Path, where: _Location) -> Any:
 
 @contextmanager
 def _refusals(where: _Location) -> Iterator[None]:
-    """Turn what the hub refuses into one line; other exceptions, such as a lost connection, pass."""
+    """Turn refusals of the hub into a SourceError; other exceptions, such as a lost connection, pass."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.GatedRepoError:
-        raise SourceError(f"{where}: gated: accept its terms on the hub, and log in (hf auth login)") from None
+        raise SourceError(f"{where}: gated: accept its terms on the hub and log in (hf auth login)") from None
     except errors.RepositoryNotFoundError:
         raise SourceError(
             f"{where}: no such repository, or a private one that needs a login (hf auth login)"
@@ -259,5 +256,5 @@ def _refusals(where: _Location) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 500)
         if status in (408, 429) or status >= 500:
-            raise  # it is the hub that has a problem
-        raise SourceError(f"{where}: the hub refuses: {one_line(error)}") from None
+            raise  # a problem of the hub, not of the request
+        raise SourceError(f"{where}: the hub refuses the request: {one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Where bytes come from: a local file, or one on shared storage that fsspec reaches, by ranges and from any thread."""
+"""Files on local disks and on storage that fsspec reaches, read by ranges and from any thread."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 
 # One letter is a drive of Windows, not a protocol. A chain names several: zip://weights.st::s3://bucket/all.zip
@@ -27,7 +28,7 @@ class Storage(Protocol):
     """One open file.
 
     Attributes:
-        size: its bytes.
+        size: its size in bytes.
     """
 
     size: int
@@ -37,18 +38,18 @@ class Storage(Protocol):
 
         Raises:
             OSError: the file ends before that, or cannot be read.
-            SourceError: the same of a file that is not on this machine.
+            SourceError: the same for a remote file.
         """
 
     def view(self, start: int, stop: int) -> Any:
-        """The bytes from ``start`` to ``stop`` as a read-only buffer: mapped where that is possible, else read."""
+        """The bytes from ``start`` to ``stop`` as a read-only buffer: mapped if possible, else read."""
 
     def close(self) -> None:
         """Close the file; views stay valid."""
 
 
 class LocalFile:
-    """A file of this machine."""
+    """A local file."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if it cannot be opened."""
@@ -98,12 +99,12 @@ class RemoteFile:
     def __init__(self, path: Any) -> None:
         """Args: ``path`` is a ``UPath``. Raises SourceError if there is no such file."""
         self._url, self._fs, self._path = str(path), path.fs, path.path
-        # The asynchronous ones hand every request to a loop of their own, so that any thread may ask.
+        # Asynchronous filesystems run requests in a loop of their own, so any thread may send one.
         self._turn: Any = nullcontext() if self._fs.async_impl else _ONE_AT_A_TIME
         with _named(self._url), self._turn:
             size = self._fs.size(self._path)
         if size is None:
-            raise SourceError(f"{self._url}: its size is not known, so that no part of it can be read")
+            raise SourceError(f"{self._url}: its size is not known, so parts of it cannot be read")
         self.size = int(size)
 
     def read_into(self, start: int, out: memoryview) -> None:
@@ -116,8 +117,8 @@ class RemoteFile:
             found = self._fs.cat_file(self._path, start=start, end=stop)
         if len(found) != stop - start:
             raise SourceError(
-                f"{self._url}: gave {len(found)} bytes instead of bytes {start} to {stop}: "
-                "it has become shorter, or cannot be read in parts"
+                f"{self._url}: {len(found)} bytes came instead of bytes {start} to {stop}: "
+                "the file has become shorter, or its storage does not support ranges"
             )
         return found
 
@@ -127,13 +128,13 @@ class RemoteFile:
 
 @contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Turn whatever goes wrong into one line that names ``url``; each filesystem has exceptions of its own."""
+    """Turn any exception into a SourceError that names ``url``: every filesystem raises exceptions of its own."""
     try:
         yield
     except SourceError:
         raise
     except FileNotFoundError as error:
-        cause = error.__cause__  # such as a lost connection; that a dictionary lacks the file says nothing
+        cause = error.__cause__  # such as a lost connection; a failed dictionary look-up is no explanation
         why = f" ({one_line(cause)})" if cause and not isinstance(cause, LookupError) else ""
         raise SourceError(f"{url}: no such file or folder{why}") from None
     except Exception as error:
@@ -141,66 +142,64 @@ def _named(url: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What ``error`` says, in one line; its type where it says nothing."""
+    """The message of ``error`` in one line; its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def open_storage(path: Path) -> Storage:
-    """Open what :func:`located` gave.
+    """Open a path that :func:`resolve_path` returned.
 
     Raises:
         OSError: it cannot be read.
-        SourceError: the same of a file that is not on this machine.
+        SourceError: the same for a remote file.
     """
     return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
 
 
-def located(path: str | os.PathLike[str]) -> Path:
-    """The path that ``path`` means: a local one as it is, ``hf://...`` from the hub or its cache, any other URL by fsspec.
+def resolve_path(path: str | os.PathLike[str]) -> Path:
+    """A local path, ``hf://...`` (downloaded to the hub's cache) or another URL (through fsspec) as a path object.
 
-    What comes from a URL of fsspec's is a ``UPath``: not a :class:`Path`, but with its methods. A ``UPath`` may also
-    be passed, with the options of its storage; it stays what it is.
+    A URL of fsspec becomes a ``UPath``: not a :class:`Path`, but with the same methods. A ``UPath`` with storage options may
+    also be passed, and is returned unchanged.
 
     Raises:
-        SourceError: a URL that leads to nothing, cannot be reached, or needs a package which is not installed.
+        SourceError: there is nothing at the URL, it cannot be reached, or it needs a package that is not installed.
     """
     if not isinstance(path, (str, os.PathLike)):
         return path
     text = os.fspath(path)
     if text.startswith("hf://"):
-        from shira_format.storage.hub import downloaded
+        from shira_format.storage.hub import download
 
-        return downloaded(text)
+        return download(text)
     if _URL.match(text) is None:
         return Path(text)
-    try:
+    with optional_import(f"{text}: URLs need fsspec", "remote"):
         from upath import UPath
-    except ImportError:
-        raise SourceError(f"{text}: URLs need fsspec: pip install 'shira-format[remote]'") from None
     with _named(text):
         found: Any = UPath(text)
         if found.protocol in ("file", "local"):
             return Path(found.path)
-        # Most filesystems answer "it does not exist" to whatever fails; asking for more brings out the reason.
+        # Most filesystems say "does not exist" whatever the failure; stat raises the reason.
         if not found.exists():
             found.stat()
     return cast(Path, found)
 
 
-def identified(path: str | os.PathLike[str]) -> dict[str, str]:
-    """``id`` and ``revision`` of the repository that an ``hf://`` location stands for; empty for other paths.
+def hub_identity(path: str | os.PathLike[str]) -> dict[str, str]:
+    """``id`` and ``revision`` of the repository of an ``hf://`` location; empty for other paths.
 
-    Call it after :func:`located`: the revision is the one in the cache.
+    Call it after :func:`resolve_path`: the revision is the one in the cache.
     """
     if not isinstance(path, str) or not path.startswith("hf://"):
         return {}
-    from shira_format.storage.hub import identified as identified_by_hub
+    from shira_format.storage.hub import hub_identity as identified_by_hub
 
     return identified_by_hub(path)
 
 
 def check_not_input(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to write over a file that is read.
+    """Refuse to overwrite an input.
 
     Raises:
         SourceError: ``out`` is one of ``inputs``.

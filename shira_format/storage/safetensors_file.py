@@ -1,7 +1,12 @@
-"""Reading a safetensors file strictly and lazily: the header is checked whole, data is mapped only when asked for.
+"""The safetensors container, read and written by our own code, here and nowhere else.
 
-The safetensors package checks less than the spec asks (repeated keys, the metadata's types) and copies what it reads;
-adapters, LoRAs and checkpoints all go through this module instead. Section numbers are those of ``spec/SPEC.md``.
+The safetensors package does not do what adapters and checkpoints need:
+
+* A stranger's file is checked before anything is allocated: exact offsets, sizes, repeated keys, the types of metadata.
+* Parts of tensors are read by ranges, from local and remote storage, in bounded memory and from several threads.
+* Tensors are written one by one, without all of them in memory, in an order of ours and with float8 and bfloat16.
+
+Section numbers are those of ``spec/SPEC.md``.
 """
 
 from __future__ import annotations
@@ -10,11 +15,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from shira_format._core.arrays import Array, frozen
+from shira_format._core.arrays import Array, as_bytes, read_only
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
 from shira_format.storage.paths import open_storage
@@ -26,7 +31,7 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One array of the file: dtype, shape and its byte range within the buffer."""
+    """One array of a file: dtype, shape and byte range in the buffer."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,17 +40,17 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in the file."""
+        """Its size in bytes."""
         return self.end - self.begin
 
 
 class SafetensorsFile(Mapping[str, Stream]):
-    """The checked header of one file as a mapping from name to :class:`Stream`, in file order of the header.
+    """The checked header of a file as a mapping from name to :class:`Stream`, in the header's order.
 
     Attributes:
         path: the file.
         metadata: the strings of ``__metadata__``.
-        size: bytes of the whole file.
+        size: of the whole file, in bytes.
 
     Raises:
         FormatError: a rule of section 2 is broken.
@@ -53,7 +58,7 @@ class SafetensorsFile(Mapping[str, Stream]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        # A UPath, of storage that fsspec reaches, is no Path and stays what it is.
+        # A UPath, of a remote file, is not a Path and stays a UPath.
         self.path = Path(path) if isinstance(path, str) else path
         self._storage = open_storage(self.path)
         try:
@@ -71,21 +76,22 @@ class SafetensorsFile(Mapping[str, Stream]):
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self.size < 8:
-            raise FormatError("file-truncated", f"{self.size} bytes are no safetensors file")
+            raise FormatError("file-truncated", f"not a safetensors file: it has only {self.size} bytes")
         prefix = bytes(self._storage.view(0, 8))
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
-            raise FormatError(
-                "header-too-large", f"the header says it has {length} bytes, the limit is {MAX_HEADER}"
-            )
+            # The first 8 bytes of a file of another kind make an absurd length.
+            other = "not a safetensors file"
+            reason = other if length > self.size else f"a header of {length} bytes; the limit is {MAX_HEADER}"
+            raise FormatError("header-too-large", reason)
         if 8 + length > self.size:
-            raise FormatError("file-truncated", f"the header says it has {length} bytes, the file has {self.size}")
+            raise FormatError("file-truncated", f"a header of {length} bytes in a file of {self.size}")
         text = bytes(self._storage.view(8, 8 + length))
         if not text.startswith(b"{"):
             raise FormatError("header-json", "the header does not start with '{'")
         text = text.rstrip(b" ")
         if not text.endswith(b"}"):
-            raise FormatError("header-json", "something other than spaces follows the header's object")
+            raise FormatError("header-json", "the header's object is followed by something other than spaces")
         return 8 + length, parse_object(text, "header-json")
 
     def __getitem__(self, name: str) -> Stream:
@@ -98,35 +104,35 @@ class SafetensorsFile(Mapping[str, Stream]):
         return len(self._streams)
 
     def read(self, name: str) -> Array:
-        """The array ``name``, read-only, from one map of the whole file that all arrays share.
+        """The array ``name``, read-only, from one memory map of the file that all arrays share.
 
-        Only the pages that are touched are read. The map lives as long as any array of it.
+        Only pages that are accessed are read. The map lives as long as any of its arrays.
         """
         stream = self._streams[name]
         if stream.nbytes == 0:
             return _array(b"", 0, stream)
         if not isinstance(self.path, Path):
-            return self.read_apart(name)
+            return self.read_separately(name)
         if self._map is None:
             self._map = self._storage.view(0, self.size)
         return _array(self._map, self._start + stream.begin, stream)
 
-    def read_apart(self, name: str) -> Array:
-        """The array ``name``, read-only, from a map of its own, which goes when the array goes.
+    def read_separately(self, name: str) -> Array:
+        """The array ``name``, read-only, from a memory map of its own, which is freed with the array.
 
-        For checkpoints: resident and virtual memory stay at one tensor, however large the file.
+        For checkpoints: memory stays at one tensor, however large the file.
         """
         stream = self._streams[name]
         return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
 
     def read_part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
-        """Elements ``start`` to ``stop`` of the flat array ``name``, ``[stop - start]``, read into ``out`` or new memory.
+        """Elements ``start`` to ``stop`` of the flat array ``name``, ``[stop - start]``, read into ``out`` or a new array.
 
         Args:
             name: the array.
             start: first flat index.
             stop: flat index after the last.
-            out: contiguous, of the array's dtype, at least as long as what is read.
+            out: contiguous, of the array's dtype, with at least ``stop - start`` elements.
         """
         stream = self._streams[name]
         if out is None:
@@ -146,8 +152,8 @@ class SafetensorsFile(Mapping[str, Stream]):
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:
     flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
     try:
-        return frozen(flat.reshape(stream.shape))
-    except ValueError as error:  # no elements, but dimensions that numpy cannot multiply
+        return read_only(flat.reshape(stream.shape))
+    except ValueError as error:  # no elements, but a shape that numpy cannot hold
         raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
 
 
@@ -163,10 +169,14 @@ def _streams(header: dict[str, Any], buffer_size: int) -> dict[str, Stream]:
     at = 0
     for name, stream in sorted(streams.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stream.begin != at:
-            raise FormatError("offsets", f"it begins at {stream.begin}, the one before ends at {at}", tensor=name)
+            raise FormatError(
+                "offsets", f"it begins at byte {stream.begin}, but the stream before it ends at {at}", tensor=name
+            )
         at = stream.end
     if at > buffer_size:
-        raise FormatError("file-truncated", f"the streams take {at} bytes, the file has {buffer_size} for them")
+        raise FormatError(
+            "file-truncated", f"the streams have {at} bytes, but the file has only {buffer_size} after its header"
+        )
     if at < buffer_size:
         raise FormatError("file-trailing", f"{buffer_size - at} bytes follow after the last stream")
     return streams
@@ -176,7 +186,7 @@ def _stream(name: str, entry: Any) -> Stream:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name) from None
+        raise FormatError("header-entry", "its entry is not {dtype, shape, data_offsets}", tensor=name) from None
     if not (
         len(entry) == 3
         and isinstance(dtype, str)
@@ -185,7 +195,7 @@ def _stream(name: str, entry: Any) -> Stream:
         and all(is_uint(n) for n in [*shape, begin, end])
         and begin <= end
     ):
-        raise FormatError("header-entry", "not {dtype, shape, data_offsets}", tensor=name)
+        raise FormatError("header-entry", "its entry is not {dtype, shape, data_offsets}", tensor=name)
     if dtype not in DTYPES:
         raise FormatError("unknown-dtype", f"dtype {dtype!r} is not known", tensor=name)
     if numel(tuple(shape)) > MAX_NUMEL:
@@ -196,25 +206,73 @@ def _stream(name: str, entry: Any) -> Stream:
     return stream
 
 
+def file_header(streams: Mapping[str, Stream], metadata: Mapping[str, str], room: int = 0) -> bytes:
+    """The beginning of a file up to its buffer: the length of the header and the header, filled up with spaces.
+
+    Args:
+        streams: the arrays by name, in the order of the header.
+        metadata: strings by name; none is written if it is empty.
+        room: bytes of the result; by default as few as give a multiple of 8.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, stream in streams.items():
+        entries[name] = {
+            "dtype": stream.dtype, "shape": stream.shape, "data_offsets": [stream.begin, stream.end],
+        }  # fmt: skip
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(room - 8 if room else (len(text) + 7) & ~7)
+    return len(text).to_bytes(8, "little") + text
+
+
 def header_of(
     tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file whose tensors follow one another, and where in it each tensor's bytes begin.
+    """:func:`file_header` of tensors that follow one another, and where in the file each tensor's bytes begin.
 
     Args:
         tensors: name, dtype and shape of each, in the order of the file.
-        metadata: strings by name; none is written if it is empty.
+        metadata: see :func:`file_header`.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begins, at = {}, 0
+    streams, at = {}, 0
     for name, dtype, shape in tensors:
-        begins[name], stop = at, at + numel(shape) * dtype.itemsize
-        entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [at, stop]}
-        at = stop
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+        stop = at + numel(shape) * dtype.itemsize
+        streams[name], at = Stream(dtype_name(dtype), shape, at, stop), stop
+    header = file_header(streams, metadata)
+    return header, {name: len(header) + stream.begin for name, stream in streams.items()}
+
+
+class SafetensorsWriter:
+    """Writes tensors one after the other, whose exact shapes are known only when they come.
+
+    The header gets the room that it would need if all tensors came in their largest shapes; spaces fill what is left.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        largest: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Args: ``file``: empty, open for writing; ``largest``: dtypes and largest shapes of all tensors that may come."""
+        self._file = file
+        self._metadata = metadata
+        self._streams: dict[str, Stream] = {}
+        self._at = 0
+        end = sum(dtype.itemsize * numel(shape) for dtype, shape in largest.values())
+        most = {name: Stream(dtype_name(dtype), shape, end, end) for name, (dtype, shape) in largest.items()}
+        self._room = len(file_header(most, metadata))
+        file.write(bytes(self._room))
+
+    def add(self, name: str, array: Array) -> None:
+        """Write one tensor."""
+        begin, self._at = self._at, self._at + array.nbytes
+        self._streams[name] = Stream(dtype_name(array.dtype), array.shape, begin, self._at)
+        self._file.write(as_bytes(array).data)
+
+    def finish(self) -> None:
+        """Write the header."""
+        self._file.seek(0)
+        self._file.write(file_header(self._streams, self._metadata, self._room))
 
 
 def is_uint(value: Any) -> bool:
@@ -241,7 +299,7 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
         raise FormatError(rule, f"{word} is not JSON")
 
     def integer(digits: str) -> int:
-        # Python refuses to parse very long integers. Whatever it was, it is beyond every limit of the format.
+        # Python refuses very long integers; cut to 400 digits, they are still beyond every limit of the format.
         return int(digits[:400])
 
     try:
@@ -260,7 +318,7 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """Levels of objects and lists, counted one level at a time so that no depth can exhaust the stack."""
+    """Levels of objects and lists, counted without recursion, so that no depth exhausts the stack."""
     depth, level = 0, [value]
     while level:
         depth += 1

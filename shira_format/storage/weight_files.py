@@ -1,6 +1,6 @@
-"""Which file of a folder holds its weights, by the names that transformers and diffusers give to files.
+"""Which file of a folder holds its weights, by the file names of transformers and diffusers.
 
-Names alone decide, so that the same holds for a folder on disk and for the list of a repository's files.
+Only names are used, so that the same code works for a folder on disk and for the file list of a repository.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ STEMS = {
     ".safetensors": ("model", "diffusion_pytorch_model"),
     ".bin": ("pytorch_model", "diffusion_pytorch_model"),
 }
-# model.safetensors.index.json; with a variant, which may not look like a part of the name: model.safetensors.index.fp16.json
+# model.safetensors.index.json; with a variant: model.safetensors.index.fp16.json
 _INDEX = re.compile(r"(?P<stem>.+)(?P<ending>\.safetensors|\.bin)\.index\.(?:(?P<variant>[\w-]+)\.)?json")
 # model.fp16.safetensors and its shards, model.fp16-00001-of-00002.safetensors or model-00001-of-00002.fp16.safetensors
 _OF = r"-\d{5}-of-\d{5}"
@@ -24,12 +24,12 @@ _VARIANT = re.compile(
 
 @dataclass(frozen=True)
 class Weights:
-    """The file to open, and what there is beside it.
+    """The file to open, and the variants beside it.
 
     Attributes:
         name: a file of weights, or an index of several.
         variant: such as ``"fp16"``; None for the plain weights.
-        others: the variants that are not taken.
+        others: the variants that are not used.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Weights:
 
 
 def is_index(name: str, ending: str | None = None) -> bool:
-    """Whether ``name`` is that of an index of shards, of files that end in ``ending``."""
+    """Whether ``name`` is that of an index of shards; with ``ending``, of shards with that ending."""
     found = _INDEX.fullmatch(name)
     return found is not None and ending in (None, found["ending"])
 
 
-def usual_weights(names: Collection[str]) -> Weights | None:
-    """The weights of a folder with these files, if any has a usual name.
+def find_weights(names: Collection[str]) -> Weights | None:
+    """The weights of a folder with these files; None if none has a standard name.
 
-    Plain weights go before variants, safetensors before PyTorch's files, an index before a single file. Several
-    variants without plain weights: the first in the alphabet is named, with the others in ``others``.
+    Plain weights are preferred to variants, safetensors to PyTorch files, an index to a single file. Of several variants
+    without plain weights, the first in alphabetical order is returned, with the others in ``others``.
     """
     variants = _variants(names)
     for ending, stems in STEMS.items():
@@ -61,7 +61,7 @@ def usual_weights(names: Collection[str]) -> Weights | None:
 
 
 def _variants(names: Iterable[str]) -> dict[str, str]:
-    """The file to open by variant."""
+    """The file to open for each variant."""
     found: dict[str, list[tuple[int, int, str]]] = {}
     for name in names:
         index = _INDEX.fullmatch(name)
@@ -69,7 +69,7 @@ def _variants(names: Iterable[str]) -> dict[str, str]:
         if match is None or match["variant"] is None or match["stem"] not in STEMS[match["ending"]]:
             continue
         if index is None and (match["old"] or match["new"]):
-            continue  # a shard, which an index names
+            continue  # a shard, listed in an index
         order = (list(STEMS).index(match["ending"]), 0 if index else 1, name)
         found.setdefault(match["variant"], []).append(order)
     return {variant: min(files)[2] for variant, files in sorted(found.items())}

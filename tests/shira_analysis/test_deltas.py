@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from shira_analysis.measures.deltas import delta_matrix, delta_values, open_deltas, side_by_side
 from shira_format import Adapter, BaseMismatch, BaseRequired, FormatError, SourceError, SparseTensor, save
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 from tests.models import save_arrays
 from tests.strategies import small_shapes, sparse_tensors
 
@@ -31,7 +31,7 @@ def targets(
 
 
 def without_base(name: str = "w", at: Any = (1, 11)) -> SparseTensor:
-    return SparseTensor(name, (3, 4), at, np.float32([2, 5]), base_digest=digest(BASE.reshape(-1)[list(at)]))
+    return SparseTensor(name, (3, 4), at, np.float32([2, 5]), base_digest=array_digest(BASE.reshape(-1)[list(at)]))
 
 
 def stored(path: Path, *tensors: SparseTensor) -> Path:
@@ -58,7 +58,7 @@ def test_a_matrix_is_the_dense_difference(tensor: SparseTensor, zeros: bool) -> 
     dense = np.zeros(tensor.numel)
     dense[tensor.indices] = expected
     matrix = delta_matrix(tensor, zeros=zeros)
-    assert matrix_view(tensor.shape) == matrix.shape
+    assert matrix_shape(tensor.shape) == matrix.shape
     assert np.float64 == matrix.dtype
     assert matrix.has_canonical_format
     assert (tensor.nnz if zeros else np.count_nonzero(expected)) == matrix.nnz

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import LowRank
 from shira_format.lora.updates import Lora
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 from tests import models, strategies
 
 QUERY, UP, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.11.mlp.up_proj.weight", "score.weight"
@@ -68,7 +67,7 @@ def any_masks(draw: st.DrawFn) -> SparseTensor:
 @given(any_masks(), st.integers(1, 40))
 def test_cells_of_a_grid_are_the_counts_of_the_dense_mask(mask: SparseTensor, side: int) -> None:
     grid = masks.mask_grid(mask, side)
-    rows, columns = matrix_view(mask.shape)
+    rows, columns = matrix_shape(mask.shape)
     dense = np.zeros((rows, columns), np.int64)
     dense.reshape(-1)[mask.indices] = 1
     assert mask.nnz == grid.counts.sum()
@@ -413,12 +412,6 @@ def test_a_picture_of_the_real_model() -> None:
     assert base  # the names of a real model have places in a grid
     places = {layers.block_of(name) for name in base}
     assert {("encoder.layer.", number) for number in range(6)} | {("", None)} == places
-
-
-def test_without_matplotlib(files: list[DeltaFile], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SourceError, match=r"pip install 'shira-format\[analysis\]'"):
-        pictures.mask_picture(files)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html.parser
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from shira_analysis.report.html import Look, look, page, report, words
 from shira_analysis.report.summary import describe
 from shira_cli import inspect
 from shira_format import Adapter, AdapterFile, DenseTensor, SparseTensor, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.calibration.moments import Moment, Moments
 from tests import browser, strategies
 
@@ -265,7 +264,7 @@ def test_what_one_tensor_has_is_all(tmp_path: Path) -> None:
 
 def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
     target = np.float32([2])
-    needy = SparseTensor(QUERY, (24, 16), [1], target, base_digest=digest(target))
+    needy = SparseTensor(QUERY, (24, 16), [1], target, base_digest=array_digest(target))
     loose = SparseTensor("wte.weight", (50, 24), [1], target, value_kind="delta")
     save(Adapter([needy, loose]), tmp_path / "needy.st")
     text = parsed(report([looked(tmp_path / "needy.st"), looked(files[0])])).text
@@ -278,15 +277,6 @@ def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
     assert "only the places of the entries are compared" in text
 
 
-def test_without_scipy(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = [looked(path) for path in files]
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    text = parsed(report(looks)).text
-    assert "scipy is not installed (pip install 'shira-format[analysis]'): only the places of the entries" in text
-    assert "a.st and b.st both change 2 weights, and share" in text
-
-
 def test_a_mask_and_a_patch(tmp_path: Path) -> None:
     save(
         Adapter([SparseTensor("w", (4, 4), [1, 5], value_kind="none")], manifest={"mask": {"rule": "rand"}}),
@@ -295,7 +285,7 @@ def test_a_mask_and_a_patch(tmp_path: Path) -> None:
     text = parsed(report([looked(tmp_path / "mask.st")])).text
     assert "This is a mask: it marks 2 of the 16 elements of 1 weight (12.5 %), and holds no values." in text
     assert "Its mask follows the rule rand." in text
-    one = SparseTensor("w", (4, 4), [1], np.float32([1]), base_digest=digest(np.float32([0])))
+    one = SparseTensor("w", (4, 4), [1], np.float32([1]), base_digest=array_digest(np.float32([0])))
     save(Adapter([one], manifest={"selection": {"rule": "exact"}}), tmp_path / "patch.st")
     text = parsed(report([looked(tmp_path / "patch.st")])).text
     assert "This is an exact patch: it sets every entry that differs between two checkpoints, 1 of the 16" in text
@@ -397,7 +387,7 @@ def test_the_command_and_a_base(tmp_path: Path, capsys: Capture) -> None:
     base = np.arange(6, dtype=np.float32).reshape(3, 2)
     save_file({"w": base}, tmp_path / "base.safetensors")
     save_file({"w": base + 1}, tmp_path / "other.safetensors")
-    one = SparseTensor("w", (3, 2), [1, 4], np.float32([5, 5]), base_digest=digest(np.float32([1, 4])))
+    one = SparseTensor("w", (3, 2), [1, 4], np.float32([5, 5]), base_digest=array_digest(np.float32([1, 4])))
     save(Adapter([one]), tmp_path / "a.st")
     out = tmp_path / "r.html"
     assert 0 == run(tmp_path / "a.st", "--html", out, "--base", tmp_path / "base.safetensors")

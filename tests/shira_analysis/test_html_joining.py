@@ -15,7 +15,6 @@ from shira_format import Adapter, DenseTensor, SparseTensor, save
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
 from shira_format.merge import Merge, open_merge
-from shira_format.selection import TopK
 from tests import browser, models
 from tests.shira_analysis.test_html import EVIL, parsed
 from tests.shira_analysis.test_joining import QUERY, merges, of_deltas, struct
@@ -109,7 +108,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Of three real adapters, and of ones that attack."""
     folder = tmp_path_factory.mktemp("pages")
     for name, count in (("spam", 0.01), ("genre", 0.01), ("spam", 0.001)):
-        lora_to_shira(models.LORAS / name, models.minilm(), folder / f"{name}-{count}.st", rule=TopK(count), self_contained=True)  # fmt: skip
+        lora_to_shira(models.LORAS / name, models.minilm(), folder / f"{name}-{count}.st", density=count, self_contained=True)  # fmt: skip
     jobs = [
         open_merge(sorted(folder.glob("*.st")), method="ties", weights=[0.7, 0.5, 1], density=0.01),
         open_merge(evil(folder)),

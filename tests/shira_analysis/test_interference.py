@@ -185,13 +185,12 @@ def test_two_real_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way:
     from shira_analysis.measures.overlap import overlap
     from shira_format.calibration.moments import collect_moments
     from shira_format.convert import lora_to_shira
-    from shira_format.selection import TopK
     from tests.models import LORAS, minilm
 
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     files = []
     for task in ("spam", "genre"):
-        lora_to_shira(LORAS / task, minilm(), tmp_path / task, rule=TopK(0.01), self_contained=True)
+        lora_to_shira(LORAS / task, minilm(), tmp_path / task, density=0.01, self_contained=True)
         files.append(open_deltas(tmp_path / task))
     layer = "encoder.layer.5.output.dense"
     a, b = (file.tensor(f"{layer}.weight") for file in files)

@@ -22,13 +22,12 @@ from shira_analysis.merging.analysis import analyse_merge
 from shira_analysis.merging.lemmas import struct_rows
 from shira_analysis.merging.report import MergeAnalysis
 from shira_format import Adapter, BaseRequired, DenseTensor, SourceError, SparseTensor, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format._core.text import percent
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
 from shira_format.merge import METHODS, Merge, open_merge
-from shira_format.selection import TopK
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 from tests import models
 
 QUERY, DOWN, NORM, CONV = "h.0.q_proj.weight", "h.0.down_proj.weight", "h.0.norm.weight", "h.0.conv.weight"
@@ -118,7 +117,7 @@ def test_every_figure_by_dense_arithmetic(job: Merge) -> None:
                 assert product is None
                 assert one.name not in lemmas
                 continue
-            view = matrix_view(one.shape)
+            view = matrix_shape(one.shape)
             a, b = a.reshape(view), b.reshape(view)
             cells = a.T @ b  # integers: exact
             assert product is not None
@@ -398,7 +397,7 @@ def test_a_merge_that_is_refused_is_told() -> None:
 def test_what_cannot_be_measured() -> None:
     with pytest.raises(SourceError, match="no method 'best'; known: linear"):
         analyse_merge(of_deltas([[1]]), alternatives=["best"])
-    needy = SparseTensor(QUERY, (1, 2), [1], np.float32([2]), base_digest=digest(np.float32([1])))
+    needy = SparseTensor(QUERY, (1, 2), [1], np.float32([2]), base_digest=array_digest(np.float32([1])))
     with pytest.raises(
         BaseRequired, match=r"adapter 1: tensor 'h.0.q_proj.weight' holds target values without .*--base"
     ):
@@ -474,10 +473,10 @@ def test_memory_follows_the_entries(shape: tuple[int, ...]) -> None:
     assert 2 <= whole.overlap.shared < 10
     if len(shape) > 1:
         assert whole.product is not None
-        columns = matrix_view(shape)[1]
+        columns = matrix_shape(shape)[1]
         assert whole.product.cells == columns**2
         assert whole.product.nonzero >= 1
-        uniform = whole.overlap.first * whole.overlap.second / matrix_view(shape)[0]
+        uniform = whole.overlap.first * whole.overlap.second / matrix_shape(shape)[0]
         assert whole.product.reached_if_uniform == pytest.approx(uniform, rel=1e-3)
     told(report)
 
@@ -500,7 +499,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("joining")
     for name in ("spam", "genre"):
         lora_to_shira(
-            models.LORAS / name, models.minilm(), folder / f"{name}.st", rule=TopK(0.01), self_contained=True
+            models.LORAS / name, models.minilm(), folder / f"{name}.st", density=0.01, self_contained=True
         )
     return [folder / "spam.st", folder / "genre.st"]
 

@@ -454,10 +454,10 @@ def test_weights_with_a_side_beyond_memory_are_left_out(tmp_path: Path) -> None:
 def test_files_that_need_a_base(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from shira_format._core.arrays import digest
+    from shira_format._core.arrays import array_digest
 
     values = np.float32([3, 4])
-    needs = SparseTensor("w", (4, 5), [2, 9], values, base_digest=digest(np.zeros(2, np.float32)))
+    needs = SparseTensor("w", (4, 5), [2, 9], values, base_digest=array_digest(np.zeros(2, np.float32)))
     path, base = tmp_path / "a.st", tmp_path / "base.safetensors"
     save(Adapter([needs]), path)
     with pytest.raises(BaseRequired, match=r"a\.st: tensor 'w' holds target values .* pass the base"):
@@ -491,8 +491,5 @@ def test_no_heavy_import() -> None:
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode
 
 
-def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    with pytest.raises(SourceError, match=r"pip install 'shira-format\[lora\]'"):
-        lemmas.verify(quick=True)
+def test_the_default_seed() -> None:
     assert Setting().seed == 0

@@ -16,7 +16,6 @@ from shira_analysis.measures.layer_kinds import KINDS
 from shira_format import Adapter, BaseRequired, DenseTensor, SourceError, SparseTensor, load, save
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
-from shira_format.selection import TopK
 from tests.models import LORAS, minilm
 from tests.strategies import adapters
 
@@ -113,7 +112,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 def test_the_real_adapter_with_its_base_and_without(tmp_path: Path) -> None:
     base = open_checkpoint(minilm())
     for name, own in (("a.st", True), ("b.st", False)):
-        lora_to_shira(LORAS / "spam", minilm(), tmp_path / name, rule=TopK(0.01), self_contained=own)
+        lora_to_shira(LORAS / "spam", minilm(), tmp_path / name, density=0.01, self_contained=own)
     with pytest.raises(BaseRequired, match=r"b\.st: tensor 'encoder"):
         measure(tmp_path / "b.st")
     alone, based = measure(tmp_path / "a.st"), measure(tmp_path / "b.st", base)

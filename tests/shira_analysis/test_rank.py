@@ -24,7 +24,6 @@ from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.lora import open_lora
 from shira_format.lora.products import Dense, Hadamard, Kronecker, LowRank
-from shira_format.selection import TopK
 from tests.models import LORAS, minilm
 from tests.strategies import masks
 from tests.updates import dense
@@ -293,7 +292,7 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("task", ["spam", "genre"])
 def test_real_loras_have_rank_8_and_the_adapters_made_of_them_far_more(task: str, tmp_path: Path) -> None:
-    lora_to_shira(LORAS / task, minilm(), tmp_path / "a.st", rule=TopK(0.01), self_contained=True)
+    lora_to_shira(LORAS / task, minilm(), tmp_path / "a.st", density=0.01, self_contained=True)
     adapter = load(tmp_path / "a.st")
     reports: dict[str, RankReport] = {
         report.name: report for report in ranks_of_lora(open_lora(LORAS / task, open_checkpoint(minilm())))

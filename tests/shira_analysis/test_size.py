@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shira_analysis.measures.size import combine_masks, combine_norms, mask_of, norms_of, norms_of_values
 from shira_analysis.measures.uniform import dispersion_of_gaps, mean_of, touched
 from shira_format import SparseTensor
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 from tests.strategies import HUGE_SHAPES, masks, small_shapes
 
 numbers = st.floats(-1e6, 1e6) | st.floats(allow_nan=False, allow_infinity=False) | st.just(0.0)
@@ -30,7 +30,7 @@ def test_masks_equal_a_dense_oracle(data: st.DataObject, shape: tuple[int, ...])
     found = mask_of(mask(shape, indices))
     dense = np.zeros(math.prod(shape), bool)
     dense[indices] = True
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     view = dense.reshape(rows, columns)
     assert (indices.size, dense.size) == (found.nnz, found.numel)
     assert (view.any(1).sum(), rows, view.any(0).sum(), columns) == (

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from shira_cli import convert
 from shira_format import Adapter, DenseTensor, SparseTensor, load, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -22,7 +22,7 @@ BASE = np.arange(12, dtype=np.float32).reshape(3, 4)
 def adapter(tmp_path: Path) -> Path:
     """An adapter with two sparse tensors and a whole one, and its base beside it."""
     save_file({"w": BASE, "v": BASE}, tmp_path / "base.safetensors")
-    seen = digest(np.float32([1, 11]))
+    seen = array_digest(np.float32([1, 11]))
     tensors = [SparseTensor(n, (3, 4), [1, 11], np.float32([2, 5]), base_digest=seen) for n in ("w", "v")]
     save(Adapter(tensors, dense=[DenseTensor("b", np.float32([1]))]), tmp_path / "a.st")
     return tmp_path / "a.st"
@@ -99,12 +99,12 @@ def test_a_dry_run_writes_nothing(adapter: Path, tmp_path: Path, capsys: Capture
     [
         (("shira_to_csr", "a.st", "-o", "new"), "a.st: tensor 'w': holds target values without those of the base: pass --base for deltas, or take --values target"),
         (("shira_to_csr", "a.st", "-o", "there", "--values", "target"), "there: exists; --force replaces it"),
-        (("shira_to_csr", "a.st", "-o", "there", "--values", "target", "--force"), "there: not a folder that shira_to_csr wrote, and so not replaced (there: no folder of shira_to_csr: it has no index.json)"),
+        (("shira_to_csr", "a.st", "-o", "there", "--values", "target", "--force"), "there: not a folder that shira_to_csr wrote, and so not replaced (there: not a folder of shira_to_csr: it has no index.json)"),
         (("shira_to_csr", "a.st", "-o", "no/new", "--values", "target"), "no/new: the folder no does not exist"),
         (("shira_to_csr", "a.st", "-o", ".", "--values", "target", "--force"), None),
         (("shira_to_csr", "a.st", "-o", "new", "--values", "target", "--include", "("), None),
         (("shira_to_csr", "none.st", "-o", "new"), "none.st: No such file or directory"),
-        (("csr_to_shira", "there", "-o", "b.st"), "there: no folder of shira_to_csr: it has no index.json"),
+        (("csr_to_shira", "there", "-o", "b.st"), "there: not a folder of shira_to_csr: it has no index.json"),
         (("csr_to_shira", "none", "-o", "b.st"), "none: no such folder"),
         (("csr_to_shira", "there", "-o", "a.st"), "a.st: exists; --force replaces it"),
     ],

@@ -171,8 +171,8 @@ def test_existing_outputs(pair: Pair, tmp_path: Path, capsys: Capture, monkeypat
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--exact", "--density", "0.1"), "not allowed with argument"),
-        (("--energy", "0.5", "--top-k", "3"), "not allowed with argument"),
+        (("--exact", "--density", "0.1"), "exclude each other"),
+        (("--energy", "0.5", "--top-k", "3"), "exclude each other"),
         (("--energy", "1.5"), "energy 1.5 is not in (0, 1]"),
         (("--min-change", "-1"), "min-change -1.0 is not a magnitude"),
         (("--exact", "--scope", "global"), "--scope has no meaning with it"),
@@ -246,7 +246,7 @@ def test_interrupts(number: signal.Signals, resume: bool, pair: Pair, tmp_path: 
     if number != signal.SIGKILL:
         assert 130 == process.returncode
         words = (
-            f"finished tensors are in {kept}, the same command goes on from them"
+            f"finished tensors are in {kept}, the same command continues from them"
             if resume
             else "nothing was written"
         )
@@ -265,7 +265,7 @@ def test_an_interrupted_way_back_leaves_nothing(pair: Pair, tmp_path: Path) -> N
     script = _SLOW.replace(
         "from shira_format.entries.changes import Difference\nfast = Difference.both\n", ""
     ).partition("def slow")[0] + (
-        "from shira_format.export.full import Plan\n"
+        "from shira_format.export.full.restore import _Restore as Plan\n"
         "fast = Plan._parts\n"
         "def slow(self, piece, workers):\n"
         "    time.sleep(0.05)\n"

@@ -13,9 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import measure
 from shira_format import Adapter, DenseTensor, SparseTensor, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.convert import lora_to_shira
-from shira_format.selection import TopK
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -34,7 +33,7 @@ def files(tmp_path: Path) -> Path:
     at, values = [1, 11], np.float32([2, 5])
     own = [SparseTensor(name, (3, 4), at, values, base=np.float32([1, 11])) for name in (QUERY, UP)]
     save(Adapter(own, dense=[DenseTensor("b", np.float32([1]))]), tmp_path / "a.st")
-    needy = SparseTensor(QUERY, (3, 4), [1, 6], values, base_digest=digest(np.float32([1, 6])))
+    needy = SparseTensor(QUERY, (3, 4), [1, 6], values, base_digest=array_digest(np.float32([1, 6])))
     save(Adapter([needy]), tmp_path / "b.st")
     return tmp_path
 
@@ -55,11 +54,11 @@ def test_one_adapter(files: Path, capsys: Capture) -> None:
 
 
 def test_ranks_tensors_and_json(files: Path, capsys: Capture) -> None:
-    assert 0 == run(files / "a.st", "--rank", "--tensors", "--include", "mlp")
+    assert 0 == run(files / "a.st", "--ranks", "--tensors", "--include", "mlp")
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith(UP)]
     assert [[UP, "2", "16.67"], [UP, "3", "2"]] == [row[:3] for row in rows]
-    assert 0 == run(files / "a.st", "--rank", "--json")
+    assert 0 == run(files / "a.st", "--ranks", "--json")
     (found,) = json.loads(capsys.readouterr().out)["adapters"]
     assert [2, 2] == [tensor["rank"]["exact_rank"] for tensor in found["tensors"]]
     assert [{"from": 1.0, "count": 1}, {"from": 4.0, "count": 1}] == found["kinds"]["query"]["norms"]["histogram"]
@@ -88,13 +87,13 @@ def test_spectrum(files: Path, capsys: Capture) -> None:
     assert 0 == run(files / "a.st", "--spectrum", "--json")
     (found,) = json.loads(capsys.readouterr().out)["adapters"]
     assert [[6, 1]] * 2 == [pytest.approx(tensor["rank"]["singular_values"]) for tensor in found["tensors"]]
-    assert 0 == run(files / "a.st", "--rank", "--json")
+    assert 0 == run(files / "a.st", "--ranks", "--json")
     assert "singular_values" not in capsys.readouterr().out
 
 
 def test_lora_beside_it(tmp_path: Path, capsys: Capture) -> None:
     base, lora = models.minilm(), models.LORAS / "spam"
-    lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(0.01))
+    lora_to_shira(lora, base, tmp_path / "a.st", density=0.01)
     arguments = (tmp_path / "a.st", "--base", base, "--lora", lora, "--include", r"layer\.0.*(query|key)")
     assert 0 == run(*arguments, "--json", "--spectrum", "--quiet")
     told = json.loads(capsys.readouterr().out)
@@ -133,7 +132,7 @@ def test_whole_tensors_of_both_are_told(files: Path, capsys: Capture) -> None:
     other = SparseTensor("b", (2, 6), at, one, value_kind="delta")
     save(Adapter([other, SparseTensor(UP, (3, 4), at, one, value_kind="delta")]), files / "c.st")
     assert 0 == run(files / "a.st", files / "c.st")
-    assert "not both at once, for one replaces them as a whole: b\n" in capsys.readouterr().out
+    assert "not both at once, since one replaces them whole: b\n" in capsys.readouterr().out
     assert 0 == run(files / "a.st", files / "c.st", "--json")
     (pair,) = json.loads(capsys.readouterr().out)["pairs"]
     assert ["b"] == pair["replaced"]
@@ -152,7 +151,7 @@ def test_wide_weights_take_little_memory(tmp_path: Path) -> None:
         "from shira_cli.measure import main; sys.exit(main(sys.argv[1:]))"
     )
     files = [str(tmp_path / f"{seed}.st") for seed in (1, 2)]
-    options = ["--rank", "--transposed", "--spectral", "--json"]
+    options = ["--ranks", "--transposed", "--spectral", "--json"]
     done = subprocess.run(
         [sys.executable, "-c", code, *files, *options], capture_output=True, text=True, check=True
     )

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from shira_cli import convert, merge
 from shira_cli.merge import ALGEBRA
 from shira_format import Adapter, DenseTensor, SparseTensor, load, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.merge import METHODS
@@ -38,7 +38,7 @@ def run(*arguments: str | Path | float) -> int:
 
 def sparse(name: str, at: list[int], deltas: list[float], *, known: bool = True) -> SparseTensor:
     base = BASE[name].reshape(-1)[at]
-    more: dict[str, Any] = {"base": base} if known else {"base_digest": digest(base)}
+    more: dict[str, Any] = {"base": base} if known else {"base_digest": array_digest(base)}
     return SparseTensor(name, (3, 4), at, base + np.float32(deltas), **more)
 
 
@@ -84,7 +84,7 @@ def test_the_table(files: Path, capsys: Capture) -> None:
 
 def test_json(files: Path, capsys: Capture) -> None:
     out = files / "ab.st"
-    assert 0 == run(files / "a.st", files / "b.st", "-o", out, "--weights=-1,1", "--json", "--density", "0.25")
+    assert 0 == run(files / "a.st", files / "b.st", "-o", out, "--weights=-1,1", "--json", "--max-density", "0.25")
     told = json.loads(capsys.readouterr().out)
     assert (str(out), None, "linear", [-1.0, 1.0]) == (
         told["output"], told["report"], told["method"], told["weights"],
@@ -106,7 +106,7 @@ def test_json(files: Path, capsys: Capture) -> None:
 
 
 def test_energy_lost(files: Path, capsys: Capture) -> None:
-    assert 0 == run(files / "a.st", files / "b.st", "--dry-run", "--density", 0.1, "--include", "x")
+    assert 0 == run(files / "a.st", files / "b.st", "--dry-run", "--max-density", 0.1, "--include", "x")
     head, x, total, verdict = capsys.readouterr().out.splitlines()
     assert head.endswith("energy lost")  # 1, 6, 3, -8: what is left is 64 of 110
     assert ["1", "8.33", "%", "41.82", "%"] == x.split()[-5:] == total.split()[-5:]
@@ -382,7 +382,7 @@ def test_what_an_inverse_removes(files: Path) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        ("--weights", "1,1"), ("--option", "normalize=1"), ("--layer", "x:weights=1,1"), ("--density", "0.5"),
+        ("--weights", "1,1"), ("--option", "normalize=1"), ("--layer", "x:weights=1,1"), ("--density", "0.5"), ("--max-density", "0.5"),
         ("--self-contained",), ("--no-self-contained",), ("--threads", "2"), ("--report", "r.html"), ("--check",),
     ],
 )  # fmt: skip
@@ -412,8 +412,12 @@ def one_line(capture: Capture) -> str:
         (("a.st", "-o", "x.st", "--weights", "1,"), "--weights 1,: not numbers"),
         (("a.st", "b.st", "-o", "x.st", "--weights", "1"), "--weights: 1 for 2 adapters"),
         (("a.st", "-o", "x.st", "--threads", "0"), "--threads 0 is not a positive count"),
-        (("a.st", "-o", "x.st", "--density", "0"), "--density 0.0 is not in (0, 1]"),
-        (("a.st", "-o", "x.st", "--density", "nan"), "--density nan is not in (0, 1]"),
+        (("a.st", "-o", "x.st", "--max-density", "0"), "--max-density 0.0 is not in (0, 1]"),
+        (("a.st", "-o", "x.st", "--max-density", "nan"), "--max-density nan is not in (0, 1]"),
+        (("a.st", "-o", "x.st", "--density", "0.5"), "--density 0.5: the method 'linear' has no option 'density'"),
+        (("a.st", "b.st", "-o", "x.st", "--method", "ties", "--density", "1,1,1"), "density: 3 values for 2 adapters"),
+        (("a.st", "-o", "x.st", "--method", "ties", "--density", "2"), "density='2': not from 0 to 1"),
+        (("a.st", "-o", "x.st", "--method", "ties", "--density", "1", "--option", "density=1"), "--option density: given twice"),
         (("a.st", "-o", "x.st", "--report", "r.pdf"), "--report r.pdf: a report ends in .html or .json"),
         (("a.st", "-o", "x.st", "--moments", "m"), "--moments is about the report"),
         (("a.st", "-o", "x.st", "--option", "normalize"), "--option normalize: not KEY=VALUE"),
@@ -444,7 +448,7 @@ def test_usage(arguments: tuple[str, ...], reason: str, capsys: Capture) -> None
 def test_an_unknown_method(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("a.st", "-o", "x.st", "--method", "magic")
-    assert "invalid choice: 'magic'" in capsys.readouterr().err
+    assert "'magic' is not one of" in capsys.readouterr().err
 
 
 def test_refusals(files: Path, capsys: Capture) -> None:

@@ -15,7 +15,7 @@ from shira_analysis.measures.deltas import open_deltas
 from shira_analysis.measures.pairs import measure_pairs
 from shira_cli import plot
 from shira_format import Adapter, SparseTensor, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> Path:
     for name in "ab":
         indices = np.sort(random.choice(600, 60, replace=False))
         values = random.standard_normal(60).astype(np.float32)
-        known = digest(base.reshape(-1)[indices])
+        known = array_digest(base.reshape(-1)[indices])
         save(Adapter([SparseTensor(NAME, (30, 20), indices, values, base_digest=known)]), tmp_path / f"{name}.st")
     return tmp_path
 

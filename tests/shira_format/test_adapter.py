@@ -41,8 +41,8 @@ def test_the_mapping_keeps_the_order() -> None:
 def test_an_adapter_is_empty_by_default() -> None:
     adapter = Adapter()
     assert ([], {}, {}) == (list(adapter), dict(adapter.dense), adapter.manifest)
-    assert "Adapter(0 sparse tensors, 0 whole tensors)" == repr(adapter)
-    assert "Adapter(1 sparse tensors, 1 whole tensors)" == repr(
+    assert "Adapter(0 sparse tensors, 0 dense tensors)" == repr(adapter)
+    assert "Adapter(1 sparse tensors, 1 dense tensors)" == repr(
         Adapter([tensor("w")], dense=[DenseTensor("b", f32(1))])
     )
     with pytest.raises(TypeError, match="unhashable"):

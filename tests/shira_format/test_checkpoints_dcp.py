@@ -116,8 +116,8 @@ def test_a_model_beside_its_optimizer(tmp_path: Path) -> None:
     check(folder, state)
     first, second, third = open_checkpoint(folder).notices
     assert first == "the tensors under 'model' are read"
-    assert second.startswith("left out, as not the model's: optim.state.0.step, optim.state.0.exp_avg, ")
-    assert third.startswith("left out, as not tensors: ")
+    assert second.startswith("left out, not part of the model: optim.state.0.step, optim.state.0.exp_avg, ")
+    assert third.startswith("left out, not tensors: ")
     assert third.endswith(" more")
 
 
@@ -127,10 +127,10 @@ def test_a_model_beside_its_optimizer(tmp_path: Path) -> None:
         (lambda w: {"model": {"w": w}}, ["w"], ("the tensors under 'model' are read",)),
         (lambda w: {"net": {"w": w}}, ["w"], ("the tensors under 'net' are read",)),
         (lambda w: {"app": {"model": {"a.w": w}, "optim": {"w": w}}}, ["a.w"],
-         ("the tensors under 'app.model' are read", "left out, as not the model's: app.optim.w")),
+         ("the tensors under 'app.model' are read", "left out, not part of the model: app.optim.w")),
         (lambda w: {"model.w": w}, ["model.w"], ()),
         (lambda w: {"model.w": w, "optimizer": {"w.exp": w}, "step": 3}, ["model.w"],
-         ("left out, as not the model's: optimizer.w.exp", "left out, as not tensors: step")),
+         ("left out, not part of the model: optimizer.w.exp", "left out, not tensors: step")),
         (lambda w: {"one": {"w": w}, "two": {"w": w}}, ["one.w", "two.w"], ()),
         (lambda w: {"w": w, "list": [w, w]}, ["w", "list.0", "list.1"], ()),
         (lambda w: {"optim": {"w": w}}, ["w"], ("the tensors under 'optim' are read",)),
@@ -197,7 +197,7 @@ def test_two_processes(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert [folder / "__0_0.distcp", folder / "__1_0.distcp"] == checkpoint.files
     assert (
-        "the tensors under 'model' are read", "left out, as not the model's: optim.state.rows.exp",
+        "the tensors under 'model' are read", "left out, not part of the model: optim.state.rows.exp",
     ) == checkpoint.notices  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def written(folder: Path) -> Written:
         (_StorageInfo("..\\outside.distcp", 0, 10), "which is not the name of a file"),
         (_StorageInfo("sub/__0_0.distcp", 0, 10), "which is not the name of a file"),
         (_StorageInfo(3, 0, 10), "which is not the name of a file"),
-        (_StorageInfo("__0_0.distcp", -1, 10), "the place of a chunk is damaged"),
+        (_StorageInfo("__0_0.distcp", -1, 10), "the offset or length of a chunk is invalid"),
         (_StorageInfo("__0_0.distcp", 0, 2**40), "__0_0.distcp ends before its chunk at [0, 0]"),
         (_StorageInfo("__0_0.distcp", 0, 10), "__0_0.distcp, chunk at [0, 0]: "),
         (_StorageInfo("__0_0.distcp", 0, 0), "__0_0.distcp, chunk at [0, 0]: "),
@@ -333,10 +333,10 @@ def test_chunks_that_are_not_what_the_metadata_says(tmp_path: Path) -> None:
     made = written(tmp_path / "c")
     where = "tensor 'w': __0_0.distcp, chunk at [0, 0]: "
     for found, reason in [
-        (torch.zeros(2, 5), "float32 of shape [2, 5], the metadata says float32 of [2, 4]"),
-        (torch.zeros(2, 4).bfloat16(), "bfloat16 of shape [2, 4], the metadata says float32 of [2, 4]"),
+        (torch.zeros(2, 5), "float32 of shape [2, 5], but float32 of [2, 4] in the metadata"),
+        (torch.zeros(2, 4).bfloat16(), "bfloat16 of shape [2, 4], but float32 of [2, 4] in the metadata"),
         ({"w": torch.zeros(2, 4)}, "not a tensor"),
-        (Hostile(tmp_path / "ran"), f"the pickle asks for {os.system.__module__}.system, which is not allowed"),
+        (Hostile(tmp_path / "ran"), f"the pickle needs {os.system.__module__}.system, which is not allowed"),
     ]:
         _replace(made, found)
         refused(made.done(), where, reason)
@@ -369,7 +369,7 @@ def test_only_the_chunks_of_a_part_are_read(tmp_path: Path) -> None:
         (lambda m: setattr(m.state_dict_metadata["w"], "properties", 3), "its properties are not a TensorProperties"),
         (lambda m: setattr(m.state_dict_metadata["w"].properties, "dtype", torch.complex64), "dtype complex64 is not known"),
         (lambda m: setattr(m.state_dict_metadata["w"].properties, "layout", torch.sparse_coo), "only dense tensors are read"),
-        (lambda m: setattr(m, "planner_data", {"w": ("a",), "v": ("a",)}), "'w' and 'v' are both the tensor 'a'"),
+        (lambda m: setattr(m, "planner_data", {"w": ("a",), "v": ("a",)}), "'w' and 'v' are both named 'a' in the model"),
     ],
 )  # fmt: skip
 def test_metadata_that_is_wrong(change: Callable[[Metadata], None], reason: str, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_metadata_that_is_wrong(change: Callable[[Metadata], None], reason: str,
 def test_a_hostile_pickle_does_not_run(tmp_path: Path) -> None:
     made = written(tmp_path / "c")
     made.metadata.planner_data = Hostile(tmp_path / "ran")
-    refused(made.done(), f"the pickle asks for {os.system.__module__}.system, which is not allowed")
+    refused(made.done(), f"the pickle needs {os.system.__module__}.system, which is not allowed")
     assert not (tmp_path / "ran").exists()
     dcp.FileSystemReader(made.folder).read_metadata()  # torch itself falls into the trap
     assert (tmp_path / "ran").exists()

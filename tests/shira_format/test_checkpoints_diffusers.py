@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from shira_format import FormatError, SourceError
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
-from shira_format.storage.weight_files import Weights, is_index, usual_weights
+from shira_format.storage.weight_files import Weights, find_weights, is_index
 from shira_format.tensors import same_bits
 
 PARTS = ("text_encoder", "unet", "vae")
@@ -106,7 +106,7 @@ def test_pipelines(kind: str, saved: tuple[StableDiffusionPipeline, Path]) -> No
     assert folder / kind == checkpoint.path == checkpoint.folder
     assert {folder / kind / part for part in PARTS} == {file.parent for file in checkpoint.files}
     assert ("sharded" in kind) == (len(checkpoint.files) > len(PARTS))
-    assert ("variant" in kind) == any("the variant fp16 alone" in notice for notice in checkpoint.notices)
+    assert ("variant" in kind) == any("the variant fp16 is read" in notice for notice in checkpoint.notices)
     assert checkpoint.notices == open_checkpoint(folder / kind / "model_index.json").notices
 
 
@@ -213,9 +213,12 @@ def spoil_kind(folder: Path) -> None:
     ("spoil", "reason"),
     [
         (spoil_folder, "the folder of a component that model_index.json lists (AutoencoderKL) is missing"),
-        (spoil_weights, "no weights that can be read, of a component that model_index.json lists (AutoencoderKL)"),
-        (spoil_all, "no weights that can be read, of a component that model_index.json lists (AutoencoderKL)"),
-        (spoil_kind, "no weights that can be read, of a component that model_index.json lists (AutoencoderKL)"),
+        (
+            spoil_weights,
+            "no weights of a supported format, but model_index.json lists the component (AutoencoderKL)",
+        ),
+        (spoil_all, "no weights of a supported format, but model_index.json lists the component (AutoencoderKL)"),
+        (spoil_kind, "no weights of a supported format, but model_index.json lists the component (AutoencoderKL)"),
     ],
 )
 def test_what_should_have_weights(spoil: Callable[[Path], None], reason: str, plain: Path) -> None:
@@ -330,7 +333,7 @@ def test_remote_pipelines(saved: tuple[StableDiffusionPipeline, Path]) -> None:
     ],
 )
 def test_usual_names(names: list[str], expected: Weights | None) -> None:
-    assert expected == usual_weights(names)
+    assert expected == find_weights(names)
 
 
 @pytest.mark.parametrize(

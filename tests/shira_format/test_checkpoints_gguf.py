@@ -199,7 +199,7 @@ def test_the_real_model() -> None:
     for name, found in checkpoint.items():
         assert same_bits(state[name], found), name
     assert checkpoint.notices == (
-        "211 of 272 tensors are quantised (Q4_1, Q8_0): values are the dequantised ones, in float32",
+        "211 of 272 tensors are quantised (Q4_1, Q8_0): they are dequantised to float32",
     )
     assert checkpoint.shards is checkpoint.folder is None
     name = "model.layers.29.self_attn.q_proj.weight"
@@ -333,7 +333,7 @@ def test_what_llama_cpp_computes_is_left_out(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert ["model.norm.weight"] == list(checkpoint)
     assert checkpoint.notices == (
-        "left out, since llama.cpp computed them and no Hugging Face checkpoint has them: rope_freqs.weight",
+        "left out, computed by llama.cpp and not in Hugging Face checkpoints: rope_freqs.weight",
     )
 
 
@@ -385,9 +385,12 @@ def test_a_split_model_with_something_wrong(tmp_path: Path) -> None:
     assert refused(first) == f"{first}: the part model-00002-of-00003.gguf is missing"
     assert refused(tmp_path / "parts") == f"{first}: the part model-00002-of-00003.gguf is missing"
     renamed = first.rename(first.with_name("model.gguf"))
-    assert refused(renamed) == f"{renamed}: one of 3 parts of a split model, but not named ...-00001-of-....gguf"
+    assert (
+        refused(renamed)
+        == f"{renamed}: one of 3 parts of a split model, but its name is not ...-00001-of-....gguf"
+    )
     renamed = renamed.rename(first.with_name("model-00001-of-00002.gguf"))
-    assert refused(renamed) == f"{renamed}: split.count is 3, the name says that there are 2 parts"
+    assert refused(renamed) == f"{renamed}: split.count is 3, but the file name is that of 2 parts"
 
 
 def number(key: str, value: int) -> bytes:
@@ -398,7 +401,7 @@ def number(key: str, value: int) -> bytes:
     ("name", "told", "reason"),
     [
         ("output_norm.weight", 2, "tensor 'output_norm.weight' is in an earlier part as well"),
-        ("output.weight", 3, "the parts have 2 tensors, not 3 as split.tensors.count says"),
+        ("output.weight", 3, "the parts have 2 tensors, but split.tensors.count is 3"),
         ("output.weight", 2, None),
     ],
 )
@@ -450,15 +453,15 @@ def test_folders(tmp_path: Path) -> None:
         (lambda path: write_keys(path, "llama", said="mmproj"), "general.type is 'mmproj', not 'model'"),
         (
             lambda path: write_keys(path, "mamba"),
-            f"how the architecture 'mamba' stores its tensors is not known here; read are {', '.join(ARCHITECTURES)}",
+            f"the architecture 'mamba' is not supported; supported: {', '.join(ARCHITECTURES)}",
         ),
         (
             lambda path: write_keys(path, "llama", tensor="blk.0.ffn_gate_inp.weight"),
-            "tensor 'blk.0.ffn_gate_inp.weight' has no Hugging Face name that is known for llama",
+            "no Hugging Face name is known for tensor 'blk.0.ffn_gate_inp.weight' of llama",
         ),
         (
             lambda path: write_keys(path, "llama", tensor="blk.00.attn_v.weight"),
-            "tensor 'blk.00.attn_v.weight' has no Hugging Face name that is known for llama",
+            "no Hugging Face name is known for tensor 'blk.00.attn_v.weight' of llama",
         ),
         (
             lambda path: write_keys(path, "llama", tensor="blk.0.attn_q.weight"),
@@ -474,7 +477,7 @@ def test_folders(tmp_path: Path) -> None:
         ),
         (
             lambda path: write_keys(path, "llama", tensor="blk.0.attn_q.weight", heads=3),
-            "tensor 'blk.0.attn_q.weight' of shape [4] has no pairs of rows for 3 heads",
+            "tensor 'blk.0.attn_q.weight' of shape [4] cannot be divided into pairs of rows of 3 heads",
         ),
         (
             lambda path: write_keys(path, "gpt2", tensor="blk.0.ffn_up.weight"),
@@ -482,7 +485,7 @@ def test_folders(tmp_path: Path) -> None:
         ),
         (
             lambda path: finish(write_keys(path, "llama", big=True, done=False)),
-            "a big-endian GGUF file, which is not read",
+            "a big-endian GGUF file, which is not supported",
         ),
     ],
 )
@@ -556,10 +559,10 @@ HUGE = 2**62
         (b"", "not a GGUF file"),
         (b"GGUF", "not a GGUF file"),
         (forged(magic=b"GGML"), "not a GGUF file"),
-        (forged(version=1), "GGUF version 1; only 2 and 3 are read"),
-        (forged(version=0), "GGUF version 0; only 2 and 3 are read"),
-        (forged(tensor_count=HUGE), f"it says that it has {HUGE} tensors; the limit is 131072"),
-        (forged(key_count=HUGE), f"it says that it has {HUGE} keys; the limit is 131072"),
+        (forged(version=1), "GGUF version 1; only 2 and 3 are supported"),
+        (forged(version=0), "GGUF version 0; only 2 and 3 are supported"),
+        (forged(tensor_count=HUGE), f"a header with {HUGE} tensors; the limit is 131072"),
+        (forged(key_count=HUGE), f"a header with {HUGE} keys; the limit is 131072"),
         (forged(tensor_count=100_000), None),
         (forged(key_count=100_000), None),
         (forged([text("a") + struct.pack("<IQ", 8, HUGE)]), "within its header: cut short?"),
@@ -599,16 +602,16 @@ HUGE = 2**62
             forged([], [tensor(shape=(2**32, 2**32))]),
             f"tensor 'output_norm.weight' of shape [{2**32}, {2**32}] has no elements, or more than 2^53 - 1",
         ),
-        (forged([], [tensor(shape=(33,))]), "ends at byte 260, the file at byte 256: cut short?"),
-        (forged([], [tensor(offset=120)]), "ends at byte 264, the file at byte 256: cut short?"),
-        (forged([], [tensor(offset=2**64 - 1)]), "the file at byte 256: cut short?"),
+        (forged([], [tensor(shape=(33,))]), "ends at byte 260, but the file has 256 bytes: truncated?"),
+        (forged([], [tensor(offset=120)]), "ends at byte 264, but the file has 256 bytes: truncated?"),
+        (forged([], [tensor(offset=2**64 - 1)]), "but the file has 256 bytes: truncated?"),
         (
             forged([], [tensor(kind=99)]),
             "tensor 'output_norm.weight' is of type 99, which the gguf package does not know",
         ),
         (
             forged([], [tensor(shape=(40,), kind=8)]),
-            "tensor 'output_norm.weight': rows of 40 are no whole blocks of Q8_0 (32)",
+            "tensor 'output_norm.weight': rows of 40 are not a multiple of the block size of Q8_0 (32)",
         ),
         (forged([], [], data=b""), "it has no tensors, only a vocabulary or other metadata"),
     ],

@@ -15,9 +15,11 @@ from distributed import LocalCluster
 from safetensors.torch import load_file, save_file
 
 from shira_format import SourceError, WorkError
-from shira_format.convert import Exact, full_to_shira, lora_to_shira
+from shira_format.convert import full_to_shira, lora_to_shira
+from shira_format.convert.exact import Exact
 from shira_format.selection import TopK
 from tests import models
+from tests.rules import arguments
 
 RULES = {
     "exact": Exact(),
@@ -56,17 +58,21 @@ def tune(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     }
     (folder / "tuned").mkdir()
     save_file(tuned, folder / "tuned" / "model.safetensors")
-    return base, folder / "tuned"
+    return folder / "tuned", base
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_bytes_of_a_local_run(rule: str, cluster: Any, tune: tuple[Path, Path], tmp_path: Path) -> None:
     done: list[int] = []
-    here = full_to_shira(*tune, tmp_path / "here.st", rule=RULES[rule], progress=done.append)
+    here = full_to_shira(*tune, tmp_path / "here.st", **arguments(RULES[rule]), progress=done.append)
     there_done: list[int] = []
     urls = [path.as_uri() for path in tune]
     there = full_to_shira(
-        *urls, tmp_path / "there.st", rule=RULES[rule], dask=cluster.scheduler_address, progress=there_done.append
+        *urls,
+        tmp_path / "there.st",
+        **arguments(RULES[rule]),
+        dask=cluster.scheduler_address,
+        progress=there_done.append,
     )
     assert (tmp_path / "here.st").read_bytes() == (tmp_path / "there.st").read_bytes()
     assert here.tensors == there.tensors
@@ -86,7 +92,7 @@ def test_a_lora_on_a_cluster(cluster: Any, tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_on_the_way(rule: str, cluster: Any, tmp_path: Path) -> None:
     """Killed as soon as the first tensor is back, with a hundred to go."""
     base, tuned = models.minilm(), models.sre()
-    full_to_shira(base, tuned, tmp_path / "here.st", rule=RULES[rule])
+    full_to_shira(tuned, base, tmp_path / "here.st", **arguments(RULES[rule]))
     before = _processes(cluster)
     killed: list[int] = []
 
@@ -96,7 +102,7 @@ def test_a_worker_that_is_killed_on_the_way(rule: str, cluster: Any, tmp_path: P
             os.kill(before[0], signal.SIGKILL)
 
     full_to_shira(
-        base, tuned, tmp_path / "there.st", rule=RULES[rule], dask=cluster.scheduler_address, progress=kill
+        tuned, base, tmp_path / "there.st", **arguments(RULES[rule]), dask=cluster.scheduler_address, progress=kill
     )
     assert killed
     assert before[0] not in _processes(cluster)
@@ -110,14 +116,14 @@ def _processes(cluster: Any) -> list[int]:
 def test_an_unusable_tensor_is_named_as_in_a_local_run(
     cluster: Any, tune: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    base, tuned = tune
+    tuned, base = tune
     state = load_file(tuned / "model.safetensors")
     state["model.norm.weight"][3] = float("nan")
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(SourceError) as here:
-        full_to_shira(base, tmp_path / "bad.safetensors", tmp_path / "a.st")
+        full_to_shira(tmp_path / "bad.safetensors", base, tmp_path / "a.st")
     with pytest.raises(SourceError) as there:
-        full_to_shira(base, tmp_path / "bad.safetensors", tmp_path / "a.st", dask=cluster.scheduler_address)
+        full_to_shira(tmp_path / "bad.safetensors", base, tmp_path / "a.st", dask=cluster.scheduler_address)
     assert str(here.value) == str(there.value)
     assert "'model.norm.weight' holds NaN or Inf" in str(here.value)
     assert [tmp_path / "bad.safetensors"] == list(tmp_path.iterdir())
@@ -126,7 +132,7 @@ def test_an_unusable_tensor_is_named_as_in_a_local_run(
 def test_a_scheduler_that_does_not_answer(
     tune: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shira_format.convert.cluster.PATIENCE", 1)
+    monkeypatch.setattr("shira_format.convert.cluster.CONNECT_TIMEOUT", 1)
     with pytest.raises(WorkError, match=r"^tcp://127\.0\.0\.1:1: "):
         full_to_shira(*tune, tmp_path / "a.st", dask="tcp://127.0.0.1:1")
     assert [] == list(tmp_path.iterdir())

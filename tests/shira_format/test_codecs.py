@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shira_format import FormatError
-from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, Indices, encode_smallest, stored_bytes
+from shira_format._core.arrays import Indices
+from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, encode_smallest, stored_bytes
 from shira_format.format.codecs.structured import MAX_LISTED, find_pattern, list_pattern, part_size
-from shira_format.tensors import MAX_NUMEL, matrix_view, numel
+from shira_format.tensors import MAX_NUMEL, matrix_shape, numel
 from tests.strategies import HUGE_SHAPES, Part, Shape, masks, pattern_indices, patterns, small_shapes
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -29,7 +30,7 @@ def indexed(draw: st.DrawFn) -> tuple[Indices, Shape]:
 
 def decode(encoded: Encoded, shape: Shape, nnz: int) -> Indices:
     codec = CODECS[encoded.params["codec"]]
-    return codec.decode(encoded.params, encoded.stream, encoded.blocks, shape, nnz)
+    return codec.decode(encoded, shape, nnz)
 
 
 def can_hold(name: str, indices: Indices, shape: Shape) -> bool:
@@ -187,7 +188,7 @@ def test_unions_of_lines_and_diagonals_are_found(case: tuple[list[Part], Shape])
     assert found is not None
     assert len(found) <= len(pattern)
     assert indices.tolist() == list_pattern(found, shape, indices.size).tolist()
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     for part in found:
         assert pattern_indices([part], shape).size == part_size(part, rows, columns)
     if indices.size > 1000:  # then the pattern is smaller than any stream
@@ -274,7 +275,7 @@ def test_any_stream_is_decoded_to_its_only_meaning_or_refused(
     nnz = min(nnz, size)
     params = {"codec": name, "block_size": BLOCK_SIZE}
     try:
-        found = CODECS[name].decode(params, np.frombuffer(stream, np.uint8), None, (size,), nnz)
+        found = CODECS[name].decode(Encoded(params, np.frombuffer(stream, np.uint8)), (size,), nnz)
     except FormatError as error:
         assert error.rule in {"stream-truncated", "stream-trailing", "varint", "out-of-range"}
         return

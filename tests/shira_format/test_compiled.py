@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shira_format import SparseTensor
 from shira_format._core import compiled
-from shira_format._core.arrays import Array, bits
+from shira_format._core.arrays import Array, as_bytes
 
 RISING = st.sets(st.integers(0, 60), max_size=30).map(lambda some: np.array(sorted(some), np.int64))
 
@@ -61,7 +61,7 @@ def test_mixed_is_what_an_adapter_makes_of_its_entries(kernels: str, dtype: str,
         at = indices if factor is not None else np.flatnonzero(factors == one)
         tensor = SparseTensor("w", (at.size,), np.arange(at.size), target[at], base=own[at])
         expected = tensor.applied(own[at], one)
-        assert bits(found[at]).tobytes() == bits(expected).tobytes()
+        assert as_bytes(found[at]).tobytes() == as_bytes(expected).tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,8 +81,8 @@ def test_laying(kernels: str, dtype: str, several: bool) -> None:
         laid = np.flatnonzero(np.broadcast_to(factors, count))
         expected[at[laid]], seen[at] = new[laid], True
         counted[at[laid]] += 1
-    assert bits(values).tobytes() == bits(expected).tobytes()
-    assert bits(base[seen]).tobytes() == bits(truth[seen]).tobytes()
+    assert as_bytes(values).tobytes() == as_bytes(expected).tobytes()
+    assert as_bytes(base[seen]).tobytes() == as_bytes(truth[seen]).tobytes()
     assert np.array_equal(known, seen)
     assert np.array_equal(times, counted)
     other = truth[at].copy()

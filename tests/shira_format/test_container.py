@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 import shira_format
 from shira_format import Adapter, AdapterFile, AdapterWriter, DenseTensor, FormatError, SparseTensor, load, save
-from shira_format._core.arrays import Array, as_array, bits
+from shira_format._core.arrays import Array, as_array, as_bytes
 from shira_format._core.dtypes import DTYPES
 from shira_format.format import writer as writer_module
 from shira_format.format.codecs import CODECS, encode_smallest
@@ -177,7 +177,7 @@ def test_the_safetensors_package_reads_our_files(folder: Path, adapter: Adapter,
             tensor = theirs.get_tensor(name)
             found = tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else f32()
             assert stream.shape == tuple(tensor.shape)
-            assert bits(ours.read(name)).tobytes() == found.tobytes()
+            assert as_bytes(ours.read(name)).tobytes() == found.tobytes()
             assert str(ours.read(name).dtype) == str(as_array(tensor).dtype)
 
 
@@ -689,9 +689,9 @@ def test_unaligned_streams_are_read(folder: Path, data: st.DataObject) -> None:
     text = json.dumps(header).encode()
     (folder / "u.st").write_bytes(len(text).to_bytes(8, "little") + text + b"\x00" + array.tobytes())
     found = SafetensorsFile(folder / "u.st")
-    for read in (found.read, found.read_apart):
+    for read in (found.read, found.read_separately):
         assert array.tobytes() == read("w").tobytes()
-        assert array.tobytes() == bits(read("w")).tobytes()
+        assert array.tobytes() == as_bytes(read("w")).tobytes()
 
 
 def test_an_open_file_gives_tensors_one_by_one(tmp_path: Path) -> None:

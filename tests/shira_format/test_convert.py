@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira_format import ShiraError, SourceError, load
-from shira_format._core.arrays import as_array, digest
+from shira_format._core.arrays import array_digest, as_array
 from shira_format.checkpoints import open_checkpoint
-from shira_format.convert import LoraJob, convert, lora_to_shira
-from shira_format.convert.lora import lora_inputs
+from shira_format.convert.lora import LoraConversion, lora_inputs, lora_to_shira
+from shira_format.convert.pipeline import convert
 from shira_format.lora import Lora, LowRank, open_lora
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
@@ -41,7 +41,7 @@ def update_of(lora: Path, base: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
 def test_torch_rounds_to_the_same_targets(dtype: torch.dtype, tmp_path: Path) -> None:
     lora, base = saved(tmp_path, dtype)
-    lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(1.0))
+    lora_to_shira(lora, base, tmp_path / "a.st", density=1.0)
     weight = load_file(base / "model.safetensors")["wide.weight"]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     expected = (weight.to(work) + update_of(lora, base, "wide.weight")).to(dtype)
@@ -82,7 +82,7 @@ def test_replaced_and_new_tensors(tmp_path: Path) -> None:
         assert ["head.weight"] == report.whole
         # In the base's dtype if the base has the tensor, else as it came.
         assert same_bits(as_array(head.bfloat16() if known else head), whole.values)
-        assert (digest(as_array(state["head.weight"])) if known else None) == whole.base_digest
+        assert (array_digest(as_array(state["head.weight"])) if known else None) == whole.base_digest
         notice = "tensor 'head.weight' is not in the base: stored whole, as a new tensor"
         assert known == (notice not in report.notices)
 
@@ -97,7 +97,7 @@ def test_filters_apply_to_replaced_tensors_too(tmp_path: Path) -> None:
 
 def test_the_manifest_names_files_by_digest_and_no_paths(tmp_path: Path) -> None:
     lora, base = saved(tmp_path)
-    lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(0.25, scope="global"))
+    lora_to_shira(lora, base, tmp_path / "a.st", density=0.25, scope="global")
     manifest = load(tmp_path / "a.st").manifest
     assert str(tmp_path) not in json.dumps(manifest)
     assert [
@@ -136,7 +136,7 @@ def test_an_update_that_the_base_cannot_show(tmp_path: Path) -> None:
     state = load_file(base / "model.safetensors")
     save_file({n: torch.ones_like(t) for n, t in state.items()}, base / "model.safetensors")
     models.edit_weights(lora, lambda state: {n: t / 1000 for n, t in state.items()})
-    report = lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(1.0))
+    report = lora_to_shira(lora, base, tmp_path / "a.st", density=1.0)
     assert (0, 0.0) == (report.nnz, report.energy_kept)
     assert 1.0 == pytest.approx(report.relative_error)
     assert 2 == len(report.warnings())
@@ -211,14 +211,14 @@ def test_tensors_that_are_named_twice(tmp_path: Path) -> None:
     ):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(ShiraError, match=reason):
-            job = LoraJob("unused", str(base))
-            convert(job, tmp_path / "a.st", rule=TopK(), opened=lora_inputs(source, checkpoint))
+            conversion = LoraConversion("unused", str(base))
+            convert(conversion, tmp_path / "a.st", rule=TopK(), inputs=lora_inputs(source, checkpoint))
         assert before == sorted(tmp_path.iterdir())
 
 
 def test_a_top_k_beyond_the_tensor_keeps_all(tmp_path: Path) -> None:
     lora, base = saved(tmp_path)
-    report = lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(None, 10**9))
-    full = lora_to_shira(lora, base, None, rule=TopK(1.0))
+    report = lora_to_shira(lora, base, tmp_path / "a.st", top_k=10**9)
+    full = lora_to_shira(lora, base, None, density=1.0)
     assert (full.nnz, full.energy_kept) == (report.nnz, report.energy_kept)
     assert (tmp_path / "a.st").stat().st_size == report.file_bytes

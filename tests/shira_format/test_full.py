@@ -17,16 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira_format import Adapter, AdapterFile, SourceError, load
-from shira_format._core.arrays import Array, bits, digest
+from shira_format._core.arrays import Array, array_digest, as_bytes
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
-from shira_format.convert import Exact, full_to_shira
+from shira_format._core.rounding import round_to
+from shira_format.convert import full_to_shira
+from shira_format.convert.exact import Exact
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import round_to
 from shira_format.export.full import shira_to_full
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
 from spec import reader
 from tests import models
+from tests.rules import arguments
 from tests.strategies import Arrays, checkpoint_pairs, float_dtypes, small_shapes
 
 BF16 = DTYPES["BF16"]
@@ -41,9 +43,9 @@ def converted(
 ) -> tuple[ConversionReport, Adapter]:
     """The report and the adapter, which is ``a.st`` in the folder, of two checkpoints beside it."""
     paths = (
-        models.save_arrays(folder / f"{n}.safetensors", arrays) for n, arrays in (("base", base), ("tuned", tuned))
+        models.save_arrays(folder / f"{n}.safetensors", arrays) for n, arrays in (("tuned", tuned), ("base", base))
     )
-    report = full_to_shira(*paths, folder / "a.st", rule=rule, **options)
+    report = full_to_shira(*paths, folder / "a.st", **(arguments(rule) if rule else {}), **options)
     return report, load(folder / "a.st")
 
 
@@ -77,7 +79,13 @@ def test_an_exact_patch_gives_the_fine_tune_bit_for_bit(
         save = save_shards if sharded else lambda path, arrays: models.save_arrays(path / "w.safetensors", arrays)
         before, after = save(folder / "base", base), save(folder / "tuned", tuned)
         report = full_to_shira(
-            before, after, folder / "a.st", rule=Exact(digests), self_contained=self_contained, threads=threads
+            after,
+            before,
+            folder / "a.st",
+            exact=True,
+            digests=digests,
+            self_contained=self_contained,
+            threads=threads,
         )
         adapter = AdapterFile(folder / "a.st")
         adapter.verify()
@@ -120,14 +128,19 @@ def test_what_an_exact_patch_holds(tmp_path: Path) -> None:
     assert [0, 3, 0, 0] == [tensor.nnz for tensor in adapter.values()]
     assert [0, 7, 99] == adapter["some"].indices.tolist()
     assert same_bits(some[[0, 7, 99]], adapter["some"].values)
-    assert digest(count[[0, 7, 99]]) == adapter["some"].base_digest
-    assert all(digest(tuned[name]) == adapter[name].result_digest for name in adapter)
+    assert array_digest(count[[0, 7, 99]]) == adapter["some"].base_digest
+    assert all(array_digest(tuned[name]) == adapter[name].result_digest for name in adapter)
     assert ("old", None) == (adapter["new"].base_name, adapter["new"].rows)
     assert 22 == adapter["vocabulary"].rows
     assert same_bits(np.ones((2, 5), np.float32), adapter["vocabulary"].new_rows)
-    assert {"most", "whole", "head", "type"} == set(adapter.whole) == set(report.whole)
+    assert {"most", "whole", "head", "type"} == set(adapter.dense) == set(report.whole)
     digests = {name: whole.base_digest for name, whole in adapter.dense.items()}
-    assert {"most": digest(count), "whole": digest(base["whole"]), "head": None, "type": None} == digests
+    assert {
+        "most": array_digest(count),
+        "whole": array_digest(base["whole"]),
+        "head": None,
+        "type": None,
+    } == digests
     assert {"gone", "old"} == set(adapter.removed)
     assert {
         "new": "renamed from old", "head": "new", "gone": "removed", "vocabulary": "rows 20 -> 22", "type": "F32 -> BF16",
@@ -184,7 +197,7 @@ def test_without_a_file_there_is_the_report_alone(tmp_path: Path) -> None:
     report, _ = converted(tmp_path, base, tuned, Exact())
     (tmp_path / "a.st").unlink()
     before = sorted(tmp_path.iterdir())
-    alone = full_to_shira(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", None, rule=Exact())
+    alone = full_to_shira(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", None, exact=True)
     assert before == sorted(tmp_path.iterdir())
     assert (None, 1) == (alone.file_bytes, alone.nnz)
     assert report.tensors == alone.tensors
@@ -241,7 +254,9 @@ def oracle(base: Arrays, tuned: Arrays, rule: TopK) -> tuple[dict[str, tuple[Arr
             picked = np.flatnonzero(chosen[at : at + change.size])
             at += change.size
             target = rounded_once(tuned[name].reshape(-1)[picked].astype(np.float64), before.dtype)
-            moved = bits(target).reshape(-1, target.itemsize) != bits(before[picked]).reshape(-1, target.itemsize)
+            moved = as_bytes(target).reshape(-1, target.itemsize) != as_bytes(before[picked]).reshape(
+                -1, target.itemsize
+            )
             stays = moved.any(1)
             found[name] = picked[stays], target[stays]
             stored = np.zeros(change.size)
@@ -289,7 +304,7 @@ def test_the_largest_changes_are_those_of_plain_numpy(
     for name, (indices, target) in expected.items():
         assert indices.tolist() == adapter[name].indices.tolist()
         assert same_bits(target, adapter[name].values)
-        assert digest(base[name].reshape(-1)[indices]) == adapter[name].base_digest
+        assert array_digest(base[name].reshape(-1)[indices]) == adapter[name].base_digest
         if base[name].dtype == tuned[name].dtype:
             assert same_bits(tuned[name].reshape(-1)[indices], adapter[name].values)
     assert kept == pytest.approx(report.energy_kept, rel=1e-5, abs=1e-9)
@@ -355,7 +370,7 @@ def test_integers_are_replaced_or_left(tmp_path: Path) -> None:
     report, adapter = converted(tmp_path, base, tuned, TopK(1.0))
     assert (["w"], ["other"]) == (list(adapter), list(adapter.dense))
     assert same_bits(np.arange(5) * 2, adapter.dense["other"].values)
-    assert digest(np.arange(5)) == adapter.dense["other"].base_digest
+    assert array_digest(np.arange(5)) == adapter.dense["other"].base_digest
     assert 2 == report.unchanged
     assert ["names: the prefix 'model.' is left out"] == report.notices
     # The adapter is for the base as it stands.
@@ -387,7 +402,7 @@ def test_what_cannot_be_kept_is_refused(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
     for rule in (TopK(1.0), TopK(None, energy=0.99, scope="global")):
         with pytest.raises(SourceError, match=f"^{source}: {reason}$"):
-            full_to_shira(tmp_path / "base.safetensors", source, tmp_path / "a.st", rule=rule)
+            full_to_shira(source, tmp_path / "base.safetensors", tmp_path / "a.st", **arguments(rule))
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")}
 
 
@@ -409,7 +424,7 @@ def test_an_input_is_not_written_over(tmp_path: Path) -> None:
     for out in ("base.safetensors", "tuned.safetensors"):
         before = (tmp_path / out).read_bytes()
         with pytest.raises(SourceError, match=f"{out}: is one of the inputs"):
-            full_to_shira(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / out)
+            full_to_shira(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", tmp_path / out)
         assert before == (tmp_path / out).read_bytes()
 
 
@@ -425,12 +440,12 @@ def test_an_interrupt_leaves_everything_as_it_was(
         raise KeyboardInterrupt
 
     if when == "target_tensor":
-        monkeypatch.setattr(f"shira_format.convert.{'pipeline' if exact else 'finish'}.target_tensor", stop)
+        monkeypatch.setattr(f"shira_format.convert.{'pipeline' if exact else 'targets'}.target_tensor", stop)
     else:
         monkeypatch.setattr(when if "os." in when else f"shira_format.convert.pipeline.{when}", stop)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
-        full_to_shira(base, tuned, tmp_path / "a.st", rule=Exact() if exact else TopK())
+        full_to_shira(tuned, base, tmp_path / "a.st", **arguments(Exact() if exact else TopK()))
     assert before == sorted(tmp_path.rglob("*"))
 
 
@@ -441,9 +456,8 @@ import json, resource, sys
 from pathlib import Path
 
 import shira_format
-from shira_format.convert import Exact, full_to_shira
+from shira_format.convert import full_to_shira
 from shira_format.export.full import shira_to_full
-from shira_format.selection import TopK
 
 folder, tensors = Path(sys.argv[1]), int(sys.argv[2])
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
@@ -464,8 +478,8 @@ for name, places in (("base", []), ("tuned", [0, 12_345_678, at - 2])):
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 assert limit < at
 base, tuned, found = folder / "base.safetensors", folder / "tuned.safetensors", []
-for rule in (Exact(), TopK(1e-7), TopK(1e-7, scope="global")):
-    found.append(full_to_shira(base, tuned, folder / f"{len(found)}.st", rule=rule, threads=2).nnz)
+for options in ({"exact": True}, {"density": 1e-7}, {"density": 1e-7, "scope": "global"}):
+    found.append(full_to_shira(tuned, base, folder / f"{len(found)}.st", **options, threads=2).nnz)
 report = shira_to_full(folder / "0.st", base, None, threads=2)
 print(json.dumps([found, report.verified]))
 """
@@ -488,7 +502,7 @@ def test_memory_does_not_grow_with_the_checkpoints(tensors: int, tmp_path: Path)
 
 
 def test_a_real_fine_tune(tmp_path: Path) -> None:
-    report = full_to_shira(models.minilm(), models.sre(), tmp_path / "a.st", rule=Exact())
+    report = full_to_shira(models.sre(), models.minilm(), tmp_path / "a.st", exact=True)
     assert report.exact
     adapter = AdapterFile(tmp_path / "a.st")
     adapter.verify()
@@ -506,7 +520,7 @@ def test_a_real_fine_tune(tmp_path: Path) -> None:
 
 
 def test_the_largest_changes_of_a_real_fine_tune(tmp_path: Path) -> None:
-    report = full_to_shira(models.minilm(), models.sre(), tmp_path / "a.st")
+    report = full_to_shira(models.sre(), models.minilm(), tmp_path / "a.st")
     assert [
         "tensor 'embeddings.position_ids' of the base is not in the fine-tune, and stays as it is"
     ] == report.notices

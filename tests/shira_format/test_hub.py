@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from shira_format import SourceError
 from shira_format.checkpoints import open_checkpoint
 from shira_format.storage import paths as storage
-from shira_format.storage.hub import downloaded, identified, wanted
+from shira_format.storage.hub import download, hub_identity, needed_files
 
 COMMIT = "a" * 40
 OTHER = "b" * 40
@@ -203,7 +203,7 @@ def test_a_repository_of_one_file(hub: type[Hub], monkeypatch: pytest.MonkeyPatc
     assert {"config.json", "tokenizer.model", "vocab.txt", "model.safetensors"} == {
         path.name for path in checkpoint.folder.iterdir()
     }
-    assert {"id": "me/single", "revision": COMMIT} == storage.identified("hf://me/single")
+    assert {"id": "me/single", "revision": COMMIT} == storage.hub_identity("hf://me/single")
 
     hub.fetched.clear()
     assert ["w"] == list(open_checkpoint("hf://me/single@main/"))
@@ -213,7 +213,7 @@ def test_a_repository_of_one_file(hub: type[Hub], monkeypatch: pytest.MonkeyPatc
     hub.requests.clear()
     again = open_checkpoint("hf://me/single")
     assert checkpoint.files == again.files
-    assert {"id": "me/single", "revision": COMMIT} == identified("hf://me/single")
+    assert {"id": "me/single", "revision": COMMIT} == hub_identity("hf://me/single")
     assert [] == hub.requests
 
 
@@ -262,7 +262,7 @@ def test_a_folder_and_a_file_of_a_repository(hub: type[Hub]) -> None:
 )
 def test_revisions(text: str, revision: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.0 == open_checkpoint(text)["w"].sum()
-    assert {"id": "me/single", "revision": Hub.commit(revision)} == identified(text)
+    assert {"id": "me/single", "revision": Hub.commit(revision)} == hub_identity(text)
     offline(monkeypatch)
     assert 0.0 == open_checkpoint(text)["w"].sum()
     assert "not in the cache" in refused("hf://me/single")
@@ -279,10 +279,10 @@ def test_what_the_hub_does_not_have(hub: type[Hub]) -> None:
     assert "the repository has no revision 'v9'" == refused("hf://me/single@v9")
     assert "no such path in the repository" == refused("hf://me/single/nothing")
     assert "no such path in the repository" == refused("hf://me/single/config.json/x")
-    assert "no weights there that can be read (.safetensors, .bin, .gguf)" == refused("hf://me/single/onnx")
-    assert {"id": "me/nothing"} == identified("hf://me/nothing")
+    assert "no weights of a supported format there (.safetensors, .bin, .gguf)" == refused("hf://me/single/onnx")
+    assert {"id": "me/nothing"} == hub_identity("hf://me/nothing")
     hub.failing = 403
-    assert "the hub refuses: " in refused("hf://me/single")
+    assert "the hub refuses the request: " in refused("hf://me/single")
     assert [] == hub.fetched
 
 
@@ -317,10 +317,10 @@ def test_offline_with_half_of_it_in_the_cache(hub: type[Hub], monkeypatch: pytes
 )  # fmt: skip
 def test_what_is_no_location(text: str) -> None:
     with pytest.raises(SourceError) as caught:
-        downloaded(text)
+        download(text)
     assert f"{text}: not of the form hf://OWNER/NAME[@REVISION][/PATH]" == str(caught.value)
     with pytest.raises(SourceError):
-        identified(text)
+        hub_identity(text)
 
 
 def test_what_is_no_model(hub: type[Hub]) -> None:
@@ -331,7 +331,7 @@ def test_what_is_no_model(hub: type[Hub]) -> None:
 
 @pytest.mark.parametrize("text", ["", "model.safetensors", "s3://bucket/me/name", "/hf://me/name"])
 def test_other_paths_have_no_identity(text: str) -> None:
-    assert {} == identified(text) == storage.identified(text) == storage.identified(Path(text))
+    assert {} == hub_identity(text) == storage.hub_identity(text) == storage.hub_identity(Path(text))
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,13 +381,13 @@ def never(name: str) -> Any:
     ],
 )
 def test_what_is_wanted(names: list[str], inside: str, expected: list[str]) -> None:
-    assert expected == wanted(names, inside, never, "text")
+    assert expected == needed_files(names, inside, never, "text")
 
 
 def test_several_checkpoints_are_not_fetched() -> None:
     for ending in ("safetensors", "gguf"):
         with pytest.raises(SourceError) as caught:
-            wanted([f"b.{ending}", f"a.{ending}"], "", never, "text")
+            needed_files([f"b.{ending}", f"a.{ending}"], "", never, "text")
         assert f"text: several checkpoints (a.{ending}, b.{ending}, ...); name one" == str(caught.value)
 
 
@@ -396,10 +396,10 @@ def test_several_checkpoints_are_not_fetched() -> None:
 )
 def test_an_index_that_is_none_is_for_the_one_who_opens_it(content: Any) -> None:
     names = ["model.safetensors.index.json", "m", "x"]
-    found = wanted(names, "", lambda name: content, "text")
+    found = needed_files(names, "", lambda name: content, "text")
     assert {"model.safetensors.index.json"} <= set(found) <= {"model.safetensors.index.json", "m"}
     assert [] == [
         name
-        for name in wanted(["model_index.json", "unet/model.safetensors"], "", lambda _: [], "")
+        for name in needed_files(["model_index.json", "unet/model.safetensors"], "", lambda _: [], "")
         if "/" in name
     ]

@@ -26,7 +26,6 @@ from shira_format.lora import DIALECTS, open_lora
 from shira_format.names.flat import flat
 from shira_format.names.sd3 import sd3_pieces
 from shira_format.names.unet import other_names
-from shira_format.selection import TopK
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, sd3, sgm_state
 
 # What diffusers adapts by the names of its own UNet, convolutions included.
@@ -85,7 +84,7 @@ def fused(folder: Path, state: Mapping[str, torch.Tensor], *, xl: bool, out: Pat
 def converted(lora: Path, base: Path, dialect: str = "kohya") -> dict[str, torch.Tensor]:
     """All weights of the base after the whole conversion, everything kept."""
     out = lora.with_name("adapter.st")
-    lora_to_shira(lora, base, out, rule=TopK(density=1.0))
+    lora_to_shira(lora, base, out, density=1.0)
     adapter = load(out)
     assert adapter.manifest["source"]["dialect"] == dialect
     assert [name for name, found in DIALECTS.items() if found.recognises(lora)] == [dialect]

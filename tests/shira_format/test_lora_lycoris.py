@@ -28,7 +28,6 @@ from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.names.flat import flat
-from shira_format.selection import TopK
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, text_config
 
 
@@ -126,7 +125,7 @@ def save_lora(made: LycorisNetwork, folder: Path) -> Path:
 def converted(lora: Path, base: Path, dialect: str = "lycoris") -> dict[str, torch.Tensor]:
     """All weights of the base after the whole conversion, everything kept."""
     out = lora.with_name("adapter.st")
-    lora_to_shira(lora, base, out, rule=TopK(density=1.0))
+    lora_to_shira(lora, base, out, density=1.0)
     adapter = load(out)
     assert adapter.manifest["source"]["dialect"] == dialect
     assert [name for name, dialect in DIALECTS.items() if dialect.recognises(lora)] == [dialect]
@@ -356,7 +355,7 @@ def test_single_files_of_open_clip(algorithm: str, tmp_path: Path) -> None:
         lora.merge_to(1.0)
     path = save_state(state, tmp_path)
     out = path.with_name("adapter.st")
-    lora_to_shira(path, tmp_path / "base.safetensors", out, rule=TopK(density=1.0), dialect="lycoris")
+    lora_to_shira(path, tmp_path / "base.safetensors", out, density=1.0, dialect="lycoris")
     weights = load_file(tmp_path / "base.safetensors")
     apply(load(out), weights)
     expected = open_clip_state(text)
@@ -398,7 +397,7 @@ def test_dora_of_modules_in_parts(on_out: bool, tmp_path: Path) -> None:
             open_lora(path, open_checkpoint(tmp_path / "base.safetensors"))
         return
     lora.merge_to(1.0)
-    lora_to_shira(path, tmp_path / "base.safetensors", path.with_name("a.st"), rule=TopK(density=1.0))
+    lora_to_shira(path, tmp_path / "base.safetensors", path.with_name("a.st"), density=1.0)
     weights = load_file(tmp_path / "base.safetensors")
     apply(load(path.with_name("a.st")), weights)
     for name, expected in zip(names, fused.weight.detach().chunk(3), strict=True):

@@ -125,7 +125,7 @@ def test_a_full_conversion_is_the_merged_model(case: str, tmp_path: Path) -> Non
     model, options = CASES[case]
     saved = Saved(tmp_path, model, options)
     merged = models.load_lora(saved.make(), saved.lora).merge_and_unload()
-    lora_to_shira(saved.lora, saved.base, tmp_path / "adapter.st", rule=EVERYTHING)
+    lora_to_shira(saved.lora, saved.base, tmp_path / "adapter.st", density=1.0)
     ours = saved.make()
     applied = apply(load(tmp_path / "adapter.st"), ours.state_dict())
     expected, actual = merged.state_dict(), ours.state_dict()
@@ -146,7 +146,7 @@ def test_targets_are_the_merge_rounded_once(case: str, base_dtype: str, lora_dty
     make = models.MODELS[model]
     base = models.save_base(make(), tmp_path / "base", DTYPES[base_dtype])
     lora = models.save_lora(models.random_lora(make(), **options), tmp_path / "lora", DTYPES[lora_dtype])
-    lora_to_shira(lora, base, tmp_path / "adapter.st", rule=EVERYTHING)
+    lora_to_shira(lora, base, tmp_path / "adapter.st", density=1.0)
     adapter, weights = load(tmp_path / "adapter.st"), load_file(base / "model.safetensors")
     # PEFT in float32 on the values of the base, whatever their dtype: what it says of the update does not depend on it.
     peft = models.load_lora(make(), lora)

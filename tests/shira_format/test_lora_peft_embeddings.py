@@ -20,6 +20,7 @@ from shira_format.convert import lora_to_shira
 from shira_format.selection import TopK
 from tests import models
 from tests.merges import Adapted, check_merge, results
+from tests.rules import arguments
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [7, 1, 49]}
@@ -69,7 +70,7 @@ def test_trained_rows_are_replaced_bit_for_bit(dtype: torch.dtype, tmp_path: Pat
     trained = load_file(adapted.lora / "adapter_model.safetensors")
     rows = trained["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
     for rule in (TopK(1.0), TopK(1.0, scope="global")):
-        lora_to_shira(adapted.lora, adapted.base, tmp_path / "all.st", rule=rule)
+        lora_to_shira(adapted.lora, adapted.base, tmp_path / "all.st", **arguments(rule))
         tensor = load(tmp_path / "all.st")[EMBED]
         found = load_file(adapted.base / "model.safetensors")[EMBED].float().flatten().numpy().copy()
         found[tensor.indices] = tensor.values.astype(np.float32)

@@ -30,7 +30,6 @@ from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.export.full import shira_to_full
 from shira_format.lora import open_lora
-from shira_format.selection import TopK
 from tests import models
 from tests.merges import Adapted, check_merge, results
 from tests.updates import dense
@@ -99,7 +98,7 @@ def test_experts_as_transformers_saves_them(mixture: Callable[[], nn.Module], tm
         warnings.simplefilter("ignore")
         adapted.make().save_pretrained(tmp_path / "disk")
         adapted.peft().merge_and_unload().save_pretrained(tmp_path / "merged")
-    lora_to_shira(adapted.lora, tmp_path / "disk", tmp_path / "all.st", rule=TopK(1.0))
+    lora_to_shira(adapted.lora, tmp_path / "disk", tmp_path / "all.st", density=1.0)
     shira_to_full(tmp_path / "all.st", tmp_path / "disk", tmp_path / "ours")
     expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "ours"))
     before = load_file(tmp_path / "disk" / "model.safetensors")
@@ -202,7 +201,7 @@ def test_experts_on_disk_tell_which_way_round(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         adapted.make().save_pretrained(tmp_path / "disk")
         adapted.peft().merge_and_unload().save_pretrained(tmp_path / "merged")
-    lora_to_shira(adapted.lora, tmp_path / "disk", tmp_path / "all.st", rule=TopK(1.0))
+    lora_to_shira(adapted.lora, tmp_path / "disk", tmp_path / "all.st", density=1.0)
     shira_to_full(tmp_path / "all.st", tmp_path / "disk", tmp_path / "ours")
     expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "ours"))
     assert expected.keys() == actual.keys()

@@ -17,7 +17,6 @@ from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.lora import open_lora
-from shira_format.selection import TopK
 from tests import models
 from tests.merges import Adapted, check, check_merge, results
 
@@ -117,7 +116,7 @@ def test_a_bf16_base(case: str, tmp_path: Path) -> None:
     adapted = Adapted(tmp_path, everything, dtype=torch.bfloat16, **options)
     expected = adapted.merged()
     check(adapted, expected, changed=changed)
-    lora_to_shira(adapted.lora, adapted.base, tmp_path / "all.st", rule=TopK(1.0))
+    lora_to_shira(adapted.lora, adapted.base, tmp_path / "all.st", density=1.0)
     for name, tensor in load(tmp_path / "all.st").items():
         before = load_file(adapted.base / "model.safetensors")[name].double().flatten().numpy().copy()
         before[tensor.indices] = tensor.values.astype(np.float64)

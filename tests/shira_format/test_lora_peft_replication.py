@@ -76,7 +76,7 @@ def test_a_patch_is_the_model_that_peft_runs(
     adapted = Adapted(tmp_path, make, dtype=dtype, r=2, lora_alpha=3, **options)
     expected = _merged(adapted).state_dict()
     report = lora_to_shira(
-        adapted.lora, adapted.base, tmp_path / "all.st", rule=EVERYTHING, self_contained=self_contained
+        adapted.lora, adapted.base, tmp_path / "all.st", density=1.0, self_contained=self_contained
     )
     count = sum(end - first for first, end in options["layer_replication"])
     (notice,) = [notice for notice in report.notices if "layer_replication" in notice]
@@ -99,7 +99,7 @@ def test_outputs_are_those_of_peft(tmp_path: Path) -> None:
     options = {"layer_replication": [[0, 2], [0, 1]], "target_modules": ["q_proj", "up_proj"]}
     adapted = Adapted(tmp_path, models.llama, r=2, **options)
     live = models.outputs(adapted.peft())
-    lora_to_shira(adapted.lora, adapted.base, tmp_path / "all.st", rule=EVERYTHING)
+    lora_to_shira(adapted.lora, adapted.base, tmp_path / "all.st", density=1.0)
     shira_to_full(tmp_path / "all.st", adapted.base, tmp_path / "ours")
     ours = _merged(adapted)  # a model of three layers, as config.json must say
     assert ours.config.num_hidden_layers == 3

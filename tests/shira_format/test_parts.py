@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from shira_format import WorkError
 from shira_format._core.dtypes import FLOATS
-from shira_format.convert import Exact, full_to_shira, lora_to_shira
+from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.convert import resume as parts
-from shira_format.convert.exact import Differences
+from shira_format.convert.exact import Differences, Exact
 from shira_format.entries.changes import Entries
 from shira_format.selection import TopK
 from shira_format.selection.radix import Survey
 from shira_format.tensors import same_bits
 from tests import models
+from tests.rules import arguments
 
 RULES = {
     "exact": Exact(),
@@ -46,7 +47,7 @@ def tune(tmp_path: Path) -> Tune:
     }
     (tmp_path / "tuned").mkdir()
     save_file(tuned, tmp_path / "tuned" / "model.safetensors")
-    return base, tmp_path / "tuned"
+    return tmp_path / "tuned", base
 
 
 def cut_after(calls: int) -> Any:
@@ -64,17 +65,17 @@ def cut_after(calls: int) -> Any:
 @pytest.mark.parametrize("rule", RULES)
 def test_it_goes_on_where_it_was_cut_off(rule: str, after: int, tune: Tune, tmp_path: Path) -> None:
     whole, out, folder = tmp_path / "whole.st", tmp_path / "a.st", tmp_path / "a.st.partial"
-    expected = full_to_shira(*tune, whole, rule=RULES[rule])
+    expected = full_to_shira(*tune, whole, **arguments(RULES[rule]))
     with pytest.raises(Cut):
-        full_to_shira(*tune, out, rule=RULES[rule], resume=True, progress=cut_after(after))
+        full_to_shira(*tune, out, **arguments(RULES[rule]), resume=True, progress=cut_after(after))
     assert not out.exists()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
     assert len(kept) >= max(0, after - 4)
     with pytest.raises(Cut):  # once more, a bit further
-        full_to_shira(*tune, out, rule=RULES[rule], resume=True, progress=cut_after(after + 3))
+        full_to_shira(*tune, out, **arguments(RULES[rule]), resume=True, progress=cut_after(after + 3))
     again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
     assert kept.items() <= again.items()  # nothing is computed twice
-    report = full_to_shira(*tune, out, rule=RULES[rule], resume=True)
+    report = full_to_shira(*tune, out, **arguments(RULES[rule]), resume=True)
     assert whole.read_bytes() == out.read_bytes()
     assert expected.tensors == report.tensors
     assert not folder.exists()
@@ -111,12 +112,12 @@ def test_parts_of_something_else_are_not_used(tune: Tune, tmp_path: Path) -> Non
     with pytest.raises(Cut):
         full_to_shira(*tune, out, resume=True, progress=cut_after(5))
     reason = rf"^{tmp_path}/a\.st\.partial: holds parts of a conversion of other inputs or by another rule"
-    for other in ({"rule": TopK(0.5)}, {"rule": Exact()}, {"include": ["mlp"]}):
+    for other in ({"density": 0.5}, {"exact": True}, {"include": ["mlp"]}):
         with pytest.raises(WorkError, match=reason):
             full_to_shira(*tune, out, resume=True, **other)
-    state = load_file(tune[1] / "model.safetensors")
+    state = load_file(tune[0] / "model.safetensors")
     save_file(
-        state, tune[1] / "model.safetensors"
+        state, tune[0] / "model.safetensors"
     )  # the same content, but nobody can know that without reading it
     with pytest.raises(WorkError, match=reason):
         full_to_shira(*tune, out, resume=True)
@@ -161,7 +162,7 @@ def test_results_survive_the_disk(
     path = tmp_path_factory.mktemp("parts") / "part.npz"
     for value in (found, survey):
         path.write_bytes(parts._packed(value))
-        assert same(value, parts._unpacked(path))
+        assert same(value, parts._read(path))
 
 
 def same(a: Any, b: Any) -> bool:

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceError, SparseTensor, load, save
-from shira_format._core.arrays import Array, as_array, different, digest
+from shira_format._core.arrays import Array, array_digest, as_array, bits_differ
 from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
-from shira_format.convert.peft_shira import peft_to_shira, shira_to_peft
+from shira_format.convert.peft_shira import peft_to_shira
 from shira_format.convert.peft_shira.files import KINDS
 from shira_format.convert.peft_shira.layers import ShiraLayer
+from shira_format.export.peft_shira import shira_to_peft
 from shira_format.export.peft_shira.padding import padded
 from shira_format.tensors import same_bits
 from tests import models
@@ -156,7 +157,7 @@ def test_self_contained(values: Any, small: Path) -> None:
 def test_a_dry_run_says_the_same(small: Path) -> None:
     dry = peft_to_shira(small / "a", small / "base", None)
     wet = peft_to_shira(small / "a", small / "base", small / "a.st")
-    assert (dry.tensors, dry.dense, dry.file_bytes) == (wet.tensors, wet.dense, None)
+    assert (dry.tensors, dry.whole, dry.file_bytes) == (wet.tensors, wet.whole, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -322,8 +323,8 @@ BAD_WEIGHTS: dict[str, tuple[Edit, str]] = {
     "row": (with_index(0, 127, 40), r"names row 40, out of range in 'wide.weight' of shape \[40, 24\]"),
     "column": (with_index(1, 127, 24), "names column 24, out of range"),
     "negative": (with_index(1, 0, -1), "names column -1, out of range"),
-    "half": (with_index(1, 0, 0.5, torch.float32), "no whole number"),
-    "nan index": (with_index(1, 0, float("nan"), torch.float32), "no whole number"),
+    "half": (with_index(1, 0, 0.5, torch.float32), "not an integer"),
+    "nan index": (with_index(1, 0, float("nan"), torch.float32), "not an integer"),
     "inf index": (with_index(1, 0, float("-inf"), torch.float32), "from 2\\^24 on"),
     "large float": (with_index(0, 0, 2**24, torch.float32), "from 2\\^24 on in float32"),
     "twice": (twice, r"names the element \[\d+, \d+\] twice"),
@@ -521,7 +522,7 @@ def test_saved_modules_whose_names_end_alike(tmp_path: Path) -> None:
     bias = np.ones(8, np.float32)
     adapter = tuned(base, tmp_path / "a.st", 2, ["inner.forehead.weight"], {"head.bias": bias})
     with pytest.raises(
-        SourceError, match="'head.bias': PEFT saves modules whole .*'inner.forehead.weight' is adapted"
+        SourceError, match="'head.bias': PEFT saves whole modules .*'inner.forehead.weight' is adapted"
     ):
         shira_to_peft(adapter, tmp_path / "out", base=base)
     # Without the base nothing tells of the others; PEFT itself then fails, and changes nothing silently.
@@ -599,14 +600,14 @@ REFUSED: dict[str, tuple[list[SparseTensor], dict[str, Any], str]] = {
     "nothing": ([plain(count=0, base=np.zeros(0, np.float32))], {}, "needs an adapted layer"),
     "no tensor": ([], {}, "needs an adapted layer"),
     "targets": (
-        [plain(base=None, base_digest=digest(np.zeros(5, np.float32)))], {}, "'a.weight': holds target values .* pass --base"
+        [plain(base=None, base_digest=array_digest(np.zeros(5, np.float32)))], {}, "'a.weight': holds target values .* pass --base"
     ),
-    "bias": ([plain()], {"whole": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves modules whole"),
-    "around": ([plain("m.a.weight")], {"whole": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves modules whole"),
-    "root": ([plain()], {"whole": [DenseTensor("logit_scale", f32(1))]}, "'logit_scale' is in no module"),
-    "regex": ([plain()], {"whole": [DenseTensor("b(.c", f32(1))]}, r"'b\(.c': PEFT cannot save"),
-    "dots of a regex": ([plain("aXb.weight")], {"whole": [DenseTensor("a.b.bias", f32(1))]}, "'aXb.weight' is adapted"),
-    "nan": ([plain()], {"whole": [DenseTensor("b.bias", f32(np.nan))]}, "'b.bias' holds NaN"),
+    "bias": ([plain()], {"dense": [DenseTensor("a.bias", f32(1))]}, "'a.bias': PEFT saves whole modules"),
+    "around": ([plain("m.a.weight")], {"dense": [DenseTensor("m.scale", f32(1))]}, "'m.scale': PEFT saves whole modules"),
+    "root": ([plain()], {"dense": [DenseTensor("logit_scale", f32(1))]}, "'logit_scale' is in no module"),
+    "regex": ([plain()], {"dense": [DenseTensor("b(.c", f32(1))]}, r"'b\(.c': PEFT cannot save"),
+    "dots of a regex": ([plain("aXb.weight")], {"dense": [DenseTensor("a.b.bias", f32(1))]}, "'aXb.weight' is adapted"),
+    "nan": ([plain()], {"dense": [DenseTensor("b.bias", f32(np.nan))]}, "'b.bias' holds NaN"),
     "inf": ([plain(base=f32(0, 0, 0, -np.inf, 0))], {}, "flat index 3 is not finite"),
     "overflow": ([plain()], {"manifest": {"alpha": 1e60}}, "flat index 0 is not finite"),
 }  # fmt: skip
@@ -742,7 +743,7 @@ def test_what_is_replaced(small: Path) -> None:
     assert ["adapter_config.json", WEIGHTS] == sorted(path.name for path in out.iterdir())
     for folder, message in [
         (small / "a", "holds 'README.md', which shira_to_peft did not write"),
-        (small / "base", "holds 'model.safetensors'"),
+        (small / "base", "not a folder that shira_to_peft wrote"),
         (adapter, "not a folder"),
     ]:
         with pytest.raises(SourceError, match=message):
@@ -763,7 +764,7 @@ def test_a_folder_that_holds_an_input_is_kept(small: Path) -> None:
     out = small / "out"
     shira_to_peft(tuned(small / "base", small / "a.st", 2, ["wide.weight"]), out)
     (small / "a.st").rename(out / "adapter_model.safetensors")
-    with pytest.raises(SourceError, match="an input, and so is not replaced"):
+    with pytest.raises(SourceError, match="and is not replaced"):
         shira_to_peft(out / "adapter_model.safetensors", out, force=True)
 
 
@@ -851,7 +852,7 @@ def test_the_report_counts_what_a_round_trip_loses(data: st.DataObject) -> None:
         back = load(path / "b.st")["a.weight"]
         found = before.copy()
         found[back.indices] = back.values
-        assert report.tensors[0].inexact == np.count_nonzero(different(found, after))
+        assert report.tensors[0].inexact == np.count_nonzero(bits_differ(found, after))
         told = [text for text in report.notices if "cannot reproduce" in text]
         assert bool(told) == bool(report.tensors[0].inexact)
 

@@ -19,7 +19,6 @@ from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.lora import open_lora
-from shira_format.selection import TopK
 from shira_format.tensors import same_bits
 from tests import models
 
@@ -49,7 +48,7 @@ def test_targets_are_base_plus_update_rounded_once(
     pair: tuple[Path, Path], density: float, self_contained: bool, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.st"
-    report = lora_to_shira(pair[1], pair[0], out, rule=TopK(density), self_contained=self_contained)
+    report = lora_to_shira(pair[1], pair[0], out, density=density, self_contained=self_contained)
     adapter = shira_format.load(out)
     lost = kept = whole = 0.0
     for name, (weight, delta) in dense(*pair).items():
@@ -78,14 +77,14 @@ def test_the_bytes_do_not_depend_on_the_threads(scope: str, tmp_path: Path) -> N
     files = []
     for threads in (1, 2, 5):
         out = tmp_path / f"{threads}.st"
-        lora_to_shira(models.LORAS / "spam", models.minilm(), out, rule=TopK(0.01, scope=scope), threads=threads)
+        lora_to_shira(models.LORAS / "spam", models.minilm(), out, density=0.01, scope=scope, threads=threads)
         files.append(out.read_bytes())
     assert files[0] == files[1] == files[2]
 
 
 def test_provenance_is_in_the_manifest(tmp_path: Path) -> None:
     out = tmp_path / "spam.st"
-    lora_to_shira(models.LORAS / "spam", models.minilm(), out, rule=TopK(None, 500), exclude=["intermediate"])
+    lora_to_shira(models.LORAS / "spam", models.minilm(), out, top_k=500, exclude=["intermediate"])
     manifest = shira_format.load(out).manifest
     assert "sentence-transformers/all-MiniLM-L6-v2" == manifest["base_model"]["id"]
     assert ("lora", "peft", 8) == tuple(manifest["source"][key] for key in ("kind", "dialect", "r"))
@@ -97,10 +96,10 @@ def test_provenance_is_in_the_manifest(tmp_path: Path) -> None:
 
 
 def test_little_energy_is_said_in_words(tmp_path: Path) -> None:
-    report = lora_to_shira(models.LORAS / "spam", models.minilm(), None, rule=TopK(0.01))
+    report = lora_to_shira(models.LORAS / "spam", models.minilm(), None, density=0.01)
     assert report.file_bytes is None
     assert "only 14.0% of the update's energy is kept" in report.warnings()[0]
-    assert [] == lora_to_shira(models.LORAS / "spam", models.minilm(), None, rule=TopK(1.0)).warnings()
+    assert [] == lora_to_shira(models.LORAS / "spam", models.minilm(), None, density=1.0).warnings()
 
 
 def test_a_refused_conversion_writes_nothing(tmp_path: Path) -> None:
@@ -192,7 +191,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def converted(tmp_path: Path, dtype: torch.dtype) -> tuple[shira_format.Adapter, dict[str, torch.Tensor]]:
     base = models.save_base(models.net(), tmp_path / "base", dtype)
     lora = models.save_lora(models.random_lora(models.net(), **LORA), tmp_path / "lora")
-    lora_to_shira(lora, base, tmp_path / "a.st", rule=TopK(0.1))
+    lora_to_shira(lora, base, tmp_path / "a.st", density=0.1)
     return shira_format.load(tmp_path / "a.st"), dict(models.net().to(dtype).state_dict())
 
 

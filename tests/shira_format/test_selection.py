@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from shira_format import SourceError
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Workers
 from shira_format.entries.changes import Change, Entries, Tile, tile_size
-from shira_format.selection import LocalEngine, TopK, Workers, passes
+from shira_format.selection import LocalEngine, TopK, passes
 from shira_format.selection import select as select_by
 
 LARGE = (513, 1024)  # beyond the limit under which no sample is taken, and three tiles
@@ -93,7 +94,8 @@ def select(
     changes: Sequence[Change], rule: TopK, *, threads: int | None = None, progress: Any = lambda _: None
 ) -> Iterator[tuple[Change, Entries]]:
     with Workers(threads) as workers:
-        yield from zip(changes, select_by(changes, rule, LocalEngine(workers, progress)), strict=True)
+        selected = select_by(changes, rule, LocalEngine(workers, progress), workers)
+        yield from zip(changes, workers.ahead(selected), strict=True)
 
 
 def low_rank(

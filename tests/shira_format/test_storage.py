@@ -22,7 +22,7 @@ from upath import UPath
 from shira_format import FormatError, SourceError
 from shira_format.checkpoints import open_checkpoint
 from shira_format.storage import paths as storage
-from shira_format.storage.paths import LocalFile, RemoteFile, located, open_storage
+from shira_format.storage.paths import LocalFile, RemoteFile, open_storage, resolve_path
 from shira_format.storage.safetensors_file import SafetensorsFile
 
 TENSORS = {f"w{n}": np.random.default_rng(n).standard_normal((5, 7)).astype(np.float32) for n in range(4)}
@@ -112,15 +112,15 @@ def test_a_upath_may_be_passed_with_options_of_its_storage(tmp_path: Path, memor
 
 def test_files_of_this_machine_stay_local(tmp_path: Path) -> None:
     for url in (str(tmp_path), tmp_path.as_uri(), tmp_path, f"local://{tmp_path.as_posix()}"):
-        assert tmp_path == located(url)
-        assert isinstance(located(url), Path)
+        assert tmp_path == resolve_path(url)
+        assert isinstance(resolve_path(url), Path)
 
 
 @pytest.mark.parametrize(
     "text", [r"C:\model", "C:/model", "c://model", "a::b", "model.st", "./memory://x", "://", "1a://b", "a b://c"]
 )
 def test_what_is_no_url(text: str) -> None:
-    assert Path(text) == located(text)
+    assert Path(text) == resolve_path(text)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SourceError) as caught:
-        located("memory://a")
+        resolve_path("memory://a")
     assert "memory://a: URLs need fsspec: pip install 'shira-format[remote]'" == str(caught.value)
 
 
@@ -181,7 +181,7 @@ def test_damaged_files_are_named(memory: MemoryFileSystem) -> None:
     [
         ({"weight_map": {"a": "gone.safetensors"}}, "the shard gone.safetensors is missing"),
         ({"weight_map": {"a": "../a.safetensors"}}, "which is not a file name"),
-        ({"weight_map": {"b": "a.safetensors"}}, "the index puts 'b' in a.safetensors, which lacks it"),
+        ({"weight_map": {"b": "a.safetensors"}}, "the index lists 'b' in a.safetensors, which does not have it"),
     ],
 )
 def test_a_remote_index_must_tell_the_truth(index: Any, reason: str, memory: MemoryFileSystem) -> None:
@@ -228,7 +228,7 @@ def test_only_what_is_asked_for_is_read(memory: MemoryFileSystem, monkeypatch: p
 
 def test_adapters_are_read_from_remote_storage_too(memory: MemoryFileSystem) -> None:
     memory.pipe_file("/a.st", save(TENSORS))
-    file = SafetensorsFile(located("memory://a.st"))
+    file = SafetensorsFile(resolve_path("memory://a.st"))
     assert all(np.array_equal(array, file.read(name)) for name, array in TENSORS.items())
 
 
@@ -258,7 +258,7 @@ def test_one_at_a_time_where_a_filesystem_has_one_connection(
         return whole(self, path, position[0], position[0] + end - start, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    file = open_storage(located("memory://a"))
+    file = open_storage(resolve_path("memory://a"))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda start: bytes(file.view(start, start + 2))[0], range(1000)))
     assert [start % 256 for start in range(1000)] == found
@@ -309,11 +309,11 @@ def test_a_local_file_that_has_become_shorter(local: LocalFile, tmp_path: Path) 
 
 def test_a_remote_file_that_has_become_shorter(memory: MemoryFileSystem) -> None:
     memory.pipe_file("/a", bytes(100))
-    file = open_storage(located("memory://a"))
+    file = open_storage(resolve_path("memory://a"))
     assert isinstance(file, RemoteFile)
     assert 100 == file.size
     memory.pipe_file("/a", bytes(50))
-    with pytest.raises(SourceError, match=r"^memory://a: gave 10 bytes instead of bytes 40 to 60: "):
+    with pytest.raises(SourceError, match=r"^memory://a: 10 bytes came instead of bytes 40 to 60: "):
         file.view(40, 60)
     memory.rm_file("/a")
     with pytest.raises(SourceError, match=r"^memory://a: no such file or folder$"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from shira_format import Adapter, BaseMismatch, DenseTensor, FormatError, SparseTensor, load, save
 from shira_format._core import compiled
-from shira_format._core.arrays import as_array, bits
+from shira_format._core.arrays import as_array, as_bytes
 from shira_format._core.dtypes import working_dtype
 from shira_format.live import AdapterPool, Switcher
 from shira_format.live.weights import ArrayWeight, DeviceWeight
@@ -913,7 +913,7 @@ def test_machine_code_and_numpy_agree(dtype: Any, size: int, seed: int, one: flo
             met = taken.copy()
             count = compiled.overlay(met, new, old, old_base)
             base = compiled.exchange(here, old, old_base, new, values)
-            results.append((bits(taken), bits(met), count, bits(base), bits(here)))
+            results.append((as_bytes(taken), as_bytes(met), count, as_bytes(base), as_bytes(here)))
         finally:
             compiled._kernels = kernels
     for a, b in zip(*results, strict=True):

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira_format import BaseMismatch, BaseRequired, DenseTensor, FormatError, ShiraError, SparseTensor
-from shira_format._core.arrays import Array, as_array, bits, digest
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
 from shira_format._core.dtypes import DTYPES, FLOATS, dtype_name, is_float, working_dtype
-from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_view, numel, same_bits
+from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_shape, numel, same_bits
 from tests.strategies import any_bits, as_patch, float_dtypes, masks, sparse_tensors, whole_tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -162,7 +162,7 @@ def test_attributes() -> None:
 
 def test_the_base_decides_over_a_digest_that_is_handed_in() -> None:
     assert sparse().base_digest == sparse(base_digest=HEX).base_digest
-    assert digest(ONE) == DenseTensor("b", ONE, base=ONE, base_digest=HEX).base_digest
+    assert array_digest(ONE) == DenseTensor("b", ONE, base=ONE, base_digest=HEX).base_digest
 
 
 def test_a_mask_has_no_values() -> None:
@@ -185,7 +185,7 @@ def test_shapes_of_any_size_cost_nothing(shape: tuple[int, ...]) -> None:
     [((), 1, 1), ((7,), 7, 1), ((3, 4), 3, 4), ((3, 2, 2), 3, 4), ((0, 4), 0, 4), ((4, 0, 9), 4, 0)],
 )
 def test_matrix_view(shape: tuple[int, ...], rows: int, columns: int) -> None:
-    assert (rows, columns) == matrix_view(shape)
+    assert (rows, columns) == matrix_shape(shape)
 
 
 # Immutability, equality, pickling
@@ -438,11 +438,11 @@ def test_application_is_the_formula(name: str, value_kind: ValueKind, data: st.D
 def test_strength_one_gives_the_very_bits_and_zero_keeps_them(name: str, data: st.DataObject) -> None:
     base, values = data.draw(any_bits(FLOATS[name], (9,))), data.draw(any_bits(FLOATS[name], (9,)))
     tensor = SparseTensor("w", (9,), np.arange(9), values, base=base)
-    assert bits(values).tobytes() == bits(tensor.applied(base)).tobytes()
-    assert bits(base).tobytes() == bits(tensor.applied(base, 0)).tobytes()
+    assert as_bytes(values).tobytes() == as_bytes(tensor.applied(base)).tobytes()
+    assert as_bytes(base).tobytes() == as_bytes(tensor.applied(base, 0)).tobytes()
     if name != "F64":  # the strength is rounded before it is compared
-        assert bits(values).tobytes() == bits(tensor.applied(base, 1 + 1e-12)).tobytes()
-        assert bits(base).tobytes() == bits(tensor.applied(base, -1e-60)).tobytes()
+        assert as_bytes(values).tobytes() == as_bytes(tensor.applied(base, 1 + 1e-12)).tobytes()
+        assert as_bytes(base).tobytes() == as_bytes(tensor.applied(base, -1e-60)).tobytes()
     kept = tensor.applied(base, 0)
     assert not np.shares_memory(kept, base)
 
@@ -479,7 +479,10 @@ def test_overflow_is_infinity_or_nan() -> None:
 
 def test_whole_tensors_check_their_base() -> None:
     base = np.array([[1, 2]], np.int64)
-    for tensor in (DenseTensor("b", base + 1, base=base), DenseTensor("b", base + 1, base_digest=digest(base))):
+    for tensor in (
+        DenseTensor("b", base + 1, base=base),
+        DenseTensor("b", base + 1, base_digest=array_digest(base)),
+    ):
         tensor.check_base(torch.from_numpy(base.copy()))
         for other in (base + 1, base.reshape(2), base.view(np.uint64)):
             with pytest.raises(BaseMismatch, match="'b'"):
@@ -512,11 +515,11 @@ def test_torch_bits_cross_unchanged(name: str, data: st.DataObject) -> None:
 
 def test_digests_are_of_bytes_in_row_major_order() -> None:
     array = np.arange(12, dtype="<f4").reshape(3, 4)
-    assert hashlib.sha256(array.tobytes()).hexdigest() == digest(array)
-    assert digest(array) == digest(np.asfortranarray(array))
-    assert digest(array.T) == digest(array.T.copy())
-    assert hashlib.sha256(b"").hexdigest() == digest(f32())
-    assert hashlib.sha256(np.float32(3).tobytes()).hexdigest() == digest(np.array(3, np.float32))
+    assert hashlib.sha256(array.tobytes()).hexdigest() == array_digest(array)
+    assert array_digest(array) == array_digest(np.asfortranarray(array))
+    assert array_digest(array.T) == array_digest(array.T.copy())
+    assert hashlib.sha256(b"").hexdigest() == array_digest(f32())
+    assert hashlib.sha256(np.float32(3).tobytes()).hexdigest() == array_digest(np.array(3, np.float32))
 
 
 def test_dtypes() -> None:

@@ -22,8 +22,7 @@ from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import FLOATS
 from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.export.lora import LoraReport, shira_to_lora
-from shira_format.selection import TopK
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 from tests import models
 
 GPT2 = r"c_attn|c_proj|c_fc"
@@ -63,7 +62,7 @@ def expected(model: nn.Module, adapter: Path, rank: int, prefix: str = "") -> St
     for name, tensor in found.items():
         dense = np.zeros(tensor.numel)
         dense[tensor.indices] = found.alpha * tensor.delta().astype(np.float64)
-        u, s, v = np.linalg.svd(dense.reshape(matrix_view(tensor.shape)), full_matrices=False)
+        u, s, v = np.linalg.svd(dense.reshape(matrix_shape(tensor.shape)), full_matrices=False)
         update = torch.from_numpy(((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(tensor.shape))
         state[prefix + name] = (state[prefix + name].double() + update).float()
     return state
@@ -91,7 +90,7 @@ def check(
     """Convert an adapter of a model, load it with PEFT, and compare weights and outputs with what they should be."""
     base = models.save_base(build(), tmp_path / "base")
     adapter = adapter_of(tmp_path / "a.st", build(), choose)
-    report = shira_to_lora(adapter, tmp_path / "lora", rank=rank, base=base, **options)
+    report = shira_to_lora(adapter, base, tmp_path / "lora", rank=rank, **options)
     wanted = expected(build(), adapter, rank)
     with warnings.catch_warnings():  # such as PEFT's of missing keys, and of patterns that hit nothing
         warnings.simplefilter("error", UserWarning)
@@ -158,29 +157,29 @@ def test_orientation_is_never_guessed_in_silence(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"h\.0\.attn\.c_attn\.weight' may be stored as \[in, out\].*--fan-in-fan-out"
     ):
-        shira_to_lora(adapter, None, rank=2)
+        shira_to_lora(adapter, None, None, rank=2)
     base = models.save_base(models.gpt2(), tmp_path / "base")
-    plain = shira_to_lora(adapter, None, rank=2, base=base)
-    said = shira_to_lora(adapter, None, rank=2, base=base, fan_in_fan_out=GPT2)
-    alone = shira_to_lora(adapter, None, rank=2, fan_in_fan_out=GPT2)
+    plain = shira_to_lora(adapter, base, None, rank=2)
+    said = shira_to_lora(adapter, base, None, rank=2, fan_in_fan_out=GPT2)
+    alone = shira_to_lora(adapter, None, None, rank=2, fan_in_fan_out=GPT2)
     assert [layer.kind for report in (plain, said, alone) for layer in report.layers] == ["conv1d"] * 12
     assert said.notices == alone.notices == []
     # A base with layers of both kinds leaves square ones open.
     state = load_file(base / "model.safetensors")
     save_file(state | {"mlp.weight": torch.zeros(3, 4), "mlp.bias": torch.zeros(3)}, base / "model.safetensors")
     with pytest.raises(SourceError, match=r"attn\.c_proj\.weight' is square, and the base has layers that store"):
-        shira_to_lora(adapter, None, rank=2, base=base)
-    assert shira_to_lora(adapter, None, rank=2, base=base, fan_in_fan_out=GPT2).layers == said.layers
+        shira_to_lora(adapter, base, None, rank=2)
+    assert shira_to_lora(adapter, base, None, rank=2, fan_in_fan_out=GPT2).layers == said.layers
     net = adapter_of(tmp_path / "b.st", models.net(), "weight")
     base = models.save_base(models.net(), tmp_path / "net")
     with pytest.raises(
         SourceError, match=r"'wide\.weight' is \[in, out\] by --fan-in-fan-out, but .* bias has 40"
     ):
-        shira_to_lora(net, None, rank=2, base=base, fan_in_fan_out="wide")
-    report = shira_to_lora(net, None, rank=2)
+        shira_to_lora(net, base, None, rank=2, fan_in_fan_out="wide")
+    report = shira_to_lora(net, None, None, rank=2)
     (notice,) = report.notices
     assert notice == (
-        "taken as [out, in], as torch.nn.Linear stores them; nothing proves it (--fan-in-fan-out): "
+        "taken as [out, in], as torch.nn.Linear stores them, without proof (--fan-in-fan-out): "
         "wide.weight, square.weight, head.weight"
     )
 
@@ -237,7 +236,7 @@ def test_transposed_convolutions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"'0\.weight' has shape \[3, 5, 2, 2\] and a bias of 5: a transposed conv"
     ):
-        shira_to_lora(adapter, None, rank=2, base=base)
+        shira_to_lora(adapter, base, None, rank=2)
 
 
 class Nested(nn.Module):
@@ -268,7 +267,7 @@ def nested() -> nn.Module:
 def test_modules_that_end_like_others_are_told_apart(tmp_path: Path, choose: str, with_base: bool) -> None:
     base = models.save_base(nested(), tmp_path / "base") if with_base else None
     adapter = adapter_of(tmp_path / "a.st", nested(), choose)
-    shira_to_lora(adapter, tmp_path / "lora", rank=2, base=base)
+    shira_to_lora(adapter, base, tmp_path / "lora", rank=2)
     peft = models.load_lora(nested(), tmp_path / "lora")
     assert set(models.layers(peft)) == {name.removesuffix(".weight") for name in load(adapter)}
     check_merged(peft, expected(nested(), adapter, 2))
@@ -285,7 +284,7 @@ def test_ranks_of_modules_that_end_like_others(tmp_path: Path) -> None:
             SparseTensor(name, (12, 12), indices, values, base=as_array(state[name]).reshape(-1)[indices])
         )
     save(Adapter(tensors), tmp_path / "a.st")
-    report = shira_to_lora(tmp_path / "a.st", tmp_path / "lora", energy=1.0, base=base)
+    report = shira_to_lora(tmp_path / "a.st", base, tmp_path / "lora", energy=1.0)
     assert [(layer.rank, layer.full_rank) for layer in report.layers] == [(1, 1), (2, 2), (3, 3)]
     told = config(tmp_path / "lora")
     assert (told["r"], told["lora_alpha"], told["rank_pattern"]) == (3, 3, told["alpha_pattern"])
@@ -300,7 +299,7 @@ def test_ranks_of_modules_that_end_like_others(tmp_path: Path) -> None:
 def test_energy_takes_the_least_ranks(tmp_path: Path) -> None:
     base = models.save_base(models.net(), tmp_path / "base")
     adapter = adapter_of(tmp_path / "a.st", models.net(), "weight")
-    report = shira_to_lora(adapter, tmp_path / "lora", energy=0.8, base=base)
+    report = shira_to_lora(adapter, base, tmp_path / "lora", energy=0.8)
     assert len({layer.rank for layer in report.layers}) == 3
     for layer in report.layers:
         tensor = load(adapter)[layer.name]
@@ -324,14 +323,14 @@ def test_energy_takes_the_least_ranks(tmp_path: Path) -> None:
 def test_ranks_beyond_what_there_is(tmp_path: Path) -> None:
     base = models.save_base(models.net(), tmp_path / "base")
     adapter = adapter_of(tmp_path / "a.st", models.net(), "weight", density=0.9)
-    report = shira_to_lora(adapter, tmp_path / "lora", rank=30, base=base)
+    report = shira_to_lora(adapter, base, tmp_path / "lora", rank=30)
     assert [layer.rank for layer in report.layers] == [24, 30, 6]
     assert config(tmp_path / "lora")["rank_pattern"] == {"^wide": 24, "^head": 6}
     assert report.notices == [
         "2 of 3 updates have a lower rank than 30 and are held exactly, for example 'wide.weight' of rank 24"
     ]
     check_merged(models.load_lora(models.net(), tmp_path / "lora"), expected(models.net(), adapter, 30))
-    everything = shira_to_lora(adapter, None, rank=1000, base=base)
+    everything = shira_to_lora(adapter, base, None, rank=1000)
     assert [layer.rank for layer in everything.layers] == [24, 40, 6]
     assert everything.relative_error < 1e-6
 
@@ -348,7 +347,7 @@ def test_updates_of_zero_are_left_out(tmp_path: Path) -> None:
     ]
     save(Adapter(tensors), tmp_path / "a.st")
     report = shira_to_lora(
-        tmp_path / "a.st", tmp_path / "lora", rank=2, base=models.save_base(models.net(), tmp_path / "b")
+        tmp_path / "a.st", models.save_base(models.net(), tmp_path / "b"), tmp_path / "lora", rank=2
     )
     assert report.left_out == ["square.weight", "head.weight"]
     assert report.notices == ["left out, since their updates are zero: square.weight, head.weight"]
@@ -357,7 +356,7 @@ def test_updates_of_zero_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"zero\.st: all updates are zero: PEFT has no LoRA without an adapted module"
     ):
-        shira_to_lora(tmp_path / "zero.st", tmp_path / "none", rank=2)
+        shira_to_lora(tmp_path / "zero.st", None, tmp_path / "none", rank=2)
     assert not (tmp_path / "none").exists()
     assert not list(tmp_path.glob(".none*"))
 
@@ -369,7 +368,7 @@ def test_bases_of_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 
     base = models.save_base(build(), tmp_path / "base", dtype)
     adapter = adapter_of(tmp_path / "a.st", build(), "weight", density=0.3)
-    report = shira_to_lora(adapter, tmp_path / "lora", rank=40, base=base)
+    report = shira_to_lora(adapter, base, tmp_path / "lora", rank=40)
     assert report.relative_error < 1e-6
     factors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert {factor.dtype for factor in factors.values()} == {torch.float32}
@@ -384,7 +383,7 @@ def test_bases_of_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_strength_is_part_of_the_factors(tmp_path: Path) -> None:
     base = models.save_base(models.net(), tmp_path / "base")
     adapter = adapter_of(tmp_path / "a.st", models.net(), "weight", manifest={"alpha": -0.5})
-    report = shira_to_lora(adapter, tmp_path / "lora", rank=4, base=base)
+    report = shira_to_lora(adapter, base, tmp_path / "lora", rank=4)
     assert report.notices == ["the adapter's strength of -0.5 is part of the factors"]
     check_merged(models.load_lora(models.net(), tmp_path / "lora"), expected(models.net(), adapter, 4))
 
@@ -392,13 +391,11 @@ def test_strength_is_part_of_the_factors(tmp_path: Path) -> None:
 def test_deltas_need_no_base(tmp_path: Path) -> None:
     tensors = [SparseTensor("wide.weight", (40, 24), [0, 30, 100], np.float32([1, 2, 3]), value_kind="delta")]
     save(Adapter(tensors), tmp_path / "a.st")
-    alone = shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=3)
+    alone = shira_to_lora(tmp_path / "a.st", None, tmp_path / "lora", rank=3)
     assert alone.relative_error < 1e-6
     peft = models.load_lora(models.net(), tmp_path / "lora")
     assert set(models.layers(peft)) == {"wide"}
-    with_base = shira_to_lora(
-        tmp_path / "a.st", None, rank=3, base=models.save_base(models.net(), tmp_path / "base")
-    )
+    with_base = shira_to_lora(tmp_path / "a.st", models.save_base(models.net(), tmp_path / "base"), None, rank=3)
     assert with_base.layers == alone.layers
 
 
@@ -411,7 +408,7 @@ def test_a_prefix_of_the_live_model(tmp_path: Path) -> None:
         ),
         tmp_path / "b.st",
     )
-    shira_to_lora(tmp_path / "b.st", tmp_path / "lora", rank=3, base=base, prefix="bert.")
+    shira_to_lora(tmp_path / "b.st", base, tmp_path / "lora", rank=3, prefix="bert.")
     peft = models.load_lora(models.bert(), tmp_path / "lora")
     wanted = expected(models.bert(), adapter, 3, "bert.")
     wanted["bert.embeddings.LayerNorm.weight"][:] = 2
@@ -427,7 +424,7 @@ def test_whole_modules_are_saved(tmp_path: Path) -> None:
     head["bert.pooler.dense.bias"] = torch.randn(32)
     wholes = [DenseTensor(name, as_array(value), base=as_array(state[name])) for name, value in head.items()]
     save(Adapter(dict(load(adapter)), dense=wholes), tmp_path / "b.st")
-    report = shira_to_lora(tmp_path / "b.st", tmp_path / "lora", rank=3, base=base)
+    report = shira_to_lora(tmp_path / "b.st", base, tmp_path / "lora", rank=3)
     assert "classifier" in config(tmp_path / "lora")["modules_to_save"]
     assert {"classifier.bias", "bert.pooler.dense.weight", "bert.embeddings.LayerNorm.weight"} <= set(report.saved)
     wanted = expected(build(), adapter, 3) | head
@@ -449,7 +446,7 @@ def test_saved_tensors_of_any_dtype_are_aligned(tmp_path: Path) -> None:
     tensor = SparseTensor("l.weight", (3, 3), [0], np.float32([1]), value_kind="delta")
     save(Adapter([tensor], dense=whole), tmp_path / "a.st")
     save_file({"l.weight": torch.zeros(3, 3)}, tmp_path / "base.safetensors")
-    shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=1, base=tmp_path / "base.safetensors")
+    shira_to_lora(tmp_path / "a.st", tmp_path / "base.safetensors", tmp_path / "lora", rank=1)
     path = tmp_path / "lora" / "adapter_model.safetensors"
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -468,7 +465,7 @@ def refused(tmp_path: Path, reason: str, *tensors: SparseTensor, error: type = S
     save(Adapter([good, *tensors], **more), tmp_path / "a.st")
     done: list[int] = []
     with pytest.raises(error, match=reason):
-        shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=2, base=base, progress=done.append)
+        shira_to_lora(tmp_path / "a.st", base, tmp_path / "lora", rank=2, progress=done.append)
     assert done == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.st", *(["base"] if base else [])]
 
@@ -511,24 +508,24 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     base = models.save_base(nested(), tmp_path / "base")
     with pytest.raises(BaseMismatch, match=r"'wide\.weight': the base .* has no such tensor"):
         save(Adapter([delta("wide.weight", 40, 24)]), tmp_path / "a.st")
-        shira_to_lora(tmp_path / "a.st", None, rank=1, base=base)
+        shira_to_lora(tmp_path / "a.st", base, None, rank=1)
     save(Adapter([delta("lin.weight", 12, 13)]), tmp_path / "a.st")
     with pytest.raises(BaseMismatch, match=r"for shape \[12, 13\], the base has \[12, 12\]"):
-        shira_to_lora(tmp_path / "a.st", None, rank=1, base=base)
+        shira_to_lora(tmp_path / "a.st", base, None, rank=1)
     norms = [DenseTensor(f"norm.{what}", np.ones(12, np.float32)) for what in ("weight", "bias")]
     save(Adapter([delta("lin.weight", 12, 12)], dense=norms), tmp_path / "a.st")
     with pytest.raises(
         SourceError, match=r"'norm\.weight' is of the module 'norm', which PEFT cannot tell from 'other_norm'"
     ):
-        shira_to_lora(tmp_path / "a.st", None, rank=1, base=base)
+        shira_to_lora(tmp_path / "a.st", base, None, rank=1)
     other = [DenseTensor("other_norm.weight", np.ones(12, np.float32), base=np.zeros(12, np.float32))]
     save(Adapter([delta("lin.weight", 12, 12)], dense=other), tmp_path / "a.st")
     with pytest.raises(BaseMismatch, match=r"'other_norm\.weight': the base holds another tensor"):
-        shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=1, base=base)
+        shira_to_lora(tmp_path / "a.st", base, tmp_path / "lora", rank=1)
     wrong = SparseTensor("lin.weight", (12, 12), [0], np.float32([1]), base=np.float32([9]))
     save(Adapter([wrong]), tmp_path / "a.st")
     with pytest.raises(BaseMismatch, match=r"'lin\.weight': the base holds other values"):
-        shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=1, base=base)
+        shira_to_lora(tmp_path / "a.st", base, tmp_path / "lora", rank=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.st", "base"]
 
 
@@ -539,38 +536,38 @@ def test_updates_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
     with pytest.raises(
         SourceError, match=r"a\.st: tensor 'wide\.weight': its update is not finite at flat index 77"
     ):
-        shira_to_lora(tmp_path / "a.st", None, rank=1)
+        shira_to_lora(tmp_path / "a.st", None, None, rank=1)
 
 
 def test_a_component_of_a_pipeline(tmp_path: Path) -> None:
     components = {"components": {"unet": {}, "text_encoder": {}}}
     tensors = [delta("unet/a.weight", 3, 3), delta("text_encoder/a.weight", 3, 3)]
     save(Adapter(tensors, manifest=components), tmp_path / "a.st")
-    report = shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=1, include=["^unet/"])
+    report = shira_to_lora(tmp_path / "a.st", None, tmp_path / "lora", rank=1, include=["^unet/"])
     assert [layer.module for layer in report.layers] == ["a"]
     assert report.notices[0] == "the LoRA is for the component 'unet' alone"
     with pytest.raises(
         SourceError, match=r"holds changes of text_encoder, unet, and .* --include '\^text_encoder/'"
     ):
-        shira_to_lora(tmp_path / "a.st", None, rank=1)
+        shira_to_lora(tmp_path / "a.st", None, None, rank=1)
 
 
 def test_choice_of_names(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path / "a.st", models.net(), "weight|bias")
-    report = shira_to_lora(adapter, None, rank=2, exclude=["bias", "wide"])
+    report = shira_to_lora(adapter, None, None, rank=2, exclude=["bias", "wide"])
     assert [layer.name for layer in report.layers] == ["square.weight", "head.weight"]
     with pytest.raises(SourceError, match="no tensor is left by the choice of names"):
-        shira_to_lora(adapter, None, rank=2, include=["nothing"])
+        shira_to_lora(adapter, None, None, rank=2, include=["nothing"])
     for option in ("embedding", "fan_in_fan_out"):
         with pytest.raises(SourceError, match=rf"not a regular expression: --{option.replace('_', '-')} '\('"):
-            shira_to_lora(adapter, None, rank=2, **{option: "("})
+            shira_to_lora(adapter, None, None, rank=2, **{option: "("})
 
 
 def test_embeddings_by_the_users_names(tmp_path: Path) -> None:
     save(Adapter([delta("codes.weight", 9, 4), delta("wte.weight", 9, 4)]), tmp_path / "a.st")
 
     def kinds(**options: Any) -> list[str]:
-        return [layer.kind for layer in shira_to_lora(tmp_path / "a.st", None, rank=1, **options).layers]
+        return [layer.kind for layer in shira_to_lora(tmp_path / "a.st", None, None, rank=1, **options).layers]
 
     assert kinds() == ["linear", "embedding"]
     assert kinds(embedding="codes") == ["embedding", "linear"]
@@ -581,7 +578,7 @@ def test_only_its_own_folders_are_replaced(tmp_path: Path) -> None:
     save(Adapter([delta("wide.weight", 40, 24)]), tmp_path / "a.st")
 
     def convert(**options: Any) -> None:
-        shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=1, **options)
+        shira_to_lora(tmp_path / "a.st", None, tmp_path / "lora", rank=1, **options)
 
     convert()
     before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
@@ -615,7 +612,7 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     peaks = []
     for count in (1, 6):
         tracemalloc.start()
-        shira_to_lora(tmp_path / "a.st", tmp_path / f"lora{count}", rank=8, include=[f"l[0-{count - 1}]"])
+        shira_to_lora(tmp_path / "a.st", None, tmp_path / f"lora{count}", rank=8, include=[f"l[0-{count - 1}]"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] * 1.1
@@ -626,17 +623,17 @@ def test_minilm_there_and_back(tmp_path: Path) -> None:
     """A real LoRA at 1 %: little is left of it at rank 8; at 100 % the same rank gives it back to float32's rounding."""
     lora = min(path for path in models.LORAS.iterdir() if path.is_dir())
     base = models.minilm()
-    lora_to_shira(lora, base, tmp_path / "sparse.st", rule=TopK(density=0.01))
-    sparse = shira_to_lora(tmp_path / "sparse.st", tmp_path / "sparse", rank=8, base=base)
+    lora_to_shira(lora, base, tmp_path / "sparse.st", density=0.01)
+    sparse = shira_to_lora(tmp_path / "sparse.st", base, tmp_path / "sparse", rank=8)
     assert sparse.layers
     for layer in sparse.layers:
         assert layer.rank == 8
         assert layer.error == pytest.approx(layer.bound, rel=1e-6)
         assert layer.spectral_error == pytest.approx(layer.spectral_bound, rel=1e-4)
     assert 0.2 < sparse.energy_kept < 0.99
-    lora_to_shira(lora, base, tmp_path / "dense.st", rule=TopK(density=1.0))
+    lora_to_shira(lora, base, tmp_path / "dense.st", density=1.0)
     rank = int(config(lora)["r"])
-    dense = shira_to_lora(tmp_path / "dense.st", tmp_path / "dense", rank=rank, base=base, prefix="bert.")
+    dense = shira_to_lora(tmp_path / "dense.st", base, tmp_path / "dense", rank=rank, prefix="bert.")
     assert {layer.rank for layer in dense.layers} == {rank}
     assert dense.saved == ["classifier.bias", "classifier.weight"]  # which the base lacks
     given = load_file(lora / "adapter_model.safetensors")
@@ -665,14 +662,14 @@ def test_fine_tunes_come_along(tmp_path: Path) -> None:
             parameter.add_(
                 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
             )
-    full_to_shira(base, models.save_base(tuned, tmp_path / "tuned"), tmp_path / "a.st", rule=TopK(density=1.0))
-    report = shira_to_lora(tmp_path / "a.st", tmp_path / "lora", rank=64, base=base)
+    full_to_shira(models.save_base(tuned, tmp_path / "tuned"), base, tmp_path / "a.st", density=1.0)
+    report = shira_to_lora(tmp_path / "a.st", base, tmp_path / "lora", rank=64)
     assert any("norm" in name for name in report.saved)
     peft = models.load_lora(models.llama(), tmp_path / "lora")
     assert torch.allclose(models.outputs(tuned), models.outputs(peft), atol=2e-5, rtol=1e-4)
     assert report.relative_error < 1e-6
     assert report.warnings() == []
-    little = shira_to_lora(tmp_path / "a.st", None, rank=1, base=base)
+    little = shira_to_lora(tmp_path / "a.st", base, None, rank=1)
     assert little.warnings()[0].startswith(f"only {little.energy_kept:.1%} of the update's energy is kept")
 
 
@@ -680,7 +677,7 @@ def test_same_bytes(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path / "a.st", models.llama(), "weight$")
     base = models.save_base(models.llama(), tmp_path / "base")
     for name in ("one", "two"):
-        shira_to_lora(adapter, tmp_path / name, rank=3, base=base)
+        shira_to_lora(adapter, base, tmp_path / name, rank=3)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -690,4 +687,4 @@ def test_amounts_that_cannot_be_meant(tmp_path: Path) -> None:
     wrong: list[dict[str, Any]] = [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}]
     for options in wrong:
         with pytest.raises(ValueError):
-            shira_to_lora(tmp_path / "a.st", None, **options)
+            shira_to_lora(tmp_path / "a.st", None, None, **options)

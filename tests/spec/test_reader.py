@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shira_format import Adapter, FormatError, load, save
+from shira_format._core.arrays import Indices
 from shira_format._core.dtypes import dtype_name
-from shira_format.format.codecs import CODECS, Indices
+from shira_format.format.codecs import CODECS
 from spec import reader, run_vectors
 from tests.spec.test_text import SCHEMA, manifest_of
 from tests.spec.test_vectors import content

@@ -14,8 +14,8 @@ import pytest
 
 import shira_format
 from shira_format._core.dtypes import DTYPES, FLOATS
-from shira_format.format.codecs import BLOCK_SIZE, CODECS
-from shira_format.format.codecs.blocks import gaps_of
+from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded
+from shira_format.format.codecs.gaps import gaps_of
 from shira_format.format.codecs.structured import list_pattern
 from shira_format.format.manifest import FEATURES
 from spec import reader, run_vectors
@@ -70,7 +70,7 @@ def test_examples_of_the_gap_codecs(codec: str, shape: tuple[int, ...], row: lis
     assert encoded.stream is not None
     assert row[2].strip("`") == encoded.stream.tobytes().hex()
     stream = np.frombuffer(bytes.fromhex(row[2].strip("`")), np.uint8)
-    assert indices.tolist() == CODECS[codec].decode(encoded.params, stream, None, shape, indices.size).tolist()
+    assert indices.tolist() == CODECS[codec].decode(Encoded(encoded.params, stream), shape, indices.size).tolist()
     item = {"nnz": indices.size, "shape": list(shape), "indices": {"codec": codec}}
     assert indices.tolist() == reader.decode_gaps(item, memoryview(stream.tobytes()), None)
 

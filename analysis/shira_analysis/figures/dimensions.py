@@ -32,7 +32,6 @@ from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 from shira_analysis.measures.orthogonality import orthogonality
 from shira_format import SourceError
-from shira_format.convert.csr.matrix import scipy_sparse
 
 DIMENSIONS = (128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = (128, 256, 512, 1024, 2048)
@@ -60,7 +59,7 @@ def measured(series: str, dimension: int, seed: int, density: float = DENSITY) -
         density: p.
 
     Raises:
-        SourceError: a dimension for which there is no such adapter; scipy is missing.
+        SourceError: a dimension for which there is no such adapter.
     """
     if dimension < 2 or not 0 < density <= 0.5:
         raise SourceError(f"random adapters of dimension {dimension} and density {density:g} cannot be made")
@@ -163,7 +162,9 @@ def _masks(series: str, m: int, density: float, random: np.random.Generator) -> 
 
 def _matrix(indices: npt.NDArray[np.int64], m: int, random: np.random.Generator) -> Any:
     pointers = np.searchsorted(indices, np.arange(m + 1, dtype=np.int64) * m)
-    return scipy_sparse().csr_array((random.standard_normal(indices.size), indices % m, pointers), shape=(m, m))
+    from scipy.sparse import csr_array
+
+    return csr_array((random.standard_normal(indices.size), indices % m, pointers), shape=(m, m))
 
 
 def _dense(m: int, random: np.random.Generator) -> Measured:

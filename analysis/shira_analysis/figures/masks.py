@@ -12,7 +12,7 @@ import numpy.typing as npt
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import plain, share
 from shira_format import SourceError, SparseTensor
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 Int64s = npt.NDArray[np.int64]
 
@@ -90,7 +90,7 @@ def mask_grid(tensor: SparseTensor, side: int = SIDE) -> MaskGrid:
     """
     if not 1 <= side <= MOST:
         raise SourceError(f"a grid of {side} cells: 1 to {MOST} can be drawn")
-    rows, columns = matrix_view(tensor.shape)
+    rows, columns = matrix_shape(tensor.shape)
     if not rows * columns:
         raise SourceError(f"tensor {tensor.name!r} has no elements: there is no mask to draw")
     longer, least = max(rows, columns), math.ceil(side / _NARROWEST)

@@ -9,7 +9,7 @@ import numpy as np
 
 from shira_analysis.figures import dimensions, layers, masks, matrices, spectra
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import apart, figure, matplotlib, plain, rendered, styled
+from shira_analysis.figures.style import apart, figure, plain, rendered, styled
 from shira_analysis.measures.adapter import measure_file
 from shira_analysis.measures.deltas import DeltaFile
 from shira_format import SourceError
@@ -44,10 +44,9 @@ def mask_picture(
         form: ``"png"`` or ``"svg"``.
 
     Raises:
-        SourceError: an adapter has no such tensor, or none at all; too many adapters; matplotlib is missing.
+        SourceError: an adapter has no such tensor, or none at all; too many adapters.
         FormatError: the tensor is damaged.
     """
-    matplotlib()
     _check_count(files)
     name = tensor if tensor is not None else largest(files[0])
     found = [masks.mask_grid(_present(file, name).file.sparse(name), side) for file in files]
@@ -89,10 +88,9 @@ def layers_picture(
     """Density and energy of each adapter by kind of layer and block.
 
     Raises:
-        SourceError: no tensor, a delta that is not finite; too many adapters; matplotlib is missing.
+        SourceError: no tensor, a delta that is not finite; too many adapters.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
-    matplotlib()
     _check_count(files)
     grids = []
     for file in files:
@@ -150,7 +148,6 @@ def spectrum_picture(
             missing.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
-    matplotlib()
     if len(files) + len(loras) > _MOST_LINES:
         raise SourceError(f"{len(files) + len(loras)} spectra: {_MOST_LINES} can be told apart in a picture")
     name = tensor if tensor is not None else largest(files[0])
@@ -176,10 +173,9 @@ def overlap_picture(files: Sequence[DeltaFile], *, form: str = "png") -> Picture
     """How much the masks of all pairs overlap; no base is needed.
 
     Raises:
-        SourceError: fewer than two adapters, shapes that differ; matplotlib is missing.
+        SourceError: fewer than two adapters, shapes that differ.
         FormatError: a tensor is damaged.
     """
-    matplotlib()
     _check_count(files, _MOST_IN_MATRIX)
     found, records = matrices.overlap_matrices(files)
     return Picture(_matrices(found, form), records)
@@ -206,18 +202,13 @@ def orthogonality_picture(
         SourceError: fewer than two adapters, shapes that differ, a delta that is not finite; a package is missing.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
-    matplotlib()
     _check_count(files, _MOST_IN_MATRIX)
     found, records = matrices.orthogonality_matrices(files, progress, moments=moments, transposed=transposed)
     return Picture(_matrices(found, form), records)
 
 
 def dimension_picture(records: list[Record], *, form: str = "png") -> Picture:
-    """AWOM and AWOR against the dimension; see :mod:`shira_analysis.figures.dimensions`.
-
-    Raises:
-        SourceError: matplotlib is missing.
-    """
+    """AWOM and AWOR against the dimension; see :mod:`shira_analysis.figures.dimensions`."""
     with styled():
         drawn = figure(8.4, 4.6)
         left, right = drawn.subplots(1, 2)

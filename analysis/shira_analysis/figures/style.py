@@ -10,8 +10,6 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from shira_format import SourceError
-
 BLUE, ORANGE, GREEN, SKY, PINK, YELLOW, RED, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#777777",
 )  # fmt: skip
@@ -33,29 +31,17 @@ _STYLE = {
 }  # fmt: skip
 
 
-def matplotlib() -> Any:
-    """The package ``matplotlib``.
-
-    Raises:
-        SourceError: it is not installed.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise SourceError("pictures need matplotlib: pip install 'shira-format[analysis]'") from None
-    return mpl
-
-
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
     """The look, for what is drawn inside; what matplotlib was set to before comes back."""
-    with matplotlib().rc_context(_STYLE):
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
         yield
 
 
 def figure(width: float, height: float) -> Any:
     """A new matplotlib ``Figure`` of so many inches, on no screen and in no list of pyplot; used inside :func:`styled`."""
-    matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 
 from shira_analysis.lemmas import complexity, low_rank, null_space, orthogonality, scale
-from shira_analysis.lemmas.exact import sparse_matrices
 from shira_analysis.lemmas.files import LONGEST, Updates
 from shira_analysis.lemmas.report import LemmaReport, Verification, as_json
 from shira_analysis.lemmas.samples import Setting
@@ -50,14 +49,13 @@ def verify(
         progress: called with 1 after each lemma.
 
     Raises:
-        SourceError: scipy is missing, none of the files has something to check, or an update is not finite.
+        SourceError: none of the files has something to check, or an update is not finite.
         BaseRequired: targets without base values, and no ``base``.
         FormatError: a file is no adapter, or is damaged.
         BaseMismatch: ``base`` is another one.
     """
-    from shira_format.selection import single_threaded_blas
+    from shira_format._core.threads import single_threaded_blas
 
-    sparse_matrices()
     checkpoint = None
     if base is not None:
         from shira_format.checkpoints import open_checkpoint

@@ -7,23 +7,9 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format.errors import SourceError
 
 PRIME = 2**31 - 1  # products of two residues fit int64
 _CERTAIN = 48  # the shorter side up to which Bareiss is quick
-
-
-def sparse_matrices() -> Any:
-    """The module ``scipy.sparse``.
-
-    Raises:
-        SourceError: scipy is not installed.
-    """
-    try:
-        import scipy.sparse
-    except ImportError:
-        raise SourceError("the lemmas are checked with scipy: pip install 'shira-format[lora]'") from None
-    return scipy.sparse
 
 
 def rank(matrix: Any) -> int:

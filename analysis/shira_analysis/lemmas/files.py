@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_analysis.lemmas.exact import sparse_matrices
 from shira_analysis.measures.deltas import delta_values
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.format import AdapterFile
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 # The laws are tried on vectors as long as a side of the weight, a few at a time: a gigabyte. No layer of a model is larger.
 LONGEST = 1 << 20
@@ -56,7 +55,9 @@ class Update:
     def matrix(self) -> Any:
         """The update as a CSR matrix in float64, or of ones if it is a mask."""
         values = np.ones(self.indices.size) if self.values is None else self.values
-        return sparse_matrices().csr_matrix((values, (self.row, self.column)), shape=self.shape)
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix((values, (self.row, self.column)), shape=self.shape)
 
 
 @dataclass
@@ -83,19 +84,19 @@ class Updates:
             FormatError: it is none, or is damaged.
             BaseRequired: targets without base values, and no ``base``.
         """
-        found = cls(AdapterFile(path, apart=True), base)
+        found = cls(AdapterFile(path, separate_maps=True), base)
         vectors, large = 0, []
         for name, entry in found.file.manifest.tensors.items():
             if len(entry.shape) < 2:
                 vectors += 1
-            elif max(matrix_view(entry.shape)) > LONGEST:
+            elif max(matrix_shape(entry.shape)) > LONGEST:
                 large.append(name)
             elif entry.nnz:
                 if base is None and entry.values == "target" and not entry.base_values:
                     raise BaseRequired(
                         f"{path}: tensor {name!r} holds target values without those of the base: pass the base (--base)"
                     )
-                found.names[name] = matrix_view(entry.shape)
+                found.names[name] = matrix_shape(entry.shape)
         if vectors:
             found.notes.append(
                 f"{path}: {vectors} of its tensors {'is no matrix' if vectors == 1 else 'are no matrices'}"

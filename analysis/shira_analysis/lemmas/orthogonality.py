@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from shira_analysis.lemmas.exact import sparse_matrices
 from shira_analysis.lemmas.files import Update
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
 from shira_analysis.lemmas.samples import KINDS, Integers, Mask, Setting, mask
@@ -51,7 +50,9 @@ def pair_nnz(first: Update, second: Update) -> int | None:
 
 def pattern(made: Mask) -> Any:
     """A mask as a CSR matrix of ones."""
-    return sparse_matrices().csr_matrix(made.astype(np.int64))
+    from scipy.sparse import csr_matrix
+
+    return csr_matrix(made.astype(np.int64))
 
 
 def diagonal(shape: tuple[int, int], offset: int = 0) -> Mask:
@@ -200,7 +201,9 @@ def _files(setting: Setting, report: LemmaReport) -> None:
 
 def _ones(update: Update) -> Any:
     ones = np.ones(update.indices.size, np.int64)
-    return sparse_matrices().csr_matrix((ones, (update.row, update.column)), shape=update.shape)
+    from scipy.sparse import csr_matrix
+
+    return csr_matrix((ones, (update.row, update.column)), shape=update.shape)
 
 
 def _example() -> tuple[str, str]:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from shira_format import AdapterFile, BaseMismatch, BaseRequired, SourceError, SparseTensor
 from shira_format._core.arrays import Array
-from shira_format.convert.csr.matrix import check_rows, scipy_sparse
+from shira_format.convert.csr.matrix import check_rows
 from shira_format.entries.base_check import with_base
 from shira_format.names.filters import name_filter
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint  # with all layouts, which self-contained files do not need
@@ -71,7 +71,7 @@ def delta_matrix(tensor: SparseTensor, base: Any = None, *, zeros: bool = False)
         zeros: keep entries whose delta is 0 as explicit zeros; by default only entries that change something are stored.
 
     Raises:
-        SourceError: scipy is missing, a mask, a delta that is not finite, or far more rows than entries.
+        SourceError: a mask, a delta that is not finite, or far more rows than entries.
         BaseRequired: targets, and no base values.
         BaseMismatch: ``base`` is not the base of this tensor.
     """
@@ -86,10 +86,11 @@ def entries_matrix(name: str, shape: tuple[int, ...], indices: Array, values: Ar
     """Flat, strictly increasing ``indices`` (int64 ``[nnz]``) and their ``values`` as a ``csr_array`` of the matrix view.
 
     Raises:
-        SourceError: scipy is missing, or far more rows than entries.
+        SourceError: or far more rows than entries.
     """
-    sparse = scipy_sparse()
-    rows, columns = matrix_view(shape)
+    from scipy import sparse
+
+    rows, columns = matrix_shape(shape)
     try:
         check_rows(rows, indices.size)
     except SourceError as error:
@@ -107,7 +108,9 @@ def without_empty(matrix: Any) -> Any:
     rows = np.flatnonzero(counts)
     columns, places = np.unique(matrix.indices, return_inverse=True)
     pointers = np.concatenate([[0], np.cumsum(counts[rows])])
-    return scipy_sparse().csr_array((matrix.data, places, pointers), shape=(rows.size, columns.size))
+    from scipy.sparse import csr_array
+
+    return csr_array((matrix.data, places, pointers), shape=(rows.size, columns.size))
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def open_deltas(
         OSError: it cannot be read.
     """
     chosen = name_filter(include, exclude)
-    file = AdapterFile(path, apart=True)
+    file = AdapterFile(path, separate_maps=True)
     names = tuple(name for name in file.manifest.tensors if chosen(name))
     whole = tuple(name for name in file.manifest.whole if chosen(name))
     if not (names or whole) and (include or exclude):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_format import SourceError
 from shira_format._core.arrays import Array
+from shira_format._core.optional import optional_import
 
 Int64s = npt.NDArray[np.int64]
 
@@ -53,8 +53,6 @@ def rank_modulo(rows: Int64s, columns: Int64s, values: Int64s, size: int, prime:
 
 
 def _flint() -> Any:
-    try:
+    with optional_import("exact ranks need python-flint", "analysis"):
         import flint
-    except ImportError:
-        raise SourceError("exact ranks need python-flint: pip install 'shira-format[analysis]'") from None
     return flint

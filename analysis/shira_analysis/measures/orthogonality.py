@@ -33,7 +33,6 @@ from shira_analysis.measures.deltas import delta_matrix
 from shira_analysis.measures.overlap import finite
 from shira_format import SourceError, SparseTensor
 from shira_format._core.arrays import Array
-from shira_format.convert.csr.matrix import scipy_sparse
 
 _TERMS = 1 << 22  # of a product at a time: about 150 MB with scipy
 _FAST = 2.5  # how many times as fast a product is with numba
@@ -218,7 +217,9 @@ def _contracted(a: Any, b: Any, transposed: bool) -> tuple[Any, Any, tuple[int, 
 def _of_columns(matrix: Any, kept: Array) -> Any:
     """The columns ``kept`` (rising; all that have entries are among them) of a CSR matrix."""
     places = np.searchsorted(kept, matrix.indices)
-    return scipy_sparse().csr_array((matrix.data, places, matrix.indptr), shape=(matrix.shape[0], kept.size))
+    from scipy.sparse import csr_array
+
+    return csr_array((matrix.data, places, matrix.indptr), shape=(matrix.shape[0], kept.size))
 
 
 def _measure(
@@ -303,11 +304,15 @@ def _pieces(terms: Array) -> list[tuple[int, int]]:
 def _ones(matrix: Any) -> Any:
     """The pattern: 1 at every stored entry."""
     ones = np.ones(matrix.data.size)
-    return scipy_sparse().csr_array((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
+    from scipy.sparse import csr_array
+
+    return csr_array((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def _energy_of_rows(matrix: Any) -> Array:
-    squares = scipy_sparse().csr_array((matrix.data**2, matrix.indices, matrix.indptr), shape=matrix.shape)
+    from scipy.sparse import csr_array
+
+    squares = csr_array((matrix.data**2, matrix.indices, matrix.indptr), shape=matrix.shape)
     return np.asarray(squares.sum(axis=1))
 
 

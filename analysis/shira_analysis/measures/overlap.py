@@ -10,7 +10,7 @@ import numpy as np
 
 from shira_analysis.measures.deltas import delta_values
 from shira_format import BaseMismatch, SourceError, SparseTensor
-from shira_format._core.arrays import Array, different
+from shira_format._core.arrays import Array, bits_differ
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _check_base(a: SparseTensor, b: SparseTensor, in_a: Array, in_b: Array) -> N
     """Refuse two tensors that say different things of the base, where both say something."""
     if a.base is None or b.base is None or a.base.dtype != b.base.dtype:
         return
-    other = np.flatnonzero(different(a.base[in_a], b.base[in_b]))
+    other = np.flatnonzero(bits_differ(a.base[in_a], b.base[in_b]))
     if other.size:
         raise BaseMismatch(
             f"tensor {a.name!r}: other base values, first at flat index {int(a.indices[in_a[other[0]]])}: these are not adapters "

@@ -26,7 +26,7 @@ from shira_format._core.dtypes import dtype_name
 from shira_format.lora.products import Dense, Kronecker, LowRank
 from shira_format.lora.update import Update
 from shira_format.lora.updates import Lora
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def rank_of(
         return found if start is None else (found - residues(start[kept], prime)) % prime
 
     return RankReport(
-        tensor.name, matrix_view(tensor.shape), dtype_name(tensor.dtype), int(kept.size),
+        tensor.name, matrix_shape(tensor.shape), dtype_name(tensor.dtype), int(kept.size),
         bounds_of(matrix, images, primes=primes) if exact else None,
         spectrum_of(matrix, _eps(tensor.dtype)) if spectrum else None,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def rank_of_update(
     Raises:
         SourceError: a value is not finite; scipy or python-flint is missing.
     """
-    view = matrix_view(update.shape)
+    view = matrix_shape(update.shape)
     nnz, bounds, found = None, None, None
     natural = update.columns == view[1]
     if isinstance(update, LowRank) and natural:

@@ -19,7 +19,7 @@ from shira_analysis.measures.uniform import (
     touched,
 )
 from shira_format import SparseTensor
-from shira_format.tensors import density, matrix_view
+from shira_format.tensors import density, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Norms:
 
 def mask_of(tensor: SparseTensor) -> Mask:
     """Where the entries of ``tensor`` lie; also of a mask. Memory stays at a few times its indices."""
-    rows, columns = matrix_view(tensor.shape)
+    rows, columns = matrix_shape(tensor.shape)
     indices = tensor.indices
     row_counts = np.unique(indices // max(1, columns), return_counts=True)[1]
     column_counts = np.unique(indices % max(1, columns), return_counts=True)[1]

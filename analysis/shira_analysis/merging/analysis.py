@@ -31,7 +31,7 @@ from shira_format.convert.csr.matrix import MAX_ROWS
 from shira_format.entries.aligned import AlignedEntries
 from shira_format.errors import BaseRequired, SourceError
 from shira_format.merge import METHODS, Merge, Method
-from shira_format.tensors import SparseTensor, matrix_view
+from shira_format.tensors import SparseTensor, matrix_shape
 
 __all__ = ["MergeAnalysis", "joining_report"]
 
@@ -194,7 +194,7 @@ class _Views:
         self._joined, self._moments = joined, moments
         self._matrices: dict[int, Any] = {}
         self._structs: dict[int, Any] = {}
-        self._rows, self._columns = matrix_view(joined.shape)
+        self._rows, self._columns = matrix_shape(joined.shape)
         # A matrix takes some bytes for each row: of a weight with very many, those without entries are left out of all.
         self._used = np.unique(joined.indices // max(1, self._columns)) if self._rows > MAX_ROWS else None
 

@@ -18,7 +18,7 @@ from shira_analysis.measures.orthogonality import Orthogonality
 from shira_analysis.measures.overlap import Overlap
 from shira_format import SparseTensor
 from shira_format._core.arrays import Array
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 Struct = Literal["no", "shared rows", "yes"]
 
@@ -134,7 +134,7 @@ class PairLemmas:
 
 def struct_rows(tensor: SparseTensor) -> Array | None:
     """The whole rows, rising, of a mask that is the main diagonal and whole rows; None if it is another one."""
-    rows, columns = matrix_view(tensor.shape)
+    rows, columns = matrix_shape(tensor.shape)
     diagonal = min(rows, columns)
     if not diagonal or tensor.nnz < diagonal:
         return None
@@ -181,7 +181,7 @@ def tensor_lemmas(
     if first is not None and second is not None:
         struct = "shared rows" if np.intersect1d(first, second, assume_unique=True).size else "yes"
         if struct == "yes":
-            diagonal = min(matrix_view(tensors[0].shape))
+            diagonal = min(matrix_shape(tensors[0].shape))
             bound = tensors[0].nnz + tensors[1].nnz - diagonal  # nnz(S) is that of the mask without its diagonal
     return TensorLemmas(
         tensors[0].name, zero, apart, None if margin is None else min(margin, 1.0), struct, bound,

@@ -32,7 +32,6 @@ if ``index.json`` does not name it, so that an adapter can be made of matrices f
 
 from __future__ import annotations
 
-from shira_format.convert.csr.read import ShiraReport, ShiraTensor, csr_to_shira
-from shira_format.export.csr import CsrReport, CsrTensor, shira_to_csr
+from shira_format.convert.csr.read import FromCsrReport, FromCsrTensor, csr_to_shira
 
-__all__ = ["CsrReport", "CsrTensor", "ShiraReport", "ShiraTensor", "csr_to_shira", "shira_to_csr"]
+__all__ = ["FromCsrReport", "FromCsrTensor", "csr_to_shira"]

@@ -1,4 +1,4 @@
-"""The folder of an export: names of its files, its ``index.json``, and what may be replaced by another one."""
+"""The folder of an export: the names of its files, and its ``index.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from shira_format._core.dtypes import FLOATS, dtype_name, working_dtype
 from shira_format.errors import FormatError, SourceError
 from shira_format.format.manifest import DERIVED, check_name
-from shira_format.storage.atomic import LITTER
+from shira_format.storage.output_folder import write_json
 from shira_format.storage.safetensors_file import MAX_HEADER, is_uint, parse_object
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, ValueKind, numel
 
@@ -95,7 +95,7 @@ class Index:
 
 
 def provenance(manifest: Mapping[str, Any], chosen: Callable[[str], bool]) -> dict[str, Any]:
-    """What a manifest says beyond what follows from the tensors; of ``removed`` the names that are chosen."""
+    """The manifest without what follows from the tensors; of ``removed`` only the chosen names."""
     kept = {key: value for key, value in manifest.items() if key not in DERIVED}
     if isinstance(kept.get("removed"), list):
         kept["removed"] = [name for name in kept["removed"] if not isinstance(name, str) or chosen(name)]
@@ -128,13 +128,12 @@ def write_index(folder: Path, index: Index) -> None:
         SourceError: it could not be read again.
     """
     try:
-        # Escapes instead of other letters: whatever encoding a reader takes for granted is right.
-        text = json.dumps(index.as_json(), indent=1, allow_nan=False).encode("ascii") + b"\n"
-        parse_object(text, "header-json")
+        value = index.as_json()
+        parse_object(json.dumps(value, allow_nan=False).encode(), "header-json")
     except (TypeError, ValueError) as error:
         reason = error.reason if isinstance(error, FormatError) else error
         raise SourceError(f"the manifest cannot be written into {INDEX}: {reason}") from None
-    (folder / INDEX).write_bytes(text)
+    write_json(folder / INDEX, value, indent=1)
 
 
 def read_index(folder: Path) -> Index:
@@ -147,7 +146,7 @@ def read_index(folder: Path) -> Index:
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder")
     if not path.is_file():
-        raise SourceError(f"{folder}: no folder of shira_to_csr: it has no {INDEX}")
+        raise SourceError(f"{folder}: not a folder of shira_to_csr: it has no {INDEX}")
     if path.stat().st_size > MAX_HEADER:
         raise SourceError(f"{path}: more than {MAX_HEADER} bytes")
     try:
@@ -183,23 +182,6 @@ def inside(folder: Path, file: str) -> Path:
     if path.resolve().parent != folder.resolve():
         raise SourceError(f"{path}: leads out of the folder")
     return path
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise SourceError unless ``folder`` holds an export and nothing else."""
-    if folder.is_symlink() or not folder.is_dir():
-        raise SourceError(f"{folder}: not a folder that shira_to_csr wrote, and so not replaced")
-    try:
-        known = read_index(folder).files()
-    except SourceError as error:
-        raise SourceError(
-            f"{folder}: not a folder that shira_to_csr wrote, and so not replaced ({error})"
-        ) from None
-    others = sorted(path.name for path in folder.iterdir() if path.name not in known | LITTER or path.is_dir())
-    if others:
-        raise SourceError(
-            f"{folder}: holds {others[0]!r}, which shira_to_csr did not write, and so is not replaced"
-        )
 
 
 def _item(raw: Any) -> Item:

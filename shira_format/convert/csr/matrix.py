@@ -1,4 +1,4 @@
-"""One matrix: flat entries to a CSR matrix in an ``.npz`` file of scipy's, and back with nothing taken for granted."""
+"""One matrix: flat entries to a CSR matrix in an ``.npz`` file of scipy's, and back with every size checked."""
 
 from __future__ import annotations
 
@@ -10,39 +10,25 @@ from typing import IO, Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format.errors import SourceError
-from shira_format.format.codecs import Indices
-from shira_format.storage.atomic import replaced_file
+from shira_format.storage.atomic import atomic_file
 from shira_format.storage.paths import one_line
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 # A CSR matrix has an array as long as its rows, however few its entries are. So many it may have in any case.
 MAX_ROWS = 1 << 24
 _ROWS_PER_ENTRY = 8
-# What load_npz reads, with the kinds of dtype that each may have; other members are nobody's business.
+# The members that load_npz reads, with the kinds of dtype that each may have; others are ignored.
 _MEMBERS = {"format": "SU", "shape": "iu", "data": "f", "indices": "i", "indptr": "i"}
 _OPTIONAL = {"_is_array": "b"}
-# Deflate cannot do better; a file that says so lies about its sizes.
+# The best ratio of deflate; a higher one means a forged file.
 _BEST_RATIO = 1032
 _WANTED = {
     "data": "; it must be float16, float32 or float64",
     "indices": ", not integers",
     "indptr": ", not integers",
 }
-
-
-def scipy_sparse() -> Any:
-    """The module ``scipy.sparse``.
-
-    Raises:
-        SourceError: it is not installed.
-    """
-    try:
-        import scipy.sparse
-    except ImportError:
-        raise SourceError("matrices need scipy: pip install 'shira-format[csr]'") from None
-    return scipy.sparse
 
 
 def check_rows(rows: int, nnz: int) -> None:
@@ -63,12 +49,13 @@ def write_matrix(path: Path, shape: tuple[int, ...], indices: Indices, data: Arr
         indices: int64 ``[nnz]``, flat, strictly increasing.
         data: ``[nnz]`` float32 or float64.
     """
-    sparse = scipy_sparse()
-    rows, columns = matrix_view(shape)
+    from scipy import sparse
+
+    rows, columns = matrix_shape(shape)
     pointers = np.searchsorted(indices, np.arange(rows + 1, dtype=np.int64) * columns)
     # scipy takes int32 for indices and pointers where that is enough.
     matrix = sparse.csr_matrix((data, indices % max(1, columns), pointers), shape=(rows, columns))
-    with replaced_file(path) as file:
+    with atomic_file(path) as file:
         # Floats hardly compress, and reading is several times faster without.
         sparse.save_npz(file, matrix, compressed=False)
 
@@ -89,10 +76,11 @@ def read_matrix(path: Path, shape: tuple[int, ...]) -> tuple[Indices, Array]:
             entry that occurs twice.
         OSError: it cannot be read.
     """
-    sparse = scipy_sparse()
+    from scipy import sparse
+
     try:
         with open(path, "rb") as file:
-            nnz = _check_members(file, matrix_view(shape))
+            nnz = _check_members(file, matrix_shape(shape))
             matrix = sparse.load_npz(file)
         return _entries(matrix, nnz)
     except (MemoryError, OSError) as error:
@@ -153,7 +141,7 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> tuple
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise SourceError(f"{name!r} is compressed in a way that numpy does not use")
     if info.compress_size > size or info.file_size > _BEST_RATIO * info.compress_size + 64:
-        raise SourceError(f"{name!r} says that it is larger than it can be")
+        raise SourceError(f"{name!r} declares more bytes than it can hold")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

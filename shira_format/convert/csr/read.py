@@ -12,25 +12,26 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits, digest
+from shira_format._core.arrays import Array, Indices, array_digest, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
-from shira_format.convert.csr.matrix import read_matrix, scipy_sparse
+from shira_format.convert.csr.matrix import read_matrix
 from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.export.csr import base_entries, difference, weight_of, wide
 from shira_format.format import AdapterFile, AdapterWriter
-from shira_format.format.codecs import Indices
 from shira_format.names.filters import name_filter
+from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
-# Accounts of a selection, which hold for its very entries.
+# Figures of a selection, which are valid only for its exact entries.
 _ACCOUNTS = ("energy_kept", "relative_error")
 
 
 @dataclass(frozen=True)
-class ShiraTensor:
-    """One tensor of the adapter; ``changed`` tells whether its matrix is another than ``shira_to_csr`` wrote."""
+class FromCsrTensor:
+    """One tensor of the adapter; ``changed``: whether its matrix differs from what ``shira_to_csr`` wrote."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +42,7 @@ class ShiraTensor:
 
 
 @dataclass
-class ShiraReport:
+class FromCsrReport:
     """What was written.
 
     Attributes:
@@ -51,7 +52,7 @@ class ShiraReport:
         file_bytes: size of the file; None for a dry run.
     """
 
-    tensors: list[ShiraTensor] = field(default_factory=list)
+    tensors: list[FromCsrTensor] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     file_bytes: int | None = None
@@ -61,15 +62,16 @@ def csr_to_shira(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    progress: Callable[[int], object] = lambda _: None,
-) -> ShiraReport:
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
+) -> FromCsrReport:
     """Make an adapter of a folder that ``shira_to_csr`` wrote, changed or not.
 
-    Without changes the adapter is equal to the one that was exported. What becomes of changed matrices is told in
+    Without changes the adapter is equal to the one that was exported. For changed matrices see
     :mod:`shira_format.convert.csr`. One tensor is in memory at a time; the file appears whole or not at all.
 
     Args:
@@ -81,14 +83,14 @@ def csr_to_shira(
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         progress: called with 1 after each matrix.
+        on_start: called once with the number of matrices.
 
     Raises:
-        SourceError: scipy is missing; a file is missing, damaged or breaks a rule; base values are needed; a target
+        SourceError: a file is missing, damaged or breaks a rule; base values are needed; a target
             overflows its dtype; no tensor is chosen.
         BaseMismatch: ``base`` is not the base of the adapter.
         FormatError: the tensors cannot make an adapter.
     """
-    scipy_sparse()
     source = Path(folder)
     index = read_index(source)
     chosen = name_filter(include, exclude)
@@ -97,31 +99,33 @@ def csr_to_shira(
     if not (items or whole or any(map(chosen, index.manifest.get("removed", ())))) and (include or exclude):
         raise SourceError(f"{source}: no tensor is left by the choice of names")
     checkpoint = None if base is None else open_checkpoint(base)
-    original = AdapterFile(inside(source, ORIGINAL), apart=True) if index.original else None
+    original = AdapterFile(inside(source, ORIGINAL), separate_maps=True) if index.original else None
     if out is not None:
         inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
-        if Path(out).exists() and any(isinstance(p, Path) and p.exists() and p.samefile(out) for p in inputs):
-            raise SourceError(f"{out}: is one of the inputs")
-    report = ShiraReport(whole=whole, notices=list(checkpoint.notices if checkpoint is not None else ()))
-    job = _Job(source, index, chosen, original, checkpoint, self_contained)
+        check_not_input(Path(out), inputs)
+    report = FromCsrReport(whole=whole, notices=list(checkpoint.notices if checkpoint is not None else ()))
+    on_start(len(items))
+    folder_reader = _Folder(source, index, chosen, original, checkpoint, self_contained)
     with ExitStack() as stack:
         if original is not None:
             stack.callback(original.streams.close)
         writer = stack.enter_context(AdapterWriter(out)) if out is not None else None
-        job.write(items, whole, writer, report, progress)
+        folder_reader.write(items, whole, writer, report, progress)
     if out is not None:
         report.file_bytes = Path(out).stat().st_size
     deltas = [tensor for tensor in report.tensors if tensor.changed and tensor.values == "delta"]
     if deltas:
         report.notices.append(
             f"{len(deltas)} changed tensors, {deltas[0].name!r} for example, hold deltas: "
-            "the base's values at their entries are not at hand (--base)"
+            "the base's values at their entries are not available (--base)"
         )
     return report
 
 
 @dataclass
-class _Job:
+class _Folder:
+    """The folder, and what its matrices are compared with."""
+
     folder: Path
     index: Index
     chosen: Callable[[str], bool]
@@ -134,13 +138,13 @@ class _Job:
         items: list[Item],
         whole: list[str],
         writer: AdapterWriter | None,
-        report: ShiraReport,
-        progress: Callable[[int], object],
+        report: FromCsrReport,
+        progress: Progress,
     ) -> None:
         for item in items:
             tensor, changed = self._tensor(item)
             report.tensors.append(
-                ShiraTensor(
+                FromCsrTensor(
                     item.name, tensor.shape, dtype_name(tensor.dtype), tensor.nnz, tensor.value_kind, changed
                 )
             )
@@ -160,7 +164,7 @@ class _Job:
         notes = {} if entry is None else dict(entry.raw)
         return {key: value for key, value in notes.items() if not (changed and key in _ACCOUNTS)}
 
-    def _manifest(self, report: ShiraReport) -> dict[str, Any]:
+    def _manifest(self, report: FromCsrReport) -> dict[str, Any]:
         manifest = provenance(self.index.manifest, self.chosen)
         names = set(self.original.manifest.tensors) if self.original is not None else set()
         same = names == {tensor.name for tensor in report.tensors} and not any(t.changed for t in report.tensors)
@@ -174,8 +178,8 @@ class _Job:
         before = self._before(item)
         indices, data = read_matrix(path, item.shape)
         data = _exactly(data, item.data_dtype)
-        same_entries = digest(indices) == item.digests.get("indices")
-        same = same_entries and digest(data) == item.digests.get(item.values)
+        same_entries = array_digest(indices) == item.digests.get("indices")
+        same = same_entries and array_digest(data) == item.digests.get(item.values)
         try:
             if same and before is not None and np.array_equal(indices, before.indices):
                 return self._unchanged(before), False
@@ -205,7 +209,7 @@ class _Job:
         if self.base is None and (tensor.base is not None or not self.self_contained):
             return tensor
         if self.base is None:
-            raise SourceError("the base's values are not at hand: pass --base")
+            raise SourceError("the base's values are not available: pass --base")
         start = base_entries(tensor, self.base)
         if not self.self_contained:
             return tensor
@@ -221,7 +225,7 @@ class _Job:
         if self.base is None:
             if self.self_contained and tensor.base is None and tensor.base_digest is not None:
                 raise SourceError(
-                    f"{self.folder}: tensor {name!r}: the base's values are not at hand: pass --base"
+                    f"{self.folder}: tensor {name!r}: the base's values are not available: pass --base"
                 )
             return tensor
         if tensor.base_digest is None:
@@ -233,7 +237,7 @@ class _Job:
 
 @dataclass
 class _Changed:
-    """A matrix that is not as it was written, or of which no original is there."""
+    """A matrix that was changed, or has no original."""
 
     item: Item
     indices: Indices
@@ -255,13 +259,13 @@ class _Changed:
         start = self._start()
         known = item.digests.get("base") if self.same_entries else None
         if start is not None:
-            known = digest(start)
+            known = array_digest(start)
         elif self.self_contained:
-            raise SourceError("the base's values at its entries are not at hand: pass --base")
+            raise SourceError("the base's values at its entries are not available: pass --base")
         if item.values == "delta" and start is None:
             return self._deltas(known)
         if known is None:
-            raise SourceError("targets at entries of which the base's values are not known: pass --base")
+            raise SourceError("targets whose base values are not known: pass --base")
         dtype = item.dtype if start is None else start.dtype
         target = self._kept(self._rounded(dtype, start), start)
         keep = start is not None and (
@@ -272,7 +276,7 @@ class _Changed:
         )  # fmt: skip
 
     def _frame(self) -> dict[str, Any]:
-        """What a patch says of the tensor beside its entries."""
+        """What a patch changes of the tensor beyond its entries."""
         if self.before is None:
             return {}
         return {"base_name": self.before.base_name, "rows": self.before.rows, "new_rows": self.before.new_rows}
@@ -297,7 +301,7 @@ class _Changed:
         )
 
     def _start(self) -> Array | None:
-        """The base's values at the entries, if they are at hand."""
+        """The base's values at the entries, if they are available."""
         item, before = self.item, self.before
         known = None if before is None else before.base
         here, there = self._common
@@ -315,8 +319,8 @@ class _Changed:
         fits = found.dtype == item.dtype or (item.values == "delta" and seen is None and is_float(found.dtype))
         if not fits:
             raise BaseMismatch(f"tensor {item.name!r}: the matrix is for {item.dtype}, the base has {found.dtype}")
-        if (self.same_entries and seen is not None and digest(found) != seen) or (
-            known is not None and bits(found[here]).tobytes() != bits(known[there]).tobytes()
+        if (self.same_entries and seen is not None and array_digest(found) != seen) or (
+            known is not None and as_bytes(found[here]).tobytes() != as_bytes(known[there]).tobytes()
         ):
             raise BaseMismatch(
                 f"tensor {item.name!r}: the base {self.base.path} holds other values at the entries"
@@ -336,7 +340,7 @@ class _Changed:
     def _rounded(self, dtype: np.dtype[Any], start: Array | None) -> Array:
         """The targets, as spec 4.1 has it."""
         work = working_dtype(dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is looked for below
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is checked below
             sums = self.data.astype(work)
             finite = np.isfinite(self.data)
             if self.item.values == "delta":
@@ -351,7 +355,7 @@ class _Changed:
         return np.asarray(target)
 
     def _kept(self, target: Array, start: Array | None) -> Array:
-        """``target``, with the bits of the original's entries where the data are as they were."""
+        """``target``, with the original's bits where the data are unchanged."""
         before = self.before
         if before is None or before.value_kind != "target" or before.dtype != target.dtype:
             return target
@@ -371,7 +375,7 @@ class _Changed:
 
 
 def _exactly(data: Array, dtype: np.dtype[Any]) -> Array:
-    """``data`` in ``dtype`` if that holds them exactly, else as they are."""
+    """``data`` in ``dtype`` if that is exact, else unchanged."""
     if data.dtype == dtype:
         return data
     with np.errstate(over="ignore", invalid="ignore"):

@@ -22,6 +22,5 @@ where base and target are within a factor of two of each other, and nearly alway
 from __future__ import annotations
 
 from shira_format.convert.peft_shira.read import peft_to_shira
-from shira_format.export.peft_shira.export import PeftReport, PeftTensor, shira_to_peft
 
-__all__ = ["PeftReport", "PeftTensor", "peft_to_shira", "shira_to_peft"]
+__all__ = ["peft_to_shira"]

@@ -1,4 +1,4 @@
-"""PEFT's files: where they are, what the configuration says, which keys belong together."""
+"""PEFT's files: finding them, reading the configuration, sorting the keys."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Keys:
 
 
 def find(path: Path) -> tuple[Path, Path]:
-    """The weights and the configuration at ``path``; an adapter that has a name lies in a subfolder.
+    """The weights and the configuration at ``path``; a named adapter is in a subfolder.
 
     Raises:
         SourceError: there is none, or there are several.
@@ -95,7 +95,7 @@ def read_config(path: Path) -> tuple[Kind, dict[str, Any]]:
     if kind is SHIRA and not is_rank(config.get("r")):
         raise SourceError(f"{path}: r must be a positive integer, not {config.get('r')!r:.80}")
     if kind is SHIRA and config.get("fan_in_fan_out"):
-        # PEFT takes nn.Linear only and unsets the option, so no file of its own has it; nothing tells what else it means.
+        # PEFT adapts nn.Linear only and unsets the option, so that none of its own files has it.
         raise SourceError(f"{path}: fan_in_fan_out is set, which PEFT's SHiRA has no layers for")
     if kind is SUPERTUNING and config.get("r") is not None:
         raise SourceError(f"{path}: r is set (Supra): a LoRA is added to the entries, and the sum is not sparse; merge it with PEFT and convert the full checkpoint")  # fmt: skip

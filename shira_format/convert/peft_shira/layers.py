@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.dtypes import is_float, working_dtype
+from shira_format._core.rounding import round_to
 from shira_format.checkpoints import Checkpoint
 from shira_format.convert.peft_shira.files import Kind
-from shira_format.entries.changes import round_to
 from shira_format.errors import SourceError
-from shira_format.format.codecs import Indices
 from shira_format.lora.files import checked
 
 # From here on float32 skips integers: 2^24 may have been 2^24 + 1.
@@ -56,7 +55,7 @@ class ShiraLayer:
         return self.shape[-1]
 
     def check(self, rank: int | None) -> None:
-        """Check all that can be seen without reading the tensors.
+        """Check what is known without reading the tensors.
 
         Args:
             rank: PEFT's ``r``; None where there is none.
@@ -99,7 +98,7 @@ class ShiraLayer:
             order = np.argsort(flat, kind="stable")
             flat, values = flat[order], values[order]
         if (twice := np.flatnonzero(flat[1:] == flat[:-1])).size:
-            # PEFT would add them one after the other, rounding each time; it never writes such a file.
+            # PEFT would add both, rounding twice; it never writes such a file.
             raise self._bad(self.indices_key, f"names the element {self._place(int(flat[twice[0]]))} twice")
         return flat, values
 
@@ -107,7 +106,7 @@ class ShiraLayer:
         raw = self.tensors[self.indices_key]
         if raw.dtype != np.int32:
             if not (raw == np.floor(raw)).all():
-                raise self._bad(self.indices_key, "holds a position that is no whole number")
+                raise self._bad(self.indices_key, "holds a position that is not an integer")
             if raw.size and np.abs(raw).max() >= _EXACT:
                 raise self._bad(
                     self.indices_key,

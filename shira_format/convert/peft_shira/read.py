@@ -1,4 +1,4 @@
-"""PEFT's sparse adapters to adapters of this format."""
+"""From PEFT's sparse adapters to adapter files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, digest, sum_of_squares
+from shira_format._core.arrays import Array, array_digest, sum_of_squares
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
-from shira_format.convert.finish import rounded, sparse_target
-from shira_format.convert.jobs import ConversionInputs, identified
+from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Keys, Kind, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.convert.report import ConversionReport, TensorReport
+from shira_format.convert.targets import sparse_target
 from shira_format.entries.changes import AddedTo, Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
@@ -26,7 +27,7 @@ from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
 from shira_format.names.filters import name_filter
 from shira_format.names.match import match_names
-from shira_format.storage.paths import located
+from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
 
 _LARGEST = 1e150  # of float64; the sums of squares in the report must stay numbers
@@ -35,15 +36,16 @@ Values = Literal["target", "delta"]
 
 
 def peft_to_shira(
-    adapter: str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str] | None,
     *,
     values: Values = "target",
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
 ) -> ConversionReport:
     """Make an adapter of a SHiRA or Super-Tuning adapter of PEFT.
 
@@ -52,7 +54,7 @@ def peft_to_shira(
     form from which ``shira_to_peft`` makes the same file again. One tensor is in memory at a time.
 
     Args:
-        adapter: PEFT's folder, or the ``adapter_model`` file in it.
+        folder: PEFT's folder, or the ``adapter_model`` file in it.
         base: the checkpoint that it adapts; names and shapes are resolved against it.
         out: the adapter file to write, which takes the place of what is there; None for a dry run.
         values: what to store.
@@ -60,6 +62,7 @@ def peft_to_shira(
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         progress: called with 1 after each adapted layer.
+        on_start: called once with the number of adapted layers.
 
     Raises:
         SourceError: an input that cannot be converted exactly; nothing is written.
@@ -67,28 +70,27 @@ def peft_to_shira(
     """
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
-    weights, config_path = find(located(adapter))
+    weights, config_path = find(resolve_path(folder))
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
     source = _Reader(weights, config_path, kind, config, checkpoint).read(name_filter(include, exclude))
-    job = lora_inputs(source, checkpoint, identified(os.fspath(base)))
+    job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
-    if path is not None and path.exists():
-        inputs = [file for file in job.files if isinstance(file, Path) and file.exists()]
-        if any(path.samefile(file) for file in inputs):
-            raise SourceError(f"{path}: is one of the inputs")
+    if path is not None:
+        check_not_input(path, job.files)
     report = ConversionReport(notices=list(job.notices))
-    given = unlike = 0
+    given = rounded_first = 0
+    on_start(len(source.updates))
     with ExitStack() as stack:
         writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
         for layer in source.updates:
             assert isinstance(layer, ShiraLayer)
-            tensor, account, done = _finished(layer, checkpoint, values, self_contained=self_contained)
+            tensor, account, done = _convert_layer(layer, checkpoint, values, self_contained=self_contained)
             given += done.entries
-            unlike += done.rounded
+            rounded_first += done.rounded
             report.tensors.append(account)
             if writer is not None:
-                writer.add(tensor, _notes(account) if values == "target" else None)
+                writer.add(tensor, account.notes if values == "target" else None)
             progress(1)
         for whole in _wholes(job, weights, self_contained=self_contained):
             report.whole.append(whole.name)
@@ -109,29 +111,25 @@ def peft_to_shira(
             f"{lost} of {given} entries do not change the base's values, as its dtype rounds them, and were left out "
             "(--values delta keeps them)"
         )
-    if values == "delta" and unlike:
+    if values == "delta" and rounded_first:
         report.notices.append(
-            f"Super-Tuning rounds {unlike} of {given} values to the base's dtype before it adds them; they are stored as the "
+            f"Super-Tuning rounds {rounded_first} of {given} values to the base's dtype before it adds them; they are stored as the "
             "file has them, and base + delta may differ from PEFT's in the last bit (--values target does not)"
         )
     return report
 
 
 @dataclass(frozen=True)
-class _Given:
-    """How many entries PEFT's file has for a layer, and how many of them PEFT rounds before it adds them."""
+class _SourceCounts:
+    """The number of entries of a layer in PEFT's file, and of those that PEFT rounds before it adds them."""
 
     entries: int
     rounded: int
 
 
-def _notes(account: TensorReport) -> dict[str, float]:
-    return {"energy_kept": rounded(account.energy_kept), "relative_error": rounded(account.relative_error)}
-
-
-def _finished(
+def _convert_layer(
     layer: ShiraLayer, base: Checkpoint, values: Values, *, self_contained: bool
-) -> tuple[SparseTensor, TensorReport, _Given]:
+) -> tuple[SparseTensor, TensorReport, _SourceCounts]:
     """The tensor, its account, and what PEFT's file had for it."""
     indices, stored = layer.entries()
     steps = layer.steps(stored)
@@ -149,19 +147,19 @@ def _finished(
     if values == "delta":
         tensor = SparseTensor(
             layer.name, layer.shape, indices, stored, value_kind="delta", dtype=before.dtype,
-            base=before if self_contained else None, base_digest=None if self_contained else digest(before),
+            base=before if self_contained else None, base_digest=None if self_contained else array_digest(before),
         )  # fmt: skip
         account = replace(account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0)
-    unlike = 0
+    rounded_first = 0
     if layer.kind.rounds_first:
         with np.errstate(over="ignore"):
-            unlike = int(np.count_nonzero(stored.astype(steps.dtype) != steps))
-    return tensor, account, _Given(indices.size, unlike)
+            rounded_first = int(np.count_nonzero(stored.astype(steps.dtype) != steps))
+    return tensor, account, _SourceCounts(indices.size, rounded_first)
 
 
 def _wholes(job: ConversionInputs, path: Path, *, self_contained: bool) -> Iterator[DenseTensor]:
     try:
-        for whole in job.wholes(self_contained):
+        for whole in job.dense(self_contained):
             assert isinstance(whole, DenseTensor)
             yield whole
     except SourceError as error:
@@ -170,7 +168,7 @@ def _wholes(job: ConversionInputs, path: Path, *, self_contained: bool) -> Itera
 
 @dataclass(frozen=True)
 class _Reader:
-    """An adapter on its way from keys to layers and whole tensors of the base."""
+    """Reads an adapter: from keys to layers and dense tensors of the base."""
 
     path: Path
     config_path: Path
@@ -214,7 +212,7 @@ class _Reader:
         return found
 
     def _check_own_base(self, key: str, array: Array, name: str) -> None:
-        """PEFT saves what lies under an adapted ``lm_head``, too: it must be what the base has, maybe rounded."""
+        """PEFT also saves the base weight of an adapted ``lm_head``: it must be the base's, possibly rounded."""
         if name not in self.base:
             raise SourceError(f"{self.path}: {key!r}: the base has no {name!r}")
         weight = self.base[name]

@@ -1,9 +1,9 @@
-"""An adapter to a PEFT LoRA."""
+"""From an adapter file to a PEFT LoRA."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,110 +12,98 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
+from shira_format._core.threads import Progress, single_threaded_blas
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.export.lora.factors import Factors, best_factors
+from shira_format.export.lora.factors import Factors, best_factors, check_amount
 from shira_format.export.lora.folder import (
     FILE,
+    METADATA,
+    WRITER,
     Shapes,
-    WeightsFile,
-    check_replaceable,
     config,
     factors_of,
     largest_shapes,
-    size_of,
-    write_config,
+    own_files,
 )
 from shira_format.export.lora.plan import EMBEDDING, LayerPlan, LoraPlan, Planner, Saved
 from shira_format.export.lora.report import LayerReport, LoraReport
-from shira_format.export.lora.svd import scipy_linalg
 from shira_format.format import AdapterFile
-from shira_format.lora.peft.config import PREFIX
+from shira_format.lora.peft.config import CONFIG, PREFIX
 from shira_format.names.filters import name_filter
-from shira_format.selection import single_threaded_blas
-from shira_format.storage.atomic import replaced_file, replaced_folder
-from shira_format.tensors import SparseTensor, matrix_view
+from shira_format.storage.atomic import atomic_file
+from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder, write_json
+from shira_format.storage.safetensors_file import SafetensorsWriter
+from shira_format.tensors import SparseTensor, matrix_shape
 
 
 def shira_to_lora(
-    adapter_path: str | os.PathLike[str],
-    folder: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint | None,
+    out: str | os.PathLike[str] | None,
     *,
     rank: int | None = None,
     energy: float | None = None,
-    base: str | os.PathLike[str] | None = None,
     prefix: str = "",
     embedding: str = EMBEDDING,
     fan_in_fan_out: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     force: bool = False,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
 ) -> LoraReport:
     """Write the best low-rank approximation of an adapter as a LoRA that PEFT loads; see :mod:`shira_format.export.lora`.
 
     One layer is in memory at a time, and the folder appears whole or not at all. The same input gives the same bytes.
 
     Args:
-        adapter_path: the adapter file.
-        folder: where to; None for a dry run, which computes everything and writes nothing.
-        rank: the rank of every layer, or less where a layer has no more. Either this or ``energy``.
-        energy: the share, in (0, 1], of each layer's sum of squares to keep, by as small a rank as possible.
-        base: the checkpoint that the adapter was made for. It is needed for targets without base values and for tensors that
-            are replaced as a whole, and it tells how weights are stored.
+        adapter: the adapter file.
+        base: the checkpoint that the adapter was made for, a path or an open checkpoint. It is needed for targets without base
+            values and for dense tensors, and shows how weights are stored. None if it is not available.
+        out: the folder to write; None for a dry run, which computes everything and writes nothing.
+        rank: the rank of every layer, or less where a layer has no more. Give either this or ``energy``.
+        energy: keep this share, in (0, 1], of each layer's energy (the sum of squares) with as small a rank as possible.
         prefix: what names in the live model start with, where those of the checkpoint do not: ``"bert."``, ``"model."``.
         embedding: a regex that is found in the names of weights of embeddings.
-        fan_in_fan_out: a regex that is found in the names of weights that are stored ``[in, out]``; None: the base tells.
-        include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
+        fan_in_fan_out: a regex that is found in the names of weights stored ``[in, out]``; None: detected from the base.
+        include: regexes; a tensor, sparse or dense, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
-        force: replace ``folder``, if ``shira_to_lora`` wrote it and nothing else was put there.
-        progress: called with 1 after each tensor.
+        force: replace ``out``, if ``shira_to_lora`` wrote it and nothing else was put there.
+        progress: called with 1 after each layer.
+        on_start: called once with the number of layers.
 
     Raises:
-        SourceError: scipy is missing; base values are needed; a LoRA cannot hold a tensor, or nothing tells what it is; nothing
-            is left to adapt; ``folder`` exists and must not be replaced. Nothing is written.
+        ValueError: not exactly one of ``rank`` and ``energy``, or one that is out of range.
+        SourceError: base values are needed; a LoRA cannot hold a tensor, or its kind is not known; nothing is left to adapt;
+            ``out`` exists and must not be replaced. Nothing is written.
         BaseMismatch: ``base`` is not the base of the adapter.
         FormatError: the adapter's file is damaged.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("either rank or energy")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank {rank} is not positive")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy {energy} is not in (0, 1]")
-    scipy_linalg()
-    path, target = Path(adapter_path), None if folder is None else Path(folder)
-    if target is not None and os.path.lexists(target):
-        if not force:
-            raise SourceError(f"{target}: exists")
-        check_replaceable(target)
-    source = AdapterFile(path, apart=True)
+    check_amount(rank, energy)
+    path, target = Path(adapter), None if out is None else Path(out)
+    checkpoint = None if base is None else open_checkpoint(base)
+    inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
+    check_output_folder(target, inputs, force=force, writer=WRITER, own_files=own_files)
+    source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
-        checkpoint = None if base is None else open_checkpoint(base)
-        if target is not None:
-            _check_inputs(target, [path, *(checkpoint.files if checkpoint is not None else ())])
-        chosen = name_filter(include, exclude)
         plan = Planner(
-            path, source.manifest, checkpoint, chosen, prefix=prefix, embedding=embedding, fan_in_fan_out=fan_in_fan_out
+            path, source.manifest, checkpoint, name_filter(include, exclude),
+            prefix=prefix, embedding=embedding, fan_in_fan_out=fan_in_fan_out,
         ).plan()  # fmt: skip
-        job = _Job(source, checkpoint, plan, rank, energy, progress)
-        job.report.adapter_bytes = path.stat().st_size
-        # So that the bytes do not depend on how many threads there are.
+        on_start(len(plan.layers))
+        export = _Export(source, checkpoint, plan, rank, energy, progress)
+        export.report.adapter_bytes = path.stat().st_size
+        # So that the bytes do not depend on the number of threads.
         stack.enter_context(single_threaded_blas())
-        job.run(stack.enter_context(replaced_folder(target)) if target is not None else None)
-    return job.report
+        export.run(stack.enter_context(output_folder(target)))
+    return export.report
 
 
-def _check_inputs(folder: Path, inputs: Sequence[Any]) -> None:
-    """A folder that holds an input is not replaced."""
-    here = folder.resolve()
-    for path in inputs:
-        if isinstance(path, Path) and here in path.resolve().parents:
-            raise SourceError(f"{folder}: holds {path}, an input, and so is not replaced")
+class _Export:
+    """The work of one call."""
 
-
-class _Job:
     def __init__(
         self,
         source: AdapterFile,
@@ -123,7 +111,7 @@ class _Job:
         plan: LoraPlan,
         rank: int | None,
         energy: float | None,
-        progress: Callable[[int], object],
+        progress: Progress,
     ) -> None:
         self._source, self._base, self._plan = source, base, plan
         self._rank, self._energy, self._progress = rank, energy, progress
@@ -138,8 +126,8 @@ class _Job:
             for _ in self._arrays():
                 pass
         else:
-            with replaced_file(folder / FILE) as file:
-                weights = WeightsFile(file, self._largest())
+            with atomic_file(folder / FILE) as file:
+                weights = SafetensorsWriter(file, self._largest(), METADATA)
                 for name, array in self._arrays():
                     weights.add(name, array)
                 weights.finish()
@@ -149,18 +137,19 @@ class _Job:
                 "all updates are zero" if report.left_out else "it changes no weight of two or more dimensions"
             )
             raise SourceError(f"{self._source.path}: {reason}: PEFT has no LoRA without an adapted module")
-        self._tell()
+        self._add_notices()
         if folder is not None:
             base_model = self._source.manifest.raw.get("base_model") or {}
-            write_config(folder, config(report.layers, sorted(self._plan.saved), self._plan.modules, base_model))
-            report.folder_bytes = size_of(folder)
+            values = config(report.layers, sorted(self._plan.saved), self._plan.modules, base_model)
+            write_json(folder / CONFIG, values)
+            report.folder_bytes = folder_bytes(folder)
 
     def _largest(self) -> Shapes:
         """What :meth:`_arrays` may give, at most."""
         most: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         for layer in self._plan.layers:
             shape = layer.entry.shape
-            rank = min(*matrix_view(shape), self._rank or 1 << 53)
+            rank = min(*matrix_shape(shape), self._rank or 1 << 53)
             most |= largest_shapes(layer.module, layer.kind, shape, max(1, rank))
         for saved in self._saved():
             most[PREFIX + saved.name] = self._type(saved)
@@ -198,7 +187,7 @@ class _Job:
         if not values.any():
             report.left_out.append(entry.name)
             return {}
-        shape = matrix_view(entry.shape)
+        shape = matrix_shape(entry.shape)
         try:
             found = best_factors(shape, tensor.indices, values, rank=self._rank, energy=self._energy)
         except SourceError as error:
@@ -235,7 +224,7 @@ class _Job:
     def _error(self, name: str, reason: str) -> SourceError:
         return SourceError(f"{self._source.path}: tensor {name!r}: {reason}")
 
-    def _tell(self) -> None:
+    def _add_notices(self) -> None:
         report = self.report
         if report.left_out:
             report.notices.append(f"left out, since their updates are zero: {', '.join(report.left_out)}")

@@ -22,7 +22,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
-from shira_format.export.lora.svd import Method, Triplets, largest, norm, reaching, scipy_linalg
+from shira_format.export.lora.svd import Method, Triplets, largest, norm, reaching
 
 _TILE = 1 << 20  # elements of the difference that are in memory at a time
 _DENSE = 1 << 16  # elements up to which the difference is looked at whole
@@ -65,6 +65,20 @@ class Factors:
         return int(self.down.shape[0])
 
 
+def check_amount(rank: int | None, energy: float | None) -> None:
+    """Check how much is to be kept.
+
+    Raises:
+        ValueError: not exactly one of the two, or one that is out of range.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError("give either rank or energy")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank {rank} is not positive")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy {energy} is not in (0, 1]")
+
+
 def best_factors(
     shape: tuple[int, int],
     indices: Array,
@@ -91,14 +105,9 @@ def best_factors(
 
     Raises:
         ValueError: neither or both of ``rank`` and ``energy``, or one that cannot be meant, or values of zeros or not finite.
-        SourceError: scipy is missing, or the factors overflow float32.
+        SourceError: the factors overflow float32.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("either rank or energy")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank {rank} is not positive")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy {energy} is not in (0, 1]")
+    check_amount(rank, energy)
     pattern = _Compressed(shape, indices, values)
     for attempt in (method, "gram"):
         triplets, kept = _triplets(pattern.matrix, rank, energy, attempt)
@@ -115,7 +124,8 @@ class _Compressed:
     """A sparse matrix without its empty rows and columns, scaled by a power of two so that the largest entry is near 1."""
 
     def __init__(self, shape: tuple[int, int], indices: Array, values: Array) -> None:
-        _, sparse, _ = scipy_linalg()
+        from scipy import sparse
+
         self.shape = shape
         kept = values != 0
         values = values[kept].astype(np.float64)
@@ -137,7 +147,7 @@ def _triplets(matrix: Any, rank: int | None, energy: float | None, method: Any) 
         assert rank is not None
         triplets = largest(matrix, min(rank, *matrix.shape) + 1, method)
         kept = min(rank, triplets.values.size)
-    # Beyond the rank there is rounding only.
+    # Beyond the rank there is only rounding noise.
     noise = max(matrix.shape) * _EPSILON * triplets.values[0]
     return triplets, max(1, min(kept, int(np.count_nonzero(triplets.values > noise))))
 
@@ -185,7 +195,7 @@ def _spread(factor: Array, places: Array, size: int) -> Array:
 
 
 class _Difference:
-    """A sparse matrix minus a product of factors, of which no more than a tile is ever made; turned so that it is not wide."""
+    """A sparse matrix minus a product of factors, computed tile by tile; transposed if it is wide."""
 
     def __init__(self, matrix: Any, up: Array, down: Array) -> None:
         wide = matrix.shape[0] < matrix.shape[1]
@@ -207,7 +217,8 @@ class _Difference:
             )
             if found is not None:
                 return found
-        linalg, _, _ = scipy_linalg()
+        from scipy import linalg
+
         square = np.zeros((side, side))
         for tile in self._tiles():
             square += tile.T @ tile

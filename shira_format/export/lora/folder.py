@@ -1,66 +1,26 @@
-"""The folder of a PEFT LoRA: its two files, and what may be replaced by another one."""
+"""The folder of a PEFT LoRA: its two files, and which folders hold one that was written here."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, bits
-from shira_format._core.dtypes import dtype_name
-from shira_format.errors import FormatError, SourceError
+from shira_format._core.arrays import Array
+from shira_format.errors import SourceError
 from shira_format.export.lora.plan import Kind, pattern, targets
 from shira_format.export.lora.report import LayerReport
 from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
-from shira_format.storage.atomic import LITTER
 from shira_format.storage.safetensors_file import SafetensorsFile
 
 FILE = WEIGHTS[0]
 WRITER = "shira_to_lora"
 _MARK = "written_by"
+METADATA = {"format": "pt", _MARK: WRITER}
 
 Shapes = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
-
-
-class WeightsFile:
-    """A safetensors file that is written tensor by tensor, although its header tells their sizes.
-
-    Room for the header is left by the largest shapes that the tensors may have; the true one, which is no longer, is filled up
-    with spaces.
-    """
-
-    def __init__(self, file: BinaryIO, most: Shapes) -> None:
-        """Args: ``file``: open for writing, empty; ``most``: dtypes and largest shapes, also of tensors that may not come."""
-        self._file = file
-        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt", _MARK: WRITER}}
-        self._at = 0
-        end = sum(dtype.itemsize * int(np.prod(shape, dtype=object)) for dtype, shape in most.values())
-        entries = self._entries | {name: _entry(*known, end, end) for name, known in most.items()}
-        self._room = len(_text(entries)) + 7 & ~7
-        file.write(bytes(8 + self._room))
-
-    def add(self, name: str, array: Array) -> None:
-        """Write one tensor."""
-        array = np.ascontiguousarray(array)
-        self._entries[name] = _entry(array.dtype, array.shape, self._at, self._at + array.nbytes)
-        self._at += array.nbytes
-        self._file.write(bits(array).data)
-
-    def finish(self) -> None:
-        """Write the header."""
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + _text(self._entries).ljust(self._room))
-
-
-def _entry(dtype: np.dtype[Any], shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
-    return {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [start, stop]}
-
-
-def _text(entries: Mapping[str, Any]) -> bytes:
-    return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def factors_of(module: str, kind: Kind, shape: tuple[int, ...], up: Array, down: Array) -> dict[str, Array]:
@@ -130,29 +90,17 @@ def config(
     }
 
 
-def write_config(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write ``adapter_config.json``; escapes instead of other letters, so that whatever encoding a reader takes is right."""
-    (folder / CONFIG).write_bytes(json.dumps(values, indent=2, allow_nan=False).encode("ascii") + b"\n")
+def own_files(folder: Path) -> set[str]:
+    """Names of the files of a LoRA that :func:`shira_to_lora` wrote.
 
-
-def check_replaceable(folder: Path) -> None:
-    """Raise SourceError unless ``folder`` holds a LoRA that :func:`shira_to_lora` wrote, and nothing else."""
-    reason = f"{folder}: not a folder that {WRITER} wrote, and so not replaced"
-    if folder.is_symlink() or not folder.is_dir():
-        raise SourceError(reason)
-    names = {path.name for path in folder.iterdir()} - LITTER
-    if others := sorted(names - {CONFIG, FILE}):
-        raise SourceError(f"{folder}: holds {others[0]!r}, which {WRITER} did not write, and so is not replaced")
-    try:
-        file = SafetensorsFile(folder / FILE)
-    except (OSError, FormatError):
-        raise SourceError(reason) from None
+    Raises:
+        SourceError: the folder holds none.
+        OSError: its weights cannot be read.
+        FormatError: they are not a safetensors file.
+    """
+    file = SafetensorsFile(folder / FILE)
     mark = file.metadata.get(_MARK)
     file.close()
     if mark != WRITER or not (folder / CONFIG).is_file():
-        raise SourceError(reason)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files."""
-    return sum((folder / name).stat().st_size for name in (CONFIG, FILE))
+        raise SourceError(f"its weights do not say so, or it has no {CONFIG}")
+    return {CONFIG, FILE}

@@ -1,14 +1,14 @@
-"""Which tensor of an adapter becomes which part of a PEFT LoRA, or why none: decided before anything is computed.
+"""Which part of a PEFT LoRA each tensor of an adapter becomes, or why none: decided before anything is computed.
 
-An adapter's file tells names and shapes, not the classes of modules, by which PEFT decides. So:
+PEFT decides by the classes of modules; an adapter's file has only names and shapes. So:
 
 * **Embeddings** are known by their names (:data:`EMBEDDING`, or a regex of the user's).
 * **transformers' Conv1D** (GPT-2) stores ``[in, out]``. It always has a bias, of out elements. So a weight whose module has no bias
   in the base is none, and one that is not square tells by the bias's length. Square ones follow the others of the base if
-  those agree. Where that does not decide, the user must.
-* **Convolutions** are the weights of 3 to 5 dimensions. Groups and dilation do not show.
+  those agree. Otherwise the user must decide.
+* **Convolutions** are the weights of 3 to 5 dimensions. Groups and dilation are not visible.
 
-What was decided by less than a proof is said in a notice.
+Decisions without proof are reported in a notice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EMBEDDING = (
 )
 # Embeddings that no head shares.
 _UNTIED = re.compile(r"pos|type|wpe|relative")
-# What GPT-2 and its kin call their Conv1D layers; others call Linear layers so.
+# Names of Conv1D layers in GPT-2 and similar models; other models use them for Linear layers.
 _LIKE_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _WEIGHT = ".weight"
 
@@ -75,7 +75,7 @@ class LoraPlan:
 
 
 class Planner:
-    """Decides; see :meth:`plan`."""
+    """Makes a plan; see :meth:`plan`."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Planner:
         self._embedding = _regex("embedding", embedding)
         self._transposed = None if fan_in_fan_out is None else _regex("fan-in-fan-out", fan_in_fan_out)
         self._component = ""
-        self._unproved: list[str] = []  # taken as [out, in] since nothing says otherwise
+        self._unproved: list[str] = []  # assumed to be [out, in]
         self._followed: list[str] = []  # square, [in, out] like all others
 
     def plan(self) -> LoraPlan:
@@ -131,14 +131,14 @@ class Planner:
             self._check(entry)
         plan.layers = [self._layer(entry) for entry in entries if len(entry.shape) >= 2]
         self._save(plan, whole, vectors)
-        self._tell(plan)
+        self._add_notices(plan)
         return plan
 
     def _error(self, name: str, reason: str) -> SourceError:
         return SourceError(f"{self.path}: tensor {name!r} {reason}; --exclude leaves it out")
 
     def _one_component(self, names: list[str]) -> str:
-        """``"unet/"``, what all names start with if the adapter is for a model of several parts; else nothing."""
+        """``"unet/"``, the prefix of all names in an adapter of a pipeline; otherwise empty."""
         if not self.manifest.raw.get("components"):
             return ""
         found = sorted({name.partition("/")[0] for name in names})
@@ -200,7 +200,7 @@ class Planner:
         return LayerPlan(entry, self.prefix + module, kind)
 
     def _bias(self, weight: str) -> int | None:
-        """Elements of the bias beside a weight of the base, if both are there."""
+        """Elements of the bias that belongs to a weight, if the base has it."""
         name = f"{weight.removesuffix('weight')}bias"
         if self.base is None or name not in self.base or len(shape := self.base.shape(name)) != 1:
             return None
@@ -227,18 +227,18 @@ class Planner:
         if _LIKE_CONV1D.search(name):
             raise SourceError(
                 f"{self.path}: tensor {name!r} may be stored as [in, out] (transformers' Conv1D) or as [out, in]: "
-                "--base or --fan-in-fan-out tells"
+                "pass --base or --fan-in-fan-out"
             )
         self._unproved.append(name)
         return False
 
     def _as_others(self, name: str) -> bool:
-        """What the base's weights that are not square and have a bias are."""
+        """Whether the weight is stored like the base's other weights with a bias that are not square."""
         found = self._others
         if found == {True, False}:
             raise SourceError(
                 f"{self.path}: tensor {name!r} is square, and the base has layers that store [in, out] and layers that store "
-                "[out, in]: tell the former by --fan-in-fan-out REGEX"
+                "[out, in]: name the former by --fan-in-fan-out REGEX"
             )
         (self._followed if found == {True} else self._unproved if not found else []).append(name)
         return found == {True}
@@ -301,7 +301,7 @@ class Planner:
                 f"is of the module {module!r}, which PEFT cannot tell from {others[0]!r}",
             )
 
-    def _tell(self, plan: LoraPlan) -> None:
+    def _add_notices(self, plan: LoraPlan) -> None:
         kinds: dict[str, list[str]] = {}
         for layer in plan.layers:
             kinds.setdefault(layer.kind, []).append(layer.entry.name)
@@ -320,11 +320,11 @@ class Planner:
             plan.notices.append(f"square, and taken as [in, out] like the base's other layers: {_some(names)}")
         if names := self._unproved:
             plan.notices.append(
-                f"taken as [out, in], as torch.nn.Linear stores them; nothing proves it (--fan-in-fan-out): {_some(names)}"
+                f"taken as [out, in], as torch.nn.Linear stores them, without proof (--fan-in-fan-out): {_some(names)}"
             )
 
     def _has_twin(self, name: str) -> bool:
-        """Whether the base has another matrix of this shape, which the head may be; then it shares nothing."""
+        """Whether the base has another matrix of this shape: then the head may have its own weight."""
         if self.base is None:
             return False
         shape = self.base.shape(name)
@@ -334,8 +334,8 @@ class Planner:
 def targets(modules: list[str], known: set[str] | None) -> list[str] | str:
     """``target_modules`` that name these modules and no others of the live model.
 
-    PEFT takes the names of a list as ends of names, too. So a list will do if the known modules leave no doubt; else it is a
-    regex, which PEFT matches against whole names.
+    PEFT also matches a name in a list with the end of a module's name. So a list is used if the known modules make it
+    unambiguous, else a regex, which PEFT matches with whole names.
     """
     if known is not None:
         wanted = set(modules)
@@ -351,7 +351,7 @@ def targets(modules: list[str], known: set[str] | None) -> list[str] | str:
 
 
 def pattern(module: str) -> str:
-    """A key of ``rank_pattern`` that hits this module alone: PEFT's own regex would let others end like it."""
+    """A key of ``rank_pattern`` that matches only this module: PEFT's own regex also matches names that end with it."""
     return f"^{re.escape(module)}"
 
 

@@ -1,17 +1,17 @@
-"""What a LoRA keeps of an adapter, per weight and in all."""
+"""The report of an export to a LoRA: what it keeps, per weight and in all."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-from shira_format.convert.report import LITTLE
+from shira_format.convert.report import LOW_ENERGY
 from shira_format.tensors import numel
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one weight; S is what the adapter adds to it, as a matrix ``[shape[0], all others]``.
+    """What is kept of one weight; S is the adapter's delta as a matrix ``[shape[0], product of the others]``.
 
     Attributes:
         name: the adapter's tensor.
@@ -59,7 +59,7 @@ class LayerReport:
 
 @dataclass
 class LoraReport:
-    """The account of one conversion.
+    """The report of one conversion.
 
     Attributes:
         layers: the weights that the LoRA adapts.
@@ -115,8 +115,8 @@ class LoraReport:
         return sum(layer.energy_kept * (layer.norm / self.norm) ** 2 for layer in self.layers)
 
     def warnings(self) -> list[str]:
-        """What is lost, in plain words; empty if little is."""
-        if self.energy_kept >= LITTLE:
+        """Warnings about what is lost; empty if little is."""
+        if self.energy_kept >= LOW_ENERGY:
             return []
         text = (
             f"only {self.energy_kept:.1%} of the update's energy is kept (relative error {self.relative_error:.2f}): the LoRA "

@@ -35,7 +35,6 @@ from typing import Any, Literal
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format.errors import SourceError
 
 Method = Literal["lanczos", "gram", "full"]
 
@@ -44,7 +43,7 @@ _TILE = 1 << 20  # elements of a dense piece
 _FILLED = 0.1  # density from which dense products beat sparse ones
 _RESIDUAL = 1e-11  # of the largest singular value; Lanczos gives about 1e-15
 _NEARLY_ALL = 1e-9  # energy beyond which small singular values count, and so squares do not do
-# What sums of squares in float64 are good to, of the whole.
+# The relative accuracy of sums of squares in float64.
 _ROUNDING: dict[Method, float] = {"lanczos": 1e-12, "gram": 1e-12, "full": 1e-14}
 
 
@@ -56,20 +55,6 @@ class Triplets:
     values: Array
     right: Array
     method: Method
-
-
-def scipy_linalg() -> tuple[Any, Any, Any]:
-    """The modules ``scipy.linalg``, ``scipy.sparse`` and ``scipy.sparse.linalg``.
-
-    Raises:
-        SourceError: scipy is not installed.
-    """
-    try:
-        import scipy.linalg
-        import scipy.sparse.linalg
-    except ImportError:
-        raise SourceError("low-rank factors need scipy: pip install 'shira-format[lora]'") from None
-    return scipy.linalg, scipy.sparse, scipy.sparse.linalg
 
 
 def largest(matrix: Any, count: int, method: Method | None = None) -> Triplets:
@@ -124,7 +109,8 @@ def reaching(matrix: Any, energy: float, method: Method | None = None) -> tuple[
         triplets = _full(matrix, side)
         needed = _fewest(triplets.values, energy, _ROUNDING["full"])
         return _cut(triplets, needed + 1), needed
-    linalg, _, _ = scipy_linalg()
+    from scipy import linalg
+
     product = gram(matrix)
     squares = linalg.eigh(product, eigvals_only=True, check_finite=False)[::-1]
     needed = _fewest(np.sqrt(np.maximum(squares, 0)), energy, _ROUNDING["gram"])
@@ -192,7 +178,8 @@ def _lanczos(matrix: Any, count: int, products: float) -> Triplets | None:
 
 def _eigenvectors(multiply: Any, side: int, count: int, products: float, tolerance: float) -> Array | None:
     """Eigenvectors ``[side, count]`` of the largest eigenvalues of a symmetric operator, orthonormal; None if not found."""
-    _, _, sparse = scipy_linalg()
+    from scipy.sparse import linalg as sparse
+
     vectors = max(2 * count + 1, 20)  # ARPACK's own default
     restarts = (products - vectors) / (vectors - count)
     if vectors > side or restarts < 1:
@@ -210,7 +197,8 @@ def _eigenvectors(multiply: Any, side: int, count: int, products: float, toleran
 
 
 def _of_gram(matrix: Any, product: Array, count: int) -> Triplets:
-    linalg, _, _ = scipy_linalg()
+    from scipy import linalg
+
     side = len(product)
     _, right = linalg.eigh(product, subset_by_index=[side - count, side - 1], overwrite_a=True, check_finite=False)
     return _projected(matrix, right, "gram")
@@ -223,7 +211,8 @@ def _projected(matrix: Any, right: Array, method: Method) -> Triplets:
 
 
 def _full(matrix: Any, count: int) -> Triplets:
-    linalg, _, _ = scipy_linalg()
+    from scipy import linalg
+
     dense = matrix.toarray()
     try:
         left, values, right = linalg.svd(dense, full_matrices=False, check_finite=False)

@@ -1,4 +1,4 @@
-"""Adapters of this format to PEFT's SHiRA."""
+"""From adapter files to PEFT's SHiRA."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different
+from shira_format._core.arrays import Array, Indices, bits_differ
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
+from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.peft_shira.files import SHIRA
 from shira_format.errors import SourceError
 from shira_format.export.csr import base_entries, difference, weight_of, wide
-from shira_format.export.peft_shira.folder import Stored, check_replaceable, config_text, weights_file
+from shira_format.export.peft_shira.config import own_files, peft_config
 from shira_format.export.peft_shira.padding import padded
 from shira_format.export.peft_shira.plan import PeftPlan, Target, make_plan
 from shira_format.format import AdapterFile
-from shira_format.format.codecs import Indices
 from shira_format.format.manifest import SparseEntry
 from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS
 from shira_format.names.filters import name_filter
-from shira_format.storage.atomic import replaced_file, replaced_folder
+from shira_format.storage.output_folder import (
+    TensorLayout,
+    check_output_folder,
+    folder_bytes,
+    output_folder,
+    weights_file,
+    write_json,
+)
 from shira_format.tensors import SparseTensor
 
 _INDEX = np.dtype(np.int32)
@@ -76,47 +83,47 @@ class PeftReport:
 
 
 def shira_to_peft(
-    adapter_path: str | os.PathLike[str],
-    folder: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     prefix: str = "",
     pad: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     force: bool = False,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
 ) -> PeftReport:
-    """Write an adapter as a folder that ``PeftModel.from_pretrained`` loads; see :mod:`shira_format.convert.peft_shira`.
+    """Write an adapter as a folder that ``PeftModel.from_pretrained`` loads; see :mod:`shira_format.export.peft_shira`.
 
     Values are deltas in float32, in float64 for a float64 weight, at the adapter's own strength. One tensor is in memory at a
     time, and the folder appears whole or not at all.
 
     Args:
-        adapter_path: the adapter file.
-        folder: where to; None for a dry run, which computes everything and writes nothing.
-        base: the checkpoint that the adapter was made for: needed for targets of an adapter that does not hold the base's values,
-            and for what is not adapted of a module that is saved whole. What is given is checked.
+        adapter: the adapter file.
+        out: the folder to write; None for a dry run, which computes everything and writes nothing.
+        base: the checkpoint that the adapter was made for, a path or an open checkpoint: needed for targets of an adapter without
+            the base's values, and for tensors of ``modules_to_save`` that the adapter does not change. It is checked.
         prefix: what the names of PEFT's model have before those of the adapter: a base of a bare model calls its weights
             ``encoder...``, where a model with a head on top says ``bert.encoder...``.
-        pad: fill layers up with zeros where PEFT asks for more entries.
+        pad: fill layers up with zeros where PEFT requires more entries.
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
-        force: replace ``folder``, if it holds a SHiRA adapter of PEFT, and nothing else was put there.
+        force: replace ``out``, if it holds a SHiRA adapter of PEFT, and nothing else was put there.
         progress: called with 1 after each layer.
+        on_start: called once with the number of layers.
 
     Raises:
-        SourceError: PEFT cannot hold the adapter; base values are needed; ``folder`` exists and must not be replaced.
+        SourceError: PEFT cannot hold the adapter; base values are needed; ``out`` exists and must not be replaced.
         BaseMismatch: ``base`` is not the base of the adapter.
         FormatError: the adapter's file is damaged.
     """
-    path, out = Path(adapter_path), None if folder is None else Path(folder)
-    if out is not None and os.path.lexists(out) and not force:
-        raise SourceError(f"{out}: exists")
+    path, target = Path(adapter), None if out is None else Path(out)
     checkpoint = None if base is None else open_checkpoint(base)
-    if out is not None and os.path.lexists(out):
-        check_replaceable(out, [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])])
-    source = AdapterFile(path, apart=True)
+    inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
+    check_output_folder(target, inputs, force=force, writer="shira_to_peft", own_files=own_files)
+    source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         plan = make_plan(source, name_filter(include, exclude), checkpoint, prefix, pad=pad)
@@ -124,22 +131,27 @@ def shira_to_peft(
             plan.rank, modules_to_save=plan.saved, whole=list(plan.whole), filled=list(plan.filled),
             notices=[*(checkpoint.notices if checkpoint is not None else ()), *plan.notices],
         )  # fmt: skip
-        hidden = stack.enter_context(replaced_folder(out)) if out is not None else None
-        put: Callable[[str, Array], None] = lambda _key, _array: None  # noqa: E731
-        with ExitStack() as inner:
-            if hidden is not None:
-                put = inner.enter_context(weights_file(hidden / WEIGHTS[0], _layout(source, plan, checkpoint)))
-            export = _Export(source, plan, checkpoint, put)
-            for target in plan.targets:
-                report.tensors.append(export.layer(target))
+        on_start(len(plan.targets))
+        export = _Export(source, plan, checkpoint)
+        folder = stack.enter_context(output_folder(target))
+        put: Callable[[str, list[Array]], None] = lambda _name, _parts: None  # noqa: E731
+        with ExitStack() as file:
+            if folder is not None:
+                tensors = sorted(_layout(source, plan, checkpoint))
+                put = file.enter_context(weights_file(folder / WEIGHTS[0], tensors, {"format": "pt"}))
+            for layer in plan.targets:
+                arrays, account = export.layer(layer)
+                for key, array in arrays.items():
+                    put(key, [array])
+                report.tensors.append(account)
                 progress(1)
             for key, array in export.saved():
-                put(key, array)
-        if hidden is not None:
+                put(key, [array])
+        if folder is not None:
             model = source.manifest.raw.get("base_model") or {}
-            with replaced_file(hidden / CONFIG) as file:
-                file.write(config_text(plan.rank, [target.module for target in plan.targets], plan.saved, model))
-            report.folder_bytes = sum(file.stat().st_size for file in hidden.iterdir())
+            modules = [layer.module for layer in plan.targets]
+            write_json(folder / CONFIG, peft_config(plan.rank, modules, plan.saved, model))
+            report.folder_bytes = folder_bytes(folder)
     report.notices += _notices(report, plan, export.alpha)
     return report
 
@@ -148,19 +160,19 @@ def _keys(target: Target) -> tuple[str, str]:
     return f"{PREFIX}{target.module}.{SHIRA.indices}", f"{PREFIX}{target.module}.{SHIRA.values}"
 
 
-def _layout(source: AdapterFile, plan: PeftPlan, base: Checkpoint | None) -> Iterator[Stored]:
+def _layout(source: AdapterFile, plan: PeftPlan, base: Checkpoint | None) -> Iterator[TensorLayout]:
     """All tensors of the file."""
     for target in plan.targets:
         count = plan.entries_of(target)
         indices, values = _keys(target)
-        yield Stored(indices, _INDEX, (2, count))
-        yield Stored(values, _delta_dtype(target.entry), (count,))
+        yield indices, _INDEX, (2, count)
+        yield values, _delta_dtype(target.entry), (count,)
     for key, name in plan.whole.items():
         stream = source.streams[name]
-        yield Stored(PREFIX + key, DTYPES[stream.dtype], stream.shape)
+        yield PREFIX + key, DTYPES[stream.dtype], stream.shape
     for key, name in plan.filled.items():
         assert base is not None
-        yield Stored(PREFIX + key, base.dtype(name), base.shape(name))
+        yield PREFIX + key, base.dtype(name), base.shape(name)
 
 
 def _delta_dtype(entry: SparseEntry) -> np.dtype[Any]:
@@ -174,22 +186,21 @@ class _Export:
     source: AdapterFile
     plan: PeftPlan
     base: Checkpoint | None
-    put: Callable[[str, Array], None]
 
     @property
     def alpha(self) -> float:
         """The strength of the adapter, which is worked into the deltas."""
         return float(self.source.manifest.raw.get("alpha", 1.0))
 
-    def layer(self, target: Target) -> PeftTensor:
-        """Put the two tensors of a layer in the file."""
+    def layer(self, target: Target) -> tuple[dict[str, Array], PeftTensor]:
+        """The two tensors of a layer by their keys, and its account."""
         tensor = self.source.sparse(target.entry.name)
         steps, inexact = self._steps(tensor)
         flat, steps = padded(tensor.indices, steps, self.plan.entries_of(target))
         indices, values = _keys(target)
-        self.put(indices, _pairs(flat, tensor.shape[1]))
-        self.put(values, steps)
-        return PeftTensor(tensor.name, target.module, tensor.shape, flat.size, flat.size - tensor.nnz, inexact)
+        zeros = flat.size - tensor.nnz
+        account = PeftTensor(tensor.name, target.module, tensor.shape, flat.size, zeros, inexact)
+        return {indices: _pairs(flat, tensor.shape[1]), values: steps}, account
 
     def _steps(self, tensor: SparseTensor) -> tuple[Array, int | None]:
         """What PEFT has to add, and how many targets that misses."""
@@ -213,7 +224,7 @@ class _Export:
             return steps, None
         with np.errstate(over="ignore", invalid="ignore"):
             found = (wide(start) + steps).astype(start.dtype)
-        return steps, int(np.count_nonzero(different(found, tensor.applied(start, self.alpha))))
+        return steps, int(np.count_nonzero(bits_differ(found, tensor.applied(start, self.alpha))))
 
     def saved(self) -> Iterator[tuple[str, Array]]:
         """Keys and values of the tensors that are saved whole."""

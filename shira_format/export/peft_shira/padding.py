@@ -1,11 +1,10 @@
-"""Where zeros go that fill a layer up to the count that PEFT asks for."""
+"""Zeros that fill a layer up to the number of entries that PEFT requires."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from shira_format._core.arrays import Array
-from shira_format.format.codecs import Indices
+from shira_format._core.arrays import Array, Indices
 
 
 def padded(indices: Indices, values: Array, size: int) -> tuple[Indices, Array]:
@@ -22,12 +21,12 @@ def padded(indices: Indices, values: Array, size: int) -> tuple[Indices, Array]:
     count = size - indices.size
     if count == 0:
         return indices, values
-    # So many free positions lie before each entry; the j-th free one comes after all entries with j or fewer.
+    # The number of free positions before each entry; the j-th free one follows all entries with at most j.
     before = indices - np.arange(indices.size)
     free = np.arange(count)
     free += np.searchsorted(before, free, side="right")
     places = np.concatenate([indices, free])
-    # Zero below zero, for it leaves even a -0.0 of the base as it is.
+    # -0.0, which when added keeps even a -0.0 of the base.
     filled = np.concatenate([values, np.full(count, -0.0, values.dtype)])
     order = np.argsort(places, kind="stable")
     return places[order], filled[order]

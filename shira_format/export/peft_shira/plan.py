@@ -1,4 +1,4 @@
-"""What an adapter becomes in PEFT, and whether it can: all that its manifest and the base's names tell, before any work."""
+"""What PEFT would hold of an adapter, and whether it can: decided from the manifest and the base's names before any work."""
 
 from __future__ import annotations
 
@@ -160,13 +160,13 @@ def _count(target: Target) -> str:
 
 
 def _plan_saved(plan: PeftPlan, names: list[str], base: Checkpoint | None, prefix: str, path: Path) -> None:
-    """Whole tensors as PEFT's ``modules_to_save``: a copy of a whole module each, of all that is in it."""
+    """Dense tensors as PEFT's ``modules_to_save``, each of which holds all tensors of a module."""
     owners = {name: name.rpartition(".")[0] for name in names}
     if rootless := [name for name, owner in owners.items() if not owner]:
         raise SourceError(
-            f"{path}: whole tensor {rootless[0]!r} is in no module, and PEFT saves modules whole (modules_to_save)"
+            f"{path}: whole tensor {rootless[0]!r} is in no module, and PEFT saves whole modules (modules_to_save)"
         )
-    # A module within another one is saved with that.
+    # A module inside another one is saved with it.
     modules = sorted({owner for owner in owners.values() if not any(_inside(owner, o) for o in owners.values())})
     adapted = {target.module: target.entry.name for target in plan.targets}
     for module in modules:
@@ -181,7 +181,7 @@ def _plan_saved(plan: PeftPlan, names: list[str], base: Checkpoint | None, prefi
     plan.whole = {prefix + name: name for name in names}
     if modules and base is None:
         plan.notices.append(
-            f"{', '.join(modules)}: PEFT needs all tensors of a saved module, and without --base nothing tells whether the "
+            f"{', '.join(modules)}: PEFT needs all tensors of a saved module, and without --base it is not known whether the "
             "adapter has them; if one is missing, PEFT fails as it loads"
         )
     if base is not None:
@@ -196,7 +196,7 @@ def _inside(module: str, other: str) -> bool:
 
 
 def _check_saved(module: str, adapted: dict[str, str]) -> None:
-    """Whether PEFT can save a module whole beside the adapted ones (``check_target_module_exists``, ``_set_trainable``)."""
+    """Whether PEFT can save a whole module next to the adapted ones (``check_target_module_exists``, ``_set_trainable``)."""
     try:
         excluded = re.compile(rf"(^|.*\.){module}($|\..*)")  # PEFT takes the name for a regex
     except re.error as error:
@@ -204,12 +204,12 @@ def _check_saved(module: str, adapted: dict[str, str]) -> None:
     for target, name in adapted.items():
         if excluded.match(target) or target.endswith(module):
             raise SourceError(
-                f"PEFT saves modules whole (modules_to_save), those that it does not adapt; {name!r} is adapted"
+                f"PEFT saves whole modules (modules_to_save) only if it does not adapt them; {name!r} is adapted"
             )
 
 
 def _check_alone(module: str, others: Iterable[str]) -> None:
-    """PEFT takes the name for the end of a name, and would save other modules that the file lacks."""
+    """PEFT matches the name with the end of a module's name, and could save modules that the file lacks."""
     if also := sorted(other for other in others if other.endswith(module)):
         raise SourceError(
             f"PEFT would save {also[0]!r} whole too, as its name ends in {module!r}, and fail as the adapter lacks it"

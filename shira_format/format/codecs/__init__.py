@@ -1,33 +1,33 @@
 """How indices become bytes: a registry of codecs, one file each.
 
-A new codec is a new module with an :class:`IndexCodec` and one line in :data:`CODECS` (plus a feature name in the
-spec, so that old readers refuse what they cannot read). ``shared`` is not here: it has no bytes of its own and needs
-the other tensor, so the container resolves it.
+A new codec is a new module with an :class:`IndexCodec` and one line in :data:`CODECS` (and a feature name in the
+spec, so that old readers refuse what they cannot read). ``shared`` is not here: it needs the other tensor, so the reader
+resolves it.
 """
 
 from __future__ import annotations
 
 import json
 
-from shira_format.format.codecs.base import Encoded, IndexCodec, Indices
+from shira_format._core.arrays import Indices
+from shira_format.format.codecs.base import Encoded, IndexCodec
 from shira_format.format.codecs.flat import Flat
 from shira_format.format.codecs.gap8 import Gap8
 from shira_format.format.codecs.structured import Structured
 from shira_format.format.codecs.varint import Varint
 
-BLOCK_SIZE = 4096  # entries a block: 16 bytes of directory for them is 0.03 bit an entry
+BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 bits an entry
 
 _ALL: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured(), Flat())
 CODECS = {codec.name: codec for codec in _ALL}
 
-__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "Indices", "encode_smallest", "stored_bytes"]
+__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "encode_smallest", "stored_bytes"]
 
 
 def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> Encoded:
     """Encode ``indices`` (int64 ``[nnz]``, strictly increasing) by the codec that takes the fewest bytes.
 
-    Ties go to the codec that stands first in the registry. Only a codec that may win is run: each tells the size
-    first.
+    Ties go to the codec that is first in the registry. Sizes are computed first, and only the best codec encodes.
     """
     sizes = [(codec.size(indices, shape), order) for order, codec in enumerate(CODECS.values())]
     _, best = min((size, order) for size, order in sizes if size is not None)

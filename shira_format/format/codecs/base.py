@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
+from shira_format._core.arrays import Array, Indices
 
-from shira_format._core.arrays import Array
-
-Indices = npt.NDArray[np.int64]
+# Of each stream, safetensors dtype and shape; None is one dimension of any size.
+Streams = dict[str, tuple[str, tuple[int, ...] | None]]
 
 
 @dataclass(frozen=True)
@@ -28,40 +27,37 @@ class Encoded:
         return sum(array.nbytes for array in (self.stream, self.blocks) if array is not None)
 
 
-class IndexCodec(Protocol):
-    """Bytes to indices and back; knows nothing of files, torch or models.
+class IndexCodec(ABC):
+    """Indices to bytes and back; knows nothing of files, torch or models.
 
     Attributes:
         name: as in the manifest.
-        stream: safetensors dtype of the stream ``#indices``, or None if there is none.
-        blocks: whether ``block_size`` asks for a block directory.
-        counted: whether the stream has exactly ``nnz`` elements.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def stream(self) -> str | None: ...
-    @property
-    def blocks(self) -> bool: ...
-    @property
-    def counted(self) -> bool: ...
+    name: ClassVar[str]
 
+    def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none
+        """Check the manifest's ``indices`` object of the tensor named ``tensor``, as far as no stream is needed.
+
+        Raises:
+            FormatError: a parameter is missing or has another type or range.
+        """
+
+    def streams(self, params: Mapping[str, Any], nnz: int) -> Streams:
+        """Which of the streams ``indices`` and ``blocks`` there are, with what dtypes and shapes."""
+        return {}
+
+    @abstractmethod
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
-        """Bytes that ``encode`` would take, directory left out; None if this codec cannot hold these indices."""
+        """Bytes that ``encode`` would take without the directory; None if this codec cannot hold these indices."""
 
+    @abstractmethod
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         """Encode strictly increasing int64 indices."""
 
-    def decode(
-        self,
-        params: Mapping[str, Any],
-        stream: Array | None,
-        blocks: Indices | None,
-        shape: tuple[int, ...],
-        nnz: int,
-    ) -> Indices:
-        """The ``nnz`` indices, int64, strictly increasing and within the tensor.
+    @abstractmethod
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+        """The ``nnz`` indices, int64; the caller checks their order and range.
 
         Memory stays in proportion to ``nnz``, which the caller has compared with bytes that are in the file.
 

@@ -1,4 +1,4 @@
-"""``flat``: the indices as int64, which anyone can write with any tool (spec, section 5.4)."""
+"""``flat``: the indices as int64, which any tool can write (spec, section 5.4)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
-from shira_format.format.codecs.base import Encoded, Indices
+from shira_format._core.arrays import Indices
+from shira_format.format.codecs.base import Encoded, IndexCodec, Streams
 
 
-class Flat:
-    """8 bytes an entry; never smaller than ``varint``, so our own writer does not choose it."""
+class Flat(IndexCodec):
+    """8 bytes an entry; never smaller than ``varint``, so our writer does not choose it."""
 
     name = "flat"
-    stream = "I64"
-    blocks = False
-    counted = True
+
+    def streams(self, params: Mapping[str, Any], nnz: int) -> Streams:
+        return {"indices": ("I64", (nnz,))}
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
         return indices.nbytes
@@ -25,13 +25,6 @@ class Flat:
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         return Encoded({"codec": self.name}, indices)
 
-    def decode(
-        self,
-        params: Mapping[str, Any],
-        stream: Array | None,
-        blocks: Indices | None,
-        shape: tuple[int, ...],
-        nnz: int,
-    ) -> Indices:
-        assert stream is not None
-        return stream.astype(np.int64, copy=False)
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+        assert stored.stream is not None
+        return stored.stream.astype(np.int64, copy=False)

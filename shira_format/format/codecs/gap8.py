@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from shira_format._core.arrays import Array
-from shira_format._core.compiled import loaded
-from shira_format.errors import FormatError
-from shira_format.format.codecs.base import Encoded, Indices
-from shira_format.format.codecs.blocks import check_blocks, check_offsets, gaps_by_chunks, make_blocks
+from shira_format._core.arrays import Array, Indices
+from shira_format.format.codecs.base import Encoded
+from shira_format.format.codecs.gaps import GapCodec, check_count, gaps_by_chunks
 
-# Bytes decoded at a time: the chunk's int32 sums stay in the first-level caches.
+# Bytes decoded at a time: the int32 sums of a chunk fit a first-level cache.
 CHUNK = 1 << 14
 
 
-class Gap8:
-    """Near the entropy bound at 1 % density: 8.67 bits an entry against 8.08."""
+class Gap8(GapCodec):
+    """Near the entropy bound at 1 % density: 8.67 bits an entry; the bound is 8.08."""
 
     name = "gap8"
-    stream = "U8"
-    blocks = True
-    counted = False
+    end_below = 255
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
         return indices.size + sum(int(np.sum(gaps[gaps >= 255] // 255)) for _, gaps in gaps_by_chunks(indices))
@@ -44,30 +40,14 @@ class Gap8:
             heads = np.arange(-first % block_size, gaps.size, block_size)
             starts.append(np.where(heads > 0, ends[heads - 1] + 1, at))
             at = stop
-        blocks = make_blocks(indices, starts, block_size)
-        return Encoded({"codec": self.name, "block_size": block_size}, stream, blocks)
+        return self.encoded(indices, stream, starts, block_size)
 
-    def decode(
-        self,
-        params: Mapping[str, Any],
-        stream: Array | None,
-        blocks: Indices | None,
-        shape: tuple[int, ...],
-        nnz: int,
-    ) -> Indices:
-        assert stream is not None
-        if nnz > stream.size:
-            raise FormatError("stream-truncated", f"{stream.size} bytes cannot hold {nnz} entries")
-        if (kernels := loaded()) is not None:
-            indices = np.empty(nnz, np.int64)
-            _check_count(stream, kernels.decode_gap8(stream, indices), nnz)
-            if blocks is not None:
-                check_offsets(blocks, stream.size)
-                if kernels.false_block(stream, blocks, indices, params["block_size"], 255) >= 0:
-                    check_blocks(blocks, indices, stream != 255, params["block_size"])  # says which, and how
-            return indices
-        is_end = stream != 255
-        _check_count(stream, int(np.count_nonzero(is_end)), nnz)
+    def decode_compiled(self, kernels: Any, stream: Array, indices: Indices, elements: int) -> bool:
+        found = kernels.decode_gap8(stream, indices)
+        return bool(found == indices.size and not (stream.size and stream[-1] == 255))
+
+    def decode_plainly(self, stream: Array, is_end: npt.NDArray[np.bool_], nnz: int, elements: int) -> Indices:
+        check_count(stream, int(np.count_nonzero(is_end)), nnz, self.end_below)
         indices = np.empty(nnz, np.int64)
         at, done = -1, 0
         for start in range(0, stream.size, CHUNK):
@@ -78,13 +58,4 @@ class Gap8:
             np.add(entries, at, out=indices[done : done + entries.size], dtype=np.int64)
             done += entries.size
             at += int(moves[-1])
-        if blocks is not None:
-            check_blocks(blocks, indices, is_end, params["block_size"])
         return indices
-
-
-def _check_count(stream: Array, found: int, nnz: int) -> None:
-    if found < nnz:
-        raise FormatError("stream-truncated", f"the stream ends after {found} of {nnz} entries")
-    if found > nnz or (stream.size and stream[-1] == 255):
-        raise FormatError("stream-trailing", f"bytes follow after the last of {nnz} entries")

@@ -1,4 +1,4 @@
-"""``structured``: every f-th row or column, diagonals, and unions of these, without a stream (spec, section 5.4)."""
+"""``structured``: every n-th row or column, diagonals, and unions of these, without a stream (spec, section 5.4)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Indices
 from shira_format.errors import FormatError
-from shira_format.format.codecs.base import Encoded, Indices
-from shira_format.tensors import matrix_view
+from shira_format.format.codecs.base import Encoded, IndexCodec
+from shira_format.format.fields import need
+from shira_format.tensors import matrix_shape
 
+KINDS = ("rows", "columns", "diagonal")
 MAX_PARTS = 8
-MAX_LISTED = 2**31  # entries of a mask that no byte in the file vouches for
+MAX_LISTED = 2**31  # most entries of a mask for which the file has no bytes
 
 Part = dict[str, Any]
 
 
-class Structured:
+class Structured(IndexCodec):
     """SHiRA-Struct masks: the indices follow from a few numbers in the manifest."""
 
     name = "structured"
-    stream = None
-    blocks = False
-    counted = False
+
+    def check_params(self, params: Mapping[str, Any], tensor: str) -> None:
+        for part in need(params, "pattern", list, tensor):
+            if not isinstance(part, dict) or part.get("kind") not in KINDS:
+                raise FormatError("manifest-schema", f"a part of the pattern is not one of {KINDS}", tensor=tensor)
+            need(part, "offset", int, tensor)
+            if part["kind"] != "diagonal" or "step" in part:
+                need(part, "step", int, tensor)
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
         pattern = find_pattern(indices, shape)
@@ -34,24 +41,17 @@ class Structured:
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         return Encoded({"codec": self.name, "pattern": find_pattern(indices, shape)})
 
-    def decode(
-        self,
-        params: Mapping[str, Any],
-        stream: Array | None,
-        blocks: Indices | None,
-        shape: tuple[int, ...],
-        nnz: int,
-    ) -> Indices:
-        return list_pattern(params["pattern"], shape, nnz)
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+        return list_pattern(stored.params["pattern"], shape, nnz)
 
 
 def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indices:
-    """The sorted union of the parts, after their sizes have been compared with ``nnz``.
+    """The sorted union of the parts; their sizes are compared with ``nnz`` before anything is allocated.
 
     Raises:
-        FormatError: a part breaks its demands, or the union does not have ``nnz`` entries.
+        FormatError: a part is invalid, or the union does not have ``nnz`` entries.
     """
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     if len(pattern) > MAX_PARTS:
         raise FormatError("pattern", f"{len(pattern)} parts, at most {MAX_PARTS} are allowed")
     sized = []
@@ -59,10 +59,10 @@ def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indic
         _check_part(part, rows, columns)
         if (size := part_size(part, rows, columns)) > nnz:
             raise FormatError("count-mismatch", f"the part {part} has {size} entries, the tensor {nnz}")
-        if size:  # lines of no elements can be many
+        if size:  # rows or columns without elements can be many
             sized.append(part)
     if nnz > MAX_LISTED:
-        raise FormatError("count-mismatch", f"{nnz} entries by pattern are more than this reader lists")
+        raise FormatError("count-mismatch", f"a pattern of {nnz} entries; this reader's limit is {MAX_LISTED}")
     union = np.unique(np.concatenate([_NONE, *(_list_part(part, rows, columns) for part in sized)]))
     if union.size != nnz:
         raise FormatError("count-mismatch", f"the pattern has {union.size} entries, the tensor {nnz}")
@@ -79,11 +79,11 @@ def _check_part(part: Part, rows: int, columns: int) -> None:
     else:
         good = part["step"] >= 1 and 0 <= offset < min(part["step"], rows if kind == "rows" else columns)
     if not good:
-        raise FormatError("pattern", f"the part {part} does not lie in a matrix of {rows} x {columns}")
+        raise FormatError("pattern", f"the part {part} does not fit a matrix of {rows} x {columns}")
 
 
 def part_size(part: Part, rows: int, columns: int) -> int:
-    """Entries of one part, by arithmetic."""
+    """The number of entries of a part."""
     offset = part["offset"]
     if part["kind"] == "diagonal":
         return int(min(rows, columns - offset) - max(0, -offset))
@@ -92,7 +92,7 @@ def part_size(part: Part, rows: int, columns: int) -> int:
 
 
 def _ceil_div(a: int, b: int) -> int:
-    """Exact at any size; ``len(range(..))`` fails from 2^63 on."""
+    """Exact at any size, where ``len(range(...))`` fails from 2^63 on."""
     return -(-a // b)
 
 
@@ -112,10 +112,10 @@ def find_pattern(indices: Indices, shape: tuple[int, ...]) -> list[Part] | None:
     """The pattern whose union is exactly ``indices``, or None: full rows and full columns at one regular step each,
     then what remains as whole diagonals.
     """
-    rows, columns = matrix_view(shape)
+    rows, columns = matrix_shape(shape)
     if indices.size == 0:
         return []
-    # Three cheap looks turn away nearly every unstructured mask before any work in proportion to a sort.
+    # Three cheap tests reject nearly every unstructured mask before any sorting.
     may_have_rows = _has_full_row(indices, columns)
     may_have_columns = _may_have_full_column(indices, rows, columns)
     head = indices[: 4 * MAX_PARTS]
@@ -137,7 +137,7 @@ def find_pattern(indices: Indices, shape: tuple[int, ...]) -> list[Part] | None:
     if len(pattern) + offsets.size > MAX_PARTS:
         return None
     pattern += [{"kind": "diagonal", "offset": int(k)} for k in offsets]
-    try:  # what remained may be pieces of diagonals only: the union decides
+    try:  # the remaining entries may be only parts of diagonals: compare the union
         return pattern if np.array_equal(list_pattern(pattern, shape, indices.size), indices) else None
     except FormatError:
         return None
@@ -160,7 +160,7 @@ def _has_full_row(indices: Indices, columns: int) -> bool:
 
 
 def _may_have_full_column(indices: Indices, rows: int, columns: int) -> bool:
-    """Whether some column occurs in each of the first rows; for a random mask the candidates are soon gone."""
+    """Whether some column occurs in each of the first rows; for a random mask the candidates run out soon."""
     if indices.size < rows:
         return False
     common: Indices | None = None
@@ -174,12 +174,12 @@ def _may_have_full_column(indices: Indices, rows: int, columns: int) -> bool:
 
 
 def _regular_lines(kind: str, where: Indices, along: int, across: int) -> Part | None:
-    """The full rows (or columns) as one part, if they stand at a regular step from end to end."""
+    """The full rows (or columns) as one part, if they are evenly spaced from end to end."""
     lines, counts = np.unique(where, return_counts=True)
     full = lines[counts == across]
     if not full.size:
         return None
-    # A single line is the pattern whose next line would lie outside.
+    # A single row or column: the step is so large that the next one is outside.
     step, offset = int(full[1] - full[0]) if full.size > 1 else along, int(full[0])
     regular = full.size == _ceil_div(along - offset, step) and bool((np.diff(full) == step).all())
     if offset >= step or not regular:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from shira_format._core.arrays import Indices
 from shira_format.entries.aligned import AlignedEntries, Floats
-from shira_format.format.codecs import Indices
 from shira_format.merge.methods.arithmetic import SMALL
 from shira_format.merge.methods.method import Option, Options
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shira_format._core.arrays import Array, different
+from shira_format._core.arrays import Array, bits_differ
 from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.errors import SourceError
 from shira_format.merge.methods.method import Method, Option, Options
@@ -48,7 +48,7 @@ def refuse(joined: AlignedEntries, _: Options) -> Sequence[Factor]:
             same = (tensor.value_kind, tensor.values.dtype, part.weight) == (
                 before.value_kind, before.values.dtype, joined.parts[other].weight,
             )  # fmt: skip
-            bad: Array = different(tensor.values[mine], before.values[its]) if same else np.ones(mine.size, bool)
+            bad: Array = bits_differ(tensor.values[mine], before.values[its]) if same else np.ones(mine.size, bool)
             if bad.any():
                 index = int(tensor.indices[mine[bad]][0])
                 raise SourceError(

@@ -9,7 +9,7 @@ import hashlib
 
 import numpy as np
 
-from shira_format._core.arrays import bits, digest
+from shira_format._core.arrays import array_digest, as_bytes
 from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
 from shira_format.tensors import SparseTensor
 
@@ -31,8 +31,8 @@ def uniform(joined: AlignedEntries, number: int, seed: int) -> Floats:
     told = (
         str(seed),
         str(_occurrence(joined, number)),
-        digest(part.tensor.indices),
-        digest(part.tensor.values),
+        array_digest(part.tensor.indices),
+        array_digest(part.tensor.values),
         joined.name,
     )
     key = hashlib.sha256("\n".join(told).encode("utf-8", "surrogatepass")).digest()
@@ -60,4 +60,4 @@ def _same(one: Contribution, other: Contribution) -> bool:
 
 
 def _same_values(a: SparseTensor, b: SparseTensor) -> bool:
-    return np.array_equal(bits(a.values), bits(b.values))
+    return np.array_equal(as_bytes(a.values), as_bytes(b.values))

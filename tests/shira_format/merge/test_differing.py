@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira_format import Adapter, DenseTensor, FormatError, SourceError, SparseTensor, load, save
-from shira_format._core.arrays import digest
+from shira_format._core.arrays import array_digest
 from shira_format.convert import lora_to_shira
 from shira_format.merge.differing import Differences, TensorDifference, differences
 from shira_format.selection import TopK
@@ -70,7 +70,7 @@ def test_meanings_are_compared_where_the_base_is_known() -> None:
     assert (("meaning", "base values", "base"), 2, 1.0, None) == (
         found.traits, found.other, found.largest, found.same_base,
     )  # fmt: skip
-    assert one(sparse([1, 4], [3, 8], base_digest=digest(BASE[[1, 4]])), delta).largest is None
+    assert one(sparse([1, 4], [3, 8], base_digest=array_digest(BASE[[1, 4]])), delta).largest is None
     mask = SparseTensor("w", (4, 6), [1, 5], value_kind="none")
     assert TensorDifference("w", False, (2, 2), equal=2) == one(mask, mask)
     found = one(mask, delta)
@@ -80,7 +80,7 @@ def test_meanings_are_compared_where_the_base_is_known() -> None:
 
 
 def test_bases() -> None:
-    known = digest(BASE[[1, 4]])
+    known = array_digest(BASE[[1, 4]])
     here = sparse([1, 4], [0, 1])
     assert ((), True) == traits(
         one(sparse([1, 4], [0, 1], base_digest=known), sparse([1, 4], [0, 1], base_digest=known))
@@ -134,7 +134,7 @@ def test_whole_tensors() -> None:
     assert (("base values", "base"), None) == traits(one(whole([1, 2], base=base), whole([1, 2])))
     assert (("base",), False) == traits(one(whole([1, 2], base=base), whole([1, 2], base=base + 1)))
     assert (("base values",), True) == traits(
-        one(whole([1, 2], base=base), whole([1, 2], base_digest=digest(base)))
+        one(whole([1, 2], base=base), whole([1, 2], base_digest=array_digest(base)))
     )
     assert one(whole([]), whole([])).largest is None
 

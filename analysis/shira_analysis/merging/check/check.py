@@ -34,9 +34,9 @@ from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict, Othe
 from shira_analysis.merging.check.sources import Change, Source, open_source
 from shira_analysis.merging.check.strengths import Beside, due_of_whole, explain, same_tensor, unchanged
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.selection import Progress, Workers
 from shira_format.tensors import numel
 
 __all__ = ["Layer", "MergeCheck", "MergeVerdict", "Others", "as_json", "open_source"]

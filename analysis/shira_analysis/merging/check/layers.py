@@ -8,7 +8,7 @@ from typing import Any
 
 from shira_analysis.merging.check.report import LayerVerdict, Verdict
 from shira_analysis.merging.check.strengths import COARSE, Beside, Explained, scatter
-from shira_format.selection import Workers
+from shira_format._core.threads import Workers
 
 _SIGMAS = 6
 

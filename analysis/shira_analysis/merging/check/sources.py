@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from shira_format import AdapterFile, BaseMismatch, SourceError
-from shira_format._core.arrays import Array, digest
+from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.format.manifest import METADATA_KEY
 from shira_format.lora import open_lora
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.update import Update
-from shira_format.storage.paths import located
+from shira_format.storage.paths import resolve_path
 from shira_format.storage.safetensors_file import SafetensorsFile
-from shira_format.tensors import SparseTensor, matrix_view
+from shira_format.tensors import SparseTensor, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Entries:
         """Args: ``read`` gives the tensor of a name, the same again and again without decoding it each time."""
         self.name, self.shape = name, shape
         self.dtype = working_dtype(base.dtype(name))
-        self.columns = max(1, matrix_view(shape)[1])
+        self.columns = max(1, matrix_shape(shape)[1])
         self._base, self._read = base, read
 
     def tile(self, start: int, stop: int, out: Array) -> None:
@@ -139,7 +139,7 @@ def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str 
         BaseMismatch: an adapter was made for another base.
     """
     if dialect is None and _is_adapter(path):
-        return _of_adapter(AdapterFile(located(path), apart=True), base)
+        return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base)
     lora = open_lora(path, base, dialect=dialect)
     changes = [Change("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates]
     changes += [
@@ -153,7 +153,7 @@ def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str 
 
 
 def _is_adapter(path: str | os.PathLike[str]) -> bool:
-    found = located(path)
+    found = resolve_path(path)
     if not found.is_file() or found.suffix not in {".st", ".safetensors"}:
         return False
     file = SafetensorsFile(found)
@@ -180,7 +180,7 @@ def _of_adapter(file: AdapterFile, base: Checkpoint) -> Source:
             raise BaseMismatch(f"{file.path}: tensor {name!r} is for shape {list(entry.shape)}, the base has {list(base.shape(name))}")  # fmt: skip
         tensor = read(name)
         if tensor.base_digest is not None and (
-            base.dtype(name) != tensor.dtype or digest(base.at(name, tensor.indices)) != tensor.base_digest
+            base.dtype(name) != tensor.dtype or array_digest(base.at(name, tensor.indices)) != tensor.base_digest
         ):
             raise BaseMismatch(
                 f"{file.path}: tensor {name!r}: the base {base.path} is not the one that the adapter was made for"

@@ -35,13 +35,13 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
-from shira_format._core.arrays import Array, different, scratch, sum_of_squares, upcast
+from shira_format._core.arrays import Array, bits_differ, scratch, sum_of_squares
 from shira_format._core.dtypes import FLOATS, is_float, working_dtype
+from shira_format._core.rounding import round_to, upcast
+from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
-from shira_format.entries.changes import round_to
 from shira_format.errors import SourceError
 from shira_format.lora.update import Update
-from shira_format.selection import Progress, Workers
 from shira_format.tensors import numel
 
 FINE, COARSE = 2.0**-19, 2.0**-6
@@ -303,7 +303,7 @@ def _look(
         np.negative(update, out=update)
     same = raw_before.dtype == raw_after.dtype
     plain = raw_before if same else round_to(round_to(before, held), raw_after.dtype)
-    changed = int(np.count_nonzero(different(plain, raw_after)))
+    changed = int(np.count_nonzero(bits_differ(plain, raw_after)))
     off_grid = 0
     if held != raw_after.dtype:
         off_grid = int(np.count_nonzero(round_to(after, held).astype(work) != after))
@@ -313,7 +313,7 @@ def _look(
         due = round_to(round_to(before + work.type(strength) * update, held), raw_after.dtype)
     else:
         due = round_to(beside.exact(start, raw_before, sign * strength), raw_after.dtype)
-    equal = size - int(np.count_nonzero(different(due, raw_after)))
+    equal = size - int(np.count_nonzero(bits_differ(due, raw_after)))
     change = after - before
     not_finite = 0
     if not np.isfinite(moved := sum_of_squares(change)):
@@ -494,7 +494,7 @@ def due_of_whole(values: Array, merged: Checkpoint, name: str) -> tuple[bool, fl
         raw = merged.part(name, start, stop)
         with np.errstate(all="ignore"):
             due, after = round_to(flat[start:stop], stored), raw.astype(work)
-            differs = different(due, raw)
+            differs = bits_differ(due, raw)
             away = np.abs(after - flat[start:stop].astype(work)) / _half_ulp(after.copy(), held, stored)
         away[~differs] = 0
         equal += int(np.count_nonzero(~differs))
@@ -513,11 +513,11 @@ def unchanged(
     def look(start: int, stop: int) -> bool:
         a, b = base.part(base_name, start, stop), merged.part(name, start, stop)
         if before == after:
-            return not bool(different(a, b).any())
+            return not bool(bits_differ(a, b).any())
         if not is_float(before) or not is_float(after):
             return np.array_equal(a, b)
         with np.errstate(all="ignore"):
-            differs = different(round_to(a, after), b)
+            differs = bits_differ(round_to(a, after), b)
             if not differs.any():
                 return True
             # Rounded twice, such as through the dtype in which the model was held.
@@ -537,4 +537,4 @@ def same_tensor(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
         return False
     size = numel(a.shape(name))
     first = zip(sample(a, name, size), sample(b, other, size), strict=True)
-    return not any(different(x, y).any() for x, y in first) and unchanged(a, name, b, other)
+    return not any(bits_differ(x, y).any() for x, y in first) and unchanged(a, name, b, other)

@@ -13,7 +13,7 @@ from shira_analysis.report.html.look import Look
 from shira_analysis.report.html.page import count, name, paragraph, share, table
 from shira_format import BaseMismatch, SourceError
 from shira_format.calibration.moments import Moments
-from shira_format.tensors import matrix_view
+from shira_format.tensors import matrix_shape
 
 QUESTION = "Do they disturb each other?"
 _WIDEST = 1 << 24  # rows or columns of a weight whose products are measured; beyond, only positions are compared
@@ -191,12 +191,8 @@ def _why_not(look: Look) -> str | None:
     """Why the changes of an adapter cannot be compared with those of others, with ``{}`` for its name; None if they can."""
     if not look.known:
         return "Not all changes of {} are known (see above)"
-    if any(max(matrix_view(tensor.shape)) > _WIDEST for tensor in look.tensors):
+    if any(max(matrix_shape(tensor.shape)) > _WIDEST for tensor in look.tensors):
         return "A weight of {} has too many rows or columns for products"
-    try:
-        import scipy.sparse  # noqa: F401 - only whether it is there
-    except ImportError:
-        return "scipy is not installed (pip install 'shira-format[analysis]')"
     return None
 
 

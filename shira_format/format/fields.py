@@ -1,0 +1,74 @@
+"""Typed access to the fields of a manifest; a field of another type breaks the rule ``manifest-schema``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from shira_format.errors import FormatError
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def need(raw: Mapping[str, Any], key: str, kind: type, tensor: str | None = None) -> Any:
+    """``raw[key]``, which must be of exactly this type: ``true`` is no integer."""
+    value = raw.get(key)
+    if type(value) is not kind:
+        reason = f"{key!r} is missing" if key not in raw else f"{key!r} is not of type {kind.__name__}"
+        raise FormatError("manifest-schema", reason, tensor=tensor)
+    return value
+
+
+def optional(raw: Mapping[str, Any], key: str, kind: type) -> Any:
+    """``raw[key]`` of this type, or None if there is none."""
+    return need(raw, key, kind) if key in raw else None
+
+
+def items(raw: Mapping[str, Any], key: str, *, required: bool = False) -> list[Any]:
+    """A list; empty if it is missing and not ``required``."""
+    if key not in raw and not required:
+        return []
+    return cast(list[Any], need(raw, key, list))
+
+
+def strings(raw: Mapping[str, Any], key: str, *, required: bool = False) -> list[str]:
+    """A list of strings; see :func:`items`."""
+    found = items(raw, key, required=required)
+    if not all(isinstance(item, str) for item in found):
+        raise FormatError("manifest-schema", f"{key!r} is not a list of strings")
+    return found
+
+
+def check_number(raw: Mapping[str, Any], key: str, tensor: str | None = None) -> None:
+    """Raise FormatError if ``raw[key]`` exists and is not a number."""
+    if key in raw and type(raw[key]) not in (int, float):
+        raise FormatError("manifest-schema", f"{key!r} is not a number", tensor=tensor)
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float64."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
+def flag(raw: Mapping[str, Any], key: str, tensor: str) -> bool:
+    """A boolean; False if it is missing."""
+    return bool(need(raw, key, bool, tensor)) if key in raw else False
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a value is 64 lower-case hex digits."""
+    return isinstance(value, str) and bool(_DIGEST.fullmatch(value))
+
+
+def digests(raw: Mapping[str, Any], tensor: str, roles: tuple[str, ...]) -> dict[str, str]:
+    """The object ``digests``; those of ``roles`` must be digests."""
+    found = cast(dict[str, Any], need(raw, "digests", dict, tensor))
+    for role in roles:
+        if role in found and not is_digest(found[role]):
+            raise FormatError("manifest-schema", f"the digest of {role} is not 64 hex digits", tensor=tensor)
+    return found
