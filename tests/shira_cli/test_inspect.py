@@ -15,7 +15,8 @@ import pytest
 
 import shira_format
 from shira_cli import inspect
-from shira_format import Adapter, SparseTensor
+from shira_format.adapter import Adapter
+from shira_format.tensors import SparseTensor
 from tests import models
 
 Capture = pytest.CaptureFixture[str]

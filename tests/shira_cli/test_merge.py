@@ -17,13 +17,15 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert, merge
 from shira_cli.merge import ALGEBRA
-from shira_format import Adapter, DenseTensor, SparseTensor, load, save
 from shira_format._core.arrays import array_digest
+from shira_format.adapter import Adapter
 from shira_format.convert import lora_to_shira
+from shira_format.format import load, save
 from shira_format.live import apply
-from shira_format.merge import METHODS
-from shira_format.merge import merge as merge_files
-from shira_format.merge.diff import diff
+from shira_format.merging import METHODS
+from shira_format.merging import merge as merge_files
+from shira_format.merging.diff import diff
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -278,7 +280,7 @@ def test_a_report_does_not_come_without_its_merge(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shira_format.merge.run.Merge.write", stop)
+    monkeypatch.setattr("shira_format.merging.run.Merge.write", stop)
     assert 130 == run(files / "a.st", files / "b.st", "-o", files / "ab.st", "--report", files / "ab.html")
     assert "shira-merge: error: interrupted; nothing was written\n" == one_line(capsys)
     assert before == listed(files)
@@ -519,7 +521,7 @@ def test_a_report_over_an_input(files: Path, capsys: Capture) -> None:
 
 _SLOW = """
 import sys, time
-from shira_format.merge.run import Merge
+from shira_format.merging.run import Merge
 fast = Merge.tensor
 def slow(self, name):
     time.sleep(0.2)

@@ -21,16 +21,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from scipy import sparse
 
-from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceError, SparseTensor, load, save
 from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import FLOATS, working_dtype
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.convert.csr import csr_to_shira
 from shira_format.convert.csr.folder import file_names
 from shira_format.convert.csr.matrix import MAX_ROWS
+from shira_format.errors import BaseMismatch, ShiraError, SourceError
 from shira_format.export.csr import shira_to_csr
-from shira_format.tensors import matrix_shape, same_bits
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor, matrix_shape, same_bits
 from tests import models
 from tests.strategies import adapters, float_dtypes, small_shapes, sparse_tensors
 
