@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from shira_format.format import AdapterFile, load
 from benchmarks.sizes import uniform
 from benchmarks.table import Row, seconds
+from shira_format.format import AdapterFile, load
 from shira_format.format.codecs import BLOCK_SIZE, CODECS
 from shira_format.storage.safetensors_file import SafetensorsFile
 

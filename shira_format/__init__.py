@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from shira_format.convert.full import full_to_shira as full_to_shira
     from shira_format.convert.lora import lora_to_shira as lora_to_shira
     from shira_format.convert.peft_shira import peft_to_shira as peft_to_shira
+    from shira_format.entries.inspection import inspect as inspect
+    from shira_format.entries.inspection import verify as verify
     from shira_format.export.csr import shira_to_csr as shira_to_csr
     from shira_format.export.full import shira_to_full as shira_to_full
     from shira_format.export.lora import shira_to_lora as shira_to_lora
@@ -52,6 +54,7 @@ _HOMES = {
     "csr_to_shira": "convert.csr",
     "diff": "merging.diff",
     "full_to_shira": "convert.full",
+    "inspect": "entries.inspection",
     "intersect": "merging.verbs",
     "invert": "merging.verbs",
     "load": "format",
@@ -64,6 +67,8 @@ _HOMES = {
     "shira_to_full": "export.full",
     "shira_to_lora": "export.lora",
     "shira_to_peft": "export.peft_shira.export",
+    "subtract": "merging.verbs",
+    "verify": "entries.inspection",
 }
 
 __all__ = ["__version__", "errors", *sorted(_HOMES)]  # noqa: PLE0604 - strings, from the table above

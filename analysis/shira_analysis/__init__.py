@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shira_analysis.measures.orthogonality import orthogonality as orthogonality
     from shira_analysis.measures.overlap import overlap as overlap
     from shira_analysis.measures.pairs import measure_pairs as measure_pairs
-    from shira_analysis.measures.rank import rank_of as rank_of
+    from shira_analysis.measures.rank import rank_of as rank  # noqa: F401 - renamed
     from shira_analysis.merging.analysis import analyse_merge as analyse_merge
     from shira_analysis.merging.check import check_merge as check_merge
     from shira_analysis.reports.html import report as report

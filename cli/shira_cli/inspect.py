@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from shira_analysis.reports.inspection import ORDERS, html_report, inspect_files
+from shira_analysis.reports.inspection import html_report, inspect_files
+from shira_format.entries.inspection import ORDERS
 from shira_analysis.reports.text import inspect
 from shira_cli import app, errors, options
 from shira_cli.output import Printer

@@ -6,20 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_analysis.reports.summary import describe, misfits_with
+from shira_format.entries.inspection import inspect
 from shira_format.format import AdapterFile
 from shira_format.names.filters import name_filter
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint
-
-ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "name": lambda row: row["name"],
-    "nnz": lambda row: -row["nnz"],
-    "density": lambda row: -row["density"],
-    "bytes": lambda row: -row["bytes"],
-    "energy": lambda row: row["energy_kept"] if row["energy_kept"] is not None else 2,
-}
 
 
 def inspect_files(
@@ -39,7 +31,7 @@ def inspect_files(
         base: a checkpoint: does the adapter fit it?
         base_name: what to call it (default: its path).
         verify: read everything and check all digests and every rule of the format.
-        order: of the tensors: ``"file"`` or a key of :data:`ORDERS`.
+        order: of the tensors: ``"file"`` or a key of :data:`shira_format.entries.inspection.ORDERS`.
         include: regexes; a tensor is listed only if one of them is found in its name.
         exclude: regexes; a tensor is not listed if one of them is found in its name.
 
@@ -48,20 +40,11 @@ def inspect_files(
         SourceError: an invalid regex.
         OSError: a file cannot be read.
     """
-    keep = name_filter(include, exclude)
     found = []
     for path in paths:
-        file = AdapterFile(path)
-        info = describe(file)
-        info["tensors"] = [row for row in info["tensors"] if keep(row["name"])]
-        if order != "file":
-            info["tensors"].sort(key=ORDERS[order])
-        if verify:
-            file.verify()
-            info["verified"] = True
-        if base is not None:
-            misfits = misfits_with(file, base)
-            info["base"] = {"path": base_name or str(base.path), "fits": not misfits, "reasons": misfits}
+        info = inspect(path, base, verify=verify, order=order, include=include, exclude=exclude)
+        if base is not None and base_name is not None:
+            info["base"]["path"] = base_name
         found.append(info)
     return found
 

@@ -21,7 +21,7 @@ class Look:
 
     Attributes:
         file: the adapter, and the base if it fits.
-        info: what its header tells, see :func:`shira_analysis.reports.summary.describe`; perhaps with ``verified`` and ``base``.
+        info: what its header tells, see :func:`shira_format.entries.inspection.describe`; perhaps with ``verified`` and ``base``.
         tensors: the chosen tensors; without norms where deltas are not known.
         needs_base: deltas are not known for want of the base.
         broken: why other deltas are not known, in words.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shira_analysis.reports.summary import describe
 from shira_analysis.reports.text import inspect
 from shira_format._core.text import count, file_size, table
+from shira_format.entries.inspection import describe
 from shira_format.format import AdapterFile
 
 

@@ -1,17 +1,93 @@
-"""What an adapter file says about itself, in numbers: sizes from the header alone, and whether it fits a base."""
+"""What an adapter file is, whether it is sound, and whether it fits a base; nothing heavy is imported."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import BaseMismatch
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry, stream_name
+from shira_format.names.filters import name_filter
 from shira_format.tensors import density, numel
 
 if TYPE_CHECKING:
-    from shira_format.checkpoints import Checkpoint  # with all layouts, which a look at a file does not need
+    from shira_format.checkpoints import Checkpoint  # imports all layouts, which a look at a file does not need
+
+# Orders of the tensors in a description.
+ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "name": lambda row: row["name"],
+    "nnz": lambda row: -row["nnz"],
+    "density": lambda row: -row["density"],
+    "bytes": lambda row: -row["bytes"],
+    "energy": lambda row: row["energy_kept"] if row["energy_kept"] is not None else 2,
+}
+
+
+def inspect(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    *,
+    verify: bool = False,
+    order: str = "file",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What an adapter file is, as plain JSON values: provenance, sizes, and each tensor; from its header alone.
+
+    Args:
+        adapter: the file.
+        base: a checkpoint, a path or an open one: does the adapter fit it? Reads all indices and the base's values there.
+        verify: read everything, and check all digests and every rule of the format.
+        order: of the tensors: ``"file"`` or a key of :data:`ORDERS`.
+        include: regexes; a tensor is listed only if one of them is found in its name.
+        exclude: regexes; a tensor is not listed if one of them is found in its name.
+
+    Raises:
+        FormatError: the file is no adapter, or is damaged.
+        SourceError: an invalid regex, or no checkpoint.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> inspect("adapter.st")["totals"]["nnz"]
+        1475
+    """
+    keep = name_filter(include, exclude)
+    file = AdapterFile(adapter)
+    info = describe(file)
+    info["tensors"] = [row for row in info["tensors"] if keep(row["name"])]
+    if order != "file":
+        info["tensors"].sort(key=ORDERS[order])
+    if verify:
+        file.verify()
+        info["verified"] = True
+    if base is not None:
+        misfits = misfits_with(file, _opened(base))
+        info["base"] = {"path": str(getattr(base, "path", base)), "fits": not misfits, "reasons": misfits}
+    return info
+
+
+def verify(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | Checkpoint | None = None) -> None:
+    """Check every rule of the format and every digest of an adapter file; with ``base``, that it fits this checkpoint.
+
+    Raises:
+        FormatError: the file is no adapter, or is damaged.
+        BaseMismatch: ``base`` is not the checkpoint that the adapter was made for; names the first tensor that differs.
+        SourceError: ``base`` is no checkpoint.
+        OSError: the file cannot be read.
+    """
+    file = AdapterFile(adapter)
+    file.verify()
+    if base is not None and (misfits := misfits_with(file, _opened(base))):
+        raise BaseMismatch(f"{file.path}: {misfits[0]}")
+
+
+def _opened(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+    from shira_format.checkpoints import open_checkpoint
+
+    return open_checkpoint(base)
 
 
 def describe(file: AdapterFile) -> dict[str, Any]:
