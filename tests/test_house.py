@@ -108,12 +108,12 @@ def test_no_circles() -> None:
     ("name", "path"), [*modules("shira_format"), *modules("shira_analysis"), *modules("shira_cli")]
 )
 def test_heavy_packages_are_imported_where_they_are_used(name: str, path: Path) -> None:
-    compiled = {
-        "shira_format._core.kernels",
-        "shira_format._core.prefetch",
-        "shira_analysis.measures.product_kernels",
-    }
-    if name not in compiled:  # which exist only to be compiled
+    # Modules that are themselves imported when their package is needed: compiled kernels, and hooks on torch's layers.
+    on_demand = {
+        "shira_format._core.kernels", "shira_format._core.prefetch", "shira_analysis.measures.product_kernels",
+        "shira_format.calibration.layers",
+    }  # fmt: skip
+    if name not in on_demand:
         assert not HEAVY & {other.partition(".")[0] for other in imported(path, everywhere=False)}
 
 
