@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as messages
 
-from shira_cli.demo import DATA, find_base
+from shira_cli.shipped import DATA, find_base
 from shira_format import Adapter, ShiraError, load
 from shira_format.convert import lora_to_shira
 from shira_format.live import AdapterPool, Switcher

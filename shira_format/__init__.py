@@ -1,32 +1,77 @@
 """shira-format: sparse high rank adapters as small, exact, checked files.
 
->>> import shira_format
->>> adapter = shira_format.load("adapter.st")
+>>> import shira_format as shira
+>>> report = shira.lora_to_shira("my-lora", "my-model", "adapter.st", density=0.01)
+>>> adapter = shira.load("adapter.st")
 >>> adapter["encoder.layer.0.attention.self.query.weight"].nnz
 1475
 """
 
 from __future__ import annotations
 
-from shira_format.adapter import Adapter
-from shira_format.errors import BaseMismatch, BaseRequired, FormatError, ShiraError, SourceError, WorkError
-from shira_format.format import AdapterFile, AdapterWriter, load, save
-from shira_format.tensors import DenseTensor, SparseTensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from shira_format.version import __version__
 
-__all__ = [
-    "Adapter",
-    "AdapterFile",
-    "AdapterWriter",
-    "BaseMismatch",
-    "BaseRequired",
-    "DenseTensor",
-    "FormatError",
-    "ShiraError",
-    "SourceError",
-    "SparseTensor",
-    "WorkError",
-    "__version__",
-    "load",
-    "save",
-]
+if TYPE_CHECKING:
+    from shira_format import errors as errors
+    from shira_format.adapter import Adapter as Adapter
+    from shira_format.checkpoints import open_checkpoint as open_checkpoint
+    from shira_format.convert.csr import csr_to_shira as csr_to_shira
+    from shira_format.convert.full import full_to_shira as full_to_shira
+    from shira_format.convert.lora import lora_to_shira as lora_to_shira
+    from shira_format.convert.peft_shira import peft_to_shira as peft_to_shira
+    from shira_format.export.csr import shira_to_csr as shira_to_csr
+    from shira_format.export.full import shira_to_full as shira_to_full
+    from shira_format.export.lora import shira_to_lora as shira_to_lora
+    from shira_format.export.peft_shira import shira_to_peft as shira_to_peft
+    from shira_format.format import AdapterFile as AdapterFile
+    from shira_format.format import AdapterWriter as AdapterWriter
+    from shira_format.format import load as load
+    from shira_format.format import save as save
+    from shira_format.live import AdapterPool as AdapterPool
+    from shira_format.live import Switcher as Switcher
+    from shira_format.live import apply as apply
+    from shira_format.tensors import DenseTensor as DenseTensor
+    from shira_format.tensors import SparseTensor as SparseTensor
+
+# Where each public name lives; it is imported when it is first asked for.
+_HOMES = {
+    "Adapter": "adapter",
+    "AdapterFile": "format",
+    "AdapterPool": "live",
+    "AdapterWriter": "format",
+    "DenseTensor": "tensors",
+    "SparseTensor": "tensors",
+    "Switcher": "live",
+    "apply": "live",
+    "csr_to_shira": "convert.csr",
+    "full_to_shira": "convert.full",
+    "load": "format",
+    "lora_to_shira": "convert.lora",
+    "open_checkpoint": "checkpoints",
+    "peft_to_shira": "convert.peft_shira",
+    "save": "format",
+    "shira_to_csr": "export.csr",
+    "shira_to_full": "export.full",
+    "shira_to_lora": "export.lora",
+    "shira_to_peft": "export.peft_shira",
+}
+
+__all__ = ["__version__", "errors", *sorted(_HOMES)]  # noqa: PLE0604 - strings, from the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("shira_format.errors")
+    if hasattr(errors := import_module("shira_format.errors"), name):  # until all import them from there
+        return getattr(errors, name)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

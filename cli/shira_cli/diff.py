@@ -2,137 +2,63 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from shira_cli import console
-from shira_format._core import text
+import click
 
-if TYPE_CHECKING:
-    from shira_format.merge.differing import Differences, TensorDifference
+from shira_cli import app, options
+from shira_cli.output import Printer
 
 PROG = "shira-diff"
 
 SAME, DIFFERENT, TROUBLE = 0, 1, 2  # as diff
 
-DESCRIPTION = """\
-Compare two adapters, tensor by tensor: which entries one of them has alone, which both have with the same bits, and which with other values.
-The content counts: codecs, the order of tensors and provenance (shown, if it differs) make no difference.
-
-The exit code is 0 if the content is the same, 1 if it differs, 2 if there was trouble."""
-
-EXAMPLE = """examples:
+EXAMPLE = """
+examples:
   shira-diff a.st b.st
   shira-diff old.st new.st --quiet || echo changed
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = console.parser(PROG, DESCRIPTION, EXAMPLE)
-    add = parser.add_argument
-    add("first", type=Path, metavar="A", help="an adapter file")
-    add("second", type=Path, metavar="B", help="another one")
-    add("--all", action="store_true", help="list equal tensors as well")
-    add("--include", action="append", default=[], metavar="REGEX", help="compare only tensors in whose name this is found; may be repeated")  # fmt: skip
-    add("--exclude", action="append", default=[], metavar="REGEX", help="leave out tensors in whose name this is found; may be repeated")  # fmt: skip
-    add("--json", action="store_true", help="print the result as JSON")
-    add("--quiet", action="store_true", help="print nothing but errors: the exit code tells")
-    options = parser.parse_args(argv)
-    return console.run(PROG, lambda: _diff(options), failed=TROUBLE)
+@click.command(cls=app.Command, example=EXAMPLE, failed=TROUBLE)
+@click.argument("first", type=options.PATH, metavar="A")
+@click.argument("second", type=options.PATH, metavar="B")
+@click.option("--all", "every", is_flag=True, help="List equal tensors as well.")
+@options.filters("Compare")
+@options.printing(quiet="Print nothing but errors; the exit code is the answer.")
+@app.version_option
+def command(
+    first: Path,
+    second: Path,
+    every: bool,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    printer: Printer,
+) -> int:
+    """Compare the adapter files A and B, tensor by tensor.
 
+    For each tensor: how many entries only one of the two has, how many have equal bits in both, and how many have
+    different values. Only the content counts: index codecs, the order of tensors and provenance (shown if it differs)
+    make no difference.
 
-def _diff(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    The exit code is 0 if the content is the same, 1 if it differs, and 2 after an error.
+    """
+    from shira_analysis.report.text import diff
+    from shira_format.merge.diff import diff as diff_adapters
 
-    from shira_format.merge.differing import differences
-
-    hidden = options.quiet or not sys.stderr.isatty()
-    with tqdm(unit="tensors", disable=hidden, leave=False) as bar:
-        found = differences(
-            options.first, options.second, include=options.include, exclude=options.exclude,
-            progress=lambda _: bar.update(),
-        )  # fmt: skip
-    if not options.quiet:
-        listed = found.tensors if options.all else found.different
-        if options.json:
-            console.print_json(as_json(found, listed, options.first, options.second))
-        else:
-            print(as_text(found, listed))
+    with printer.bar("tensors") as bar:
+        found = diff_adapters(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
+    if not printer.quiet:
+        listed = found.tensors if every else found.different
+        printer.result(lambda: diff.as_json(found, listed, first, second), lambda: diff.as_text(found, listed))
     return SAME if found.same else DIFFERENT
 
 
-def as_json(found: Differences, listed: Sequence[TensorDifference], first: Path, second: Path) -> dict[str, Any]:
-    """The differences as plain JSON values."""
-    return {
-        "files": [str(first), str(second)],
-        "same": found.same,
-        "totals": {"tensors": len(found.tensors), "different": len(found.different)} | _totals(found),
-        "alpha": list(found.alpha),
-        "removed": [list(names) for names in found.removed],
-        "provenance": {key: list(values) for key, values in found.provenance.items()},
-        "tensors": [asdict(tensor) | {"same": tensor.same} for tensor in listed],
-    }
-
-
-def as_text(found: Differences, listed: Sequence[TensorDifference]) -> str:
-    """The differences for a terminal."""
-    lines = []
-    if listed:
-        head = (
-            "tensor",
-            "differs in",
-            "only in A",
-            "only in B",
-            "equal",
-            "other values",
-            "largest difference",
-            "base",
-        )
-        rows = [_row(tensor) for tensor in listed]
-        rows.append(("all", "", *(text.count(value) for value in _totals(found).values()), "", ""))
-        lines.append(text.table(head, rows))
-    if found.alpha[0] != found.alpha[1]:
-        lines.append(f"strength: {found.alpha[0]:g} in A, {found.alpha[1]:g} in B")
-    for which, names in zip("AB", found.removed, strict=True):
-        if names:
-            lines.append(f"removed by {which} alone: {', '.join(map(text.printable, names))}")
-    if found.provenance:
-        keys = ", ".join(map(text.printable, found.provenance))
-        lines.append(f"provenance differs, which is no difference of content: {keys}")
-    if found.same:
-        lines.append(f"the same content: {len(found.tensors)} tensors")
-    else:
-        lines.append(f"different: {len(found.different)} of {len(found.tensors)} tensors")
-    return "\n".join(lines)
-
-
-def _totals(found: Differences) -> dict[str, int]:
-    return {
-        what: sum(getattr(tensor, what) for tensor in found.tensors)
-        for what in ("only_first", "only_second", "equal", "other")
-    }
-
-
-def _row(tensor: TensorDifference) -> tuple[str, ...]:
-    first, second = tensor.entries
-    if first is None or second is None:
-        differs = f"only in {'A' if second is None else 'B'}"
-    else:
-        parts = [*tensor.traits]
-        parts += ["entries"] if tensor.only_first or tensor.only_second else []
-        parts += ["values"] if tensor.other else []
-        differs = ", ".join(parts) or "nothing"
-    base = {None: "", True: "same", False: "other"}[tensor.same_base]
-    return (
-        f"{tensor.name} (whole)" if tensor.whole else tensor.name, differs,
-        *(text.count(value) for value in (tensor.only_first, tensor.only_second, tensor.equal, tensor.other)),
-        "" if tensor.largest is None else f"{tensor.largest:.4g}", base,
-    )  # fmt: skip
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return app.start(command, PROG, argv)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""``shira-plot``: pictures of adapters, each with its numbers beside it as CSV."""
+"""``shira-plot``: pictures of adapters, each with its numbers as CSV beside it."""
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_cli import console
-from shira_format._core import text
+import click
+
+from shira_cli import app, options
+from shira_cli.output import Printer, check_output
+from shira_format._core.text import printable
 
 if TYPE_CHECKING:
     from shira_analysis.figures.pictures import Picture
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 PROG = "shira-plot"
 
-EXAMPLE = """examples:
+EXAMPLE = """
+examples:
   shira-plot mask adapter.st -o mask.png
   shira-plot spectrum adapter.st --base my-model/ --lora my-lora/ -o spectrum.png
   shira-plot orthogonality a.st b.st --moments moments.safetensors -o pairs.png
@@ -29,209 +32,197 @@ EXAMPLE = """examples:
 FORMS = {".png": "png", ".svg": "svg"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = console.parser(
-        PROG, "Draw adapters. The numbers of each picture are written beside it, as CSV.", EXAMPLE
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    mask = _kind(kinds, "mask", _mask, "where the entries of one tensor lie, by density of the cells of a grid")
-    _add_tensor(mask)
-    mask.add_argument("--cells", type=int, default=None, metavar="N", help="cells along the longer side, 1 to 512 (default: 96)")  # fmt: skip
-    layers = _kind(
-        kinds, "layers", _layers, "how dense the change is in each layer, and how much of its energy is there"
-    )
-    _add_choice(layers)
-    spectrum = _kind(
-        kinds, "spectrum", _spectrum, "the singular values of the change of one tensor, and of a LoRA's"
-    )
-    _add_tensor(spectrum)
-    spectrum.add_argument("--lora", action="append", default=[], metavar="L", help="a LoRA of the same base, which needs --base; may be repeated")  # fmt: skip
-    overlap = _kind(
-        kinds,
-        "overlap",
-        _overlap,
-        "how many entries each two adapters share, beside what chance gives",
-        pairs=True,
-    )
-    _add_choice(overlap)
-    orthogonality = _kind(
-        kinds,
-        "orthogonality",
-        _orthogonality,
-        "AWOR and AWOM of each two adapters, beside what chance gives",
-        pairs=True,
-    )
-    _add_choice(orthogonality)
-    orthogonality.add_argument("--transposed", action="store_true", help="of A1 A2^T in place of A1^T A2: layers whose weight is [in, out] write along rows")  # fmt: skip
-    orthogonality.add_argument("--moments", type=Path, metavar="FILE", help="second moments of the layers' inputs, from shira-moments: what each two do to each other on them as well")  # fmt: skip
-    dimension = _kind(kinds, "dimension", _dimension, "AWOM and AWOR of random adapters against the dimension: figures 4 and 9 of the paper", files=False)  # fmt: skip
-    dimension.add_argument("--quick", action="store_true", help="up to dimension 2048 with 5 pairs each, seconds; by default up to 8192 with 50, half an hour on two cores")  # fmt: skip
-    dimension.add_argument("--seeds", type=int, metavar="N", help="pairs of adapters for each point")
-    options = parser.parse_args(argv)
-    options.csv = options.csv or options.output.with_suffix(".csv")
-    if options.output.suffix.lower() not in FORMS:
-        console.usage_error(PROG, f"{options.output}: a picture ends in {' or '.join(FORMS)}")
-    if options.csv == options.output:
-        console.usage_error(PROG, f"{options.csv}: picture and CSV need two names")
-    if getattr(options, "seeds", None) is not None and options.seeds < 1:
-        console.usage_error(PROG, f"--seeds {options.seeds} is not a positive count")
-    if getattr(options, "lora", None) and options.base is None:
-        console.usage_error(PROG, "--lora needs --base, against which its names and shapes are resolved")
-    if options.kind in ("overlap", "orthogonality") and len(options.adapters) < 2:
-        console.usage_error(PROG, f"{options.kind} is about pairs: name two adapters or more")
-    return console.run(PROG, lambda: _plot(options))
+@click.group(cls=app.Group, example=EXAMPLE)
+@app.version_option
+def command() -> None:
+    """Draw adapters.
+
+    The numbers of each picture are written beside it, as CSV.
+    """
 
 
-def _kind(
-    kinds: Any,
-    name: str,
-    draw: Callable[[argparse.Namespace], Picture],
-    text: str,
-    *,
-    files: bool = True,
-    pairs: bool = False,
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}."
-    )
-    add = parser.add_argument
-    if files:
-        several = "adapter files of one base, two or more" if pairs else "adapter files"
-        add("adapters", nargs="+", type=Path, metavar="ADAPTER", help=several)
-        add("--base", help="the checkpoint that they were made for; needed for the deltas of files that are not self-contained")  # fmt: skip
-    add("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture to write, .png or .svg")
-    add(
-        "--csv",
-        type=Path,
-        metavar="FILE",
-        help="where its numbers go (default: beside the picture, ending in .csv)",
-    )
-    add("--force", action="store_true", help="replace FILE if it exists")
-    console.add_output_options(parser)
-    parser.set_defaults(draw=draw)
-    return parser
+def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False) -> Callable[[Callable[..., Picture]], click.Command]:  # fmt: skip
+    """A subcommand that draws one kind of picture: the options of all, and the writing."""
 
-
-def _add_choice(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--include", action="append", default=[], metavar="REGEX", help="only tensors in whose name this is found; may be repeated")  # fmt: skip
-    add("--exclude", action="append", default=[], metavar="REGEX", help="leave out tensors in whose name this is found; may be repeated")  # fmt: skip
-
-
-def _add_tensor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tensor", metavar="NAME", help="the tensor to draw (default: the one with most entries in the first adapter)")  # fmt: skip
-
-
-def _plot(options: argparse.Namespace) -> int:
-    from shira_analysis.figures.records import to_csv
-    from shira_format.storage.atomic import atomic_file
-
-    console.terminate_like_interrupt()
-    for path in (options.output, options.csv):
-        console.check_output(path, force=options.force)
-    picture = options.draw(options)
-    with atomic_file(options.csv) as table, atomic_file(options.output) as image:
-        table.write(to_csv(picture.records).encode(errors="backslashreplace"))
-        image.write(picture.image)
-    if options.json:
-        console.print_json({"picture": str(options.output), "csv": str(options.csv), "records": picture.records})
-    else:
-        print(
-            text.printable(
-                f"{options.output}: drawn; its numbers are in {options.csv} ({len(picture.records)} rows)"
+    def made(draw: Callable[..., Picture]) -> click.Command:
+        @functools.wraps(draw)
+        def run(output: Path, csv: Path | None, force: bool, printer: Printer, **settings: Any) -> int:
+            csv = csv or output.with_suffix(".csv")
+            if output.suffix.lower() not in FORMS:
+                raise click.UsageError(f"{output}: a picture ends in {' or '.join(FORMS)}")
+            if csv == output:
+                raise click.UsageError(f"{csv}: picture and CSV need two names")
+            if pairs and len(settings["adapters"]) < 2:
+                raise click.UsageError(f"{name} is about pairs: name two adapters or more")
+            check_output(output, force=force)
+            check_output(csv, force=force)
+            picture = draw(form=FORMS[output.suffix.lower()], printer=printer, **settings)
+            _write(picture, output, csv)
+            printer.result(
+                lambda: {"picture": str(output), "csv": str(csv), "records": picture.records},
+                lambda: printable(f"{output}: drawn; its numbers are in {csv} ({len(picture.records)} rows)"),
             )
-        )
-    return 0
+            return 0
+
+        run = options.printing(run)
+        run = options.force_option("Replace the files if they exist.")(run)
+        run = click.option("--csv", type=options.PATH, metavar="FILE", help="Where the numbers go (default: beside the picture, ending in .csv).")(run)  # fmt: skip
+        run = options.output_file("The picture to write, .png or .svg.")(run)
+        if files:
+            run = options.base_option(" that the adapters were made for; needed for deltas unless they are self-contained")(run)  # fmt: skip
+            run = click.argument("adapters", nargs=-1, required=True, type=options.PATH, metavar="ADAPTER...")(run)
+        full = f"example:\n  shira-plot {name} {example}"
+        found: click.Command = command.command(name, cls=app.Command, example=full)(run)
+        return found
+
+    return made
 
 
-def _files(options: argparse.Namespace) -> list[DeltaFile]:
-    from shira_analysis.measures.deltas import open_deltas
-
-    base = _base(options)
-    include, exclude = (getattr(options, name, []) for name in ("include", "exclude"))
-    return [open_deltas(path, base, include=include, exclude=exclude) for path in options.adapters]
+tensor_option = click.option("--tensor", metavar="NAME", help="The tensor to draw (default: the one with most entries in the first adapter).")  # fmt: skip
 
 
-def _base(options: argparse.Namespace) -> Checkpoint | None:
-    from shira_format.checkpoints import open_checkpoint
-
-    return None if options.base is None else open_checkpoint(options.base)
-
-
-def _form(options: argparse.Namespace) -> str:
-    return FORMS[options.output.suffix.lower()]
-
-
-@contextmanager
-def _bar(options: argparse.Namespace, total: int | None, unit: str) -> Iterator[Callable[..., object]]:
-    from tqdm import tqdm
-
-    hidden = options.quiet or not sys.stderr.isatty()
-    with tqdm(total=total, unit=unit, disable=hidden, leave=False) as bar:
-        yield lambda *_: bar.update(1)
-
-
-def _mask(options: argparse.Namespace) -> Picture:
+@_picture("mask", "adapter.st -o mask.png")
+@tensor_option
+@click.option("--cells", type=int, metavar="N", help="Cells along the longer side, 1 to 512 (default: 96).")
+def mask(
+    adapters: Sequence[Path], base: str | None, tensor: str | None, cells: int | None, form: str, **_: Any
+) -> Picture:
+    """Draw where the entries of one tensor are, as densities of the cells of a grid."""
     from shira_analysis.figures.masks import SIDE
     from shira_analysis.figures.pictures import mask_picture
 
-    side = SIDE if options.cells is None else options.cells
-    return mask_picture(_files(options), options.tensor, side=side, form=_form(options))
+    return mask_picture(_files(adapters, _base(base)), tensor, side=SIDE if cells is None else cells, form=form)
 
 
-def _layers(options: argparse.Namespace) -> Picture:
+@_picture("layers", "adapter.st -o layers.png")
+@options.filters("Draw")
+def layers(
+    adapters: Sequence[Path],
+    base: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    form: str,
+    printer: Printer,
+) -> Picture:
+    """Draw the density of each layer's change, and its share of the energy (the sum of squares)."""
     from shira_analysis.figures.pictures import layers_picture
 
-    files = _files(options)
-    with _bar(options, sum(len(file.names) for file in files), "tensors") as step:
-        return layers_picture(files, form=_form(options), progress=step)
+    files = _files(adapters, _base(base), include, exclude)
+    with printer.bar("tensors", sum(len(file.names) for file in files)) as bar:
+        return layers_picture(files, form=form, progress=lambda *_: bar.update())
 
 
-def _spectrum(options: argparse.Namespace) -> Picture:
+@_picture("spectrum", "adapter.st --base my-model/ --lora my-lora/ -o spectrum.png")
+@tensor_option
+@click.option("--lora", "loras", multiple=True, metavar="LORA", help="Also draw this LoRA of the same base; needs --base; may be repeated.")  # fmt: skip
+def spectrum(
+    adapters: Sequence[Path],
+    base: str | None,
+    tensor: str | None,
+    loras: Sequence[str],
+    form: str,
+    printer: Printer,
+) -> Picture:
+    """Draw the singular values of the change of one tensor, and of a LoRA's change."""
+    if loras and base is None:
+        raise click.UsageError("--lora needs --base, against which its names and shapes are resolved")
+
     from shira_analysis.figures.pictures import spectrum_picture
+    from shira_format.lora import open_lora
 
-    loras = []
-    if options.lora:
-        from shira_format.lora import open_lora
-
-        base = _base(options)
-        assert base is not None
-        for path in options.lora:
-            lora = open_lora(path, base)
-            loras.append((f"LoRA {Path(path).name}", lora))
-            for text in lora.notices:
-                console.notice(f"note: {text}", quiet=options.quiet)
-    return spectrum_picture(_files(options), loras, options.tensor, form=_form(options))
+    checkpoint = _base(base)
+    opened = []
+    for path in loras:
+        assert checkpoint is not None
+        lora = open_lora(path, checkpoint)
+        printer.notes(lora.notices)
+        opened.append((f"LoRA {Path(path).name}", lora))
+    return spectrum_picture(_files(adapters, checkpoint), opened, tensor, form=form)
 
 
-def _overlap(options: argparse.Namespace) -> Picture:
+@_picture("overlap", "a.st b.st -o overlap.png", pairs=True)
+@options.filters("Count")
+def overlap(
+    adapters: Sequence[Path],
+    base: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    form: str,
+    **_: Any,
+) -> Picture:
+    """Draw how many entries each two adapters share, beside what chance gives."""
     from shira_analysis.figures.pictures import overlap_picture
 
-    return overlap_picture(_files(options), form=_form(options))
+    return overlap_picture(_files(adapters, _base(base), include, exclude), form=form)
 
 
-def _orthogonality(options: argparse.Namespace) -> Picture:
+@_picture("orthogonality", "a.st b.st --moments moments.safetensors -o pairs.png", pairs=True)
+@options.filters("Measure")
+@click.option("--transposed", is_flag=True, help="Of A1 A2^T instead of A1^T A2, for layers whose weight is stored [in, out].")  # fmt: skip
+@options.moments_option
+def orthogonality(
+    adapters: Sequence[Path],
+    base: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    transposed: bool,
+    moments: Path | None,
+    form: str,
+    printer: Printer,
+) -> Picture:
+    """Draw AWOR and AWOM of each two adapters, beside what chance gives; with moments also their effect on inputs."""
     from shira_analysis.figures.pictures import orthogonality_picture
     from shira_format.calibration.moments import Moments
 
-    files = _files(options)
-    moments = None if options.moments is None else Moments.read(options.moments)
-    with _bar(options, len({name for file in files for name in file.names}), "tensors") as step:
+    files = _files(adapters, _base(base), include, exclude)
+    inputs = None if moments is None else Moments.read(moments)
+    with printer.bar("tensors", len({name for file in files for name in file.names})) as bar:
         return orthogonality_picture(
-            files, moments=moments, transposed=options.transposed, form=_form(options), progress=step
+            files, moments=inputs, transposed=transposed, form=form, progress=lambda *_: bar.update()
         )
 
 
-def _dimension(options: argparse.Namespace) -> Picture:
+@_picture("dimension", "--quick -o dimension.png", files=False)
+@options.quick_option("up to dimension 2048 with 5 pairs each, not up to 8192 with 50 (half an hour on two cores)")
+@click.option("--seeds", type=options.COUNT, metavar="N", help="Pairs of adapters for each point.")
+def dimension(quick: bool, seeds: int | None, form: str, printer: Printer) -> Picture:
+    """Draw AWOM and AWOR of random adapters against the dimension: figures 4 and 9 of the paper."""
     from shira_analysis.figures import dimensions
     from shira_analysis.figures.pictures import dimension_picture
 
-    sizes = dimensions.QUICK if options.quick else dimensions.DIMENSIONS
-    seeds = options.seeds or (dimensions.QUICK_SEEDS if options.quick else dimensions.SEEDS)
-    with _bar(options, len(sizes) * len(dimensions.SERIES) * seeds, "pairs") as step:
-        records = dimensions.dimension_records(dimensions=sizes, seeds=seeds, progress=step)
-    return dimension_picture(records, form=_form(options))
+    sizes = dimensions.QUICK if quick else dimensions.DIMENSIONS
+    pairs = seeds or (dimensions.QUICK_SEEDS if quick else dimensions.SEEDS)
+    with printer.bar("pairs", len(sizes) * len(dimensions.SERIES) * pairs) as bar:
+        records = dimensions.dimension_records(dimensions=sizes, seeds=pairs, progress=lambda *_: bar.update())
+    return dimension_picture(records, form=form)
+
+
+def _base(path: str | None) -> Checkpoint | None:
+    from shira_format.checkpoints import open_checkpoint
+
+    return None if path is None else open_checkpoint(path)
+
+
+def _files(
+    adapters: Sequence[Path], base: Checkpoint | None, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[DeltaFile]:
+    from shira_analysis.measures.deltas import open_deltas
+
+    return [open_deltas(path, base, include=include, exclude=exclude) for path in adapters]
+
+
+def _write(picture: Picture, output: Path, csv: Path) -> None:
+    from shira_analysis.figures.records import to_csv
+    from shira_format.storage.atomic import atomic_file
+
+    with atomic_file(csv) as numbers, atomic_file(output) as image:
+        numbers.write(to_csv(picture.records).encode(errors="backslashreplace"))
+        image.write(picture.image)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return app.start(command, PROG, argv)
 
 
 if __name__ == "__main__":

@@ -2,101 +2,86 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from shira_cli import console
-from shira_format._core import text as text_
+import click
 
-if TYPE_CHECKING:
-    from shira_analysis.lemmas import LemmaReport, Verification
-    from shira_analysis.lemmas.report import Check, Counterexample, Reading
+from shira_cli import app, errors, options
+from shira_cli.output import Printer
+from shira_cli.shipped import DATA, TASKS, find_base
 
 PROG = "shira-verify"
-WIDTH = 112
 LEMMAS = ("4.1", "4.2", "4.3", "4.4", "4.5")
 
-EXAMPLE = """examples:
+EXAMPLE = """
+examples:
   shira-verify --quick
   shira-verify a.st b.st --base my-model/ --lemma 4.2 --lemma 4.5
 """
 
-DESCRIPTION = """\
-Check the five lemmas of the paper Sparse High Rank Adapters (arXiv 2406.13175) by numbers: on random adapters of many shapes, densities
-and masks, and on the files that are given. For each lemma: what is printed, what is true, the laws that were tried with how
-close they came to failing, and the smallest counterexample where the printed statement fails, to be recomputed by hand.
 
-Without files, the two LoRAs that ship here are converted at 1 % and checked, if their base model is installed (not with --quick).
-The exit code is 1 if a law that should hold does not."""
+@click.command(cls=app.Command, example=EXAMPLE)
+@click.argument("adapters", nargs=-1, type=options.PATH, metavar="[ADAPTER...]")
+@options.base_option(" that the adapters were made for; needed unless they are self-contained")
+@click.option("--lemma", "lemmas", multiple=True, type=click.Choice(LEMMAS), help="Check this lemma only; may be repeated.")  # fmt: skip
+@options.quick_option("fewer and smaller cases")
+@options.seed_option
+@options.printing
+@app.version_option
+def command(
+    adapters: Sequence[Path],
+    base: str | None,
+    lemmas: Sequence[str],
+    quick: bool,
+    seed: int,
+    printer: Printer,
+) -> int:
+    """Check the five lemmas of the paper Sparse High Rank Adapters (arXiv 2406.13175) numerically.
 
+    They are checked on random adapters of many shapes, densities and masks, and on the given adapter files: lemmas
+    about two adapters take each pair of files, or a single file with itself. For each lemma: what the paper prints,
+    what is true, the laws that were tried and how close they came to failing, and the smallest counterexample where
+    the printed statement fails.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = console.parser(PROG, DESCRIPTION, EXAMPLE)
-    add = parser.add_argument
-    add("adapters", nargs="*", type=Path, metavar="ADAPTER", help="adapter files; the lemmas about two adapters take each pair, or a single file with itself")  # fmt: skip
-    add("--base", help="the checkpoint that they were made for; needed for those that are not self-contained")
-    add("--lemma", action="append", choices=LEMMAS, help="this lemma only; may be repeated")
-    add("--quick", action="store_true", help="fewer and smaller cases, a few seconds")
-    add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0); the same seed gives the same report")  # fmt: skip
-    console.add_output_options(parser)
-    options = parser.parse_args(argv)
-    if options.seed < 0:
-        console.usage_error(PROG, f"--seed {options.seed} is negative")
-    return console.run(PROG, lambda: _verify(options))
+    Without files, the two LoRAs that ship with this program are converted at 1 % and checked, if their base model is
+    installed (not with --quick). The exit code is 1 if a law that should hold does not.
+    """
+    from shira_analysis.lemmas import as_json, verify_lemmas
+    from shira_analysis.report.text.lemmas import as_text, broken_laws
 
-
-def _verify(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from shira_analysis.lemmas import as_json, verify
-
-    chosen = [number for number in LEMMAS if options.lemma is None or number in options.lemma]
-    hidden = options.quiet or not sys.stderr.isatty()
-    with _shipped(options) as shipped, tqdm(total=len(chosen), unit="lemmas", disable=hidden, leave=False) as bar:
-        found = verify(
-            shipped or options.adapters, base=options.base, quick=options.quick, seed=options.seed, lemmas=chosen,
-            progress=bar.update,
-        )  # fmt: skip
-    if options.json:
-        console.print_json(as_json(found))
-    else:
-        print(as_text(found))
+    chosen = [number for number in LEMMAS if not lemmas or number in lemmas]
+    with _shipped(printer, wanted=not (adapters or quick)) as shipped, printer.bar("lemmas", len(chosen)) as bar:
+        found = verify_lemmas(
+            shipped or adapters, base=base, quick=quick, seed=seed, lemmas=chosen, progress=bar.update
+        )
+    printer.result(lambda: as_json(found), lambda: as_text(found))
     if not found.ok:
-        broken = [
-            f"{lemma.number}: {check.law.strip()}"
-            for lemma in found.lemmas
-            for check in lemma.checks
-            if not check.ok
-        ]
-        console.complain(PROG, f"does not hold, lemma {broken[0]}" + (f" (and {len(broken) - 1} more)" if broken[1:] else ""))  # fmt: skip
-        return console.EXIT_FAILED
+        first, *others = broken_laws(found)
+        more = f" (and {len(others)} more)" if others else ""
+        errors.complain(app.program(), f"does not hold, lemma {first}{more}")
+        return errors.EXIT_FAILED
     return 0
 
 
 @contextlib.contextmanager
-def _shipped(options: argparse.Namespace) -> Iterator[list[Path]]:
-    """The LoRAs that ship here as adapters at 1 %, if nothing else is given and their base is at hand."""
-    from shira_cli.demo import DATA, TASKS, find_base
+def _shipped(printer: Printer, *, wanted: bool) -> Iterator[list[Path]]:
+    """The shipped LoRAs as adapters at 1 %, if they are wanted and their base is installed."""
     from shira_format import ShiraError
 
-    if options.adapters or options.quick:
+    if not wanted:
         yield []
         return
     try:
         base = find_base()
     except ShiraError as error:
-        console.notice(f"note: random adapters only, for {error}", quiet=options.quiet)
+        printer.notes([f"random adapters only: {error}"])
         yield []
         return
-    from shira_format.convert import lora_to_shira
-    from shira_format.selection import TopK
+    from shira_format.convert.lora import lora_to_shira
 
     with tempfile.TemporaryDirectory(prefix="shira-verify-") as folder:
         paths = [Path(folder) / f"{task}.st" for task in TASKS]
@@ -105,113 +90,9 @@ def _shipped(options: argparse.Namespace) -> Iterator[list[Path]]:
         yield paths
 
 
-def as_text(found: Verification) -> str:
-    """The report for a terminal."""
-    names = ", ".join(Path(file).name for file in found.files) or "none"
-    lines = [f"Sparse High Rank Adapters, the five lemmas by numbers; seed {found.seed}{', quick' if found.quick else ''}; files: {text_.printable(names)}"]  # fmt: skip
-    for lemma in found.lemmas:
-        lines += ["", *_lemma(lemma)]
-    rows = [(f"{lemma.number} {lemma.title}", text_.count(lemma.cases), "all hold" if lemma.ok else "BROKEN", lemma.verdict) for lemma in found.lemmas]  # fmt: skip
-    return "\n".join([*lines, "", "SUMMARY", *_columns(("lemma", "cases", "true laws", "the printed statement"), rows)])  # fmt: skip
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
-    """A table of which the last column is flush left and runs on below itself."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head) - 1)]
-    lines = []
-    for row in (head, *rows):
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True)),
-        ]
-        start = indent + "  ".join(cells) + "  "
-        lines += _wrapped(row[-1], start, len(start))
-    return lines
-
-
-def _wrapped(text: str, start: str, indent: int) -> list[str]:
-    return textwrap.wrap(
-        text_.printable(text), max(WIDTH, indent + 40), initial_indent=start, subsequent_indent=" " * indent,
-        break_on_hyphens=False, break_long_words=False,
-    ) or [start.rstrip()]  # fmt: skip
-
-
-def _lemma(lemma: LemmaReport) -> list[str]:
-    lines = [f"LEMMA {lemma.number}  {lemma.title}", ""]
-    for name, text in (("printed", lemma.printed), ("verdict", lemma.verdict), ("true", lemma.true)):
-        lines += _wrapped(text, f"  {name.ljust(9)}", 11)
-    lines += ["", "  how it can be read"]
-    for reading in lemma.readings:
-        lines += _reading(reading)
-    laws = [_check(check) for check in lemma.checks]
-    lines += [
-        "",
-        "  laws that were tried",
-        *_columns(("result", "cases", "closest to failing", "law"), laws, " " * 4),
-    ]
-    if lemma.measured:
-        lines += ["", "  measured"]
-        for what, text in lemma.measured:
-            lines += [f"    {text_.printable(what)}", *_wrapped(text, " " * 6, 6)]
-    if lemma.of_files:
-        shown = _some(lemma.of_files)
-        lines += ["", f"  of the files ({len(shown)} of {len(lemma.of_files)} weights looked at; --json has all)"]
-        for what, text in shown:
-            lines += [f"    {text_.printable(what)}", *_wrapped(text, " " * 6, 6)]
-    for note in lemma.notes:
-        lines += _wrapped(note, "  note: ", 8)
-    return lines
-
-
-def _some(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Three of them, from the first to the last."""
-    return rows if len(rows) <= 3 else [rows[0], rows[len(rows) // 2], rows[-1]]
-
-
-def _reading(reading: Reading) -> list[str]:
-    mark = {"holds": "holds", "fails": "FAILS", "says nothing": "EMPTY"}[reading.verdict]
-    lines = _wrapped(reading.text, f"    {mark}  ", 11)
-    lines += _wrapped(reading.why, " " * 11, 11)
-    if reading.counterexample is not None:
-        lines += [f"           {line}".rstrip() for line in _counterexample(reading.counterexample)]
-    return lines
-
-
-def _counterexample(found: Counterexample) -> list[str]:
-    """The matrices side by side, then the computation."""
-    height = max(len(rows) for rows in found.matrices.values())
-    blocks = []
-    for name, rows in found.matrices.items():
-        width = max(len(cell) for row in rows for cell in row)
-        body = [f"[{' '.join(cell.rjust(width) for cell in row)}]" for row in rows]
-        # The name stands on the first line, and blocks are of equal height.
-        label = f"{name} = "
-        block = [(label if line == 0 else " " * len(label)) + text for line, text in enumerate(body)]
-        blocks.append([*block, *([" " * len(block[0])] * (height - len(block)))])
-    drawn = ["   ".join(parts) for parts in zip(*blocks, strict=True)]
-    searched = textwrap.wrap(f"smallest counterexample ({found.found}):", WIDTH - 11, break_on_hyphens=False)
-    return [*searched, *(f"  {line}" for line in drawn), *(f"  {step}" for step in found.steps)]
-
-
-def _check(check: Check) -> tuple[str, str, str, str]:
-    result = "holds" if check.ok else f"BROKEN ({check.broken})" if check.cases else "NO CASE"
-    law = check.law if check.ok else f"{check.law} -- worst: {check.where}"
-    return result, text_.count(check.cases), _margin(check), law
-
-
-def _margin(check: Check) -> str:
-    """How close the worst case came, in words."""
-    if not check.cases:
-        return ""
-    if check.exact:
-        if check.margin == 0:
-            return "equal, exactly"
-        return f"{check.margin:.0f} to spare" if check.margin > 0 else f"off by {-check.margin:g}"
-    if check.relation == "=":
-        return f"{max(0.0, 1 - check.margin):.1%} of the rounding bound"
-    if check.margin < 1e-6:
-        return "equal to rounding" if check.ok else f"{-check.margin:.1%} above"
-    return f"{check.margin:.0%} below the right side"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return app.start(command, PROG, argv)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Calibration data: texts, the inputs of layers, and the moments of these inputs."""
+"""What a model's layers are fed: calibration texts, and second moments of the layers' inputs."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import shira_format
-from shira_cli import console, convert, inspect
+from shira_cli import convert, errors, inspect
 from shira_format.lora.products import LowRank
 from tests import models
 
@@ -154,7 +154,7 @@ def test_a_full_disk(tmp_path: Path, capsys: Capture, monkeypatch: pytest.Monkey
 
 
 def test_a_known_error_shows_its_traceback_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(console.DEBUG, "1")
+    monkeypatch.setenv(errors.DEBUG, "1")
     with pytest.raises(shira_format.SourceError):
         lora_to_shira(tmp_path / "a.st", lora=str(tmp_path / "none"))
 

@@ -46,7 +46,7 @@ def test_the_same(files: Path, capsys: Capture) -> None:
     assert ("the same content: 3 tensors\n", "") == capsys.readouterr()
     assert 0 == run(files / "a.st", files / "c.st")
     note, verdict = capsys.readouterr().out.splitlines()
-    assert "provenance differs, which is no difference of content: license" == note
+    assert "provenance differs, which does not count as a difference: license" == note
     assert "the same content: 3 tensors" == verdict
     assert 0 == run(files / "a.st", files / "c.st", "--all", "--json")
     told = json.loads(capsys.readouterr().out)
@@ -79,9 +79,9 @@ def test_different(files: Path, capsys: Capture) -> None:
     assert ["b", "(whole)", "only", "in", "A", "2", "0", "0", "0"] == lines[2].split()
     assert ["all", "3", "2", "2", "1"] == lines[3].split()
     assert [
-        "strength: 1 in A, 0.5 in B",
+        "alpha: 1 in A, 0.5 in B",
         "removed by B alone: r",
-        "provenance differs, which is no difference of content: license",
+        "provenance differs, which does not count as a difference: license",
         "different: 3 of 4 tensors",
     ] == lines[4:]
     assert 1 == run(files / "a.st", files / "b.st", "--all")
@@ -188,4 +188,4 @@ def test_help_has_an_example(capsys: Capture) -> None:
         run("--help")
     out = capsys.readouterr().out
     assert "shira-diff old.st new.st --quiet || echo changed" in out
-    assert "1 if it differs, 2 if there was trouble" in out
+    assert "1 if it differs, and 2 after an error" in " ".join(out.split())

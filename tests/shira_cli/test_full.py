@@ -171,8 +171,8 @@ def test_existing_outputs(pair: Pair, tmp_path: Path, capsys: Capture, monkeypat
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--exact", "--density", "0.1"), "not allowed with argument"),
-        (("--energy", "0.5", "--top-k", "3"), "not allowed with argument"),
+        (("--exact", "--density", "0.1"), "exclude each other"),
+        (("--energy", "0.5", "--top-k", "3"), "exclude each other"),
         (("--energy", "1.5"), "energy 1.5 is not in (0, 1]"),
         (("--min-change", "-1"), "min-change -1.0 is not a magnitude"),
         (("--exact", "--scope", "global"), "--scope has no meaning with it"),
@@ -214,13 +214,13 @@ def test_a_hub_that_is_out_of_reach(pair: Pair, tmp_path: Path) -> None:
 
 _SLOW = """
 import sys, time
-from shira_format.entries.changes import Difference
-fast = Difference.both
+from shira_format.entries.changes import CheckpointChange
+fast = CheckpointChange.both
 def slow(self, start, stop):
     time.sleep(0.05)
     print(self.name, flush=True)
     return fast(self, start, stop)
-Difference.both = slow
+CheckpointChange.both = slow
 from shira_cli.convert import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -246,7 +246,7 @@ def test_interrupts(number: signal.Signals, resume: bool, pair: Pair, tmp_path: 
     if number != signal.SIGKILL:
         assert 130 == process.returncode
         words = (
-            f"finished tensors are in {kept}, the same command goes on from them"
+            f"finished tensors are in {kept}, the same command continues from them"
             if resume
             else "nothing was written"
         )
@@ -263,9 +263,9 @@ def test_interrupts(number: signal.Signals, resume: bool, pair: Pair, tmp_path: 
 def test_an_interrupted_way_back_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
     assert 0 == full(pair, tmp_path / "p.st", "--exact", "--quiet")
     script = _SLOW.replace(
-        "from shira_format.entries.changes import Difference\nfast = Difference.both\n", ""
+        "from shira_format.entries.changes import CheckpointChange\nfast = CheckpointChange.both\n", ""
     ).partition("def slow")[0] + (
-        "from shira_format.export.full import Plan\n"
+        "from shira_format.export.full.restore import _Restore as Plan\n"
         "fast = Plan._parts\n"
         "def slow(self, piece, workers):\n"
         "    time.sleep(0.05)\n"

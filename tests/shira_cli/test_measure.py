@@ -54,11 +54,11 @@ def test_one_adapter(files: Path, capsys: Capture) -> None:
 
 
 def test_ranks_tensors_and_json(files: Path, capsys: Capture) -> None:
-    assert 0 == run(files / "a.st", "--rank", "--tensors", "--include", "mlp")
+    assert 0 == run(files / "a.st", "--ranks", "--tensors", "--include", "mlp")
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith(UP)]
     assert [[UP, "2", "16.67"], [UP, "3", "2"]] == [row[:3] for row in rows]
-    assert 0 == run(files / "a.st", "--rank", "--json")
+    assert 0 == run(files / "a.st", "--ranks", "--json")
     (found,) = json.loads(capsys.readouterr().out)["adapters"]
     assert [2, 2] == [tensor["rank"]["exact_rank"] for tensor in found["tensors"]]
     assert [{"from": 1.0, "count": 1}, {"from": 4.0, "count": 1}] == found["kinds"]["query"]["norms"]["histogram"]
@@ -87,7 +87,7 @@ def test_spectrum(files: Path, capsys: Capture) -> None:
     assert 0 == run(files / "a.st", "--spectrum", "--json")
     (found,) = json.loads(capsys.readouterr().out)["adapters"]
     assert [[6, 1]] * 2 == [pytest.approx(tensor["rank"]["singular_values"]) for tensor in found["tensors"]]
-    assert 0 == run(files / "a.st", "--rank", "--json")
+    assert 0 == run(files / "a.st", "--ranks", "--json")
     assert "singular_values" not in capsys.readouterr().out
 
 
@@ -132,7 +132,7 @@ def test_whole_tensors_of_both_are_told(files: Path, capsys: Capture) -> None:
     other = SparseTensor("b", (2, 6), at, one, value_kind="delta")
     save(Adapter([other, SparseTensor(UP, (3, 4), at, one, value_kind="delta")]), files / "c.st")
     assert 0 == run(files / "a.st", files / "c.st")
-    assert "not both at once, for one replaces them as a whole: b\n" in capsys.readouterr().out
+    assert "not both at once, since one replaces them whole: b\n" in capsys.readouterr().out
     assert 0 == run(files / "a.st", files / "c.st", "--json")
     (pair,) = json.loads(capsys.readouterr().out)["pairs"]
     assert ["b"] == pair["replaced"]
@@ -151,7 +151,7 @@ def test_wide_weights_take_little_memory(tmp_path: Path) -> None:
         "from shira_cli.measure import main; sys.exit(main(sys.argv[1:]))"
     )
     files = [str(tmp_path / f"{seed}.st") for seed in (1, 2)]
-    options = ["--rank", "--transposed", "--spectral", "--json"]
+    options = ["--ranks", "--transposed", "--spectral", "--json"]
     done = subprocess.run(
         [sys.executable, "-c", code, *files, *options], capture_output=True, text=True, check=True
     )

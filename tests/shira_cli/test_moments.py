@@ -64,7 +64,7 @@ def test_the_file_holds_the_moments_of_the_texts(folder: Path, capsys: Capture) 
     out = folder / "m.safetensors"
     assert 0 == run(folder / "model", "--texts", folder / "texts.txt", "-o", out, "--batch", "3")
     text, err = capsys.readouterr()
-    assert "note: texts are cut after 16 tokens, which is all that the model takes\n" == err
+    assert "note: texts are cut after 16 tokens, the most that the model takes\n" == err
     assert f"{out}: 16 weights, 4 texts, " in text
     found = Moments.read(out)
     for module in ("encoder.layer.1.attention.self.query", "encoder.layer.0.output.dense"):
@@ -85,7 +85,7 @@ def test_options(folder: Path, capsys: Capture) -> None:
     assert not out.exists()
     assert 0 == run(*arguments)
     wet, err = capsys.readouterr()
-    assert "note: 1 empty lines are no texts" in err
+    assert "note: 1 empty lines are left out" in err
     planned, made = json.loads(dry), json.loads(wet)
     assert [2, 4] == [made["texts"], len(made["weights"])]
     assert [None, str(out)] == [planned["file"], made["file"]]
@@ -109,7 +109,9 @@ def test_names_are_those_of_the_files(folder: Path, capsys: Capture) -> None:
     save_file(stripped, path, {"format": "pt"})
     for options in ((), ("--causal",)):
         assert 0 == run(folder / "llama", "--texts", folder / "texts.txt", "-o", out, "--force", *options)
-        assert "not watched, for no tensor in the files has the name: lm_head.weight" in capsys.readouterr().err
+        assert (
+            "not watched, because no tensor in the files has the name: lm_head.weight" in capsys.readouterr().err
+        )
         assert {name for name in stripped if "norm" not in name} == set(Moments.read(out))
 
 
@@ -192,7 +194,7 @@ def test_weights_of_a_block_must_be_there(folder: Path, capsys: Capture) -> None
     kept = {name: value for name, value in weights.items() if "pooler" not in name}
     save_file(kept, path, {"format": "pt"})
     assert 0 == run(folder / "model", "--texts", texts, "-o", out)
-    assert "warning: 2 weights are not in the folder, and random: pooler.dense.bias" in capsys.readouterr().err
+    assert "warning: 2 weights are not in the folder and are random: pooler.dense.bias" in capsys.readouterr().err
     assert "pooler.dense.weight" not in Moments.read(out)
     del kept["encoder.layer.0.output.dense.weight"]
     save_file(kept, path, {"format": "pt"})

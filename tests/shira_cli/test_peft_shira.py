@@ -131,7 +131,7 @@ def test_what_is_not_known_is_said(tmp_path: Path, capsys: Capture) -> None:
     save(Adapter([deltas], dense=whole, manifest={"alpha": 0.5}), tmp_path / "a.st")
     assert 0 == run("shira_to_peft", tmp_path / "a.st", "-o", tmp_path / "out")
     out, err = capsys.readouterr()
-    assert ["a", "5x6", "11", "0", "not", "known"] == out.splitlines()[1].split()
+    assert ["a", "5x6", "11", "0", "unknown"] == out.splitlines()[1].split()
     assert "note: h: PEFT needs all tensors of a saved module" in err
     assert "note: the adapter's strength 0.5 is worked into the deltas" in err
     assert [0.5] * 11 == load_file(tmp_path / "out" / "adapter_model.safetensors")[f"{KEY}weight"].tolist()

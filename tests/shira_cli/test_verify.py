@@ -11,6 +11,7 @@ import pytest
 from shira_analysis import lemmas
 from shira_analysis.lemmas.report import Check
 from shira_analysis.lemmas.samples import Setting
+from shira_analysis.report.text.lemmas import WIDTH
 from shira_cli import demo, verify
 from shira_format import Adapter, ShiraError, SparseTensor, save
 
@@ -42,7 +43,7 @@ def test_text(adapters: list[Path], capsys: Capture) -> None:
     assert ["LEMMA 4.1", "LEMMA 4.2", "LEMMA 4.3", "LEMMA 4.4", "LEMMA 4.5"] == [
         line[:9] for line in lines if line.startswith("LEMMA")
     ]
-    assert max(map(len, lines)) <= verify.WIDTH
+    assert max(map(len, lines)) <= WIDTH
     # The matrices of a counterexample stand side by side.
     at = lines.index("             W = [0]   S1 = [1]   S2 = [ 1]")
     assert "                 [0]        [1]        [-1]" == lines[at + 1]
@@ -91,9 +92,9 @@ def test_without_files(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(
         lemmas.LEMMAS, "4.5", lambda setting: seen.append(setting) or lemmas.LemmaReport("4.5", "", "", "", "")
     )
-    monkeypatch.setattr(demo, "find_base", missing)
+    monkeypatch.setattr(verify, "find_base", missing)
     assert 0 == run("--lemma", "4.5")
-    assert "note: random adapters only, for the base model is not installed\n" == capsys.readouterr().err
+    assert "note: random adapters only: the base model is not installed\n" == capsys.readouterr().err
     assert 0 == run("--lemma", "4.5", "--quiet")
     assert "" == capsys.readouterr().err
     assert [[], []] == [setting.files for setting in seen]

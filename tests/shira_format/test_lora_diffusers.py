@@ -23,7 +23,7 @@ from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.lora.diffusers_keys import parse
-from shira_format.lora.peft_scale import read_scales
+from shira_format.lora.peft.config import read_scales
 from tests import pipelines
 from tests.pipelines import base_weights, check, fused
 

@@ -24,8 +24,8 @@ from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.names.flat import flat
-from shira_format.names.sd3 import sd3_pieces
-from shira_format.names.unet import other_names
+from shira_format.names.sd3 import sd3_parts
+from shira_format.names.unet import unet_other_names
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, sd3, sgm_state
 
 # What diffusers adapts by the names of its own UNet, convolutions included.
@@ -187,7 +187,7 @@ def test_every_layer_has_its_own_rank_and_alpha(
 def renamed(state: Mapping[str, torch.Tensor], pipe: Any) -> dict[str, torch.Tensor]:
     """By SGM's names; that these are right is in test_lora_unet_names.py."""
     names = {name.removesuffix(".weight") for name in pipe.unet.state_dict() if name.endswith(".weight")}
-    table = {f"lora_unet_{flat(ours)}": f"lora_unet_{flat(sgm)}" for ours, sgm in other_names(names).items()}
+    table = {f"lora_unet_{flat(ours)}": f"lora_unet_{flat(sgm)}" for ours, sgm in unet_other_names(names).items()}
     return {f"{table.get(key.partition('.')[0], key.partition('.')[0])}.{key.partition('.')[2]}": tensor for key, tensor in state.items()}  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def test_sd3(tmp_path: Path) -> None:
     """Against diffusers' converter of the authors' checkpoint, before and after."""
     model = sd3()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pieces = sd3_pieces(state, lambda name: state[name].shape[0], 16)
+    pieces = sd3_parts(state, lambda name: state[name].shape[0], 16)
     authors = {"pos_embed": state["pos_embed.pos_embed"]}
     for module, parts in pieces.items():
         for kind in ("weight", "bias"):

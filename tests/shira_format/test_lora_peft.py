@@ -335,22 +335,22 @@ def refused(saved: Saved, reason: str, path: Path | None = None) -> None:
     ("option", "value", "reason"),
     [
         ("use_qalora", True, "QALoRA pools the inputs of its layers"),
-        ("use_bdlora", {"nblocks": 2}, "block-diagonal LoRA is not read"),
+        ("use_bdlora", {"nblocks": 2}, "block-diagonal LoRA is not supported"),
         (
             "kasa_config",
             {"beta": 1},
             (
-                "KaSA cuts the base's weights down before it adapts them, so B @ A is not an update of the base; "
+                "KaSA truncates the base's weights before it adapts them, so B @ A is not an update of the base; "
                 "merge it with PEFT and convert the full checkpoint"
             ),
         ),
-        ("monteclora_config", {"num_samples": 8}, "MonteCLoRA is not read"),
-        ("arrow_config", {"top_k": 1}, "an Arrow router chooses among several LoRAs as the model runs"),
-        ("megatron_config", {"a": 1}, "Megatron's parallel layers are not read"),
+        ("monteclora_config", {"num_samples": 8}, "MonteCLoRA is not supported"),
+        ("arrow_config", {"top_k": 1}, "an Arrow router selects among several LoRAs at run time"),
+        ("megatron_config", {"a": 1}, "Megatron's parallel layers are not supported"),
         (
             "alora_invocation_tokens",
             [1],
-            "an activated LoRA acts on some tokens only and is no change of weights",
+            "an activated LoRA acts on some tokens only, and is no change of weights",
         ),
     ],
 )
@@ -544,7 +544,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(net: Saved, how: str, tmp_pat
     message = str(caught.value)
     # In the old form of torch.save, pickles follow each other, and a pickle of one dict is not it.
     assert message.startswith(f"{path}: ")
-    assert "the pickle asks for " in message
+    assert "the pickle needs " in message
     assert "\n" not in message
 
 

@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from shira_cli import console
-from shira_cli.convert import common
+import click
 
-DESCRIPTION = """\
-Turn a LoRA into a sparse adapter: the largest entries of its update, as exact values of the tuned weights.
+from shira_cli import app, options
+from shira_cli.convert import running
 
-What kind of LoRA it is, is seen from its files (--dialect says otherwise):
-  peft       adapter_config.json with adapter_model.safetensors or .bin: LoRA, DoRA, embeddings, convolutions, experts
-  diffusers  pytorch_lora_weights.safetensors, of today and of 2023
-  kohya      lora_unet_..., lora_te_...: files of sd-scripts
-  lycoris    LoCon, LoHa, LoKr, full differences, with dora_scale or without
-  xlabs      FLUX LoRAs of x-flux
-  mlx        mlx-lm's adapters.safetensors
-  gguf       llama.cpp's adapters
-  torchtune  adapter_model.pt
-
-LoRAs of a UNet and its text encoders need the pipeline (the folder with model_index.json) as base. A key that matches
-nothing in the base is an error, never left out."""
+EXAMPLE = """
+example:
+  shira-convert lora_to_shira my-lora/ --base my-model/ -o adapter.st --density 0.02
+"""
 
 
-def add(commands: Any) -> None:
-    """Add the subcommand."""
-    parser = common.add_command(
-        commands, "lora_to_shira", help="a LoRA, with its base",
-        description=DESCRIPTION,
-        example="my-lora/ --base my-model/ -o adapter.st --density 0.02",
-    )  # fmt: skip
-    parser.add_argument("lora", metavar="LORA", help="a LoRA: a file or folder of any of these dialects, or hf://owner/name")  # fmt: skip
-    parser.add_argument("--base", required=True, help="the model that it adapts: a checkpoint of any layout")
-    common.add_selection(parser)
-    common.add_filters(parser)
-    parser.add_argument("--dialect", help="what kind of LoRA it is (default: recognised)")
-    common.add_output(parser)
-    parser.set_defaults(run=_run)
+@click.command("lora_to_shira", cls=app.Command, example=EXAMPLE)
+@click.argument("lora", metavar="LORA")
+@options.base_option(" that the LoRA was made for", required=True)
+@options.selection_options
+@options.filters("Convert")
+@options.dialect_option
+@running.work_options
+def command(lora: str, base: str, dialect: str | None, scope: str | None, **settings: Any) -> int:
+    """Convert a LoRA to a sparse adapter: the largest entries of its update, as exact values of the tuned weights.
 
+    LORA is a file, a folder or hf://owner/name. The dialect is detected from the file's keys:
 
-def _run(options: argparse.Namespace) -> int:
-    from shira_format.convert import LoraJob
+    \b
+      peft       adapter_config.json with adapter_model.safetensors or .bin: LoRA, DoRA,
+                 embeddings, convolutions, experts
+      diffusers  pytorch_lora_weights.safetensors, current and older key names
+      kohya      lora_unet_..., lora_te_...: files of sd-scripts
+      lycoris    LoCon, LoHa, LoKr, full differences, with or without dora_scale
+      xlabs      FLUX LoRAs of x-flux
+      mlx        mlx-lm's adapters.safetensors
+      gguf       llama.cpp's adapters
+      torchtune  adapter_model.pt
+
+    LoRAs of a UNet and its text encoders need the pipeline (the folder with model_index.json) as base. A key that
+    matches no weight of the base is an error.
+    """  # noqa: D301 - click reads the \b as an unwrapped paragraph
+    from shira_format.convert.lora import lora_to_shira
     from shira_format.lora import DIALECTS
 
-    if options.dialect is not None and options.dialect not in DIALECTS:
-        console.usage_error(common.PROG, f"--dialect {options.dialect!r} is not one of {', '.join(DIALECTS)}")
-    rule = common.selection_rule(options)
-    job = LoraJob(options.lora, options.base, options.dialect, tuple(options.include), tuple(options.exclude))
-    return common.run_job(options, job, rule)
+    if dialect is not None and dialect not in DIALECTS:
+        raise click.UsageError(f"--dialect {dialect!r} is not one of {', '.join(DIALECTS)}")
+    running.one_amount(**{amount: settings[amount] for amount in ("density", "top_k", "energy")})
+    return running.convert(lora_to_shira, lora, base, dialect=dialect, scope=scope or "tensor", **settings)

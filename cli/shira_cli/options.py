@@ -1,0 +1,142 @@
+"""Options that several commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from shira_cli.output import Printer
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Share(click.ParamType):  # type: ignore[type-arg] - generic in the newest versions alone
+    """A number in (0, 1]."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; a usage error for others."""
+        number = float(click.FLOAT.convert(value, param, ctx))
+        if not 0 < number <= 1:
+            raise click.UsageError(f"{_flag(param)} {number} is not in (0, 1]", ctx)
+        return number
+
+
+class Count(click.ParamType):  # type: ignore[type-arg] - generic in the newest versions alone
+    """A positive integer."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; a usage error for others."""
+        number = int(click.INT.convert(value, param, ctx))
+        if number < 1:
+            raise click.UsageError(f"{_flag(param)} {number} is not a positive count", ctx)
+        return number
+
+
+def _flag(param: click.Parameter | None) -> str:
+    return "" if param is None else param.opts[-1]
+
+
+PATH = click.Path(path_type=Path)
+COUNT = Count()
+
+SHARE = Share()
+
+
+def base_option(text: str, *, required: bool = False) -> Callable[[_F], _F]:
+    """``--base``: always a checkpoint of the original model."""
+    return click.option("--base", metavar="CHECKPOINT", required=required, help=f"The base checkpoint (any layout){text}.")  # fmt: skip
+
+
+def filters(verb: str) -> Callable[[_F], _F]:
+    """``--include`` and ``--exclude``, with what the command does to the tensors, such as ``"Convert"``."""
+
+    def add(command: _F) -> _F:
+        command = click.option("--exclude", multiple=True, metavar="REGEX", help="Leave out tensors whose name matches; may be repeated.")(command)  # fmt: skip
+        return click.option("--include", multiple=True, metavar="REGEX", help=f"{verb} only tensors whose name matches; may be repeated.")(command)  # fmt: skip
+
+    return add
+
+
+def output_file(text: str = "The adapter file to write.", *, required: bool = True) -> Callable[[_F], _F]:
+    """``-o FILE``."""
+    return click.option("-o", "--output", type=PATH, required=required, metavar="FILE", help=text)
+
+
+def output_folder(text: str = "The folder to write.") -> Callable[[_F], _F]:
+    """``-o DIR``."""
+    return click.option("-o", "--output", type=PATH, required=True, metavar="DIR", help=text)
+
+
+def force_option(text: str) -> Callable[[_F], _F]:
+    """``--force``, with what it replaces."""
+    return click.option("--force", is_flag=True, help=text)
+
+
+def values_option(verb: str, default: str) -> Callable[[_F], _F]:
+    """``--values``: targets or deltas."""
+    text = f"{verb} deltas (what is added to the base) or targets (what the entries become) (default: {default})."
+    return click.option("--values", type=click.Choice(["delta", "target"]), default=default, help=text)
+
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Compute and report everything, write nothing.")
+
+self_contained_option = click.option(
+    "--self-contained",
+    is_flag=True,
+    help="Store the base's values too, so that the adapter can be undone, scaled, measured and merged without the base.",
+)
+
+threads_option = click.option("--threads", type=COUNT, metavar="N", help="At most this many threads (default: all cores); results do not depend on it.")  # fmt: skip
+
+prefix_option = click.option("--prefix", default="", metavar="TEXT", help="Put this before all names, such as 'bert.' or 'model.' if the live model has the base inside another module.")  # fmt: skip
+
+moments_option = click.option("--moments", type=PATH, metavar="FILE", help="Second moments of the layers' inputs, from shira-moments.")  # fmt: skip
+
+seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of all random numbers (default: 0).")  # fmt: skip
+
+dialect_option = click.option("--dialect", metavar="NAME", help="The LoRA's dialect (default: detected from the file's keys).")  # fmt: skip
+
+
+def quick_option(text: str) -> Callable[[_F], _F]:
+    """``--quick``: less work, in seconds."""
+    return click.option("--quick", is_flag=True, help=f"A smaller run of a few seconds: {text}.")
+
+
+def printing(
+    command: Callable[..., int] | None = None,
+    *,
+    quiet: str = "Print no notices, warnings or progress bars on stderr.",
+) -> Any:
+    """``--json`` and ``--quiet``; the command gets them as ``printer``."""
+
+    def add(command: Callable[..., int]) -> Callable[..., int]:
+        @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+        @click.option("--quiet", is_flag=True, help=quiet)
+        @functools.wraps(command)
+        def with_printer(*args: Any, as_json: bool, quiet: bool, **options: Any) -> int:
+            return command(*args, printer=Printer(as_json, quiet), **options)
+
+        return with_printer
+
+    return add if command is None else add(command)
+
+
+def selection_options(command: _F) -> _F:
+    """How many changes to keep."""
+    for option in (
+        click.option("--scope", type=click.Choice(["tensor", "global"]), help="Select the largest changes of each tensor (default) or of all tensors together."),
+        click.option("--min-change", type=float, metavar="X", help="Leave out changes of a smaller magnitude; alone: keep all others."),
+        click.option("--energy", type=SHARE, metavar="E", help="Keep the fewest changes that hold this share of the energy (the sum of squares)."),
+        click.option("--top-k", type=COUNT, metavar="N", help="Keep this many entries per tensor, or in all with --scope global."),
+        click.option("--density", type=SHARE, metavar="D", help="Keep this share of the entries, in (0, 1] (default: 0.01)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
