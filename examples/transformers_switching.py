@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as messages
 
 import shira_format as shira
-from shira_cli.demo import DATA, find_base
+from shira_cli.shipped import DATA, find_base
 
 MAILS = (
     "Congratulations! You have won a free cruise, call now to claim it.",

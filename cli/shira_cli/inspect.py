@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 
 from shira_analysis.reports.inspection import html_report, inspect_files
-from shira_format.entries.inspection import ORDERS
 from shira_analysis.reports.text import inspect
 from shira_cli import app, errors, options
 from shira_cli.output import Printer
+from shira_format.entries.inspection import ORDERS
 from shira_format.storage.output_folder import check_output_file
 
 PROG = "shira-inspect"

@@ -524,7 +524,7 @@ def test_a_real_fine_tune(tmp_path: Path) -> None:
 def test_the_largest_changes_of_a_real_fine_tune(tmp_path: Path) -> None:
     report = full_to_shira(models.sre(), models.minilm(), tmp_path / "a.st")
     assert [
-        "tensor 'embeddings.position_ids' of the base is not in the fine-tune, and stays as it is"
+        "tensor 'embeddings.position_ids' of the base is not in the fine-tune, and stays unchanged"
     ] == report.notices
     assert 0.009 < report.density <= 0.011
     assert 0.01 < report.energy_kept < 0.9

@@ -206,7 +206,7 @@ def test_a_tied_head_that_the_base_lacks() -> None:
 @pytest.mark.parametrize("exact", [False, True])
 def test_position_ids_on_one_side(exact: bool) -> None:
     pairs = paired({"w": COUNT, "position_ids": IDS}, {"w": COUNT}, exact=exact)
-    notice = "tensor 'position_ids' of the base is not in the fine-tune, and stays as it is"
+    notice = "tensor 'position_ids' of the base is not in the fine-tune, and stays unchanged"
     assert ([] if exact else [notice]) == pairs.notices
     assert (["position_ids"] if exact else []) == pairs.removed
     pairs = paired({"w": COUNT}, {"w": COUNT, "position_ids": IDS}, exact=exact)

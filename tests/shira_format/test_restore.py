@@ -203,7 +203,7 @@ def test_only_chosen_tensors_are_applied(work: Path, tmp_path: Path) -> None:
     changed[0, 0] = 9
     assert described(base | {"b": changed}) == models.read_arrays(tmp_path / "one")
     said = refused(adapter, path, SourceError, include=["nothing"])
-    assert f"{adapter}: no tensor of it is left by the choice of names" == said
+    assert f"{adapter}: no tensor is left by the choice of names" == said
 
 
 def test_a_patch_of_nothing(work: Path, tmp_path: Path) -> None:
