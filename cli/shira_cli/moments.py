@@ -114,7 +114,9 @@ def _moments(options: argparse.Namespace) -> int:
     return _report(options, rows, len(read.texts))
 
 
-def _notices(options: argparse.Namespace, empty: int, loaded: LoadedModel, chosen: ChosenLayers, length: int) -> None:
+def _notices(
+    options: argparse.Namespace, empty: int, loaded: LoadedModel, chosen: ChosenLayers, length: int
+) -> None:
     def tell(text: str) -> None:
         console.notice(text, quiet=options.quiet)
 

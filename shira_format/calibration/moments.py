@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format.errors import SourceError
 from shira_format._core.arrays import Array, bits
+from shira_format.errors import SourceError
 from shira_format.storage.atomic import replaced_file
 from shira_format.storage.safetensors_file import SafetensorsFile, header_of, parse_object
 
@@ -206,9 +206,7 @@ class _File(Mapping[str, Moment]):
         manifest = parse_object(metadata.encode(), "manifest-json")
         version = manifest.get("version")
         if version not in (_VERSION, _WITH_INPUTS):
-            raise self._refusal(
-                f"moments of version {version!r}; supported are {_VERSION} and {_WITH_INPUTS}"
-            )
+            raise self._refusal(f"moments of version {version!r}; supported are {_VERSION} and {_WITH_INPUTS}")
         weights = manifest.get("weights")
         if not isinstance(weights, dict) or not all(isinstance(entry, dict) for entry in weights.values()):
             raise self._refusal("the metadata has no 'weights', or entries of a wrong type")
@@ -233,9 +231,7 @@ class _File(Mapping[str, Moment]):
         inputs = self._file.read_apart(weight + _INPUTS) if "inputs" in entry else None
         try:
             if inputs is not None and inputs.shape[:1] != (entry["inputs"],):
-                raise SourceError(
-                    f"moments of {weight!r}: not the {entry['inputs']!r} inputs of the metadata"
-                )
+                raise SourceError(f"moments of {weight!r}: not the {entry['inputs']!r} inputs of the metadata")
             return Moment(
                 weight, self._file.read_apart(weight), entry["width"], entry["samples"], entry["inputs_first"], inputs,
                 entry.get("tokens", False),

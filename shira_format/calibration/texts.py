@@ -199,7 +199,9 @@ class ChosenLayers:
     unknown: list[str]
 
 
-def choose_layers(model: Any, names: Collection[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> ChosenLayers:
+def choose_layers(
+    model: Any, names: Collection[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> ChosenLayers:
     """The layers of ``model`` whose weights the checkpoint has and the regexes choose.
 
     Names in a model and in its file may differ in a prefix such as ``bert.``; adapters have the file's names.
@@ -229,5 +231,5 @@ def choose_layers(model: Any, names: Collection[str], include: Sequence[str] = (
             found.modules.append(module)
             found.weights[weight] = known
     if not found.modules:
-        raise SourceError("no layer of the model matches the given names")
+        raise SourceError("no layer of the model is left by include and exclude")
     return found
