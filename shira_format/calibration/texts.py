@@ -228,5 +228,5 @@ def choose_layers(
             found.modules.append(module)
             found.weights[weight] = known
     if not found.modules:
-        raise SourceError("no layer of the model matches the given names")
+        raise SourceError("no layer of the model is left by include and exclude")
     return found

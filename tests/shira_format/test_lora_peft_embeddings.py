@@ -118,7 +118,7 @@ Edit = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
         ([1, 2, 3], lambda s: s | {DELTA: torch.ones(3, 31)}, "adapter_model.safetensors",
          f"{DELTA[17:]} has shape [3, 31]; 3 rows"),
         ([1, 2, 3], lambda s: s | {DELTA.replace("_delta", "_other"): torch.ones(3)}, "adapter_model.safetensors",
-         "unmatched key 'base_model.model.model.embed_tokens.token_adapter.trainable_tokens_other': no part"),
+         "unmatched key 'base_model.model.model.embed_tokens.token_adapter.trainable_tokens_other': not a known part"),
     ],
 )  # fmt: skip
 def test_bad_rows(indices: Any, edit: Edit | None, file: str, reason: str, tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_a_base_that_lacks_an_expert(qwen: Adapted, tmp_path: Path) -> None:
         (state | {name: torch.ones(11, 16)}, "and others of its kind differ in shape"),
         (
             state | {n: torch.ones(12, 15) for n in state if ".experts." in n and "up_proj" in n},
-            "do not fit on top",
+            "cannot be stacked",
         ),
     ):
         save_file(edited, path)

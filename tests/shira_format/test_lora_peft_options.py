@@ -71,7 +71,7 @@ def test_all_initialisations_of_peft(net: Adapted) -> None:
         models.edit_config(net.lora, init_lora_weights=start)
         assert len(net.read().updates) == 1
     for other in ("new_method", 3, ["pissa"]):
-        assert refused(net, init_lora_weights=other).startswith(f"init_lora_weights={other!r} is not known")
+        assert refused(net, init_lora_weights=other).startswith(f"init_lora_weights={other!r} is unknown")
 
 
 @pytest.mark.parametrize("value", [True, 1, "yes", {"a": None}, [0]])
