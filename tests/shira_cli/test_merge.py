@@ -477,7 +477,7 @@ def test_refusals(files: Path, capsys: Capture) -> None:
         ((a, files / "none.st", "-o", out), f"{files / 'none.st'}: No such file"),
         ((a, files / "text.st", "-o", out), f"{files / 'text.st'}: "),
         ((files / "bad.st", b, "-o", out), f"{files / 'bad.st'}: tensor '"),
-        ((a, files / "wide.st", "-o", out), f"{files / 'wide.st'}: tensor '{X}' has the shape [3, 5]"),
+        ((a, files / "wide.st", "-o", out), f"{files / 'wide.st'}: tensor '{X}' has shape [3, 5]"),
         ((a, files / "else.st", "-o", out), f"{files / 'else.st'}: tensor '{X}': other base values"),
         ((a, files / "mask.st", "-o", out), f"{files / 'mask.st'}: tensor '{X}' is a mask"),
         ((a, b, "-o", out, "--weights", "1,nan"), "are not all finite"),
