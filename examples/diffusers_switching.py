@@ -18,9 +18,7 @@ from diffusers.utils import logging as messages
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as parts
 
-from shira_format.convert import full_to_shira
-from shira_format.export.full import shira_to_full
-from shira_format.live import AdapterPool, Switcher
+import shira_format as shira
 
 STYLES = ("ink", "oil")
 WORDS = torch.tensor([[1, 5, 9, 2]])  # a prompt, as its tokenizer would give it
@@ -37,16 +35,16 @@ def main() -> None:
         pipeline.save_pretrained(folder / "base")
         for seed, style in enumerate(STYLES, 1):
             fine_tuned(folder / "base", seed).save_pretrained(folder / style)
-            full_to_shira(folder / style, folder / "base", folder / f"{style}.st", density=0.02)
+            shira.full_to_shira(folder / style, folder / "base", folder / f"{style}.st", density=0.02)
 
         # To compare with: a checkpoint of the whole pipeline for each style.
         alone = {}
         for style in STYLES:
-            shira_to_full(folder / f"{style}.st", folder / "base", folder / f"{style}-whole")
+            shira.shira_to_full(folder / f"{style}.st", folder / "base", folder / f"{style}-whole")
             alone[style] = picture(loaded(folder / f"{style}-whole"))
         plain = picture(pipeline)
 
-        switcher = Switcher(pipeline, pool=AdapterPool(folder))
+        switcher = shira.Switcher(pipeline, pool=shira.AdapterPool(folder))
         for style in ("ink", "oil", "ink", "ink", "oil"):
             report = switcher.switch(style)
             found = picture(pipeline)

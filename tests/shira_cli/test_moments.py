@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 from shira_cli import convert, measure, moments
-from shira_format import SourceError
 from shira_format.calibration.moments import Moments
 from shira_format.calibration.texts import batches, read_texts
+from shira_format.errors import SourceError
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -199,7 +199,7 @@ def test_weights_of_a_block_must_be_there(folder: Path, capsys: Capture) -> None
     del kept["encoder.layer.0.output.dense.weight"]
     save_file(kept, path, {"format": "pt"})
     assert 1 == run(folder / "model", "--texts", texts, "-o", out, "--force")
-    assert "1 weights of BertModel are not there, such as 'encoder.layer.0.output" in capsys.readouterr().err
+    assert "1 weights of BertModel are missing, such as 'encoder.layer.0.output" in capsys.readouterr().err
 
 
 def test_without_transformers(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_padding_needs_a_token(folder: Path) -> None:
     words = BertTokenizerFast.from_pretrained(folder / "model")
     words.pad_token = None
     assert 4 == len(list(batches(words, TEXTS, batch=1, length=8)))
-    with pytest.raises(SourceError, match="one text at a time"):
+    with pytest.raises(SourceError, match="use a batch size of 1"):
         list(batches(words, TEXTS, batch=2, length=8))
     words.eos_token = "[SEP]"
     masks = [batch["attention_mask"].sum(1).tolist() for batch in batches(words, TEXTS, batch=2, length=5)]

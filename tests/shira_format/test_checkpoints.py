@@ -14,9 +14,9 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from shira_format import FormatError, SourceError
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import FormatError, SourceError
 from shira_format.tensors import same_bits
 from tests import models
 
@@ -95,10 +95,10 @@ def test_tensors_that_the_index_leaves_out_are_not_there(tmp_path: Path) -> None
             r"weight_map has '..\\outside.safetensors' for 'a', which is not a file name",
         ),
         ({"a": "/etc/passwd"}, "weight_map has '/etc/passwd' for 'a', which is not a file name"),
-        ({"a": "sub/m.safetensors"}, "weight_map puts 'a' in 'sub/m.safetensors', which is not a file name"),
+        ({"a": "sub/m.safetensors"}, "weight_map has 'sub/m.safetensors' for 'a', which is not a file name"),
         ({"a": ".."}, "the shard .. is missing"),
         ({"a": ""}, "the shard  is missing"),
-        ({"a": 3}, "weight_map puts 'a' in 3, which is not a file name"),
+        ({"a": 3}, "weight_map has 3 for 'a', which is not a file name"),
         ({"a": "m.safetensors\0"}, None),
         ({"a": "m-2.safetensors"}, "the shard m-2.safetensors is missing"),
         ({"b": "m.safetensors"}, "the index lists 'b' in m.safetensors, which does not have it"),

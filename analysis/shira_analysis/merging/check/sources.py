@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from shira_format import AdapterFile, BaseMismatch, SourceError
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.base_check import base_values
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.format import AdapterFile
 from shira_format.format.manifest import METADATA_KEY
 from shira_format.lora import open_lora
+from shira_format.lora.base import Update
 from shira_format.lora.decomposed import Decomposed
-from shira_format.lora.update import Update
 from shira_format.storage.paths import resolve_path
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import SparseTensor, matrix_shape
@@ -47,7 +48,7 @@ class Addition:
         return self.values.size
 
     def tile(self, start: int, stop: int, out: Array) -> None:
-        """As :meth:`shira_format.lora.update.Update.tile`."""
+        """As :meth:`shira_format.lora.base.Update.tile`."""
         out[...] = self.values.reshape(1, -1)[start:stop]
 
 
@@ -64,7 +65,7 @@ class Entries:
         self._base, self._read = base, read
 
     def tile(self, start: int, stop: int, out: Array) -> None:
-        """As :meth:`shira_format.lora.update.Update.tile`."""
+        """As :meth:`shira_format.lora.base.Update.tile`."""
         first, last = start * self.columns, stop * self.columns
         before = self._base.part(self.name, first, last)
         with np.errstate(over="ignore", invalid="ignore"):

@@ -1,0 +1,143 @@
+"""The base's names of the weights that adapted layers change.
+
+The names in a LoRA are those of the model in memory. transformers renames and fuses tensors when it loads some models:
+experts that are separate tensors on disk are one 3-D parameter in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
+from shira_format.lora.peft.keys import Keys, PeftLayer, candidates
+from shira_format.names.prefixes import match_names
+
+_EXPERT = re.compile(
+    r"(?P<module>(?:.*\.)?experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>gate_proj|up_proj|down_proj|w[123]|fc[123])\.weight"
+)
+# The parts that are stacked in a parameter of experts, by their names on disk (transformers' conversion_mapping.py). An
+# expert without a gate has up_proj alone.
+_FUSED: dict[str, list[tuple[str, ...]]] = {
+    "gate_up_proj": [("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")],
+    "up_proj": [("up_proj",)],
+    "down_proj": [("down_proj",), ("w2",), ("fc2",)],
+}
+_RENAMED = (".block_sparse_moe.", ".mlp.")  # on disk, in memory: Mixtral, Phi-MoE, MiniMax
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A 3-D parameter whose parts are separate tensors on disk.
+
+    Attributes:
+        parts: names on disk by expert; those of one expert are stacked along rows.
+        shape: of the parameter in memory.
+    """
+
+    parts: list[list[str]]
+    shape: tuple[int, ...]
+
+
+class BaseNames:
+    """Resolves names of the model in memory to tensors of the base.
+
+    Attributes:
+        rename: the change of one prefix from these names to the base's.
+    """
+
+    def __init__(self, base: Checkpoint, keys: Keys, targets: list[str], where: object) -> None:
+        """Raises SourceError if an adapted layer is not in the base."""
+        self.base = base
+        self._fused = {name: parts for name, parts in _fused(base).items() if name not in base}
+        self._known = {name.replace(*_RENAMED): name for name in base} | {
+            name: name for name in (*self._fused, *base)
+        }
+        attentions = {layer.parent for layer in keys.layers if layer.parent}
+        self._wanted = {layer.module: self._names(layer.module, targets, attentions) for layer in keys.layers} | {
+            module: [f"{module}.weight"] for module in keys.tokens
+        }
+        needed = dict.fromkeys(name for names in self._wanted.values() for name in names)
+        self.rename = match_names(needed.keys(), self._known, where)
+
+    def parameters(self, layer: PeftLayer) -> list[str]:
+        """The names of the weights that the layer may change: several only if it wraps parameters of one module."""
+        return self._wanted[layer.module]
+
+    def is_attention(self, module: str) -> bool:
+        """Whether it is a ``MultiheadAttention``."""
+        return self._wanted.get(module) == [f"{module}.in_proj_weight"]
+
+    def __getitem__(self, name: str) -> str | Experts:
+        """The base's tensor, or experts; if the base has neither, the name with the base's prefix."""
+        name = self.rename(name)
+        return self._experts(self._fused[name]) if name in self._fused else self._known.get(name, name)
+
+    def tensor(self, name: str) -> str:
+        """As ``[]``, for a name that is no parameter of experts."""
+        found = self[name]
+        return found if isinstance(found, str) else name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter in memory."""
+        found = self[name]
+        return found.shape if isinstance(found, Experts) else self.base.shape(found)
+
+    def _names(self, module: str, targets: list[str], attentions: Iterable[str]) -> list[str]:
+        # A key does not say whether PEFT wrapped the module or a parameter of it. The prefixes of LoRA and base may
+        # differ, so only the last parts of names are compared here.
+        tail = module.rpartition(".")[2]
+        found = [
+            parameter
+            for parameter in candidates(module, targets)
+            if f"{tail}.{parameter}" in self._tails and f"{tail}.{parameter}.weight" not in self._tails
+        ]
+        if found:
+            return [f"{module}.{parameter}" for parameter in found]
+        if module in attentions:
+            return [f"{module}.in_proj_weight"]
+        return [f"{module}.weight"]
+
+    @cached_property
+    def _tails(self) -> set[str]:
+        """The last two and three parts of all names."""
+        found = set()
+        for name in self._known:
+            parts = name.split(".")
+            found |= {".".join(parts[-2:]), ".".join(parts[-3:])}
+        return found
+
+    def _experts(self, parts: Sequence[Mapping[int, str]]) -> Experts:
+        count = len(parts[0])
+        if any(sorted(part) != list(range(count)) for part in parts):
+            raise SourceError(
+                f"{self.base.path}: experts are missing: not all have what {next(iter(parts[0].values()))!r} has"
+            )
+        experts = [[part[expert] for part in parts] for expert in range(count)]
+        shapes = [[self.base.shape(name) for name in names] for names in experts]
+        if any(len(shape) != 2 for shape in shapes[0]) or any(other != shapes[0] for other in shapes):
+            raise SourceError(f"{self.base.path}: {experts[0][0]!r} and others of its kind differ in shape")
+        if len({columns for _, columns in shapes[0]}) > 1:
+            raise SourceError(
+                f"{self.base.path}: {', '.join(experts[0])} cannot be stacked: they differ in columns"
+            )
+        return Experts(experts, (count, sum(rows for rows, _ in shapes[0]), shapes[0][0][1]))
+
+
+def _fused(names: Iterable[str]) -> dict[str, list[dict[int, str]]]:
+    """Parameters whose parts are separate on disk: by name in memory, the names of each part by expert."""
+    modules: dict[str, dict[str, dict[int, str]]] = {}
+    for name in names:
+        if match := _EXPERT.fullmatch(name):
+            parts = modules.setdefault(match["module"], {})
+            parts.setdefault(match["part"], {})[int(match["expert"])] = name
+    return {
+        f"{module}.{parameter}".replace(*_RENAMED): [parts[part] for part in way]
+        for module, parts in modules.items()
+        for parameter, ways in _FUSED.items()
+        for way in ways
+        if all(part in parts for part in way) and not (parameter == "up_proj" and "gate_proj" in parts)
+    }
