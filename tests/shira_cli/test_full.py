@@ -265,13 +265,13 @@ def test_an_interrupted_way_back_leaves_nothing(pair: Pair, tmp_path: Path) -> N
     script = _SLOW.replace(
         "from shira_format.entries.changes import CheckpointChange\nfast = CheckpointChange.both\n", ""
     ).partition("def slow")[0] + (
-        "from shira_format.export.full.restore import _Restore as Plan\n"
-        "fast = Plan._parts\n"
-        "def slow(self, piece, workers):\n"
+        "from shira_format.export.full.restore import _Restore\n"
+        "fast = _Restore._parts\n"
+        "def slow(self, piece):\n"
         "    time.sleep(0.05)\n"
         "    print(piece.name, flush=True)\n"
-        "    return fast(self, piece, workers)\n"
-        "Plan._parts = slow\n"
+        "    return fast(self, piece)\n"
+        "_Restore._parts = slow\n"
         "from shira_cli.convert import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

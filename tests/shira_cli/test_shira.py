@@ -132,7 +132,7 @@ def test_errors_and_exit_codes_are_those_of_the_command(adapter: Path, capsys: C
     assert 1 == main.main(["inspect", none])
     assert 2 == main.main(["diff", str(adapter), none])
     assert 2 == main.main(["check-merge", "--base", none, "--lora", none, "--merged", none])
-    assert ["shira: error: "] * 3 == [line[:14] + " " for line in capsys.readouterr().err.splitlines()]
+    assert ["shira: error: "] * 3 == [line[:14] for line in capsys.readouterr().err.splitlines()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
