@@ -20,7 +20,7 @@ from shira_analysis.measures.effect import accuracy
 from shira_format.convert import lora_to_shira
 from shira_format.errors import SourceError
 from shira_format.live import Switcher
-from shira_format.merge import METHODS, Method, merge, merged
+from shira_format.merge import METHODS, Method, merge, open_merge
 
 TASKS = ("spam", "genre")
 DENSITIES = (0.01, 0.05)
@@ -186,7 +186,9 @@ def _joined(bench: _Bench, paths: Sequence[Path], method: Method, weights: _Weig
     found = []
     for seed in SEEDS if "seed" in method.options else SEEDS[:1]:
         told = options | ({"seed": seed} if "seed" in method.options else {})
-        adapter = merged(paths, method=method.name, weights=weights, options=told, exclude=[f"^{_HEAD}"])
+        adapter = open_merge(
+            paths, method=method.name, weights=weights, options=told, exclude=[f"^{_HEAD}"]
+        ).adapter()
         with Switcher(bench.model).applied(adapter):
             found.append(bench.accuracy())
     return _mean(found)

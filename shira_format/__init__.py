@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shira_format.export.csr import shira_to_csr as shira_to_csr
     from shira_format.export.full import shira_to_full as shira_to_full
     from shira_format.export.lora import shira_to_lora as shira_to_lora
-    from shira_format.export.peft_shira.export import shira_to_peft as shira_to_peft
+    from shira_format.export.peft_shira import shira_to_peft as shira_to_peft
     from shira_format.format import AdapterFile as AdapterFile
     from shira_format.format import AdapterWriter as AdapterWriter
     from shira_format.format import load as load
@@ -56,7 +56,7 @@ _HOMES = {
     "shira_to_csr": "export.csr",
     "shira_to_full": "export.full",
     "shira_to_lora": "export.lora",
-    "shira_to_peft": "export.peft_shira.export",
+    "shira_to_peft": "export.peft_shira",
 }
 
 __all__ = ["__version__", "errors", *sorted(_HOMES)]  # noqa: PLE0604 - strings, from the table above

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from shira_format._core import fits
 from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, read_only
-from shira_format._core.compiled import is_strictly_increasing
+from shira_format._core.compiled import is_strictly_increasing, mixed
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
-from shira_format.errors import BaseMismatch, BaseRequired, FormatError
+from shira_format.errors import FormatError
 
 ValueKind = Literal["target", "delta", "none"]
 
@@ -250,11 +251,7 @@ class SparseTensor(_Immutable):
             BaseMismatch: ``weight`` has another shape.
         """
         array = as_array(weight)
-        if array.shape != self.shape:
-            raise BaseMismatch(
-                f"tensor {self.name!r}: the adapter is for shape {list(self.shape)}, "
-                f"the weight has {list(array.shape)}"
-            )
+        fits.check_shape(f"tensor {self.name!r}", self.shape, array.shape, "the weight")
         return array.reshape(-1)[self.indices]
 
     def checked_base(self, weight: Any) -> Array:
@@ -264,18 +261,10 @@ class SparseTensor(_Immutable):
             BaseMismatch: another shape, dtype or values at the entries.
         """
         found = self.at_entries(weight)
-        if self.base_digest is None:
-            if not is_float(found.dtype):
-                raise BaseMismatch(f"tensor {self.name!r}: cannot add deltas to a weight of {found.dtype}")
-            return found
-        if found.dtype != self.dtype:
-            raise BaseMismatch(
-                f"tensor {self.name!r}: the adapter is for {self.dtype}, the weight has {found.dtype}"
-            )
-        if array_digest(found) != self.base_digest:
-            raise BaseMismatch(
-                f"tensor {self.name!r}: the base holds other values at the adapter's entries (digest differs)"
-            )
+        what = f"tensor {self.name!r}"
+        fits.check_dtype(what, self.dtype, found.dtype, any_float=self.base_digest is None, base="the weight")
+        if self.base_digest is not None:
+            fits.check_values(what, self.base_digest, array_digest(found))
         return found
 
     def delta(self, base: Any = None) -> Array:
@@ -294,31 +283,27 @@ class SparseTensor(_Immutable):
                 return self.values.astype(work)
         found = self.base if base is None else self.checked_base(base)
         if found is None:
-            raise BaseRequired(
-                f"tensor {self.name!r} holds target values without those of the base: pass the base weight, "
-                "or convert with --self-contained"
-            )
+            raise fits.base_required(f"tensor {self.name!r}")
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
             return np.asarray(self.values.astype(work) - found.astype(work))
 
-    def applied(self, base: Array, alpha: float = 1.0, start: int = 0) -> Array:
+    def applied(self, base: Array, alpha: float | Array = 1.0, start: int = 0) -> Array:
         """The entries' new values at strength ``alpha``, ``[n]`` in ``base.dtype`` (spec, section 4.1).
 
-        ``base``: ``[n]`` values of the base at the entries from the ``start``-th on; see :meth:`checked_base`.
+        Args:
+            base: the base's values at the entries from the ``start``-th on, ``[n]``; see :meth:`checked_base`.
+            alpha: one strength, or one for each of these entries, ``[n]``.
+            start: the first entry.
         """
         values = self.values[start : start + base.size]
         work = working_dtype(base.dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # overflow has a defined result
-            strength = work.type(alpha)
-            if strength == 0:
+            strength = np.atleast_1d(np.asarray(alpha, work))
+            if strength.size == 1 and strength[0] == 0:
                 return base.copy()
-            if self.value_kind == "target" and strength == 1:
-                return values
-            origin = base.astype(work)
-            step = values.astype(work)
             if self.value_kind == "target":
-                step -= origin
-            return np.asarray((origin + strength * step).astype(base.dtype))
+                return mixed(values, base, strength)
+            return np.asarray((base.astype(work) + strength * values.astype(work)).astype(base.dtype))
 
     def __eq__(self, other: object) -> bool:
         """Equal content: names, shapes, dtypes, indices and the bits of all values."""
@@ -388,15 +373,13 @@ class DenseTensor(_Immutable):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_dense, (self.name, self.values, self.base, self.base_digest)
 
-    def check_base(self, weight: Any) -> None:
-        """Raise BaseMismatch if the digest of the base's tensor is known and ``weight`` has another."""
-        found = as_array(weight)
+    def check_base(self, weight: Any, base: str = "the base") -> None:
+        """Raise BaseMismatch if the base's tensor is known and ``weight`` is another one; messages call it ``base``."""
         if self.base_digest is None:
             return
-        if (found.shape, found.dtype) != (self.values.shape, self.values.dtype) or array_digest(
-            found
-        ) != self.base_digest:
-            raise BaseMismatch(f"tensor {self.name!r}: the base holds another tensor (digest differs)")
+        found = as_array(weight)
+        alike = (found.shape, found.dtype) == (self.values.shape, self.values.dtype)
+        fits.check_dense(f"tensor {self.name!r}", self.base_digest, array_digest(found) if alike else None, base)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DenseTensor):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from shira_format.names.unet import other_names
+from shira_format.names.unet import unet_other_names
 
 WIDTH = 8  # of the text encoders
 
@@ -108,7 +108,9 @@ def layers(pipe: Any, wanted: str, *, te: str = "lora_te1") -> dict[str, nn.Modu
 
 def sgm_state(model: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     """The weights of a UNet by SGM's names."""
-    names = other_names({name.removesuffix(".weight") for name in model.state_dict() if name.endswith(".weight")})
+    names = unet_other_names(
+        {name.removesuffix(".weight") for name in model.state_dict() if name.endswith(".weight")}
+    )
     return {
         f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": tensor
         for name, tensor in model.state_dict().items()

@@ -11,7 +11,7 @@ from shira_format import load
 from shira_format._core.arrays import Array
 from shira_format.convert import lora_to_shira
 from shira_format.live import apply
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 
 
 def dense(update: Update, step: int = 7) -> Array:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from shira_cli import plot
-from shira_cli.demo import DATA, find_base
+from shira_cli.shipped import DATA, find_base
 from shira_format.convert import lora_to_shira
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -32,9 +32,7 @@ def main() -> int:
         for name in ("spam", "genre"):
             for density in (0.01, 0.05):
                 path = Path(folder, f"{name} {density:.0%}")
-                lora_to_shira(
-                    DATA / "loras" / name, base, path, density=density, scope="tensor", self_contained=True
-                )
+                lora_to_shira(DATA / "loras" / name, base, path, density=density, self_contained=True)
                 made[path.name] = [path]
         path = Path(folder, "spam, 5% over all tensors")
         lora_to_shira(DATA / "loras" / "spam", base, path, density=0.05, scope="global", self_contained=True)

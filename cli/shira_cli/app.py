@@ -35,7 +35,7 @@ class Command(_Help):
 
     def __init__(self, *args: Any, example: str = "", failed: int = errors.EXIT_FAILED, **settings: Any) -> None:
         """``example`` ends the help; ``failed`` is the exit code of an error."""
-        super().__init__(*args, context_settings=_SETTINGS, **settings)
+        super().__init__(*args, **{"context_settings": _SETTINGS} | settings)
         self.example, self.failed = example, failed
 
     def invoke(self, ctx: click.Context) -> int:
@@ -48,7 +48,7 @@ class Group(_Help, click.Group):
 
     def __init__(self, *args: Any, example: str = "", **settings: Any) -> None:
         """``example`` ends the help."""
-        super().__init__(*args, context_settings=_SETTINGS, **settings)
+        super().__init__(*args, **{"context_settings": _SETTINGS} | settings)
         self.example = example
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

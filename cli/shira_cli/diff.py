@@ -27,7 +27,7 @@ examples:
 @click.argument("second", type=options.PATH, metavar="B")
 @click.option("--all", "every", is_flag=True, help="List equal tensors as well.")
 @options.filters("Compare")
-@options.printing(quiet="Print nothing but errors; the exit code is the answer.")
+@options.printing_options("Print nothing but errors; the exit code is the answer.")
 @app.version_option
 def command(
     first: Path,

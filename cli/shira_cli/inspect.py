@@ -11,7 +11,8 @@ import click
 from shira_analysis.report.inspection import ORDERS, html_report, inspect_files
 from shira_analysis.report.text import inspect
 from shira_cli import app, errors, options
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
+from shira_format.storage.output_folder import check_output_file
 
 PROG = "shira-inspect"
 
@@ -54,7 +55,7 @@ def command(
     """
     if moments is not None and (html is None or len(files) < 2):
         raise click.UsageError("--moments is about pairs in a report: name two adapters or more, and --html")
-    check_output(html, force=force)
+    check_output_file(html, force=force)
     checkpoint = None
     if base is not None:
         from shira_format.checkpoints import open_checkpoint

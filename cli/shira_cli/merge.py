@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shira_cli import app, options
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
 from shira_format.merge.methods import METHODS, shown
+from shira_format.storage.output_folder import check_output_file
 
 if TYPE_CHECKING:
     from shira_analysis.merging.report import MergeAnalysis
@@ -152,7 +153,7 @@ def _check_files(output: Path | None, page: Path | None, inputs: Sequence[Path],
     for path in (output, page):
         if path is not None:
             check_not_input(path, inputs)
-            check_output(path, force=force)
+            check_output_file(path, force=force)
     if output is not None and page is not None and output.resolve() == page.resolve():
         raise SourceError(f"{page}: the report and the adapter need two names")
 

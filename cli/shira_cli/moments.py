@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from shira_cli import app, options
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
+from shira_format.storage.output_folder import check_output_file
 
 PROG = "shira-moments"
 
@@ -52,7 +53,7 @@ def command(model: Path, texts: Path, output: Path, force: bool, dry_run: bool, 
     from shira_format.calibration.collect import MomentsReport, check_moments_output, moments_of_texts
 
     check_moments_output(output, model, texts)
-    check_output(output, force=force)
+    check_output_file(output, force=force)
     with printer.bar("texts") as bar:
 
         def loaded(report: MomentsReport) -> None:

@@ -14,27 +14,27 @@ from shira_cli.output import Printer
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Share(click.ParamType):
+class Share(click.types.FloatParamType):
     """A number in (0, 1]."""
 
     name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number; a usage error for others."""
-        number = float(click.FLOAT.convert(value, param, ctx))
+        number = float(super().convert(value, param, ctx))
         if not 0 < number <= 1:
             raise click.UsageError(f"{_flag(param)} {number} is not in (0, 1]", ctx)
         return number
 
 
-class Count(click.ParamType):
+class Count(click.types.IntParamType):
     """A positive integer."""
 
     name = "count"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number; a usage error for others."""
-        number = int(click.INT.convert(value, param, ctx))
+        number = int(super().convert(value, param, ctx))
         if number < 1:
             raise click.UsageError(f"{_flag(param)} {number} is not a positive count", ctx)
         return number
@@ -110,12 +110,8 @@ def quick_option(text: str) -> Callable[[_F], _F]:
     return click.option("--quick", is_flag=True, help=f"A smaller run of a few seconds: {text}.")
 
 
-def printing(
-    command: Callable[..., int] | None = None,
-    *,
-    quiet: str = "Print no notices, warnings or progress bars on stderr.",
-) -> Any:
-    """``--json`` and ``--quiet``; the command gets them as ``printer``."""
+def printing_options(quiet: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """``--json`` and ``--quiet``, with what this one does; the command gets them as ``printer``."""
 
     def add(command: Callable[..., int]) -> Callable[..., int]:
         @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -126,7 +122,10 @@ def printing(
 
         return with_printer
 
-    return add if command is None else add(command)
+    return add
+
+
+printing = printing_options("Print no notices, warnings or progress bars on stderr.")
 
 
 def selection_options(command: _F) -> _F:

@@ -1,15 +1,13 @@
-"""Results on stdout, everything else on stderr; and whether a path may be written."""
+"""Results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_format import ShiraError
 from shira_format._core.text import printable
 
 if TYPE_CHECKING:
@@ -57,36 +55,3 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
-
-
-def check_output(path: Path | None, *, force: bool) -> None:
-    """Raise ShiraError if the file ``path`` cannot be written, or exists and ``--force`` is missing; None is fine."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ShiraError(f"{path}: is a folder, not a file to write")
-    if not path.parent.is_dir():
-        raise ShiraError(f"{path}: the folder {path.parent} does not exist")
-    if path.exists() and not force:
-        raise ShiraError(f"{path}: exists; --force replaces it")
-
-
-def check_output_folder(path: Path | None, inputs: Sequence[Path], *, force: bool) -> None:
-    """Raise ShiraError if a folder cannot be written at ``path``, or exists and ``--force`` is missing; None is fine.
-
-    A folder that holds an input or the working directory is never replaced.
-    """
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise ShiraError(f"{path}: the folder {path.parent} does not exist")
-    if not path.exists():
-        return
-    if not force:
-        raise ShiraError(f"{path}: exists; --force replaces it")
-    if not path.is_dir():
-        raise ShiraError(f"{path}: is a file, not a folder to write")
-    here = path.resolve()
-    for other in (Path.cwd(), *(p for p in inputs if isinstance(p, Path))):
-        if here == other.resolve() or here in other.resolve().parents:
-            raise ShiraError(f"{path}: holds {other}, and is not replaced")

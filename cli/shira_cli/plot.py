@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shira_cli import app, options
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
 from shira_format._core.text import printable
+from shira_format.storage.output_folder import check_output_file
 
 if TYPE_CHECKING:
     from shira_analysis.figures.pictures import Picture
@@ -46,7 +47,7 @@ def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False
 
     def made(draw: Callable[..., Picture]) -> click.Command:
         @functools.wraps(draw)
-        def run(output: Path, csv: Path | None, force: bool, printer: Printer, **settings: Any) -> int:
+        def drawn(output: Path, csv: Path | None, force: bool, printer: Printer, **settings: Any) -> int:
             csv = csv or output.with_suffix(".csv")
             if output.suffix.lower() not in FORMS:
                 raise click.UsageError(f"{output}: a picture ends in {' or '.join(FORMS)}")
@@ -54,8 +55,8 @@ def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False
                 raise click.UsageError(f"{csv}: picture and CSV need two names")
             if pairs and len(settings["adapters"]) < 2:
                 raise click.UsageError(f"{name} is about pairs: name two adapters or more")
-            check_output(output, force=force)
-            check_output(csv, force=force)
+            check_output_file(output, force=force)
+            check_output_file(csv, force=force)
             picture = draw(form=FORMS[output.suffix.lower()], printer=printer, **settings)
             _write(picture, output, csv)
             printer.result(
@@ -64,7 +65,7 @@ def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False
             )
             return 0
 
-        run = options.printing(run)
+        run = options.printing(drawn)
         run = options.force_option("Replace the files if they exist.")(run)
         run = click.option("--csv", type=options.PATH, metavar="FILE", help="Where the numbers go (default: beside the picture, ending in .csv).")(run)  # fmt: skip
         run = options.output_file("The picture to write, .png or .svg.")(run)

@@ -50,12 +50,14 @@ def command(
     Without files, the two LoRAs that ship with this program are converted at 1 % and checked, if their base model is
     installed (not with --quick). The exit code is 1 if a law that should hold does not.
     """
-    from shira_analysis.lemmas import as_json, verify
+    from shira_analysis.lemmas import as_json, verify_lemmas
     from shira_analysis.report.text.lemmas import as_text, broken_laws
 
     chosen = [number for number in LEMMAS if not lemmas or number in lemmas]
     with _shipped(printer, wanted=not (adapters or quick)) as shipped, printer.bar("lemmas", len(chosen)) as bar:
-        found = verify(shipped or adapters, base=base, quick=quick, seed=seed, lemmas=chosen, progress=bar.update)
+        found = verify_lemmas(
+            shipped or adapters, base=base, quick=quick, seed=seed, lemmas=chosen, progress=bar.update
+        )
     printer.result(lambda: as_json(found), lambda: as_text(found))
     if not found.ok:
         first, *others = broken_laws(found)

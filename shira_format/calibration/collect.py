@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shira_format.calibration.moments import LIMIT, collect_moments
-from shira_format.calibration.texts import Chosen, Loaded, batches, choose, load_model, read_texts
+from shira_format.calibration.texts import ChosenLayers, LoadedModel, batches, choose_layers, load_model, read_texts
 from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import SourceError
 
@@ -101,7 +101,7 @@ def moments_of_texts(
     """
     read = read_texts(texts, field=field, limit=limit)
     loaded = load_model(model, causal=causal)
-    chosen = choose(loaded.model, set(open_checkpoint(model)), include, exclude)
+    chosen = choose_layers(loaded.model, set(open_checkpoint(model)), include, exclude)
     length = min(max_length, loaded.longest or max_length)
     report = MomentsReport(len(read.texts))
     _notes(report, read.empty, loaded, chosen, length if length < max_length else None)
@@ -141,7 +141,7 @@ def check_moments_output(out: Path, model: Path, texts: Path) -> None:
         raise SourceError(f"{out}: is in the folder of the model")
 
 
-def _notes(report: MomentsReport, empty: int, loaded: Loaded, chosen: Chosen, cut: int | None) -> None:
+def _notes(report: MomentsReport, empty: int, loaded: LoadedModel, chosen: ChosenLayers, cut: int | None) -> None:
     if empty:
         report.notices.append(f"{empty} empty lines are left out")
     if cut is not None:
@@ -151,9 +151,7 @@ def _notes(report: MomentsReport, empty: int, loaded: Loaded, chosen: Chosen, cu
             f"{len(loaded.random)} weights are not in the folder and are random: {_some(loaded.random)}"
         )
     if chosen.strange:
-        report.notices.append(
-            f"not watched, because no tensor in the files has the name: {_some(chosen.strange)}"
-        )
+        report.notices.append(f"not watched, because no tensor in the files has the name: {_some(chosen.strange)}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Watching the inputs of layers of a torch model; :func:`shira_format.calibration.moments.collect_moments` is the way in."""
+"""Watching the inputs of a torch model's layers, for :func:`shira_format.calibration.collect_moments`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from shira_format import SourceError
 from shira_format.calibration.moments import Moment
+from shira_format.errors import SourceError
 
-_ROWS = 1024  # inputs at a time, so that their copy in float64 stays small
+_ROWS = 1024  # inputs at a time, which bounds their copy in float64
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class WatchedLayer:
-    """One layer and what was seen of its inputs so far.
+    """One layer and the sums over its inputs so far.
 
     Attributes:
         module: its name in the model.
         weight: the name of its weight.
-        samples: inputs seen.
+        samples: number of inputs so far.
         shape: of the moments, ``[groups, blocks, size, size]``.
         width: elements of an input.
-        nbytes: what the moments take.
+        nbytes: bytes of the moments and kept inputs.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class WatchedLayer:
         self.nbytes = cells * dtype.itemsize
 
     def see(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Add the inputs of one call: ``[..., width]``, images, or token numbers."""
+        """Add the inputs of one call: ``[..., width]``, images, or token ids."""
         if self._tokens:
             self._count(inputs, mask)
             return
         if isinstance(self._layer, _CONVOLUTIONS):
             dimensions = len(self._layer.kernel_size)
             images = inputs[None] if inputs.ndim == dimensions + 1 else inputs
-            for image in images:  # the patches of all would be large
+            for image in images:  # one by one, since patches are large
                 self._add(_patches(self._layer, image[None]).reshape(-1, self._groups, self.width))
             return
         if mask is not None and inputs.ndim > 2 and inputs.shape[:2] == mask.shape:
@@ -91,7 +91,7 @@ class WatchedLayer:
         self._sum = products if self._sum is None else self._sum.add_(products)
 
     def moment(self, weight: str) -> Moment:
-        """The mean over all inputs seen; there was at least one. The sum is used up: there is no room for both."""
+        """The mean over all inputs, of which there must be one; consumes the sum, to save memory."""
         assert self._sum is not None
         blocks = self._sum.div_(self.samples).cpu().numpy()
         self._sum = None
@@ -100,9 +100,9 @@ class WatchedLayer:
 
 
 class _Sample:
-    """Some of the rows that go by, every choice of so many as likely as any other, and the same for any size of the parts.
+    """A uniform random sample of the rows of a stream, in their order; the same however the stream is split.
 
-    Each row draws a number, and those with the smallest are kept, in the order in which they came.
+    Each row draws a number, and the rows with the smallest ones are kept.
     """
 
     def __init__(self, count: int, seed: int, name: str) -> None:
@@ -126,7 +126,7 @@ class _Sample:
 
 
 class Watch:
-    """The layers of a model that are watched.
+    """The watched layers of a model.
 
     Attributes:
         layers: in the order of the model.
@@ -137,27 +137,27 @@ class Watch:
         seed: int = 0,
     ) -> None:  # fmt: skip
         if inputs < 0 or seed < 0:
-            raise SourceError(f"{inputs} inputs to keep, seed {seed}: neither can be negative")
+            raise SourceError(f"{inputs} inputs to keep, seed {seed}: neither may be negative")
         if block is not None and block < 1:
             raise SourceError(f"blocks of {block} inputs; at least 1 is needed")
         if dtype not in ("float32", "float64"):
-            raise SourceError(f"moments in {dtype!r}; float32 and float64 are known")
+            raise SourceError(f"moments in {dtype!r}; float32 and float64 are supported")
         self._model = model
         self._named = names is not None
         found = dict(model.named_modules())
         if names is None:
-            chosen = [name for name, module in found.items() if watchable(module)]
+            chosen = [name for name, module in found.items() if can_watch(module)]
         else:
             chosen = list(dict.fromkeys(names))
             for name in chosen:
                 if name not in found:
-                    raise SourceError(f"module {name!r}: the model has none of that name")
-                if not watchable(found[name]):
+                    raise SourceError(f"module {name!r}: the model has no such module")
+                if not can_watch(found[name]):
                     raise SourceError(
-                        f"module {name!r}: the inputs of a {type(found[name]).__name__} cannot be gathered"
+                        f"module {name!r}: the inputs of a {type(found[name]).__name__} cannot be collected"
                     )
         if not chosen:
-            raise SourceError("the model has no layer whose inputs can be gathered")
+            raise SourceError("the model has no layer whose inputs can be collected")
         self._modules = [found[name] for name in chosen]
         self.layers = [
             WatchedLayer(name, found[name], block, getattr(torch, dtype), inputs, seed) for name in chosen
@@ -165,7 +165,7 @@ class Watch:
         if (needed := sum(layer.nbytes for layer in self.layers)) > limit:
             raise SourceError(
                 f"the moments of {len(chosen)} layers would take {needed / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB: "
-                "choose some modules, float32, a block, or fewer inputs to keep"
+                "choose fewer modules, float32, a block, or fewer inputs to keep"
             )
 
     def run(self, data: Iterable[Any]) -> None:
@@ -203,13 +203,13 @@ class Watch:
                 raise SourceError(f"module {layer.module!r}: no input reached it")
 
 
-def watchable(module: nn.Module) -> bool:
-    """Whether the inputs of a layer of this kind can be gathered."""
+def can_watch(module: nn.Module) -> bool:
+    """Whether inputs of layers of this type can be collected."""
     return isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the linear layer of transformers that holds ``[in, out]``, without importing transformers."""
+    """Whether it is transformers' linear layer with an ``[in, out]`` weight; transformers is not imported."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
@@ -231,16 +231,16 @@ def _call(model: Any, batch: Any, device: torch.device) -> None:
 
 
 def _patches(module: Any, images: torch.Tensor) -> torch.Tensor:
-    """What the kernel sees at each place: ``[places of all images, channels * kernel]``, in the order of the weight."""
+    """The kernel's input at each position: ``[positions of all images, channels * kernel]``, in the weight's order."""
     dimensions = len(module.kernel_size)
-    # As the layer itself pads: the last dimension first; "same" may pad one side more.
+    # The layer's own padding: the last dimension first; "same" may pad one side more.
     padding = module._reversed_padding_repeated_twice  # noqa: SLF001 - torch has no other name for it
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     images = nn.functional.pad(images, padding, mode=mode)
     sizes = images.shape[2:]
     steps = list(zip(sizes, module.kernel_size, module.stride, module.dilation, strict=True))
     counts = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in steps]
-    # All offsets of the kernel as further dimensions: [images, channels, *places, *kernel].
+    # The kernel's offsets as further dimensions: [images, channels, *positions, *kernel].
     strides = images.stride()[2:]
     view = images.as_strided(
         (*images.shape[:2], *counts, *module.kernel_size),

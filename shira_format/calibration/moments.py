@@ -1,14 +1,14 @@
-"""Second moments of layers' inputs, ``C = E[x x^T]``: what a layer was fed, as far as mean products of outputs depend on it.
+"""Second moments of layers' inputs, ``C = E[x x^T]``.
 
-``E <D1 x, D2 x> = tr(D1 C D2^T)`` for any two changes ``D1, D2`` of the layer's weight, so that inputs are seen once and
-any pair of adapters can be measured on them afterwards; see :mod:`shira_analysis.measures.interference`. What two changes do to each
-other at each input by itself is no function of C: for that some inputs can be kept beside it, drawn at random.
+``E <D1 x, D2 x> = tr(D1 C D2^T)`` for any two changes ``D1, D2`` of the layer's weight, so the model runs once and any pair
+of adapters can be measured afterwards; see :mod:`shira_analysis.measures.interference`. Interference at single inputs is no
+function of C: for that a random sample of the inputs can be kept beside it.
 
 A file of moments is a safetensors file with one tensor ``[groups, blocks, size, size]`` for each weight, under the weight's
 name, and ``shira_moments`` in its metadata: a JSON object with ``version`` 1 and, for each weight, the number of
-``samples``, the ``width`` of an input, whether ``inputs_first`` and, of an embedding, ``tokens``: true. Where inputs are kept,
-the version is 2, their number is told as ``inputs``, and they are a tensor ``[inputs, groups, width]`` named as the weight with
-``#inputs`` behind. It is written by :meth:`Moments.save`.
+``samples``, the ``width`` of an input, whether ``inputs_first`` and, for an embedding, ``tokens``: true. If inputs are kept,
+the version is 2, their number is ``inputs``, and they are a tensor ``[inputs, groups, width]`` under the weight's name with
+the suffix ``#inputs``. It is written by :meth:`Moments.save`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from shira_format import SourceError
 from shira_format._core.arrays import Array, as_bytes
+from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file
 from shira_format.storage.safetensors_file import SafetensorsFile, header_of, parse_object
 
@@ -32,7 +33,7 @@ _INPUTS = "#inputs"
 _SYMMETRIC = 1e-3  # relative to the diagonal, how far a float32 sum of products may be off
 _CELLS = 1 << 22  # checked at a time
 
-LIMIT = 4 << 30  # bytes that the moments of a model may take, unless it is said otherwise
+LIMIT = 4 << 30  # bytes that the moments of a model may take, by default
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,14 @@ class Moment:
 
     Attributes:
         weight: the weight's name.
-        blocks: float32 or float64 ``[groups, blocks, size, size]``: the blocks along the diagonal, the last one filled up with
-            zeros. One block is the whole matrix, and blocks of size 1 are its diagonal; what lies outside is taken as 0. A
-            grouped convolution has a matrix for each group.
+        blocks: float32 or float64 ``[groups, blocks, size, size]``: the blocks along the diagonal, the last one padded with
+            zeros. One block is the whole matrix, and blocks of size 1 are its diagonal; everything else is taken as 0. A
+            grouped convolution has a matrix per group.
         width: elements of an input (of a group).
-        samples: how many inputs there were.
-        inputs_first: whether the weight is ``[in, out]`` (Conv1D, Embedding) and not ``[out, in]``.
-        inputs: some of them, drawn at random: float32 or float64 ``[inputs, groups, width]``; None if none were kept.
-        tokens: whether an input is a token, 1 at its number and 0 elsewhere, as an Embedding's: then ``blocks`` are their
-            frequencies.
+        samples: number of inputs.
+        inputs_first: whether the weight is ``[in, out]`` (Conv1D, Embedding), not ``[out, in]``.
+        inputs: a random sample of the inputs, float32 or float64 ``[inputs, groups, width]``; None if none were kept.
+        tokens: whether inputs are one-hot tokens, as an Embedding's: then ``blocks`` are the tokens' frequencies.
     """
 
     weight: str
@@ -100,7 +100,7 @@ class Moment:
             self._refuse("an input is NaN or infinite")
 
     def _check_products(self, roots: Array) -> None:
-        """Refuse what is not symmetric, or above the root of both mean squares, which no mean product is."""
+        """Refuse blocks that are not symmetric, or where a mean product exceeds the root of both mean squares."""
         squares, size = self.blocks.reshape(-1, self.size, self.size), self.size
         some = max(1, _CELLS // size**2)
         step = max(1, _CELLS // (some * size))
@@ -121,30 +121,30 @@ class Moment:
 
     @property
     def groups(self) -> int:
-        """Of a convolution; else 1."""
+        """Groups of a convolution; else 1."""
         return int(self.blocks.shape[0])
 
     @property
     def size(self) -> int:
-        """Of a block."""
+        """Rows and columns of a block."""
         return int(self.blocks.shape[2])
 
     @property
     def nbytes(self) -> int:
-        """Of moments and inputs."""
+        """Bytes of moments and inputs."""
         return int(self.blocks.nbytes) + (0 if self.inputs is None else int(self.inputs.nbytes))
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left out: one block."""
+        """Whether the matrix is complete: one block."""
         return bool(self.blocks.shape[1] == 1)
 
 
 class Moments(Mapping[str, Moment]):
-    """Moments by the name of the weight; of a file, read when they are asked for, and not kept.
+    """Moments by the weight's name; those of a file are read on access and not kept.
 
     Attributes:
-        unseen: weights of layers that were to be watched, and that no input reached.
+        unseen: weights of watched layers that no input reached.
     """
 
     def __init__(self, moments: Mapping[str, Moment] | Iterable[Moment], *, unseen: Iterable[str] = ()) -> None:
@@ -164,19 +164,19 @@ class Moments(Mapping[str, Moment]):
         return weight in self._moments  # without reading it
 
     def save(self, path: Path) -> None:
-        """Write a file that appears whole or not at all."""
-        told: dict[str, Any] = {}
+        """Write a file, atomically."""
+        entries: dict[str, Any] = {}
         sizes: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         for name, one in self.items():
-            told[name] = {"samples": one.samples, "width": one.width, "inputs_first": one.inputs_first}
+            entries[name] = {"samples": one.samples, "width": one.width, "inputs_first": one.inputs_first}
             sizes.append((name, one.blocks.dtype, one.blocks.shape))
             if one.tokens:
-                told[name]["tokens"] = True
+                entries[name]["tokens"] = True
             if one.inputs is not None:
-                told[name]["inputs"] = len(one.inputs)
+                entries[name]["inputs"] = len(one.inputs)
                 sizes.append((name + _INPUTS, one.inputs.dtype, one.inputs.shape))
-        version = _WITH_INPUTS if len(sizes) > len(told) else _VERSION
-        header, _ = header_of(sizes, {_KEY: json.dumps({"version": version, "weights": told})})
+        version = _WITH_INPUTS if len(sizes) > len(entries) else _VERSION
+        header, _ = header_of(sizes, {_KEY: json.dumps({"version": version, "weights": entries})})
         with atomic_file(Path(path)) as file:
             file.write(header)
             for one in self.values():
@@ -189,8 +189,8 @@ class Moments(Mapping[str, Moment]):
         """Open a file; each weight's moments are checked when they are read.
 
         Raises:
-            FormatError: no safetensors file, or a damaged one.
-            SourceError: no file of moments, or one that contradicts itself.
+            FormatError: not a safetensors file, or a damaged one.
+            SourceError: not a file of moments, or an inconsistent one.
             OSError: it cannot be read.
         """
         return cls(_File(path))
@@ -203,40 +203,36 @@ class _File(Mapping[str, Moment]):
         self._file = SafetensorsFile(path)
         metadata = self._file.metadata.get(_KEY)
         if metadata is None:
-            raise self._refusal(f"no file of moments: there is no {_KEY!r} in its metadata")
-        told = parse_object(metadata.encode(), "manifest-json")
-        version = told.get("version")
+            raise self._refusal(f"not a file of moments: its metadata has no {_KEY!r}")
+        manifest = parse_object(metadata.encode(), "manifest-json")
+        version = manifest.get("version")
         if version not in (_VERSION, _WITH_INPUTS):
-            raise self._refusal(
-                f"moments of version {version!r}; this is for versions {_VERSION} and {_WITH_INPUTS}"
-            )
-        weights = told.get("weights")
+            raise self._refusal(f"moments of version {version!r}; supported are {_VERSION} and {_WITH_INPUTS}")
+        weights = manifest.get("weights")
         if not isinstance(weights, dict) or not all(isinstance(entry, dict) for entry in weights.values()):
             raise self._refusal("the metadata has no 'weights', or entries of a wrong type")
         if version == _VERSION and any("inputs" in entry for entry in weights.values()):
             raise self._refusal(f"inputs in a file of version {_VERSION}")
         kept = [name + _INPUTS for name, entry in weights.items() if "inputs" in entry]
         if sorted([*weights, *kept]) != sorted(self._file):
-            raise self._refusal("the metadata and the tensors are not of the same weights")
-        self._told: dict[str, Any] = weights
-        for name, entry in self._told.items():
+            raise self._refusal("the metadata and the tensors name different weights")
+        self._entries: dict[str, Any] = weights
+        for name, entry in self._entries.items():
             kinds = {"samples": int, "width": int, "inputs_first": bool, "tokens": bool}
             if any(type(({"tokens": False} | entry).get(key)) is not kind for key, kind in kinds.items()):
                 raise self._refusal(
-                    f"tensor {name!r}: no 'samples', 'width' or 'inputs_first', or one of them or 'tokens' of a wrong type"
+                    f"tensor {name!r}: 'samples', 'width', 'inputs_first' or 'tokens' is missing or of a wrong type"
                 )
 
     def _refusal(self, why: str) -> SourceError:
         return SourceError(f"{self._file.path}: {why}")
 
     def __getitem__(self, weight: str) -> Moment:
-        entry = self._told[weight]
+        entry = self._entries[weight]
         inputs = self._file.read_separately(weight + _INPUTS) if "inputs" in entry else None
         try:
             if inputs is not None and inputs.shape[:1] != (entry["inputs"],):
-                raise SourceError(
-                    f"moments of {weight!r}: not the {entry['inputs']!r} inputs that the metadata tells"
-                )
+                raise SourceError(f"moments of {weight!r}: not the {entry['inputs']!r} inputs of the metadata")
             return Moment(
                 weight, self._file.read_separately(weight), entry["width"], entry["samples"], entry["inputs_first"], inputs,
                 entry.get("tokens", False),
@@ -245,13 +241,13 @@ class _File(Mapping[str, Moment]):
             raise SourceError(f"{self._file.path}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._told)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._entries)
 
     def __contains__(self, weight: object) -> bool:
-        return weight in self._told
+        return weight in self._entries
 
 
 def collect_moments(
@@ -266,29 +262,28 @@ def collect_moments(
     seed: int = 0,
     rename: Callable[[str], str] = lambda name: name,
 ) -> Moments:
-    """Run a model over data and gather the second moments of what its layers are fed.
+    """Run a model over data and collect the second moments of its layers' inputs.
 
-    Watched are Linear, GPT-2's Conv1D, Conv1d to Conv3d (an input is a patch, in the order of the weight's matrix view) and
-    Embedding (an input is a token; the mean squares are the tokens' frequencies). Where a batch has an ``attention_mask``
+    Layers can be Linear, GPT-2's Conv1D, Conv1d to Conv3d (an input is a patch, in the order of the weight's matrix view) and
+    Embedding (an input is a token; the mean squares are the tokens' frequencies). If a batch has an ``attention_mask``
     ``[batch, tokens]``, inputs ``[batch, tokens, ...]`` or ``[batch * tokens, width]`` count only where it is not 0.
 
     Args:
-        model: a torch module. It runs in evaluation mode and without gradients, and is left as it was.
-        data: batches: mappings (as tokenizers give) that are passed by name, tuples or lists, or one tensor; moved to where
-            the model's first parameter is. Not kept.
-        modules: names of modules as ``named_modules`` tells them; by default all that can be watched.
-        block: keep only blocks of so many inputs along the diagonal of each matrix (1: the diagonal). An embedding needs
-            no more than its diagonal and has that.
-        dtype: in which products are formed and added up.
-        limit: bytes that all moments may take, and the inputs that are kept.
-        inputs: how many inputs of each layer to keep beside its moments, drawn at random; an embedding needs none, since its
-            moments tell all of its tokens.
-        seed: of that choice.
-        rename: from the model's names of weights to those under which adapters have them.
+        model: a torch module. It runs in evaluation mode and without gradients; its mode is restored.
+        data: batches: mappings (as from tokenizers) that are passed by name, tuples or lists, or one tensor; moved to the
+            device of the model's first parameter. Not kept.
+        modules: names as in ``named_modules``; by default all layers that can be watched.
+        block: keep only diagonal blocks of so many inputs of each matrix (1: the diagonal). An embedding has only its
+            diagonal anyway.
+        dtype: in which products are computed and summed.
+        limit: bytes that all moments and kept inputs may take.
+        inputs: size of the random sample of inputs to keep per layer; not for embeddings, whose frequencies say it all.
+        seed: of the random sample.
+        rename: from the model's names of weights to those in adapters.
 
     Raises:
-        SourceError: a module that is not there, cannot be watched or is never reached though it was named; moments above
-            ``limit``; no data; an input that is not finite.
+        SourceError: a module is missing, cannot be watched, or is named but never reached; moments above ``limit``; no data;
+            an input that is not finite.
     """
     from shira_format.calibration.layers import Watch
 

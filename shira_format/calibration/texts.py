@@ -1,4 +1,4 @@
-"""Texts and a model of transformers from a folder, to gather what the model's layers are fed."""
+"""Calibration texts, and the model and layers that they are run through."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from typing import Any
 
 from shira_format import SourceError
 from shira_format._core.optional import optional_import
+from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 
-_LONGEST = 1 << 24  # characters of a line, more than any text that a model takes
+_LONGEST = 1 << 24  # characters of a line
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of a file, and how many of its lines were empty and left out."""
+    """Texts of a file, and the number of empty lines that were skipped."""
 
     texts: list[str]
     empty: int
 
 
 def read_texts(path: Path, *, field: str = "text", limit: int | None = None) -> Texts:
-    """The texts of a file in UTF-8: one a line, or of ``.jsonl`` the ``field`` of the object in each line.
+    """The texts of a UTF-8 file: one per line, or in a ``.jsonl`` file the ``field`` of the object in each line.
 
     Args:
         path: the file.
         field: of the objects.
-        limit: read no more than so many texts.
+        limit: read at most this many texts.
 
     Raises:
-        SourceError: not UTF-8, a line that is not what it should be, or no text; names file, line and rule.
+        SourceError: not UTF-8, an invalid line, or no text; names file, line and rule.
         OSError: it cannot be read.
     """
     found: list[str] = []
@@ -74,14 +75,14 @@ def _field(line: str, field: str, where: str) -> str:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model with its tokenizer.
 
     Attributes:
         model: on the CPU, in the dtype of its files.
-        tokenizer: of the same folder.
-        longest: the most tokens that a text may have; None if neither model nor tokenizer says.
-        random: weights that the folder does not have and that are random therefore, by the model's names.
+        tokenizer: from the same folder.
+        longest: the maximum number of tokens; None if neither model nor tokenizer states it.
+        random: weights that the folder lacks and that are therefore random, by the model's names.
     """
 
     model: Any
@@ -90,18 +91,19 @@ class Loaded:
     random: tuple[str, ...]
 
 
-def load_model(folder: Path, *, causal: bool = False) -> Loaded:
-    """The model and the tokenizer of a local folder, by transformers; no code of the folder is run, nothing is downloaded.
+def load_model(folder: Path, *, causal: bool = False) -> LoadedModel:
+    """Load a local folder with transformers; no code in it is run, nothing is downloaded.
 
-    The class is the one that the folder's config names in ``architectures``, so that weights are called as in the folder's
-    files; ``AutoModel`` if transformers has no such class.
+    The class is the one in ``architectures`` of the config, so that weights have the names of the folder's files;
+    ``AutoModel`` if transformers has no such class.
 
     Args:
         folder: with ``config.json``, weights and tokenizer.
-        causal: as ``AutoModelForCausalLM`` instead.
+        causal: use ``AutoModelForCausalLM`` instead.
 
     Raises:
-        SourceError: torch or transformers is missing; no folder; transformers cannot load it; weights of its blocks are missing.
+        SourceError: torch or transformers is missing; not a folder; transformers cannot load it; weights of its blocks are
+            missing.
     """
     with optional_import("running a model needs torch and transformers", "demo"):
         import torch  # noqa: F401 - transformers is there without it, and then has no models
@@ -120,16 +122,16 @@ def load_model(folder: Path, *, causal: bool = False) -> Loaded:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise SourceError(f"{folder}: transformers cannot load it: {reason}") from error
     random = sorted(map(str, info["missing_keys"]))
-    # A head that is random gets the right inputs all the same; a block would spoil those of all that follow.
+    # A random head still has the right inputs; a random block would spoil those of all later ones.
     if inner := [name for name in random if re.search(r"(^|\.)\d+\.", name)]:
         raise SourceError(
-            f"{folder}: {len(inner)} weights of {type(model).__name__} are not there, such as {inner[0]!r}; "
-            "a random model's moments say nothing"
+            f"{folder}: {len(inner)} weights of {type(model).__name__} are missing, such as {inner[0]!r}; "
+            "moments of a random model are meaningless"
         )
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
-    # A tokenizer that knows no limit says 10^30.
+    # A tokenizer without a limit has 10^30.
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
-    return Loaded(model, tokenizer, min(known, default=None), tuple(random))
+    return LoadedModel(model, tokenizer, min(known, default=None), tuple(random))
 
 
 def _class(transformers: Any, config: Any, *, causal: bool) -> Any:
@@ -143,7 +145,7 @@ def _class(transformers: Any, config: Any, *, causal: bool) -> Any:
 
 @contextlib.contextmanager
 def _silent(transformers: Any) -> Iterator[None]:
-    """Without transformers' reports and bars, of which what matters is told by us."""
+    """Suppress transformers' reports and progress bars."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging = transformers.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -160,16 +162,16 @@ def _silent(transformers: Any) -> Iterator[None]:
 
 
 def batches(tokenizer: Any, texts: Sequence[str], *, batch: int, length: int) -> Iterator[Any]:
-    """The texts as the tokenizer's tensors, those of like length together, cut after ``length`` tokens.
+    """The tokenized texts, grouped by similar length and truncated to ``length`` tokens.
 
-    A tokenizer without a padding token pads with its last token, which is masked out anyway.
+    A tokenizer without a padding token pads with its end-of-sequence token, which is masked out anyway.
 
     Raises:
-        SourceError: more than one text at a time, and nothing to pad with.
+        SourceError: batches of several texts, and no token to pad with.
     """
     if tokenizer.pad_token is None and batch > 1:
         if tokenizer.eos_token is None:
-            raise SourceError("the tokenizer has no token to pad with: give it one text at a time")
+            raise SourceError("the tokenizer has no token to pad with: use a batch size of 1")
         tokenizer.pad_token = tokenizer.eos_token
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), batch):
@@ -180,50 +182,52 @@ def batches(tokenizer: Any, texts: Sequence[str], *, batch: int, length: int) ->
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenLayers:
     """Layers to watch.
 
     Attributes:
         modules: by the model's names.
-        weights: from the model's names of their weights to those of the checkpoint.
-        strange: weights of layers that could be watched, but that the checkpoint does not have (such as a head that is tied to the
+        weights: the checkpoint's names of their weights, by the model's.
+        unknown: weights of layers that could be watched but are not in the checkpoint (such as a head that is tied to the
             embedding).
     """
 
     modules: list[str]
     weights: dict[str, str]
-    strange: list[str]
+    unknown: list[str]
 
 
-def choose(model: Any, names: Collection[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Chosen:
+def choose_layers(
+    model: Any, names: Collection[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> ChosenLayers:
     """The layers of ``model`` whose weights the checkpoint has and the regexes choose.
 
-    A model and the file that it was saved to may differ in a prefix, as ``bert.``; adapters have the file's names.
+    Names in a model and in its file may differ in a prefix such as ``bert.``; adapters have the file's names.
 
     Args:
         model: of transformers.
         names: of the checkpoint's tensors.
         include: regexes; a weight is taken only if one of them is found in its name in the checkpoint.
-        exclude: regexes; a weight is left out if one of them is found in it.
+        exclude: regexes; a weight is skipped if one of them is found in it.
 
     Raises:
         SourceError: no layer is left, or not a regular expression.
     """
-    from shira_format.calibration.layers import watchable
+    from shira_format.calibration.layers import can_watch
 
     wanted = name_filter(include, exclude)
     prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
-    found = Chosen([], {}, [])
+    found = ChosenLayers([], {}, [])
     for module, layer in model.named_modules():
-        if not watchable(layer):
+        if not can_watch(layer):
             continue
         weight = f"{module}.weight"
         known = next((n for n in (weight, weight.removeprefix(prefix), prefix + weight) if n in names), None)
         if known is None or known in found.weights.values():
-            found.strange.append(weight)
+            found.unknown.append(weight)
         elif wanted(known):
             found.modules.append(module)
             found.weights[weight] = known
     if not found.modules:
-        raise SourceError("no layer of the model is left by the choice of names")
+        raise SourceError("no layer of the model matches the given names")
     return found

@@ -11,7 +11,8 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes, bits_differ, scratch, where_true
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
-from shira_format.entries.changes import TILE, Difference, Entries
+from shira_format.entries.changes import TILE, CheckpointChange
+from shira_format.entries.selected import Entries
 from shira_format.selection.stages import Pending
 from shira_format.tensors import numel
 
@@ -51,7 +52,7 @@ class CompareStage:
     rule: Exact
     passes: int = 1
 
-    def __call__(self, change: Difference, workers: Workers, progress: Progress) -> Pending[Differences]:
+    def __call__(self, change: CheckpointChange, workers: Workers, progress: Progress) -> Pending[Differences]:
         """All that differs between the two tensors, which have one dtype."""
         nothing = np.empty(0, change.dtype)  # the sizes of the differences are not needed
 
@@ -76,7 +77,7 @@ class CompareStage:
         return held, rest
 
     @staticmethod
-    def _many(change: Difference, limit: float, workers: Workers) -> bool:
+    def _many(change: CheckpointChange, limit: float, workers: Workers) -> bool:
         """Whether at least ``limit`` entries differ: counted without collecting them, and only if a sample suggests it."""
 
         def count(start: int, stop: int) -> int:
@@ -95,7 +96,7 @@ class CompareStage:
         return seen >= limit
 
 
-def _whole_from(change: Difference) -> float:
+def _whole_from(change: CheckpointChange) -> float:
     """The number of differing entries from which the whole tensor takes fewer bytes."""
     each = change.weight_dtype.itemsize
     return max(1.0, change.size * each / (each + _INDEX))

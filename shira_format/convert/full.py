@@ -19,7 +19,7 @@ from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import Change, Difference
+from shira_format.entries.changes import Change, CheckpointChange
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 from shira_format.selection import TopK
@@ -149,7 +149,7 @@ def _rule(
 
 def _options(change: Change) -> dict[str, Any]:
     """What a pair of tensors has beyond its entries: another name in the base, more rows or fewer."""
-    assert isinstance(change, Difference)
+    assert isinstance(change, CheckpointChange)
     before, after = change.shape, change.tuned.shape(change.tuned_name)
     options: dict[str, Any] = {"base_name": change.base_name}
     if before == after:

@@ -17,10 +17,10 @@ from shira_format.checkpoints.renamed import rearranged
 from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
-from shira_format.entries.changes import AddedTo
+from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.names.filters import name_filter
 from shira_format.storage.paths import hub_identity
 from shira_format.tensors import DenseTensor, SparseTensor
@@ -60,7 +60,7 @@ def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | Non
     files = [{"name": path.name, "digest": file_digest(path)} for path in source.files]
     return ConversionInputs(
         base=base,
-        changes=[AddedTo(update, view) for update in source.updates],
+        changes=[UpdateChange(update, view) for update in source.updates],
         dense=lambda self_contained: _dense_tensors(source, base, view, self_contained=self_contained),
         options=lambda change: {"base_name": source.copies.get(change.name)},
         removed=source.removed,

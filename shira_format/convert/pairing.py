@@ -11,13 +11,13 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float
 from shira_format.checkpoints import Checkpoint
-from shira_format.entries.changes import Difference
+from shira_format.entries.changes import CheckpointChange
 from shira_format.errors import SourceError
+from shira_format.names.prefixes import Renaming, leading_parts_by_name, renamings
 from shira_format.tensors import numel
 
 _RUNS, _RUN = 16, 256  # where and how much of two tensors is compared to tell whether one comes from the other
 _ALIKE = 0.5  # share of equal elements from which on it does
-_PREFIX_DEPTH = 3
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Pairs:
 
     base: Checkpoint
     tuned: Checkpoint
-    sparse: list[Difference] = field(default_factory=list)
+    sparse: list[CheckpointChange] = field(default_factory=list)
     whole: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     equal: list[str] = field(default_factory=list)
@@ -60,11 +60,10 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     pairs = Pairs(base, tuned)
     if not origins and not new and not gone:
         raise SourceError(f"{tuned.path}: no tensor is left by the choice of names")
-    if new and (rename := _prefix(new, gone)):
-        prefix, words = rename
+    if new and (rename := _renaming(new, gone)):
         missing = set(gone)
-        found = {name: prefix(name) for name in new if prefix(name) in missing}
-        pairs.notices.append(f"names: {words}")
+        found = {name: rename(name) for name in new if rename(name) in missing}
+        pairs.notices.append(f"names: {rename.words}")
         origins |= found
         missing -= set(found.values())
         new, gone = [n for n in new if n not in found], [n for n in gone if n in missing]
@@ -131,7 +130,7 @@ def _add_pair(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
             f"{where} has shape {list(after)}, the base {list(before)}: only the first dimension may differ; leave "
             "it out, or take every difference (exact)"
         )
-    pairs.sparse.append(Difference(result, base, origin, tuned, name, size))
+    pairs.sparse.append(CheckpointChange(result, base, origin, tuned, name, size))
 
 
 def _add_new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bool) -> None:
@@ -166,30 +165,15 @@ def _add_missing(pairs: Pairs, gone: list[str], used: list[str], *, exact: bool)
             )
 
 
-def _prefix(new: list[str], gone: list[str]) -> tuple[Callable[[str], str], str] | None:
+def _renaming(new: list[str], gone: list[str]) -> Renaming | None:
     """One prefix, left out of or added to all new names, that brings most of them to names of the base."""
-    best: tuple[int, Callable[[str], str], str] | None = None
     missing = set(gone)
-    for prefix in _leading(new):
-        hits = sum(name.startswith(prefix) and name.removeprefix(prefix) in missing for name in new)
-        if hits and (best is None or hits > best[0]):
-            best = hits, (lambda name, p=prefix: name.removeprefix(p)), f"the prefix {prefix!r} is left out"
-    for prefix in _leading(gone):
-        hits = sum(prefix + name in missing for name in new)
-        if hits and (best is None or hits > best[0]):
-            best = hits, (lambda name, p=prefix: p + name), f"the prefix {prefix!r} is added"
-    if best is None or best[0] <= len(new) / 2:
-        return None
-    return best[1:]
-
-
-def _leading(names: Iterable[str]) -> dict[str, None]:
-    """The first parts of the names, ``"model."`` and the like."""
-    return {
-        ".".join(parts[:depth]) + ".": None
-        for parts in (name.split(".") for name in names)
-        for depth in range(1, min(_PREFIX_DEPTH, len(parts) - 1) + 1)
-    }
+    best = max(
+        renamings(leading_parts_by_name(new), leading_parts_by_name(gone)),
+        key=lambda rename: sum(rename(name) in missing for name in new),
+    )  # the first of the best
+    hits = sum(best(name) in missing for name in new)
+    return best if hits > len(new) / 2 else None
 
 
 def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:

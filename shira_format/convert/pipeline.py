@@ -16,7 +16,8 @@ from shira_format.convert.exact import CompareStage, Differences, Exact, read_pa
 from shira_format.convert.inputs import Conversion, ConversionInputs, DenseCopy
 from shira_format.convert.report import ConversionReport, TensorReport, six_digits
 from shira_format.convert.targets import sparse_target, target_tensor
-from shira_format.entries.changes import Change, Difference, Entries
+from shira_format.entries.changes import Change, CheckpointChange
+from shira_format.entries.selected import Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter, Prepared
 from shira_format.selection import AMOUNTS, Engine, LocalEngine, Pending, TopK, passes, select
@@ -165,7 +166,7 @@ def _tasks(
 
     results: Iterator[Pending[Any]]
     if isinstance(rule, Exact):
-        results = engine.map(CompareStage(rule), cast("list[Difference]", inputs.changes))
+        results = engine.map(CompareStage(rule), cast("list[CheckpointChange]", inputs.changes))
     else:
         folder = None if writer is None else writer.path.parent
         results = select(inputs.changes, rule, engine, workers, folder=folder)

@@ -10,7 +10,8 @@ from shira_format._core.arrays import Array, array_digest, bits_differ
 from shira_format._core.dtypes import dtype_name, working_dtype
 from shira_format._core.rounding import upcast
 from shira_format.convert.report import TensorReport
-from shira_format.entries.changes import Change, Entries
+from shira_format.entries.changes import Change
+from shira_format.entries.selected import Entries
 from shira_format.errors import SourceError
 from shira_format.tensors import SparseTensor
 

@@ -1,1 +1,1 @@
-"""The arithmetic of entries: changes of a weight, alignment and mixing of several adapters, the check of the base."""
+"""The arithmetic of entries: changes of weights, alignment and mixing of several adapters, checks against the base."""

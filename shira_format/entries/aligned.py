@@ -1,4 +1,4 @@
-"""One weight as several adapters see it: the entries that any of them has, and what each would add there."""
+"""The entries of several adapters on one weight, aligned: the union of their indices, and where each adapter's are in it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shira_format._core import fits
 from shira_format._core.arrays import Array, Indices
 from shira_format._core.compiled import union
 from shira_format._core.dtypes import working_dtype
-from shira_format.errors import BaseMismatch, BaseRequired, SourceError
+from shira_format.errors import BaseMismatch, SourceError
 from shira_format.tensors import SparseTensor
 
 Floats = npt.NDArray[np.float64]
 
-# What a method gives an input's deltas: one factor for all of them, or one for each, float64 [nnz].
+# What an adapter's deltas are multiplied by: one factor for all of them, or one for each, float64 [nnz].
 Factor = float | Floats
 
 
@@ -27,10 +28,10 @@ class Contribution:
     """One adapter's part of a weight.
 
     Attributes:
-        tensor: its entries, without any where the adapter leaves the weight alone; targets have their base values, if
-            anything does.
-        weight: its strength in the merge, its own alpha included.
-        label: what messages call the adapter.
+        tensor: its entries; none if the adapter does not change the weight. Targets hold their base's values if these
+            are known.
+        weight: its strength, the adapter's own alpha included.
+        label: the adapter's name in messages; empty: it has none.
     """
 
     tensor: SparseTensor
@@ -38,121 +39,135 @@ class Contribution:
     label: str = "an adapter"
 
     @property
-    def free(self) -> bool:
-        """Whether these are deltas for a base of any dtype (spec, section 4)."""
-        return self.tensor.value_kind == "delta" and self.tensor.base_digest is None
+    def what(self) -> str:
+        """How messages about it start: adapter and tensor."""
+        return self.about(self.tensor.name)
 
-    def needs_base(self) -> BaseRequired:
-        """The error that nothing tells the base's values."""
-        return BaseRequired(
-            f"{self.label}: tensor {self.tensor.name!r}: the base's values at its entries are not known: pass the base "
-            "(--base), or convert with --self-contained"
-        )
+    def about(self, name: str) -> str:
+        """How messages start if they call the tensor ``name``."""
+        return f"{self.label}: tensor {name!r}" if self.label else f"tensor {name!r}"
+
+    @property
+    def fits_any_float(self) -> bool:
+        """Whether these are deltas for a base of any float dtype and values (spec, section 4)."""
+        return self.tensor.value_kind == "delta" and self.tensor.base_digest is None
 
     @cached_property
     def delta(self) -> Floats:
-        """What the adapter adds at its entries at strength 1: float64 ``[nnz]``.
+        """The deltas of its entries at strength 1: float64 ``[nnz]``.
 
         Raises:
-            SourceError: a delta that is NaN or infinite.
+            SourceError: a delta is NaN or infinite.
             BaseRequired: targets without their base's values.
         """
         if self.tensor.value_kind == "target" and self.tensor.base is None:
-            raise self.needs_base()
-        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            raise fits.base_required(self.what)
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
             values: Floats = self.tensor.values.astype(np.float64)
             if self.tensor.value_kind == "target":
                 assert self.tensor.base is not None
                 values -= self.tensor.base.astype(np.float64)
         if not np.isfinite(values).all():
             index = int(self.tensor.indices[np.flatnonzero(~np.isfinite(values))[0]])
-            raise SourceError(
-                f"{self.label}: tensor {self.tensor.name!r}: the delta at flat index {index} is NaN or infinite"
-            )
+            raise SourceError(f"{self.what}: the delta at flat index {index} is NaN or infinite")
         return values
 
 
 @dataclass(frozen=True)
 class AlignedEntries:
-    """The parts of one weight; every adapter of the merge has one, so that the methods can count them.
+    """The contributions of several adapters to one weight.
 
     Attributes:
-        parts: in the order of the adapters.
-        dtype: of the weight; of deltas that fit any base, one that holds them all.
-        indices: int64 ``[n]``: the entries that any part has, rising.
-        places: for each part, where among these its entries are, int64 ``[nnz]``.
+        parts: one for each adapter, one or more; in a merge also for adapters that do not change the weight, since some
+            methods count them.
+        dtype: the weight's; if all parts fit any base, a float dtype that holds all their values.
+        indices: int64 ``[n]``, strictly increasing: the entries of all parts.
     """
 
     parts: Sequence[Contribution]
     dtype: np.dtype[Any]
     indices: Indices
-    places: Sequence[Indices]
+    _places: Sequence[Indices] | None = None
 
     @classmethod
     def of(cls, parts: Sequence[Contribution]) -> AlignedEntries:
-        """Join parts of one weight.
+        """Align contributions to one weight.
 
         Raises:
-            BaseMismatch: shapes or dtypes differ, or base values where entries meet: these are not of one base.
+            BaseMismatch: shapes or dtypes differ: these are not adapters of one base.
         """
-        bound = [part for part in parts if part.tensor.nnz and not part.free] or list(parts)
-        first = bound[0]
+        if len(parts) == 1:
+            return cls(parts, parts[0].tensor.dtype, parts[0].tensor.indices)
+        of_base = [part for part in parts if part.tensor.nnz and not part.fits_any_float] or list(parts)
+        first = of_base[0]
         for part in parts:
             if part.tensor.shape != first.tensor.shape:
-                told = f"has the shape {list(part.tensor.shape)}, and {list(first.tensor.shape)} in {first.label}"
-            elif not part.free and part.tensor.nnz and part.tensor.dtype != first.tensor.dtype:
-                told = f"is of {part.tensor.dtype}, and of {first.tensor.dtype} in {first.label}"
+                differs = f"has shape {list(part.tensor.shape)}, and {list(first.tensor.shape)} in {first.label}"
+            elif not part.fits_any_float and part.tensor.nnz and part.tensor.dtype != first.tensor.dtype:
+                differs = f"is {part.tensor.dtype}, and {first.tensor.dtype} in {first.label}"
             else:
                 continue
-            raise BaseMismatch(
-                f"{part.label}: tensor {part.tensor.name!r} {told}: these are not adapters of one base"
-            )
-        dtypes = {part.tensor.dtype for part in bound if part.tensor.nnz} or {first.tensor.dtype}
-        dtype = dtypes.pop() if len(dtypes) == 1 else max(map(working_dtype, dtypes), key=lambda one: one.itemsize)
-        indices, places = union([part.tensor.indices for part in parts])
-        return cls(parts, dtype, indices, places)
+            raise BaseMismatch(f"{part.what} {differs}: these are not adapters of one base")
+        dtypes = {part.tensor.dtype for part in of_base if part.tensor.nnz} or {first.tensor.dtype}
+        return cls(parts, common_dtype(dtypes), *union([part.tensor.indices for part in parts]))
+
+    @cached_property
+    def places(self) -> Sequence[Indices]:
+        """For each part the positions of its entries in :attr:`indices`: int64 ``[nnz]``."""
+        return [np.arange(self.size, dtype=np.int64)] if self._places is None else self._places
 
     @property
     def name(self) -> str:
-        """Of the weight."""
+        """The weight's name."""
         return self.parts[0].tensor.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The weight's shape."""
         return self.parts[0].tensor.shape
 
     @property
     def numel(self) -> int:
-        """Elements of the weight."""
+        """The number of the weight's elements."""
         return self.parts[0].tensor.numel
 
     @property
     def size(self) -> int:
-        """How many entries any part has."""
+        """The number of entries in :attr:`indices`."""
         return int(self.indices.size)
 
     @property
     def weights(self) -> Floats:
-        """Of all parts: float64 ``[parts]``."""
+        """The weights of all parts: float64 ``[parts]``."""
         return np.array([part.weight for part in self.parts])
 
     @property
     def deltas(self) -> list[Floats]:
-        """Of each part, at its own entries, without its weight."""
+        """Each part's deltas, at its own entries and without its weight."""
         return [part.delta for part in self.parts]
 
+    def of_part(self, number: int, values: Array) -> Array:
+        """Of ``values``, ``[n]``, those at the entries of one part: ``[nnz]``; not a copy if there is one part."""
+        return values if self._places is None else np.asarray(values[self._places[number]])
+
     def sum(self, values: Sequence[Array | float]) -> Floats:
-        """For each entry the sum of what the parts that have it give: float64 ``[n]`` from ``[nnz]`` (or one number) each."""
+        """For each entry the sum over the parts: float64 ``[n]``, from ``[nnz]`` (or one number) for each part."""
         total = np.zeros(self.size)
-        for at, here in zip(self.places, values, strict=True):
-            total[at] += here  # no entry occurs twice in a part
+        for at, own in zip(self.places, values, strict=True):
+            total[at] += own  # a part has no entry twice
         return total
 
     @cached_property
-    def touches(self) -> npt.NDArray[np.int64]:
-        """How many parts have each entry: int64 ``[n]``."""
-        count = np.zeros(self.size, np.int64)
+    def counts(self) -> npt.NDArray[np.int32]:
+        """The number of parts that have each entry: int32 ``[n]``."""
+        counts = np.zeros(self.size, np.int32)
         for at in self.places:
-            count[at] += 1
-        return count
+            counts[at] += 1
+        return counts
+
+
+def common_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
+    """The dtype of all; of several float32, or float64 if one is float64."""
+    return (
+        next(iter(dtypes)) if len(dtypes) == 1 else max(map(working_dtype, dtypes), key=lambda one: one.itemsize)
+    )

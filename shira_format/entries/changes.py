@@ -1,7 +1,6 @@
-"""What a source says of one weight: a dense change of the base's values, seen tile by tile and never held whole.
+"""Dense changes of one weight (an update such as a LoRA's, or the difference of two checkpoints), computed tile by tile.
 
-Selection, the exact comparison and the pipeline work on :class:`Change`; whoever has an :class:`Update` (a LoRA) or
-two checkpoints makes changes of them here.
+Selection, the exact comparison and the conversion work on :class:`Change`; the whole change is never in memory.
 """
 
 from __future__ import annotations
@@ -17,31 +16,31 @@ from shira_format._core.arrays import Array, Indices, bits_differ, scratch, wher
 from shira_format._core.dtypes import working_dtype
 from shira_format._core.rounding import round_to, upcast
 from shira_format.checkpoints import Checkpoint
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.tensors import numel
 
-# A tile is looked at entry by entry if less than one in so many of its first elements has moved.
-_FEW, _GLANCE = 8, 1 << 12
-TILE = 1 << 19  # elements: many enough that Python's own work between them is little, few enough for many threads
-_ROWS = (
-    1 << 18
-)  # elements of a tile of rows: 1 MB of float32, which stays in a second-level cache beside its factors
+# Only the entries that differ are computed if fewer than 1 in _SPARSE of a tile's first _SAMPLE elements differ.
+_SPARSE, _SAMPLE = 8, 1 << 12
+# Elements of a tile: enough to make Python's overhead small, few enough to keep all threads busy.
+TILE = 1 << 19
+# Elements of a tile of rows: 1 MB of float32, which fits a second-level cache together with its factors.
+_ROWS = 1 << 18
 
-# Gives the base's and the new values at positions among a tile's values.
+# From positions among a tile's values to the base's and the new values there.
 Ends = Callable[[Indices], tuple[Array, Array]]
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A piece of a change. Its arrays belong to the thread that computed it, and are good until its next tile.
+    """A piece of a change. Its arrays belong to the thread that computed it, until that thread's next tile.
 
     Attributes:
-        values: the change, of all elements or of those at ``where``.
-        where: positions within the tile, rising, outside of which the change is zero; None: there are all.
-        moved: makes the mask of values that have changed at all; None: a value says so itself. What is infinite or NaN
-            in both checkpoints has not changed, though its difference is no number.
-        ends: gives the base's and the new values; None: to look at the base for each candidate would be waste, and
-            :meth:`Change.completed` does so for those that are selected.
+        values: the change, at all elements or at ``where``.
+        where: strictly increasing positions within the tile, outside of which the change is zero; None: all elements.
+        moved: returns the mask of values that differ in the two checkpoints; None: those that are not zero. Equal bits
+            of Inf or NaN do not differ, although their difference is NaN.
+        ends: returns the base's and the new values at positions; None: :meth:`Change.completed` reads them, for the
+            selected entries only.
     """
 
     values: Array
@@ -58,8 +57,8 @@ class Change(Protocol):
         shape: its shape in the base.
         weight_dtype: its dtype in the base.
         dtype: float32 or float64, in which the change is computed.
-        size: how many elements, from flat index 0 on, there are to look at.
-        grain: elements that come together, such as a row; tiles begin and end at multiples of it, or at ``size``.
+        size: number of elements, from flat index 0 on.
+        grain: tiles start and end at multiples of this (the length of a row, for example), or at ``size``.
     """
 
     @property
@@ -79,77 +78,17 @@ class Change(Protocol):
         """The change of these elements, computed in ``out``, ``[stop - start]`` in ``dtype``."""
 
     def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
-        """The base's and the new values of entries whose tiles gave none; safe from several threads."""
+        """The base's and the new values of entries whose tiles have no ``ends``; thread-safe."""
 
 
 def tile_size(change: Change) -> int:
-    """Elements a tile of ``change``."""
+    """The number of elements of each tile of ``change``."""
     return TILE if change.grain == 1 else max(1, _ROWS // change.grain) * change.grain
 
 
-COLUMNS = ("indices", "values", "base", "target")
-
-
 @dataclass(frozen=True)
-class Entries:
-    """Some entries of one change, in index order.
-
-    Attributes:
-        indices: int64 ``[n]``, strictly increasing flat positions.
-        values: ``[n]`` the change at these, in the change's dtype.
-        base: ``[n]`` the base's values, in the weight's dtype; empty as long as they are not :attr:`complete`.
-        target: ``[n]`` what they become, in the weight's dtype; likewise.
-        energy: sum of squares of the whole change.
-    """
-
-    indices: Indices
-    values: Array
-    base: Array
-    target: Array
-    energy: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """How many."""
-        return int(self.indices.size)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the base's and the new values are there."""
-        return self.base.size == self.indices.size
-
-    @classmethod
-    def of_tile(cls, change: Change, start: int, tile: Tile, found: Indices) -> Entries:
-        """Entries at positions ``found`` among the values of the tile of ``change`` that begins at ``start``."""
-        nothing = np.empty(0, change.weight_dtype)
-        base, target = tile.ends(found) if tile.ends is not None else (nothing, nothing)
-        indices = found if tile.where is None else tile.where[found]
-        return cls(indices + start, tile.values[found], base, target)
-
-    def kept(self, which: Array | slice) -> Entries:
-        """Those chosen by a mask, by positions or by a slice."""
-        if isinstance(which, np.ndarray) and which.dtype == np.bool_ and np.count_nonzero(which) * 2 < which.size:
-            which = np.flatnonzero(which)  # faster if few are taken; if many are, a mask needs less memory
-        both = (self.base[which], self.target[which]) if self.complete else (self.base, self.target)
-        return Entries(self.indices[which], self.values[which], *both, self.energy)
-
-    def copied(self) -> Entries:
-        """The same, in memory of its own."""
-        return Entries(self.indices.copy(), self.values.copy(), self.base.copy(), self.target.copy(), self.energy)
-
-    @classmethod
-    def joined(cls, parts: list[Entries], change: Change) -> Entries:
-        """Parts that follow each other, as one; ``parts`` is emptied, so that memory holds them once."""
-        lists = [[getattr(part, column) for part in parts] for column in COLUMNS]
-        parts.clear()
-        dtypes = (np.dtype(np.int64), change.dtype, change.weight_dtype, change.weight_dtype)
-        indices, values, base, target = (np.concatenate([np.empty(0, dtype), *lists.pop(0)]) for dtype in dtypes)
-        return cls(indices, values, base, target)
-
-
-@dataclass(frozen=True)
-class AddedTo:
-    """An update, such as a LoRA's, that is added to a weight of ``base``; tiles are whole rows of the update."""
+class UpdateChange:
+    """An update, such as a LoRA's, added to a weight of ``base``; tiles are whole rows of the update."""
 
     update: Update
     base: Checkpoint
@@ -186,15 +125,15 @@ class AddedTo:
     def completed(self, indices: Indices, values: Array) -> tuple[Array, Array]:
         before = self.base.at(self.name, indices)
         work = np.result_type(working_dtype(before.dtype), values.dtype)
-        with np.errstate(over="ignore"):  # found, and named, where the entries are finished
+        with np.errstate(over="ignore"):  # reported when the entries are finished
             return before, round_to(before.astype(work) + values.astype(work), before.dtype)
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What lies between a weight of ``base`` and one of ``tuned``: the change is ``tuned - base``, the target ``tuned``.
+class CheckpointChange:
+    """The difference of two checkpoints' weights: the change is ``tuned - base``, the target ``tuned``.
 
-    ``size`` is below the number of elements if one of the two has more rows: then the common rows are compared.
+    If one of the two has more rows, ``size`` counts the elements of the rows of both.
     """
 
     name: str
@@ -233,8 +172,8 @@ class Difference:
         where = moved = None
         if before.dtype == after.dtype:
             moved = partial(bits_differ, before, after)
-            # After a step of training few entries have moved, and only these need any arithmetic.
-            if np.count_nonzero(bits_differ(before[:_GLANCE], after[:_GLANCE])) * _FEW < min(_GLANCE, out.size):
+            # After one training step few entries differ, and only these need arithmetic.
+            if np.count_nonzero(bits_differ(before[:_SAMPLE], after[:_SAMPLE])) * _SPARSE < min(_SAMPLE, out.size):
                 where = where_true(moved())
                 before, after = before[where], after[where]
                 out, moved = out[: where.size], None

@@ -13,20 +13,13 @@ import numpy as np
 
 from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import dtype_name, working_dtype
-from shira_format._core.rounding import upcast
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
-from shira_format.convert.csr.folder import (
-    ORIGINAL,
-    Index,
-    Item,
-    file_names,
-    provenance,
-    read_index,
-    write_index,
-)
+from shira_format.convert.csr.folder import ORIGINAL, Index, Item, file_names, provenance, read_index, write_index
 from shira_format.convert.csr.matrix import check_rows, write_matrix
-from shira_format.errors import BaseMismatch, SourceError
+from shira_format.entries.base_check import base_values
+from shira_format.entries.values import difference, wide
+from shira_format.errors import SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
@@ -184,7 +177,7 @@ def _item(tensor: SparseTensor, file: str, base: Checkpoint | None, values: Valu
     elif value_kind == values:
         data = wide(tensor.values)
     else:
-        start = base_entries(tensor, base)
+        start = base_values(tensor, base)
         dtype, base_digest = start.dtype, array_digest(start)
         data = difference(tensor.values, start) if values == "delta" else wide(tensor.applied(start))
         value_kind = values
@@ -197,38 +190,3 @@ def _item(tensor: SparseTensor, file: str, base: Checkpoint | None, values: Valu
     if tensor.rows is not None:
         more["rows"] = tensor.rows
     return Item(tensor.name, file, tensor.shape, dtype, value_kind, data.dtype, digests, more), data
-
-
-def weight_of(base: Checkpoint, name: str, base_name: str) -> Array:
-    """The base's tensor from which the adapter's ``name`` starts.
-
-    Raises:
-        BaseMismatch: the base has none.
-    """
-    if base_name not in base:
-        raise BaseMismatch(f"tensor {name!r}: the base {base.path} has no {base_name!r}")
-    return base[base_name]
-
-
-def base_entries(tensor: SparseTensor, base: Checkpoint | None) -> Array:
-    """The base's values at the entries, ``[nnz]``: from ``base``, checked, or those that the adapter holds.
-
-    Raises:
-        BaseMismatch: ``base`` is not the base of this tensor.
-    """
-    if base is not None:
-        return tensor.checked_base(weight_of(base, tensor.name, tensor.base_name))
-    assert tensor.base is not None
-    return tensor.base
-
-
-def wide(values: Array) -> Array:
-    """``values`` in their working type, exactly."""
-    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
-        return upcast(values, np.empty(values.shape, working_dtype(values.dtype)))
-
-
-def difference(target: Array, base: Array) -> Array:
-    """Target minus base in their working type."""
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are valid values
-        return np.asarray(wide(target) - wide(base))

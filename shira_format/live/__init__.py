@@ -1,8 +1,8 @@
-"""Adapters on live weights: on, off, changed, several at once; the base comes back bit for bit (spec, section 4)."""
+"""Adapters on live weights: load, switch, combine, and restore the base bit for bit (spec, section 4)."""
 
 from __future__ import annotations
 
-from shira_format.live.dicts import Applied, apply
+from shira_format.live.apply import Applied, apply
 from shira_format.live.loaded import LoadedAdapter
 from shira_format.live.pool import AdapterPool, PoolStatistics
 from shira_format.live.switcher import Report, Switcher

@@ -1,4 +1,4 @@
-"""Adapters that are wholly in memory: read, decoded and checked once, independent of their file from then on."""
+"""Adapters fully in memory: read, decoded and checked once, and independent of their file from then on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from shira_format.errors import BaseMismatch
 from shira_format.format import AdapterFile
 from shira_format.tensors import DenseTensor, SparseTensor
 
-PATCH = (
-    "a patch of whole checkpoints, which live weights cannot take (shira_to_full writes the patched checkpoint)"
+_PATCH = (
+    "a patch of a full checkpoint, which live weights cannot take (shira_to_full writes the patched checkpoint)"
 )
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter that live weights can take.
+    """An adapter that can be applied to live weights.
 
     Attributes:
-        source: what was decoded: an adapter, or the path of its file.
+        source: the adapter that it was made from, or the path of its file.
         tensors: its sparse tensors.
-        dense: its whole tensors.
+        dense: its dense tensors.
         alpha: its own strength.
-        key: tells it from all others: the digest of its manifest, which has the digests of all else; None if it has none.
-        nbytes: of memory, near enough.
+        key: identifies its content: the digest of the manifest, which holds all other digests; None: not from a file.
+        nbytes: the bytes of its arrays.
     """
 
     source: Adapter | str
@@ -42,10 +42,10 @@ class LoadedAdapter:
     def __post_init__(self) -> None:
         for tensor in self.tensors:
             if tensor.value_kind == "none":
-                raise BaseMismatch(f"{self.where}tensor {tensor.name!r} is a mask: there is nothing to apply")
+                raise BaseMismatch(f"{self.where}tensor {tensor.name!r} is a mask, without values to apply")
             if tensor.is_patch:
                 raise BaseMismatch(
-                    f"{self.where}tensor {tensor.name!r}: the adapter renames or resizes it: {PATCH}"
+                    f"{self.where}tensor {tensor.name!r}: the adapter renames or resizes it: {_PATCH}"
                 )
         sizes = (
             t.indices.nbytes + t.values.nbytes + (0 if t.base is None else t.base.nbytes) for t in self.tensors
@@ -55,26 +55,31 @@ class LoadedAdapter:
 
     @property
     def label(self) -> str:
-        """What reports call it: its path, or ``"adapter"``."""
-        return self.source if isinstance(self.source, str) else "adapter"
+        """Its name in reports: its path, or ``"adapter"``."""
+        return self.path or "adapter"
+
+    @property
+    def path(self) -> str:
+        """The path of its file; empty if it has none."""
+        return self.source if isinstance(self.source, str) else ""
 
     @property
     def where(self) -> str:
-        """How messages about it begin."""
-        return f"{self.source}: " if isinstance(self.source, str) else ""
+        """How messages about it start."""
+        return f"{self.path}: " if self.path else ""
 
 
 def load_adapter(
     source: LoadedAdapter | Adapter | str | os.PathLike[str], pool: Executor | None = None
 ) -> LoadedAdapter:
-    """Read, decode and check an adapter whole.
+    """Read, decode and check an adapter.
 
-    A file is read into memory of its own, not mapped: a file that somebody cuts short while it is mapped kills the
-    process, and one that is written over would change values behind a digest that was checked.
+    A file is read, not mapped: truncating a mapped file kills the process, and overwriting it would change values whose
+    digest was already checked.
 
     Args:
         source: an adapter, or the path of one.
-        pool: threads to decode on.
+        pool: threads that decode.
 
     Raises:
         FormatError: the file breaks a rule of the format.
@@ -102,4 +107,4 @@ def load_adapter(
 
 def _refuse_removed(where: str, removed: Any) -> None:
     if removed:
-        raise BaseMismatch(f"{where}the adapter removes tensors, {removed[0]!r} for example: {PATCH}")
+        raise BaseMismatch(f"{where}the adapter removes tensors, for example {removed[0]!r}: {_PATCH}")

@@ -1,4 +1,4 @@
-"""A lock that many readers share, or one writer has: forward passes and changes of weights."""
+"""A lock for many readers (forward passes) or one writer (a change of weights)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class ReadWriteLock:
-    """Readers wait while a writer writes or waits; the thread that writes may enter again, as writer or reader."""
+    """Readers wait while a writer writes or waits; the writing thread may enter again, as writer or reader."""
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
@@ -16,7 +16,7 @@ class ReadWriteLock:
         self._waiting = 0
         self._writer: int | None = None  # a thread
         self._depth = 0
-        self._held = threading.local()  # how often this thread reads
+        self._held = threading.local()  # depth of this thread's reads
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -24,7 +24,7 @@ class ReadWriteLock:
         me = threading.get_ident()
         with self._turn:
             inside = getattr(self._held, "reads", 0)
-            # Who reads already, or writes, must not wait for a writer who waits for it.
+            # A thread that already reads or writes must not wait for a writer that waits for it.
             self._turn.wait_for(
                 lambda: inside or self._writer == me or (self._writer is None and not self._waiting)
             )
@@ -43,7 +43,7 @@ class ReadWriteLock:
         """Alone.
 
         Raises:
-            RuntimeError: this thread is reading, and would wait for itself.
+            RuntimeError: this thread is reading, and would deadlock.
         """
         me = threading.get_ident()
         with self._turn:

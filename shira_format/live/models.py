@@ -1,7 +1,6 @@
-"""The weights of whatever people hold: a dictionary, a ``torch.nn.Module``, a diffusers pipeline.
+"""The weights of a model: a dictionary, a ``torch.nn.Module``, or a pipeline of diffusers or transformers.
 
-Modules change as they live: they are moved, wrapped, compiled. So tensors are looked up by their names for each change,
-and never kept.
+Modules may be moved, wrapped or compiled at any time, so tensors are looked up by name at each change, and never kept.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from shira_format._core.arrays import Array
 from shira_format.errors import BaseMismatch
 
-# What wrappers put into the names of modules: torch.compile, DataParallel; PEFT around a model, and around a layer.
+# What wrappers add to the names of modules: torch.compile, DataParallel; PEFT around a model, and around a layer.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|base_layer)\.")
 _AROUND = re.compile(r"^(?:module\.)?(?:base_model\.model\.)?")
 # A module that PEFT has copied to train it: the copy is used, the original is the base's.
@@ -27,20 +26,20 @@ class Weights(ABC):
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Any]:
-        """What lives under each name now; tied weights are under each of theirs."""
+        """The tensors by name; tied weights under each of their names."""
 
     def add(self, name: str, values: Array) -> None:
-        """Take in a tensor that is new.
+        """Add a new tensor.
 
         Raises:
-            BaseMismatch: this kind of model has no place for it.
+            BaseMismatch: this kind of model cannot take one.
         """
         raise BaseMismatch(
-            f"tensor {name!r} is new to the base, and the model has none of this name: add the layer that it belongs to"
+            f"tensor {name!r} is new to the base, and the model has no such tensor: add its layer to the model first"
         )
 
     def drop(self, name: str) -> None:  # noqa: B027 - where nothing can be added, nothing is dropped
-        """Take a tensor that :meth:`add` took in away again."""
+        """Remove a tensor that :meth:`add` added."""
 
 
 class DictWeights(Weights):
@@ -56,18 +55,18 @@ class DictWeights(Weights):
         self._weights[name] = values.copy()
 
     def drop(self, name: str) -> None:
-        self._weights.pop(name, None)  # it may not have been added yet when that is undone
+        self._weights.pop(name, None)  # not there if adding it failed
 
 
-class Copied:
-    """Stands for a weight of which PEFT has made a copy to train; the base's own is not used."""
+class UnusedOriginal:
+    """Stands for a weight that PEFT copied to train it; the model uses the copy."""
 
 
 class ModuleWeights(Weights):
     """The parameters and buffers of a module, or of several under the names of their components."""
 
     def __init__(self, modules: Mapping[str, Any]) -> None:
-        """Args: ``modules``: by what stands before their names, such as ``""`` or ``"unet/"``."""
+        """Args: ``modules``: by the prefix of their names, such as ``""`` or ``"unet/"``."""
         self._modules = modules
 
     def tensors(self) -> Mapping[str, Any]:
@@ -78,12 +77,12 @@ class ModuleWeights(Weights):
                     tensor = getattr(module, attribute, None)
                     if tensor is not None:
                         name, copied = _plain(f"{path}.{attribute}" if path else attribute)
-                        found[prefix + name] = Copied() if copied else tensor
+                        found[prefix + name] = UnusedOriginal() if copied else tensor
         return found
 
 
 def _plain(name: str) -> tuple[str, bool]:
-    """A name as it is without wrappers; and whether it is in a module of which PEFT keeps a copy."""
+    """A name without what wrappers add; and whether it is in a module that PEFT copied."""
     name = _WRAPPERS.sub("", _AROUND.sub("", _WRAPPERS.sub("", name)))
     if (match := _COPIED.search(name)) is None:
         return name, False
@@ -105,7 +104,7 @@ def weights_of(model: Any) -> Weights:
     if torch is not None:
         if isinstance(model, torch.nn.Module):
             return ModuleWeights({"": model})
-        # diffusers' pipelines say what they consist of; transformers' have one model.
+        # pipelines of diffusers have components, those of transformers one model
         components = getattr(model, "components", None)
         if isinstance(components, Mapping):
             modules = {f"{name}/": part for name, part in components.items() if isinstance(part, torch.nn.Module)}
@@ -114,6 +113,6 @@ def weights_of(model: Any) -> Weights:
         if isinstance(getattr(model, "model", None), torch.nn.Module):
             return ModuleWeights({"": model.model})
     raise TypeError(
-        f"a {type(model).__name__} is no model: need a torch.nn.Module, a pipeline of diffusers or transformers, or a "
+        f"a {type(model).__name__} is not a model: need a torch.nn.Module, a pipeline of diffusers or transformers, or a "
         "dictionary of arrays or tensors"
     )

@@ -1,4 +1,4 @@
-"""Many adapters of one base: those in use lately stay decoded in memory, within a budget; the others are on disk."""
+"""Many adapters of one base: the most recently used stay decoded in memory, within a budget; the others are on disk."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class PoolStatistics:
     """Counters since the pool was made.
 
     Attributes:
-        hits: how often an adapter was in memory when it was asked for.
-        misses: how often it had to be read while somebody waited.
-        prefetched: how many were read ahead.
-        evicted: how many were dropped to stay within the budget.
-        held: how many are in memory now.
+        hits: how often a requested adapter was in memory.
+        misses: how often it had to be read while the caller waited.
+        prefetched: adapters read ahead.
+        evicted: adapters dropped to stay within the budget.
+        held: adapters in memory now.
         held_bytes: their bytes.
         read_bytes: bytes of all files that were read.
-        read_seconds: what reading, decoding and checking them took.
+        read_seconds: time spent reading, decoding and checking them.
     """
 
     hits: int = 0
@@ -44,19 +44,19 @@ class PoolStatistics:
 @dataclass(frozen=True)
 class _Held:
     adapter: LoadedAdapter
-    version: tuple[int, int, int]  # of the file: device or inode, size, time
+    version: tuple[int, int, int]  # of the file: inode, size, time
 
 
 class AdapterPool(Mapping[str, Path]):
-    """The adapter files of a folder, by their names without ending.
+    """The adapter files of a folder, by their names without suffix.
 
-    Files are read when they are asked for, and kept decoded as long as the budget allows, least recently used out first.
-    No file stays open or mapped, so that a thousand adapters take no more than the budget. A file that was replaced is
-    read anew when it is asked for next. Safe from several threads: of several that ask for the same file, one reads.
+    A file is read when it is first requested and kept decoded within the budget; the least recently used are dropped first.
+    No file stays open or mapped. A file that was replaced is read again at the next request. Thread-safe: if several
+    threads request one file, one reads it.
 
     Args:
         folder: whose ``.st`` and ``.safetensors`` files are adapters; or a mapping from names to paths.
-        budget: bytes of decoded adapters that are kept. One that is larger is read, used and not kept.
+        budget: bytes of decoded adapters that are kept. A larger adapter is read, used and not kept.
 
     Example:
         >>> pool = AdapterPool("adapters/", budget=2 << 30)
@@ -95,14 +95,14 @@ class AdapterPool(Mapping[str, Path]):
         return len(self._paths)
 
     def refresh(self) -> None:
-        """Look at the folder again, for files that were added or taken away."""
+        """List the folder again, for files that were added or removed."""
         if self._folder is None:
             return
         found: dict[str, Path] = {}
         for path in sorted(self._folder.iterdir()):
             if path.suffix in _ENDINGS and path.is_file():
                 if path.stem in found:
-                    raise ValueError(f"{path} and {found[path.stem]} are both called {path.stem!r}")
+                    raise ValueError(f"{path} and {found[path.stem]} are both named {path.stem!r}")
                 found[path.stem] = path
         with self._lock:
             self._paths = found
@@ -114,16 +114,16 @@ class AdapterPool(Mapping[str, Path]):
 
         Args:
             name: of the adapter.
-            executor: threads to decode on; those of a prefetch are its own.
+            executor: threads that decode.
 
         Raises:
             KeyError: the pool has none of this name.
-            FormatError, BaseMismatch, OSError: as :func:`shira_format.live.loaded.decoded`.
+            FormatError, BaseMismatch, OSError: see :func:`shira_format.live.loaded.load_adapter`.
         """
         return self._get(name, executor, ahead=False)
 
     def prefetch(self, name: str) -> Future[None]:
-        """Read an adapter in the background, for the next :meth:`get_adapter`; the result tells of errors."""
+        """Read an adapter in the background, for the next :meth:`get_adapter`; the future raises its errors."""
         if name not in self._paths:
             raise KeyError(f"no adapter {name!r} in the pool of {len(self)}")
         with self._lock:
@@ -144,7 +144,7 @@ class AdapterPool(Mapping[str, Path]):
             return replace(self._counts, held=len(self._held), held_bytes=size)
 
     def clear(self) -> None:
-        """Drop all decoded adapters; those that are on a model stay there."""
+        """Drop all decoded adapters; those applied to a model stay applied."""
         with self._lock:
             self._held.clear()
 
@@ -178,7 +178,7 @@ class AdapterPool(Mapping[str, Path]):
         start = time.perf_counter()
         try:
             held = _Held(load_adapter(path, executor), version)
-        except BaseException as error:  # others may wait for it, too
+        except BaseException as error:  # others may wait for it
             with self._lock:
                 del self._reading[name]
             future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Changing the adapters of a live model between two requests, and leaving nothing behind."""
+"""Switching the adapters of a live model between two requests."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from shira_format._core import compiled
-from shira_format._core.arrays import Array, Indices, array_digest
-from shira_format._core.dtypes import is_float
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.threads import Threads
 from shira_format.adapter import Adapter
-from shira_format.entries.terms import Joint, Term
+from shira_format.entries.aligned import AlignedEntries, Contribution
+from shira_format.entries.mixing import mix_values
 from shira_format.errors import BaseMismatch
+from shira_format.live.checks import Parts, Replacement, check_digests, check_frames, check_replacement, check_same
 from shira_format.live.loaded import LoadedAdapter, load_adapter
 from shira_format.live.lock import ReadWriteLock
 from shira_format.live.models import weights_of
 from shira_format.live.names import Rename, renaming
 from shira_format.live.pool import AdapterPool
 from shira_format.live.weights import LiveWeight, live_weight, memory_of
-from shira_format.tensors import DenseTensor, SparseTensor, same_bits
+from shira_format.tensors import SparseTensor, same_bits
 
-# What names an adapter: the thing itself, or the path of its file.
+# An adapter, the path of its file, or its name in the pool.
 Source = LoadedAdapter | Adapter | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What lies on the model now.
+    """What is applied to the model now.
 
     Attributes:
-        adapters: their labels and strengths, in the order in which they came.
-        tensors: how many weights are touched.
-        entries: how many entries of them.
-        overlapping: how many of these entries several adapters touch.
-        whole: how many tensors are replaced as a whole.
+        adapters: their labels and strengths, in the order in which they were loaded.
+        tensors: number of weights with changed entries.
+        entries: number of changed entries.
+        overlapping: number of these that several adapters change.
+        whole: number of tensors that are replaced as a whole.
     """
 
     adapters: tuple[tuple[str, float], ...] = ()
@@ -50,64 +50,64 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Entries:
-    """What is done to some entries of one weight: the base's values there, and the new ones."""
+class _EntryChange:
+    """Changed entries of one weight: the base's values, and the new ones."""
 
     indices: Indices
     base: Array
     values: Array
     overlapping: int = 0
 
-    def on(self, place: LiveWeight) -> None:
-        place.put(self.indices, self.values)
+    def apply(self, weight: LiveWeight) -> None:
+        weight.put(self.indices, self.values)
 
-    def off(self, place: LiveWeight) -> None:
-        place.put(self.indices, self.base)
+    def undo(self, weight: LiveWeight) -> None:
+        weight.put(self.indices, self.base)
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """A weight that is replaced; ``base`` is None if the model did not have it."""
+class _DenseChange:
+    """A replaced tensor; ``base`` is None if the model did not have it."""
 
     base: Array | None
     values: Array
 
-    def on(self, place: LiveWeight) -> None:
-        place.fill(self.values)
+    def apply(self, weight: LiveWeight) -> None:
+        weight.fill(self.values)
 
-    def off(self, place: LiveWeight) -> None:
+    def undo(self, weight: LiveWeight) -> None:
         assert self.base is not None
-        place.fill(self.base)
+        weight.fill(self.base)
 
 
-_State = dict[str, "_Entries | _Whole"]  # by the name in the model
+_Change = _EntryChange | _DenseChange
+_State = dict[str, _Change]  # by the name in the model
 
 
 class Switcher:
-    """Adapters on a live model: on, off, changed, several at once, at any strength; the base comes back bit for bit.
+    """Loads, switches and combines adapters on a live model, at any strength, and restores the base bit for bit.
 
     Every change is checked before the first weight is written: the file, names, shapes, dtypes, and the digest of the
-    base's values at the adapter's entries. An adapter that has fitted before is compared again as it is written. If
-    something fails meanwhile, what was written is undone.
-    Nothing is allocated on the model, no parameter is replaced, so a compiled model is not compiled again.
+    base's values at the adapter's entries. For an adapter that has passed before, the digest is checked again during the
+    switch. If anything fails, what was written is undone.
+    Parameters are written in place, never replaced, so a compiled model is not compiled again.
 
-    Several adapters add up: ``base + sum of alpha_i (target_i - base)``, in float64 where they meet, rounded once; the
-    order does not matter. The same adapter twice counts twice. At strength 1 alone, an adapter gives its target bits.
+    Several adapters add up: ``base + sum of alpha_i (target_i - base)``, summed in float64 at entries of several, rounded
+    once; the order does not matter. The same adapter loaded twice counts twice. One adapter alone at strength 1 gives its
+    targets bit for bit.
 
-    Threads: changes wait for each other. A forward pass in another thread sees each element before or after a change,
-    never torn, but may see some of both; within ``with switcher.serving():`` it sees no change at all, since changes wait
-    for its end.
+    Threads: changes wait for each other. A forward pass in another thread reads each element either before or after a
+    change, but may read some of both; within ``with switcher.serving():`` changes wait until it ends.
 
-    As long as adapters are on, their entries belong to the switcher: what others write there is overwritten later.
-    Moving the model to another device is no harm; casting it to another dtype is refused at the next change.
+    While adapters are applied, do not write to their entries: the next change overwrites them.
+    The model may be moved to another device; after a cast to another dtype the next change is refused.
 
     Args:
-        model: a ``torch.nn.Module``, also compiled or wrapped by PEFT; a pipeline of diffusers, whose adapters name tensors
+        model: a ``torch.nn.Module``, also compiled or wrapped by PEFT; a diffusers pipeline, whose adapters name tensors
             ``COMPONENT/NAME``; or a dictionary of torch tensors or numpy arrays.
-        prefix: what the model's names have before those of the adapter, such as ``"bert."``; by default found, if one and
-            the same makes all names fit.
+        prefix: prepended to the adapter's names, such as ``"bert."``; by default the one prefix that makes all names fit.
         rename: instead of a prefix, a function from a name in an adapter to one in the model.
-        pool: where :meth:`load`, :meth:`switch` and :meth:`set` look names of adapters up.
+        pool: where :meth:`load`, :meth:`switch` and :meth:`set` look up adapters by name.
         threads: at most this many; all cores by default.
 
     Example:
@@ -135,11 +135,11 @@ class Switcher:
         self._lock = ReadWriteLock()
         self._active: list[tuple[LoadedAdapter, float]] = []
         self._state: _State = {}
-        self._fitting: set[str] = set()  # keys of adapters whose base this was
+        self._checked: set[str] = set()  # keys of adapters whose digests matched
         compiled.load()
 
     def load(self, adapter: Source, alpha: float | None = None) -> Report:
-        """Put an adapter on top of those that are on.
+        """Apply an adapter in addition to those that are applied.
 
         Args:
             adapter: an adapter, the path of its file, or its name in the pool.
@@ -151,43 +151,43 @@ class Switcher:
             OSError: it cannot be read.
         """
         with self._lock.writing():
-            return self._become([*self._active, self._opened(adapter, alpha)])
+            return self._change_to([*self._active, self._load(adapter, alpha)])
 
     def switch(self, adapter: Source, alpha: float | None = None) -> Report:
-        """Take off all that is on and put this one adapter on, in one pass; arguments and errors as :meth:`load`."""
+        """Replace all applied adapters by this one, in one pass; arguments and errors as for :meth:`load`."""
         return self.set([(adapter, alpha)])
 
     def set(self, adapters: Iterable[tuple[Source, float | None]]) -> Report:
-        """Have just these adapters on, each with its strength (None: its own); errors as :meth:`load`."""
+        """Apply exactly these adapters, each with its strength (None: its own); errors as for :meth:`load`."""
         wanted = list(adapters)
         with self._lock.writing():
-            return self._become([self._opened(adapter, alpha) for adapter, alpha in wanted])
+            return self._change_to([self._load(adapter, alpha) for adapter, alpha in wanted])
 
     def unload(self, adapter: Source) -> Report:
-        """Take one adapter off again, the latest if it is on several times.
+        """Remove one adapter; the latest, if it is applied several times.
 
         Raises:
-            KeyError: it is not on.
+            KeyError: it is not applied.
         """
         with self._lock.writing():
             wanted = adapter if isinstance(adapter, (LoadedAdapter, Adapter)) else os.fspath(adapter)
             for at in reversed(range(len(self._active))):
                 found = self._active[at][0]
                 if found is wanted or found.source is wanted or found.label == wanted:
-                    return self._become(self._active[:at] + self._active[at + 1 :])
+                    return self._change_to(self._active[:at] + self._active[at + 1 :])
             raise KeyError(f"{wanted} is not on the model")
 
     def revert(self) -> Report:
-        """Take all adapters off: the base is there again, bit for bit.
+        """Remove all adapters: the base is restored bit for bit.
 
         Raises:
-            BaseMismatch: the model was cast, or lost a layer, since they were put on.
+            BaseMismatch: the model was cast, or lost a layer, since they were applied.
         """
         return self.set([])
 
     @contextmanager
     def applied(self, adapter: Source, alpha: float | None = None) -> Iterator[Report]:
-        """With this adapter on top of those that are on; afterwards all is as it was before."""
+        """Apply this adapter in addition, within a ``with`` block; afterwards the previous adapters are restored."""
         with self._lock.writing():
             before = list(self._active)
             report = self.load(adapter, alpha)
@@ -195,18 +195,18 @@ class Switcher:
             yield report
         finally:
             with self._lock.writing():
-                self._become(before)
+                self._change_to(before)
 
     @contextmanager
     def serving(self) -> Iterator[Report]:
-        """Within this no adapter changes: for a forward pass, on as many threads as one likes."""
+        """No adapter changes within this ``with`` block: for forward passes, on any number of threads."""
         with self._lock.reading():
             yield self.report
 
     @property
     def report(self) -> Report:
-        """What is on now."""
-        entries = [step for step in self._state.values() if isinstance(step, _Entries)]
+        """What is applied now."""
+        entries = [step for step in self._state.values() if isinstance(step, _EntryChange)]
         return Report(
             tuple((adapter.label, alpha) for adapter, alpha in self._active),
             len(entries),
@@ -215,7 +215,7 @@ class Switcher:
             len(self._state) - len(entries),
         )
 
-    def _opened(self, adapter: Source, alpha: float | None) -> tuple[LoadedAdapter, float]:
+    def _load(self, adapter: Source, alpha: float | None) -> tuple[LoadedAdapter, float]:
         if self._pool is not None and isinstance(adapter, str):
             found = self._pool.get_adapter(adapter, self._threads.executor)
         else:
@@ -225,49 +225,49 @@ class Switcher:
             raise ValueError(f"alpha {strength} is not a finite number")
         return found, strength
 
-    def _become(self, wanted: Sequence[tuple[LoadedAdapter, float]]) -> Report:
-        """Check all that can be checked before, then change one weight after the other; undo that if one fails."""
+    def _change_to(self, wanted: Sequence[tuple[LoadedAdapter, float]]) -> Report:
+        """Check everything that can be checked first, then change one weight after the other; undo this if one fails."""
         live = self._weights.tensors()
-        places = {name: self._place_of(name, live) for name in self._state}
-        terms, wholes = self._sorted(wanted, live)
-        for name in (*terms, *wholes):
-            if name not in places:
-                places[name] = live_weight(name, live[name]) if name in live else None
-        for name, found in terms.items():
-            _check_frames(name, found, places[name])
-        planned = {name: self._whole(name, whole, places[name]) for name, whole in wholes.items()}
-        # What has fitted before is compared as it is written, and taken off again if it fits no more.
-        known = [adapter.key is not None and adapter.key in self._fitting for adapter, _ in wanted]
+        weights = {name: self._changed_weight(name, live) for name in self._state}
+        parts, dense = self._by_name(wanted, live)
+        for name in (*parts, *dense):
+            if name not in weights:
+                weights[name] = live_weight(name, live[name]) if name in live else None
+        for name, found in parts.items():
+            check_frames(name, found, weights[name])
+        planned = {name: self._dense_change(name, found, weights[name]) for name, found in dense.items()}
+        # The digests of adapters that have passed before are checked during the switch.
+        known = [adapter.key is not None and adapter.key in self._checked for adapter, _ in wanted]
         if not all(known):
-            self._threads.map(lambda name: self._check(name, terms[name], places[name]), list(terms))
-        state = self._write(places, terms, planned)
-        self._active, self._state = list(wanted), state
-        self._fitting.update(adapter.key for adapter, alpha in wanted if adapter.key is not None and alpha != 0)
+            self._threads.map(lambda name: self._check_base(name, parts[name], weights[name]), list(parts))
+        self._state = self._write(weights, parts, planned)
+        self._active = list(wanted)
+        self._checked.update(adapter.key for adapter, alpha in wanted if adapter.key is not None and alpha != 0)
         return self.report
 
-    def _place_of(self, name: str, live: Mapping[str, Any]) -> LiveWeight | None:
-        """The place of a tensor that is changed already; None if the model did not have it before."""
-        step = self._state[name]
-        if isinstance(step, _Whole) and step.base is None:
+    def _changed_weight(self, name: str, live: Mapping[str, Any]) -> LiveWeight | None:
+        """A weight that is changed now; None if it is new, added by an adapter."""
+        change = self._state[name]
+        if isinstance(change, _DenseChange) and change.base is None:
             return None
         if name not in live:
-            raise BaseMismatch(f"tensor {name!r}: the model has lost it since an adapter was put on")
-        place = live_weight(name, live[name])
-        if place.dtype != step.values.dtype:
+            raise BaseMismatch(f"tensor {name!r}: the model lost it after an adapter was applied")
+        weight = live_weight(name, live[name])
+        if weight.dtype != change.values.dtype:
             raise BaseMismatch(
-                f"tensor {name!r}: the model was cast to {place.dtype} since an adapter was put on in "
-                f"{step.values.dtype}: revert before you cast"
+                f"tensor {name!r}: the model was cast to {weight.dtype} after an adapter was applied in "
+                f"{change.values.dtype}: call revert() before a cast"
             )
-        return place
+        return weight
 
-    def _sorted(
+    def _by_name(
         self, wanted: Sequence[tuple[LoadedAdapter, float]], live: Mapping[str, Any]
-    ) -> tuple[dict[str, list[_Named]], dict[str, tuple[DenseTensor, str]]]:
-        """What the adapters do, by the name in the model; of the names of tied weights, the first."""
+    ) -> tuple[dict[str, list[Contribution]], dict[str, Replacement]]:
+        """What the adapters change, by the name in the model; for tied weights, their first name."""
         first: dict[object, str] = {}
         alias = {name: first.setdefault(memory_of(weight, name), name) for name, weight in live.items()}
-        terms: dict[str, list[_Named]] = {}
-        wholes: dict[str, tuple[DenseTensor, str]] = {}
+        parts: dict[str, list[Contribution]] = {}
+        dense: dict[str, Replacement] = {}
         for adapter, alpha in wanted:
             if alpha == 0:
                 continue
@@ -276,179 +276,118 @@ class Switcher:
             for tensor in adapter.tensors:
                 name = rename(tensor.name)
                 name = alias.get(name, name)
-                if (twin := own.setdefault(name, tensor)) is not tensor:
-                    _check_twin(adapter, twin, tensor)
+                if (tied := own.setdefault(name, tensor)) is not tensor:
+                    check_same(adapter.where, tied, tensor)
                     continue
-                terms.setdefault(name, []).append(_Named(Term(tensor, alpha), adapter.where))
-            for whole in adapter.dense:
-                name = rename(whole.name)
+                parts.setdefault(name, []).append(Contribution(tensor, alpha, adapter.path))
+            for replaced in adapter.dense:
+                name = rename(replaced.name)
                 name = alias.get(name, name)
-                if name in wholes and not same_bits(wholes[name][0].values, whole.values):
+                if name in dense and not same_bits(dense[name].tensor.values, replaced.values):
                     raise BaseMismatch(
-                        f"{adapter.where}tensor {name!r}: it is replaced by two different ones at a time"
+                        f"{adapter.where}tensor {name!r}: another adapter replaces it by other values"
                     )
-                wholes[name] = whole, adapter.where
-        if both := terms.keys() & wholes.keys():
-            raise BaseMismatch(f"tensor {min(both)!r}: one adapter changes entries, another one replaces it")
-        return terms, wholes
+                dense[name] = Replacement(replaced, adapter.where)
+        if both := parts.keys() & dense.keys():
+            raise BaseMismatch(f"tensor {min(both)!r}: one adapter changes entries of it, another one replaces it")
+        return parts, dense
 
-    def _check(self, name: str, terms: Sequence[_Named], place: Any) -> None:
-        """Compare the base's values at the entries of one weight with the digests; nothing is written."""
-        joint = _joint(terms)
-        indices = joint.indices
-        base = place.get(indices)
+    def _check_base(self, name: str, parts: Parts, weight: Any) -> None:
+        """Compare the base's values at the entries of one weight with the digests, without writing."""
+        aligned = AlignedEntries.of(parts)
+        base = weight.get(aligned.indices)
         before = self._state.get(name)
-        if isinstance(before, _Entries):
-            compiled.overlay(base, indices, before.indices, before.base)
+        if isinstance(before, _EntryChange):
+            compiled.overlay(base, aligned.indices, before.indices, before.base)
         elif before is not None:
             assert before.base is not None
-            base = before.base.reshape(-1)[indices]
-        _check_digests(name, terms, joint, base)
+            base = before.base.reshape(-1)[aligned.indices]
+        check_digests(name, aligned, base)
 
-    def _whole(self, name: str, found: tuple[DenseTensor, str], place: LiveWeight | None) -> _Whole:
-        whole, where = found
-        if place is None:
-            if whole.base_digest is not None:
-                raise BaseMismatch(f"{where}tensor {whole.name!r}: the weights have no {name!r}")
-            return _Whole(None, whole.values)
-        if place.shape != whole.values.shape:
-            raise BaseMismatch(
-                f"{where}tensor {name!r}: the adapter's has shape {list(whole.values.shape)}, the weight {list(place.shape)}"
-            )
+    def _dense_change(self, name: str, new: Replacement, weight: LiveWeight | None) -> _DenseChange:
+        if weight is None:
+            check_replacement(name, new, None)
+            return _DenseChange(None, new.tensor.values)
         before = self._state.get(name)
-        if isinstance(before, _Whole):
+        if isinstance(before, _DenseChange):
             assert before.base is not None
             base = before.base
         else:
-            base = place.whole()
+            base = weight.whole()
             if before is not None:
                 base.reshape(-1)[before.indices] = before.base
-        try:
-            whole.check_base(base)
-        except BaseMismatch as error:
-            raise BaseMismatch(f"{where}{error}") from None
-        return _Whole(base, whole.values.astype(place.dtype))
+        check_replacement(name, new, base)
+        return _DenseChange(base, new.tensor.values.astype(weight.dtype))
 
     def _write(
-        self, places: Mapping[str, Any], terms: Mapping[str, Sequence[_Named]], wholes: Mapping[str, _Whole]
+        self, weights: Mapping[str, Any], parts: Mapping[str, Parts], dense: Mapping[str, _DenseChange]
     ) -> _State:
-        """Bring the weights from the present state to the next, or, if that fails, back to the present one."""
+        """Bring the weights from the present state to the next one, which is returned; undo this if anything fails."""
         state: _State = {}
+        started: list[str] = []  # a list and a dict: several threads may add to them
 
-        def forth(name: str) -> None:
-            place, before = places[name], self._state.get(name)
-            if name in terms:
-                joint = _joint(terms[name])
-                step = _exchange(place, before, joint, partial(state.__setitem__, name))
-                _check_digests(name, terms[name], joint, step.base)
+        def change(name: str) -> None:
+            started.append(name)
+            weight, before = weights[name], self._state.get(name)
+            if name in parts:
+                aligned = AlignedEntries.of(parts[name])
+
+                def record(new: _EntryChange) -> None:
+                    state[name] = new
+
+                check_digests(name, aligned, _exchange(weight, before, aligned, record).base)
                 return
             if before is not None:
-                self._off(name, place, before)
-            if name in wholes:
-                state[name] = wholes[name]
-                self._on(name, place, wholes[name])
+                self._undo(name, weight, before)
+            if name in dense:
+                state[name] = dense[name]
+                self._apply(name, weight, dense[name])
 
-        def back() -> None:
+        def undo() -> None:
             for name in started:
                 if name in state:
-                    self._off(name, places[name], state[name])
+                    self._undo(name, weights[name], state[name])
                 if name in self._state:
-                    self._on(name, places[name], self._state[name])
-
-        started: list[str] = []  # a list and a dict: threads may add to them at the same time
-
-        def begin(name: str) -> None:
-            started.append(name)
-            forth(name)
+                    self._apply(name, weights[name], self._state[name])
 
         try:
-            self._threads.map(begin, list(dict.fromkeys([*self._state, *terms, *wholes])))
+            self._threads.map(change, list(dict.fromkeys([*self._state, *parts, *dense])))
         except BaseException:
-            self._threads.run(back)
+            self._threads.run(undo)
             raise
         return state
 
-    def _on(self, name: str, place: LiveWeight | None, step: _Entries | _Whole) -> None:
-        if place is None:
-            self._weights.add(name, step.values)
+    def _apply(self, name: str, weight: LiveWeight | None, change: _Change) -> None:
+        if weight is None:
+            self._weights.add(name, change.values)
         else:
-            step.on(place)
+            change.apply(weight)
 
-    def _off(self, name: str, place: LiveWeight | None, step: _Entries | _Whole) -> None:
-        if place is None:
+    def _undo(self, name: str, weight: LiveWeight | None, change: _Change) -> None:
+        if weight is None:
             self._weights.drop(name)
         else:
-            step.off(place)
+            change.undo(weight)
 
 
 def _exchange(
-    place: Any, before: _Entries | _Whole | None, joint: Joint, record: Callable[[_Entries], None]
-) -> _Entries:
-    """Take off what is on one weight, and put new entries on; ``record`` is told of these before anything can fail."""
-    indices, only = joint.indices, joint.terms
-    overwrites = len(only) == 1 and only[0].alpha == 1 and only[0].tensor.value_kind == "target"
-    if overwrites and place.in_one_pass and not isinstance(before, _Whole):
-        # This pass over memory takes longer than anything else here.
-        values = only[0].tensor.values
+    weight: Any, before: _Change | None, aligned: AlignedEntries, record: Callable[[_EntryChange], None]
+) -> _EntryChange:
+    """Undo the present change of one weight and apply new entries; ``record`` is called before anything can fail."""
+    indices, parts = aligned.indices, aligned.parts
+    overwrites = len(parts) == 1 and parts[0].weight == 1 and parts[0].tensor.value_kind == "target"
+    if overwrites and weight.in_one_pass and not isinstance(before, _DenseChange):
+        # This pass over memory takes most of the time of a switch.
+        values = parts[0].tensor.values
         old = (before.indices, before.base) if before is not None else (indices[:0], values[:0])
-        step = _Entries(indices, place.exchange(*old, indices, values), values)
-        record(step)
-        return step
+        change = _EntryChange(indices, weight.exchange(*old, indices, values), values)
+        record(change)
+        return change
     if before is not None:
-        before.off(place)
-    base = place.get(indices)
-    values, overlapping = joint.mixed(base)
-    step = _Entries(indices, base, values, overlapping)
-    record(step)
-    step.on(place)
-    return step
-
-
-def _joint(terms: Sequence[_Named]) -> Joint:
-    return Joint.of([named.term for named in terms])
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A term, and how messages about its adapter begin."""
-
-    term: Term
-    where: str
-
-
-def _check_frames(name: str, terms: Sequence[_Named], place: LiveWeight | None) -> None:
-    if place is None:
-        raise BaseMismatch(f"{terms[0].where}tensor {terms[0].term.tensor.name!r}: the weights have no {name!r}")
-    for named in terms:
-        _check_frame(named.term.tensor, f"{named.where}tensor {name!r}", place)
-
-
-def _check_digests(name: str, terms: Sequence[_Named], joint: Joint, base: Array) -> None:
-    for number, named in enumerate(terms):
-        expected = named.term.tensor.base_digest
-        if expected is not None and array_digest(joint.of_term(number, base)) != expected:
-            raise BaseMismatch(
-                f"{named.where}tensor {name!r}: the base holds other values at the adapter's entries (digest differs)"
-            )
-
-
-def _check_frame(tensor: SparseTensor, what: str, place: LiveWeight) -> None:
-    if place.shape != tensor.shape:
-        raise BaseMismatch(
-            f"{what}: the adapter is for shape {list(tensor.shape)}, the weight has {list(place.shape)}"
-        )
-    if not is_float(place.dtype):
-        raise BaseMismatch(
-            f"{what}: the weight is of dtype {place.dtype}: a quantised weight cannot take exact values"
-        )
-    if place.dtype != tensor.dtype and (tensor.base_digest is not None or tensor.value_kind == "target"):
-        raise BaseMismatch(f"{what}: the adapter is for {tensor.dtype}, the weight has {place.dtype}")
-
-
-def _check_twin(adapter: LoadedAdapter, one: SparseTensor, other: SparseTensor) -> None:
-    """Two tensors of an adapter may change one memory (tied weights) if they do the same to it."""
-    if not (np.array_equal(one.indices, other.indices) and same_bits(one.values, other.values)):
-        raise BaseMismatch(
-            f"{adapter.where}tensors {one.name!r} and {other.name!r} are tied in the model, and the adapter changes them "
-            "differently"
-        )
+        before.undo(weight)
+    base = weight.get(indices)
+    values, overlapping = mix_values(aligned, base)
+    change = _EntryChange(indices, base, values, overlapping)
+    record(change)
+    change.apply(weight)
+    return change

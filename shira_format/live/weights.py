@@ -1,6 +1,6 @@
-"""Where live weights are: a numpy array, or a torch tensor on the CPU or another device, read and written at flat indices.
+"""One live weight (a numpy array, or a torch tensor on any device), read and written at flat indices.
 
-torch is never imported here: whoever hands in its tensors has done so.
+torch is not imported here: a caller with torch tensors has imported it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from shira_format._core.arrays import Array, Indices, as_array
 from shira_format._core.compiled import exchange, put, take
 from shira_format._core.dtypes import DTYPES
 from shira_format.errors import BaseMismatch
-from shira_format.live.models import Copied
+from shira_format.live.models import UnusedOriginal
 
-# What numpy calls the dtypes of torch, for tensors that are not on the CPU.
+# The safetensors names of torch's dtypes.
 _TORCH = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
     "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2",
@@ -30,8 +30,8 @@ class LiveWeight(Protocol):
 
     Attributes:
         shape: its shape.
-        dtype: its dtype, as numpy calls it.
-        in_one_pass: whether there is :meth:`exchange`.
+        dtype: its dtype, as a numpy dtype.
+        in_one_pass: whether :meth:`exchange` can be called.
     """
 
     @property
@@ -48,9 +48,9 @@ class LiveWeight(Protocol):
         """Set these elements to values of :attr:`dtype`."""
 
     def exchange(self, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
-        """Put ``old_base`` back at ``old``, then ``new_values`` at ``new``; what was at ``new`` in between.
+        """Write ``old_base`` at ``old``, then ``new_values`` at ``new``; returns the values at ``new`` in between.
 
-        Only if :attr:`in_one_pass`; then it cannot fail half-way.
+        Only if :attr:`in_one_pass`; it cannot fail half-way.
         """
 
     def whole(self) -> Array:
@@ -61,18 +61,18 @@ class LiveWeight(Protocol):
 
 
 def memory_of(weight: Any, name: str) -> object:
-    """Which memory an array or a tensor is: equal for tied weights. What has none is told by ``name``."""
+    """Identifies the memory of an array or a tensor: equal for tied weights; ``name`` for tensors without memory."""
     if isinstance(weight, np.ndarray):
         return weight.__array_interface__["data"][0], weight.strides, weight.shape
     try:
         pointer = weight.data_ptr()
         return (str(weight.device), pointer, weight.stride(), tuple(weight.shape)) if pointer else name
-    except (AttributeError, RuntimeError):  # no tensor, or a subclass without memory of its own
+    except (AttributeError, RuntimeError):  # not a tensor, or a subclass without its own memory
         return name
 
 
 def live_weight(name: str, weight: Any) -> LiveWeight:
-    """The place of a numpy array or a torch tensor.
+    """A numpy array or a torch tensor as a live weight.
 
     Raises:
         BaseMismatch: it is read-only, quantised, without data or distributed; the message names it.
@@ -81,10 +81,10 @@ def live_weight(name: str, weight: Any) -> LiveWeight:
         if not weight.flags.writeable:
             raise BaseMismatch(f"tensor {name!r}: the weight is read-only")
         return ArrayWeight(weight)
-    if isinstance(weight, Copied):
+    if isinstance(weight, UnusedOriginal):
         raise BaseMismatch(
-            f"tensor {name!r}: PEFT keeps a trained copy of this module (modules_to_save), and the base's own is not used: "
-            "merge and unload that adapter first"
+            f"tensor {name!r}: PEFT uses a trained copy of this module (modules_to_save) instead of the base's: merge and "
+            "unload that adapter first"
         )
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(weight, torch.Tensor):
@@ -104,7 +104,7 @@ def live_weight(name: str, weight: Any) -> LiveWeight:
 
 
 class ArrayWeight:
-    """A weight in this machine's memory."""
+    """A weight in CPU memory."""
 
     def __init__(self, array: Array, tensor: Any = None) -> None:
         """Args: ``tensor``: the torch tensor whose memory ``array`` is."""
@@ -150,13 +150,13 @@ class ArrayWeight:
         self._written()
 
     def _written(self) -> None:
-        """Let autograd know, so that a backward pass through the old values is an error and not a wrong gradient."""
+        """Tell autograd, so that a backward pass through the old values raises instead of giving wrong gradients."""
         if self._tensor is not None and not self._tensor.is_inference():
             sys.modules["torch"].autograd.graph.increment_version(self._tensor)
 
 
 class DeviceWeight:
-    """A torch tensor on an accelerator; indices and values travel, the weight stays."""
+    """A torch tensor on an accelerator; only indices and values are transferred."""
 
     in_one_pass = False
 
@@ -173,7 +173,7 @@ class DeviceWeight:
         return DTYPES[_TORCH[str(self._tensor.dtype)]]
 
     def get(self, indices: Indices) -> Array:
-        bits, at = self._bits(), self._sent(indices)
+        bits, at = self._bits(), self._to_device(indices)
         if bits.is_contiguous():
             found = self._torch.index_select(bits.view(-1), 0, at)
         else:
@@ -181,8 +181,8 @@ class DeviceWeight:
         return np.asarray(found.cpu().numpy().view(self.dtype))
 
     def put(self, indices: Indices, values: Array) -> None:
-        bits, at = self._bits(), self._sent(indices)
-        sent = self._sent(np.ascontiguousarray(values).view(self._carrier))
+        bits, at = self._bits(), self._to_device(indices)
+        sent = self._to_device(np.ascontiguousarray(values).view(self._carrier))
         if bits.is_contiguous():
             bits.view(-1).index_copy_(0, at, sent)
         else:
@@ -195,16 +195,16 @@ class DeviceWeight:
         return np.asarray(self._bits().cpu().numpy().view(self.dtype))
 
     def fill(self, values: Array) -> None:
-        self._bits().copy_(self._sent(np.ascontiguousarray(values).view(self._carrier)))
+        self._bits().copy_(self._to_device(np.ascontiguousarray(values).view(self._carrier)))
 
     @property
     def _carrier(self) -> str:
-        """An integer type of the item's size, which every device can move; no rounding, no NaN that changes."""
+        """An integer dtype of the same size, which every device can copy, and which keeps the bits of NaN."""
         return {1: "u1", 2: "i2", 4: "i4", 8: "i8"}[self.dtype.itemsize]
 
     def _bits(self) -> Any:
         carrier = {"u1": "uint8", "i2": "int16", "i4": "int32", "i8": "int64"}[self._carrier]
         return self._tensor.detach().view(getattr(self._torch, carrier))
 
-    def _sent(self, array: Array) -> Any:
+    def _to_device(self, array: Array) -> Any:
         return self._torch.from_numpy(np.require(array, requirements="W")).to(self._tensor.device)

@@ -1,31 +1,53 @@
 """LoRA files as updates of named weights; a file per dialect.
 
-A new dialect is a module with a :class:`Dialect` and one line in :data:`DIALECTS`. It says whether a path is of its
-kind, and turns it into a :class:`Lora`: updates that can fill any tile of ``delta W``, and tensors to replace.
+A new dialect is a module with a :class:`Dialect` and one line in :data:`DIALECTS`. It detects its files and reads them as
+a :class:`Lora`: updates that can fill any tile of ``delta W``, and tensors to replace.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.diffusers import Diffusers
-from shira_format.lora.gguf import Gguf
-from shira_format.lora.kohya import Kohya
-from shira_format.lora.lycoris import Lycoris
-from shira_format.lora.mlx import Mlx
-from shira_format.lora.peft import Peft
+from shira_format.lora.base import Dialect, Lora
 from shira_format.lora.products import LowRank
-from shira_format.lora.torchtune import Torchtune
-from shira_format.lora.updates import Dialect, Lora
-from shira_format.lora.xlabs import Xlabs
 from shira_format.storage.paths import resolve_path
 
-DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect
-    for dialect in (Mlx(), Peft(), Gguf(), Torchtune(), Xlabs(), Diffusers(), Kohya(), Lycoris())
-}
+
+class _Dialects(Mapping[str, Dialect]):
+    """Dialects by name; the module of one is imported when it is looked up."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Dialect:
+        module, _, cls = self._places[name].partition(":")
+        dialect: Dialect = getattr(import_module(f"{__name__}.{module}"), cls)()
+        return dialect
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+# In the order in which they are tried.
+DIALECTS: Mapping[str, Dialect] = _Dialects(
+    {
+        "mlx": "mlx:Mlx",
+        "peft": "peft.reader:Peft",
+        "gguf": "gguf:Gguf",
+        "torchtune": "torchtune:Torchtune",
+        "xlabs": "xlabs:Xlabs",
+        "diffusers": "diffusers:Diffusers",
+        "kohya": "kohya:Kohya",
+        "lycoris": "lycoris:Lycoris",
+    }
+)
 
 __all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "open_lora"]
 
@@ -36,10 +58,10 @@ def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | 
     Args:
         path: a file or folder.
         base: the checkpoint that it adapts; names and shapes are resolved against it.
-        dialect: a key of :data:`DIALECTS`; recognised from the files by default.
+        dialect: a key of :data:`DIALECTS`; detected from files and keys by default.
 
     Raises:
-        SourceError: not a LoRA, or one with a key, a shape or an option that cannot be taken over exactly.
+        SourceError: not a LoRA, or one with a key, shape or option that cannot be converted exactly.
         FormatError: a safetensors file is damaged.
     """
     path = resolve_path(path)

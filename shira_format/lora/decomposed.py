@@ -1,6 +1,6 @@
 """Weight-decomposed updates (DoRA, arXiv 2402.09353): the tuned weight is ``magnitude * (W + U) / norm(W + U)``.
 
-The change depends on the base's weights, which are read tile by tile.
+The change depends on the base's weights, which are read in tiles.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from shira_format._core.arrays import Array, scratch
 from shira_format._core.dtypes import working_dtype
 from shira_format._core.rounding import upcast
 from shira_format.checkpoints import Checkpoint
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.tensors import numel
 
-_ROWS = 1 << 18  # elements that are looked at together for norms of columns
+_TILE = 1 << 18  # elements at a time for the norms of columns
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Decomposed:
     """The change that brings ``W`` to ``magnitude * (W + update) / (norm(W + update) + eps)``.
 
     Attributes:
-        update: what is added to the weight before it is scaled.
-        base: where the weight is.
-        magnitude: a number for each norm, in ``update.dtype``: ``[rows]``, or with ``by_column`` ``[columns / kernel]``.
-        by_column: whether norms are over columns (``[in, out]`` weights; LyCORIS where it scales inputs), not over rows.
-        kernel: how many columns that follow each other share a norm: the size of a convolution's kernel.
+        update: added to the weight before the scaling.
+        base: the checkpoint that has the weight.
+        magnitude: the target norms, in ``update.dtype``: ``[rows]``, or with ``by_column`` ``[columns / kernel]``.
+        by_column: whether norms are over columns (``[in, out]`` weights; LyCORIS if it scales inputs), not over rows.
+        kernel: number of consecutive columns that share a norm: the size of a convolution's kernel.
         eps: added to each norm.
     """
 
@@ -61,16 +61,16 @@ class Decomposed:
 
     def tile(self, start: int, stop: int, out: Array) -> None:
         weight = self._sum(start, stop, out)
-        with np.errstate(divide="ignore", invalid="ignore"):  # a norm of zero: found, and named, as NaN or Inf
+        with np.errstate(divide="ignore", invalid="ignore"):  # a norm of zero is reported later, as NaN or Inf
             if self.by_column:
-                out *= np.repeat(self.magnitude / (self._of_columns() + self.eps), self.kernel).astype(out.dtype)
+                out *= np.repeat(self.magnitude / (self._column_norms() + self.eps), self.kernel).astype(out.dtype)
             else:
                 norms = np.sqrt(np.einsum("ij,ij->i", out, out, dtype=np.float64)) + self.eps
                 out *= (self.magnitude[start:stop] / norms).astype(out.dtype)[:, None]
         out -= weight
 
     def _sum(self, start: int, stop: int, out: Array) -> Array:
-        """Fill ``out`` with rows of ``W + U``; gives those of ``W``, in a buffer of this thread."""
+        """Fill ``out`` with rows of ``W + U``; returns those of ``W``, in a buffer of this thread."""
         self.update.tile(start, stop, out)
         first, size = start * self.columns, out.size
         raw = scratch("decomposed base", size, self.base.dtype(self.name))
@@ -79,11 +79,11 @@ class Decomposed:
         out += weight
         return weight
 
-    def _of_columns(self) -> Array:
-        """``[columns / kernel]`` in float64: a pass over the whole weight, made once."""
+    def _column_norms(self) -> Array:
+        """``[columns / kernel]`` in float64; computed once, in a pass over the whole weight."""
         with self._lock:
             if not self._norms:
-                rows, step = numel(self.shape) // self.columns, max(1, _ROWS // self.columns)
+                rows, step = numel(self.shape) // self.columns, max(1, _TILE // self.columns)
                 squares = np.zeros(self.columns, np.float64)
                 out = np.empty((step, self.columns), self.dtype)
                 for start in range(0, rows, step):

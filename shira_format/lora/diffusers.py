@@ -3,48 +3,48 @@
 The rules are those of ``diffusers.loaders``. With options (``lora_adapter_metadata``), scales are PEFT's. Without, the
 scale of a layer is ``alpha / rank`` if the file has its alpha, else 1.
 
-A file without alphas says ``W + B A``: that is alpha = rank, *of each layer*. Until August 2026 diffusers made one alpha of
-the first layer's rank, so that layers of other ranks came out too weak or too strong; since then ``get_peft_kwargs``
-sets each layer's alpha to its own rank. This is the rule here, since the trainers that write such files compute ``W + B A``.
+A file without alphas means ``W + B A``: alpha is the rank *of each layer*, as the trainers that write such files compute.
+Before August 2026 diffusers took the first layer's rank as the alpha of all, which scaled layers of other ranks wrongly;
+since then ``get_peft_kwargs`` sets each layer's alpha to its own rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
-from shira_format.lora.diffusers_keys import Key, parse
+from shira_format.lora.diffusers_keys import parse
 from shira_format.lora.files import PICKLES, SAFETENSORS, number_in, open_tensors, parse_json, read_tensors
-from shira_format.lora.pairs import common_dtype, plain, scaled
-from shira_format.lora.peft.config import CHANGES_BASE, REFUSED
-from shira_format.lora.peft_scale import Scales, read_scales
-from shira_format.lora.update import Update
-from shira_format.lora.updates import Lora
+from shira_format.lora.keys import check_pairs, group_keys
+from shira_format.lora.peft.config import CHANGES_BASE, REFUSED, Scales, read_scales
+from shira_format.lora.products import common_dtype, low_rank, scale_factor
 from shira_format.names.components import component_names
-from shira_format.names.flux import Piece, diffusers_pieces, is_diffusers_flux
-from shira_format.names.match import match_names
+from shira_format.names.flux import flux_parts, is_diffusers_flux
+from shira_format.names.prefixes import match_names
+from shira_format.names.row_blocks import FusedPart
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 OPTIONS = "lora_adapter_metadata"
 
-# Parts of keys of other dialects that may stand beside keys like ours.
+# Parts of other dialects' keys that may occur beside keys like ours.
 _FOREIGN = (".lora_down.", ".lora_up.", ".lokr_", ".hada_", ".dora_scale")
-# What a file without a component's name adapts: a model of the pipeline that removes noise.
+# What a file that names no component adapts: the pipeline's denoiser.
 _DENOISERS = ("unet", "transformer", "prior")
 # Options under which B @ A is not the update.
-_NOT_PLAIN = (*REFUSED, "layer_replication", "target_parameters", "trainable_token_indices", "modules_to_save")
+_UNSUPPORTED = (*REFUSED, "layer_replication", "target_parameters", "trainable_token_indices", "modules_to_save")
 _SHOWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias")
 
 
 class Diffusers:
-    """diffusers' own files, old and new, and those of trainers that follow it."""
+    """Files of diffusers, old and new, and of trainers that follow it."""
 
     name = "diffusers"
 
@@ -61,10 +61,10 @@ class Diffusers:
         keys = [key for key in map(parse, tensors) if key is not None]
         if not any(key.part in ("down", "up") for key in keys):
             return False
-        # Keys of PEFT that name no component are not enough: they can be of a model of another library, whose scale is
-        # in a configuration that is lost.
+        # PEFT's keys without a component are not enough: they may be from another library, and their scale in a
+        # configuration file that is lost.
         ours = found[0].name in WEIGHTS or OPTIONS in tensors.metadata(found[0].name)
-        return ours or any(key.telling for key in keys)
+        return ours or any(key.only_diffusers for key in keys)
 
     def read(self, path: Path, base: Checkpoint) -> Lora:
         found = _candidates(path)
@@ -76,7 +76,7 @@ class Diffusers:
 
 
 def _candidates(path: Path) -> list[Path]:
-    """The file at ``path``; of a folder, the one with diffusers' own name, or all of the better kind."""
+    """The file at ``path``; in a folder the one with diffusers' own name, else all safetensors files, else all ``.bin``."""
     if path.is_file():
         return [path] if path.suffix in (SAFETENSORS, *PICKLES) else []
     for name in WEIGHTS:
@@ -91,26 +91,30 @@ def _candidates(path: Path) -> list[Path]:
 
 @dataclass
 class _Layer:
-    """One adapted module, as the file has it."""
+    """The tensors of one adapted module and, for messages, their keys; both by part."""
 
-    component: str
     module: str
-    keys: dict[str, str] = field(default_factory=dict)  # by part, for messages
-    parts: dict[str, Array] = field(default_factory=dict)
+    keys: Mapping[str, str]
+    parts: Mapping[str, Array]
 
 
 @dataclass(frozen=True)
 class _Options:
-    """PEFT's options of one component, or what stands for them where there are none."""
+    """PEFT's options of one component, or their equivalent for a file without options.
+
+    Attributes:
+        scales: from PEFT's options.
+        alphas: whether the file has alphas.
+        dora: whether each layer must have a magnitude.
+    """
 
     scales: Scales | None
     alphas: bool
     dora: bool
-    bias: bool | None
 
 
 class _Reader:
-    """One file on its way from keys to updates."""
+    """Turns the tensors of one file into updates."""
 
     def __init__(self, path: Path, base: Checkpoint) -> None:
         self.path = path
@@ -127,12 +131,12 @@ class _Reader:
         ranks, alphas = set(), set()
         for component, layers in components.items():
             settings = self._options(component, layers.values(), options.get(component))
-            place = self._places(component, list(layers), alone=len(components) == 1)
+            places = self._places(component, list(layers), alone=len(components) == 1)
             for layer in layers.values():
                 rank, scale = self._rank_and_scale(layer, settings)
                 ranks.add(rank)
                 alphas.add(scale * rank)
-                self._add(layer, scale, place(layer.module))
+                self._add(layer, scale, places(layer.module))
         shown = {
             component or "model": {key: config[key] for key in _SHOWN if config.get(key)}
             | {key: True for key in _SWITCHES if config.get(key)}
@@ -149,33 +153,28 @@ class _Reader:
 
     def _layers(self, tensors: Mapping[str, Array]) -> dict[str, dict[str, _Layer]]:
         """By component and module."""
+        groups = group_keys(
+            tensors,
+            self._parse,
+            self.path,
+            "it ends in none of diffusers' names for parts of a LoRA (lora_A.weight, lora.down.weight, "
+            "to_q_lora.down.weight and the like)",
+        )
+        check_pairs(groups.values(), self.path)
         found: dict[str, dict[str, _Layer]] = {}
-        for name, array in tensors.items():
-            key = parse(name)
-            if key is None:
-                raise SourceError(
-                    f"{self.path}: unmatched key {name!r}: it ends in none of the names that diffusers gives to parts "
-                    "of a LoRA (lora_A.weight, lora.down.weight, to_q_lora.down.weight and the like)"
-                )
-            component = self._component(key)
-            layer = found.setdefault(component, {}).setdefault(key.module, _Layer(component, key.module))
-            if key.part in layer.parts:
-                raise SourceError(
-                    f"{self.path}: {layer.keys[key.part]!r} and {name!r} are the same part of one LoRA"
-                )
-            layer.keys[key.part], layer.parts[key.part] = name, array
-        for layer in (layer for layers in found.values() for layer in layers.values()):
-            for part, partner in (("down", "up"), ("up", "down")):
-                if partner not in layer.parts:
-                    name = layer.keys.get(part) or next(iter(layer.keys.values()))
-                    raise SourceError(f"{self.path}: {name!r} has no partner, the factor {partner!r}")
-        if not found:
-            raise SourceError(f"{self.path}: it holds no tensors")
+        for (component, module), keys in groups.items():
+            parts = {part: tensors[key] for part, key in keys.items()}
+            found.setdefault(component, {})[module] = _Layer(module, keys, parts)
         return found
 
-    def _component(self, key: Key) -> str:
-        if key.component:
-            return key.component
+    def _parse(self, name: str) -> tuple[tuple[str, str], str] | None:
+        """Component and module, and the part."""
+        if (key := parse(name)) is None:
+            return None
+        return (key.component or self._unnamed_component(key.module), key.module), key.part
+
+    def _unnamed_component(self, module: str) -> str:
+        """The component of keys that name none."""
         self._unnamed = True
         if not self.base.components:
             return ""
@@ -183,7 +182,7 @@ class _Reader:
             if component in self.base.components:
                 return component
         raise SourceError(
-            f"{self.path}: the module {key.module!r} is of no component that the file names, and the base has neither "
+            f"{self.path}: the key of module {module!r} names no component, and the base has neither "
             f"{' nor '.join(_DENOISERS)}, but {', '.join(self.base.components)}"
         )
 
@@ -198,14 +197,14 @@ class _Reader:
             inner = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
             if inner:
                 found[component] = inner
-        if self._unnamed and not found:  # saved from a model that is a component of this base
+        if self._unnamed and not found:  # saved from a single model, a component of this base
             denoiser = next((component for component in components if component in _DENOISERS), None)
             found = {} if denoiser is None else {denoiser: options}
-        # diffusers gives PEFT's defaults to a component that has no options where others have some, and fails.
+        # If only some components have options, diffusers takes PEFT's defaults for the others, and fails.
         if options and (missing := [component for component in components if component not in found]):
             raise SourceError(
-                f"{self.path}: the options in the header are not of all components that the file adapts: nothing tells "
-                f"the scale of {', '.join(missing) or 'its layers'}"
+                f"{self.path}: the options in the header do not cover all components that the file adapts: the scale of "
+                f"{', '.join(missing) or 'its layers'} is unknown"
             )
         return found
 
@@ -216,15 +215,15 @@ class _Reader:
             if "alpha" in has and not all("alpha" in layer.parts for layer in layers):
                 layer = next(layer for layer in layers if "alpha" not in layer.parts)
                 raise SourceError(
-                    f"{self.path}: {layer.keys['down']!r} has no alpha and other layers have one: nothing tells whether "
-                    "its alpha is its rank or theirs"
+                    f"{self.path}: {layer.keys['down']!r} has no alpha and other layers have one: whether its alpha is its "
+                    "rank or theirs is unknown"
                 )
-            return _Options(None, "alpha" in has, "magnitude" in has, None)
+            return _Options(None, "alpha" in has, "magnitude" in has)
         if config.get("peft_type", "LORA") != "LORA":
             raise SourceError(f"{where}: not a LoRA (peft_type is {config['peft_type']!r})")
-        for option in _NOT_PLAIN:
+        for option in _UNSUPPORTED:
             if config.get(option):
-                raise SourceError(f"{where}: {option} is set, and is not read: merge the LoRA with diffusers and convert the full checkpoint")  # fmt: skip
+                raise SourceError(f"{where}: {option} is set, which is not supported: merge the LoRA with diffusers and convert the full checkpoint")  # fmt: skip
         start = config.get("init_lora_weights")
         if isinstance(start, str) and CHANGES_BASE.match(start):
             raise SourceError(
@@ -232,13 +231,13 @@ class _Reader:
                 "update of the base"
             )
         if "alpha" in has:
-            raise SourceError(f"{where}: it says alphas, and the file has keys of alphas as well")
+            raise SourceError(f"{where}: sets alphas, and the file has keys of alphas as well")
         dora, bias = bool(config.get("use_dora")), bool(config.get("lora_bias"))
         for part, option, is_set in (("magnitude", "use_dora", dora), ("bias", "lora_bias", bias)):
             if part in has and not is_set:
                 layer = next(layer for layer in layers if part in layer.parts)
                 raise SourceError(f"{self.path}: unmatched key {layer.keys[part]!r}: {option} is not set")
-        return _Options(read_scales(config, where), False, dora, bias)
+        return _Options(read_scales(config, where), False, dora)
 
     def _rank_and_scale(self, layer: _Layer, options: _Options) -> tuple[int, float]:
         down, up = layer.parts["down"], layer.parts["up"]
@@ -253,9 +252,9 @@ class _Reader:
                 f"{self.path}: {layer.keys['down']!r} has no lora_magnitude_vector, which DoRA needs"
             )
         if options.dora and "bias" in layer.parts:
-            raise SourceError(f"{self.path}: {layer.keys['bias']!r}: DoRA with a bias of lora_B is not read")
+            raise SourceError(f"{self.path}: {layer.keys['bias']!r}: DoRA with a bias of lora_B is not supported")
         if options.scales is not None:
-            # Patterns are of the names in training, as the file's are; those of the base may have lost a "text_model."
+            # Patterns match the names in training, which the file has; the base's names may lack a "text_model."
             if options.scales.rank(layer.module) != rank:
                 raise SourceError(
                     f"{self.path}: {layer.keys['down']!r} has shape {list(down.shape)}, and should have rank "
@@ -263,48 +262,45 @@ class _Reader:
                 )
             return rank, options.scales.scale(layer.module)
         if options.alphas:
-            return rank, number_in(
-                {layer.keys["alpha"]: layer.parts["alpha"]}, layer.keys["alpha"], self.path
-            ) / rank
-        return rank, 1.0  # alpha is each layer's own rank, see above
+            return rank, number_in(layer.parts["alpha"], layer.keys["alpha"], self.path) / rank
+        return rank, 1.0  # alpha is the layer's rank
 
-    def _places(self, component: str, modules: list[str], *, alone: bool) -> Callable[[str], list[tuple[str, Piece | None]]]:  # fmt: skip
-        """Where the modules of one component are in the base: each in one module, or in several that are its rows."""
+    def _places(self, component: str, modules: list[str], *, alone: bool) -> Callable[[str], list[tuple[str, FusedPart | None]]]:  # fmt: skip
+        """Where the base has a component's modules: each is one module there, or several that are its rows."""
         prefix, names = "", list(self.base)
         if component:
             prefix, names = component_names(self.base, component, self.path, alone=alone)
         where = f"{self.path}: {component}" if component else str(self.path)
         try:
-            rename, words = match_names([f"{module}.weight" for module in modules], names, where)
+            rename = match_names([f"{module}.weight" for module in modules], names, where)
         except SourceError:
             if (found := self._flux(prefix, names, modules)) is None:
                 raise
             return found
-        if words:
-            self.notices.append(f"names of the LoRA are not those of the base: {component}{': ' if component else ''}{words}")  # fmt: skip
+        self.notices += rename.notices("the LoRA", component)
         return lambda module: [(prefix + rename(f"{module}.weight").removesuffix(".weight"), None)]
 
-    def _flux(self, prefix: str, names: list[str], modules: list[str]) -> Callable[[str], list[tuple[str, Piece | None]]] | None:  # fmt: skip
-        """If the modules are those of FLUX's authors, and the base is diffusers' FLUX."""
+    def _flux(self, prefix: str, names: list[str], modules: list[str]) -> Callable[[str], list[tuple[str, FusedPart | None]]] | None:  # fmt: skip
+        """As ``_places`` if the base is diffusers' FLUX and the modules are those of its authors, else None."""
         if not is_diffusers_flux(names):
             return None
-        pieces = diffusers_pieces(names, lambda name: self.base.shape(prefix + name)[0])
-        if not all(module in pieces for module in modules):
+        fused = flux_parts(names, lambda name: self.base.shape(prefix + name)[0])
+        if not all(module in fused for module in modules):
             return None
         self.notices.append("names of the LoRA are those of FLUX's authors, the base has diffusers'")
-        return lambda module: [(prefix + piece.module, piece) for piece in pieces[module]]
+        return lambda module: [(prefix + part.module, part) for part in fused[module]]
 
-    def _add(self, layer: _Layer, scale: float, places: list[tuple[str, Piece | None]]) -> None:
+    def _add(self, layer: _Layer, scale: float, places: list[tuple[str, FusedPart | None]]) -> None:
         up, where = layer.parts["up"], f"{self.path}: {layer.keys['up']!r}"
-        height = sum(stop - start for _, piece in places if piece for start, stop in piece.rows)
+        height = sum(stop - start for _, part in places if part for start, stop in part.rows)
         if height and up.shape[0] != height:
             raise SourceError(
                 f"{where} has shape {list(up.shape)}, the base's modules together have {height} rows"
             )
-        for module, piece in places:
-            rows = _rows(piece)
+        for module, part in places:
+            rows = _rows(part)
             name = f"{module}.weight"
-            update = plain(name, self.base.shape(name), rows(up), layer.parts["down"], scale, where)
+            update = low_rank(name, self.base.shape(name), rows(up), layer.parts["down"], scale, where)
             if "magnitude" in layer.parts:
                 magnitude = layer.parts["magnitude"]
                 if magnitude.size != up.shape[0]:
@@ -328,8 +324,8 @@ class _Reader:
             raise SourceError(
                 f"{where} has shape {list(bias.shape)}, the base's {name!r} {list(self.base.shape(name))}"
             )
-        self.additions[name] = scaled(rows(bias), scale, common_dtype(bias))
+        self.additions[name] = scale_factor(rows(bias), scale, common_dtype(bias))
 
 
-def _rows(piece: Piece | None) -> Callable[[Array], Array]:
-    return (lambda array: array) if piece is None else piece.of
+def _rows(part: FusedPart | None) -> Callable[[Array], Array]:
+    return (lambda array: array) if part is None else part.take

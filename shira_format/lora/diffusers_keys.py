@@ -1,4 +1,4 @@
-"""The keys of diffusers' LoRA files, of all its years: which module of which component, and which part of its LoRA."""
+"""Keys of diffusers' LoRA files, in all formats since 2023: component, module and part."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ PARTS = ("down", "up", "bias", "magnitude", "alpha")
 
 
 class Key(NamedTuple):
-    """A key taken apart.
+    """A parsed key.
 
     Attributes:
-        component: of the pipeline (``unet``); "" if the key does not say.
+        component: of the pipeline (``unet``); "" if the key names none.
         module: its name in the component.
         part: one of :data:`PARTS`; ``down`` is ``lora_A``, ``up`` is ``lora_B``.
-        telling: whether no other program writes such keys.
+        only_diffusers: whether no other program writes such keys.
     """
 
     component: str
     module: str
     part: str
-    telling: bool
+    only_diffusers: bool
 
 
 _COMPONENT = re.compile(
     r"(?P<component>unet|transformer(?:_2|_3|_ref)?|text_encoder(?:_[2-9])?|prior|connectors|controlnet)\.(?P<rest>.+)"
 )
-# Prefixes of the only model that a file speaks of: that of ComfyUI, which other trainers took over, and that of PEFT,
-# which ai-toolkit's and fal's trainers of FLUX leave in files without a configuration. PEFT's own files are no business of
-# ours: without their configuration nothing tells their scale.
+# Prefixes in files that adapt one model only: that of ComfyUI, which other trainers adopted, and that of PEFT, which
+# ai-toolkit's and fal's FLUX trainers leave in files without a configuration. Other files with PEFT's prefix are not
+# diffusers': without their configuration the scale is unknown.
 _ALONE = re.compile(r"(?:diffusion_model\.|base_model\.model\.(?=(?:double_blocks|single_blocks)\.))(?P<rest>.+)")
-# LoRAs as attention processors (2023), which are named by the projection that they add to.
+# LoRAs as attention processors (2023), named by the adapted projection.
 _PROCESSOR = re.compile(
     r"(?P<module>.+\.(?:to_[qkv]|to_out|add_[kv]_proj))_lora\.(?:(?P<part>down|up)\.weight|(?P<alpha>alpha))"
 )
-# LoRAs as linear layers, which came next; and those of PEFT.
+# The later LoRAs as linear layers; and those of PEFT.
 _LAYER = re.compile(r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?:(?P<part>down|up)\.weight|(?P<alpha>alpha))")
 _PEFT = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>A|B)\.weight|lora_B\.(?P<bias>bias)|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?"
     r"|(?P<alpha>alpha))"
 )
 _PARTS: dict[str, str] = {"A": "down", "B": "up"}
-# What attention processors called the projections of a text encoder.
+# Attention processors' names of a text encoder's projections.
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 def parse(key: str) -> Key | None:
-    """The key taken apart; None if it is none of these."""
+    """The parsed key; None if it has none of these formats."""
     for pattern in (_PROCESSOR, _LAYER, _PEFT):
         if match := pattern.fullmatch(key):
             component, module, prefixed = _component(match["module"])

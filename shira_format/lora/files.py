@@ -1,10 +1,9 @@
-"""Files of LoRAs: tensors by key, from safetensors or ``torch.save``, and JSON beside them. No torch, no pickle is run."""
+"""Files of LoRAs: tensors by key, from safetensors or ``torch.save``, and JSON. Needs no torch; no pickle is executed."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def open_tensors(path: Path) -> Checkpoint:
     """The tensors of one file.
 
     Raises:
-        SourceError: neither a safetensors file nor one of ``torch.save``, or it holds more than tensors.
+        SourceError: neither a safetensors file nor one of ``torch.save``, or it holds other things than tensors.
         FormatError: a damaged safetensors file.
     """
     if not path.is_file() or path.suffix not in (SAFETENSORS, *PICKLES):
@@ -33,10 +32,10 @@ def open_tensors(path: Path) -> Checkpoint:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """All tensors of one file by key, each of floats and finite, and its ``__metadata__``.
+    """All tensors of one file by key, checked as in :func:`checked`, and its ``__metadata__``.
 
     Raises:
-        SourceError: as :func:`open_tensors`; or a tensor is not of floats, or holds NaN or Inf.
+        SourceError: as :func:`open_tensors` and :func:`checked`.
         FormatError: a damaged safetensors file.
     """
     tensors = open_tensors(path)
@@ -45,7 +44,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def checked(path: Path, key: str, array: Array) -> Array:
-    """``array``, if it is of floats and finite."""
+    """``array``, whose dtype must be a float, and whose values finite.
+
+    Raises:
+        SourceError: they are not.
+    """
     if not is_float(array.dtype):
         raise SourceError(f"{path}: {key!r} is of dtype {array.dtype}, not a float")
     if not np.isfinite(array.astype(working_dtype(array.dtype))).all():
@@ -54,13 +57,13 @@ def checked(path: Path, key: str, array: Array) -> Array:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """The JSON object in a file.
 
     Raises:
-        SourceError: it is something else, or too large.
+        SourceError: not a JSON object, or too large.
     """
     if path.stat().st_size > MOST_JSON:
-        raise SourceError(f"{path}: larger than {MOST_JSON} bytes, which no configuration is")
+        raise SourceError(f"{path}: larger than {MOST_JSON} bytes, the limit for a configuration")
     return parse_json(path.read_bytes(), path)
 
 
@@ -68,7 +71,7 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     """The JSON object in ``text``.
 
     Raises:
-        SourceError: it is something else; the message begins with ``where``.
+        SourceError: not a JSON object; the message begins with ``where``.
     """
     try:
         found = json.loads(text)
@@ -80,25 +83,24 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
 
 
 def is_rank(value: Any) -> bool:
-    """Whether a value of a configuration can be a rank."""
+    """Whether a configuration's value can be a rank."""
     return type(value) is int and value > 0
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Whether a configuration's value is a finite number."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:  # an integer beyond float64
         return False
 
 
-def number_in(tensors: Mapping[str, Array], key: str, path: Path) -> float:
-    """The one number in a tensor such as ``alpha``.
+def number_in(array: Array, key: str, path: Path) -> float:
+    """The number in a tensor of one element such as ``alpha``.
 
     Raises:
-        SourceError: it holds more or fewer.
+        SourceError: it has more or no elements.
     """
-    array = tensors[key]
     if array.size != 1:
         raise SourceError(f"{path}: {key!r} has shape {list(array.shape)}, not one number")
     return float(array.reshape(()).astype(np.float64))

@@ -1,15 +1,16 @@
 """llama.cpp's LoRA: a GGUF file of the type "adapter", as ``convert_lora_to_gguf.py`` writes it.
 
-What the file means is what llama.cpp does with it (``src/llama-adapter.cpp`` and ``llama-adapter.h``, ggml-org/llama.cpp):
-for every tensor ``NAME`` of the model, ``NAME.lora_a`` is ``[r, in]`` and ``NAME.lora_b`` is ``[out, r]`` (in numpy's
-order of dimensions), the update is ``scale * lora_b @ lora_a``, and the scale is ``alpha / r``, or 1 if alpha is 0 or
-missing. Of ``token_embd.weight``, ``lora_a`` is ``[vocabulary, r]`` and ``lora_b`` ``[width, r]``: the update is
-``scale * lora_a @ lora_b.T``. All this is of the model as GGUF stores it: what the converter did to a weight it did to
-the rows of ``lora_b``, and is undone here by the same tables by which checkpoints are read.
+The rules are those of ``src/llama-adapter.cpp`` and ``llama-adapter.h`` (ggml-org/llama.cpp): for every tensor ``NAME`` of
+the model, ``NAME.lora_a`` is ``[r, in]`` and ``NAME.lora_b`` is ``[out, r]`` (in numpy's order of dimensions), the update
+is ``scale * lora_b @ lora_a``, and the scale is ``alpha / r``, or 1 if alpha is 0 or missing. For ``token_embd.weight``,
+``lora_a`` is ``[vocabulary, r]`` and ``lora_b`` ``[width, r]``: the update is ``scale * lora_a @ lora_b.T``. All this is in
+GGUF's layout: what the converter did to a weight it did to the rows of ``lora_b``, and it is undone here with the tables
+that read checkpoints.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +21,20 @@ from shira_format.checkpoints.gguf import read_stored
 from shira_format.checkpoints.gguf_file import GGUFFile
 from shira_format.checkpoints.gguf_names import ADAPTED, HEADS, Form
 from shira_format.errors import SourceError
+from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import checked, is_number
-from shira_format.lora.pairs import plain, transposed
-from shira_format.lora.products import LowRank
-from shira_format.lora.rope import Attention, attention_of, halves
-from shira_format.lora.update import Update
-from shira_format.lora.updates import Lora
-from shira_format.names.match import match_names
+from shira_format.lora.keys import by_pattern, group_keys
+from shira_format.lora.products import LowRank, low_rank, transposed
+from shira_format.lora.rope import Attention, attention_of, deinterleave_heads
+from shira_format.names.prefixes import match_names
 
 _SUFFIX = ".gguf"
-_FACTORS = (".lora_a", ".lora_b")
+_KEY = re.compile(r"(?P<module>.*)\.(?P<part>lora_a|lora_b)")
 _EMBEDDING = "token_embd.weight"
 
 
 class Gguf:
-    """llama.cpp's own files."""
+    """Files that llama.cpp's converter writes."""
 
     name = "gguf"
 
@@ -53,7 +53,7 @@ class Gguf:
 
 
 def _find(path: Path) -> Path | None:
-    """The file, or the only one in a folder that is not the PEFT adapter from which it was made."""
+    """The file, or the only one in a folder that is not the PEFT adapter that it was converted from."""
     if path.is_file():
         return path if path.name.lower().endswith(_SUFFIX) else None
     if (path / "adapter_config.json").is_file():
@@ -63,7 +63,7 @@ def _find(path: Path) -> Path | None:
 
 
 class _Reader:
-    """One adapter on its way from tensors to updates."""
+    """Turns the tensors of one adapter into updates."""
 
     def __init__(self, file: GGUFFile, base: Checkpoint) -> None:
         self.file = file
@@ -73,16 +73,19 @@ class _Reader:
         self.ranks: set[int] = set()
 
     def read(self) -> Lora:
-        pairs = self._pairs()
+        pairs = group_keys(self.file.entries, by_pattern(_KEY), self.path, _unmatched)
+        for name, pair in pairs.items():
+            if len(pair) != 2:
+                raise SourceError(f"{self.path}: {name!r} has {', '.join(pair)} only")
         forms = {name: self._target(name) for name in pairs}
-        rename, words = match_names(dict.fromkeys(target for target, _ in forms.values()), self.base, self.path)
+        rename = match_names(dict.fromkeys(target for target, _ in forms.values()), self.base, self.path)
         updates: list[Update] = [
             self._update(name, rename(target), form, pairs[name]) for name, (target, form) in forms.items()
         ]
         quantised = sorted({entry.type.name for entry in self.file.entries.values() if entry.block > 1})
-        notices = [f"names of the LoRA are not those of the base: {words}"] if words else []
+        notices = rename.notices("the LoRA")
         if quantised:
-            notices.append(f"the LoRA is quantised ({', '.join(quantised)}): values are the dequantised ones")
+            notices.append(f"the LoRA is quantised ({', '.join(quantised)}): its dequantised values are used")
         return Lora(
             updates=updates,
             source={
@@ -94,31 +97,12 @@ class _Reader:
             notices=notices,
         )  # fmt: skip
 
-    def _pairs(self) -> dict[str, dict[str, str]]:
-        """The tensors of each weight, by factor."""
-        found: dict[str, dict[str, str]] = {}
-        for tensor in self.file.entries:
-            name, dot, factor = tensor.rpartition(".")
-            if dot + factor not in _FACTORS:
-                hint = ": llama.cpp leaves out vectors of norms; convert the adapter that the file was made of"
-                raise SourceError(
-                    f"{self.path}: unmatched tensor {tensor!r}{hint if tensor.endswith('_norm.weight') else ''}"
-                )
-            found.setdefault(name, {})[factor] = tensor
-        for name, pair in found.items():
-            if len(pair) != len(_FACTORS):
-                raise SourceError(f"{self.path}: {name!r} has {', '.join(pair)} only")
-        if not found:
-            raise SourceError(f"{self.path}: it has no tensors")
-        return found
-
     def _target(self, name: str) -> tuple[str, Form]:
         known = ADAPTED[self.kind].find(name)
-        # Of what is no matrix product llama.cpp adapts only the embedding of tokens.
+        # The token embedding is the only weight that llama.cpp adapts outside matrix products.
         if known is None or not name.endswith(".weight") or name.startswith("position_embd"):
             raise SourceError(
-                f"{self.path}: tensor {name!r} has no Hugging Face name that is known for {self.kind}, "
-                "or is not one that a LoRA adapts"
+                f"{self.path}: tensor {name!r} has no known Hugging Face name for {self.kind}, or is none that a LoRA adapts"
             )
         return known
 
@@ -134,19 +118,19 @@ class _Reader:
         scale = self.alpha / rank if self.alpha else 1.0
         shape = self.base.shape(target)
         if name == _EMBEDDING:
-            return plain(target, shape, a, b.T, scale, where)
+            return low_rank(target, shape, a, b.T, scale, where)
         if form is Form.ROTARY:
-            return plain(target, shape, halves(b, self._heads(name), where), a, scale, where)
+            return low_rank(target, shape, deinterleave_heads(b, self._heads(name), where), a, scale, where)
         if form is not Form.TRANSPOSED:
-            return plain(target, shape, b, a, scale, where)
+            return low_rank(target, shape, b, a, scale, where)
         if shape == shape[::-1]:
-            # The converter turns PEFT's factors of a Conv1D over, though they are right as they are: llama.cpp refuses
-            # the file, unless the weight is square.
+            # The converter transposes PEFT's factors of a Conv1D, though they need no transposition: llama.cpp refuses the
+            # file, unless the weight is square.
             raise SourceError(
-                f"{where}: the base's {target!r} is square and stored as [in, out], and convert_lora_to_gguf.py turns the "
-                "factors of such layers over: nothing tells which way round they are"
+                f"{where}: the base's {target!r} is square and stored as [in, out], and convert_lora_to_gguf.py transposes the "
+                "factors of such layers: whether they are transposed cannot be determined"
             )
-        return transposed(plain(target, shape[::-1], b, a, scale, where), shape)
+        return transposed(low_rank(target, shape[::-1], b, a, scale, where), shape)
 
     def _heads(self, name: str) -> int:
         attention = self._attention
@@ -154,7 +138,7 @@ class _Reader:
 
     @cached_property
     def _attention(self) -> Attention:
-        """Of the base; converters of 2024 wrote the numbers of heads into the LoRA as well."""
+        """That of the base; early converters (2024) wrote the numbers of heads into the LoRA as well, which must agree."""
         found = attention_of(self.base, self.path)
         for stem, heads in (("attn_q", found.query), ("attn_k", found.key)):
             key = f"{self.kind}.{HEADS[stem]}"
@@ -163,19 +147,25 @@ class _Reader:
         return found
 
 
+def _unmatched(tensor: str) -> str:
+    if tensor.endswith("_norm.weight"):
+        return "llama.cpp ignores vectors of norms; convert the adapter that the file was made from"
+    return "it ends neither in .lora_a nor .lora_b"
+
+
 def _header(path: Path, metadata: Mapping[str, Any]) -> tuple[str, float]:
-    """The architecture and alpha of a header that is one of a LoRA."""
+    """The architecture and alpha, from the header of a LoRA."""
     for key, good in (("general.type", "adapter"), ("adapter.type", "lora")):
         if metadata.get(key) != good:
             raise SourceError(f"{path}: {key} is {metadata.get(key)!r}, not {good!r}: not a LoRA of llama.cpp")
     if "adapter.alora.invocation_tokens" in metadata:
         raise SourceError(
-            f"{path}: an activated LoRA (adapter.alora.invocation_tokens) acts on some tokens only and is no change of weights"
+            f"{path}: an activated LoRA (adapter.alora.invocation_tokens) acts on some tokens only, and is no change of weights"
         )
     kind = metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ADAPTED:
         raise SourceError(
-            f"{path}: how the architecture {kind!r} stores its tensors is not known here; read are {', '.join(ADAPTED)}"
+            f"{path}: how the architecture {kind!r} stores its tensors is not known; supported are {', '.join(ADAPTED)}"
         )
     alpha = metadata.get("adapter.lora.alpha", 0.0)
     if not is_number(alpha):
@@ -184,7 +174,7 @@ def _header(path: Path, metadata: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def _base_model(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The base as the model card told it to the converter."""
+    """The base that the model card names."""
     url = metadata.get("general.base_model.0.repo_url")
     hub = "https://huggingface.co/"
     return {"id": url.removeprefix(hub)} if isinstance(url, str) and url.startswith(hub) else {}

@@ -1,11 +1,10 @@
 """kohya's LoRA: ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`` and the like, in one file.
 
 The rules are those of ``networks/lora.py`` (kohya-ss/sd-scripts): ``delta W = alpha / rank * up @ down``, where the rank is
-that of the layer's own ``lora_down``, and alpha is the rank if it is 0 or missing. (diffusers once took the first layer's
-rank for all layers of a file without alphas.) What the header says of rank and alpha is what the trainer was asked for,
-and is kept as provenance alone. Names: see :mod:`shira_format.names.flat`.
+that of the layer's ``lora_down``, and alpha is the rank if it is 0 or missing. Rank and alpha in the header are the trainer's
+arguments, and are kept as provenance only. Names: see :mod:`shira_format.names.flat`.
 
-LyCORIS writes the same files with other parts; both share the reader in this module.
+LyCORIS writes the same files with other parts; both dialects share the reader in this module.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from shira_format._core.arrays import Array
 from shira_format._core.dtypes import is_float
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import PICKLES, SAFETENSORS, checked, number_in, open_tensors
-from shira_format.lora.pairs import plain
-from shira_format.lora.places import RowBlock, is_plain, joined
-from shira_format.lora.update import Update
-from shira_format.lora.updates import Lora
+from shira_format.lora.products import low_rank
+from shira_format.lora.row_stack import stack_rows
 from shira_format.names.components import component_names
-from shira_format.names.flat import FlatNames, Places, flat
+from shira_format.names.flat import FlatNames, RowBlocks, flat
+from shira_format.names.row_blocks import RowBlock, is_one_weight
 from shira_format.names.single_file import is_single_file, single_file_names
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 PARTS = frozenset((DOWN, UP, ALPHA))
 
-# OneTrainer says lora_transformer; "lycoris" is what LyCORIS' wrapper around any model says. ComfyUI's prefix leaves the
-# dots in the names.
+# lora_transformer is OneTrainer's; lycoris is the prefix of LyCORIS' wrapper for any model. Names after ComfyUI's prefix
+# keep their dots.
 _KEY = re.compile(
     r"(?P<prefix>lora_unet|lora_transformer|lora_te[123]?|lycoris)_(?P<module>[^.]+)\.(?P<part>.+)"
     r"|(?P<comfy>diffusion_model)\.(?P<dotted>.+?)\.(?P<what>lora_(?:down|up|mid)\.weight|alpha|dora_scale|(?:hada|lokr)_\w+)"
@@ -47,13 +46,13 @@ _TEXT = {
     "lora_te2": "text_encoder_2",
     "lora_te3": "text_encoder_3",
 }
-# The header's keys that go into the provenance.
+# Keys of the header that go into the provenance.
 _HEADER = ("ss_network_dim", "ss_network_alpha", "ss_base_model_version")
-_MOST_SHOWN = 80  # characters, or different ranks
+_MOST_SHOWN = 80  # characters of a header's value; different ranks or alphas
 
 
 class Key(NamedTuple):
-    """A key taken apart: what is adapted, by the prefix; the module's flat name; and which part of its LoRA this is."""
+    """A parsed key: the prefix, which means a component; the module's flat name; the part of its LoRA."""
 
     prefix: str
     module: str
@@ -61,7 +60,7 @@ class Key(NamedTuple):
 
 
 def parse(key: str) -> Key | None:
-    """The key taken apart; None if it is of another dialect."""
+    """The parsed key; None if it is of another dialect."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -79,16 +78,16 @@ def find(path: Path) -> Path | None:
 
 
 def keys_at(path: Path) -> list[Key]:
-    """The keys of the file at ``path`` that are of kohya's kind."""
+    """The keys of the file at ``path`` that :func:`parse` knows."""
     found = find(path)
     try:
         return [] if found is None else [key for key in map(parse, open_tensors(found)) if key is not None]
-    except SourceError:  # of another kind than tensors
+    except SourceError:  # not a file of tensors
         return []
 
 
 class Kohya:
-    """Files of kohya's sd-scripts, and of the many trainers that follow it."""
+    """Files of kohya's sd-scripts, and of trainers that follow it."""
 
     name = "kohya"
 
@@ -113,8 +112,8 @@ class Group:
         path: the file.
         name: prefix and module, as in the file.
         tensors: all that the file holds.
-        parts: the tensors by part; such as are large wait in :attr:`stored`.
-        stored: keys of tensors to be read piece by piece, by part.
+        parts: the tensors by part, but for large ones.
+        stored: keys of large tensors, which are read in pieces, by part.
     """
 
     path: Path
@@ -124,13 +123,13 @@ class Group:
     stored: dict[str, str] = field(default_factory=dict)
 
     def alpha(self, rank: int) -> float:
-        """Alpha; the rank if the file says nothing or 0."""
+        """Alpha; the rank if the file has none or 0."""
         return (self.number(ALPHA) if ALPHA in self.parts else 0.0) or float(rank)
 
     def number(self, part: str) -> float:
-        """The one number that a part holds."""
+        """The number in a part of one element."""
         key = f"{self.name}.{part}"
-        return number_in({key: self.parts[part]}, key, self.path)
+        return number_in(self.parts[part], key, self.path)
 
     @property
     def where(self) -> str:
@@ -139,16 +138,16 @@ class Group:
 
 
 class KohyaLayer(NamedTuple):
-    """What a module's LoRA does.
+    """The effect of a module's LoRA.
 
     Attributes:
-        update: to the weight.
-        weight: what is added to a weight of one dimension instead, as a whole.
-        bias: what is added to the bias.
+        update: of the weight.
+        weight: addition to a 1-D weight, instead of an update.
+        bias: addition to the bias.
         magnitude: of DoRA: ``[rows]``, or with ``kernel`` ``[columns / kernel]``.
-        kernel: of DoRA by columns: how many of them share a norm; 0: it is by rows.
+        kernel: for DoRA by columns, the number of columns that share a norm; 0 for DoRA by rows.
         rank: for the provenance.
-        alpha: likewise.
+        alpha: for the provenance.
     """
 
     update: Update | None = None
@@ -160,11 +159,11 @@ class KohyaLayer(NamedTuple):
     alpha: float | None = None
 
 
-# Makes a layer of a module's LoRA, and of the weight's name and shape: that of the module, if the base holds parts of it.
+# Makes a layer from a module's LoRA, the weight's name, and the shape of the module, of which the base may hold parts.
 Build = Callable[[Group, str, tuple[int, ...]], KohyaLayer]
 
 
-def low_rank(group: Group) -> tuple[Array, Array]:
+def factors_of(group: Group) -> tuple[Array, Array]:
     """The factors ``up`` and ``down``, whose ranks agree.
 
     Raises:
@@ -184,21 +183,21 @@ def low_rank(group: Group) -> tuple[Array, Array]:
 def _layer(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     if strange := group.parts.keys() - PARTS:
         raise SourceError(f"{group.where}: unmatched key: kohya's LoRA has no {min(strange)!r}")
-    up, down = low_rank(group)
+    up, down = factors_of(group)
     rank = down.shape[0]
     alpha = group.alpha(rank)
-    return KohyaLayer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
+    return KohyaLayer(low_rank(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
 
 
 class Reader:
-    """One file on its way from keys to updates."""
+    """Turns the tensors of one file into updates."""
 
     def __init__(
         self, path: Path, base: Checkpoint, dialect: str, build: Build, *,
         stored: frozenset[str] = frozenset(), refused: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Args: ``stored``: parts that may be as large as the base's weights, and are not read now. ``refused``: parts that
-        cannot be read, and why.
+        """Args: ``stored``: parts that may be as large as the base's weights, and are read later. ``refused``: why some parts
+        are not supported.
         """
         found = find(path)
         if found is None:
@@ -210,11 +209,11 @@ class Reader:
         self.stored = stored
         self.refused = refused or {}
         self.notices: list[str] = []
-        # By the base's tensor: the layers that are rows of it, and where; then what comes of them.
+        # By the base's tensor: updates of some of its rows, and of all; additions; and by block, who adapts it.
         self._parts: dict[str, list[tuple[RowBlock, Update]]] = {}
         self._whole: dict[str, Update] = {}
         self._additions: dict[str, Array] = {}
-        self._by: dict[str, str] = {}
+        self._claimed: dict[str, str] = {}
 
     def read(self) -> Lora:
         tensors = open_tensors(self.path)
@@ -222,9 +221,9 @@ class Reader:
         ranks: set[float] = set()
         alphas: set[float] = set()
         for component, members in self._components(groups).items():
-            places = self._resolve(component, members, alone=len(members) == len(groups))
+            blocks = self._resolve(component, members, alone=len(members) == len(groups))
             for key, group in members.items():
-                layer = self._add(group, places[key.module])
+                layer = self._add(group, blocks[key.module])
                 if layer.rank is not None and layer.alpha is not None:
                     ranks.add(layer.rank)
                     alphas.add(layer.alpha)
@@ -243,7 +242,7 @@ class Reader:
         )
 
     def _groups(self, tensors: Checkpoint) -> dict[Key, Group]:
-        """By prefix and module; the part is left out of the key."""
+        """By prefix and module: keys without a part."""
         found: dict[Key, Group] = {}
         for name in tensors:
             key = parse(name)
@@ -272,109 +271,109 @@ class Reader:
         return found
 
     def _component(self, prefix: str, prefixes: set[str]) -> str:
-        """What diffusers calls the model that the prefix means."""
+        """Diffusers' name of the component that the prefix means."""
         models = self.base.components
         if prefix in _TEXT:
-            # kohya calls FLUX's T5 the third one, since ComfyUI does so; in diffusers' pipeline it is the second.
+            # FLUX's T5 is the third text encoder for kohya and ComfyUI, and the second in diffusers' pipeline.
             third = prefix == "lora_te3" and "text_encoder_3" not in models and "lora_te2" not in prefixes
             return "text_encoder_2" if models and third else _TEXT[prefix]
         if "transformer" in models and "transformer_2" in models:
             raise SourceError(
-                f"{self.path}: the base has two models that remove noise, transformer and transformer_2, and nothing "
-                "tells which one is meant: give the folder of one of them as the base"
+                f"{self.path}: the base has two denoisers, transformer and transformer_2, and the file does not say which it "
+                "adapts: give the folder of one of them as the base"
             )
         return next((name for name in ("unet", "transformer", "prior") if name in models), "unet")
 
-    def _resolve(self, component: str, members: Mapping[Key, Group], *, alone: bool) -> dict[str, Places]:
+    def _resolve(self, component: str, members: Mapping[Key, Group], *, alone: bool) -> dict[str, RowBlocks]:
         where = f"{self.path}: {component}"
         if is_single_file(self.base):
             prefix, names = single_file_names(self.base, component, str(self.path))
         else:
             prefix, names = component_names(self.base, component, self.path, alone=alone)
-        found, words = FlatNames(self.base, prefix, names).resolve([key.module for key in members], where)
-        if words:
-            self.notices.append(f"names of the LoRA are not those of the base: {component}: {words}")
+        found, rename = FlatNames(self.base, prefix, names).resolve([key.module for key in members], where)
+        self.notices += rename.notices("the LoRA", component)
         return found
 
-    def _add(self, group: Group, places: Places) -> KohyaLayer:
-        """Put a module's LoRA to its places."""
-        height = sum(place.height for place in places)
-        shape = (height, *self.base.shape(places[0].name)[1:])
-        if any(self.base.shape(place.name)[1:] != shape[1:] for place in places):
-            raise SourceError(f"{group.where}: the base's {', '.join(repr(place.name) for place in places)} are not of one width")  # fmt: skip
-        layer = self.build(group, places[0].name, shape)
-        for place in places:
-            self._claim(group, place, places)
+    def _add(self, group: Group, blocks: RowBlocks) -> KohyaLayer:
+        """Apply a module's LoRA to its blocks of rows."""
+        height = sum(block.height for block in blocks)
+        shape = (height, *self.base.shape(blocks[0].name)[1:])
+        if any(self.base.shape(block.name)[1:] != shape[1:] for block in blocks):
+            raise SourceError(f"{group.where}: the base's {', '.join(repr(block.name) for block in blocks)} differ in columns")  # fmt: skip
+        layer = self.build(group, blocks[0].name, shape)
+        for block in blocks:
+            self._claim(group, block, blocks)
             if layer.update is not None:
-                self._place(group, layer, place, places)
+                self._add_update(group, layer, block, blocks)
             if layer.weight is not None:
-                self._addition(group, place.name, place, layer.weight, height)
+                self._add_addition(group, block.name, block, layer.weight, height)
             if layer.bias is not None:
-                self._addition(group, place.bias, place, layer.bias, height)
+                self._add_addition(group, block.bias, block, layer.bias, height)
         return layer
 
-    def _claim(self, group: Group, place: RowBlock, places: Places) -> None:
-        other = self._by.setdefault(f"{place.name} {place.start}", group.name)
-        if other != group.name or sum(one == place for one in places) > 1:
-            raise SourceError(f"{self.path}: {other!r} and {group.name!r} are both the base's {place.name!r}")
+    def _claim(self, group: Group, block: RowBlock, blocks: RowBlocks) -> None:
+        other = self._claimed.setdefault(f"{block.name} {block.start}", group.name)
+        if other != group.name or blocks.count(block) > 1:
+            raise SourceError(f"{self.path}: {other!r} and {group.name!r} both adapt the base's {block.name!r}")
 
-    def _place(self, group: Group, layer: KohyaLayer, place: RowBlock, places: Places) -> None:
+    def _add_update(self, group: Group, layer: KohyaLayer, block: RowBlock, blocks: RowBlocks) -> None:
         assert layer.update is not None
-        shape = self.base.shape(place.name)
-        is_whole = place.height == shape[0]
+        shape = self.base.shape(block.name)
+        is_whole = block.height == shape[0]
         update = layer.update
-        if not is_plain(places, self.base):
+        if not is_one_weight(blocks, self.base):
             if not is_whole and layer.magnitude is not None:
                 raise SourceError(
-                    f"{group.where}: DoRA of rows of the base's {place.name!r}: is not read; take a base that holds this "
-                    "module by itself, such as diffusers' folder of the same model"
+                    f"{group.where}: DoRA of some rows of the base's {block.name!r} is not supported; take a base that has this "
+                    "module as a weight of its own, such as diffusers' folder of the same model"
                 )
             if not is_whole:
-                self._parts.setdefault(place.name, []).append((place, update))
+                self._parts.setdefault(block.name, []).append((block, update))
                 return
             if layer.kernel:
                 raise SourceError(
-                    f"{group.where}: DoRA by columns of a module that the base holds in parts: is not read; take a base "
-                    "that holds this module as one weight, such as the authors' single file"
+                    f"{group.where}: DoRA by columns of a module that the base holds in parts is not supported; take a base "
+                    "that has this module as one weight, such as the authors' single file"
                 )
-            update = joined(place.name, shape, [(place, update)], str(self.path))
+            update = stack_rows(block.name, shape, [(block, update)], str(self.path))
         if layer.magnitude is not None:
-            magnitude = layer.magnitude if layer.kernel else place.of(layer.magnitude)
-            # LyCORIS: torch.finfo(dtype).eps, where it computes in the dtype of dora_scale, which it keeps in float32.
+            magnitude = layer.magnitude if layer.kernel else block.take(layer.magnitude)
+            # LyCORIS: torch.finfo(dtype).eps of the dtype of dora_scale, which it keeps in float32.
             eps = float(np.finfo(update.dtype).eps)
             update = Decomposed(
                 update, self.base, magnitude.astype(update.dtype), bool(layer.kernel), layer.kernel or 1, eps
             )
-        self._whole[place.name] = update
+        self._whole[block.name] = update
 
-    def _addition(self, group: Group, name: str, place: RowBlock, array: Array, height: int) -> None:
-        """Add the part of ``array`` that is here, ``height`` being the rows of the whole module."""
+    def _add_addition(self, group: Group, name: str, block: RowBlock, array: Array, height: int) -> None:
+        """Add the rows of ``array`` in this block; ``height`` is the number of rows of the whole module."""
         if name not in self.base:
-            raise SourceError(f"{group.where}: it adds to a bias, but the base has no {name!r}")
+            raise SourceError(f"{group.where}: adds to a bias, but the base has no {name!r}")
         shape = self.base.shape(name)
-        if len(shape) != 1 or array.shape != (height,) or place.start + place.height > shape[0]:
+        if len(shape) != 1 or array.shape != (height,) or block.start + block.height > shape[0]:
             raise SourceError(
-                f"{group.where}: what it adds has shape {list(array.shape)}, the base's {name!r} has {list(shape)}"
+                f"{group.where}: its addition has shape {list(array.shape)}, the base's {name!r} has {list(shape)}"
             )
         total = self._additions.setdefault(name, np.zeros(shape, array.dtype))
-        total[place.start : place.start + place.height] += place.of(array)
+        total[block.start : block.start + block.height] += block.take(array)
 
     def _updates(self) -> list[Update]:
         fused = {
-            name: joined(name, self.base.shape(name), parts, str(self.path)) for name, parts in self._parts.items()
+            name: stack_rows(name, self.base.shape(name), parts, str(self.path))
+            for name, parts in self._parts.items()
         }
         return [*self._whole.values(), *fused.values()]
 
 
 def _checked(path: Path, name: str, part: str, array: Array) -> Array:
-    """As ``checked``; an alpha may be an integer, which some trainers save."""
+    """As ``checked``, but an alpha may be an integer, as some trainers save it."""
     if part == ALPHA and array.dtype.kind in "iu":
         return array.astype(np.float64)
     return checked(path, name, array)
 
 
 def _check_stored(tensors: Checkpoint, name: str, path: Path) -> None:
-    """As ``checked``, piece by piece."""
+    """As ``checked``, in pieces."""
     if not is_float(dtype := tensors.dtype(name)):
         raise SourceError(f"{path}: {name!r} is of dtype {dtype}, not a float")
     size, step = int(np.prod(tensors.shape(name), dtype=object)), 1 << 22
@@ -384,12 +383,12 @@ def _check_stored(tensors: Checkpoint, name: str, path: Path) -> None:
 
 def _reason(name: str) -> str:
     if name.startswith("bundle_emb."):
-        return "an embedding of new tokens is bundled with this LoRA; it is no change of the base's weights"
-    return "its name does not begin as kohya's and LyCORIS' do (lora_unet_, lora_te_, lycoris_)"
+        return "the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights"
+    return "it begins with none of kohya's and LyCORIS' prefixes (lora_unet_, lora_te_, lycoris_)"
 
 
 def _shown(header: Mapping[str, str]) -> dict[str, Any]:
-    """What the header says that is worth keeping; others write it, so only short and printable text."""
+    """Provenance from the header: only short and printable text, since it comes from others."""
     found = {key: header.get(key) for key in _HEADER}
     return {
         key: value

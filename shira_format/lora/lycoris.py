@@ -1,18 +1,18 @@
-"""LyCORIS: LoCon, LoHa, LoKr, full differences and norms, with or without DoRA and Tucker, in files like kohya's.
+"""LyCORIS: LoCon, LoHa, LoKr, full deltas and norms, with or without DoRA and Tucker cores, in files like kohya's.
 
 The rules are those of ``lycoris/modules`` (KohakuBlueleaf/LyCORIS), ``R`` a layer's rank, ``s = alpha / R``:
 
 * LoCon: ``s * up @ down``; with Tucker ``s * einsum("i j ..., i p, j r -> p r ...", mid, up.T, down)``.
-* LoHa: ``s * (w1_a @ w1_b) * (w2_a @ w2_b)``; with Tucker each half is such a sum, of ``t1`` and ``t2``.
-* LoKr: ``s * kron(w1, w2)``; a factor is whole or ``a @ b``, ``w2`` also by Tucker. No scale if both are whole.
-* full: ``diff`` and ``diff_b`` are added as they are, and so are ``w_norm`` and ``b_norm`` to a norm's weight and bias.
-* DoRA (``dora_scale``): the sum is scaled to this length, by output (``[out, 1, ...]``) or by input (``[1, in, 1, ...]``).
+* LoHa: ``s * (w1_a @ w1_b) * (w2_a @ w2_b)``; with Tucker each half is such a product, with cores ``t1`` and ``t2``.
+* LoKr: ``s * kron(w1, w2)``; a factor is whole or ``a @ b``, ``w2`` also with a core. No scale if both are whole.
+* full: ``diff`` and ``diff_b`` are added unscaled, and so are ``w_norm`` and ``b_norm`` to a norm's weight and bias.
+* DoRA (``dora_scale``): the sum is scaled to these norms, by output (``[out, 1, ...]``) or by input (``[1, in, 1, ...]``).
 
-Two things that files do not say and need not: rs_lora (``alpha / sqrt(R)``) is in the alpha that is saved (but of a LoKr
-of whole factors no trace is left, and LyCORIS reads it without), and a learned scalar is multiplied into a factor.
+Two options need not be in the file: rs_lora (``alpha / sqrt(R)``) is included in the saved alpha (but lost for a LoKr of
+whole factors, which LyCORIS reads without it), and a learned scalar is multiplied into a factor.
 
-Where LyCORIS contradicts itself, the model that was trained counts: ``forward`` of LoHa and LoKr scales once, as ComfyUI
-and diffusers do, and ``merge_to`` (4.1.3) twice, which is wrong unless alpha is the rank.
+Where LyCORIS contradicts itself, the trained model counts: ``forward`` of LoHa and LoKr scales once, as ComfyUI and
+diffusers do; ``merge_to`` (4.1.3) scales twice, which is wrong unless alpha is the rank.
 """
 
 from __future__ import annotations
@@ -29,10 +29,18 @@ from shira_format._core.dtypes import working_dtype
 from shira_format._core.rounding import upcast
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.kohya import ALPHA, DOWN, UP, Group, KohyaLayer, Reader, is_lycoris, keys_at, low_rank
-from shira_format.lora.pairs import common_dtype, plain, scaled, trimmed
-from shira_format.lora.products import Hadamard, Kronecker, LowRank
-from shira_format.lora.updates import Lora
+from shira_format.lora.base import Lora
+from shira_format.lora.kohya import ALPHA, DOWN, UP, Group, KohyaLayer, Reader, factors_of, is_lycoris, keys_at
+from shira_format.lora.products import (
+    Hadamard,
+    Kronecker,
+    LowRank,
+    check_shape,
+    common_dtype,
+    low_rank,
+    scale_factor,
+    without_unit_kernel,
+)
 from shira_format.tensors import numel
 
 DORA, SCALAR = "dora_scale", "scalar"
@@ -44,15 +52,15 @@ _ALGORITHMS = {
     "full": frozenset(("diff", "diff_b")),
     "norm": frozenset(("w_norm", "b_norm")),
 }
-_NOT_READ = {
-    "oft_blocks": "OFT and BOFT turn the weight; merge it with LyCORIS and convert the full checkpoint (full_to_shira)",
+_UNSUPPORTED = {
+    "oft_blocks": "OFT and BOFT rotate the weight; merge it with LyCORIS and convert the full checkpoint (full_to_shira)",
     "on_input": "(IA)^3 scales the weight; merge it with LyCORIS and convert the full checkpoint (full_to_shira)",
     "a1.weight": "GLoRA multiplies the weight; merge it with LyCORIS and convert the full checkpoint (full_to_shira)",
-    "lambda_layer": "T-LoRA depends on the step of sampling, and is no change of weights",
+    "lambda_layer": "T-LoRA depends on the sampling step, and is no change of weights",
     "lokr_t1": "no version of LyCORIS gives it a meaning",
-    "bias_indices": "LoCons with a sparse rest beside the factors are not read",
+    "bias_indices": "LoCons with a sparse part beside the factors are not supported",
 }
-_MOST = 1 << 26  # elements of a product of small factors that may be larger than the weight
+_MOST = 1 << 26  # elements of a product of small factors, if the weight has fewer
 
 
 class Lycoris:
@@ -61,26 +69,26 @@ class Lycoris:
     name = "lycoris"
 
     def recognises(self, path: Path) -> bool:
-        known = frozenset(_NOT_READ).union(*_ALGORITHMS.values())
+        known = frozenset(_UNSUPPORTED).union(*_ALGORITHMS.values())
         keys = keys_at(path)
         return any(key.part in known for key in keys) and any(map(is_lycoris, keys))
 
     def read(self, path: Path, base: Checkpoint) -> Lora:
-        return Reader(path, base, self.name, _layer, stored=frozenset(("diff",)), refused=_NOT_READ).read()
+        return Reader(path, base, self.name, _layer, stored=frozenset(("diff",)), refused=_UNSUPPORTED).read()
 
 
 def _layer(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     parts = group.parts.keys() | group.stored.keys()
     kinds = [kind for kind, known in _ALGORITHMS.items() if parts & known]
     if not kinds:
-        raise SourceError(f"{group.where}: {', '.join(sorted(parts))} alone are no LoRA that is read")
+        raise SourceError(f"{group.where}: {', '.join(sorted(parts))} alone are no known LoRA")
     kind = kinds[0]
     if strange := parts - _ALGORITHMS[kind] - _COMMON:
         raise SourceError(f"{group.where}: unmatched key {min(strange)!r}: {kind} has no such part")
     if SCALAR in parts and group.number(SCALAR) != 1:
         raise SourceError(
-            f"{group.where}: the scalar is not 1: LyCORIS multiplies it into a factor when it saves, and nothing tells "
-            "whether it did so here"
+            f"{group.where}: the scalar is not 1: LyCORIS multiplies it into a factor when it saves, and whether it did so here "
+            "is unknown"
         )
     if kind in ("full", "norm"):
         if DORA in parts:
@@ -98,31 +106,27 @@ def _layer(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
 def _added(group: Group, name: str, shape: tuple[int, ...], weight: str, bias: str) -> KohyaLayer:
     if bias in group.parts and weight not in group.parts and weight not in group.stored:
         raise SourceError(f"{group.where}: it has {bias} without {weight}")
-    found = KohyaLayer(bias=_one(group.parts[bias]) if bias in group.parts else None)
+    found = KohyaLayer(bias=_float(group.parts[bias]) if bias in group.parts else None)
     if weight in group.parts:
-        return found._replace(weight=_one(group.parts[weight]))
+        return found._replace(weight=_float(group.parts[weight]))
     key = group.stored[weight]
-    made = group.tensors.shape(key)
-    if trimmed(made) != trimmed(shape):
-        raise SourceError(
-            f"{group.where}: updates a weight of shape {list(made)}, the base's {name!r} has {list(shape)}"
-        )
+    check_shape(group.tensors.shape(key), name, shape, group.where)
     return found._replace(update=_Stored(name, shape, group.tensors, key))
 
 
-def _one(array: Array) -> Array:
+def _float(array: Array) -> Array:
     return array.astype(common_dtype(array))
 
 
 def _locon(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
-    up, down = low_rank(group)
+    up, down = factors_of(group)
     rank = down.shape[0]
     alpha = group.alpha(rank)
     if (mid := group.parts.get("lora_mid.weight")) is not None:
         if math.prod(up.shape[2:]) != 1 or math.prod(down.shape[2:]) != 1:
             raise SourceError(f"{group.where}: lora_down or lora_up has a kernel beside lora_mid")
         down = _tucker(group, mid, down.reshape(down.shape[:2]), shape)
-    return KohyaLayer(plain(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
+    return KohyaLayer(low_rank(name, shape, up, down, alpha / rank, group.where), rank=rank, alpha=alpha)
 
 
 def _tucker(group: Group, core: Array, down: Array, shape: tuple[int, ...]) -> Array:
@@ -136,15 +140,15 @@ def _tucker(group: Group, core: Array, down: Array, shape: tuple[int, ...]) -> A
 
 
 def _check_size(group: Group, elements: int, shape: tuple[int, ...]) -> None:
-    """A few small factors must not ask for all of the memory."""
+    """Refuse small factors whose product would take excessive memory."""
     if elements > max(_MOST, numel(shape)):
         raise SourceError(
-            f"{group.where}: a product of its factors has {elements} elements, the weight {numel(shape)}"
+            f"{group.where}: a product of its factors has {elements} elements, the weight has {numel(shape)}"
         )
 
 
 def _factors(group: Group, stem: str, core: str, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """``up`` ``[out, R]`` and ``down`` ``[R, in]`` or ``[R, in, *kernel]`` of one half, which may have a core."""
+    """``up``, ``[out, R]``, and ``down``, ``[R, in]`` or ``[R, in, *kernel]``, of one half, which may have a core."""
     up, down = _part(group, f"{stem}_a"), _part(group, f"{stem}_b")
     if core not in group.parts:
         if up.ndim != 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
@@ -167,7 +171,7 @@ def _part(group: Group, part: str) -> Array:
 
 def _loha(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     if ("hada_t1" in group.parts) != ("hada_t2" in group.parts):
-        raise SourceError(f"{group.where}: it has one of hada_t1 and hada_t2 only")
+        raise SourceError(f"{group.where}: it has only one of hada_t1 and hada_t2")
     first = _factors(group, "hada_w1", "hada_t1", shape)
     second = _factors(group, "hada_w2", "hada_t2", shape)
     rank = _rank(group, first[1].shape[0], second[1].shape[0])
@@ -189,10 +193,10 @@ def _rank(group: Group, *ranks: int) -> int:
 def _matrix(
     group: Group, name: str, shape: tuple[int, ...], up: Array, down: Array, scale: float, dtype: np.dtype[Any]
 ) -> LowRank:
-    """``up @ down`` as the matrix of the weight; ``down`` may have in_features and kernel as one dimension."""
+    """``up @ down`` as the weight's matrix; ``down`` may have in_features and kernel as one dimension."""
     columns = numel(shape[1:])
     if up.shape[0] != shape[0] or math.prod(down.shape[1:]) != columns or (
-        down.ndim > 2 and trimmed(down.shape)[1:] != trimmed(shape)[1:]
+        down.ndim > 2 and without_unit_kernel(down.shape)[1:] != without_unit_kernel(shape)[1:]
     ):  # fmt: skip
         raise SourceError(
             f"{group.where}: updates a weight of shape {[up.shape[0], *down.shape[1:]]}, "
@@ -200,7 +204,7 @@ def _matrix(
         )
     return LowRank(
         name, shape,
-        np.ascontiguousarray(scaled(up, scale, dtype)),
+        np.ascontiguousarray(scale_factor(up, scale, dtype)),
         np.ascontiguousarray(down.reshape(-1, columns).astype(dtype)),
     )  # fmt: skip
 
@@ -209,7 +213,7 @@ def _lokr(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     split = [f"lokr_w{number}" not in group.parts for number in (1, 2)]
     for number, is_split in zip((1, 2), split, strict=True):
         if not is_split and {f"lokr_w{number}_a", f"lokr_w{number}_b"} & group.parts.keys():
-            raise SourceError(f"{group.where}: it has lokr_w{number} whole and in factors")
+            raise SourceError(f"{group.where}: it has lokr_w{number} both whole and in factors")
     if "lokr_t2" in group.parts and not split[1]:
         raise SourceError(f"{group.where}: it has lokr_t2 beside a whole lokr_w2")
     left = _factors(group, "lokr_w1", "", shape) if split[0] else (group.parts["lokr_w1"],)
@@ -230,13 +234,13 @@ def _lokr(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
     if not fits or (right[-1].ndim > 2 and right[-1].shape[2:] != shape[2:]):
         shapes = " and ".join(str([half[0].shape[0], *half[-1].shape[1:]]) for half in (left, right))
         raise SourceError(
-            f"{group.where}: the Kronecker product of matrices of shapes {shapes} is no weight of the shape of the base's "
+            f"{group.where}: the Kronecker product of matrices of shapes {shapes} does not have the shape of the base's "
             f"{name!r}, {list(shape)}"
         )
     first = left[0].astype(np.float64)
     if len(left) == 2:
         first = first @ left[1].astype(np.float64)
-    outer = scaled(first, scale, dtype)
+    outer = scale_factor(first, scale, dtype)
     if len(right) == 1:
         return KohyaLayer(
             Kronecker(name, shape, outer, right[0].reshape(c, columns).astype(dtype)), rank=rank, alpha=alpha
@@ -251,8 +255,8 @@ def _lokr(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:
 def _magnitude(group: Group, shape: tuple[int, ...]) -> tuple[Array, int]:
     """``dora_scale`` as a vector, and the kernel if it is by input (0 if by output).
 
-    Its shape tells, also where the weight is square: ``[out, 1, ...]``, the default since December 2024, or
-    ``[1, in, 1, ...]``. One dimension is what PEFT has, whose norms are by output.
+    Its shape shows which, even for a square weight: ``[out, 1, ...]``, the default since December 2024, or
+    ``[1, in, 1, ...]``. One dimension is PEFT's format, whose norms are by output.
     """
     scale = group.parts[DORA]
     if scale.ndim and scale.size == scale.shape[0] == shape[0]:
@@ -260,14 +264,14 @@ def _magnitude(group: Group, shape: tuple[int, ...]) -> tuple[Array, int]:
     if scale.ndim > 1 and scale.size == scale.shape[1] == shape[1]:
         return scale.reshape(-1), numel(shape[2:])
     raise SourceError(
-        f"{group.where}: dora_scale has shape {list(scale.shape)}, neither one number for each output nor for each input "
+        f"{group.where}: dora_scale has shape {list(scale.shape)}, neither one number per output nor one per input "
         f"of a weight of shape {list(shape)}"
     )
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A change that the file holds as it is, read piece by piece: it may be as large as the base."""
+    """A delta that the file holds in full; it may be as large as the base's weight, and is read in pieces."""
 
     name: str
     shape: tuple[int, ...]
@@ -284,14 +288,14 @@ class _Stored:
 
     def tile(self, start: int, stop: int, out: Array) -> None:
         first = start * self.columns
-        raw = scratch("stored difference", out.size, self.tensors.dtype(self.key))
+        raw = scratch("stored delta", out.size, self.tensors.dtype(self.key))
         part = self.tensors.part(self.key, first, first + out.size, raw)
         upcast(part, out.reshape(-1))
 
 
 @dataclass(frozen=True)
 class _KroneckerOfLowRank:
-    """``kron(left, up @ down)``: as :class:`Kronecker`, of whose right factor no more than some rows are made."""
+    """``kron(left, up @ down)``: a :class:`Kronecker` whose right factor is computed by rows."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,10 +1,14 @@
-"""The products of small matrices that updates are: each computes any rows of a dense update without the others.
+"""Updates as products of small matrices; each computes any rows of the dense update without the others.
 
-The scale is in the factors already. ``rows`` times ``columns`` is the size of the weight, whatever its shape.
+The scale is multiplied into a factor. ``rows`` times ``columns`` is the size of the weight, whatever its shape.
+
+A layer's kind is not in the files, but follows from the shapes: ``down`` (``lora_A``) is ``[r, in]`` of a linear layer or
+``[r, in, *kernel]`` of a convolution, ``up`` (``lora_B``) is ``[out, r]`` or ``[out, r, 1, ...]``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format.lora.update import Update
+from shira_format.errors import SourceError
+from shira_format.lora.base import Update
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Dense:
-    """A change that the file holds as it is: ``values`` is ``[rows, columns]``."""
+    """A change that is held in full: ``values`` is ``[rows, columns]``."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +65,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """``(up_1 @ down_1) * (up_2 @ down_2)``, entry by entry: LoHa (arXiv 2108.06098, proposition 2)."""
+    """``(up_1 @ down_1) * (up_2 @ down_2)``, elementwise: LoHa (arXiv 2108.06098, proposition 2)."""
 
     first: LowRank
     second: LowRank
@@ -114,7 +119,7 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Updates on top of each other, of one dtype and as many columns: experts, or the parts of a fused projection."""
+    """Updates stacked along rows, of one dtype and equal ``columns``: experts, or the parts of a fused projection."""
 
     name: str
     shape: tuple[int, ...]
@@ -138,3 +143,66 @@ class Stacked:
             first, last = max(start, end - height), min(stop, end)
             if first < last:
                 part.tile(first - (end - height), last - (end - height), out[first - start : last - start])
+
+
+def common_dtype(*factors: Array) -> np.dtype[Any]:
+    """float64 if a factor is, else float32."""
+    return np.dtype(np.float64 if any(factor.dtype == np.float64 for factor in factors) else np.float32)
+
+
+def scale_factor(factor: Array, scale: float, dtype: np.dtype[Any]) -> Array:
+    """``factor * scale`` in ``dtype``; an overflow is reported when the update is computed."""
+    with np.errstate(over="ignore"):
+        return np.asarray(factor.astype(dtype) * np.asarray(scale).astype(dtype))
+
+
+def low_rank(name: str, shape: tuple[int, ...], up: Array, down: Array, scale: float, where: str) -> LowRank:
+    """``scale * up @ down`` as the update of a weight that is stored as ``[out, in]`` or ``[out, in, *kernel]``.
+
+    A linear layer's factors fit a convolution of kernel 1, and the other way round: both are the same matrix.
+
+    Args:
+        name: of the weight in the base.
+        shape: its shape there.
+        up: ``[out, r]``, maybe with a kernel of ones.
+        down: ``[r, in]`` or ``[r, in, *kernel]``.
+        scale: of the product.
+        where: file and module, for messages.
+
+    Raises:
+        SourceError: the shapes do not fit each other, or not the weight.
+    """
+    rank_up, rank_down = up.shape[1] if up.ndim > 1 else 0, down.shape[0] if down.ndim > 1 else 0
+    if not rank_up or rank_up != rank_down or math.prod(up.shape[2:]) != 1:
+        raise SourceError(
+            f"{where}: factors of shapes {list(up.shape)} and {list(down.shape)} do not fit each other"
+        )
+    check_shape((up.shape[0], *down.shape[1:]), name, shape, where)
+    dtype = common_dtype(up, down)
+    return LowRank(
+        name, shape,
+        np.ascontiguousarray(scale_factor(up.reshape(up.shape[0], -1), scale, dtype)),
+        np.ascontiguousarray(down.reshape(down.shape[0], -1).astype(dtype)),
+    )  # fmt: skip
+
+
+def check_shape(update: tuple[int, ...], name: str, shape: tuple[int, ...], where: str) -> None:
+    """Whether an update of this shape fits the weight, but for a kernel of ones.
+
+    Raises:
+        SourceError: it does not.
+    """
+    if without_unit_kernel(update) != without_unit_kernel(shape):
+        raise SourceError(
+            f"{where}: updates a weight of shape {list(update)}, the base's {name!r} has {list(shape)}"
+        )
+
+
+def without_unit_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` without a kernel of ones: what a convolution of kernel 1 shares with a linear layer."""
+    return shape[:2] if math.prod(shape[2:]) == 1 else shape
+
+
+def transposed(update: LowRank, shape: tuple[int, ...]) -> LowRank:
+    """The update of the transposed matrix, ``[in, out]``."""
+    return LowRank(update.name, shape, np.ascontiguousarray(update.down.T), np.ascontiguousarray(update.up.T))

@@ -1,8 +1,8 @@
-"""The two orders of a head's rows that rotary embeddings have, and what a base says of its heads.
+"""The two row orders that rotary embeddings have within a head, and the number of heads of a base.
 
-Hugging Face turns row ``i`` of a head together with row ``i + n/2``; Meta's code, llama.cpp (for Llama and its like) and
-torchtune turn row ``2i`` with ``2i + 1``. Whoever converts between them moves the rows of the query and key weights,
-and so those of ``lora_B``, head by head. ``lora_A`` stays as it is.
+Hugging Face rotates row ``i`` of a head together with row ``i + n/2``; Meta's code, llama.cpp (for Llama and similar) and
+torchtune rotate row ``2i`` with ``2i + 1``. A conversion between them permutes the rows of the query and key weights, and
+so those of ``lora_B``, within each head. ``lora_A`` is the same for both.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Attention:
-    """What a base says of its attention.
+    """A base's attention.
 
     Attributes:
         kind: the model's type: ``model_type`` of Hugging Face, or GGUF's name of its architecture.
-        query: how many heads the queries have.
-        key: how many the keys have.
+        query: number of query heads.
+        key: number of key heads.
     """
 
     kind: str
@@ -40,7 +40,7 @@ def attention_of(base: Checkpoint, where: object) -> Attention:
     """The model's type and heads, from a GGUF's header or from ``config.json`` beside the base.
 
     Raises:
-        SourceError: neither is there, or it does not say; the message begins with ``where``.
+        SourceError: neither exists or states them; the message begins with ``where``.
     """
     if isinstance(base, GGUFCheckpoint):
         header = base.header
@@ -50,8 +50,8 @@ def attention_of(base: Checkpoint, where: object) -> Attention:
     path = None if base.folder is None else base.folder / CONFIG
     if path is None or not path.is_file():
         raise SourceError(
-            f"{where}: the rows of queries and keys are in the order of another rotary embedding, head by head: the "
-            f"number of heads is needed, but {base.path} has no {CONFIG} beside it and is no GGUF file"
+            f"{where}: the rows of queries and keys have another rotary embedding's order within each head: the number of "
+            f"heads is needed, but {base.path} has no {CONFIG} beside it and is no GGUF file"
         )
     config = read_json(path)
     if isinstance(inner := config.get("text_config"), dict):
@@ -62,20 +62,22 @@ def attention_of(base: Checkpoint, where: object) -> Attention:
 
 
 def _attention(path: Path, where: object, kind: Any, query: Any, key: Any) -> Attention:
-    if key is None:  # a model that does not say has as many of both
+    if key is None:  # as many key heads as query heads
         key = query
     if not isinstance(kind, str) or not is_rank(query) or not is_rank(key):
-        raise SourceError(f"{where}: {path} does not say what the model is and how many heads it has")
+        raise SourceError(f"{where}: {path} does not state the model's type and number of heads")
     return Attention(kind, query, key)
 
 
-def halves(rows: Array, heads: int, where: object) -> Array:
-    """``rows`` (``[n, ...]``) of neighbours in pairs, in Hugging Face's order: of each head the even, then the odd ones.
+def deinterleave_heads(rows: Array, heads: int, where: object) -> Array:
+    """``rows``, ``[n, ...]``, in Hugging Face's order: of each head the even, then the odd ones.
 
     Raises:
-        SourceError: they are not pairs in every head; the message begins with ``where``.
+        SourceError: a head would not have an even number of rows; the message begins with ``where``.
     """
     if rows.ndim < 1 or rows.shape[0] % (2 * heads):
-        raise SourceError(f"{where}: shape {list(rows.shape)} has no pairs of rows for {heads} heads")
+        raise SourceError(
+            f"{where}: shape {list(rows.shape)} cannot be split into {heads} heads of an even number of rows"
+        )
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,12 +1,12 @@
 """torchtune's LoRA and DoRA: ``adapter_model.pt`` (``adapter_0.pt`` before 2025) with ``adapter_config.json``.
 
 The rules are those of ``torchtune/modules/peft`` and ``torchtune/models/convert_weights.py`` (pytorch/torchtune):
-``delta W = alpha / r * lora_b @ lora_a``; DoRA scales the rows of the sum to the length ``magnitude``. Modules have
+``delta W = alpha / r * lora_b @ lora_a``; DoRA scales the rows of the sum to norm ``magnitude``. Modules have
 torchtune's names, and queries and keys the row order of its rotary embedding. torchtune writes the same LoRA in PEFT's
 format next to these files (``adapter_model.safetensors``): a folder that has both is read as PEFT's.
 
-For Qwen2 and Qwen3, torchtune's model has Hugging Face's row order (``qwen2/_convert_weights.py`` moves nothing), though
-``tune_to_peft_adapter_weights`` moves the rows of ``lora_b`` of these, too: it is the model that is followed here.
+For Qwen2 and Qwen3, torchtune's model has Hugging Face's row order (``qwen2/_convert_weights.py`` permutes nothing), but
+``tune_to_peft_adapter_weights`` permutes the rows of ``lora_b`` nevertheless: here the model's order counts.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from pathlib import Path
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import FormatError, SourceError
+from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import PICKLES, SAFETENSORS, is_number, is_rank, open_tensors, read_json, read_tensors
-from shira_format.lora.pairs import plain
-from shira_format.lora.rope import Attention, attention_of, halves
-from shira_format.lora.update import Update
-from shira_format.lora.updates import Lora
-from shira_format.names.match import match_names
+from shira_format.lora.keys import by_pattern, group_keys
+from shira_format.lora.peft import CONFIG
+from shira_format.lora.peft import WEIGHTS as PEFT_WEIGHTS
+from shira_format.lora.products import low_rank
+from shira_format.lora.rope import Attention, attention_of, deinterleave_heads
+from shira_format.names.prefixes import match_names
 
-CONFIG = "adapter_config.json"
-# Where the folder is PEFT's.
-_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
-
-_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)")
+_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[ab](?=\.weight\Z)|magnitude\Z)(?:\.weight)?")
 _LAYER = re.compile(r"layers\.(?P<number>0|[1-9][0-9]*)\.(?P<inner>.+)")
 _INNER = {
     "attn.q_proj": "self_attn.q_proj",
@@ -43,19 +41,20 @@ _INNER = {
     "mlp.w3": "mlp.up_proj",
 }
 _OUTPUT = {"output": "lm_head"}
-# By whether torchtune's rotary embedding turns neighbours (row 2i with 2i + 1), as Meta's does. GGUF calls Mistral llama.
-_TURNS_NEIGHBOURS = {
+# Whether torchtune's rotary embedding rotates adjacent rows (2i with 2i + 1) together, as Meta's does, by model type.
+# GGUF's architecture of Mistral is llama.
+_ROTATES_ADJACENT = {
     "llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False,
 }  # fmt: skip
 
 
 class Torchtune:
-    """torchtune's own files."""
+    """Files that torchtune writes."""
 
     name = "torchtune"
 
     def recognises(self, path: Path) -> bool:
-        if path.is_dir() and any((path / name).is_file() for name in _PEFT):
+        if path.is_dir() and any((path / name).is_file() for name in PEFT_WEIGHTS):
             return False
         return any(map(_is_torchtune, _candidates(path)))
 
@@ -77,7 +76,7 @@ def _candidates(path: Path) -> list[Path]:
 
 
 def _is_torchtune(path: Path) -> bool:
-    """No other program writes ``lora_a``, in small letters, with ``weight``."""
+    """Whether a key ends in ``lora_a.weight``, in lower case, which no other program writes."""
     try:
         return any(key.endswith(".lora_a.weight") for key in open_tensors(path))
     except (SourceError, FormatError):
@@ -85,7 +84,7 @@ def _is_torchtune(path: Path) -> bool:
 
 
 class _Reader:
-    """One adapter on its way from keys to updates."""
+    """Turns the tensors of one adapter into updates."""
 
     def __init__(self, path: Path, base: Checkpoint) -> None:
         self.path = path
@@ -96,39 +95,30 @@ class _Reader:
     def read(self) -> Lora:
         modules = self._modules(read_tensors(self.path)[0])
         targets = {module: f"{self._target(module)}.weight" for module in modules}
-        rename, words = match_names(dict.fromkeys(targets.values()), self.base, self.path)
+        rename = match_names(dict.fromkeys(targets.values()), self.base, self.path)
         return Lora(
             updates=[self._update(module, parts, rename(targets[module])) for module, parts in modules.items()],
             source={"kind": "lora", "dialect": "torchtune", "r": self.rank, "lora_alpha": self.alpha}
             | ({"use_dora": True} if any("magnitude" in parts for parts in modules.values()) else {}),
             base_model=_base_model(self.config),
             files=[self.path, self.config],
-            notices=[f"names of the LoRA are not those of the base: {words}"] if words else [],
+            notices=rename.notices("the LoRA"),
         )
 
     def _modules(self, tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
-        found: dict[str, dict[str, Array]] = {}
-        for key, array in tensors.items():
-            match = _KEY.fullmatch(key)
-            if match is None:
-                raise SourceError(
-                    f"{self.path}: unmatched key {key!r}: it ends neither in lora_a.weight nor lora_b.weight nor "
-                    "magnitude (experts are not read)"
-                )
-            found.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = array
-        for module, parts in found.items():
+        ends = "it ends neither in lora_a.weight nor lora_b.weight nor magnitude (experts are not supported)"
+        groups = group_keys(tensors, by_pattern(_KEY), self.path, ends)
+        for module, parts in groups.items():
             if not parts.keys() >= {"lora_a", "lora_b"}:
                 raise SourceError(f"{self.path}: {module!r} has {', '.join(sorted(parts))} only")
-        if not found:
-            raise SourceError(f"{self.path}: it holds no tensors")
-        return found
+        return {module: {part: tensors[key] for part, key in parts.items()} for module, parts in groups.items()}
 
     def _target(self, module: str) -> str:
         """The module's name in Hugging Face's checkpoint."""
         match = _LAYER.fullmatch(module)
         name = _OUTPUT.get(module) if match is None else _INNER.get(match["inner"])
         if name is None:
-            raise SourceError(f"{self.path}: module {module!r} has no Hugging Face name that is known")
+            raise SourceError(f"{self.path}: module {module!r} has no known Hugging Face name")
         return name if match is None else f"model.layers.{match['number']}.{name}"
 
     def _update(self, module: str, parts: Mapping[str, Array], name: str) -> Update:
@@ -139,7 +129,7 @@ class _Reader:
                 f"{list(b.shape)}"
             )
         up = self._rows(module, b, where)
-        update = plain(name, self.base.shape(name), up, a, self.alpha / self.rank, where)
+        update = low_rank(name, self.base.shape(name), up, a, self.alpha / self.rank, where)
         if (magnitude := parts.get("magnitude")) is None:
             return update
         if magnitude.shape != update.shape[:1]:
@@ -149,18 +139,18 @@ class _Reader:
         return Decomposed(update, self.base, self._rows(module, magnitude, where).astype(update.dtype))
 
     def _rows(self, module: str, rows: Array, where: str) -> Array:
-        """``rows`` in Hugging Face's order: those of queries and keys may be in another one."""
+        """``rows`` in Hugging Face's order, from which those of queries and keys may differ."""
         if not module.endswith(("attn.q_proj", "attn.k_proj")):
             return rows
         attention = self._attention
-        if attention.kind not in _TURNS_NEIGHBOURS:
+        if attention.kind not in _ROTATES_ADJACENT:
             raise SourceError(
-                f"{where}: how torchtune stores a model of the type {attention.kind!r} is not known here; read are "
-                f"{', '.join(_TURNS_NEIGHBOURS)}"
+                f"{where}: how torchtune stores a model of type {attention.kind!r} is not known; supported are "
+                f"{', '.join(_ROTATES_ADJACENT)}"
             )
-        if not _TURNS_NEIGHBOURS[attention.kind]:
+        if not _ROTATES_ADJACENT[attention.kind]:
             return rows
-        return halves(rows, attention.key if module.endswith("k_proj") else attention.query, where)
+        return deinterleave_heads(rows, attention.key if module.endswith("k_proj") else attention.query, where)
 
     @cached_property
     def _attention(self) -> Attention:
@@ -168,18 +158,18 @@ class _Reader:
 
 
 def _parameters(path: Path, config: Path) -> tuple[int, float]:
-    """Rank and alpha: torchtune keeps them in PEFT's configuration, and nowhere in the file of tensors."""
+    """Rank and alpha, which torchtune writes only to PEFT's configuration."""
     if not config.is_file():
         raise SourceError(
-            f"{path}: alpha is not in the file, and {CONFIG}, in which torchtune writes it, is not beside it: write one "
-            'there, {"r": ..., "lora_alpha": ...}, with lora_rank and lora_alpha of the recipe'
+            f"{path}: alpha is not in the file, and {CONFIG}, to which torchtune writes it, is not beside it: create one, "
+            '{"r": ..., "lora_alpha": ...}, with lora_rank and lora_alpha of the recipe'
         )
     found = read_json(config)
     if not is_rank(found.get("r")) or not is_number(found.get("lora_alpha")):
         raise SourceError(f"{config}: r and lora_alpha must be numbers, r a positive integer")
     for option in ("use_rslora", "rank_pattern", "alpha_pattern"):
         if found.get(option):
-            raise SourceError(f"{config}: {option} is set, which torchtune does not have")
+            raise SourceError(f"{config}: {option} is set, which torchtune does not support")
     return found["r"], found["lora_alpha"]
 
 

@@ -1,10 +1,10 @@
 """XLabs' LoRAs of FLUX.1: attention processors, ``double_blocks.0.processor.qkv_lora1.down.weight``.
 
-The rules are those of x-flux (XLabs-AI/x-flux, ``flux/modules/layers.py``): ``delta W = up @ down``. Its linear layers know
-a ``network_alpha``, which it never sets and its files do not hold. ``lora1`` is of the image's stream, ``lora2`` of the
-text's. In a single block, ``qkv_lora`` is of the first rows of ``linear1``, whose others feed the MLP, and ``proj_lora`` of
-``linear2``. The weight that x-flux gives to a LoRA as it loads it (0.7 unless told otherwise, on both factors) is the user's
-choice and not in the file: it is 1 here, as in diffusers.
+The rules are those of x-flux (XLabs-AI/x-flux, ``flux/modules/layers.py``): ``delta W = up @ down``. Its linear layers have
+a ``network_alpha``, which it never sets or saves. ``lora1`` adapts the image's stream, ``lora2`` the text's. In a single
+block, ``qkv_lora`` adapts the first rows of ``linear1``, whose others feed the MLP, and ``proj_lora`` adapts ``linear2``. The
+weight that x-flux applies when it loads a LoRA (0.7 by default, on both factors) is the user's choice and not in the file:
+it is 1 here, as in diffusers.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, read_tensors
-from shira_format.lora.pairs import plain
-from shira_format.lora.products import LowRank, Stacked
-from shira_format.lora.update import Update
-from shira_format.lora.updates import Lora
+from shira_format.lora.keys import check_pairs, group_keys
+from shira_format.lora.products import low_rank
+from shira_format.lora.row_stack import stack_rows
 from shira_format.names.components import component_names
-from shira_format.names.flux import diffusers_pieces, is_diffusers_flux
-from shira_format.names.match import match_names
+from shira_format.names.flux import flux_parts, is_diffusers_flux
+from shira_format.names.prefixes import match_names
+from shira_format.names.row_blocks import RowBlock
 
 _KEY = re.compile(
     r"(?:diffusion_model\.)?(?P<block>(?P<kind>double|single)_blocks\.(?:0|[1-9][0-9]*))\.processor\."
@@ -40,7 +39,7 @@ _LAYERS = {
     },
     "single": {"qkv_lora": "linear1", "proj_lora": "linear2"},
 }  # fmt: skip
-_QKV = 3  # pieces of linear1 that are not the MLP's: q, k, v
+_QKV = 3  # parts of linear1 before the MLP's: q, k, v
 
 
 class _Layer(NamedTuple):
@@ -49,12 +48,12 @@ class _Layer(NamedTuple):
     key: str  # of ``up``, for messages
 
 
-# Gives a layer's updates.
-_Place = Callable[[str, _Layer], list[Update]]
+# A layer's updates, given its module.
+_Resolve = Callable[[str, _Layer], list[Update]]
 
 
 class Xlabs:
-    """The files of x-flux."""
+    """Files that x-flux writes."""
 
     name = "xlabs"
 
@@ -82,7 +81,7 @@ def _find(path: Path) -> Path | None:
 
 
 def _parse(key: str) -> tuple[str, str] | None:
-    """The module of FLUX's authors, and the factor."""
+    """The module, by the name of FLUX's authors, and the factor."""
     match = _KEY.fullmatch(key)
     if match is None or match["layer"] not in _LAYERS[match["kind"]]:
         return None
@@ -90,7 +89,7 @@ def _parse(key: str) -> tuple[str, str] | None:
 
 
 class _Reader:
-    """One file on its way from keys to updates."""
+    """Turns the tensors of one file into updates."""
 
     def __init__(self, path: Path, base: Checkpoint) -> None:
         self.path = path
@@ -99,9 +98,9 @@ class _Reader:
 
     def read(self) -> Lora:
         layers = self._layers(read_tensors(self.path)[0])
-        place = self._place(list(layers))
+        resolve = self._resolver(list(layers))
         return Lora(
-            updates=[update for module, layer in layers.items() for update in place(module, layer)],
+            updates=[update for module, layer in layers.items() for update in resolve(module, layer)],
             source={
                 "kind": "lora",
                 "dialect": "xlabs",
@@ -112,22 +111,10 @@ class _Reader:
         )
 
     def _layers(self, tensors: Mapping[str, Array]) -> dict[str, _Layer]:
-        found: dict[str, dict[str, str]] = {}
-        for key in tensors:
-            parsed = _parse(key)
-            if parsed is None:
-                raise SourceError(f"{self.path}: unmatched key {key!r}: x-flux has no such LoRA")
-            module, part = parsed
-            if part in found.setdefault(module, {}):
-                raise SourceError(
-                    f"{self.path}: {found[module][part]!r} and {key!r} are the same part of one LoRA"
-                )
-            found[module][part] = key
+        groups = group_keys(tensors, _parse, self.path, "x-flux has no such LoRA")
+        check_pairs(groups.values(), self.path)
         layers = {}
-        for module, keys in found.items():
-            for part, partner in (("down", "up"), ("up", "down")):
-                if partner not in keys:
-                    raise SourceError(f"{self.path}: {keys[part]!r} has no partner, the factor {partner!r}")
+        for module, keys in groups.items():
             down, up = tensors[keys["down"]], tensors[keys["up"]]
             if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
                 raise SourceError(
@@ -135,59 +122,52 @@ class _Reader:
                     f"{list(up.shape)} are not two matrices with a rank in common"
                 )
             layers[module] = _Layer(down, up, keys["up"])
-        if not layers:
-            raise SourceError(f"{self.path}: it holds no tensors")
         return layers
 
-    def _place(self, modules: list[str]) -> _Place:
+    def _resolver(self, modules: list[str]) -> _Resolve:
         prefix, names = "", list(self.base)
         if self.base.components:
             prefix, names = component_names(self.base, "transformer", self.path, alone=True)
         if is_diffusers_flux(names):
             return self._in_diffusers(prefix, names)
-        rename, words = match_names([f"{module}.weight" for module in modules], names, self.path)
-        if words:
-            self.notices.append(f"names of the LoRA are not those of the base: {words}")
+        rename = match_names([f"{module}.weight" for module in modules], names, self.path)
+        self.notices += rename.notices("the LoRA")
         return lambda module, layer: [self._in_original(module, layer, lambda name: prefix + rename(name))]
 
-    def _in_diffusers(self, prefix: str, names: list[str]) -> _Place:
-        """Several modules are rows of one of the authors'."""
-        pieces = diffusers_pieces(names, lambda name: self.base.shape(prefix + name)[0])
+    def _in_diffusers(self, prefix: str, names: list[str]) -> _Resolve:
+        """For a base with diffusers' names, where several modules are rows of one of the authors'."""
+        fused = flux_parts(names, lambda name: self.base.shape(prefix + name)[0])
 
-        def place(module: str, layer: _Layer) -> list[Update]:
-            if module not in pieces:
+        def resolve(module: str, layer: _Layer) -> list[Update]:
+            if module not in fused:
                 raise SourceError(f"{self.path}: {layer.key!r}: the base has no such block")
-            adapted = pieces[module][:_QKV]
+            adapted = fused[module][:_QKV]
             self._check_rows(layer, adapted[-1].rows[-1][1])
             where = f"{self.path}: {layer.key!r}"
             return [
-                plain(name, self.base.shape(name), piece.of(layer.up), layer.down, 1.0, where)
-                for piece in adapted
-                for name in (f"{prefix}{piece.module}.weight",)
+                low_rank(name, self.base.shape(name), part.take(layer.up), layer.down, 1.0, where)
+                for part in adapted
+                for name in (f"{prefix}{part.module}.weight",)
             ]
 
-        return place
+        return resolve
 
     def _in_original(self, module: str, layer: _Layer, rename: Callable[[str], str]) -> Update:
         name, where = rename(f"{module}.weight"), f"{self.path}: {layer.key!r}"
         shape = self.base.shape(name)
         if not module.endswith("linear1"):
-            return plain(name, shape, layer.up, layer.down, 1.0, where)
+            return low_rank(name, shape, layer.up, layer.down, 1.0, where)
         output = rename(f"{module.removesuffix('linear1')}linear2.weight")
         if output not in self.base or len(shape) != 2:
             raise SourceError(
-                f"{where}: the base has no {output!r}, by whose size the rows of {name!r} are divided"
+                f"{where}: the base has no {output!r}, whose size determines how the rows of {name!r} are split"
             )
         rows = 3 * self.base.shape(output)[0]
         self._check_rows(layer, rows)
-        rest = shape[0] - rows
-        if rest <= 0:
+        if rows >= shape[0]:
             raise SourceError(f"{where}: the base's {name!r} has shape {list(shape)}, no more than {rows} rows")
-        update = plain(name, (rows, shape[1]), layer.up, layer.down, 1.0, where)
-        nothing = LowRank(
-            name, (rest, shape[1]), np.zeros((rest, 1), update.dtype), np.zeros((1, shape[1]), update.dtype)
-        )
-        return Stacked(name, shape, [update, nothing], [rows, rest])
+        update = low_rank(name, (rows, shape[1]), layer.up, layer.down, 1.0, where)
+        return stack_rows(name, shape, [(RowBlock(name, 0, ((0, rows),)), update)], where)
 
     def _check_rows(self, layer: _Layer, rows: int) -> None:
         if layer.up.shape[0] != rows:

@@ -1,4 +1,4 @@
-"""Joining adapters of one base to one, without ever making a dense tensor.
+"""Merging adapters of one base into one, without a dense tensor; exact combinations; differences.
 
 >>> from shira_format.merge import merge
 >>> merge(["a.st", "b.st"], "ab.st", method="ties", weights=[0.7, 0.3]).nnz
@@ -7,22 +7,25 @@
 
 from __future__ import annotations
 
-from shira_format.merge.algebra import compose, intersect, invert, subtract
+from shira_format.merge.diff import Differences, TensorDifference, diff
 from shira_format.merge.methods import METHODS, Method
 from shira_format.merge.report import MergedTensor, MergeReport
-from shira_format.merge.run import Merge, merge, merged, open_merge
+from shira_format.merge.run import Merge, open_merge
+from shira_format.merge.verbs import compose, intersect, invert, merge, subtract
 
 __all__ = [
     "METHODS",
+    "Differences",
     "Merge",
     "MergeReport",
     "MergedTensor",
     "Method",
+    "TensorDifference",
     "compose",
+    "diff",
     "intersect",
     "invert",
     "merge",
-    "merged",
     "open_merge",
     "subtract",
 ]

@@ -1,4 +1,4 @@
-"""What a merge did, tensor by tensor."""
+"""The report of a merge, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class MergedTensor:
         numel: elements of the weight.
         inputs: entries of each adapter.
         shared: entries that several adapters have.
-        energy: sum of squares of the result's deltas before it was cut to a density; None if it was not cut.
-        energy_kept: the same of what is left; None likewise.
+        energy: energy (the sum of squares) of the result's deltas before its density was limited; None: it was not.
+        energy_kept: that of the deltas that were kept; None likewise.
         not_finite: entries of the result that are NaN or infinite.
     """
 
@@ -36,13 +36,13 @@ class MergedTensor:
 
 @dataclass
 class MergeReport:
-    """What a merge did.
+    """The report of a merge.
 
     Attributes:
         labels: of the adapters.
         method: the method's name.
-        tensors: the weights of the result, and those of which nothing was left.
-        whole: names of the result's whole tensors.
+        tensors: the sparse tensors, also those of which no entries were left.
+        whole: names of the result's dense tensors.
         notices: what a user should know.
         file_bytes: of the written file; None if there is none.
     """
@@ -61,7 +61,7 @@ class MergeReport:
 
     @property
     def numel(self) -> int:
-        """Elements of its weights."""
+        """Elements of all weights."""
         return sum(tensor.numel for tensor in self.tensors)
 
     @property
@@ -76,7 +76,7 @@ class MergeReport:
 
     @property
     def energy_kept(self) -> float | None:
-        """Share of the sum of squares that was kept when the result was cut to a density; None if it was not."""
+        """Share of the energy that was kept when the density was limited; None if it was not."""
         cut = [tensor for tensor in self.tensors if tensor.energy is not None]
         whole = sum(tensor.energy or 0.0 for tensor in cut)
         return sum(tensor.energy_kept or 0.0 for tensor in cut) / whole if whole else None

@@ -1,4 +1,4 @@
-"""Options of a method for all layers, and other ones for some: ``density=0.5``, ``attention:density=0.2``."""
+"""Options of a method, for all tensors or by name: ``density=0.5``, ``attention:density=0.2``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from shira_format.errors import SourceError
 from shira_format.merge.methods import Method
 
-# Given beside the options: the weights of the adapters, which may differ by layer as well.
+# Given like an option for some tensors: the weights of the adapters.
 WEIGHTS = "weights"
 
 
 class Settings:
-    """What a method is told for each tensor.
+    """A method with its options and the adapters' weights, for each tensor.
 
     Attributes:
         method: the method.
+        layers: compiled patterns with the options of the tensors whose names they match.
     """
 
     def __init__(
@@ -27,21 +28,21 @@ class Settings:
         options: Mapping[str, Any] | None = None,
         layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> None:
-        """Check all of it.
+        """Check everything.
 
         Args:
             method: the method.
             weights: one for each adapter.
-            options: of the method, for all tensors; some may be a sequence, of one for each adapter.
-            layers: regexes with options (and ``"weights"``, a sequence) for tensors in whose name they are found; later
-                ones are stronger.
+            options: of the method, for all tensors; some may be a sequence with one for each adapter.
+            layers: regexes with options (and ``"weights"``, a sequence) for tensors whose names they match (``re.search``);
+                later ones override earlier ones.
 
         Raises:
-            SourceError: an option or a value that the method does not know, or a regex that is none.
+            SourceError: an unknown option, an invalid value, or an invalid regex.
         """
         self.method, self._given, self._count = method, dict(options or {}), len(weights)
         self._weights = self._checked(weights)
-        self._layers: list[tuple[re.Pattern[str], dict[str, Any]]] = []
+        self.layers: list[tuple[re.Pattern[str], dict[str, Any]]] = []
         self._counted(method.settings(self._given))
         for pattern, some in layers:
             try:
@@ -54,26 +55,26 @@ class Settings:
             given = {key: value for key, value in known.items() if key != WEIGHTS}
             parsed = self._counted(method.settings(given))
             known |= {key: parsed[key] for key in given}
-            self._layers.append((compiled, known))
+            self.layers.append((compiled, known))
 
     def of(self, name: str) -> tuple[list[float], dict[str, Any]]:
         """The adapters' weights and the method's options for one tensor."""
         weights, options = self._weights, dict(self._given)
-        for pattern, some in self._layers:
+        for pattern, some in self.layers:
             if pattern.search(name):
                 options |= {key: value for key, value in some.items() if key != WEIGHTS}
                 weights = some.get(WEIGHTS, weights)
         return weights, self.method.settings(options)
 
     def unused(self, names: Sequence[str]) -> list[str]:
-        """Regexes that are found in none of these names."""
-        return [p.pattern for p, _ in self._layers if not any(p.search(name) for name in names)]
+        """The regexes that match none of these names."""
+        return [p.pattern for p, _ in self.layers if not any(p.search(name) for name in names)]
 
-    def told(self) -> dict[str, Any]:
-        """All of it as JSON values, for the manifest."""
+    def to_manifest(self) -> dict[str, Any]:
+        """Method, options and layers as JSON values."""
         found: dict[str, Any] = {"method": self.method.name, "options": _plain(self.method.settings(self._given))}
-        if self._layers:
-            found["layers"] = [{"pattern": pattern.pattern} | _plain(some) for pattern, some in self._layers]
+        if self.layers:
+            found["layers"] = [{"pattern": pattern.pattern} | _plain(some) for pattern, some in self.layers]
         return found
 
     def _counted(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -91,9 +92,9 @@ class Settings:
             raise SourceError(f"{len(found)} weights for {self._count} adapters")
         if any(weight - weight != 0 for weight in found):
             raise SourceError(f"weights {found} are not all finite")
-        if self.method.takes and any(weight not in (0.0, 1.0) for weight in found):
+        if self.method.copies and any(weight not in (0.0, 1.0) for weight in found):
             raise SourceError(
-                f"the method {self.method.name!r} takes entries as they are: its weights are 1, or 0 to leave an adapter out"
+                f"the method {self.method.name!r} copies entries unscaled: a weight must be 1, or 0 to leave an adapter out"
             )
         return found
 

@@ -1,1 +1,1 @@
-"""Tensor names: prefixes, towers, and tables from the names of one program to those of another."""
+"""From one set of names to another: prefixes, fused weights, components, and tables of known models."""

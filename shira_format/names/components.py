@@ -1,4 +1,4 @@
-"""Models of several components (a diffusers pipeline: UNet, text encoders) as the base of one LoRA file."""
+"""Components of a pipeline (UNet, text encoders) as the base of one LoRA file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from shira_format.errors import SourceError
 
 
 def component_names(base: Checkpoint, component: str, where: object, *, alone: bool) -> tuple[str, list[str]]:
-    """What stands before the names of a component's tensors in ``base``, and these names without it.
+    """The prefix of a component's tensors in ``base`` (``"unet/"`` in a pipeline), and their names without it.
 
-    That is ``"unet/"`` in a pipeline. A checkpoint of one model has no components: it is taken for ``component`` if the
-    LoRA speaks of no other (``alone``).
+    A checkpoint of one model has no components: it is taken for ``component`` if the LoRA adapts no other (``alone``).
 
     Raises:
         SourceError: the base has no such component.

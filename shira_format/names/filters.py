@@ -1,4 +1,4 @@
-"""Choosing tensors by regexes on their names, the same way in every command."""
+"""Selecting tensors by regexes on their names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shira_format.errors import SourceError
 
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a name is chosen: one of ``include`` is found in it (if there are any), and none of ``exclude``.
+    """A test for names: some regex of ``include`` is found in it (if there are any), and none of ``exclude``.
 
     Raises:
         SourceError: not a regular expression.

@@ -1,31 +1,32 @@
-"""Names of modules in which "." has become "_", as kohya and LyCORIS write them, back to the base's weights.
+"""Names of modules in which "." has become "_", as kohya and LyCORIS write them, matched to the base's weights.
 
-Such a name can be read in many ways (``a_b_c``: ``a.b.c``, ``a_b.c``...). So it is looked for among the names that the
-base's modules get when they are written like this, by their own names and by those that other programs give them. A
-name that two modules would get is refused. One prefix, the same for all, may be missing or be too much.
+Such a name can be read in many ways (``a_b_c``: ``a.b.c``, ``a_b.c``...). So it is looked up among the flattened names of
+the base's modules: their own ones, and those that other programs give them. A name that two modules share is refused.
+One prefix, the same for all, may be missing or in excess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.places import RowBlock, whole
-from shira_format.names.flux import Piece, diffusers_pieces, is_diffusers_flux
-from shira_format.names.open_clip import transformers_names
-from shira_format.names.sd3 import is_diffusers_sd3, sd3_pieces
-from shira_format.names.unet import other_names
+from shira_format.names.flux import flux_parts, is_diffusers_flux
+from shira_format.names.open_clip import open_clip_parts
+from shira_format.names.prefixes import Renaming, leading_parts, renamings
+from shira_format.names.row_blocks import FusedPart, RowBlock, whole_weight
+from shira_format.names.sd3 import is_diffusers_sd3, sd3_parts
+from shira_format.names.unet import unet_other_names
 
 _WEIGHT = ".weight"
 
-# Where a module is: several places if the base holds it in parts.
-Places = tuple[RowBlock, ...]
+# Where a module is: several blocks if the base holds it in parts.
+RowBlocks = tuple[RowBlock, ...]
 
 
 def flat(module: str) -> str:
-    """How kohya writes the name of a module."""
+    """The name of a module as kohya writes it."""
     return module.replace(".", "_")
 
 
@@ -33,13 +34,13 @@ class FlatNames:
     """The modules of one component of a base, by their flat names."""
 
     def __init__(self, base: Checkpoint, prefix: str, tensors: Sequence[str]) -> None:
-        """Args: ``prefix``: what stands before the component's ``tensors`` in ``base``."""
-        self._found: dict[str, dict[Places, str]] = {}
-        for module, places in _modules(base, prefix, tensors):
-            self._found.setdefault(flat(module), {}).setdefault(places, module)
+        """Args: ``prefix``: of the names of the component's ``tensors`` in ``base``."""
+        self._found: dict[str, dict[RowBlocks, str]] = {}
+        for module, blocks in _modules(base, prefix, tensors):
+            self._found.setdefault(flat(module), {}).setdefault(blocks, module)
 
-    def resolve(self, needed: Collection[str], where: str) -> tuple[dict[str, Places], str]:
-        """Where each needed module is, and what was done to the names, in words ("" for nothing).
+    def resolve(self, needed: Collection[str], where: str) -> tuple[dict[str, RowBlocks], Renaming]:
+        """Where each needed module is, and the renaming that finds it (of names with dots).
 
         Args:
             needed: flat names.
@@ -49,63 +50,46 @@ class FlatNames:
             SourceError: one is not in the base, or could be several modules.
         """
         ways = [
-            (words, rename)
-            for words, rename in self._ways(needed)
-            if all(rename(n) in self._found for n in needed)
+            rename for rename in self._renamings(needed) if all(flat(rename(n)) in self._found for n in needed)
         ]
         if not ways:
             missing = next((name for name in needed if name not in self._found), next(iter(needed)))
             near = get_close_matches(missing, self._found, 2, 0.8)
             hint = f"; there is {' and '.join(map(repr, near))}" if near else ""
             raise SourceError(f"{where}: the base has no module that is written {missing!r}{hint}")
-        words, rename = ways[0]
-        if words and len(ways) > 1:
-            raise SourceError(f"{where}: {next(iter(needed))!r} and the others could be of two parts of the base: {words}, or {ways[1][0]}")  # fmt: skip
-        return {name: self._only(rename(name), where) for name in needed}, words
+        if len(ways) > 1:
+            raise SourceError(f"{where}: {next(iter(needed))!r} and the others could be of two parts of the base: {ways[0].words}, or {ways[1].words}")  # fmt: skip
+        (rename,) = ways
+        return {name: self._only(flat(rename(name)), name, where) for name in needed}, rename
 
-    def _only(self, name: str, where: str) -> Places:
-        found = self._found[name]
+    def _only(self, key: str, name: str, where: str) -> RowBlocks:
+        found = self._found[key]
         if len(found) > 1:
             raise SourceError(
                 f"{where}: {name!r} could be any of the base's modules {', '.join(map(repr, found.values()))}"
             )
         return next(iter(found))
 
-    def _ways(self, needed: Collection[str]) -> Iterator[tuple[str, Callable[[str], str]]]:
-        """Ways of naming, the plain one first; others only if that one does not do."""
-        yield "", str
+    def _renamings(self, needed: Collection[str]) -> Iterator[Renaming]:
+        """All that are possible; none but the empty one if that is enough."""
         if all(name in self._found for name in needed):
-            return
-        for prefix in _leading(list(needed)[:1], "_"):
-            if all(name.startswith(prefix) for name in needed):
-                yield f"the prefix {prefix!r} is left out", lambda name, p=prefix: name.removeprefix(p)  # type: ignore[misc]
-        for prefix in _leading((module for modules in self._found.values() for module in modules.values()), "."):
-            start = flat(prefix)
-            yield f"the prefix {prefix!r} is added", lambda name, p=start: p + name  # type: ignore[misc]
+            return iter([Renaming()])
+        ours = leading_parts(list(needed)[:1], "_")
+        theirs = leading_parts(sorted(module for modules in self._found.values() for module in modules.values()))
+        return renamings([prefix for prefix in ours if all(name.startswith(prefix) for name in needed)], theirs)
 
 
-def _leading(names: Iterable[str], separator: str) -> list[str]:
-    """The first one to three parts of the names, with what separates them from the rest; shortest first."""
-    found: dict[str, None] = {}
-    parted = [name.split(separator) for name in sorted(names)]
-    for depth in (1, 2, 3):
-        for parts in parted:
-            if len(parts) > depth:
-                found[separator.join(parts[:depth]) + separator] = None
-    return list(found)
-
-
-def _modules(base: Checkpoint, prefix: str, tensors: Sequence[str]) -> Iterator[tuple[str, Places]]:
-    """Every name that a module of the base has in some program, and where it is."""
+def _modules(base: Checkpoint, prefix: str, tensors: Sequence[str]) -> Iterator[tuple[str, RowBlocks]]:
+    """Every name that a module of the base has in some program, and where its rows are."""
     tensors = [tensor for tensor in tensors if base.shape(prefix + tensor)]  # a lone number has no rows
     weights = {tensor.removesuffix(_WEIGHT) for tensor in tensors if tensor.endswith(_WEIGHT)}
-    others = other_names(weights)
+    others = unet_other_names(weights)
     for module in sorted(weights):
-        places = (whole(f"{prefix}{module}{_WEIGHT}", base),)
-        yield module, places
+        blocks = (whole_weight(f"{prefix}{module}{_WEIGHT}", base),)
+        yield module, blocks
         if module in others:
-            yield others[module], places
-    for tensor, modules in transformers_names(tensors):
+            yield others[module], blocks
+    for tensor, modules in open_clip_parts(tensors):
         name = prefix + tensor
         height = base.shape(name)[0] // len(modules)
         for number, module in enumerate(modules):
@@ -114,10 +98,10 @@ def _modules(base: Checkpoint, prefix: str, tensors: Sequence[str]) -> Iterator[
     def height_of(tensor: str) -> int:
         return base.shape(prefix + tensor)[0]
 
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    fused: dict[str, tuple[FusedPart, ...]] = {}
     if is_diffusers_flux(tensors):
-        pieces = diffusers_pieces(tensors, height_of)
+        fused = flux_parts(tensors, height_of)
     elif is_diffusers_sd3(tensors):
-        pieces = sd3_pieces(tensors, height_of, height_of("context_embedder.weight"))
-    for module, parts in pieces.items():
+        fused = sd3_parts(tensors, height_of, height_of("context_embedder.weight"))
+    for module, parts in fused.items():
         yield module, tuple(RowBlock(f"{prefix}{part.module}{_WEIGHT}", 0, part.rows) for part in parts)

@@ -1,21 +1,18 @@
 """FLUX.1 has two sets of names: those of its authors (``double_blocks.0.img_attn.qkv``), which kohya, XLabs and ComfyUI
-use, and those of diffusers (``transformer_blocks.0.attn.to_q``), whose modules are rows of the authors' ones.
+use, and those of diffusers (``transformer_blocks.0.attn.to_q``), whose modules are rows of the authors'.
 
-    pieces = diffusers_pieces(names, height)["single_blocks.0.linear1"]
-    # attn.to_q, attn.to_k, attn.to_v, proj_mlp, each with the rows of linear1 that it is
+    parts = flux_parts(names, height)["single_blocks.0.linear1"]
+    # attn.to_q, attn.to_k, attn.to_v, proj_mlp, each with its rows of linear1
 
-The mapping holds for weights and biases, and for the factor ``up`` of a LoRA; ``down`` is the same for all pieces.
+The mapping holds for weights and biases, and for a LoRA's factor ``up``; ``down`` is the same for all parts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-import numpy as np
-
-from shira_format._core.arrays import Array
+from shira_format.names.row_blocks import FusedPart, FusedTable, fused_parts
 
 _DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -46,36 +43,15 @@ _OTHERS = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-# The authors' last layer computes shift, then scale; diffusers' one scale, then shift.
 _SWAPPED = "norm_out.linear"
 
 _BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A module of diffusers that is rows of a module of the authors.
-
-    Attributes:
-        module: its name in diffusers' transformer.
-        rows: the ranges ``(start, stop)`` of the authors' rows, in the order in which it has them: one, or two that
-            change places.
-    """
-
-    module: str
-    rows: tuple[tuple[int, int], ...]
-
-    def of(self, array: Array) -> Array:
-        """These rows of ``array``, ``[rows of the authors' module, ...]``; a view where they are one range."""
-        if len(self.rows) == 1:
-            return array[slice(*self.rows[0])]
-        return np.concatenate([array[start:stop] for start, stop in self.rows])
-
-
 def is_diffusers_flux(names: Iterable[str]) -> bool:
-    """Whether the tensors ``names`` (without a component before them) are those of diffusers' FluxTransformer2DModel.
+    """Whether the tensors ``names`` (without a component's prefix) are those of diffusers' FluxTransformer2DModel.
 
-    Other transformers of diffusers have blocks of the same names, but not the same rest.
+    Other transformers of diffusers have blocks of the same names, but not the same other modules.
     """
     known = set(names)
     return {"x_embedder.weight", "context_embedder.weight", "norm_out.linear.weight"} <= known and any(
@@ -86,31 +62,19 @@ def is_diffusers_flux(names: Iterable[str]) -> bool:
     )  # fmt: skip
 
 
-def diffusers_pieces(names: Iterable[str], height: Callable[[str], int]) -> dict[str, tuple[Piece, ...]]:
-    """The authors' modules that a transformer of diffusers has, each as its pieces, top to bottom.
+def flux_parts(names: Iterable[str], height: Callable[[str], int]) -> dict[str, tuple[FusedPart, ...]]:
+    """The authors' modules that a FLUX transformer of diffusers has, each as its parts, top to bottom.
 
     Args:
-        names: the tensors of the transformer, without a component before them (``x_embedder.weight``).
+        names: the tensors of the transformer, without a component's prefix (``x_embedder.weight``).
         height: the number of rows of one of these tensors.
     """
     known = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-    tables: list[tuple[str, str, Mapping[str, tuple[str, ...]]]] = [("", "", _OTHERS)]
+    tables: list[FusedTable] = [("", "", _OTHERS)]
     for single, number in sorted({(m[1], m[2]) for m in map(_BLOCK.match, known) if m}, key=str):
-        theirs, ours = ("single_", _SINGLE) if single else ("", _DOUBLE)
-        tables.append((f"{'single' if single else 'double'}_blocks.{number}.", f"{theirs}transformer_blocks.{number}.", ours))  # fmt: skip
-    return {
-        f"{original}{module}": _pieces([theirs + piece for piece in pieces], height)
-        for original, theirs, table in tables
-        for module, pieces in table.items()
-        if all(theirs + piece in known for piece in pieces)
-    }
-
-
-def _pieces(modules: list[str], height: Callable[[str], int]) -> tuple[Piece, ...]:
-    found, start = [], 0
-    for module in modules:
-        stop = start + height(f"{module}.weight")
-        middle = (start + stop) // 2
-        found.append(Piece(module, ((middle, stop), (start, middle)) if module == _SWAPPED else ((start, stop),)))
-        start = stop
-    return tuple(found)
+        theirs, ours, table = (
+            ("single_blocks", "single_transformer_blocks", _SINGLE) if single
+            else ("double_blocks", "transformer_blocks", _DOUBLE)
+        )  # fmt: skip
+        tables.append((f"{theirs}.{number}.", f"{ours}.{number}.", table))
+    return fused_parts(tables, known, height, lambda module, _: module == _SWAPPED)

@@ -23,8 +23,8 @@ _OTHERS = {
 }
 
 
-def transformers_names(tensors: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """The weights of a text encoder of OpenCLIP that transformers knows, and the modules that they are there.
+def open_clip_parts(tensors: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """The weights of OpenCLIP's text encoder that transformers knows, and their modules there.
 
     Several modules are equal parts of the weight's rows, top to bottom.
     """

@@ -1,5 +1,5 @@
-"""Stable Diffusion 3 has two sets of names: those of its authors (``joint_blocks.0.x_block.attn.qkv``), by which kohya goes,
-and those of diffusers (``transformer_blocks.0.attn.to_q``), whose modules are rows of the authors' ones.
+"""Stable Diffusion 3 has two sets of names: those of its authors (``joint_blocks.0.x_block.attn.qkv``), which kohya
+uses, and those of diffusers (``transformer_blocks.0.attn.to_q``), whose modules are rows of the authors'.
 
 As :mod:`shira_format.names.flux`, for another model.
 """
@@ -7,9 +7,9 @@ As :mod:`shira_format.names.flux`, for another model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
-from shira_format.names.flux import Piece
+from shira_format.names.row_blocks import FusedPart, FusedTable, fused_parts
 
 _BLOCK = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -36,42 +36,28 @@ _OTHERS = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 _NUMBER = re.compile(r"transformer_blocks\.(\d+)\.")
+_MODULATIONS = ("norm1.linear", "norm1_context.linear", "norm_out.linear")
 
 
 def is_diffusers_sd3(names: Iterable[str]) -> bool:
-    """Whether the tensors ``names`` (without a component before them) are those of diffusers' SD3Transformer2DModel."""
+    """Whether the tensors ``names`` (without a component's prefix) are those of diffusers' SD3Transformer2DModel."""
     needed = {"pos_embed.proj.weight", "context_embedder.weight", "transformer_blocks.0.attn.add_q_proj.weight"}
     return needed <= set(names)
 
 
-def sd3_pieces(names: Iterable[str], height: Callable[[str], int], width: int) -> dict[str, tuple[Piece, ...]]:
-    """The authors' modules that a transformer of diffusers has, each as its pieces, top to bottom.
+def sd3_parts(names: Iterable[str], height: Callable[[str], int], width: int) -> dict[str, tuple[FusedPart, ...]]:
+    """The authors' modules that an SD3 transformer of diffusers has, each as its parts, top to bottom.
 
     Args:
-        names: the tensors of the transformer, without a component before them.
+        names: the tensors of the transformer, without a component's prefix.
         height: the number of rows of one of these tensors.
         width: of its hidden states.
     """
     known = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-    tables: list[tuple[str, str, Mapping[str, tuple[str, ...]]]] = [("", "", _OTHERS)]
     numbers = sorted({match[1] for match in map(_NUMBER.match, known) if match})
+    tables: list[FusedTable] = [("", "", _OTHERS)]
     tables += [(f"joint_blocks.{number}.", f"transformer_blocks.{number}.", _BLOCK) for number in numbers]
-    found = {}
-    for theirs, ours, table in tables:
-        for module, parts in table.items():
-            if not all(ours + part in known for part in parts):
-                continue
-            pieces, start = [], 0
-            for part in parts:
-                stop = start + height(f"{ours}{part}.weight")
-                pieces.append(Piece(ours + part, _rows(module, start, stop, width)))
-                start = stop
-            found[theirs + module] = tuple(pieces)
-    return found
-
-
-def _rows(module: str, start: int, stop: int, width: int) -> tuple[tuple[int, int], ...]:
-    """The authors' last layers compute shift, then scale; diffusers' scale, then shift."""
-    if module.endswith("adaLN_modulation.1") and stop - start == 2 * width:
-        return (start + width, stop), (start, start + width)
-    return ((start, stop),)
+    # Modulations of only a shift and a scale are those of last layers.
+    return fused_parts(
+        tables, known, height, lambda module, rows: module.endswith(_MODULATIONS) and rows == 2 * width
+    )

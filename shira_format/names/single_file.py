@@ -1,4 +1,4 @@
-"""The models in the single file of a whole pipeline, as the authors of Stable Diffusion and ComfyUI write it."""
+"""Components in a single file of a whole pipeline, as the authors of Stable Diffusion and ComfyUI write it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def is_single_file(base: Checkpoint) -> bool:
 
 
 def single_file_names(base: Checkpoint, component: str, where: str) -> tuple[str, list[str]]:
-    """What stands before the names of a model's tensors in ``base``, and these names without it.
+    """The prefix of a component's tensors in ``base``, and their names without it.
 
     Args:
-        component: what diffusers calls the model; ``unet`` for any model that removes noise.
+        base: the single file.
+        component: diffusers' name of it; ``unet`` for any denoiser.
+        where: the LoRA, for messages.
 
     Raises:
-        SourceError: there is no such model.
+        SourceError: there is no such component.
     """
     for prefix in _PREFIXES.get(component, ()):
         if names := [name.removeprefix(prefix) for name in base if name.startswith(prefix)]:
             return prefix, names
-    raise SourceError(
-        f"{where}: adapts {component!r}, which {base.path} does not hold, or under names that are not known"
-    )
+    raise SourceError(f"{where}: adapts {component!r}, which {base.path} lacks or holds under unknown names")

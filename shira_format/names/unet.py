@@ -1,14 +1,14 @@
 """The two sets of names that the UNet of Stable Diffusion has: SGM's (``input_blocks.4.1``) and diffusers'.
 
-SGM is the code of its authors, by whose names single-file checkpoints and most LoRAs of SDXL go. It numbers all blocks
-of one side through, where diffusers (``down_blocks.1.attentions.0``) counts levels, and kinds of layers within a level.
+SGM is the code of its authors; single-file checkpoints and most LoRAs of SDXL use its names. It numbers all blocks of a
+side consecutively, where diffusers (``down_blocks.1.attentions.0``) counts levels, and kinds of layers within a level.
 How many there are is read from the names of the UNet at hand. Within an attention both agree.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import count
 
 _ENDS = {
@@ -38,56 +38,49 @@ _MIDDLE = [
 _BLOCK = re.compile(r"(?:down|up)_blocks\.\d+\.\w+\.\d+|mid_block\.\w+\.\d+|(?:in|out)put_blocks\.\d+\.\d+|middle_block\.\d+")  # fmt: skip
 
 
-def other_names(modules: Collection[str]) -> dict[str, str]:
-    """What modules of a UNet are called in the other set of names; without those that have no name there.
+def unet_other_names(modules: Collection[str]) -> dict[str, str]:
+    """The names of a UNet's modules in the other set; without those that have no name there.
 
     Args:
-        modules: the names of all of its modules that have weights, in either set, with nothing before them. Those of
-            another model have no other names.
+        modules: all modules of one model that have weights, in either set of names, without a prefix. For a model that
+            is no UNet nothing is found.
     """
     from_sgm = "input_blocks.0.0" in modules
-    blocks = dict(_pairs(modules, from_sgm=from_sgm))
-    ends = {theirs: ours for ours, theirs in _ENDS.items()} if from_sgm else _ENDS
+    known = {match[0] for match in map(_BLOCK.match, modules) if match}
     if from_sgm:
-        blocks = {theirs: ours for ours, theirs in blocks.items()}
+        samplers = {module for module in modules if module.endswith((".op", ".conv"))}
+        blocks = _inverted(dict([*_MIDDLE, *_blocks_of_sgm(known, samplers)]))
+    else:
+        blocks = dict([*_MIDDLE, *_blocks_of_diffusers(known)])
+    ends = _inverted(_ENDS) if from_sgm else _ENDS
     found = {}
     for module in modules:
         if module in ends:
             found[module] = ends[module]
         elif (match := _BLOCK.match(module)) and (block := blocks.get(match[0])):
-            inner = _inner(match[0] if not from_sgm else block, module[match.end() + 1 :], from_sgm=from_sgm)
-            if inner is not None:
+            inner = module[match.end() + 1 :]
+            table = _layers_of(block if from_sgm else match[0])
+            if table is None:
                 found[module] = f"{block}.{inner}"
+            elif other := (_inverted(table) if from_sgm else table).get(inner):
+                found[module] = f"{block}.{other}"
     return found
 
 
-def _inner(block: str, inner: str, *, from_sgm: bool) -> str | None:
-    """The other name of a layer within ``block``, which is diffusers' name of it."""
-    table = _RESNET if ".resnets." in block else _DOWNSAMPLER if ".downsamplers." in block else None
-    if table is None:
-        return inner
-    return ({theirs: ours for ours, theirs in table.items()} if from_sgm else table).get(inner)
+def _inverted(table: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in table.items()}
 
 
-def _pairs(modules: Collection[str], *, from_sgm: bool) -> Iterator[tuple[str, str]]:
-    """The blocks that hold layers: diffusers' name and SGM's."""
-    known = {match[0] for match in map(_BLOCK.match, modules) if match}
-    yield from _MIDDLE
-    if from_sgm:
-        yield from _of_sgm(known, {module for module in modules if module.endswith((".op", ".conv"))})
-    else:
-        yield from _of_diffusers(known)
+def _layers_of(block: str) -> Mapping[str, str] | None:
+    """The layers of a block with this name in diffusers, by their names there; None if both sets agree on them."""
+    return _RESNET if ".resnets." in block else _DOWNSAMPLER if ".downsamplers." in block else None
 
 
-def _of_diffusers(known: set[str]) -> Iterator[tuple[str, str]]:
+def _blocks_of_diffusers(known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The blocks on both sides of a UNet with diffusers' names: diffusers' name and SGM's."""
     number = 1
-    for level in count():
-        block = f"down_blocks.{level}"
-        if f"{block}.resnets.0" not in known:
-            break
-        for layer in count():
-            if f"{block}.resnets.{layer}" not in known:
-                break
+    for block, layers in _levels("down_blocks", known):
+        for layer in range(layers):
             yield f"{block}.resnets.{layer}", f"input_blocks.{number}.0"
             yield f"{block}.attentions.{layer}", f"input_blocks.{number}.1"
             number += 1
@@ -95,22 +88,28 @@ def _of_diffusers(known: set[str]) -> Iterator[tuple[str, str]]:
             yield f"{block}.downsamplers.0", f"input_blocks.{number}.0"
             number += 1
     number = 0
-    for level in count():
-        block = f"up_blocks.{level}"
-        if f"{block}.resnets.0" not in known:
-            break
-        for layer in count():
-            if f"{block}.resnets.{layer}" not in known:
-                break
+    for block, layers in _levels("up_blocks", known):
+        for layer in range(layers):
             yield f"{block}.resnets.{layer}", f"output_blocks.{number}.0"
             yield f"{block}.attentions.{layer}", f"output_blocks.{number}.1"
             number += 1
-        # It stands in the last block of its level, after the attention if there is one.
+        # It is in the last block of its level, after the attention if there is one.
         place = 2 if f"{block}.attentions.0" in known else 1
         yield f"{block}.upsamplers.0", f"output_blocks.{number - 1}.{place}"
 
 
-def _of_sgm(known: set[str], samplers: set[str]) -> Iterator[tuple[str, str]]:
+def _levels(side: str, known: Collection[str]) -> Iterator[tuple[str, int]]:
+    """The levels of one side by diffusers' name, each with its number of layers."""
+    for level in count():
+        block = f"{side}.{level}"
+        layers = next(layer for layer in count() if f"{block}.resnets.{layer}" not in known)
+        if not layers:
+            return
+        yield block, layers
+
+
+def _blocks_of_sgm(known: Collection[str], samplers: Collection[str]) -> Iterator[tuple[str, str]]:
+    """As :func:`_blocks_of_diffusers`, of a UNet with SGM's names; ``samplers`` are its layers ``op`` and ``conv``."""
     level = layer = 0
     for number in count(1):
         block = f"input_blocks.{number}"

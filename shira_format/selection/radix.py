@@ -1,8 +1,8 @@
-"""Exact selection by what all entries together hold: over all tensors, or by a share of the energy; in two passes.
+"""Exact selection over all tensors, or by a share of the energy, in two passes.
 
 The first pass counts magnitudes by their leading bits, which sort like the numbers themselves, and so finds the bin in
-which the selection ends. The second collects what lies in that bin or above; the distinct magnitudes within the bin then
-give the edge itself, and how many of the entries that equal it belong to the selection. Ties go to the lower index and
+which the selection ends. The second collects the entries in that bin or above; the distinct magnitudes within the bin then
+give the smallest selected magnitude, and how many of the entries that equal it are selected. Ties go to the lower index and
 the earlier tensor. Memory: the counts, and the distinct magnitudes of one bin (for float32 at most 32768).
 """
 
@@ -17,17 +17,19 @@ import numpy.typing as npt
 
 from shira_format._core.arrays import Array
 from shira_format._core.threads import Progress, Workers
-from shira_format.entries.changes import TILE, Change, Entries, Tile
+from shira_format.entries.changes import TILE, Change, Tile
+from shira_format.entries.selected import Entries
+from shira_format.selection.largest import at_least
 from shira_format.selection.rule import TopK
 from shira_format.selection.tiles import tiles
-from shira_format.selection.topk import Pool, at_least, check_energy, completed, reaching
+from shira_format.selection.topk import Pool, check_energy, completed, reaching
 
 BINS = 1 << 16
 
 
 @dataclass
 class Survey:
-    """Magnitudes by bin: how many, and, where a share of the energy is asked for, their sum of squares.
+    """Magnitudes by bin: their number, and, if a share of the energy is asked for, their sum of squares.
 
     Attributes:
         counts: int64 ``[BINS]``.
@@ -41,11 +43,11 @@ class Survey:
 
     @classmethod
     def empty(cls, rule: TopK) -> Survey:
-        """Of nothing."""
+        """A survey of no entries."""
         return cls(np.zeros(BINS, np.int64), np.zeros(BINS) if rule.energy is not None else None)
 
     def add(self, other: Survey) -> None:
-        """Join what another has counted."""
+        """Add the counts of another."""
         self.counts += other.counts
         if self.energies is not None and other.energies is not None:
             self.energies += other.energies
@@ -55,7 +57,7 @@ class Survey:
 def survey(
     change: Change, rule: TopK, dtype: np.dtype[Any], floor: Any, workers: Workers, progress: Progress
 ) -> Survey:
-    """The first pass over one change; magnitudes below ``floor`` are known not to be selected, and not counted.
+    """The first pass over one change; magnitudes below ``floor`` cannot be selected, and are not counted.
 
     Raises:
         SourceError: the change holds NaN or Inf.
@@ -68,7 +70,7 @@ def survey(
         if rule.energy is not None:
             wide = near.astype(np.float64)
             return np.bincount(bins, minlength=BINS), np.bincount(bins, wide * wide, BINS), energy
-        # Where few are counted, to pass them on takes less than to add up all bins.
+        # Few numbers take less time to pass on than all bins take to add.
         return bins if bins.size < BINS // 8 else np.bincount(bins, minlength=BINS), None, energy
 
     for counts, weights, energy in tiles(workers, change, count, progress):
@@ -83,7 +85,7 @@ def survey(
 
 
 class _Bins:
-    """Bin numbers that are counted many at a time."""
+    """Bin numbers, counted in batches."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(BINS, np.int64)
@@ -95,7 +97,7 @@ class _Bins:
             self._counts = self.counted()
 
     def counted(self) -> Array:
-        """How many of each there were."""
+        """The number of each."""
         waiting, self._waiting = self._waiting, []
         found: Array = self._counts
         if waiting:
@@ -106,13 +108,13 @@ class _Bins:
 
 @dataclass(frozen=True)
 class Reach:
-    """What the second pass has to collect.
+    """What the second pass collects.
 
     Attributes:
         floor: the smallest magnitude that may be selected.
-        sure: from this magnitude on all are selected.
-        most: how many of those between can be.
-        expected: how many these are together, in all changes.
+        sure: magnitudes from this on are all selected.
+        most: how many of those between may be selected.
+        expected: the number of both, in all changes.
     """
 
     floor: Any
@@ -122,7 +124,7 @@ class Reach:
 
 
 class Edge:
-    """Where the selection ends: found in two steps, from a survey and from what lies in its last bin."""
+    """The smallest selected magnitude, found in two steps: from a survey, and from the entries in its last bin."""
 
     def __init__(self, rule: TopK, seen: Survey, size: int, dtype: np.dtype[Any]) -> None:
         """Find the bin.
@@ -131,7 +133,7 @@ class Edge:
             rule: what to keep.
             seen: the survey of everything; of a part, if the rule gives a count: then :attr:`floor` is a lower bound.
             size: elements in all.
-            dtype: in which magnitudes are compared.
+            dtype: the dtype in which magnitudes are compared.
         """
         self._dtype = dtype
         self._by_energy = rule.energy is not None
@@ -142,28 +144,28 @@ class Edge:
             weights: Array = seen.energies
             wanted: float = rule.energy * seen.energy
             falling = np.cumsum(weights[::-1])
-            # A sum of squares in other precision may fall short of its own total.
-            all_of_it = rule.energy == 1.0 or falling[-1] <= wanted
+            # The total was summed in another precision, and may be larger than this sum.
+            everything = rule.energy == 1.0 or falling[-1] <= wanted
         else:
             weights, wanted = seen.counts, rule.count(size)
             falling = np.cumsum(weights[::-1])
-            all_of_it = bool(falling[-1] <= wanted)
+            everything = bool(falling[-1] <= wanted)
         self._bin: int | None = None
         self._above, self._within = int(seen.counts.sum()), 0
         self.floor = lowest
-        if not all_of_it:
+        if not everything:
             position = int(np.searchsorted(falling, wanted))
             self._bin = BINS - 1 - position
             self._above, self._within = int(seen.counts[self._bin + 1 :].sum()), int(seen.counts[self._bin])
             self._missing = wanted - (falling[position - 1] if position else 0)
             self.floor = max(lowest, _lower_edge(self._bin, dtype))
-        # Within a bin the low bits tell magnitudes apart: 15 of a float32, too many to count one by one of a float64.
+        # Within a bin magnitudes differ in their low bits: 15 in a float32, too many to count one by one in a float64.
         self._low = np.zeros(1 << _layout(dtype)[1], np.int64) if dtype.itemsize == 4 else None
         self._known = np.empty(0, dtype), np.empty(0, np.int64)
 
     @property
     def reach(self) -> Reach:
-        """What the second pass has to collect."""
+        """What the second pass collects."""
         if self._bin is None:
             return Reach(self.floor, self.floor, 0, self._above)
         most = self._missing
@@ -174,7 +176,7 @@ class Edge:
         return Reach(self.floor, sure, most, self._above + most)
 
     def see(self, values: Array) -> None:
-        """Take note of entries at or above :attr:`floor`, of the second pass."""
+        """Count entries of the second pass, at or above :attr:`floor`."""
         if self._bin is None:
             return
         for start in range(0, values.size, TILE):
@@ -187,7 +189,7 @@ class Edge:
                 self._known = _merged(self._known, np.unique(near, return_counts=True))
 
     def _distinct(self) -> tuple[Array, Array]:
-        """The magnitudes of the last bin, falling, and how many entries have each."""
+        """The magnitudes of the last bin in descending order, and the number of entries of each."""
         if self._low is None:
             return self._known[0][::-1], self._known[1][::-1]
         assert self._bin is not None
@@ -196,9 +198,9 @@ class Edge:
         return pattern.view(self._dtype), self._low[low]
 
     def decide(self) -> tuple[Any, int]:
-        """The smallest magnitude that is selected, and how many entries of just this magnitude are.
+        """The smallest selected magnitude, and how many entries that equal it are selected.
 
-        Call it once all entries at or above :attr:`floor` have been seen.
+        To be called when :meth:`see` has had all entries at or above :attr:`floor`.
         """
         if self._bin is None:
             return self.floor, np.iinfo(np.int64).max
@@ -226,7 +228,7 @@ def above(change: Change, reach: Reach, workers: Workers, progress: Progress) ->
 
 
 def cut(entries: Entries, edge: Any, ties: int, energy: float) -> tuple[Entries, int]:
-    """Those of a change's entries that are selected; returns how many ties are left for later tensors."""
+    """The selected entries of a change, and the number of ties that are left for later tensors."""
     magnitudes = np.abs(entries.values)
     kept = entries.kept(at_least(magnitudes, edge, ties))
     equal = int(np.count_nonzero(magnitudes == edge))
@@ -239,7 +241,7 @@ def by_energy(
     """The fewest entries of one change that hold the share of its energy that ``rule`` asks for.
 
     Returns:
-        How many candidates are held, and what is left to do: on one thread, while the next change is read.
+        What finishes the result, on one thread.
     """
     lowest = rule.lowest(change.dtype)
     seen = survey(change, rule, change.dtype, lowest, workers, progress)
@@ -247,7 +249,7 @@ def by_energy(
     pool = above(change, edge.reach, workers, progress)
 
     def rest() -> Entries:
-        entries = pool.all()  # cut once, as these may be many
+        entries = pool.all()  # selected once, as these may be many
         edge.see(entries.values)
         found = completed(change, cut(entries, *edge.decide(), seen.energy)[0])
         pool.close()
@@ -257,12 +259,12 @@ def by_energy(
 
 
 def common_dtype(changes: Sequence[Change]) -> np.dtype[Any]:
-    """The type in which magnitudes of all changes compare exactly."""
+    """The dtype in which magnitudes of all changes compare exactly."""
     return np.result_type(*(change.dtype for change in changes)) if changes else np.dtype(np.float32)
 
 
 def _leading_bits(magnitudes: Array) -> npt.NDArray[np.int64]:
-    """The 16 bits after the sign, as bin numbers that grow with the magnitude."""
+    """The 16 bits after the sign, as bin numbers that increase with the magnitude."""
     unsigned, shift = _layout(magnitudes.dtype)
     return np.asarray(np.right_shift(magnitudes.view(unsigned), shift), np.int64)
 
@@ -274,7 +276,7 @@ def _lower_edge(bin_number: int, dtype: np.dtype[Any]) -> Any:
 
 
 def _layout(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], int]:
-    """An unsigned type of the same size, and how many bits lie below the leading 16 after the sign."""
+    """An unsigned dtype of the same size, and the number of bits below the leading 16 after the sign."""
     return np.dtype(f"u{dtype.itemsize}"), 8 * dtype.itemsize - 17
 
 

@@ -12,14 +12,14 @@ AMOUNTS = ("density", "top_k", "energy")
 
 @dataclass(frozen=True)
 class TopK:
-    """How many entries to keep, and among what: of largest magnitude first.
+    """How many of the largest entries to keep, of each tensor or of all.
 
     Attributes:
-        density: share of the elements, in (0, 1]; rounded to the nearest count, at least one entry.
-        top_k: a count instead: for each tensor, or in all under the global scope.
+        density: share of the elements, in (0, 1]; rounded to the nearest count, at least 1.
+        top_k: instead, a count: for each tensor, or in total under the global scope.
         scope: ``"tensor"``: each tensor keeps its own largest entries; ``"global"``: the largest of all tensors.
-        energy: instead of both, a share in (0, 1]: the fewest entries that hold this share of the sum of squares.
-        min_change: changes of a smaller magnitude are left out whatever the rest says.
+        energy: instead, a share in (0, 1]: the fewest entries that hold this share of the energy (the sum of squares).
+        min_change: changes of a smaller magnitude are never kept.
     """
 
     density: float | None = 0.01
@@ -29,7 +29,7 @@ class TopK:
     min_change: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be meant."""
+        """Raise ValueError for invalid values."""
         if sum(getattr(self, amount) is not None for amount in AMOUNTS) != 1:
             raise ValueError("give one of density, top-k and energy")
         for share in ("density", "energy"):
@@ -43,7 +43,7 @@ class TopK:
             raise ValueError(f"min-change {self.min_change} is not a magnitude")
 
     def count(self, elements: int) -> int:
-        """How many of ``elements`` to keep at most."""
+        """The number of entries to keep at most, of ``elements``."""
         if self.top_k is not None:
             return min(self.top_k, elements)
         if self.density is None:
@@ -51,7 +51,7 @@ class TopK:
         return min(max(1, int(self.density * elements + 0.5)), elements)
 
     def lowest(self, dtype: np.dtype[Any]) -> Any:
-        """The smallest magnitude of ``dtype`` that may be kept: a change of 0 is none."""
+        """The smallest magnitude of ``dtype`` that may be kept; always above 0."""
         with np.errstate(over="ignore"):
             least = dtype.type(self.min_change)
         if float(least) < self.min_change:

@@ -1,4 +1,4 @@
-"""Entries on disk between two passes, so that memory does not grow with what is selected."""
+"""Entries on disk between two passes, so that memory does not grow with the selection."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from shira_format.entries.changes import COLUMNS, Entries
+from shira_format.entries.selected import COLUMNS, Entries
 
 
 @dataclass(frozen=True)
 class SpoolRange:
-    """Where entries lie in a spool, and as what."""
+    """Where entries are in a spool, and their dtypes."""
 
     at: int
     count: int
@@ -24,7 +24,7 @@ class SpoolRange:
 
 
 class Spool:
-    """An unnamed temporary file of entries; nothing is left of it, however the process ends."""
+    """An unnamed temporary file of entries, which disappears however the process ends."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """Args: ``folder`` for the file; the system's by default."""
@@ -40,7 +40,7 @@ class Spool:
         self._file.close()
 
     def put(self, entries: Entries) -> SpoolRange:
-        """Write entries to the end."""
+        """Append entries."""
         columns = [np.ascontiguousarray(getattr(entries, column)) for column in COLUMNS]
         place = SpoolRange(self._end, entries.size, tuple(column.dtype for column in columns), entries.energy)
         self._file.seek(self._end)
@@ -50,7 +50,7 @@ class Spool:
         return place
 
     def get(self, place: SpoolRange) -> Entries:
-        """Read them again."""
+        """Read entries."""
         self._file.seek(place.at)
         indices, values, base, target = (
             np.frombuffer(self._file.read(place.count * dtype.itemsize), dtype) for dtype in place.dtypes

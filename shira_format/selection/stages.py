@@ -15,7 +15,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from shira_format._core.threads import Progress, Workers
-from shira_format.entries.changes import Change, Entries
+from shira_format.entries.changes import Change
+from shira_format.entries.selected import Entries
 from shira_format.selection import radix, topk
 from shira_format.selection.rule import TopK
 from shira_format.selection.spool import Spool
@@ -76,7 +77,7 @@ class SelectStage:
         return 1 if self.rule.energy is None else 2
 
     def __call__(self, change: Change, workers: Workers, progress: Progress) -> Pending[Entries]:
-        work = topk.largest if self.rule.energy is None else radix.by_energy
+        work = topk.largest_entries if self.rule.energy is None else radix.by_energy
         return work(change, self.rule, workers, progress)
 
 

@@ -10,24 +10,26 @@ import numpy as np
 
 from shira_format._core.arrays import Array, Indices, sum_of_squares, where_true
 from shira_format._core.threads import Progress, Workers
-from shira_format.entries.changes import COLUMNS, TILE, Change, Entries, Tile
+from shira_format.entries.changes import TILE, Change, Tile
+from shira_format.entries.selected import COLUMNS, Entries
 from shira_format.errors import SourceError
+from shira_format.selection.largest import largest
 from shira_format.selection.rule import TopK
 from shira_format.selection.tiles import tiles
 
-_SAMPLES = 8  # pieces of a change that are looked at first
-_SAMPLE = 1 << 12  # elements a piece
+_SAMPLES = 8  # pieces of a change that are sampled
+_SAMPLE = 1 << 12  # elements of a piece
 
 
 def reaching(values: Array, floor: Any) -> Indices:
-    """Positions of magnitude ``floor`` or more, rising."""
+    """Positions of magnitudes of at least ``floor``, strictly increasing."""
     mask = values >= floor
     mask |= values <= -floor
     return where_true(mask)
 
 
 def completed(change: Change, entries: Entries) -> Entries:
-    """With the base's and the new values, which the tiles of some changes do not give."""
+    """``entries`` with the base's and the new values, which the tiles of some changes do not have."""
     if entries.complete:
         return entries
     base, target = change.completed(entries.indices, entries.values)
@@ -35,19 +37,21 @@ def completed(change: Change, entries: Entries) -> Entries:
 
 
 def check_energy(change: Change, energy: float) -> None:
-    """Raise SourceError for a change that is not finite."""
+    """Raise SourceError if the change is not finite."""
     if not np.isfinite(energy):
         raise SourceError(f"the update of tensor {change.name!r} holds NaN or Inf, or overflows")
 
 
-def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) -> tuple[int, Callable[[], Entries]]:
-    """The entries that ``rule`` keeps of this change alone; the rule gives a count, not a share of the energy.
+def largest_entries(
+    change: Change, rule: TopK, workers: Workers, progress: Progress
+) -> tuple[int, Callable[[], Entries]]:
+    """The entries of one change that ``rule`` keeps; it gives a count, not a share of the energy.
 
-    A sample gives a magnitude that somewhat more than k entries reach; one pass collects these, and the k-th largest
-    among them decides. If the sample misled (too few reach it), the pass is made again without it.
+    A sample gives a magnitude that somewhat more than k entries reach; one pass collects these, and the k largest of them are
+    kept. If too few reach it, the pass is repeated without a sample.
 
     Returns:
-        How many candidates are held, and what is left to do: on one thread, while the next change is read.
+        The number of candidates in memory, and what finishes the result, on one thread, while the next change is computed.
     """
     k, lowest = rule.count(change.size), rule.lowest(change.dtype)
     floor = max(lowest, _sampled_floor(change, k))
@@ -69,7 +73,7 @@ def largest(change: Change, rule: TopK, workers: Workers, progress: Progress) ->
     def rest() -> Entries:
         found = completed(change, pool.result())
         pool.close()
-        # If nothing is left out, sums in two precisions must not say otherwise.
+        # If all are kept, the energy must not differ by rounding from the sum over the entries.
         whole = k == change.size and rule.min_change == 0
         own = sum_of_squares(found.values.astype(np.float64)) if whole else energy
         return Entries(found.indices, found.values, found.base, found.target, own)
@@ -100,79 +104,79 @@ def _sampled_floor(change: Change, k: int) -> Any:
 
 
 class Pool:
-    """Candidates in index order; memory stays in proportion to what is kept, however many entries tie.
+    """Candidates in index order; memory is proportional to what is kept, however many entries tie.
 
-    All of magnitude ``free`` or more are kept, and of the others the ``k`` largest, lower indices first among equals.
+    All of magnitude ``sure`` or more are kept, and the ``k`` largest of the others; of equal ones the lower indices.
     """
 
-    def __init__(self, change: Change, k: int, floor: Any, free: Any = np.inf, expected: int = 0) -> None:
-        """Args: ``expected``: how many there will be, if that is known."""
+    def __init__(self, change: Change, k: int, floor: Any, sure: Any = np.inf, expected: int = 0) -> None:
+        """Args: ``expected``: the number of candidates, if known."""
         self.floor = floor
         self.size = 0
-        self._change, self._k, self._free = change, k, free
+        self._change, self._k, self._sure = change, k, sure
         self._complete = True
         self._limit = max(2 * k, expected) + TILE
-        self._columns = self._room(min(self._limit, change.size) + TILE)
+        self._columns = self._buffers(min(self._limit, change.size) + TILE)
 
-    def _room(self, size: int) -> list[Array]:
-        """Columns of :data:`COLUMNS`; what of them is never filled takes no memory."""
+    def _buffers(self, size: int) -> list[Array]:
+        """Buffers for :data:`COLUMNS`; pages that are never written take no memory."""
         change = self._change
         dtypes = (np.dtype(np.int64), change.dtype, change.weight_dtype, change.weight_dtype)
-        return [_rooms.take(size, dtype) for dtype in dtypes]
+        return [_buffer_cache.take(size, dtype) for dtype in dtypes]
 
     def close(self) -> None:
-        """Give the memory to pools to come; what :meth:`all` gave must not be used any more."""
+        """Release the memory to later pools; the arrays of :meth:`all` must not be used any more."""
         for column in self._columns:
-            _rooms.give(column)
+            _buffer_cache.give(column)
         self._columns = []
 
     def add(self, entries: Entries) -> None:
-        """Add the candidates of the next tile; some may be below a floor that has risen since they were found."""
+        """Add the candidates of the next tile; some may be below the floor, which may have increased meanwhile."""
         stop = self.size + entries.size
         if stop > self._columns[0].size:
-            old, self._columns = self._columns, self._room(2 * stop)
+            old, self._columns = self._columns, self._buffers(2 * stop)
             self._fill(0, [column[: self.size] for column in old])
         self._fill(self.size, [getattr(entries, column) for column in COLUMNS])
         self.size = stop
-        self._complete &= entries.complete  # no entries are complete in any case
+        self._complete &= entries.complete  # an empty one is complete
         if self.size > self._limit:
             kept = self.result()
             self._fill(0, [getattr(kept, column) for column in COLUMNS])
             self.size = kept.size
             self._limit = max(self._limit, 2 * self.size)
             magnitudes = np.abs(kept.values)
-            rest = magnitudes if self._free == np.inf else magnitudes[magnitudes < self._free]
+            rest = magnitudes if self._sure == np.inf else magnitudes[magnitudes < self._sure]
             if rest.size == self._k:
-                # Later entries that only tie with the k-th lose to it by index.
-                self.floor = np.nextafter(rest.min(initial=self._free), self._change.dtype.type(np.inf))
+                # Later entries that tie with the k-th have higher indices and lose.
+                self.floor = np.nextafter(rest.min(initial=self._sure), self._change.dtype.type(np.inf))
 
     def _fill(self, start: int, columns: list[Array]) -> None:
         for own, column in zip(self._columns, columns, strict=True):
             own[start : start + column.size] = column
 
     def all(self) -> Entries:
-        """All candidates that are held."""
+        """All candidates."""
         indices, values, base, target = (column[: self.size] for column in self._columns)
         if not self._complete:
             base, target = base[:0], target[:0]
         return Entries(indices, values, base, target)
 
     def result(self) -> Entries:
-        """What is kept of all that came."""
+        """The candidates that are kept."""
         entries = self.all()
         magnitudes = np.abs(entries.values)
-        if self._free == np.inf:
-            return entries.copied() if self.size <= self._k else entries.kept(_largest_of(magnitudes, self._k))
-        rest = np.flatnonzero(magnitudes < self._free)
+        if self._sure == np.inf:
+            return entries.copied() if self.size <= self._k else entries.kept(largest(magnitudes, self._k))
+        rest = np.flatnonzero(magnitudes < self._sure)
         if rest.size <= self._k:
             return entries.copied()
-        keep = magnitudes >= self._free
-        keep[rest[_largest_of(magnitudes[rest], self._k)]] = True
+        keep = magnitudes >= self._sure
+        keep[rest[largest(magnitudes[rest], self._k)]] = True
         return entries.kept(keep)
 
 
-class _Rooms:
-    """Memory that is used again: to get it anew from the system for each tensor takes longer than to fill it."""
+class _BufferCache:
+    """Memory that is reused: getting it from the system for each tensor takes longer than filling it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -190,31 +194,14 @@ class _Rooms:
         room = column
         while room.base is not None:
             room = room.base
-        if room.size > _ROOM:
+        if room.size > _LARGEST_BUFFER:
             return
         with self._lock:
             self._free.append(room)
-            if len(self._free) > _ROOMS:
+            if len(self._free) > _MOST_BUFFERS:
                 self._free.pop(0)
 
 
-_ROOMS, _ROOM = (
-    16,
-    1 << 25,
-)  # how many are kept, four for each pool that is in use at a time; and of how many bytes
-_rooms = _Rooms()
-
-
-def _largest_of(magnitudes: Array, k: int) -> Array:
-    """A mask of the ``k`` largest, lower positions first among equals."""
-    if k == 0:
-        return np.zeros(magnitudes.size, bool)
-    edge = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
-    return at_least(magnitudes, edge, k - int(np.count_nonzero(magnitudes > edge)))
-
-
-def at_least(magnitudes: Array, edge: Any, ties: int) -> Array:
-    """A mask of those above ``edge``, and of the first ``ties`` of those that equal it."""
-    keep: Array = magnitudes > edge
-    keep[np.flatnonzero(magnitudes == edge)[:ties]] = True
-    return keep
+_MOST_BUFFERS = 16  # kept at most: four for each pool that is in use at a time
+_LARGEST_BUFFER = 1 << 25  # bytes of one that is kept, at most
+_buffer_cache = _BufferCache()

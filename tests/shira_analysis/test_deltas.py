@@ -122,8 +122,8 @@ def test_a_file_and_its_base(tensor: SparseTensor, tmp_path: Path) -> None:
     assert [1, 11] == right.tensor("w").base.tolist()
     for wrong, why in (
         ({"v": BASE}, "has no 'w'"),
-        ({"w": BASE.reshape(4, 3)}, r"for shape \[3, 4\], the weight has \[4, 3\]"),
-        ({"w": BASE.astype(np.float16)}, "for float32, the weight has float16"),
+        ({"w": BASE.reshape(4, 3)}, r"for shape \[3, 4\], the base .* has \[4, 3\]"),
+        ({"w": BASE.astype(np.float16)}, "for float32, the base .* has float16"),
         ({"w": BASE + 1}, "digest differs"),
     ):
         with pytest.raises(BaseMismatch, match=rf"a\.st: tensor 'w'.*{why}"):
@@ -138,7 +138,7 @@ def test_deltas_fit_any_float_base(tmp_path: Path) -> None:
         assert [2, 0] == open_deltas(path, base).matrix("w", zeros=True).data.tolist()
         assert [2] == open_deltas(path, base).matrix("w").data.tolist()
     whole = open_checkpoint(save_arrays(tmp_path / "base.safetensors", {"w": BASE.astype(np.int32)}))
-    with pytest.raises(BaseMismatch, match="cannot add deltas to a weight of int32"):
+    with pytest.raises(BaseMismatch, match="has int32: integer and quantised weights"):
         open_deltas(path, whole).tensor("w")
 
 

@@ -48,7 +48,7 @@ def test_random_adapters_against_what_is_known() -> None:
         )  # the diagonal, where two masks are one
         assert found[series]["awor_if_uniform"] == pytest.approx(found[series]["awor"], abs=near)
     assert p * m**1.5 == pytest.approx(found["SHiRA-Rand"]["awom"], rel=0.05)
-    wide = [dimensions.measured("sparse LoRA", 1024, seed) for seed in range(3)]
+    wide = [dimensions.measure_random_pair("sparse LoRA", 1024, seed) for seed in range(3)]
     assert 1024**1.5 * 64 * (p * 1024 / 128) ** 2 == pytest.approx(np.mean(wide, axis=0)[0], rel=0.1)
     rows = found["SHiRA-Struct, rows"]
     assert 1 - rows["awor"] <= 2 * rows["trained"]  # lemma 4.5, with the diagonal counted once less
@@ -81,7 +81,7 @@ def test_struct_pairs_are_measured_as_dense_ones_are() -> None:
 def test_dimensions_that_cannot_be() -> None:
     for dimension, density in ((1, 0.01), (128, 0.0), (128, 0.6)):
         with pytest.raises(SourceError, match="cannot be made"):
-            dimensions.measured("dense", dimension, 0, density)
+            dimensions.measure_random_pair("dense", dimension, 0, density)
 
 
 def test_the_dimension_picture_draws_its_records(axes: Any) -> None:

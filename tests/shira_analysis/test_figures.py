@@ -24,7 +24,7 @@ from shira_format import Adapter, SourceError, SparseTensor, save
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import LowRank
-from shira_format.lora.updates import Lora
+from shira_format.lora.base import Lora
 from shira_format.tensors import matrix_shape
 from tests import models, strategies
 
@@ -115,7 +115,7 @@ def test_a_drawn_mask_is_its_densities(axes: Any) -> None:
     assert axes is masks.draw_mask(axes, grid)
     np.testing.assert_allclose(axes.images[0].get_array(), 100 * grid.density)
     assert r"a\$b\$c\u202e" in axes.get_title()
-    assert b"\x89PNG" == style.rendered(axes.figure)[:4]  # dollars are no formula
+    assert b"\x89PNG" == style.render(axes.figure)[:4]  # dollars are no formula
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_spectra_of_nothing(tmp_path: Path, files: list[DeltaFile], axes: Any) -
         spectra.draw_spectra(axes, curves[:1])
     spectra.draw_spectra(axes, curves)
     assert axes.lines[0].get_label().startswith("zero.st: rank 0")
-    assert b"\x89PNG" == style.rendered(axes.figure)[:4]
+    assert b"\x89PNG" == style.render(axes.figure)[:4]
     assert b"\x89PNG" == pictures.spectrum_picture([zero, files[0]], tensor=UP).image[:4]
 
 
@@ -292,7 +292,7 @@ def size_of(image: bytes) -> tuple[int, int]:
 
 def test_many_adapters(files: list[DeltaFile]) -> None:
     many = files * 8
-    lines = [tuple(style.line(at).values()) for at in range(32)]
+    lines = [tuple(style.line_style(at).values()) for at in range(32)]
     assert 32 == len({(colour, dashes) for colour, _, dashes in lines})
     for image in (
         pictures.mask_picture(many, side=16).image,
@@ -317,9 +317,7 @@ def test_layers_of_several_have_one_scale(
     save(Adapter([tensor(QUERY, (24, 16), 0.9, 0)]), tmp_path / "dense.st")
     both = [files[0], open_deltas(tmp_path / "dense.st")]
     seen: list[Any] = []
-    monkeypatch.setattr(
-        pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.rendered(drawn, form)
-    )
+    monkeypatch.setattr(pictures, "render", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
     pictures.layers_picture(both)
     panels = [one for one in seen[0].axes if one.images and one.get_title(loc="left")]
     assert 4 == len(panels)
@@ -334,9 +332,7 @@ def test_masks_of_odd_shapes(shape: tuple[int, ...], tmp_path: Path, monkeypatch
     """However narrow: title above the picture, in the picture, and nothing over anything else."""
     save(Adapter([tensor("model.norm.weight", shape, 0.4, 1)]), tmp_path / "a.st")
     seen: list[Any] = []
-    monkeypatch.setattr(
-        pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.rendered(drawn, form)
-    )
+    monkeypatch.setattr(pictures, "render", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
     pictures.mask_picture([open_deltas(tmp_path / "a.st")])
     (drawn,) = seen
     drawn.set_dpi(style.DPI)
@@ -356,13 +352,13 @@ def test_masks_of_odd_shapes(shape: tuple[int, ...], tmp_path: Path, monkeypatch
 
 
 def test_names_are_told_apart() -> None:
-    assert ["a", "b"] == style.apart(["a", "b"], 10)
+    assert ["a", "b"] == style.distinct_labels(["a", "b"], 10)
     long = [f"{'x' * 50}{letter}{'y' * 80}.st" for letter in "ab"]
-    assert ["…a…", "…b…"] == style.apart(long, 20)
+    assert ["…a…", "…b…"] == style.distinct_labels(long, 20)
     same = ["z" * 99, "z" * 99]
-    assert 1 == len(set(style.apart(same, 20)))
+    assert 1 == len(set(style.distinct_labels(same, 20)))
     odd = ["p" * 40 + "1" + "q" * 90 + "1", "p" * 40 + "2" + "q" * 90 + "1", "p" * 40 + "1" + "q" * 90 + "2"]
-    assert 3 == len(set(style.apart(odd, 12)))
+    assert 3 == len(set(style.distinct_labels(odd, 12)))
 
 
 def test_a_pair_takes_two_of_one_base(files: list[DeltaFile], tmp_path: Path) -> None:
@@ -430,7 +426,7 @@ def test_numbers_on_a_scale_of_colours_are_legible(scale: str) -> None:
     for colour in mpl.colormaps[scale](np.linspace(0, 1, 256)):
         red, green, blue, _ = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
         luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-        contrast = (luminance + 0.05) / 0.05 if style.ink(colour) == "black" else 1.05 / (luminance + 0.05)
+        contrast = (luminance + 0.05) / 0.05 if style.text_colour(colour) == "black" else 1.05 / (luminance + 0.05)
         assert contrast >= 4.5  # what WCAG asks of text
 
 
@@ -442,9 +438,7 @@ def test_no_two_titles_of_masks_overlap(
     for path in paths:
         save(Adapter([tall]), path)
     seen: list[Any] = []
-    monkeypatch.setattr(
-        pictures, "rendered", lambda drawn, form: seen.append(drawn) or style.rendered(drawn, form)
-    )
+    monkeypatch.setattr(pictures, "render", lambda drawn, form: seen.append(drawn) or style.render(drawn, form))
     pictures.mask_picture([open_deltas(path) for path in paths])
     (drawn,) = seen
     panels = [one for one in drawn.axes if one.get_title()]
@@ -457,7 +451,7 @@ def test_no_two_titles_of_masks_overlap(
 
 
 def test_long_and_odd_names() -> None:
-    assert "a\\nb" == style.plain("a\nb")
-    assert 60 == len(style.plain("x" * 99))
-    assert style.plain("layers.17." + "x" * 99 + ".weight").endswith(".weight")
-    assert r"\$x\$" == style.plain("$x$")
+    assert "a\\nb" == style.short_label("a\nb")
+    assert 60 == len(style.short_label("x" * 99))
+    assert style.short_label("layers.17." + "x" * 99 + ".weight").endswith(".weight")
+    assert r"\$x\$" == style.short_label("$x$")

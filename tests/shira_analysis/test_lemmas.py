@@ -142,7 +142,7 @@ def test_eckart_young(a: Any, rank: int, seed: int) -> None:
     assert abs(np.linalg.norm(rest) - np.linalg.norm(sigma[rank:])) <= allowed
     assert (np.linalg.norm(rest, 2) <= 2 * allowed) == (exact.rank(a) <= rank)
     random = np.random.default_rng(seed)
-    fits = low_rank.fits(a.astype(float), rank, random) if rank < min(a.shape) else []
+    fits = low_rank.other_fits(a.astype(float), rank, random) if rank < min(a.shape) else []
     other = random.standard_normal((a.shape[0], rank)) @ random.standard_normal((rank, a.shape[1]))
     for _, fit in [*fits, ("random", other)]:
         assert np.linalg.matrix_rank(fit) <= rank
@@ -268,7 +268,7 @@ def test_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def quick() -> lemmas.Verification:
-    return lemmas.verify(quick=True)
+    return lemmas.verify_lemmas(quick=True)
 
 
 def matrices(report: LemmaReport, text: str) -> dict[str, Any]:
@@ -284,8 +284,8 @@ def test_everything_holds_and_is_repeated(quick: lemmas.Verification) -> None:
     assert ["4.1", "4.2", "4.3", "4.4", "4.5"] == [lemma.number for lemma in quick.lemmas]
     assert all(check.ok and check.cases for lemma in quick.lemmas for check in lemma.checks)
     assert all(lemma.counterexample for lemma in quick.lemmas)
-    assert as_json(quick) == as_json(lemmas.verify(quick=True))
-    other = lemmas.verify(quick=True, seed=1)
+    assert as_json(quick) == as_json(lemmas.verify_lemmas(quick=True))
+    other = lemmas.verify_lemmas(quick=True, seed=1)
     assert other.ok
     assert as_json(quick) != as_json(other)
     assert [r for lemma in quick.lemmas for r in lemma.readings] == [
@@ -294,7 +294,7 @@ def test_everything_holds_and_is_repeated(quick: lemmas.Verification) -> None:
 
 
 def test_one_lemma_alone_sees_the_same_numbers(quick: lemmas.Verification) -> None:
-    (alone,) = lemmas.verify(quick=True, lemmas=["4.4"]).lemmas
+    (alone,) = lemmas.verify_lemmas(quick=True, lemmas=["4.4"]).lemmas
     assert quick.lemmas[3] == alone
 
 
@@ -337,7 +337,7 @@ def test_what_does_not_hold_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(module, name, broken)
             if number == "4.1":  # no smallest counterexample is found by it
                 patch.setattr(complexity, "_repeated", complexity._symmetric)
-            (report,) = lemmas.verify(quick=True, lemmas=[number]).lemmas
+            (report,) = lemmas.verify_lemmas(quick=True, lemmas=[number]).lemmas
         assert not report.ok
         assert any(check.broken and check.margin < 0 and check.where for check in report.checks)
 
@@ -395,7 +395,7 @@ def adapter(path: Path, seed: int, **more: Any) -> Path:
 
 def test_files(tmp_path: Path, quick: lemmas.Verification) -> None:
     paths = [adapter(tmp_path / f"{n}.st", n) for n in range(2)]
-    found = lemmas.verify(paths, quick=True)
+    found = lemmas.verify_lemmas(paths, quick=True)
     assert found.ok
     assert [str(path) for path in paths] == found.files
     for lemma, bare in zip(found.lemmas, quick.lemmas, strict=True):
@@ -404,7 +404,7 @@ def test_files(tmp_path: Path, quick: lemmas.Verification) -> None:
         assert any(check.law.startswith("files:") for check in lemma.checks)
     assert [f"{path}: 1 of its tensors is no matrix" for path in paths] == found.lemmas[0].notes
     # A single file is put beside itself; all rows are common then.
-    alone = lemmas.verify(paths[:1], quick=True, lemmas=["4.5"]).lemmas[0]
+    alone = lemmas.verify_lemmas(paths[:1], quick=True, lemmas=["4.5"]).lemmas[0]
     assert "a.weight with 0.st" in alone.of_files[0][0]
 
 
@@ -412,16 +412,16 @@ def test_files_that_share_nothing_and_masks(tmp_path: Path) -> None:
     first = adapter(tmp_path / "first.st", 0)
     second = tmp_path / "second.st"
     save(Adapter([SparseTensor("x", (20, 20), np.arange(0, 400, 7), value_kind="none")]), second)
-    found = lemmas.verify([first, second], quick=True)
+    found = lemmas.verify_lemmas([first, second], quick=True)
     assert found.ok
     assert ["first.st and second.st have no weight of one shape in common"] == found.lemmas[4].notes
     assert ["second.st: x: no values other than 0"] == found.lemmas[1].notes
     vector = tmp_path / "vector.st"
     save(Adapter([SparseTensor("n", (3,), [1], np.float32([1]), value_kind="delta")]), vector)
     with pytest.raises(SourceError, match="no matrix in it has entries"):
-        lemmas.verify([vector], quick=True)
+        lemmas.verify_lemmas([vector], quick=True)
     # Beside others it is left out, with a word.
-    beside = lemmas.verify([vector, first], quick=True, lemmas=["4.2"])
+    beside = lemmas.verify_lemmas([vector, first], quick=True, lemmas=["4.2"])
     assert beside.ok
     left_out = f"{vector}: no matrix in it has entries and can be checked: it is left out"
     assert left_out in beside.lemmas[0].notes
@@ -429,7 +429,7 @@ def test_files_that_share_nothing_and_masks(tmp_path: Path) -> None:
 
 
 def test_interference_is_measured_after_one_layer_and_after_two() -> None:
-    (found,) = lemmas.verify(quick=True, lemmas=["4.4"]).lemmas
+    (found,) = lemmas.verify_lemmas(quick=True, lemmas=["4.4"]).lemmas
     measured = dict(found.measured)
     struct = "Struct rows, different offsets, no diagonal"
     assert "ReLU 0, SiLU 0, tanh 0" == measured[f"|I| / smaller effect: {struct}"]
@@ -444,11 +444,11 @@ def test_weights_with_a_side_beyond_memory_are_left_out(tmp_path: Path) -> None:
     small = SparseTensor("small", (4, 4), [1, 5], np.float32([1, 2]), value_kind="delta")
     save(Adapter([large, small]), tmp_path / "both.st")
     save(Adapter([large]), tmp_path / "large.st")
-    found = lemmas.verify([tmp_path / "both.st"], quick=True, lemmas=["4.3"])
+    found = lemmas.verify_lemmas([tmp_path / "both.st"], quick=True, lemmas=["4.3"])
     assert found.ok
     assert [f"{tmp_path / 'both.st'}: 1 of its tensors has a side above 1048576: 'large'"] == found.lemmas[0].notes
     with pytest.raises(SourceError, match="all have a side above 1048576, so that there is nothing to check"):
-        lemmas.verify([tmp_path / "large.st"], quick=True)
+        lemmas.verify_lemmas([tmp_path / "large.st"], quick=True)
 
 
 def test_files_that_need_a_base(tmp_path: Path) -> None:
@@ -461,24 +461,24 @@ def test_files_that_need_a_base(tmp_path: Path) -> None:
     path, base = tmp_path / "a.st", tmp_path / "base.safetensors"
     save(Adapter([needs]), path)
     with pytest.raises(BaseRequired, match=r"a\.st: tensor 'w' holds target values .* pass the base"):
-        lemmas.verify([path], quick=True)
+        lemmas.verify_lemmas([path], quick=True)
     save_file({"w": np.zeros((4, 5), np.float32)}, base)
-    assert lemmas.verify([path], base=base, quick=True).ok
+    assert lemmas.verify_lemmas([path], base=base, quick=True).ok
     save_file({"w": np.ones((4, 5), np.float32)}, base)
     with pytest.raises(BaseMismatch, match=r"a\.st: tensor 'w'"):
-        lemmas.verify([path], base=base, quick=True)
+        lemmas.verify_lemmas([path], base=base, quick=True)
     save_file({"v": np.ones((4, 5), np.float32)}, base)
     with pytest.raises(BaseMismatch, match=r"a\.st: tensor 'w': the base .* has no 'w'"):
-        lemmas.verify([path], base=base, quick=True)
+        lemmas.verify_lemmas([path], base=base, quick=True)
     wild = SparseTensor("w", (4, 5), [2, 9], np.float32([3, np.inf]), value_kind="delta")
     save(Adapter([wild]), path)
     with pytest.raises(SourceError, match=r"a\.st: tensor 'w': .* flat index 9"):
-        lemmas.verify([path], quick=True)
+        lemmas.verify_lemmas([path], quick=True)
 
 
 def test_products_that_are_too_large_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orthogonality, "_MOST_PRODUCTS", 10)
-    found = lemmas.verify([adapter(tmp_path / "a.st", 0)], quick=True, lemmas=["4.5"]).lemmas[0]
+    found = lemmas.verify_lemmas([adapter(tmp_path / "a.st", 0)], quick=True, lemmas=["4.5"]).lemmas[0]
     assert found.ok
     assert not found.of_files
     _, *notes = found.notes  # the first is about the vector

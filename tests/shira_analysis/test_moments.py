@@ -266,8 +266,8 @@ GOOD = np.array([[[[2.0, 1.0], [1.0, 2.0]]]])
         (GOOD, {"tokens": True}, "not their frequencies"),
         (np.full((1, 2, 1, 1), 0.4), {"tokens": True}, "not their frequencies"),
         (GOOD, {"inputs": 2}, "inputs in a file of version 1"),
-        (GOOD, {"version": 2, "inputs": 2}, "not of the same weights"),
-        (GOOD, {"name": "v"}, "not of the same weights"),
+        (GOOD, {"version": 2, "inputs": 2}, "name different weights"),
+        (GOOD, {"name": "v"}, "name different weights"),
         (GOOD, {"samples": "3"}, "wrong type"),
         (GOOD, {"inputs_first": 1}, "wrong type"),
         (GOOD, {"samples": 0}, "0 samples"),
@@ -334,7 +334,7 @@ def test_a_file_with_inputs_and_back(tmp_path: Path) -> None:
 def test_other_files(tmp_path: Path) -> None:
     assert Moments.read(write(tmp_path / "good", GOOD))["w"].samples == 3
     save_file({"w": GOOD}, tmp_path / "plain")
-    with pytest.raises(SourceError, match="no file of moments"):
+    with pytest.raises(SourceError, match="not a file of moments"):
         Moments.read(tmp_path / "plain")
     (tmp_path / "text").write_text("moments")
     with pytest.raises(FormatError):
@@ -360,7 +360,7 @@ def test_refusals() -> None:
     model = Two()
     x = random(8, 3).float()
     for rule, call in {
-        "none of that name": lambda: collect_moments(model, [x], ["third"]),
+        "has no such module": lambda: collect_moments(model, [x], ["third"]),
         "of a Dropout": lambda: collect_moments(model, [x], ["drop"]),
         "'idle': no input": lambda: collect_moments(model, [x], ["idle"]),
         "no batches": lambda: collect_moments(model, []),
@@ -368,7 +368,7 @@ def test_refusals() -> None:
         "float16": lambda: collect_moments(model, [x], dtype="float16"),  # type: ignore[arg-type]
         "more than": lambda: collect_moments(model, [x], limit=100),
         "more than 0.0 GB": lambda: collect_moments(model, [x], limit=1000, inputs=100),
-        "neither can be negative": lambda: collect_moments(model, [x], inputs=-1),
+        "neither may be negative": lambda: collect_moments(model, [x], inputs=-1),
         "'first': an input is NaN": lambda: collect_moments(model, [x * np.nan]),
         "no layer": lambda: collect_moments(nn.ReLU(), [x]),
     }.items():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira_analysis.measures.size import combine_masks, combine_norms, mask_of, norms_of, norms_of_values
-from shira_analysis.measures.uniform import dispersion_of_gaps, mean_of, touched
+from shira_analysis.measures.uniform import dispersion_of_gaps, lines_with_entries, mean_of
 from shira_format import SparseTensor
 from shira_format.tensors import matrix_shape
 from tests.strategies import HUGE_SHAPES, masks, small_shapes
@@ -96,10 +96,10 @@ def test_uniform_masks_look_uniform_and_clustered_ones_do_not() -> None:
 
 def test_a_large_mask_has_an_even_spread_of_rows() -> None:
     # The chance of an empty row is that of no entry in 4096 draws of 1 %.
-    figure = touched(4096, 4096, 4096, 167_772)
+    figure = lines_with_entries(4096, 4096, 4096, 167_772)
     assert math.isclose(4096 * (1 - 0.99**4096), figure.expected, rel_tol=1e-12)
     assert 0 < figure.deviation < 1e-6
-    none = touched(10, 10, 4, 38)  # two elements left out cannot make an empty row
+    none = lines_with_entries(10, 10, 4, 38)  # two elements left out cannot make an empty row
     assert (10, 0, None) == (none.expected, none.deviation, none.z)
 
 

@@ -214,13 +214,13 @@ def test_a_hub_that_is_out_of_reach(pair: Pair, tmp_path: Path) -> None:
 
 _SLOW = """
 import sys, time
-from shira_format.entries.changes import Difference
-fast = Difference.both
+from shira_format.entries.changes import CheckpointChange
+fast = CheckpointChange.both
 def slow(self, start, stop):
     time.sleep(0.05)
     print(self.name, flush=True)
     return fast(self, start, stop)
-Difference.both = slow
+CheckpointChange.both = slow
 from shira_cli.convert import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -263,7 +263,7 @@ def test_interrupts(number: signal.Signals, resume: bool, pair: Pair, tmp_path: 
 def test_an_interrupted_way_back_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
     assert 0 == full(pair, tmp_path / "p.st", "--exact", "--quiet")
     script = _SLOW.replace(
-        "from shira_format.entries.changes import Difference\nfast = Difference.both\n", ""
+        "from shira_format.entries.changes import CheckpointChange\nfast = CheckpointChange.both\n", ""
     ).partition("def slow")[0] + (
         "from shira_format.export.full.restore import _Restore as Plan\n"
         "fast = Plan._parts\n"

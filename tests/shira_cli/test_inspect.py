@@ -56,8 +56,10 @@ def test_a_base_that_does_not_fit_is_an_error_even_if_quiet(tmp_path: Path, caps
     base = models.save_base(models.net(), tmp_path / "base")
     assert 1 == inspect.main([str(write(tmp_path / "a.st")), "--base", str(base), "--quiet"])
     out, err = capsys.readouterr()
-    assert "NO: tensor 'w': not in the base" in out
-    assert f"shira-inspect: error: {base}: the adapter does not fit: tensor 'w': not in the base\n" == err
+    assert f"NO: tensor 'w': the base {base} has no 'w'" in out
+    assert (
+        f"shira-inspect: error: {base}: the adapter does not fit: tensor 'w': the base {base} has no 'w'\n" == err
+    )
 
 
 def test_a_base_that_is_none(tmp_path: Path, capsys: Capture) -> None:

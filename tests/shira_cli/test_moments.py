@@ -109,7 +109,9 @@ def test_names_are_those_of_the_files(folder: Path, capsys: Capture) -> None:
     save_file(stripped, path, {"format": "pt"})
     for options in ((), ("--causal",)):
         assert 0 == run(folder / "llama", "--texts", folder / "texts.txt", "-o", out, "--force", *options)
-        assert "not watched, because no tensor in the files has the name: lm_head.weight" in capsys.readouterr().err
+        assert (
+            "not watched, because no tensor in the files has the name: lm_head.weight" in capsys.readouterr().err
+        )
         assert {name for name in stripped if "norm" not in name} == set(Moments.read(out))
 
 
@@ -197,7 +199,7 @@ def test_weights_of_a_block_must_be_there(folder: Path, capsys: Capture) -> None
     del kept["encoder.layer.0.output.dense.weight"]
     save_file(kept, path, {"format": "pt"})
     assert 1 == run(folder / "model", "--texts", texts, "-o", out, "--force")
-    assert "1 weights of BertModel are not there, such as 'encoder.layer.0.output" in capsys.readouterr().err
+    assert "1 weights of BertModel are missing, such as 'encoder.layer.0.output" in capsys.readouterr().err
 
 
 def test_without_transformers(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +219,7 @@ def test_padding_needs_a_token(folder: Path) -> None:
     words = BertTokenizerFast.from_pretrained(folder / "model")
     words.pad_token = None
     assert 4 == len(list(batches(words, TEXTS, batch=1, length=8)))
-    with pytest.raises(SourceError, match="one text at a time"):
+    with pytest.raises(SourceError, match="use a batch size of 1"):
         list(batches(words, TEXTS, batch=2, length=8))
     words.eos_token = "[SEP]"
     masks = [batch["attention_mask"].sum(1).tolist() for batch in batches(words, TEXTS, batch=2, length=5)]

@@ -469,11 +469,11 @@ def test_folders(tmp_path: Path) -> None:
         ),
         (
             lambda path: write_keys(path, "llama", tensor="blk.0.attn_q.weight", heads=0),
-            "llama.attention.head_count is not one number above 0",
+            "llama.attention.head_count is not a positive integer",
         ),
         (
             lambda path: write_keys(path, "llama", tensor="blk.0.attn_q.weight", heads=[2, 2]),
-            "llama.attention.head_count is not one number above 0",
+            "llama.attention.head_count is not a positive integer",
         ),
         (
             lambda path: write_keys(path, "llama", tensor="blk.0.attn_q.weight", heads=3),
@@ -565,9 +565,9 @@ HUGE = 2**62
         (forged(key_count=HUGE), f"a header with {HUGE} keys; the limit is 131072"),
         (forged(tensor_count=100_000), None),
         (forged(key_count=100_000), None),
-        (forged([text("a") + struct.pack("<IQ", 8, HUGE)]), "within its header: cut short?"),
-        (forged([text("a") + struct.pack("<IIQ", 9, 4, HUGE)]), "within its header: cut short?"),
-        (forged([text("a") + struct.pack("<IIQ", 9, 8, HUGE)]), "within its header: cut short?"),
+        (forged([text("a") + struct.pack("<IQ", 8, HUGE)]), "within its header: truncated?"),
+        (forged([text("a") + struct.pack("<IIQ", 9, 4, HUGE)]), "within its header: truncated?"),
+        (forged([text("a") + struct.pack("<IIQ", 9, 8, HUGE)]), "within its header: truncated?"),
         (forged([text("a") + struct.pack("<IIQ", 9, 9, 1)]), "the key 'a' is a list of the unknown type 9"),
         (forged([text("a") + struct.pack("<I", 13)]), "the key 'a' has the unknown type 13"),
         (forged([ARCHITECTURE]), "the key 'general.architecture' occurs twice"),

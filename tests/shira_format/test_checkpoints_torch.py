@@ -196,7 +196,7 @@ def test_missing_shards_and_false_indexes(tmp_path: Path) -> None:
     for old, new, reason in [
         ("pytorch_model-00002-of-00002.bin", "gone.bin", "the shard gone.bin is missing"),
         ("pytorch_model-00002-of-00002.bin", "../outside.bin", "which is not a file name"),
-        ('"wide.weight"', '"narrow.weight"', "the index puts 'narrow.weight' in"),
+        ('"wide.weight"', '"narrow.weight"', "the index lists 'narrow.weight' in"),
     ]:
         index.write_text(text.replace(old, new))
         refused(index, reason)
@@ -422,10 +422,10 @@ def test_tensors_outside_of_their_storage(
         (b"K\x01}b.", "sets the state of a plain value"),
         (b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.", "sets the state of a plain value"),
         (b"ccollections\nOrderedDict\nK\x01\x85R.", "a damaged pickle"),
-        (b"NQ.", "persistent ids, which do not belong there"),
-        (b"cbuiltins\neval\n.", "asks for builtins.eval, which is not allowed"),
-        (b"\x8c\x02os\x8c\x06system\x93.", "asks for os.system, which is not allowed"),
-        (b"NN\x93.", "asks for something without a name"),
+        (b"NQ.", "persistent ids, which are not expected here"),
+        (b"cbuiltins\neval\n.", "needs builtins.eval, which is not allowed"),
+        (b"\x8c\x02os\x8c\x06system\x93.", "needs os.system, which is not allowed"),
+        (b"NN\x93.", "imports something without a name"),
         (b"(S'a'\ni__main__\nA\n.", "the opcode STRING, which is not supported"),
         (b"\x82\x01.", "the opcode EXT1, which is not supported"),
         (b"B\xff\xff\xff\x7fshort.", "a damaged pickle"),

@@ -23,7 +23,7 @@ from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.lora.diffusers_keys import parse
-from shira_format.lora.peft_scale import read_scales
+from shira_format.lora.peft.config import read_scales
 from tests import pipelines
 from tests.pipelines import base_weights, check, fused
 
@@ -183,7 +183,7 @@ def test_options_of_some_components_only(sdxl: Saved, tmp_path: Path) -> None:
     save_file(load_file(path) | text, path, header)
     with pytest.raises(ValueError, match="target_modules"):
         by_diffusers(sdxl, tmp_path)
-    with pytest.raises(SourceError, match="nothing tells the scale of text_encoder"):
+    with pytest.raises(SourceError, match="the scale of text_encoder is unknown"):
         open_lora(tmp_path, open_checkpoint(sdxl.folder))
 
 
@@ -479,7 +479,7 @@ REFUSED: dict[str, tuple[Change, dict[str, str] | None, str]] = {
     "rank against options": (lambda s: None, options(r=3), r"to_q\.lora_A\.weight' has shape \[2, 8\], and should have rank 3"),
     "options are no JSON": (lambda s: None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata: unreadable JSON"),
     "options without rank": (lambda s: None, options(r=None), r"lora_adapter_metadata of unet: r and lora_alpha must be numbers"),
-    "options of others": (lambda s: None, {"lora_adapter_metadata": '{"r": 2, "lora_alpha": 2}'}, "nothing tells the scale of unet"),
+    "options of others": (lambda s: None, {"lora_adapter_metadata": '{"r": 2, "lora_alpha": 2}'}, "the scale of unet is unknown"),
     "another kind": (lambda s: None, options(peft_type="LOKR"), "not a LoRA"),
     "experts": (lambda s: None, options(target_parameters=["x"]), "target_parameters is set"),
     "pissa": (lambda s: None, options(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' changed the base"),

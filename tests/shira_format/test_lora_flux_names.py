@@ -8,7 +8,8 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-from shira_format.names.flux import Piece, diffusers_pieces, is_diffusers_flux
+from shira_format.names.flux import flux_parts, is_diffusers_flux
+from shira_format.names.row_blocks import FusedPart
 
 RANK = 5  # not a multiple of 3 or 4, lest the converter looks for blocks of zeros
 
@@ -22,18 +23,18 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Piece, ...]]:
-    return diffusers_pieces(shapes, lambda name: shapes[name][0])
+def pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[FusedPart, ...]]:
+    return flux_parts(shapes, lambda name: shapes[name][0])
 
 
-def heights(pieces: dict[str, tuple[Piece, ...]]) -> dict[str, int]:
+def heights(pieces: dict[str, tuple[FusedPart, ...]]) -> dict[str, int]:
     return {
         name: sum(stop - start for piece in found for start, stop in piece.rows) for name, found in pieces.items()
     }
 
 
 def test_all_modules_of_a_real_flux(
-    pieces: dict[str, tuple[Piece, ...]], shapes: dict[str, tuple[int, ...]]
+    pieces: dict[str, tuple[FusedPart, ...]], shapes: dict[str, tuple[int, ...]]
 ) -> None:
     assert heights(pieces)["double_blocks.1.txt_attn.qkv"] == 9216
     assert heights(pieces)["single_blocks.1.linear1"] == 21504
@@ -41,7 +42,7 @@ def test_all_modules_of_a_real_flux(
     assert {piece.module for found in pieces.values() for piece in found} == matrices
 
 
-def test_weights_and_biases(pieces: dict[str, tuple[Piece, ...]]) -> None:
+def test_weights_and_biases(pieces: dict[str, tuple[FusedPart, ...]]) -> None:
     """diffusers' converter of whole checkpoints."""
     state = {
         f"{module}.{what}": torch.rand(rows, *columns)
@@ -56,11 +57,11 @@ def test_weights_and_biases(pieces: dict[str, tuple[Piece, ...]]) -> None:
         for piece in found:
             for what in ("weight", "bias"):
                 expected = converted.pop(f"{piece.module}.{what}").numpy()
-                assert (piece.of(state[f"{module}.{what}"].numpy()) == expected).all()
+                assert (piece.take(state[f"{module}.{what}"].numpy()) == expected).all()
     assert all(".norm_" in name for name in converted)
 
 
-def test_loras(pieces: dict[str, tuple[Piece, ...]]) -> None:
+def test_loras(pieces: dict[str, tuple[FusedPart, ...]]) -> None:
     """diffusers' converter of kohya's LoRAs."""
     state = {}
     for module, rows in heights(pieces).items():
@@ -72,7 +73,7 @@ def test_loras(pieces: dict[str, tuple[Piece, ...]]) -> None:
         key = f"lora_unet_{module.replace('.', '_')}"
         for piece in found:
             up = converted.pop(f"{piece.module}.lora_B.weight")
-            assert (piece.of(state[f"{key}.lora_up.weight"].numpy()) == up).all()
+            assert (piece.take(state[f"{key}.lora_up.weight"].numpy()) == up).all()
             down = converted.pop(f"{piece.module}.lora_A.weight")
             assert (state[f"{key}.lora_down.weight"].numpy() == down).all()
     assert not converted
@@ -80,11 +81,11 @@ def test_loras(pieces: dict[str, tuple[Piece, ...]]) -> None:
 
 def test_what_a_base_lacks_is_not_listed(shapes: dict[str, tuple[int, ...]]) -> None:
     schnell = {name: shape for name, shape in shapes.items() if "guidance" not in name and "to_k" not in name}
-    found = diffusers_pieces(schnell, lambda name: schnell[name][0])
+    found = flux_parts(schnell, lambda name: schnell[name][0])
     assert "guidance_in.in_layer" not in found
     assert "double_blocks.0.img_attn.qkv" not in found
     assert "double_blocks.0.img_attn.proj" in found
-    assert diffusers_pieces(["x.weight"], lambda name: 1) == {}
+    assert flux_parts(["x.weight"], lambda name: 1) == {}
 
 
 def test_flux_is_told_from_others(shapes: dict[str, tuple[int, ...]]) -> None:

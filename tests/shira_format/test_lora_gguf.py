@@ -206,7 +206,7 @@ def test_other_types(kind: Kind, tmp_path: Path) -> None:
     a, b = (stored[f"blk.0.attn_k.weight.lora_{x}"].astype(np.float64) for x in "ab")
     assert not np.array_equal(factors["blk.0.attn_k.weight.lora_a"], a)
     close(ALPHA / 32 * (b @ a), paired(torch.from_numpy(dense(update)), 2).numpy())
-    expected = ["the LoRA is quantised (Q8_0): values are the dequantised ones"] if kind == Kind.Q8_0 else []
+    expected = ["the LoRA is quantised (Q8_0): its dequantised values are used"] if kind == Kind.Q8_0 else []
     assert read.notices == expected
 
 
@@ -255,11 +255,11 @@ def test_without_heads(llama: Saved) -> None:
     config = llama.hf / "config.json"
     for text in ("{}", '{"model_type": "llama"}', '{"model_type": "llama", "num_attention_heads": true}'):
         config.write_text(text)
-        refused(llama, f"{config} does not say what the model is and how many heads it has", llama.hf)
+        refused(llama, f"{config} does not state the model's type and number of heads", llama.hf)
     config.unlink()
     refused(
         llama,
-        "the rows of queries and keys are in the order of another rotary embedding, head by head: the number of heads is "
+        "the rows of queries and keys have another rotary embedding's order within each head: the number of heads is "
         f"needed, but {llama.hf / 'model.safetensors'} has no config.json beside it and is no GGUF file",
         llama.hf,
     )
@@ -278,7 +278,7 @@ def test_heads_in_the_file_itself(llama: Saved) -> None:
 def test_rows_that_are_no_pairs(llama: Saved) -> None:
     b = np.ones((12, RANK), np.float32)
     llama.rewrite({"blk.0.attn_q.weight.lora_b": b})
-    refused(llama, "'blk.0.attn_q.weight': shape [12, 4] has no pairs of rows for 4 heads")
+    refused(llama, "'blk.0.attn_q.weight': shape [12, 4] cannot be split into 4 heads of an even number of rows")
 
 
 # What is refused
@@ -299,13 +299,13 @@ ONES = np.ones((RANK, 64), np.float32)
         ({}, {"types": ()}, "general.type is None, not 'adapter': not a LoRA of llama.cpp"),
         ({}, {"types": ("adapter", "ia3")}, "adapter.type is 'ia3', not 'lora': not a LoRA of llama.cpp"),
         ({}, {"types": ("adapter",)}, "adapter.type is None, not 'lora': not a LoRA of llama.cpp"),
-        ({}, {"edit": add_tokens}, "an activated LoRA (adapter.alora.invocation_tokens) acts on some tokens only and is no change of weights"),
+        ({}, {"edit": add_tokens}, "an activated LoRA (adapter.alora.invocation_tokens) acts on some tokens only, and is no change of weights"),
         ({}, {"alpha": float("nan")}, "adapter.lora.alpha is nan, not a number"),
-        ({"blk.0.attn_norm.weight": np.ones(64, np.float32)}, {}, "unmatched tensor 'blk.0.attn_norm.weight': llama.cpp leaves out vectors of norms; convert the adapter that the file was made of"),
-        ({"blk.0.ffn_up.weight": ONES}, {}, "unmatched tensor 'blk.0.ffn_up.weight'"),
+        ({"blk.0.attn_norm.weight": np.ones(64, np.float32)}, {}, "unmatched key 'blk.0.attn_norm.weight': llama.cpp ignores vectors of norms; convert the adapter that the file was made from"),
+        ({"blk.0.ffn_up.weight": ONES}, {}, "unmatched key 'blk.0.ffn_up.weight': it ends neither in .lora_a nor .lora_b"),
         ({"blk.0.ffn_up.weight.lora_b": None}, {}, "'blk.0.ffn_up.weight' has lora_a only"),
-        ({"blk.0.ffn_gate_exps.weight.lora_a": ONES, "blk.0.ffn_gate_exps.weight.lora_b": ONES.T}, {}, "tensor 'blk.0.ffn_gate_exps.weight' has no Hugging Face name that is known for llama, or is not one that a LoRA adapts"),
-        ({"blk.0.ffn_up.bias.lora_a": ONES, "blk.0.ffn_up.bias.lora_b": ONES.T}, {}, "tensor 'blk.0.ffn_up.bias' has no Hugging Face name that is known for llama, or is not one that a LoRA adapts"),
+        ({"blk.0.ffn_gate_exps.weight.lora_a": ONES, "blk.0.ffn_gate_exps.weight.lora_b": ONES.T}, {}, "tensor 'blk.0.ffn_gate_exps.weight' has no known Hugging Face name for llama, or is none that a LoRA adapts"),
+        ({"blk.0.ffn_up.bias.lora_a": ONES, "blk.0.ffn_up.bias.lora_b": ONES.T}, {}, "tensor 'blk.0.ffn_up.bias' has no known Hugging Face name for llama, or is none that a LoRA adapts"),
         ({"blk.7.ffn_up.weight.lora_a": ONES, "blk.7.ffn_up.weight.lora_b": ONES.T}, {}, "1 of 15 adapted weights are not in the base, for example 'model.layers.7.mlp.up_proj.weight'; the base has names like 'model.embed_tokens.weight'"),
         ({"blk.0.ffn_up.weight.lora_b": np.ones((95, RANK), np.float32)}, {}, "'blk.0.ffn_up.weight': updates a weight of shape [95, 64], the base's 'model.layers.0.mlp.up_proj.weight' has [96, 64]"),
         ({"blk.0.ffn_up.weight.lora_b": np.ones((96, 3), np.float32)}, {}, "'blk.0.ffn_up.weight': factors of shapes [96, 3] and [4, 64] do not fit each other"),
@@ -323,13 +323,13 @@ def test_an_architecture_without_a_table(llama: Saved) -> None:
     write_lora(llama.path, "deepseek2", llama.factors)
     refused(
         llama,
-        f"how the architecture 'deepseek2' stores its tensors is not known here; read are {KNOWN}",
+        f"how the architecture 'deepseek2' stores its tensors is not known; supported are {KNOWN}",
     )
 
 
 def test_a_file_without_tensors(llama: Saved) -> None:
     llama.rewrite(dict.fromkeys(llama.factors))
-    refused(llama, "it has no tensors")
+    refused(llama, "it holds no tensors")
 
 
 def test_positions_are_not_adapted(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_positions_are_not_adapted(tmp_path: Path) -> None:
     write_lora(saved.path, "gpt2", {"position_embd.weight.lora_a": square, "position_embd.weight.lora_b": square})
     refused(
         saved,
-        "tensor 'position_embd.weight' has no Hugging Face name that is known for gpt2, or is not one that a LoRA adapts",
+        "tensor 'position_embd.weight' has no known Hugging Face name for gpt2, or is none that a LoRA adapts",
     )
 
 
@@ -351,7 +351,7 @@ def test_a_square_weight_of_gpt2_is_not_guessed_at(tmp_path: Path) -> None:
     refused(
         saved,
         "'blk.0.attn_output.weight': the base's 'transformer.h.0.attn.c_proj.weight' is square and stored as [in, out], and "
-        "convert_lora_to_gguf.py turns the factors of such layers over: nothing tells which way round they are",
+        "convert_lora_to_gguf.py transposes the factors of such layers: whether they are transposed cannot be determined",
     )
 
 

@@ -24,8 +24,8 @@ from shira_format.convert import lora_to_shira
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.names.flat import flat
-from shira_format.names.sd3 import sd3_pieces
-from shira_format.names.unet import other_names
+from shira_format.names.sd3 import sd3_parts
+from shira_format.names.unet import unet_other_names
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, sd3, sgm_state
 
 # What diffusers adapts by the names of its own UNet, convolutions included.
@@ -187,7 +187,7 @@ def test_every_layer_has_its_own_rank_and_alpha(
 def renamed(state: Mapping[str, torch.Tensor], pipe: Any) -> dict[str, torch.Tensor]:
     """By SGM's names; that these are right is in test_lora_unet_names.py."""
     names = {name.removesuffix(".weight") for name in pipe.unet.state_dict() if name.endswith(".weight")}
-    table = {f"lora_unet_{flat(ours)}": f"lora_unet_{flat(sgm)}" for ours, sgm in other_names(names).items()}
+    table = {f"lora_unet_{flat(ours)}": f"lora_unet_{flat(sgm)}" for ours, sgm in unet_other_names(names).items()}
     return {f"{table.get(key.partition('.')[0], key.partition('.')[0])}.{key.partition('.')[2]}": tensor for key, tensor in state.items()}  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def test_sd3(tmp_path: Path) -> None:
     """Against diffusers' converter of the authors' checkpoint, before and after."""
     model = sd3()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pieces = sd3_pieces(state, lambda name: state[name].shape[0], 16)
+    pieces = sd3_parts(state, lambda name: state[name].shape[0], 16)
     authors = {"pos_embed": state["pos_embed.pos_embed"]}
     for module, parts in pieces.items():
         for kind in ("weight", "bias"):
@@ -440,10 +440,10 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         "unet: the base has no module that is written 'conv_out'",
     ),
     "near": (pair("lora_unet_conv_inn"), "unet: the base has no module that is written 'conv_inn'; there is 'conv_in'"),
-    "unmatched": (pair() | {"x.weight": torch.ones(1)}, "unmatched key 'x.weight': its name does not begin as kohya's and LyCORIS' do (lora_unet_, lora_te_, lycoris_)"),
+    "unmatched": (pair() | {"x.weight": torch.ones(1)}, "unmatched key 'x.weight': it begins with none of kohya's and LyCORIS' prefixes (lora_unet_, lora_te_, lycoris_)"),
     "bundle": (
         pair() | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)},
-        "unmatched key 'bundle_emb.cat.string_to_param.*': an embedding of new tokens is bundled with this LoRA; it is no change of the base's weights",
+        "unmatched key 'bundle_emb.cat.string_to_param.*': the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights",
     ),
     "alpha": (pair() | {f"{NAME}.alpha": torch.ones(2)}, "'lora_unet_conv_in.alpha' has shape [2], not one number"),
     "nan": (pair() | {f"{NAME}.alpha": torch.tensor(float("nan"))}, "'lora_unet_conv_in.alpha' holds NaN or Inf"),
@@ -453,7 +453,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "both namings": (
         pair() | pair("lora_unet_input_blocks_0_0"),
-        "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0' are both the base's 'conv_in.weight'",
+        "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0' both adapt the base's 'conv_in.weight'",
     ),
     "norm": (pair("lora_unet_mid_norm", down=(1,)), "'lora_unet_mid_norm': updates a weight of shape [4, 1], the base's 'mid.norm.weight' has [4]"),
     "two models": (pair() | pair("lora_te_x"), "adapts 'text_encoder' and other components: the base must be the whole pipeline (a folder with model_index.json), not one model of it"),

@@ -415,7 +415,8 @@ def test_dora_of_rows_of_a_fused_weight_is_refused(tmp_path: Path) -> None:
     }
     path = save_state({f"{name}.{part}": tensor for part, tensor in parts.items()}, tmp_path)
     with pytest.raises(
-        SourceError, match="DoRA of rows of the base's .*take a base that holds this module by itself"
+        SourceError,
+        match="DoRA of some rows of the base's .*take a base that has this module as a weight of its own",
     ):
         open_lora(path, open_checkpoint(tmp_path / "base.safetensors"))
 
@@ -469,7 +470,7 @@ LOCON = "lora_up.weight 4,2,1,1; lora_down.weight 2,6,3,3"
 TUCKER = "lora_up.weight 4,2,1,1; lora_down.weight 2,6,1,1"
 LOHA = "hada_w1_a 4,2; hada_w1_b 2,54; hada_w2_a 4,2; hada_w2_b 2,54"
 BAD = {
-    "alone": (LOCON + "; alpha; lycoris_norm.alpha", "'lycoris_norm': alpha alone are no LoRA that is read"),
+    "alone": (LOCON + "; alpha; lycoris_norm.alpha", "'lycoris_norm': alpha alone are no known LoRA"),
     "mixed": (LOCON + "; diff 4,6,3,3", "unmatched key 'diff': LoCon has no such part"),
     "bias beside factors": (LOCON + "; diff_b 4", "unmatched key 'diff_b': LoCon has no such part"),
     "unknown part": (LOCON + "; lora_mad.weight 2", "unmatched key 'lora_mad.weight': LoCon has no such part"),
@@ -478,49 +479,49 @@ BAD = {
     "bias alone": ("diff_b 4", "it has diff_b without diff"),
     "norm's bias alone": ("b_norm 4", "it has b_norm without w_norm"),
     "full of another shape": ("diff 4,6,1,3", "updates a weight of shape [4, 6, 1, 3], the base's 'conv.weight' has [4, 6, 3, 3]"),
-    "bias of another shape": ("diff 4,6,3,3; diff_b 5", "what it adds has shape [5], the base's 'conv.bias' has [4]"),
-    "no bias": ("lycoris_norm.w_norm 4; lycoris_norm.b_norm 4", "'lycoris_norm': it adds to a bias, but the base has no 'norm.bias'"),
-    "norm of another shape": ("lycoris_norm.w_norm 5", "'lycoris_norm': what it adds has shape [5], the base's 'norm.weight' has [4]"),
-    "norm for a convolution": ("w_norm 4", "what it adds has shape [4], the base's 'conv.weight' has [4, 6, 3, 3]"),
+    "bias of another shape": ("diff 4,6,3,3; diff_b 5", "its addition has shape [5], the base's 'conv.bias' has [4]"),
+    "no bias": ("lycoris_norm.w_norm 4; lycoris_norm.b_norm 4", "'lycoris_norm': adds to a bias, but the base has no 'norm.bias'"),
+    "norm of another shape": ("lycoris_norm.w_norm 5", "'lycoris_norm': its addition has shape [5], the base's 'norm.weight' has [4]"),
+    "norm for a convolution": ("w_norm 4", "its addition has shape [4], the base's 'conv.weight' has [4, 6, 3, 3]"),
     "factors for a norm": ("lycoris_norm.hada_w1_a 4,1; lycoris_norm.hada_w1_b 1,1", "'lycoris_norm': LoHa of the base's 'norm.weight', whose shape is [4]"),
     "Tucker with kernels": (LOCON + "; lora_mid.weight 2,2,3,3", "lora_down or lora_up has a kernel beside lora_mid"),
     "Tucker of another rank": (TUCKER + "; lora_mid.weight 2,3,3,3", "a core of shape [2, 3, 3, 3] does not fit factors of shape [2, 6]"),
     "Tucker of another kernel": (TUCKER + "; lora_mid.weight 2,2,1,3", "updates a weight of shape [4, 6, 1, 3], the base's 'conv.weight' has [4, 6, 3, 3]"),
     "Tucker that is huge": (
         "lora_up.weight 4,1,1,1; lora_down.weight 1,300000,1,1; lora_mid.weight 1,1,1,300",
-        "a product of its factors has 90000000 elements, the weight 216",
+        "a product of its factors has 90000000 elements, the weight has 216",
     ),
     "LoHa without a half": ("hada_w1_a 4,2; hada_w1_b 2,54", "it has hada_w1_a, hada_w1_b without hada_w2_a"),
     "LoHa of two ranks": (LOHA.replace("w2_a 4,2", "w2_a 4,3").replace("w2_b 2,", "w2_b 3,"), "its factors have ranks 2 and 3, which must be equal"),
     "LoHa that does not fit": (LOHA.replace("w2_a 4,2", "w2_a 4,3"), "hada_w2_a of shape [4, 3] and hada_w2_b of shape [2, 54] do not fit"),
     "LoHa of another weight": (LOHA.replace("w1_b 2,54", "w1_b 2,6"), "updates a weight of shape [4, 6], the base's 'conv.weight' has [4, 6, 3, 3]"),
-    "LoHa with one core": (LOHA + "; hada_t1 2,2,3,3", "it has one of hada_t1 and hada_t2 only"),
+    "LoHa with one core": (LOHA + "; hada_t1 2,2,3,3", "it has only one of hada_t1 and hada_t2"),
     "LoHa with cores that do not fit": (LOHA + "; hada_t1 2,2,3,3; hada_t2 2,2,3,3", "hada_w1_a of shape [4, 2] and hada_w1_b of shape [2, 54] do not fit a core"),
     "LoKr without a half": ("lokr_w1 2,2", "it has lokr_w1 without lokr_w2_a"),
-    "LoKr twice": ("lokr_w1 2,2; lokr_w1_a 2,1; lokr_w1_b 1,2; lokr_w2 2,3,3,3", "it has lokr_w1 whole and in factors"),
+    "LoKr twice": ("lokr_w1 2,2; lokr_w1_a 2,1; lokr_w1_b 1,2; lokr_w2 2,3,3,3", "it has lokr_w1 both whole and in factors"),
     "LoKr with a core it does not need": ("lokr_w1 2,2; lokr_w2 2,3,3,3; lokr_t2 1,1,3,3", "it has lokr_t2 beside a whole lokr_w2"),
     "LoKr of two ranks": (
         "lokr_w1_a 2,1; lokr_w1_b 1,2; lokr_w2_a 2,2; lokr_w2_b 2,27", "its factors have ranks 1 and 2, which must be equal"
     ),
     "LoKr of another weight": (
         "lokr_w1 2,2; lokr_w2 2,2,3,3",
-        "the Kronecker product of matrices of shapes [2, 2] and [2, 2, 3, 3] is no weight of the shape of the base's 'conv.weight', [4, 6, 3, 3]",
+        "the Kronecker product of matrices of shapes [2, 2] and [2, 2, 3, 3] does not have the shape of the base's 'conv.weight', [4, 6, 3, 3]",
     ),
     "LoKr that tears a kernel": (
         "lokr_w1 2,27; lokr_w2 2,2",
-        "the Kronecker product of matrices of shapes [2, 27] and [2, 2] is no weight of the shape of the base's 'conv.weight', [4, 6, 3, 3]",
+        "the Kronecker product of matrices of shapes [2, 27] and [2, 2] does not have the shape of the base's 'conv.weight', [4, 6, 3, 3]",
     ),
     "LoKr of another kernel": (
         "lokr_w1 2,2; lokr_w2 2,3,9,1",
-        "the Kronecker product of matrices of shapes [2, 2] and [2, 3, 9, 1] is no weight of the shape of the base's 'conv.weight', [4, 6, 3, 3]",
+        "the Kronecker product of matrices of shapes [2, 2] and [2, 3, 9, 1] does not have the shape of the base's 'conv.weight', [4, 6, 3, 3]",
     ),
     "LoKr of numbers": ("lokr_w1; lokr_w2 4,6,3,3", "a factor has no dimensions"),
-    "DoRA of nothing": (LOCON + "; dora_scale 4,6,1,1", "dora_scale has shape [4, 6, 1, 1], neither one number for each output nor for each input of a weight of shape [4, 6, 3, 3]"),
-    "DoRA of inputs, flat": (LOCON + "; dora_scale 6", "dora_scale has shape [6], neither one number for each output nor for each input of a weight of shape [4, 6, 3, 3]"),
-    "OFT": ("oft_blocks 2,2,2; alpha", "OFT and BOFT turn the weight"),
+    "DoRA of nothing": (LOCON + "; dora_scale 4,6,1,1", "dora_scale has shape [4, 6, 1, 1], neither one number per output nor one per input of a weight of shape [4, 6, 3, 3]"),
+    "DoRA of inputs, flat": (LOCON + "; dora_scale 6", "dora_scale has shape [6], neither one number per output nor one per input of a weight of shape [4, 6, 3, 3]"),
+    "OFT": ("oft_blocks 2,2,2; alpha", "OFT and BOFT rotate the weight"),
     "IA3": ("weight 4; on_input", "(IA)^3 scales the weight"),
     "GLoRA": ("a1.weight 4,2; a2.weight 2,4; b1.weight 4,2; b2.weight 2,4", "GLoRA multiplies the weight"),
-    "T-LoRA": ("lambda_layer 1,2; q_layer.weight 2,6; p_layer.weight 4,2", "T-LoRA depends on the step of sampling"),
+    "T-LoRA": ("lambda_layer 1,2; q_layer.weight 2,6; p_layer.weight 4,2", "T-LoRA depends on the sampling step"),
     "t1": ("lokr_w1 2,2; lokr_w2 2,3,3,3; lokr_t1 1,1,3,3", "no version of LyCORIS gives it a meaning"),
 }  # fmt: skip
 

@@ -266,8 +266,8 @@ def test_experts_of_a_whole_mixtral(tmp_path: Path) -> None:
     ("shapes", "base", "reason"),
     [
         (((3, 4, 8), (3, 6, 4)), {"experts.{e}.up_proj": (4, (6, 8))}, "3 experts, the base has more of them ('{base}')"),
-        (((2, 4, 8), (3, 6, 4)), {"experts.{e}.up_proj": (3, (6, 8))}, "lora_a has shape [2, 4, 8], lora_b [3, 6, 4]: not factors of as many experts"),
-        (((10, 8), (3, 6, 4)), {"experts.{e}.up_proj": (3, (6, 8))}, "lora_a has shape [10, 8], lora_b [3, 6, 4]: not factors of as many experts"),
+        (((2, 4, 8), (3, 6, 4)), {"experts.{e}.up_proj": (3, (6, 8))}, "lora_a has shape [2, 4, 8], lora_b [3, 6, 4]: not factors of equally many experts"),
+        (((10, 8), (3, 6, 4)), {"experts.{e}.up_proj": (3, (6, 8))}, "lora_a has shape [10, 8], lora_b [3, 6, 4]: not factors of equally many experts"),
         (((3, 5, 8), (3, 6, 5)), {"experts.{e}.up_proj": (3, (6, 8))}, "should have rank 4 by adapter_config.json, lora_a has 5 and lora_b 5"),
         (((3, 4, 8), (3, 6, 4)), {"switch_mlp.up_proj": (1, (2, 6, 8))}, "3 experts, the base's 'l.0.switch_mlp.up_proj.weight' has shape [2, 6, 8]"),
         (((3, 4, 8), (3, 6, 4)), {"experts.{e}.up_proj": (3, (6, 9))}, "updates a weight of shape [6, 8], the base's 'l.0.experts.0.up_proj.weight' has [6, 9]"),
@@ -294,8 +294,8 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         open_lora(lora, open_checkpoint(tmp_path / "base"))
     assert str(caught.value) == (
-        f"{lora / 'adapters.safetensors'}: the base has neither one weight for each expert of 'l.0.mlp.switch_mlp.up_proj' "
-        "nor one for all, as mlx-lm has it: parts of fused experts (gate_up_proj) are not read"
+        f"{lora / 'adapters.safetensors'}: the base has neither one weight per expert of 'l.0.mlp.switch_mlp.up_proj' "
+        "nor one for all of them, as mlx-lm has: parts of fused experts (gate_up_proj) are not supported"
     )
 
 
@@ -361,8 +361,8 @@ def test_alpha_of_2024_is_not_guessed_at(tmp_path: Path) -> None:
     refused(
         saved,
         "lora_parameters has alpha 16, which mlx-lm multiplied into the scale (scale * alpha / rank) until June 2024 and has "
-        "ignored since; the file may be from before or after. Take alpha out of lora_parameters if it is from after, and "
-        "multiply scale by alpha / rank as well if it is from before",
+        "ignored since; the file may be from before or after. If it is from after, remove alpha from lora_parameters; if "
+        "it is from before, also multiply scale by alpha / rank",
         "adapter_config.json",
     )
     for parameters in ({}, {"alpha": RANK}):  # then both times mean the same
@@ -387,7 +387,7 @@ def test_dora_of_2024(tmp_path: Path) -> None:
         ({"lora_parameters": {"rank": 4}}, "lora_parameters must have a rank, a positive integer, and a scale, a number"),
         ({"lora_parameters": {"rank": 0, "scale": 1}}, "lora_parameters must have a rank, a positive integer, and a scale, a number"),
         ({"lora_parameters": {"rank": 4, "scale": float("inf")}}, "lora_parameters must have a rank, a positive integer, and a scale, a number"),
-        ({"fine_tune_type": "full"}, "fine_tune_type is 'full': these are whole weights and no LoRA; put them into the model with mlx_lm.fuse and convert that as a full fine-tune (full_to_shira)"),
+        ({"fine_tune_type": "full"}, "fine_tune_type is 'full': these are whole weights, not a LoRA; fuse them into the model with mlx_lm.fuse and convert that as a full fine-tune (full_to_shira)"),
         ({"fine_tune_type": "ia3"}, "fine_tune_type is 'ia3', not 'lora' or 'dora'"),
     ],
 )  # fmt: skip
@@ -444,7 +444,7 @@ def test_a_base_that_mlx_quantised(llama: Saved) -> None:
     with pytest.raises(SourceError) as caught:
         llama.read()
     assert str(caught.value) == (
-        f"{path}: '{Q}.weight' is quantised by MLX: the base must be the model in floats that it was made of"
+        f"{path}: '{Q}.weight' is quantised by MLX: the base must be the float model that it was quantised from"
     )
 
 
@@ -455,8 +455,8 @@ def test_a_square_weight_of_gpt2_is_not_guessed_at(tmp_path: Path) -> None:
     saved.edit(lambda state: state | square)
     refused(
         saved,
-        f"'{name}': the base's '{name}.weight' is square, and may be an embedding or stored as [in, out] (Conv1D): nothing "
-        "tells which way round its update is",
+        f"'{name}': the base's '{name}.weight' is square, and may be an embedding or stored as [in, out] (Conv1D): "
+        "whether to transpose its update cannot be determined",
     )
 
 
@@ -467,6 +467,6 @@ def test_a_head_that_mlx_lm_normalises(config: dict[str, Any], tmp_path: Path) -
     (saved.base / "config.json").write_text(json.dumps(config))
     refused(
         saved,
-        "mlx-lm normalises 'lm_head.weight' of this model when it loads it, so that the update is not one of the base's "
+        "mlx-lm normalises 'lm_head.weight' of this model on loading, so the update is not one of the base's "
         "weight",
     )

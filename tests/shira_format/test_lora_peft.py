@@ -307,7 +307,7 @@ def test_replaced_tensors_follow_the_prefix(tmp_path: Path) -> None:
     lora = models.save_lora(models.random_lora(models.bert(), **options), tmp_path / "lora")
     saved = open_checkpoint(base)
     with pytest.raises(
-        SourceError, match=r"unmatched key 'classifier\.bias': neither in the base nor of modules_to_save"
+        SourceError, match=r"unmatched key 'classifier\.bias': neither in the base nor in modules_to_save"
     ):
         open_lora(lora, saved)  # the bias of a head whose weight is nowhere
     models.edit_weights(lora, lambda state: {n: t for n, t in state.items() if "classifier" not in n})
@@ -335,22 +335,22 @@ def refused(saved: Saved, reason: str, path: Path | None = None) -> None:
     ("option", "value", "reason"),
     [
         ("use_qalora", True, "QALoRA pools the inputs of its layers"),
-        ("use_bdlora", {"nblocks": 2}, "block-diagonal LoRA is not read"),
+        ("use_bdlora", {"nblocks": 2}, "block-diagonal LoRA is not supported"),
         (
             "kasa_config",
             {"beta": 1},
             (
-                "KaSA cuts the base's weights down before it adapts them, so B @ A is not an update of the base; "
+                "KaSA truncates the base's weights before it adapts them, so B @ A is not an update of the base; "
                 "merge it with PEFT and convert the full checkpoint"
             ),
         ),
-        ("monteclora_config", {"num_samples": 8}, "MonteCLoRA is not read"),
-        ("arrow_config", {"top_k": 1}, "an Arrow router chooses among several LoRAs as the model runs"),
-        ("megatron_config", {"a": 1}, "Megatron's parallel layers are not read"),
+        ("monteclora_config", {"num_samples": 8}, "MonteCLoRA is not supported"),
+        ("arrow_config", {"top_k": 1}, "an Arrow router selects among several LoRAs at run time"),
+        ("megatron_config", {"a": 1}, "Megatron's parallel layers are not supported"),
         (
             "alora_invocation_tokens",
             [1],
-            "an activated LoRA acts on some tokens only and is no change of weights",
+            "an activated LoRA acts on some tokens only, and is no change of weights",
         ),
     ],
 )
@@ -384,11 +384,11 @@ BAD_WEIGHTS: dict[str, tuple[Edit, str]] = {
     ),
     "flat": (
         lambda s: s | {A: s[A].flatten()},
-        "{path}: 'wide' is no layer that is known (lora_A has shape [96] and lora_B [40, 4])",
+        "{path}: 'wide' is of no known layer type (lora_A has shape [96] and lora_B [40, 4])",
     ),
     "unmatched": (
         lambda s: s | {"base_model.model.wide.extra": torch.ones(2)},
-        "{path}: unmatched key 'wide.extra': neither in the base nor of modules_to_save",
+        "{path}: unmatched key 'wide.extra': neither in the base nor in modules_to_save",
     ),
     "unmatched_lora": (
         lambda s: s | {"base_model.model.wide.lora_magnitude_vector": torch.ones(2)},
@@ -396,7 +396,7 @@ BAD_WEIGHTS: dict[str, tuple[Edit, str]] = {
     ),
     "unknown_lora": (
         lambda s: s | {"base_model.model.wide.lora_C.weight": torch.ones(2)},
-        "{path}: unmatched key 'base_model.model.wide.lora_C.weight': no part of a LoRA that is read",
+        "{path}: unmatched key 'base_model.model.wide.lora_C.weight': not a known part of a LoRA",
     ),
     "bias": (
         lambda s: s | {"base_model.model.wide.lora_B.bias": torch.ones(40)},
@@ -544,7 +544,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(net: Saved, how: str, tmp_pat
     message = str(caught.value)
     # In the old form of torch.save, pickles follow each other, and a pickle of one dict is not it.
     assert message.startswith(f"{path}: ")
-    assert "the pickle asks for " in message
+    assert "the pickle needs " in message
     assert "\n" not in message
 
 
@@ -601,8 +601,8 @@ def test_a_square_weight_of_unknown_orientation_is_not_guessed(targets: list[str
     with pytest.raises(SourceError) as caught:
         open_lora(lora, open_checkpoint(base))
     assert (
-        f"{lora / 'adapter_model.safetensors'}: {targets[0]!r} updates a square weight, and other layers are not "
-        "stored as fan_in_fan_out=False says (Conv1D or Linear): nothing tells how this one is"
+        f"{lora / 'adapter_model.safetensors'}: {targets[0]!r} updates a square weight, and other layers "
+        "contradict fan_in_fan_out=False (Conv1D or Linear): how this one is stored is unknown"
     ) == str(caught.value)
 
 

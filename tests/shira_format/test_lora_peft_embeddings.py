@@ -242,7 +242,7 @@ def test_what_is_saved_of_a_tied_head_is_no_new_tensor(tmp_path: Path) -> None:
     assert f"base_model.model.{HEAD}" in load_file(adapted.lora / "adapter_model.safetensors")
     assert adapted.read().whole == {}
     models.edit_weights(adapted.lora, lambda s: s | {f"base_model.model.{HEAD}": torch.ones(50, 32)})
-    refused(adapted, f"unmatched key {HEAD!r}: neither in the base nor of modules_to_save")
+    refused(adapted, f"unmatched key {HEAD!r}: neither in the base nor in modules_to_save")
 
 
 def test_nothing_of_the_tied_base_is_left_out(tmp_path: Path) -> None:

@@ -181,9 +181,9 @@ def test_what_fits_two_ways_is_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         adapted.read()
     assert str(caught.value) == (
-        f"{adapted.lora / 'adapter_model.safetensors'}: nothing tells which parameter each LoRA of 'mix.experts' is for, or "
-        "which way round: by their shapes they fit 'mix.experts.down_proj' [3, 4, 6] of rank 2, 'mix.experts.up_proj' "
-        "[3, 6, 4] of rank 2 in more than one way; merge the LoRA with PEFT and convert the full checkpoint"
+        f"{adapted.lora / 'adapter_model.safetensors'}: which parameter each LoRA of 'mix.experts' adapts, and whether it "
+        "is transposed, is ambiguous: by their shapes they fit 'mix.experts.down_proj' [3, 4, 6] of rank 2, 'mix.experts.up_proj' "
+        "[3, 6, 4] of rank 2 in several ways; merge the LoRA with PEFT and convert the full checkpoint"
     )
 
 
@@ -195,7 +195,7 @@ def test_experts_on_disk_tell_which_way_round(tmp_path: Path) -> None:
     }  # fmt: skip
     make = _made(NemotronHForCausalLM, NemotronHConfig, **config)
     adapted = Adapted(tmp_path, make, r=2, target_modules=[], target_parameters=UP_DOWN)
-    with pytest.raises(SourceError, match="nothing tells which parameter"):
+    with pytest.raises(SourceError, match="which parameter each LoRA of .* is ambiguous"):
         adapted.read()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -218,7 +218,7 @@ def test_another_parameter_tells_which_way_round(tmp_path: Path) -> None:
     )  # fmt: skip
     check_merge(Adapted(tmp_path / "both", make, r=2, target_modules=[], target_parameters=BOTH), changed=4)
     alone = Adapted(tmp_path / "alone", make, r=2, target_modules=[], target_parameters=BOTH[1:])
-    with pytest.raises(SourceError, match="or which way round"):
+    with pytest.raises(SourceError, match="and whether it is transposed, is ambiguous"):
         alone.read()
 
 
@@ -279,7 +279,7 @@ def test_unsloths_marks(qwen: Adapted) -> None:
     models.edit_config(qwen.lora, lora_B_layout="grouped_by_expert")
     assert all(np.array_equal(plain[name], found) for name, found in results(qwen).items())
     models.edit_config(qwen.lora, lora_B_layout="other")
-    with pytest.raises(SourceError, match=r"adapter_config.json: lora_B_layout is 'other', which is not known"):
+    with pytest.raises(SourceError, match=r"adapter_config.json: lora_B_layout is 'other', which is unknown"):
         qwen.read()
 
 
@@ -292,7 +292,7 @@ NONE = (
 BAD: dict[str, tuple[Edit, str]] = {
     "no_outer": (
         lambda s: {n: t for n, t in s.items() if not n.startswith(f"{KEY}lora")},
-        "'model.layers.0.mlp.experts' is wrapped more than once, and a key of a wrapper is missing",
+        "'model.layers.0.mlp.experts' is wrapped several times, and a key of a wrapper is missing",
     ),
     "no_b": (
         lambda s: {n: t for n, t in s.items() if n != f"{KEY}lora_B.weight"},
@@ -331,7 +331,7 @@ def test_a_base_that_lacks_an_expert(qwen: Adapted, tmp_path: Path) -> None:
     path = tmp_path / "disk" / "model.safetensors"
     state = load_file(path)
     for edited, reason in (
-        ({n: t for n, t in state.items() if n != name}, "experts are missing beside"),
+        ({n: t for n, t in state.items() if n != name}, "experts are missing: not all have what"),
         (state | {name: torch.ones(11, 16)}, "and others of its kind differ in shape"),
         (
             state | {n: torch.ones(12, 15) for n in state if ".experts." in n and "up_proj" in n},

@@ -143,12 +143,14 @@ def test_multihead_attention_as_peft_runs_it(tmp_path: Path) -> None:
 def test_a_bias_that_peft_leaves_out_is_refused(tmp_path: Path) -> None:
     """The forward pass of its MultiheadAttention does not look at the bias of the input projection's LoRA."""
     adapted = Adapted(tmp_path, attention, r=2, lora_bias=True, target_modules=["attn"])
-    with pytest.raises(SourceError, match="'attn' has a lora_bias, which PEFT does not know for such a layer"):
+    with pytest.raises(SourceError, match="'attn' has a lora_bias, which PEFT does not support for such a layer"):
         adapted.read()
     linear = Adapted(tmp_path / "linear", everything, r=2, use_dora=True, target_modules=["linear"])
     models.edit_config(linear.lora, lora_bias=True)
     models.edit_weights(linear.lora, lambda s: s | {f"{LINEAR}lora_B.bias": torch.ones(7)})
-    with pytest.raises(SourceError, match="'linear' has a lora_bias, which PEFT does not know for such a layer"):
+    with pytest.raises(
+        SourceError, match="'linear' has a lora_bias, which PEFT does not support for such a layer"
+    ):
         linear.read()
 
 
@@ -181,9 +183,7 @@ def test_groups_of_a_convolution_mix(tmp_path: Path) -> None:
     adapted = Adapted(tmp_path, grouped, r=2, target_modules=["0"])
     with pytest.raises(NotImplementedError, match="groups"):
         adapted.merged()
-    with pytest.raises(
-        SourceError, match=r"'0' is a convolution in 2 groups, and its LoRA reaches inputs of other"
-    ):
+    with pytest.raises(SourceError, match=r"'0' is a convolution in 2 groups, and its LoRA reads inputs of other"):
         adapted.read()
 
 
@@ -265,12 +265,12 @@ BAD: dict[str, tuple[bool, Edit, str]] = {
     "no_kernel": (
         False,
         lambda s: s | {"base_model.model.plane.lora_A.weight": torch.ones(2, 3)},
-        "'plane' is no layer that is known (lora_A has shape [2, 3] and lora_B [5, 2, 1, 1])",
+        "'plane' is of no known layer type (lora_A has shape [2, 3] and lora_B [5, 2, 1, 1])",
     ),
     "nested": (
         False,
         lambda s: {k.replace("linear.", "linear.base_layer."): v.clone() for k, v in s.items()},
-        "'linear' is wrapped more than once, and is no parameter",
+        "'linear' is wrapped several times, and is no parameter",
     ),
     "no_magnitude": (True, lambda s: without(s, f"{LINEAR}{VECTOR}"), f"'linear' has no {VECTOR}, and use_dora is set"),
     "short_magnitude": (

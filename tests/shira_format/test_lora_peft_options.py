@@ -76,7 +76,7 @@ def test_all_initialisations_of_peft(net: Adapted) -> None:
 @pytest.mark.parametrize("value", [True, 1, "yes", {"a": None}, [0]])
 def test_an_unknown_option_that_is_set(value: Any, net: Adapted) -> None:
     assert refused(net, use_nora=value) == (
-        "the option 'use_nora' is set, which is not known here and may change the update; if it does not, take it out of "
+        "the option 'use_nora' is set, which is unknown and may change the update; if it does not, remove it from "
         "the file"
     )
 
@@ -90,10 +90,10 @@ def test_an_unknown_option_that_says_nothing(value: Any, net: Adapted) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
     [
-        ("peft_version", float("nan"), "holds what an adapter cannot repeat: "),
-        ("peft_version", float("inf"), "holds what an adapter cannot repeat: "),
-        ("modules_to_save", ["\ud800"], "holds what an adapter cannot repeat: "),
-        ("base_model_name_or_path", "\udfff", "holds what an adapter cannot repeat: "),
+        ("peft_version", float("nan"), "holds a value that an adapter's header cannot: "),
+        ("peft_version", float("inf"), "holds a value that an adapter's header cannot: "),
+        ("modules_to_save", ["\ud800"], "holds a value that an adapter's header cannot: "),
+        ("base_model_name_or_path", "\udfff", "holds a value that an adapter's header cannot: "),
         ("bias", "some", "bias must be 'none', 'all' or 'lora_only', not 'some'"),
         ("target_parameters", "w", "target_parameters must be a list of names"),
         ("target_parameters", [1], "target_parameters must be a list of names"),

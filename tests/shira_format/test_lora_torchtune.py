@@ -255,7 +255,7 @@ def test_other_kinds_of_models_are_refused(llama: Saved) -> None:
     (llama.base / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
     refused(
         llama,
-        f"'{Q}': how torchtune stores a model of the type 'phi3' is not known here; read are llama, mistral, gemma, gemma2, "
+        f"'{Q}': how torchtune stores a model of type 'phi3' is not known; supported are llama, mistral, gemma, gemma2, "
         "qwen2, qwen3",
     )
 
@@ -264,7 +264,7 @@ def test_a_base_without_heads(llama: Saved) -> None:
     (llama.base / "config.json").unlink()
     refused(
         llama,
-        "the rows of queries and keys are in the order of another rotary embedding, head by head: the number of heads is "
+        "the rows of queries and keys have another rotary embedding's order within each head: the number of heads is "
         f"needed, but {llama.base / 'model.safetensors'} has no config.json beside it and is no GGUF file",
     )
     llama.edit({key: None for key in llama.running.adapter if "q_proj" in key or "k_proj" in key})
@@ -336,7 +336,7 @@ def test_alpha_is_not_guessed_at(llama: Saved) -> None:
     (llama.lora / "adapter_config.json").unlink()
     refused(
         llama,
-        "alpha is not in the file, and adapter_config.json, in which torchtune writes it, is not beside it: write one there, "
+        "alpha is not in the file, and adapter_config.json, to which torchtune writes it, is not beside it: create one, "
         '{"r": ..., "lora_alpha": ...}, with lora_rank and lora_alpha of the recipe',
     )
     (llama.lora / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 6}')
@@ -349,9 +349,9 @@ def test_alpha_is_not_guessed_at(llama: Saved) -> None:
     [
         ({"r": 0}, "r and lora_alpha must be numbers, r a positive integer"),
         ({"lora_alpha": None}, "r and lora_alpha must be numbers, r a positive integer"),
-        ({"use_rslora": True}, "use_rslora is set, which torchtune does not have"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is set, which torchtune does not have"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is set, which torchtune does not have"),
+        ({"use_rslora": True}, "use_rslora is set, which torchtune does not support"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is set, which torchtune does not support"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is set, which torchtune does not support"),
     ],
 )
 def test_configurations_that_are_refused(llama: Saved, changes: dict[str, Any], reason: str) -> None:
@@ -362,17 +362,17 @@ def test_configurations_that_are_refused(llama: Saved, changes: dict[str, Any], 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"layers.0.mlp.experts.lora_gate_a": torch.ones(2, 3, 4)}, "unmatched key 'layers.0.mlp.experts.lora_gate_a': it ends neither in lora_a.weight nor lora_b.weight nor magnitude (experts are not read)"),
+        ({"layers.0.mlp.experts.lora_gate_a": torch.ones(2, 3, 4)}, "unmatched key 'layers.0.mlp.experts.lora_gate_a': it ends neither in lora_a.weight nor lora_b.weight nor magnitude (experts are not supported)"),
         ({f"{Q}.lora_b.weight": None}, f"'{Q}' has lora_a only"),
         ({f"{Q}.lora_a.weight": None, f"{Q}.lora_b.weight": None, f"{Q}.magnitude": torch.ones(96)}, f"'{Q}' has magnitude only"),
-        ({"layers.0.attn.no.lora_a.weight": torch.ones(4, 64), "layers.0.attn.no.lora_b.weight": torch.ones(64, 4)}, "module 'layers.0.attn.no' has no Hugging Face name that is known"),
-        ({"layers.00.mlp.w1.lora_a.weight": torch.ones(4, 64), "layers.00.mlp.w1.lora_b.weight": torch.ones(96, 4)}, "module 'layers.00.mlp.w1' has no Hugging Face name that is known"),
+        ({"layers.0.attn.no.lora_a.weight": torch.ones(4, 64), "layers.0.attn.no.lora_b.weight": torch.ones(64, 4)}, "module 'layers.0.attn.no' has no known Hugging Face name"),
+        ({"layers.00.mlp.w1.lora_a.weight": torch.ones(4, 64), "layers.00.mlp.w1.lora_b.weight": torch.ones(96, 4)}, "module 'layers.00.mlp.w1' has no known Hugging Face name"),
         ({"layers.9.mlp.w1.lora_a.weight": torch.ones(4, 64), "layers.9.mlp.w1.lora_b.weight": torch.ones(96, 4)}, "1 of 16 adapted weights are not in the base, for example 'model.layers.9.mlp.gate_proj.weight'; the base has names like 'lm_head.weight'"),
         ({f"{Q}.lora_a.weight": torch.ones(5, 64), f"{Q}.lora_b.weight": torch.ones(96, 5)}, f"'{Q}': should have rank 4 by adapter_config.json, lora_a has shape [5, 64] and lora_b [96, 5]"),
         ({f"{Q}.lora_b.weight": torch.ones(96, 5)}, f"'{Q}': should have rank 4 by adapter_config.json, lora_a has shape [4, 64] and lora_b [96, 5]"),
         ({f"{Q}.lora_b.weight": torch.ones(4)}, f"'{Q}': should have rank 4 by adapter_config.json, lora_a has shape [4, 64] and lora_b [4]"),
         ({f"{Q}.lora_b.weight": torch.ones(88, 4)}, f"'{Q}': updates a weight of shape [88, 64], the base's 'model.layers.0.self_attn.q_proj.weight' has [96, 64]"),
-        ({f"{Q}.lora_b.weight": torch.ones(94, 4)}, f"'{Q}': shape [94, 4] has no pairs of rows for 4 heads"),
+        ({f"{Q}.lora_b.weight": torch.ones(94, 4)}, f"'{Q}': shape [94, 4] cannot be split into 4 heads of an even number of rows"),
         ({f"{Q}.magnitude": torch.ones(95)}, f"'{Q}': magnitude has shape [95], the weight [96, 64]"),
         ({f"{Q}.lora_a.weight": torch.full((4, 64), torch.nan)}, f"'{Q}.lora_a.weight' holds NaN or Inf"),
         ({f"{Q}.lora_a.weight": torch.ones(4, 64, dtype=torch.int8)}, f"'{Q}.lora_a.weight' is of dtype int8, not a float"),

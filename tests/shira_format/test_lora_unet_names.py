@@ -14,8 +14,8 @@ from lycoris.utils import convert_diffusers_name_to_compvis
 from transformers import CLIPTextModelWithProjection
 
 from shira_format.names.flat import flat
-from shira_format.names.sd3 import is_diffusers_sd3, sd3_pieces
-from shira_format.names.unet import other_names
+from shira_format.names.sd3 import is_diffusers_sd3, sd3_parts
+from shira_format.names.unet import unet_other_names
 from tests.diffusion import open_clip_state, sd3, sgm_state, text_config, unet
 
 
@@ -58,14 +58,14 @@ def test_diffusers_reads_our_names_of_sgm(kind: str) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_both_ways(kind: str) -> None:
     names = modules(MODELS[kind]())
-    found = other_names(names)
+    found = unet_other_names(names)
     assert found.keys() == names
-    assert {sgm: ours for ours, sgm in found.items()} == other_names(set(found.values()))
+    assert {sgm: ours for ours, sgm in found.items()} == unet_other_names(set(found.values()))
 
 
 def test_lycoris_agrees() -> None:
     """LyCORIS has a table of SDXL."""
-    found = other_names(modules(unet(xl=True)))
+    found = unet_other_names(modules(unet(xl=True)))
     theirs = {name: convert_diffusers_name_to_compvis(f"lora_unet_{flat(name)}") for name in found}
     differing = {name for name in found if f"lora_unet_{flat(found[name])}" != theirs[name]}
     # Of these, and of nothing else, it has no names.
@@ -77,7 +77,7 @@ def test_lycoris_agrees() -> None:
     "names", [set(), {"a", "b.c"}, {"encoder.layers.0.self_attn.q_proj"}, {"down_blocks.0.x.0"}]
 )
 def test_other_models_have_no_other_names(names: set[str]) -> None:
-    assert other_names(names) == {}
+    assert unet_other_names(names) == {}
 
 
 def test_open_clip() -> None:
@@ -96,7 +96,7 @@ def test_sd3() -> None:
     model = sd3()
     state = model.state_dict()
     assert is_diffusers_sd3(state)
-    pieces = sd3_pieces(state, lambda name: state[name].shape[0], 16)
+    pieces = sd3_parts(state, lambda name: state[name].shape[0], 16)
     original = {"pos_embed": state["pos_embed.pos_embed"]}
     for module, parts in pieces.items():
         for kind in ("weight", "bias"):

@@ -16,7 +16,7 @@ from shira_format import SourceError, load
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.lora import DIALECTS, open_lora
-from shira_format.names.flux import diffusers_pieces
+from shira_format.names.flux import flux_parts
 from tests import pipelines
 from tests.pipelines import base_weights, check, fused
 
@@ -59,7 +59,7 @@ def original(weights: dict[str, Array], prefix: str) -> dict[str, Array]:
     """The transformer's matrices under the names of FLUX's authors."""
     inner = {name.removeprefix(PREFIX): array for name, array in weights.items() if name.startswith(PREFIX)}
     found = {}
-    for module, pieces in diffusers_pieces(inner, lambda name: inner[name].shape[0]).items():
+    for module, pieces in flux_parts(inner, lambda name: inner[name].shape[0]).items():
         parts = [inner[f"{piece.module}.weight"] for piece in pieces]
         found[f"{prefix}{module}.weight"] = np.concatenate(parts)
     return found

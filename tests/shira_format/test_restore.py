@@ -159,7 +159,10 @@ def test_deltas_without_a_digest_fit_any_float(work: Path, tmp_path: Path) -> No
             assert described({"w": np.array([1, 2, 1], dtype)}) == models.read_arrays(tmp_path / "result")
             shutil.rmtree(tmp_path / "result")
         else:
-            assert f"tensor 'w': the adapter is for float32, the base has {dtype}" == refused(adapter, base)
+            assert (
+                f"tensor 'w': the adapter is for float32, the base {base} has {dtype}: integer and quantised weights cannot "
+                "take an adapter"
+            ) == refused(adapter, base)
     grown = SparseTensor("w", (3,), [1], f32(1), value_kind="delta", rows=4, new_rows=f32(1))
     adapter, base = patch(work, {"w": np.ones(3, np.float16)}, grown)
     assert "tensor 'w': new rows of float32 for a base of float16" == refused(adapter, base)
@@ -222,15 +225,15 @@ SPARSE = target("w", COUNT, [0, 59], [5, 6])
 MISFITS: dict[str, tuple[Arrays, Any, str]] = {
     "missing": ({"v": COUNT}, SPARSE, "tensor 'w': the base {base} has no 'w'"),
     "missing origin": ({"w": COUNT}, target("w", COUNT, [0], [5], base_name="v"), "tensor 'w': the base {base} has no 'v'"),
-    "shape": ({"w": COUNT.reshape(5, 12)}, SPARSE, "tensor 'w': the adapter is for shape [12, 5], the base has [5, 12]"),
-    "more rows": ({"w": np.ones((13, 5), np.float32)}, SPARSE, "tensor 'w': the adapter is for shape [12, 5], the base has [13, 5]"),
-    "dtype": ({"w": COUNT.astype(np.float16)}, SPARSE, "tensor 'w': the adapter is for float32, the base has float16"),
+    "shape": ({"w": COUNT.reshape(5, 12)}, SPARSE, "tensor 'w': the adapter is for shape [12, 5], the base {base} has [5, 12]"),
+    "more rows": ({"w": np.ones((13, 5), np.float32)}, SPARSE, "tensor 'w': the adapter is for shape [12, 5], the base {base} has [13, 5]"),
+    "dtype": ({"w": COUNT.astype(np.float16)}, SPARSE, "tensor 'w': the adapter is for float32, the base {base} has float16"),
     "entries": ({"w": COUNT + 1}, SPARSE, "tensor 'w': the base {base} holds other values at the adapter's entries (digest differs)"),
     "bits": ({"w": -COUNT}, target("w", COUNT, [0], [5]), "tensor 'w': the base {base} holds other values at the adapter's entries (digest differs)"),
-    "mask": ({"w": COUNT}, SparseTensor("w", (12, 5), [1], value_kind="none"), "tensor 'w' is a mask: there is nothing to apply"),
+    "mask": ({"w": COUNT}, SparseTensor("w", (12, 5), [1], value_kind="none"), "tensor 'w' is a mask, without values to apply"),
     "whole": ({"w": COUNT + 1}, DenseTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} holds another tensor (digest differs)"),
     "whole shape": ({"w": COUNT.T}, DenseTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} holds another tensor (digest differs)"),
-    "whole missing": ({"v": COUNT}, DenseTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} has no such tensor"),
+    "whole missing": ({"v": COUNT}, DenseTensor("w", COUNT, base=COUNT), "tensor 'w': the base {base} has no 'w'"),
 }  # fmt: skip
 
 

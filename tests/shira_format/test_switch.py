@@ -113,13 +113,13 @@ def test_deltas_fit_any_float_base() -> None:
         assert [1, 2, 1] == weights["w"].astype(F32).tolist()
         applied.revert()
         assert [1, 1, 1] == weights["w"].astype(F32).tolist()
-    with pytest.raises(BaseMismatch, match="tensor 'w': the weight is of dtype int8"):
+    with pytest.raises(BaseMismatch, match="tensor 'w': the adapter is for float32, the weight has int8"):
         apply(Adapter([delta]), {"w": np.ones(3, np.int8)})
 
 
 BASE = np.zeros((2, 3), F32)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "missing": ({}, "tensor 'b': the weights have no 'b'"),
+    "missing": ({}, "tensor 'b': the model has no 'b'"),
     "shape": (
         {"b": np.zeros((3, 2), F32)},
         r"tensor 'b': the adapter is for shape \[2, 3\], the weight has \[3, 2\]",
@@ -156,9 +156,9 @@ def test_a_refusal_changes_no_weight(case: str) -> None:
 @pytest.mark.parametrize(
     ("weights", "reason"),
     [
-        ({}, "tensor 'old': the weights have no 'old'"),
+        ({}, "tensor 'old': the model has no 'old'"),
         ({"old": BASE + 2}, "tensor 'old': the base holds another tensor"),
-        ({"old": BASE.T.copy()}, r"tensor 'old': the adapter's has shape \[2, 3\], the weight \[3, 2\]"),
+        ({"old": BASE.T.copy()}, r"tensor 'old': the adapter is for shape \[2, 3\], the weight has \[3, 2\]"),
     ],
 )
 def test_whole_tensors_are_checked_before_a_weight_changes(weights: dict[str, Any], reason: str) -> None:
@@ -170,7 +170,7 @@ def test_whole_tensors_are_checked_before_a_weight_changes(weights: dict[str, An
 
 
 def test_a_mask_cannot_be_applied() -> None:
-    with pytest.raises(BaseMismatch, match="tensor 'm' is a mask: there is nothing to apply"):
+    with pytest.raises(BaseMismatch, match="tensor 'm' is a mask, without values to apply"):
         apply(Adapter([SparseTensor("m", (3,), [1], value_kind="none")]), {"m": np.zeros(3, F32)})
 
 
@@ -183,7 +183,7 @@ PATCHES: dict[str, tuple[Adapter, str]] = {
         Adapter([SparseTensor("b", (2, 3), np.empty(0, int), F32([]), base=F32([]), base_name="a")]),
         "tensor 'b': the adapter renames or resizes it",
     ),
-    "removed": (Adapter(manifest={"removed": ["b", "c"]}), "the adapter removes tensors, 'b' for example"),
+    "removed": (Adapter(manifest={"removed": ["b", "c"]}), "the adapter removes tensors, for example 'b'"),
 }
 
 
@@ -193,7 +193,7 @@ def test_live_weights_take_no_patch(case: str, alpha: float) -> None:
     patch, reason = PATCHES[case]
     tensors = [target("a", BASE, [0], [1]), *patch.values()]
     weights = {name: BASE.copy() for name in "abc"}
-    with pytest.raises(BaseMismatch, match=rf"^{reason}: a patch of whole checkpoints, .* \(shira_to_full "):
+    with pytest.raises(BaseMismatch, match=rf"^{reason}: a patch of a full checkpoint, .* \(shira_to_full "):
         apply(Adapter(tensors, manifest=patch.manifest), weights, alpha)
     assert all(same_bits(BASE, weight) for weight in weights.values())
 

@@ -291,7 +291,7 @@ REFUSED = {
     "another base": ([entry("w", BASE["w"] + 1)], "holds other values at the adapter's entries"),
     "another shape": ([entry("w", BASE["w"].T.copy())], r"is for shape \[3, 2\], the weight has \[2, 3\]"),
     "another dtype": ([entry("w", BASE["w"].astype(np.float16))], "is for float16, the weight has float32"),
-    "no such module": ([entry("x.y", BASE["w"])], "the weights have no 'x.y'"),
+    "no such module": ([entry("x.y", BASE["w"])], "the model has no 'x.y'"),
     "a mask": ([SparseTensor("w", (2, 3), [1], value_kind="none")], "is a mask"),
     "a patch": ([SparseTensor("w", (2, 3), [1], F32([9]), base=F32([2]), base_name="v")], "renames or resizes"),
 }
@@ -346,7 +346,7 @@ def test_weights_that_cannot_take_exact_values(case: str) -> None:
 
 
 def test_models_that_are_none() -> None:
-    with pytest.raises(TypeError, match="int is no model"):
+    with pytest.raises(TypeError, match="int is not a model"):
         Switcher(3)
     with pytest.raises(TypeError, match="not both"):
         Switcher({}, prefix="x", rename=str)
@@ -558,7 +558,7 @@ def test_a_prefix_that_the_checkpoint_lacks() -> None:
         assert torch.equal(models.outputs(expected), models.outputs(model))
         switcher.revert()
         assert torch.equal(before, models.outputs(model))
-    with pytest.raises(BaseMismatch, match="the weights have no"):
+    with pytest.raises(BaseMismatch, match="the model has no"):
         Switcher(model, prefix="").load(whole)
 
 
@@ -571,7 +571,7 @@ def test_names_of_old_checkpoints() -> None:
     }
     adapter = adapter_of(old, [n for n in old if n.endswith(("gamma", "beta"))])
     before = models.outputs(model)
-    with pytest.raises(BaseMismatch, match="LayerNorm.gamma.* maps names"):
+    with pytest.raises(BaseMismatch, match="LayerNorm.gamma.*map them"):
         Switcher(model).load(adapter)
     switcher = Switcher(model, rename=lambda n: n.replace("gamma", "weight").replace("beta", "bias"))
     switcher.load(adapter)
@@ -582,7 +582,7 @@ def test_names_of_old_checkpoints() -> None:
 
 def test_a_new_tensor_needs_a_place() -> None:
     adapter = Adapter([], dense=[DenseTensor("other.weight", torch.ones(2))])
-    with pytest.raises(BaseMismatch, match="'other.weight' is new to the base, and the model has none"):
+    with pytest.raises(BaseMismatch, match="'other.weight' is new to the base, and the model has no such tensor"):
         Switcher(models.net()).load(adapter)
     weights: dict[str, Any] = {"w": np.zeros(3)}
     switcher = Switcher(weights)
@@ -683,7 +683,7 @@ def test_a_model_that_peft_has_wrapped(tmp_path: Path) -> None:
     assert same_bits(as_array(layer.weight).reshape(-1)[tensor.indices], tensor.values)
     assert not torch.equal(before, models.outputs(peft))
     head = DenseTensor("classifier.bias", torch.zeros(3))
-    with pytest.raises(BaseMismatch, match="PEFT keeps a trained copy"):
+    with pytest.raises(BaseMismatch, match="PEFT uses a trained copy"):
         switcher.load(Adapter([], dense=[head]))
     switcher.revert()
     assert torch.equal(before, models.outputs(peft))
@@ -700,7 +700,7 @@ def test_a_model_that_is_cast_or_moved_meanwhile() -> None:
     assert torch.equal(base, model.wide.weight)
     switcher.load(adapter)
     model.half()
-    with pytest.raises(BaseMismatch, match="cast to float16 since an adapter was put on in float32"):
+    with pytest.raises(BaseMismatch, match="cast to float16 after an adapter was applied in float32"):
         switcher.revert()
 
 
@@ -837,7 +837,7 @@ def test_a_pool_reads_ahead_and_reads_what_was_replaced(folder: tuple[Path, Weig
     pool.refresh()
     assert list(pool) == ["1", "2", "3", "4", "9"]
     (path / "9.safetensors").write_bytes((path / "9.st").read_bytes())
-    with pytest.raises(ValueError, match="both called '9'"):
+    with pytest.raises(ValueError, match="both named '9'"):
         pool.refresh()
     with pytest.raises(ValueError, match="negative"):
         AdapterPool(path, budget=-1)

@@ -506,11 +506,11 @@ def test_what_a_lora_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     base = models.save_base(nested(), tmp_path / "base")
-    with pytest.raises(BaseMismatch, match=r"'wide\.weight': the base .* has no such tensor"):
+    with pytest.raises(BaseMismatch, match=r"'wide\.weight': the base .* has no 'wide\.weight'"):
         save(Adapter([delta("wide.weight", 40, 24)]), tmp_path / "a.st")
         shira_to_lora(tmp_path / "a.st", base, None, rank=1)
     save(Adapter([delta("lin.weight", 12, 13)]), tmp_path / "a.st")
-    with pytest.raises(BaseMismatch, match=r"for shape \[12, 13\], the base has \[12, 12\]"):
+    with pytest.raises(BaseMismatch, match=r"for shape \[12, 13\], the base .* has \[12, 12\]"):
         shira_to_lora(tmp_path / "a.st", base, None, rank=1)
     norms = [DenseTensor(f"norm.{what}", np.ones(12, np.float32)) for what in ("weight", "bias")]
     save(Adapter([delta("lin.weight", 12, 12)], dense=norms), tmp_path / "a.st")
@@ -520,7 +520,7 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
         shira_to_lora(tmp_path / "a.st", base, None, rank=1)
     other = [DenseTensor("other_norm.weight", np.ones(12, np.float32), base=np.zeros(12, np.float32))]
     save(Adapter([delta("lin.weight", 12, 12)], dense=other), tmp_path / "a.st")
-    with pytest.raises(BaseMismatch, match=r"'other_norm\.weight': the base holds another tensor"):
+    with pytest.raises(BaseMismatch, match=r"'other_norm\.weight': the base .* holds another tensor"):
         shira_to_lora(tmp_path / "a.st", base, tmp_path / "lora", rank=1)
     wrong = SparseTensor("lin.weight", (12, 12), [0], np.float32([1]), base=np.float32([9]))
     save(Adapter([wrong]), tmp_path / "a.st")

@@ -49,7 +49,7 @@ Floats = npt.NDArray[Any]
 Measured = tuple[float, float, float]  # AWOM, AWOR, density
 
 
-def measured(series: str, dimension: int, seed: int, density: float = DENSITY) -> Measured:
+def measure_random_pair(series: str, dimension: int, seed: int, density: float = DENSITY) -> Measured:
     """AWOM, AWOR and the share of trained entries of one random pair.
 
     Args:
@@ -94,14 +94,14 @@ def dimension_records(
         progress: called with kind and dimension after each pair.
 
     Raises:
-        SourceError: see :func:`measured`.
+        SourceError: see :func:`measure_random_pair`.
     """
     records = []
     for dimension in dimensions:
         for one in series:
             found = []
             for seed in range(seeds):
-                found.append(measured(one, dimension, seed, density))
+                found.append(measure_random_pair(one, dimension, seed, density))
                 progress(one, dimension)
             values = np.array(found)
             records.append(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import digits, ink, plain
+from shira_analysis.figures.style import digits, short_label, text_colour
 from shira_analysis.measures.adapter import TensorMeasures
 from shira_analysis.measures.layer_kinds import KINDS
 from shira_format.tensors import density
@@ -145,7 +145,7 @@ def layer_grid(tensors: Iterable[TensorMeasures]) -> LayerGrid:
     )
 
 
-def largest(values: Float64s) -> float:
+def largest_value(values: Float64s) -> float:
     """The largest that is no NaN; 0 without one."""
     return float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
 
@@ -172,7 +172,7 @@ def draw_layers(
         ``axes``.
     """
     values = grid.values(what)
-    top = largest(values) if most is None else most
+    top = largest_value(values) if most is None else most
     image = axes.imshow(
         values, cmap="viridis" if what == "energy" else "cividis", vmin=0, vmax=top or 1, aspect="auto"
     )
@@ -188,7 +188,7 @@ def draw_layers(
                 ha="center",
                 va="center",
                 fontsize=7,
-                color=ink(image.cmap(image.norm(values[i, j]))),
+                color=text_colour(image.cmap(image.norm(values[i, j]))),
             )
     axes.set_xticks(np.arange(len(grid.blocks) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(grid.kinds) + 1) - 0.5, minor=True)
@@ -208,13 +208,13 @@ def _block_ticks(axes: Any, grid: LayerGrid) -> None:
     shown = [at for at in range(count) if (int(grid.blocks[at]) % step == 0 if grid.blocks[at] else step == 1)]
     axes.set_xticks(shown, [grid.blocks[at] or "–" for at in shown])
     stems = list(dict.fromkeys(stem for stem in grid.stems if stem))
-    label = f"{plain(stems[0], 40)}N" if stems else ""
+    label = f"{short_label(stems[0], 40)}N" if stems else ""
     if len(stems) > 1:  # each named from its first block on, below the numbers
         label = "block"
         axes.xaxis.labelpad = 30
         for stem in stems:
             axes.text(
-                grid.stems.index(stem) - 0.4, len(grid.kinds) - 0.5, plain(stem.rstrip("."), 24),
+                grid.stems.index(stem) - 0.4, len(grid.kinds) - 0.5, short_label(stem.rstrip("."), 24),
                 fontsize=6.5, rotation=-20, ha="left", va="top", rotation_mode="anchor",
                 transform=axes.transData + _below(axes),
             )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import plain, share
+from shira_analysis.figures.style import percent_digits, short_label
 from shira_format import SourceError, SparseTensor
 from shira_format.tensors import matrix_shape
 
@@ -111,7 +111,7 @@ def _edges(size: int, cells: int) -> Int64s:
     return -(-np.arange(cells + 1, dtype=np.int64) * size // cells)
 
 
-def shown(grid: MaskGrid) -> tuple[float, float]:
+def drawn_size(grid: MaskGrid) -> tuple[float, float]:
     """Height and width at which a grid is drawn, in cells of the longer side: the shorter one is stretched to a quarter of it."""
     height, width = grid.counts.shape
     return max(height, width / _NARROWEST), max(width, height / _NARROWEST)
@@ -144,7 +144,7 @@ def draw_mask(
     density = 100 * grid.density
     top = 100 * most if most is not None else scale_end(grid)
     height, width = density.shape
-    high, wide = shown(grid)
+    high, wide = drawn_size(grid)
     image = axes.imshow(
         density,
         cmap="cividis",
@@ -160,9 +160,9 @@ def draw_mask(
         axis.set_label_text(label)
     axes.spines[:].set_visible(False)
     shape = "×".join(f"{n:,}" for n in grid.shape)
-    entries = f"{int(grid.counts.sum()):,} entries ({share(grid.total)} %)"
+    entries = f"{int(grid.counts.sum()):,} entries ({percent_digits(grid.total)} %)"
     axes.set_title(
-        "\n".join(filter(None, (title, plain(grid.name) if named else "", shape, entries))),
+        "\n".join(filter(None, (title, short_label(grid.name) if named else "", shape, entries))),
         y=1.03 + (_reach(grid)[0] if margins else 0),
     )
     if margins:
@@ -183,7 +183,7 @@ def scale_end(*grids: MaskGrid) -> float:
 
 def _reach(grid: MaskGrid) -> tuple[float, float]:
     """How far the bars of the margins reach above and beside a grid, in units of its height and its width: as far there as here."""
-    sides = shown(grid)
+    sides = drawn_size(grid)
     up, aside = (min(0.4, 0.08 * max(sides) / side) for side in sides)
     return up, aside
 
@@ -192,7 +192,7 @@ def _margins(axes: Any, grid: MaskGrid) -> None:
     from shira_analysis.figures.style import BLUE
 
     height, width = grid.counts.shape
-    high, wide = shown(grid)
+    high, wide = drawn_size(grid)
     up, aside = _reach(grid)
     above = axes.inset_axes((0, 1.01, 1, up), sharex=axes)
     beside = axes.inset_axes((1 + 0.01 * high / wide, 0, aside, 1), sharey=axes)

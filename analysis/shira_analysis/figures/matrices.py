@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import apart, digits, ink
+from shira_analysis.figures.style import digits, distinct_labels, text_colour
 from shira_analysis.measures.deltas import DeltaFile
 from shira_analysis.measures.overlap import Overlap, overlap
 from shira_analysis.measures.pairs import measure_pairs
@@ -210,11 +210,11 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
         text = matrix.form(float(matrix.values[i, j]))
         if matrix.brackets and matrix.expected is not None and np.isfinite(matrix.expected[i, j]):
             text += f"\n({matrix.form(float(matrix.expected[i, j]))})"
-        colour = ink(image.cmap(norm(matrix.values[i, j])))
+        colour = text_colour(image.cmap(norm(matrix.values[i, j])))
         axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
     for at in range(size):
         axes.text(at, at, "–", ha="center", va="center", fontsize=7.5, color="#777777")
-    short = apart(matrix.names, 28)
+    short = distinct_labels(matrix.names, 28)
     axes.set_xticks(range(size), short, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(size), short)
     axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)

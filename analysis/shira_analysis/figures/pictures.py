@@ -9,12 +9,12 @@ import numpy as np
 
 from shira_analysis.figures import dimensions, layers, masks, matrices, spectra
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import apart, figure, plain, rendered, styled
+from shira_analysis.figures.style import distinct_labels, figure, our_style, render, short_label
 from shira_analysis.measures.adapter import measure_file
 from shira_analysis.measures.deltas import DeltaFile
 from shira_format import SourceError
 from shira_format.calibration.moments import Moments
-from shira_format.lora.updates import Lora
+from shira_format.lora.base import Lora
 
 _WIDE = 14.2  # inches: more panels go into a further row
 _SIDE_BY_SIDE = 16  # blocks up to which density and energy have room beside each other
@@ -48,9 +48,9 @@ def mask_picture(
         FormatError: the tensor is damaged.
     """
     _check_count(files)
-    name = tensor if tensor is not None else largest(files[0])
+    name = tensor if tensor is not None else largest_tensor(files[0])
     found = [masks.mask_grid(_present(file, name).file.sparse(name), side) for file in files]
-    height, width = (max(sizes) for sizes in zip(*map(masks.shown, found), strict=True))
+    height, width = (max(sizes) for sizes in zip(*map(masks.drawn_size, found), strict=True))
     # Side by side if there is room; else in rows, and smaller.
     longest = 5.5
     if len(found) * _panel(width, longest / max(height, width)) > _WIDE:
@@ -60,18 +60,18 @@ def mask_picture(
     columns = min(len(found), max(1, int(_WIDE / panel)))
     rows = -(-len(found) // columns)
     end = masks.scale_end(*found) / 100
-    with styled():
+    with our_style():
         drawn = figure(max(4.6, panel * columns + 0.8), rows * (height * inches + 1.4) + 0.8)
         axes = drawn.subplots(rows, columns, squeeze=False).ravel()
-        names = apart(matrices.labels(files), int(8 * panel))
+        names = distinct_labels(matrices.labels(files), int(8 * panel))
         for at, (one, grid, label) in enumerate(zip(axes, found, names, strict=False)):
             last = at % columns == columns - 1 or at == len(found) - 1
             masks.draw_mask(one, grid, most=end, title=label, bar=last, named=False)
         for one in axes[len(found) :]:
             one.set_axis_off()
-        drawn.suptitle(f"mask of {plain(name, 52)}")
+        drawn.suptitle(f"mask of {short_label(name, 52)}")
         drawn.supxlabel("bars: density of whole rows and columns; dotted: of the tensor", fontsize=7.5)
-        image = rendered(drawn, form)
+        image = render(drawn, form)
     return Picture(
         image,
         [
@@ -102,22 +102,22 @@ def layers_picture(
         ["density", "energy"] if any(grid.energy is not None for grid in grids) else ["density"]
     )
     # One scale for all adapters, so that they can be compared.
-    most = {what: max(layers.largest(grid.values(what)) for grid in grids) for what in measured}
+    most = {what: max(layers.largest_value(grid.values(what)) for grid in grids) for what in measured}
     heights = [0.3 * len(grid.kinds) + (1.5 if len(set(grid.stems)) > 2 else 1.0) for grid in grids]
     beside = len(grids) > 1 and max(len(grid.blocks) for grid in grids) <= _SIDE_BY_SIDE
     rows, columns = (len(grids), len(measured)) if beside else (len(grids) * len(measured), 1)
-    with styled():
+    with our_style():
         ratios = heights if beside else [height for height in heights for _ in measured]
         drawn = figure(7.5 * columns, sum(ratios) + 0.3)
         axes = iter(drawn.subplots(rows, columns, squeeze=False, height_ratios=ratios).ravel())
-        for grid, label in zip(grids, apart(matrices.labels(files), 60), strict=True):
+        for grid, label in zip(grids, distinct_labels(matrices.labels(files), 60), strict=True):
             for what in measured:
                 one = next(axes)
                 if what == "energy" and grid.energy is None:
                     one.set_axis_off()
                 else:
                     layers.draw_layers(one, grid, what, title=label, most=most[what])
-        image = rendered(drawn, form)
+        image = render(drawn, form)
     return Picture(
         image,
         [
@@ -150,7 +150,7 @@ def spectrum_picture(
     """
     if len(files) + len(loras) > _MOST_LINES:
         raise SourceError(f"{len(files) + len(loras)} spectra: {_MOST_LINES} can be told apart in a picture")
-    name = tensor if tensor is not None else largest(files[0])
+    name = tensor if tensor is not None else largest_tensor(files[0])
     curves = [
         spectra.curve_of(_present(file, name), name, label)
         for file, label in zip(files, matrices.labels(files), strict=True)
@@ -159,13 +159,13 @@ def spectrum_picture(
     if not any(curve.values.size for curve in curves):
         raise SourceError(f"{files[0].path}: tensor {name!r}: the change is 0, and has no singular value to draw")
     inside = len(curves) <= _INSIDE
-    with styled():
+    with our_style():
         drawn = figure(6.4, 4.2 if inside else 4.4 + 0.17 * len(curves))
         axes = drawn.subplots()
-        spectra.draw_spectra(axes, curves, f"singular values of the change of {plain(name)}", legend=inside)
+        spectra.draw_spectra(axes, curves, f"singular values of the change of {short_label(name)}", legend=inside)
         if not inside:
             drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower left")
-        image = rendered(drawn, form)
+        image = render(drawn, form)
     return Picture(image, [{"tensor": name, **record} for record in spectra.records(curves)])
 
 
@@ -209,7 +209,7 @@ def orthogonality_picture(
 
 def dimension_picture(records: list[Record], *, form: str = "png") -> Picture:
     """AWOM and AWOR against the dimension; see :mod:`shira_analysis.figures.dimensions`."""
-    with styled():
+    with our_style():
         drawn = figure(8.4, 4.6)
         left, right = drawn.subplots(1, 2)
         dimensions.draw_dimension(left, records, "awom")
@@ -222,11 +222,11 @@ def dimension_picture(records: list[Record], *, form: str = "png") -> Picture:
         drawn.suptitle(
             f"Pairs of random adapters that train {100 * trained:.2g} % of the entries (dense: all); means of {pairs} pairs"
         )
-        image = rendered(drawn, form)
+        image = render(drawn, form)
     return Picture(image, records)
 
 
-def largest(file: DeltaFile) -> str:
+def largest_tensor(file: DeltaFile) -> str:
     """The name of the tensor with most entries.
 
     Raises:
@@ -257,7 +257,7 @@ def _matrices(found: Sequence[matrices.Matrix], form: str) -> bytes:
     names = len(found[0].names)
     size = 0.55 * names if names <= matrices.WRITTEN else 0.3 * names + 2.5  # cells without numbers are smaller
     empty = any(np.isnan(matrix.values).sum() > names for matrix in found)
-    with styled():
+    with our_style():
         drawn = figure(1.6 + (1.7 + size) * len(found), 2.7 + size)
         panels = drawn.subplots(1, len(found))
         for axes, matrix in zip(panels, found, strict=True):
@@ -268,4 +268,4 @@ def _matrices(found: Sequence[matrices.Matrix], form: str) -> bytes:
             drawn.supxlabel(
                 "empty cells: nothing to measure, as of two adapters that change no weight in common", fontsize=7.5
             )
-        return rendered(drawn, form)
+        return render(drawn, form)

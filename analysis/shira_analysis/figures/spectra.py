@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
-from shira_analysis.figures.style import apart, line
+from shira_analysis.figures.style import distinct_labels, line_style
 from shira_analysis.measures.deltas import DeltaFile
 from shira_analysis.measures.rank import rank_of, rank_of_update
 from shira_analysis.measures.spectrum import LARGEST, Spectrum
 from shira_format import SourceError
-from shira_format.lora.updates import Lora
+from shira_format.lora.base import Lora
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +97,14 @@ def draw_spectra(axes: Any, curves: Sequence[Curve], title: str | None = None, *
     """
     if not any(curve.values.size for curve in curves):
         raise SourceError("no change has a singular value above 0: there is nothing to draw")
-    for at, (curve, label) in enumerate(zip(curves, apart([curve.label for curve in curves], 40), strict=True)):
+    for at, (curve, label) in enumerate(
+        zip(curves, distinct_labels([curve.label for curve in curves], 40), strict=True)
+    ):
         values = curve.values
         spectrum = curve.spectrum
         axes.plot(
             np.arange(1, values.size + 1), values,
-            **line(at), markevery=_spread(values.size), mec="white", mew=0.4,
+            **line_style(at), markevery=_spread(values.size), mec="white", mew=0.4,
             label=f"{label}: rank {values.size}, stable rank {spectrum.stable_rank:.1f}",
         )  # fmt: skip
     axes.set_xscale("log")

@@ -32,7 +32,7 @@ _STYLE = {
 
 
 @contextlib.contextmanager
-def styled() -> Iterator[None]:
+def our_style() -> Iterator[None]:
     """The look, for what is drawn inside; what matplotlib was set to before comes back."""
     import matplotlib as mpl
 
@@ -41,7 +41,7 @@ def styled() -> Iterator[None]:
 
 
 def figure(width: float, height: float) -> Any:
-    """A new matplotlib ``Figure`` of so many inches, on no screen and in no list of pyplot; used inside :func:`styled`."""
+    """A new matplotlib ``Figure`` of so many inches, on no screen and in no list of pyplot; used inside :func:`our_style`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def figure(width: float, height: float) -> Any:
     return made
 
 
-def rendered(drawn: Any, form: str = "png") -> bytes:
+def render(drawn: Any, form: str = "png") -> bytes:
     """The bytes of a PNG or SVG; no date or version in them, so that the same numbers give the same file."""
     buffer = io.BytesIO()
     nothing = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
@@ -58,7 +58,7 @@ def rendered(drawn: Any, form: str = "png") -> bytes:
     return buffer.getvalue()
 
 
-def plain(text: str, most: int = 60) -> str:
+def short_label(text: str, most: int = 60) -> str:
     """A name from a file, for a label: one line, nothing that reorders it or is a formula, and not longer than ``most``."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > most:
@@ -67,7 +67,7 @@ def plain(text: str, most: int = 60) -> str:
     return text.replace("$", r"\$")
 
 
-def line(at: int) -> dict[str, Any]:
+def line_style(at: int) -> dict[str, Any]:
     """Colour, mark and dashes of the line with this number, from 0: no two of the first 32 are alike in colour and dashes."""
     turn = at // len(LINES)
     return {
@@ -77,18 +77,18 @@ def line(at: int) -> dict[str, Any]:
     }
 
 
-def apart(names: Sequence[str], most: int) -> list[str]:
-    """:func:`plain` names; where that makes two of them one, without what all have at their beginnings and ends."""
-    found = [plain(name, most) for name in names]
+def distinct_labels(names: Sequence[str], most: int) -> list[str]:
+    """:func:`short_label` names; where that makes two of them one, without what all have at their beginnings and ends."""
+    found = [short_label(name, most) for name in names]
     if len(set(found)) == len(set(names)):
         return found
     start = _common(names)
     end = _common([name[start:][::-1] for name in names])
     middles = [f"…{name[start : len(name) - end]}…" for name in names]
-    found = [plain(name, most) for name in middles]
+    found = [short_label(name, most) for name in middles]
     if len(set(found)) == len(set(names)):
         return found
-    return [f"{number}: {plain(name, most - 4)}" for number, name in enumerate(names, 1)]
+    return [f"{number}: {short_label(name, most - 4)}" for number, name in enumerate(names, 1)]
 
 
 def _common(names: Sequence[str]) -> int:
@@ -105,13 +105,13 @@ def digits(value: float, count: int) -> str:
     return f"{value:.0f}" if "e+0" in rounded and abs(value) < 1e6 else rounded.removesuffix(".")
 
 
-def ink(colour: Sequence[float]) -> str:
+def text_colour(colour: Sequence[float]) -> str:
     """Black or white: what is read better on a colour of red, green and blue from 0 to 1."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
     # From this luminance on, black has the higher contrast as WCAG counts it.
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
-def share(value: float) -> str:
+def percent_digits(value: float) -> str:
     """A share in per cent, with as many digits as it takes: 0.0123 as 1.23."""
     return f"{100 * value:.3g}"

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Sequence
 
 from shira_analysis.lemmas import complexity, low_rank, null_space, orthogonality, scale
-from shira_analysis.lemmas.files import LONGEST, Updates
+from shira_analysis.lemmas.files import LONGEST, FileDeltas
 from shira_analysis.lemmas.report import LemmaReport, Verification, as_json
 from shira_analysis.lemmas.samples import Setting
 from shira_format.errors import SourceError
 
-__all__ = ["LEMMAS", "LemmaReport", "Verification", "as_json", "verify"]
+__all__ = ["LEMMAS", "LemmaReport", "Verification", "as_json", "verify_lemmas"]
 
 LEMMAS: dict[str, Callable[[Setting], LemmaReport]] = {
     "4.1": complexity.check,
@@ -29,7 +29,7 @@ LEMMAS: dict[str, Callable[[Setting], LemmaReport]] = {
 _NOTHING = f"no matrix in it has entries, or all have a side above {LONGEST}, so that there is nothing to check"
 
 
-def verify(
+def verify_lemmas(
     adapters: Sequence[str | os.PathLike[str]] = (),
     *,
     base: str | os.PathLike[str] | None = None,
@@ -61,7 +61,7 @@ def verify(
         from shira_format.checkpoints import open_checkpoint
 
         checkpoint = open_checkpoint(base)
-    files = [Updates.open(path, checkpoint) for path in adapters]
+    files = [FileDeltas.open(path, checkpoint) for path in adapters]
     setting = Setting(seed, quick, [file for file in files if file.names])
     found = []
     try:

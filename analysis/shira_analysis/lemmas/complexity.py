@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from shira_analysis.lemmas.exact import rank
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
-from shira_analysis.lemmas.samples import KINDS, Integers, Mask, Setting, integers, mask, named
+from shira_analysis.lemmas.samples import KINDS, Integers, Mask, Setting, case_name, integers, mask
 
 DATA = ("generic", "dead inputs", "repeated inputs", "few examples")
 
@@ -126,7 +126,7 @@ def check(setting: Setting) -> LemmaReport:
         for shape in shapes:
             for density in densities:
                 made = mask(kind, shape, density, random)
-                nnz, where = int(made.sum()), named(kind, shape, made)
+                nnz, where = int(made.sum()), case_name(kind, shape, made)
                 for what in DATA:
                     inputs = data(what, made, random)
                     free = freedom(made, inputs)

@@ -20,7 +20,7 @@ LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
-class Update:
+class FileDelta:
     """What an adapter adds to one weight, as a matrix (axis 0 against all others).
 
     Attributes:
@@ -61,7 +61,7 @@ class Update:
 
 
 @dataclass
-class Updates:
+class FileDeltas:
     """One adapter file. Nothing is kept: a tensor is read when it is asked for.
 
     Attributes:
@@ -77,7 +77,7 @@ class Updates:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], base: Checkpoint | None) -> Updates:
+    def open(cls, path: str | os.PathLike[str], base: Checkpoint | None) -> FileDeltas:
         """Open an adapter file.
 
         Raises:
@@ -113,7 +113,7 @@ class Updates:
         """At most so many names, evenly spread."""
         return spread(list(self.names), most)
 
-    def update(self, name: str) -> Update:
+    def update(self, name: str) -> FileDelta:
         """Read one update, at the strength at which the adapter was trained.
 
         Raises:
@@ -132,7 +132,7 @@ class Updates:
                 values = delta_values(tensor, None if self.base is None else self.base[tensor.base_name])
             except (BaseMismatch, SourceError) as error:
                 raise type(error)(f"{path}: {error}") from None
-        return Update(path.name, name, self.names[name], tensor.indices, values)
+        return FileDelta(path.name, name, self.names[name], tensor.indices, values)
 
 
 def spread(names: list[str], most: int) -> list[str]:

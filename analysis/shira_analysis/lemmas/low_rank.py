@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_analysis.lemmas.exact import rank as exact_rank
-from shira_analysis.lemmas.files import Update
+from shira_analysis.lemmas.files import FileDelta
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
-from shira_analysis.lemmas.samples import KINDS, Integers, Setting, integers, mask, named
+from shira_analysis.lemmas.samples import KINDS, Integers, Setting, case_name, integers, mask
 from shira_format.errors import SourceError
 from shira_format.export.lora import Factors, best_factors
 
@@ -34,7 +34,7 @@ def rounding(sigma: Floats, rank: int, side: int) -> float:
     return 1.01 * 2.0**-23 * float(sigma[:rank].sum()) + 16 * _EPSILON * side * float(sigma[0])
 
 
-def fits(dense: Floats, rank: int, random: np.random.Generator) -> list[tuple[str, Floats]]:
+def other_fits(dense: Floats, rank: int, random: np.random.Generator) -> list[tuple[str, Floats]]:
     """Other matrices of rank ``rank``: alternating least squares from two starts, the largest rows, and projections."""
     found: list[tuple[str, Floats]] = []
     for start in range(2):
@@ -113,7 +113,7 @@ class _Laws:
         sigma = np.linalg.svd(dense, compute_uv=False)
         following = float(sigma[rank]) if rank < sigma.size else 0.0
         noise = 64 * _EPSILON * max(dense.shape) * float(sigma[0])
-        for what, other in fits(dense, rank, random):
+        for what, other in other_fits(dense, rank, random):
             rest = dense - other
             self.better.add(following, float(np.linalg.norm(rest, 2)), f"{where}, {what}", noise)
             self.better_squares.add(float(np.linalg.norm(sigma[rank:])), float(np.linalg.norm(rest)), f"{where}, {what}", noise)  # fmt: skip
@@ -142,7 +142,7 @@ def check(setting: Setting) -> LemmaReport:
                 made = mask(kind, shape, density, random)
                 whole = np.where(made, integers(shape, random), 0)
                 scale = float(2.0 ** random.integers(-8, 3))  # exact, and so are all products with it
-                _one(laws, whole, scale, named(kind, shape, made), random)
+                _one(laws, whole, scale, case_name(kind, shape, made), random)
     _known(laws, setting, random)
     _every(laws)
     _files(laws, setting, report, random)
@@ -239,7 +239,7 @@ def _files(laws: _Laws, setting: Setting, report: LemmaReport, random: np.random
     report.checks += [check for check in (within, spectral) if check.cases]
 
 
-def _dense(update: Update) -> Floats:
+def _dense(update: FileDelta) -> Floats:
     assert update.values is not None
     dense = np.zeros(update.shape)
     dense.reshape(-1)[update.indices] = update.values

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_analysis.lemmas.files import Update
+from shira_analysis.lemmas.files import FileDelta
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
 from shira_analysis.lemmas.samples import KINDS, Integers, Mask, Setting, mask
 
@@ -40,7 +40,7 @@ def product_nnz(first: Any, second: Any) -> int:
     return found
 
 
-def pair_nnz(first: Update, second: Update) -> int | None:
+def pair_nnz(first: FileDelta, second: FileDelta) -> int | None:
     """The same for two updates, by their patterns; None if that takes too many multiplications."""
     counts = [np.bincount(update.row, minlength=first.shape[0]).astype(np.int64) for update in (first, second)]
     if int((counts[0] * counts[1]).sum()) > _MOST_PRODUCTS:
@@ -199,7 +199,7 @@ def _files(setting: Setting, report: LemmaReport) -> None:
     report.checks += [check for check in (general, apart) if check.cases]
 
 
-def _ones(update: Update) -> Any:
+def _ones(update: FileDelta) -> Any:
     ones = np.ones(update.indices.size, np.int64)
     from scipy.sparse import csr_matrix
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from shira_analysis.lemmas.files import Update, Updates, spread
+from shira_analysis.lemmas.files import FileDelta, FileDeltas, spread
 
 Mask = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
@@ -29,7 +29,7 @@ class Setting:
 
     seed: int = 0
     quick: bool = False
-    files: list[Updates] = field(default_factory=list)
+    files: list[FileDeltas] = field(default_factory=list)
 
     def random(self, lemma: int) -> np.random.Generator:
         """A generator for one lemma: what the others do does not change it."""
@@ -45,13 +45,13 @@ class Setting:
             if not a.names.items() & b.names.items()
         ]
 
-    def updates(self, most: int) -> Iterator[Update]:
+    def updates(self, most: int) -> Iterator[FileDelta]:
         """The updates of all files, ``most`` of each at most, evenly spread."""
         for file in self.files:
             yield from map(file.update, file.spread(most))
 
-    def pairs(self, most: int) -> Iterator[tuple[Update, Update]]:
-        """Updates of the same weight in two of the files, ``most`` for each two files; of a single file with itself."""
+    def pairs(self, most: int) -> Iterator[tuple[FileDelta, FileDelta]]:
+        """FileDeltas of the same weight in two of the files, ``most`` for each two files; of a single file with itself."""
         for at, first in enumerate(self.files):
             for second in self.files[at + 1 :] or (self.files if len(self.files) == 1 else []):
                 names = [name for name in first.names if second.names.get(name) == first.names[name]]
@@ -99,6 +99,6 @@ def integers(shape: tuple[int, ...], random: np.random.Generator, most: int = 9)
     return signed
 
 
-def named(kind: str, shape: tuple[int, int], made: Mask) -> str:
+def case_name(kind: str, shape: tuple[int, int], made: Mask) -> str:
     """What a case is called in a report."""
     return f"{kind} {shape[0]}x{shape[1]}, {int(made.sum())} entries"

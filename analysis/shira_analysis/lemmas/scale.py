@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shira_analysis.lemmas.exact import rank
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
-from shira_analysis.lemmas.samples import KINDS, Mask, Setting, integers, mask, named
+from shira_analysis.lemmas.samples import KINDS, Mask, Setting, case_name, integers, mask
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,7 +64,7 @@ def check(setting: Setting) -> LemmaReport:
     for kind in KINDS:
         for shape in shapes:
             made = mask(kind, shape, 0.1, random)
-            where = named(kind, shape, made)
+            where = case_name(kind, shape, made)
             x, error = integers((shape[1],), random), integers((shape[0],), random)
             gradient = np.outer(error, x)
             larger = made | mask("uniform", shape, 0.3, random)
@@ -78,7 +78,9 @@ def check(setting: Setting) -> LemmaReport:
             signs = np.array(np.meshgrid(*[[-1, 1]] * 10)).reshape(10, -1)
             changed = np.where(narrow, integers(narrow.shape, random), 0)
             sums = ((changed @ signs) ** 2).sum(axis=1)
-            spread.add(int((sums != 2**10 * (changed**2).sum(axis=1)).sum()), 0, named(kind, narrow.shape, narrow))
+            spread.add(
+                int((sums != 2**10 * (changed**2).sum(axis=1)).sum()), 0, case_name(kind, narrow.shape, narrow)
+            )
     _other_rank(ranks, setting, random)
     for count in (1, 2, 4, 16, 64):
         a, x, e = integers((count, 12), random), integers((12,), random), int(integers((1,), random)[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shira_analysis.measures.additive import attributes
 from shira_analysis.measures.certificate import Bounds
 from shira_analysis.measures.deltas import DeltaFile, open_deltas
 from shira_analysis.measures.layer_kinds import KINDS, layer_kind
@@ -85,16 +86,10 @@ class Ranks:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "tensors": self.tensors,
-            "full_rank": self.full,
-            "proven": self.proven,
-            "rank_at_least": self.lower,
-            "rank_at_most": self.upper,
-            "numerical_rank": self.numerical,
-            "mean_stable_rank": self.stable,
-            "mean_effective_rank": self.effective,
-        }
+        return attributes(
+            self, "tensors", "full_rank=full", "proven", "rank_at_least=lower", "rank_at_most=upper",
+            "numerical_rank=numerical", "mean_stable_rank=stable", "mean_effective_rank=effective",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,8 +139,8 @@ class AdapterMeasures:
 
 
 def measure(
-    path: str | os.PathLike[str],
-    base: Checkpoint | None = None,
+    adapter: str | os.PathLike[str] | DeltaFile,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     *,
     rank: bool = False,
     include: Sequence[str] = (),
@@ -155,8 +150,8 @@ def measure(
     """Measure an adapter file; one tensor is in memory at a time.
 
     Args:
-        path: the adapter.
-        base: the checkpoint that it was made for; needed for target values unless the file is self-contained.
+        adapter: a file, or one opened by :func:`open_deltas`.
+        base: the checkpoint that it was made for, a path or an open one; needed for target values unless the file is self-contained.
         rank: ranks too, which take seconds for a large weight.
         include: regexes; a tensor is measured only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
@@ -168,7 +163,7 @@ def measure(
         BaseRequired: target values, and no base values.
         BaseMismatch: ``base`` is not the base of the adapter.
     """
-    return measure_file(open_deltas(path, base, include=include, exclude=exclude), rank=rank, progress=progress)
+    return measure_file(open_deltas(adapter, base, include=include, exclude=exclude), rank=rank, progress=progress)
 
 
 def measure_file(

@@ -170,8 +170,8 @@ class DeltaFile:
 
 
 def open_deltas(
-    path: str | os.PathLike[str],
-    base: Checkpoint | None = None,
+    adapter: str | os.PathLike[str] | DeltaFile,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -179,9 +179,9 @@ def open_deltas(
     """Open an adapter file for measures; reads the header alone.
 
     Args:
-        path: the adapter.
-        base: the checkpoint that it was made for, which is checked by digests; see :func:`open_checkpoint`. Needed for
-            target values unless the file is self-contained.
+        adapter: its path; one that is open already is returned as it is.
+        base: the checkpoint that it was made for, which is checked by digests: a path or an open one. Needed for target
+            values unless the file is self-contained.
         include: regexes; a tensor is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
 
@@ -190,8 +190,14 @@ def open_deltas(
         SourceError: no tensor is left by ``include`` and ``exclude``.
         OSError: it cannot be read.
     """
+    if isinstance(adapter, DeltaFile):
+        return adapter
+    if base is not None:
+        from shira_format.checkpoints import open_checkpoint
+
+        base = open_checkpoint(base)
     chosen = name_filter(include, exclude)
-    file = AdapterFile(path, separate_maps=True)
+    file = AdapterFile(adapter, separate_maps=True)
     names = tuple(name for name in file.manifest.tensors if chosen(name))
     whole = tuple(name for name in file.manifest.whole if chosen(name))
     if not (names or whole) and (include or exclude):

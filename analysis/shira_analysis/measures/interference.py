@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.deltas import delta_matrix
 from shira_analysis.measures.overlap import cosine, finite, shared_positions
 from shira_format import SourceError, SparseTensor
@@ -26,7 +27,7 @@ _CELLS = 1 << 22  # outputs at a time
 
 
 @dataclass(frozen=True)
-class Interference:
+class Interference(Additive):
     """Mean products of two adapters' outputs, of one layer or, added up with ``+``, of several.
 
     The outputs are seen as random vectors, with ``E<y, z>`` as their inner product.
@@ -113,27 +114,12 @@ class Interference:
         """Of the first and of the second, at each input by itself."""
         return self.disturbed_first_each, self.disturbed_second_each
 
-    def __add__(self, other: Interference) -> Interference:
-        return Interference(
-            self.inner + other.inner, self.first + other.first, self.second + other.second,
-            self.along_first_energy + other.along_first_energy, self.along_second_energy + other.along_second_energy,
-            _sum(self.projected_first, other.projected_first), _sum(self.projected_second, other.projected_second),
-        )  # fmt: skip
-
     def as_json(self) -> dict[str, Any]:
         """All measures; what is undefined or unknown is null."""
-        return {
-            "inner": self.inner,
-            "energy_first": self.first,
-            "energy_second": self.second,
-            "cosine": self.cosine,
-            "along_first": self.along_first,
-            "along_second": self.along_second,
-            "disturbed_first": self.disturbed_first,
-            "disturbed_second": self.disturbed_second,
-            "disturbed_first_each": self.disturbed_first_each,
-            "disturbed_second_each": self.disturbed_second_each,
-        }
+        return attributes(
+            self, "inner", "energy_first=first", "energy_second=second", "cosine", "along_first", "along_second",
+            "disturbed_first", "disturbed_second", "disturbed_first_each", "disturbed_second_each",
+        )  # fmt: skip
 
 
 def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool = False) -> Interference:
@@ -300,7 +286,3 @@ def _bilinear_plainly(
         total += float((first_values[i] * squares[which[segment], first_at[i], second_at[j]]) @ second_values[j])
         start = stop
     return total
-
-
-def _sum(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a + b

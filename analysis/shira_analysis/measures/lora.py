@@ -88,8 +88,8 @@ def frobenius_of(report: RankReport) -> float | None:
 
 
 def measure_lora(
-    path: str | os.PathLike[str],
-    base: Checkpoint,
+    lora: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -98,8 +98,8 @@ def measure_lora(
     """Measure a LoRA of any dialect; a dense update is in memory at most one at a time.
 
     Args:
-        path: the LoRA; see :func:`shira_format.lora.open_lora`.
-        base: the checkpoint that it adapts.
+        lora: its path; see :func:`shira_format.lora.open_lora`.
+        base: the checkpoint that it adapts, a path or an open one.
         include: regexes; an update is measured only if one of them is found in its weight's name.
         exclude: regexes; an update is left out if one of them is found in it.
         progress: called with 1 after each update.
@@ -107,29 +107,30 @@ def measure_lora(
     Raises:
         SourceError: not a LoRA of this base, an update that is not finite, none is chosen, or a package is missing.
     """
+    from shira_format.checkpoints import open_checkpoint
     from shira_format.lora import open_lora
 
     chosen = name_filter(include, exclude)
-    lora = open_lora(path, base)
-    updates = [update for update in lora.updates if chosen(update.name)]
+    source = open_lora(lora, open_checkpoint(base))
+    updates = [update for update in source.updates if chosen(update.name)]
     if not updates:
-        raise SourceError(f"{path}: no update is left by the choice of names")
+        raise SourceError(f"{lora}: no update is left by the choice of names")
     tensors = []
     for update in updates:
         try:
             tensors.append((layer_kind(update.name, update.shape), rank_of_update(update)))
         except SourceError as error:
-            raise SourceError(f"{path}: {error}") from None
+            raise SourceError(f"{lora}: {error}") from None
         progress(1)
     kinds = {kind: [report for of_kind, report in tensors if of_kind == kind] for kind in KINDS}
     return LoraMeasures(
-        Path(path),
-        lora.source,
+        Path(lora),
+        source.source,
         tuple(tensors),
         {kind: _joined(group) for kind, group in kinds.items() if group},
         _joined(report for _, report in tensors),
-        tuple(name for name in (*lora.whole, *lora.additions) if chosen(name)),
-        tuple(lora.notices),
+        tuple(name for name in (*source.whole, *source.additions) if chosen(name)),
+        tuple(source.notices),
     )
 
 

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.deltas import delta_matrix
 from shira_analysis.measures.overlap import finite
 from shira_format import SourceError, SparseTensor
@@ -45,7 +46,7 @@ Norm = Literal["fro", "spectral"]
 
 
 @dataclass(frozen=True)
-class Orthogonality:
+class Orthogonality(Additive):
     """The product of two adapters' deltas of one weight, or of several: ``+`` joins them as blocks of one matrix.
 
     Attributes:
@@ -101,29 +102,18 @@ class Orthogonality:
     def _zeros(self, others: float) -> float | None:
         return 1 - others / self.cells if self.cells else None
 
-    def __add__(self, other: Orthogonality) -> Orthogonality:
-        known = [one.spectral for one in (self, other) if one.spectral is not None]
-        return Orthogonality(
-            self.cells + other.cells, self.nonzero + other.nonzero, self.reached + other.reached,
-            self.energy + other.energy, self.reached_if_uniform + other.reached_if_uniform,
-            self.reached_if_independent + other.reached_if_independent,
-            self.energy_if_independent + other.energy_if_independent, max(known) if known else None,
-        )  # fmt: skip
+    def _add(self, field: str, a: Any, b: Any) -> Any:
+        if field != "spectral":
+            return a + b
+        known = [one for one in (a, b) if one is not None]
+        return max(known) if known else None  # blocks of one matrix
 
     def as_json(self) -> dict[str, Any]:
         """All measures; what is undefined or unknown is null."""
-        return {
-            "cells": self.cells,
-            "nonzero": self.nonzero,
-            "reached": self.reached,
-            "awom": self.awom,
-            "awom_spectral": self.spectral,
-            "awor": self.awor,
-            "awor_structural": self.awor_structural,
-            "awor_if_uniform": self.awor_if_uniform,
-            "awor_if_independent": self.awor_if_independent,
-            "awom_if_independent": self.awom_if_independent,
-        }
+        return attributes(
+            self, "cells", "nonzero", "reached", "awom", "awom_spectral=spectral", "awor", "awor_structural",
+            "awor_if_uniform", "awor_if_independent", "awom_if_independent",
+        )  # fmt: skip
 
 
 def orthogonality(a: Any, b: Any, *, transposed: bool = False, spectral: bool = False) -> Orthogonality:

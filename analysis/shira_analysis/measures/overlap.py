@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.deltas import delta_values
 from shira_format import BaseMismatch, SourceError, SparseTensor
 from shira_format._core.arrays import Array, bits_differ
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """Two adapters' entries of one weight, or of several: all fields add up, and ``+`` joins them.
+class Overlap(Additive):
+    """Two adapters' entries of one weight, or of several: ``+`` adds all fields.
 
     What is said of values is None if the positions alone were compared, as of masks.
 
@@ -88,33 +89,13 @@ class Overlap:
             return None
         return math.sqrt(self.between), math.sqrt(self.first_energy), math.sqrt(self.second_energy)
 
-    def __add__(self, other: Overlap) -> Overlap:
-        return Overlap(
-            self.elements + other.elements, self.first + other.first, self.second + other.second,
-            self.shared + other.shared, self.expected + other.expected, self.variance + other.variance,
-            _sum(self.same_sign, other.same_sign), _sum(self.opposite_sign, other.opposite_sign),
-            _sum(self.inner, other.inner), _sum(self.first_energy, other.first_energy),
-            _sum(self.second_energy, other.second_energy), _sum(self.between, other.between),
-        )  # fmt: skip
-
     def as_json(self) -> dict[str, Any]:
         """Counts and what follows from them; what is undefined is null."""
         names = ("between", "first_to_base", "second_to_base")
-        return {
-            "elements": self.elements,
-            "first": self.first,
-            "second": self.second,
-            "shared": self.shared,
-            "jaccard": self.jaccard,
-            "expected_shared": self.expected,
-            "deviation": self.deviation,
-            "surprise": self.surprise,
-            "same_sign": self.same_sign,
-            "opposite_sign": self.opposite_sign,
-            "sign_agreement": self.sign_agreement,
-            "cosine": self.cosine,
-            "distances": None if self.distances is None else dict(zip(names, self.distances, strict=True)),
-        }
+        return attributes(
+            self, "elements", "first", "second", "shared", "jaccard", "expected_shared=expected", "deviation",
+            "surprise", "same_sign", "opposite_sign", "sign_agreement", "cosine",
+        ) | {"distances": None if self.distances is None else dict(zip(names, self.distances, strict=True))}  # fmt: skip
 
 
 def overlap(a: SparseTensor | None, b: SparseTensor | None, *, values: bool = True) -> Overlap:
@@ -219,7 +200,3 @@ def _hypergeometric(elements: int, first: int, second: int) -> tuple[float, floa
 def _energy(values: Array) -> float:
     with np.errstate(over="ignore", invalid="ignore"):  # told by whoever asks
         return float(values @ values)
-
-
-def _sum(a: Any, b: Any) -> Any:
-    return None if a is None or b is None else a + b

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from shira_analysis.measures.deltas import DeltaFile, delta_matrix, side_by_side
+from shira_analysis.measures.additive import Additive
+from shira_analysis.measures.deltas import DeltaFile, delta_matrix, open_deltas, side_by_side
 from shira_analysis.measures.interference import Interference, interference
 from shira_analysis.measures.layer_kinds import KINDS, layer_kind
 from shira_analysis.measures.orthogonality import Orthogonality, orthogonality
 from shira_analysis.measures.overlap import Overlap, overlap
 from shira_format import BaseMismatch, SourceError, SparseTensor
 from shira_format.calibration.moments import Moments
+from shira_format.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
-class Measures:
+class Measures(Additive):
     """What is measured of two adapters on some weights; ``+`` joins it.
 
     Attributes:
@@ -38,12 +41,10 @@ class Measures:
     fed: int = 0
     interference: Interference | None = None
 
-    def __add__(self, other: Measures) -> Measures:
-        return Measures(
-            self.tensors + other.tensors, self.both + other.both, self.overlap + other.overlap,
-            _sum(self.product, other.product), _sum(self.transposed, other.transposed),
-            self.fed + other.fed, _sum(self.interference, other.interference),
-        )  # fmt: skip
+    def _add(self, _field: str, a: Any, b: Any) -> Any:
+        if a is None or b is None:
+            return b if a is None else a
+        return a + b
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; what was not or could not be measured is null."""
@@ -127,9 +128,10 @@ def combine_pairs(measures: Iterable[Measures]) -> Measures:
 
 
 def measure_pairs(
-    files: Sequence[DeltaFile],
+    adapters: Sequence[str | os.PathLike[str] | DeltaFile],
     moments: Moments | None = None,
     *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     strict: bool = True,
     transposed: bool = False,
     spectral: bool = False,
@@ -138,8 +140,9 @@ def measure_pairs(
     """Measure every pair of some adapters of one base; in memory is one weight of each at a time.
 
     Args:
-        files: at least two, from :func:`open_deltas`.
+        adapters: at least two: files, or open ones from :func:`open_deltas`.
         moments: of the layers' inputs, for interference in feature space.
+        base: the checkpoint of those that are given as files.
         strict: refuse moments of none of the weights.
         transposed: ``A1 A2^T`` as well: what a layer reads, or what it writes if its weight is ``[in, out]``.
         spectral: the spectral norms as well.
@@ -150,13 +153,15 @@ def measure_pairs(
         BaseMismatch: two of them hold other base values of one entry.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
-    if len(files) < 2:
+    if len(adapters) < 2:
         raise SourceError("a pair takes at least two adapters")
+    files = [open_deltas(adapter, base) for adapter in adapters]
     if moments is not None and strict:
-        check_fed(moments, (name for file in files for name in file.names))
+        check_moments(moments, (name for file in files for name in file.names))
     numbers = list(combinations(range(len(files)), 2))
     pairs = [
-        Pair(str(files[i].path), str(files[j].path), replaced=replaced(files[i], files[j])) for i, j in numbers
+        Pair(str(files[i].path), str(files[j].path), replaced=replaced_tensors(files[i], files[j]))
+        for i, j in numbers
     ]
     for name, tensors in side_by_side(files):
         known = next(tensor for tensor in tensors if tensor is not None)
@@ -177,7 +182,7 @@ def measure_pairs(
     return pairs
 
 
-def check_fed(moments: Moments, names: Iterable[str]) -> None:
+def check_moments(moments: Moments, names: Iterable[str]) -> None:
     """Refuse moments that are of other weights, as those of another model are.
 
     Raises:
@@ -188,7 +193,7 @@ def check_fed(moments: Moments, names: Iterable[str]) -> None:
         raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
 
 
-def replaced(first: DeltaFile, second: DeltaFile) -> tuple[str, ...]:
+def replaced_tensors(first: DeltaFile, second: DeltaFile) -> tuple[str, ...]:
     """Names of tensors that one replaces as a whole while the other replaces or adapts them; see :class:`Pair`."""
     both = {*first.names, *first.whole} & {*second.names, *second.whole}
     return tuple(name for name in dict.fromkeys((*first.whole, *second.whole)) if name in both)
@@ -220,9 +225,3 @@ def _measures(
         if moments is not None and name in moments:
             fed = interference(*matrices, moments[name])
     return Measures(1, 1, common, product, turned, int(fed is not None), fed)
-
-
-def _sum(a: Any, b: Any) -> Any:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b

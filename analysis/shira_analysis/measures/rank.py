@@ -23,9 +23,8 @@ from shira_analysis.measures.spectrum import Spectrum, spectrum_of, spectrum_of_
 from shira_format import SourceError, SparseTensor
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import dtype_name
+from shira_format.lora.base import Lora, Update
 from shira_format.lora.products import Dense, Kronecker, LowRank
-from shira_format.lora.update import Update
-from shira_format.lora.updates import Lora
 from shira_format.tensors import matrix_shape
 
 

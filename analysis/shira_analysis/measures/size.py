@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from shira_analysis.measures.additive import attributes
 from shira_analysis.measures.deltas import Float64s, delta_values
 from shira_analysis.measures.uniform import (
     Compared,
+    adjacent_entries,
     dispersion_of_counts,
     dispersion_of_gaps,
+    lines_with_entries,
     mean_of,
-    neighbours,
-    touched,
 )
 from shira_format import SparseTensor
 from shira_format.tensors import density, matrix_shape
@@ -39,7 +40,7 @@ class Mask:
         spread: figures beside those of uniform masks: ``rows`` and ``columns`` (how many have an entry), ``row_dispersion`` and
             ``column_dispersion`` (index of dispersion of how many entries each has; more than uniform: clustered, less: even),
             ``gap_dispersion`` (of the elements left out between entries in flat order, close to the geometric law if uniform),
-            ``neighbours`` (entries right after another). A figure that says nothing of a tensor, such as that of its one row,
+            ``adjacent_entries`` (entries right after another). A figure that says nothing of a tensor, such as that of its one row,
             is left out.
     """
 
@@ -58,16 +59,9 @@ class Mask:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "nnz": self.nnz,
-            "numel": self.numel,
-            "density": self.density,
-            "rows": self.rows,
-            "all_rows": self.all_rows,
-            "columns": self.columns,
-            "all_columns": self.all_columns,
-            "spread": {name: figure.as_json() for name, figure in self.spread.items()},
-        }
+        return attributes(
+            self, "nnz", "numel", "density", "rows", "all_rows", "columns", "all_columns"
+        ) | {"spread": {name: figure.as_json() for name, figure in self.spread.items()}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,12 +111,12 @@ def mask_of(tensor: SparseTensor) -> Mask:
     if indices.size:
         near = int(np.count_nonzero(np.diff(indices) == 1))
         figures = {
-            "rows": touched(row_counts.size, rows, columns, indices.size),
-            "columns": touched(column_counts.size, columns, rows, indices.size),
+            "rows": lines_with_entries(row_counts.size, rows, columns, indices.size),
+            "columns": lines_with_entries(column_counts.size, columns, rows, indices.size),
             "row_dispersion": dispersion_of_counts(row_counts, rows, columns),
             "column_dispersion": dispersion_of_counts(column_counts, columns, rows),
             "gap_dispersion": dispersion_of_gaps(indices, tensor.numel),
-            "neighbours": neighbours(near, indices.size, tensor.numel),
+            "neighbours": adjacent_entries(near, indices.size, tensor.numel),
         }
     spread = {name: figure for name, figure in figures.items() if figure is not None}
     return Mask(tensor.nnz, tensor.numel, int(row_counts.size), rows, int(column_counts.size), columns, spread)
@@ -165,15 +159,12 @@ def combine_masks(masks: Iterable[Mask]) -> Mask:
     masks = list(masks)
     names = dict.fromkeys(name for mask in masks for name in mask.spread)
     means = {name: mean_of([mask.spread[name] for mask in masks if name in mask.spread]) for name in names}
-    return Mask(
-        sum(mask.nnz for mask in masks),
-        sum(mask.numel for mask in masks),
-        sum(mask.rows for mask in masks),
-        sum(mask.all_rows for mask in masks),
-        sum(mask.columns for mask in masks),
-        sum(mask.all_columns for mask in masks),
-        {name: figure for name, figure in means.items() if figure is not None},
+    nnz, numel, rows, all_rows, columns, all_columns = (
+        sum(getattr(mask, name) for mask in masks)
+        for name in ("nnz", "numel", "rows", "all_rows", "columns", "all_columns")
     )
+    spread = {name: figure for name, figure in means.items() if figure is not None}
+    return Mask(nnz, numel, rows, all_rows, columns, all_columns, spread)
 
 
 def combine_norms(norms: Iterable[Norms]) -> Norms:

@@ -116,7 +116,7 @@ def _dispersion(counts: Array, boxes: int, total: int, moments: Moments) -> Comp
     )
 
 
-def touched(found: int, boxes: int, size: int, entries: int) -> Compared:
+def lines_with_entries(found: int, boxes: int, size: int, entries: int) -> Compared:
     """How many rows, or columns, have entries: ``found`` of ``boxes`` with ``size`` elements each."""
     total = boxes * size
     if size == 1:
@@ -145,7 +145,7 @@ def _product(terms: Array) -> float:
     return float(np.log1p(terms).sum())
 
 
-def neighbours(found: int, entries: int, total: int) -> Compared:
+def adjacent_entries(found: int, entries: int, total: int) -> Compared:
     """How many entries follow the one before them at once, in flat order."""
 
     def chance(count: int) -> Fraction:

@@ -18,7 +18,7 @@ from shira_format import SparseTensor
 from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.entries.mixing import mix
 from shira_format.merge import Method
-from shira_format.merge.cutting import cut
+from shira_format.merge.density import limit_density
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def outcome(joined: AlignedEntries, method: Method, options: Mapping[str, Any], 
         result = mix(joined, factors, self_contained=True)
         energy = kept = 0.0
         if result is not None and density is not None:
-            result, energy, kept = cut(result, density)
+            result, energy, kept = limit_density(result, density)
         return Outcome(result, _accounts(joined, factors, result), energy, energy - kept)
 
 

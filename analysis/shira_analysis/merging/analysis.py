@@ -22,7 +22,7 @@ from shira_analysis.measures.interference import interference
 from shira_analysis.measures.layer_kinds import layer_kind
 from shira_analysis.measures.orthogonality import orthogonality
 from shira_analysis.measures.overlap import overlap
-from shira_analysis.measures.pairs import Measures, Pair, TensorPair, check_fed
+from shira_analysis.measures.pairs import Measures, Pair, TensorPair, check_moments
 from shira_analysis.merging.accounts import Trial, outcome, summed
 from shira_analysis.merging.lemmas import PairLemmas, TensorLemmas, struct_rows, tensor_lemmas
 from shira_analysis.merging.report import MergeAnalysis, MergedPair, TensorAfter
@@ -64,7 +64,7 @@ def analyse_merge(
         raise SourceError(f"no method {unknown[0]!r}; known: {', '.join(METHODS)}")
     report = _new_report(job, fed=moments is not None)
     if moments is not None and job.names:
-        check_fed(moments, job.names)
+        check_moments(moments, job.names)
     _, options = job.settings.of("")
     report.trials += [Trial(name, _carried(job.settings.method, options, METHODS[name]), chosen=False) for name in others if name != job.settings.method.name]  # fmt: skip
     _leave_out_takers(job, report.trials[1:])
@@ -72,7 +72,7 @@ def analyse_merge(
     pairs = [Pair(report.labels[i], report.labels[j]) for i, j in numbers]
     lemmas: list[list[TensorLemmas]] = [[] for _ in numbers]
     for name in job.names:
-        joined = _measurable(job.joined(name))
+        joined = _measurable(job.aligned(name))
         kind = layer_kind(name, joined.shape)
         views = _Views(_signed(joined), moments)
         for pair, found, (i, j) in zip(pairs, lemmas, numbers, strict=True):
@@ -95,7 +95,7 @@ def analyse_merge(
 
 def _new_report(job: Merge, *, fed: bool) -> MergeAnalysis:
     weights, _ = job.settings.of("")
-    told = job.settings.told()
+    told = job.settings.to_manifest()
     report = MergeAnalysis(
         [one.label for one in job.inputs], list(weights), [one.adapter.alpha for one in job.inputs],
         [sorted(set(column)) for column in zip(*map(job.strengths, job.names or [""]), strict=True)], told, job.density,
@@ -125,7 +125,7 @@ def _leave_out_takers(job: Merge, trials: Sequence[Trial]) -> None:
     weights = {weight for name in ["", *job.names] for weight in job.settings.of(name)[0]}
     for trial in trials:
         trial.accounts = summed([], len(job.inputs))
-        if METHODS[trial.method].takes and not weights <= {0.0, 1.0}:
+        if METHODS[trial.method].copies and not weights <= {0.0, 1.0}:
             trial.refused = "takes entries as they are, at weights of 0 and 1 alone"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shira_format import AdapterFile, BaseMismatch
+from shira_format.entries.base_check import base_values, check_dense
 from shira_format.format.manifest import SparseEntry, stream_name
 from shira_format.tensors import density, numel
 
@@ -109,24 +110,14 @@ def _whole_row(file: AdapterFile, name: str) -> dict[str, Any]:
 def misfits_with(file: AdapterFile, base: Checkpoint) -> list[str]:
     """Why the adapter does not fit ``base``: one line for each tensor that does not; empty if it fits."""
     misfits = []
-    for name, entry in file.manifest.tensors.items():
-        if entry.base_name not in base:
-            origin = "" if entry.base_name == name else f" (as {entry.base_name!r})"
-            misfits.append(f"tensor {name!r}: not in the base{origin}")
-            continue
+    for name in file.manifest.tensors:
         try:
-            tensor = file.sparse(name)
-            tensor.checked_base(base[entry.base_name])
+            base_values(file.sparse(name), base)
         except BaseMismatch as error:
             misfits.append(str(error))
     for name in file.manifest.whole:
-        whole = file.dense(name)
-        if whole.base_digest is None:
-            continue
         try:
-            if name not in base:
-                raise BaseMismatch(f"tensor {name!r}: not in the base")
-            whole.check_base(base[name])
+            check_dense(file.dense(name), base)
         except BaseMismatch as error:
             misfits.append(str(error))
     misfits += [f"tensor {name!r}: to be removed, and not in the base" for name in file.manifest.removed if name not in base]  # fmt: skip

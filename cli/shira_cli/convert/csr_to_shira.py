@@ -9,7 +9,8 @@ import click
 
 from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
+from shira_format.storage.output_folder import check_output_file
 
 EXAMPLE = """
 example:
@@ -36,7 +37,7 @@ def command(folder: Path, output: Path, force: bool, dry_run: bool, printer: Pri
     from shira_format.convert.csr import csr_to_shira
 
     target = None if dry_run else output
-    check_output(target, force=force)
+    check_output_file(target, force=force)
     with printer.bar("tensors") as bar, usage_errors():
         report = csr_to_shira(folder, target, progress=bar.update, on_start=bar.reset, **settings)
     printer.notes(report.notices)

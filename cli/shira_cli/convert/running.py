@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shira_cli import options
-from shira_cli.output import Printer, check_output
+from shira_cli.output import Printer
 from shira_format import ShiraError
+from shira_format.storage.output_folder import check_output_file
 
 if TYPE_CHECKING:
     from shira_format.convert.report import ConversionReport
@@ -57,7 +58,7 @@ def convert(
 ) -> int:  # fmt: skip
     """Run a conversion with progress on stderr and print its report."""
     target = None if dry_run else output
-    check_output(target, force=force)
+    check_output_file(target, force=force)
     try:
         with printer.bar("entries", scale=True) as bar, usage_errors():
             report = verb(*inputs, target, resume=resume, progress=bar.update, on_start=bar.reset, **settings)

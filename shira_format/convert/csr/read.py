@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, array_digest, as_bytes
-from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.arrays import Array, Indices, array_digest
+from shira_format._core.dtypes import dtype_name, working_dtype
+from shira_format._core.fits import check_values
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
 from shira_format.convert.csr.matrix import read_matrix
-from shira_format.errors import BaseMismatch, FormatError, SourceError
-from shira_format.export.csr import base_entries, difference, weight_of, wide
+from shira_format.entries.base_check import base_values, check_dense, check_frame
+from shira_format.entries.values import difference, wide
+from shira_format.errors import FormatError, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.names.filters import name_filter
 from shira_format.storage.paths import check_not_input
@@ -210,7 +212,7 @@ class _Folder:
             return tensor
         if self.base is None:
             raise SourceError("the base's values are not available: pass --base")
-        start = base_entries(tensor, self.base)
+        start = base_values(tensor, self.base)
         if not self.self_contained:
             return tensor
         return SparseTensor(
@@ -228,11 +230,10 @@ class _Folder:
                     f"{self.folder}: tensor {name!r}: the base's values are not available: pass --base"
                 )
             return tensor
-        if tensor.base_digest is None:
-            return tensor
-        weight = weight_of(self.base, name, name)
-        tensor.check_base(weight)
-        return DenseTensor(name, tensor.values, base=weight) if self.self_contained else tensor
+        weight = check_dense(tensor, self.base)
+        return (
+            tensor if weight is None or not self.self_contained else DenseTensor(name, tensor.values, base=weight)
+        )
 
 
 @dataclass
@@ -308,23 +309,15 @@ class _Changed:
         if self.base is None:
             return known[there] if known is not None and here.size == self.indices.size else None
         origin = item.name if before is None else before.base_name
-        weight = weight_of(self.base, item.name, origin)
-        if weight.shape != item.shape:
-            raise BaseMismatch(
-                f"tensor {item.name!r}: the matrix is for shape {list(item.shape)}, the base has {list(weight.shape)}"
-            )
-        found: Array = weight.reshape(-1)[self.indices]
         seen = item.digests.get("base")
-        # Deltas without a digest of the base are for a base of any float dtype.
-        fits = found.dtype == item.dtype or (item.values == "delta" and seen is None and is_float(found.dtype))
-        if not fits:
-            raise BaseMismatch(f"tensor {item.name!r}: the matrix is for {item.dtype}, the base has {found.dtype}")
-        if (self.same_entries and seen is not None and array_digest(found) != seen) or (
-            known is not None and as_bytes(found[here]).tobytes() != as_bytes(known[there]).tobytes()
-        ):
-            raise BaseMismatch(
-                f"tensor {item.name!r}: the base {self.base.path} holds other values at the entries"
-            )
+        any_float = item.values == "delta" and seen is None
+        check_frame(f"tensor {item.name!r}", origin, item.shape, item.dtype, self.base, any_float=any_float)
+        found = self.base.at(origin, self.indices)
+        what, where = f"tensor {item.name!r}", f"the base {self.base.path}"
+        if self.same_entries:
+            check_values(what, seen, array_digest(found), where)
+        if known is not None:
+            check_values(what, array_digest(known[there]), array_digest(found[here]), where)
         return found
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import Any
 
 from shira_format.errors import SourceError
 from shira_format.lora.files import is_rank, read_json
-from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS, named_in, pair_in
+from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS, find_peft_files
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,11 @@ def find(path: Path) -> tuple[Path, Path]:
     """
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    if path.is_file():
-        config = path.with_name(CONFIG)
-        if not config.is_file():
+    if (found := find_peft_files(path)) is None:
+        if path.is_file():
             raise SourceError(f"{path}: no {CONFIG} beside it")
-        return path, config
-    if (found := pair_in(path)) is not None:
-        return found
-    if (inner := named_in(path)) is None:
         raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
-    return find(inner)
+    return found
 
 
 def read_config(path: Path) -> tuple[Kind, dict[str, Any]]:

@@ -20,13 +20,14 @@ from shira_format.convert.peft_shira.files import SHIRA, Keys, Kind, find, read_
 from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.convert.report import ConversionReport, TensorReport
 from shira_format.convert.targets import sparse_target
-from shira_format.entries.changes import AddedTo, Entries
+from shira_format.entries.changes import UpdateChange
+from shira_format.entries.selected import Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
 from shira_format.names.filters import name_filter
-from shira_format.names.match import match_names
+from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
 
@@ -137,7 +138,7 @@ def _convert_layer(
         raise SourceError(
             f"{layer.path}: {layer.values_key!r} holds values beyond {_LARGEST:g}, whose squares overflow"
         )
-    change = AddedTo(layer, base)
+    change = UpdateChange(layer, base)
     before, target = change.completed(indices, steps)
     entries = Entries(indices, steps, before, target, sum_of_squares(steps))
     try:
@@ -180,7 +181,7 @@ class _Reader:
         tensors = open_tensors(self.path)
         keys = sort_keys(tensors, self.kind, self.path)
         needed = {f"{module}.weight": module for module in keys.values}
-        rename, words = match_names(needed, self.base, self.path)
+        rename = match_names(needed, self.base, self.path)
         rank = self.config["r"] if self.kind is SHIRA else None
         layers = []
         for weight, module in needed.items():
@@ -202,14 +203,13 @@ class _Reader:
             source=self._source(),
             base_model=self._base_model(),
             files=[self.path, self.config_path],
-            notices=self._notices(keys, words),
+            notices=rename.notices("the adapter") + self._notices(keys),
         )
 
-    def _notices(self, keys: Keys, words: str) -> list[str]:
-        found = [f"names of the adapter are not those of the base: {words}"] if words else []
-        if keys.own_base:
-            found.append(f"{', '.join(keys.own_base)}: PEFT saved the base's own values too; they are left out")
-        return found
+    def _notices(self, keys: Keys) -> list[str]:
+        if not keys.own_base:
+            return []
+        return [f"{', '.join(keys.own_base)}: PEFT saved the base's own values too; they are left out"]
 
     def _check_own_base(self, key: str, array: Array, name: str) -> None:
         """PEFT also saves the base weight of an adapted ``lm_head``: it must be the base's, possibly rounded."""

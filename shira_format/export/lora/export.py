@@ -14,7 +14,8 @@ from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
 from shira_format._core.threads import Progress, single_threaded_blas
 from shira_format.checkpoints import Checkpoint, open_checkpoint
-from shira_format.errors import BaseMismatch, SourceError
+from shira_format.entries.base_check import check_dense
+from shira_format.errors import SourceError
 from shira_format.export.lora.factors import Factors, best_factors, check_amount
 from shira_format.export.lora.folder import (
     FILE,
@@ -29,7 +30,7 @@ from shira_format.export.lora.folder import (
 from shira_format.export.lora.plan import EMBEDDING, LayerPlan, LoraPlan, Planner, Saved
 from shira_format.export.lora.report import LayerReport, LoraReport
 from shira_format.format import AdapterFile
-from shira_format.lora.peft.config import CONFIG, PREFIX
+from shira_format.lora.peft import CONFIG, PREFIX
 from shira_format.names.filters import name_filter
 from shira_format.storage.atomic import atomic_file
 from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder, write_json
@@ -211,10 +212,7 @@ class _Export:
             return name, base[saved.key]
         if saved.origin == "whole":
             whole = self._source.dense(saved.key)
-            if whole.base_digest is not None:
-                if saved.key not in base:
-                    raise BaseMismatch(f"tensor {saved.key!r}: the base {base.path} has no such tensor")
-                whole.check_base(base[saved.key])
+            check_dense(whole, base)
             return name, whole.values
         tensor = self._source.sparse(saved.key)
         weight = np.array(base[saved.key])

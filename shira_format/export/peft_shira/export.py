@@ -16,8 +16,9 @@ from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.peft_shira.files import SHIRA
+from shira_format.entries.base_check import base_values, check_dense
+from shira_format.entries.values import difference, wide
 from shira_format.errors import SourceError
-from shira_format.export.csr import base_entries, difference, weight_of, wide
 from shira_format.export.peft_shira.config import own_files, peft_config
 from shira_format.export.peft_shira.padding import padded
 from shira_format.export.peft_shira.plan import PeftPlan, Target, make_plan
@@ -206,7 +207,7 @@ class _Export:
         """What PEFT has to add, and how many targets that misses."""
         start = None
         if self.base is not None or tensor.base is not None:
-            start = base_entries(tensor, self.base)
+            start = base_values(tensor, self.base)
         if tensor.value_kind == "target":
             assert start is not None
             steps = difference(tensor.values, start)
@@ -232,8 +233,8 @@ class _Export:
             whole = self.source.dense(name)
             if is_float(whole.values.dtype) and not np.isfinite(wide(whole.values)).all():
                 raise SourceError(f"{self.source.path}: whole tensor {name!r} holds NaN or Inf")
-            if self.base is not None and whole.base_digest is not None:
-                whole.check_base(weight_of(self.base, name, name))
+            if self.base is not None:
+                check_dense(whole, self.base)
             yield PREFIX + key, whole.values
         for key, name in self.plan.filled.items():
             assert self.base is not None

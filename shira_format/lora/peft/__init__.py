@@ -1,43 +1,32 @@
-"""PEFT's LoRA: ``adapter_config.json`` with ``adapter_model.safetensors`` or ``.bin``.
-
-The rules are those of ``peft.tuners.lora``: ``delta W = scale * B @ A`` with scale ``alpha / r``, or ``alpha /
-sqrt(r)`` under rslora; ``rank_pattern`` and ``alpha_pattern`` are regexes on module names, first hit wins.
-"""
+"""PEFT's adapters: the files that ``save_pretrained`` writes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS, named_in, pair_in
-from shira_format.lora.peft.reader import read
-from shira_format.lora.updates import Lora
 
-__all__ = ["CONFIG", "PREFIX", "WEIGHTS", "Peft"]
-
-
-class Peft:
-    """PEFT's own files, as ``save_pretrained`` writes them."""
-
-    name = "peft"
-
-    def recognises(self, path: Path) -> bool:
-        return _find(path) is not None
-
-    def read(self, path: Path, base: Checkpoint) -> Lora:
-        found = _find(path)
-        if found is None:
-            raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
-        return read(*found, base)
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
 
 
-def _find(path: Path) -> tuple[Path, Path] | None:
-    """The weights and the configuration at ``path``; a named adapter lies in a subfolder."""
+def find_peft_files(path: Path) -> tuple[Path, Path] | None:
+    """The weights and the configuration of the adapter at ``path``: a file of weights, or a folder.
+
+    In a folder without weights, the adapter may be in a subfolder: PEFT saves adapters of other names than "default" there.
+
+    Raises:
+        SourceError: several subfolders have adapters.
+    """
     if path.is_file():
         config = path.with_name(CONFIG)
-        return (path, config) if config.is_file() and path.suffix in (".safetensors", ".bin") else None
-    if (found := pair_in(path)) is not None:
-        return found
-    inner = named_in(path)
-    return None if inner is None else _find(inner)
+        return (path, config) if config.is_file() else None
+    config = path / CONFIG
+    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if found is not None and config.is_file():
+        return found, config
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and (folder / CONFIG).is_file()]
+    if len(inner) > 1:
+        raise SourceError(f"{path}: several adapters ({', '.join(folder.name for folder in inner)}); name one")
+    return find_peft_files(inner[0]) if inner else None

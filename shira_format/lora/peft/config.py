@@ -1,8 +1,9 @@
-"""``adapter_config.json``: which options change the update, and what they say of it."""
+"""The options in ``adapter_config.json``: which ones change the update, and how."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from shira_format.errors import SourceError
-from shira_format.lora.files import read_json
-from shira_format.lora.peft_scale import Scales, read_scales
+from shira_format.lora.files import is_number, is_rank, read_json
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
-
-# Options that this package reads.
+# Options that are read.
 READ = frozenset(
     {
         "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "r", "lora_alpha",
@@ -26,8 +22,8 @@ READ = frozenset(
         "layer_replication", "init_lora_weights", "lora_B_layout",
     }
 )  # fmt: skip
-# Options that say which layers are adapted, which the keys say too, or how the LoRA was trained. VeLoRA compresses
-# activations for the backward pass and nothing else.
+# Options for the choice of layers, which the keys show too, and for training. VeLoRA only compresses activations for the
+# backward pass.
 HARMLESS = frozenset(
     {
         "task_type", "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -35,40 +31,89 @@ HARMLESS = frozenset(
         "qalora_group_size", "megatron_core", "runtime_config",
     }
 )  # fmt: skip
-# Options under which the update is not what is read here, and why.
+# Options under which the update is another one than is computed here, and why.
 REFUSED = {
     "use_qalora": "QALoRA pools the inputs of its layers",
-    "use_bdlora": "block-diagonal LoRA is not read",
-    "kasa_config": "KaSA cuts the base's weights down before it adapts them, so B @ A is not an update of the base; "
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "kasa_config": "KaSA truncates the base's weights before it adapts them, so B @ A is not an update of the base; "
     "merge it with PEFT and convert the full checkpoint",
-    "monteclora_config": "MonteCLoRA is not read",
-    "arrow_config": "an Arrow router chooses among several LoRAs as the model runs",
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only and is no change of weights",
-    "megatron_config": "Megatron's parallel layers are not read",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "arrow_config": "an Arrow router selects among several LoRAs at run time",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only, and is no change of weights",
+    "megatron_config": "Megatron's parallel layers are not supported",
 }
 
-# Initialisations that subtract the start of the LoRA from the base's weights, or quantise these; and those that do not.
+# Initialisations that subtract the initial LoRA from the base's weights, or quantise them; and those that do not.
 CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
-def pair_in(folder: Path) -> tuple[Path, Path] | None:
-    """The weights and the configuration that lie in ``folder`` itself."""
-    config = folder / CONFIG
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    return (found, config) if found is not None and config.is_file() else None
+@dataclass(frozen=True)
+class Scales:
+    """Rank and scale of each module; made by :func:`read_scales`.
+
+    Attributes:
+        where: the file, for messages.
+        r: the rank of modules that no pattern matches.
+        lora_alpha: their alpha.
+        rank_pattern: ranks by regex.
+        alpha_pattern: alphas by regex.
+        use_rslora: whether the scale is ``alpha / sqrt(rank)``, not ``alpha / rank``.
+    """
+
+    where: str
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+
+    def rank(self, module: str) -> int:
+        """The rank of a module, given its name in the trained model.
+
+        Raises:
+            SourceError: a pattern is no regex.
+        """
+        return int(self._by_pattern("rank_pattern", self.rank_pattern, module, self.r))
+
+    def alpha(self, module: str) -> float:
+        """The alpha of a module; as :meth:`rank`."""
+        return self._by_pattern("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
+
+    def scale(self, module: str) -> float:
+        """The factor of ``B @ A``; as :meth:`rank`."""
+        rank = self.rank(module)
+        return float(self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank))
+
+    def _by_pattern(self, key: str, patterns: Mapping[str, float], module: str, default: float) -> float:
+        """PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start; first hit wins."""
+        for pattern, value in patterns.items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            except re.error as error:
+                raise SourceError(f"{self.where}: {key} {pattern!r}: {error}") from None
+        return default
 
 
-def named_in(folder: Path) -> Path | None:
-    """The subfolder of the adapter that has a name.
+def read_scales(config: Mapping[str, Any], where: object) -> Scales:
+    """The options of one adapter.
 
     Raises:
-        SourceError: there are several.
+        SourceError: invalid ranks or alphas; the message begins with ``where``.
     """
-    inner = [found for found in sorted(folder.iterdir()) if found.is_dir() and (found / CONFIG).is_file()]
-    if len(inner) > 1:
-        raise SourceError(f"{folder}: several adapters ({', '.join(found.name for found in inner)}); name one")
-    return inner[0] if inner else None
+    if not is_rank(config.get("r")) or not is_number(config.get("lora_alpha")):
+        raise SourceError(f"{where}: r and lora_alpha must be numbers, r a positive integer")
+    patterns: dict[str, dict[str, Any]] = {}
+    for key, good in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
+            raise SourceError(f"{where}: {key} must map module names to numbers")
+        patterns[key] = pattern
+    return Scales(
+        where=str(where), r=config["r"], lora_alpha=config["lora_alpha"], use_rslora=bool(config.get("use_rslora")),
+        **patterns,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,12 +122,12 @@ class Config:
 
     Attributes:
         path: the file.
-        raw: all that it says.
+        raw: its content.
         scales: rank and scale by module.
-        saved: names of modules that are saved whole.
+        saved: ``modules_to_save``: names of modules that are saved whole.
         parameters: ``target_parameters``: ends of names of parameters.
-        tokens: the rows that ``trainable_token_indices`` trains: by the end of a module's name, or one list for the
-            input embeddings.
+        tokens: ``trainable_token_indices``: trained rows by the end of a module's name, or one list for the input
+            embeddings.
         replication: ``layer_replication``: ranges of layers of the base.
     """
 
@@ -99,7 +144,7 @@ class Config:
 
     @property
     def weights_before_swap(self) -> bool | None:
-        """Whether the writer was PEFT before 0.19, which took every 3-D parameter for ``[experts, in, out]``."""
+        """Whether the writer was PEFT before 0.19, which took every 3-D parameter for ``[experts, in, out]``; None if unknown."""
         match = re.match(r"(\d+)\.(\d+)", str(self["peft_version"] or ""))
         return None if match is None else (int(match[1]), int(match[2])) < (0, 19)
 
@@ -108,7 +153,7 @@ def read_config(path: Path) -> Config:
     """Read the options.
 
     Raises:
-        SourceError: not a LoRA, or one whose update is not read here; the message names the option.
+        SourceError: not a LoRA, or an option is invalid or not supported; the message names it.
     """
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
@@ -122,10 +167,10 @@ def read_config(path: Path) -> Config:
     if raw.get("bias") not in (None, "none", "all", "lora_only"):
         raise SourceError(f"{path}: bias must be 'none', 'all' or 'lora_only', not {raw['bias']!r}")
     config = Config(path, raw, scales, saved, parameters, _tokens(path, raw), _replication(path, raw))
-    try:  # what goes into the adapter's manifest has to be JSON and UTF-8, which Python's reader does not ask for
+    try:  # what goes into the adapter's manifest must be JSON and UTF-8, on which Python's reader does not insist
         json.dumps([source_of(config), base_model_of(config)], ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: holds what an adapter cannot repeat: {error}") from None
+        raise SourceError(f"{path}: holds a value that an adapter's header cannot: {error}") from None
     return config
 
 
@@ -133,13 +178,13 @@ def _check_options(path: Path, raw: Mapping[str, Any]) -> None:
     for option, reason in REFUSED.items():
         if raw.get(option):
             raise SourceError(f"{path}: {option} is set: {reason}")
-    # PEFT warns of an option that it does not know, and goes on without it. What is empty or false changes nothing in
-    # any version so far; anything else may be what a later version, or another trainer, computes the update by.
+    # PEFT warns of an unknown option and ignores it. Empty or false ones have changed nothing in any version so far; any
+    # other may change the update in a later version or another trainer.
     for option in raw.keys() - READ - HARMLESS - REFUSED.keys():
         if raw[option]:
             raise SourceError(
-                f"{path}: the option {option!r} is set, which is not known here and may change the update; "
-                "if it does not, take it out of the file"
+                f"{path}: the option {option!r} is set, which is unknown and may change the update; if it does not, remove it "
+                "from the file"
             )
     start = raw.get("init_lora_weights")
     if start is None or isinstance(start, bool):
@@ -151,7 +196,7 @@ def _check_options(path: Path, raw: Mapping[str, Any]) -> None:
         )
     if not isinstance(start, str) or start.lower() not in _KEEPS_BASE:
         raise SourceError(
-            f"{path}: init_lora_weights={start!r} is not known: it may have changed the base's weights"
+            f"{path}: init_lora_weights={start!r} is unknown: it may have changed the base's weights"
         )
 
 
@@ -178,7 +223,7 @@ def _replication(path: Path, raw: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def source_of(config: Config) -> dict[str, Any]:
-    """What the manifest says of the source."""
+    """The options that go into the manifest's ``source``."""
     keys = (
         "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias", "lora_bias",
         "modules_to_save", "target_parameters", "layer_replication", "peft_version",
@@ -187,6 +232,6 @@ def source_of(config: Config) -> dict[str, Any]:
 
 
 def base_model_of(config: Config) -> dict[str, Any]:
-    """What it says of the base."""
+    """``id`` and ``revision`` of the base, as far as they are set."""
     wanted = {"id": config["base_model_name_or_path"], "revision": config["revision"]}
     return {key: value for key, value in wanted.items() if isinstance(value, str) and value}

@@ -1,4 +1,4 @@
-"""Keys of ``adapter_model.safetensors``: which module each tensor belongs to, and what it is there."""
+"""Keys of ``adapter_model.safetensors``: the module and the part of its LoRA that each tensor is."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
-from shira_format.lora.peft.config import PREFIX, Config
+from shira_format.lora.peft import PREFIX
+from shira_format.lora.peft.config import Config
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
-# What wrappers of PEFT add to the name of a parameter of the base.
+# What PEFT's wrappers insert into names of the base's parameters.
 _WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|modules_to_save)(?=\.)")
 _VELORA = ".lora_velora_embed"
 _OTHER = re.compile(r"\.lora_|\.trainable_tokens|\.token_adapter\.")
@@ -25,13 +26,13 @@ _DEEP = re.compile(r"(?:\.base_layer)+\Z")
 
 @dataclass(eq=False)
 class PeftLayer:
-    """The tensors of one adapted layer, by what PEFT calls them: ``"lora_A.weight"``.
+    """The tensors of one adapted layer.
 
     Attributes:
-        module: its name in the model that was trained.
-        depth: how many wrappers of parameters of the same module lie around it.
-        parent: the module in whose wrapper it lies, if it is called ``out_proj`` there; else "".
-        parts: the tensors.
+        module: its name in the trained model.
+        depth: how many wrappers of the same module's parameters enclose this one.
+        parent: the module in whose wrapper it is, if it is ``out_proj`` there (``MultiheadAttention``); else "".
+        parts: the tensors by PEFT's name, such as ``"lora_A.weight"``.
     """
 
     module: str
@@ -43,7 +44,7 @@ class PeftLayer:
         """``lora_A`` and ``lora_B``.
 
         Raises:
-            SourceError: one of them lacks, or the layer has parts that do not go with them.
+            SourceError: one of them is missing, or the layer has parts that do not belong to them.
         """
         stem = "lora_embedding_" if any(part.startswith("lora_embedding_") for part in self.parts) else "lora_"
         names = [f"{stem}A", f"{stem}B"] if stem == "lora_embedding_" else ["lora_A.weight", "lora_B.weight"]
@@ -66,8 +67,8 @@ class Keys:
 
     Attributes:
         layers: adapted layers.
-        tokens: rows that replace those of an embedding, by its module.
-        plain: other tensors, under their names in the model.
+        tokens: new rows of an embedding, by its module.
+        plain: whole tensors, by their names in the model.
     """
 
     layers: list[PeftLayer] = field(default_factory=list)
@@ -75,11 +76,11 @@ class Keys:
     plain: dict[str, Array] = field(default_factory=dict)
 
 
-def sorted_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Keys:
-    """Take the keys apart.
+def sort_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Keys:
+    """Sort the tensors by what their keys mean.
 
     Raises:
-        SourceError: a key that is not PEFT's, or that goes against the options.
+        SourceError: a key that is not PEFT's, or that contradicts the options.
     """
     found = Keys()
     layers: dict[str, PeftLayer] = {}
@@ -99,9 +100,9 @@ def sorted_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Key
         elif match := _TOKENS.fullmatch(name):
             found.tokens[match["module"]] = array
         elif name.endswith(_VELORA) and config["velora_config"]:
-            pass  # what the backward pass projects activations on
+            pass  # projects activations in the backward pass only
         elif _OTHER.search(plain := _WRAPPED.sub("", name)):
-            raise SourceError(f"{path}: unmatched key {key!r}: no part of a LoRA that is read")
+            raise SourceError(f"{path}: unmatched key {key!r}: not a known part of a LoRA")
         elif plain in found.plain:
             raise SourceError(f"{path}: {key!r} means the same tensor as another key")
         else:
@@ -125,7 +126,7 @@ def _layer(raw: str) -> PeftLayer:
 
 
 def candidates(module: str, targets: Iterable[str]) -> list[str]:
-    """The parameters of ``module`` that ``target_parameters`` can mean: its ends of names, as PEFT compares them."""
+    """The parameters of ``module`` that ``target_parameters`` can mean; like PEFT, by the ends of names."""
     ends = (target.rpartition(".") for target in targets)
     return sorted(
         {parameter for parent, _, parameter in ends if not parent or f".{module}".endswith(f".{parent}")}

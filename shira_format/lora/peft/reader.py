@@ -1,4 +1,8 @@
-"""One adapter on its way from keys to updates."""
+"""PEFT's LoRA: ``adapter_config.json`` with ``adapter_model.safetensors`` or ``.bin``.
+
+The rules are those of ``peft.tuners.lora``: ``delta W = scale * B @ A`` with scale ``alpha / r``, or ``alpha /
+sqrt(r)`` under rslora; ``rank_pattern`` and ``alpha_pattern`` are regexes on module names, first hit wins.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +12,90 @@ from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.errors import SourceError
+from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import read_tensors
+from shira_format.lora.peft import CONFIG, WEIGHTS, find_peft_files
+from shira_format.lora.peft.base_names import BaseNames
 from shira_format.lora.peft.config import Config, base_model_of, read_config, source_of
-from shira_format.lora.peft.experts import Parameters
-from shira_format.lora.peft.keys import PeftLayer, candidates, sorted_keys
-from shira_format.lora.peft.layers import Modules
-from shira_format.lora.peft.places import Places
-from shira_format.lora.peft.replication import replication
-from shira_format.lora.peft.tokens import rows_of
-from shira_format.lora.peft.wholes import Wholes, without_tied_head
-from shira_format.lora.update import Update
-from shira_format.lora.updates import Lora
+from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
+from shira_format.lora.peft.experts import ParameterLayers
+from shira_format.lora.peft.keys import PeftLayer, candidates, sort_keys
+from shira_format.lora.peft.layers import ModuleLayers
+from shira_format.lora.peft.replication import Replication, replicate_layers
+from shira_format.lora.peft.tokens import row_replacement
+
+
+class Peft:
+    """Files that ``save_pretrained`` writes."""
+
+    name = "peft"
+
+    def recognises(self, path: Path) -> bool:
+        return _find(path) is not None
+
+    def read(self, path: Path, base: Checkpoint) -> Lora:
+        found = _find(path)
+        if found is None:
+            raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
+        return read(*found, base)
+
+
+def _find(path: Path) -> tuple[Path, Path] | None:
+    if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+        return None
+    return find_peft_files(path)
 
 
 def read(weights: Path, config_path: Path, base: Checkpoint) -> Lora:
     """The LoRA in a pair of files; see :func:`shira_format.lora.open_lora`."""
     config = read_config(config_path)
-    keys = sorted_keys(read_tensors(weights)[0], config, weights)
-    replicated = replication(config, base)
+    keys = sort_keys(read_tensors(weights)[0], config, weights)
+    replicated = replicate_layers(config, base) if config.replication else Replication()
     base = rearranged(base, replicated.copies, replicated.removed)
-    keys.layers = without_tied_head(keys.layers, base, config, weights)
-    places = Places(base, keys, config.parameters, weights)
-    adapted = {name for layer in keys.layers for name in places.parameters(layer)}
-    wholes = Wholes(keys.plain, adapted, {f"{module}.weight" for module in keys.tokens}, places, config, weights)
-    whole = wholes.found()
-    modules = [layer for layer in keys.layers if not _is_parameter(layer, config, places)]
-    reader = Modules(places, config, modules, weights)
-    updates: list[Update] = [reader.update(layer) for layer in modules]
-    updates += Parameters(places, config, weights).updates(
-        [layer for layer in keys.layers if layer not in modules]
+    keys.layers = drop_tied_head(keys.layers, base, config, weights)
+    names = BaseNames(base, keys, config.parameters, weights)
+    adapted = {name for layer in keys.layers for name in names.parameters(layer)}
+    replacements = DenseReplacements(
+        keys.plain, adapted, {f"{module}.weight" for module in keys.tokens}, names, config, weights
     )
+    whole = replacements.found()
+    layers = [layer for layer in keys.layers if not _is_parameter(layer, config, names)]
+    modules = ModuleLayers(names, config, layers, weights)
+    updates: list[Update] = [modules.update(layer) for layer in layers]
+    if parameters := [layer for layer in keys.layers if layer not in layers]:
+        updates += ParameterLayers(names, config, weights).updates(parameters)
     updates += [
-        rows_of(module, rows, places.tensor(f"{module}.weight"), base, config, weights)
+        row_replacement(module, rows, names.tensor(f"{module}.weight"), base, config, weights)
         for module, rows in keys.tokens.items()
     ]
-    additions = _additions(reader, modules, whole)
-    notices = [f"names of the LoRA are not those of the base: {places.words}"] if places.words else []
+    additions = _additions(modules, layers, whole)
+    notices = names.rename.notices("the LoRA")
     if replicated.layers:
         notices.append(
-            f"layer_replication: the result has {replicated.layers} layers; shira_to_full takes config.json from the base, "
-            f"and num_hidden_layers (or what the model calls it) must become {replicated.layers} there"
+            f"layer_replication: the result has {replicated.layers} layers; shira_to_full copies config.json of the base, "
+            f"in which num_hidden_layers (or its equivalent) must then be set to {replicated.layers}"
         )
     return Lora(
         updates=updates, whole=whole, additions=additions, copies=replicated.copies, removed=replicated.removed,
         source=source_of(config), base_model=base_model_of(config), files=[weights, config_path],
-        notices=notices + wholes.notices,
+        notices=notices + replacements.notices,
     )  # fmt: skip
 
 
-def _is_parameter(layer: PeftLayer, config: Config, places: Places) -> bool:
-    names = {f"{layer.module}.{parameter}" for parameter in candidates(layer.module, config.parameters)}
-    return bool(names & set(places.parameters(layer)))
+def _is_parameter(layer: PeftLayer, config: Config, names: BaseNames) -> bool:
+    targets = {f"{layer.module}.{parameter}" for parameter in candidates(layer.module, config.parameters)}
+    return bool(targets & set(names.parameters(layer)))
 
 
-def _additions(reader: Modules, layers: list[PeftLayer], whole: dict[str, Array]) -> dict[str, Array]:
-    """What is added to biases; to those that ``bias`` trains, too, right away."""
+def _additions(modules: ModuleLayers, layers: list[PeftLayer], whole: dict[str, Array]) -> dict[str, Array]:
+    """The additions to biases by name, but for those of biases in ``whole``, to which they are added here."""
     found = {}
     for layer in layers:
-        if (addition := reader.bias(layer)) is None:
+        if (addition := modules.bias(layer)) is None:
             continue
         name, values = addition
         if name in found:
-            raise SourceError(f"{reader.where}: two additions to {name!r}")
+            raise SourceError(f"{modules.where}: two additions to {name!r}")
         if name in whole:
             whole[name] = whole[name].astype(values.dtype) + values
         else:

@@ -1,7 +1,7 @@
-"""``layer_replication``: a model of layers of the base, some of them several times, each with a LoRA of its own.
+"""``layer_replication``: a model of the base's layers, some of them repeated, each with its own LoRA.
 
-Each layer of the result is the base's layer with its own update, as PEFT's forward pass has it. Its ``merge_and_unload``
-adds all updates to the weight that the repeated layers share, and gives another model.
+Each layer of the result is the base's layer with its own update, as in PEFT's forward pass. ``merge_and_unload`` instead
+adds all updates to the weight that the repeated layers share, which gives another model.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _MOST = 10_000  # layers of a result
 
 @dataclass(frozen=True)
 class Replication:
-    """What becomes of the base.
+    """How the base's layers are rearranged.
 
     Attributes:
-        copies: from new names of tensors to those of the base, where they differ.
+        copies: the base's names by new name, where they differ.
         removed: names that the result lacks.
-        layers: how many there are in the end; 0 if nothing is replicated.
+        layers: number of layers in the result; 0 if nothing is replicated.
     """
 
     copies: dict[str, str] = field(default_factory=dict)
@@ -36,14 +36,12 @@ class Replication:
     layers: int = 0
 
 
-def replication(config: Config, base: Checkpoint) -> Replication:
-    """Lay the layers out as ``layer_replication`` says.
+def replicate_layers(config: Config, base: Checkpoint) -> Replication:
+    """Arrange the base's layers as ``layer_replication`` says.
 
     Raises:
         SourceError: the base has no such layers.
     """
-    if not config.replication:
-        return Replication()
     found = _layers(base)
     if len(found) != 1:
         raise SourceError(
@@ -65,18 +63,18 @@ def replication(config: Config, base: Checkpoint) -> Replication:
         for rest in layers.get(old, ())
         if new != old
     }
-    ours = {f"{stem}.{new}.{rest}" for new, old in enumerate(order) for rest in layers.get(old, ())}
+    kept = {f"{stem}.{new}.{rest}" for new, old in enumerate(order) for rest in layers.get(old, ())}
     removed = [
         name
         for number, rests in layers.items()
         for rest in rests
-        if (name := f"{stem}.{number}.{rest}") not in ours
+        if (name := f"{stem}.{number}.{rest}") not in kept
     ]
     return Replication(copies, sorted(removed), len(order))
 
 
 def _layers(names: Iterable[str]) -> dict[str, dict[int, list[str]]]:
-    """Names in each layer, by the list of layers."""
+    """The lists of layers by name: the rests of tensor names in each layer."""
     found: dict[str, dict[int, list[str]]] = {}
     for name in names:
         if match := _LAYER.fullmatch(name):

@@ -16,14 +16,14 @@ from shira_format.lora.peft.config import Config
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some rows of a weight take other values.
+class RowReplacement:
+    """An update that sets some rows of a weight to new values.
 
     Attributes:
         name, shape: of the weight, ``[rows, columns]``.
-        base: where it is.
-        rows: int64 ``[n]``, rising.
-        values: ``[n, columns]``, what these rows become, in the weight's dtype.
+        base: the checkpoint that has the weight.
+        rows: int64 ``[n]``, strictly increasing.
+        values: ``[n, columns]``, the new rows, in the weight's dtype.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Rows:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float64)  # in which a float32 and its difference from another add up to the other
+        return np.dtype(np.float64)  # in which base + (target - base) is exactly the target
 
     @property
     def columns(self) -> int:
@@ -43,17 +43,19 @@ class Rows:
     def tile(self, start: int, stop: int, out: Array) -> None:
         out[...] = 0
         first, last = np.searchsorted(self.rows, [start, stop])
-        for place in range(first, last):
-            row = int(self.rows[place])
+        for i in range(first, last):
+            row = int(self.rows[i])
             before = self.base.part(self.name, row * self.columns, (row + 1) * self.columns)
-            np.subtract(self.values[place], before, out=out[row - start], dtype=np.float64)
+            np.subtract(self.values[i], before, out=out[row - start], dtype=np.float64)
 
 
-def rows_of(module: str, values: Array, name: str, base: Checkpoint, config: Config, where: object) -> Rows:
-    """``token_adapter.trainable_tokens_delta`` as an update: despite its name it holds the new rows, not differences.
+def row_replacement(
+    module: str, values: Array, name: str, base: Checkpoint, config: Config, where: object
+) -> RowReplacement:
+    """``token_adapter.trainable_tokens_delta`` as an update: despite its name it holds the new rows, not deltas.
 
     Raises:
-        SourceError: the options do not say which rows, or they are not those of the base's weight.
+        SourceError: the options do not say which rows, or the base's weight does not have them.
     """
     rows = _indices(module, config)
     shape, dtype = base.shape(name), base.dtype(name)
@@ -68,16 +70,16 @@ def rows_of(module: str, values: Array, name: str, base: Checkpoint, config: Con
         )
     if rows and max(rows) >= shape[0]:
         raise SourceError(
-            f"{config.path}: trainable_token_indices has row {max(rows)}, the base's {name!r} has {shape[0]} (resized?): "
+            f"{config.path}: trainable_token_indices has row {max(rows)}, the base's {name!r} has {shape[0]} (was it resized?): "
             "merge the LoRA with PEFT and convert the full checkpoint"
         )
-    if is_float(dtype):  # another dtype is refused where all updates are
+    if is_float(dtype):  # other dtypes are refused for all updates alike
         with np.errstate(over="ignore"):
             values = round_to(values, dtype)
         if not np.isfinite(values.astype(working_dtype(dtype))).all():
             raise SourceError(f"{where}: new rows of {module!r} do not fit the base's dtype {dtype}")
     order = np.argsort(rows)
-    return Rows(name, shape, base, np.asarray(rows, np.int64)[order], values[order])
+    return RowReplacement(name, shape, base, np.asarray(rows, np.int64)[order], values[order])
 
 
 def _indices(module: str, config: Config) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""The methods of merging, a file for each family: a new one is a function and a line in its file's ``METHODS``."""
+"""The merge methods, a file for each family; a new one is a function and a line in its file's ``METHODS``."""
 
 from __future__ import annotations
 

@@ -1,56 +1,50 @@
-"""Model Breadcrumbs (https://arxiv.org/abs/2312.06795): neither the smallest entries nor the very largest."""
+"""Model Breadcrumbs (https://arxiv.org/abs/2312.06795): the smallest and the very largest entries are dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, RESCALE, summed
 from shira_format.merge.methods.election import MAJORITY, elected
-from shira_format.merge.methods.method import Method, Option, Options, of_adapter
-from shira_format.merge.methods.pruning import DENSITY, OF, elements, ranked, restored
+from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.pruning import DENSITY, OF, elements, pruned, ranked, restored
 
 
-def sifted(joined: AlignedEntries, options: Options) -> list[Floats]:
-    """For each part the scale of its entries, 0 for those that are left out.
+def sifted(aligned: AlignedEntries, options: Options) -> list[Floats]:
+    """For each part the scales of its entries, 0 for those that are dropped.
 
-    mergekit's counting: the share ``gamma`` of all elements that is largest goes first, then as many of the smallest as it
-    takes to leave the share ``density``; fewer of the largest go if both shares are more than all. The zeros of the dense
-    tensor are its smallest elements, so that an adapter with fewer entries than ``gamma`` of the weight's elements loses
-    all of them: ``of=entries`` is what such adapters need.
+    As in mergekit, the share ``gamma`` of the elements that is largest is dropped first, then as many of the smallest as leaves
+    the share ``density``; fewer of the largest if both shares are more than all. The zeros of the dense delta are its smallest
+    elements, so an adapter with fewer entries than ``gamma`` of the weight's elements loses all of them: use ``of=entries``.
     """
-    found = []
-    for number, part in enumerate(joined.parts):
-        own = of_adapter(options, number)
-        density = own["density"]
-        if density >= 1:
-            found.append(np.ones(part.tensor.nnz))
-            continue
+
+    def prune(number: int, own: Options) -> Floats:
+        part = aligned.parts[number]
         count = elements(part, options)
-        target = int(density * count)
+        target = int(own["density"] * count)
         smallest = max(0, count - target - int(own["gamma"] * count))
         last = count - smallest  # from the largest on
         kept = ranked(part, last - target, last)
-        found.append(restored(part, kept) if options["rescale"] else kept)
-    return found
+        return restored(part, kept) if options["rescale"] else kept
+
+    return pruned(aligned, options, prune)
 
 
-def breadcrumbs(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def breadcrumbs(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """As mergekit's ``breadcrumbs``: the weighted sum of what is left."""
-    return summed(joined, sifted(joined, options), options)
+    return summed(aligned, sifted(aligned, options), options)
 
 
-def breadcrumbs_ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """As mergekit's ``breadcrumbs_ties``: signs are elected by weighted deltas, and what agrees is joined."""
-    return elected(joined, sifted(joined, options), options, peft=False, normalize=options["normalize"])
+def breadcrumbs_ties(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``breadcrumbs_ties``: signs are elected by weighted deltas, and deltas that agree are summed."""
+    return elected(aligned, sifted(aligned, options), options, peft=False, normalize=options["normalize"])
 
 
 _BOTH = {
     "density": DENSITY,
     "gamma": Option(
-        0.01, "share that is left out as too large; of what density is a share of", low=0, high=1, each=True
+        0.01, "share that is dropped as too large, of the same elements as density", low=0, high=1, each=True
     ),
     "of": OF,
     "rescale": RESCALE,
@@ -67,7 +61,7 @@ METHODS = (
     Method(
         "breadcrumbs_ties",
         breadcrumbs_ties,
-        "neither the smallest nor the very largest, joined where they have the elected sign",
+        "the smallest and the very largest entries dropped, the others summed where they have the elected sign",
         {
             **_BOTH,
             "majority_sign": MAJORITY,

@@ -1,4 +1,4 @@
-"""DARE (https://arxiv.org/abs/2311.03099): entries are dropped at random, and the others scaled to make up for it."""
+"""DARE (https://arxiv.org/abs/2311.03099): entries are dropped at random, and the others rescaled."""
 
 from __future__ import annotations
 
@@ -9,47 +9,44 @@ import numpy as np
 from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
 from shira_format.merge.methods.election import MAJORITY, SEMANTICS, elected
-from shira_format.merge.methods.method import Method, Option, Options, of_adapter
-from shira_format.merge.methods.pruning import DENSITY, SEED, restored
+from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.pruning import DENSITY, SEED, pruned, restored
 from shira_format.merge.methods.randomness import uniform
 
 
-def dropped(joined: AlignedEntries, options: Options) -> list[Floats]:
-    """For each part 0 for the entries that are dropped, else the scale of what is left.
+def dropped(aligned: AlignedEntries, options: Options) -> list[Floats]:
+    """For each part the scales of its entries, 0 for those that are dropped.
 
-    A density of 0 drops all. (PEFT then divides zeros by 0, and every element of the weight becomes NaN.)
+    Density 0 drops all. (PEFT divides zeros by 0 there, and every element of the weight becomes NaN.)
     """
     rescale = options["rescale"]
     if rescale == "default":
         rescale = "density" if options["semantics"] == "peft" else "norm"
-    found = []
-    for number, part in enumerate(joined.parts):
-        density = of_adapter(options, number)["density"]
-        if density >= 1:
-            found.append(np.ones(part.tensor.nnz))
-            continue
-        kept = (uniform(joined, number, options["seed"]) < density).astype(np.float64)
-        if rescale == "density" and density > 0:
-            kept /= density
-        found.append(restored(part, kept) if rescale == "norm" else kept)
-    return found
+
+    def prune(number: int, own: Options) -> Floats:
+        kept = (uniform(aligned, number, options["seed"]) < own["density"]).astype(np.float64)
+        if rescale == "density" and own["density"] > 0:
+            kept /= own["density"]
+        return restored(aligned.parts[number], kept) if rescale == "norm" else kept
+
+    return pruned(aligned, options, prune)
 
 
-def dare_linear(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """PEFT's or mergekit's ``dare_linear``: the weighted sum of what was not dropped."""
-    return summed(joined, dropped(joined, options), options)
+def dare_linear(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """PEFT's or mergekit's ``dare_linear``: the weighted sum of the entries that are kept."""
+    return summed(aligned, dropped(aligned, options), options)
 
 
-def dare_ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """PEFT's or mergekit's ``dare_ties``: drop, elect signs, join what agrees; see :func:`elected` for how they differ."""
+def dare_ties(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """PEFT's or mergekit's ``dare_ties``: drop, elect signs, sum what agrees; see :func:`elected` for how they differ."""
     peft = options["semantics"] == "peft"
     normalize = peft if options["normalize"] == "default" else options["normalize"] == "true"
-    return elected(joined, dropped(joined, options), options, peft=peft, normalize=normalize)
+    return elected(aligned, dropped(aligned, options), options, peft=peft, normalize=normalize)
 
 
 RESCALE = Option(
     "default",
-    "what is left is divided by the density (as PEFT), scaled to the adapter's sum of magnitudes (as mergekit), or neither",
+    "what is kept is divided by the density (as PEFT), scaled to the adapter's sum of magnitudes (as mergekit), or neither",
     ("default", "density", "norm", "none"),
 )
 _BOTH = {"density": DENSITY, "seed": SEED, "semantics": SEMANTICS, "rescale": RESCALE, "lambda": LAMBDA}
@@ -64,7 +61,7 @@ METHODS = (
     Method(
         "dare_ties",
         dare_ties,
-        "entries dropped at random, the others joined where they have the elected sign",
+        "entries dropped at random, the others summed where they have the elected sign",
         {
             **_BOTH,
             "majority_sign": MAJORITY,

@@ -1,4 +1,4 @@
-"""DELLA (https://arxiv.org/abs/2406.11617): entries are dropped at random, small ones of a row more often than large ones."""
+"""DELLA (https://arxiv.org/abs/2406.11617): entries are dropped at random, smaller ones of a row more often."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from shira_format.entries.aligned import AlignedEntries, Contribution, Factor, F
 from shira_format.errors import SourceError
 from shira_format.merge.methods.arithmetic import LAMBDA, NORMALIZE, summed
 from shira_format.merge.methods.election import MAJORITY, elected
-from shira_format.merge.methods.method import Method, Option, Options, of_adapter
-from shira_format.merge.methods.pruning import DENSITY, SEED, magnitudes, restored
+from shira_format.merge.methods.method import Method, Option, Options
+from shira_format.merge.methods.pruning import DENSITY, SEED, magnitudes, pruned, restored
 from shira_format.merge.methods.randomness import uniform
 
 
 def chances(part: Contribution, options: Options) -> Floats:
-    """The probability of each entry of one adapter to be kept: float64 ``[nnz]``, from ``density - epsilon`` to ``density + epsilon``.
+    """The probability of each entry to be kept: float64 ``[nnz]``, from ``density - epsilon`` to ``density + epsilon``.
 
-    It rises with the rank of the entry's magnitude in its row. mergekit ranks along axis 1: the rows of a matrix; of more
-    dimensions (convolutions) the elements that differ in their second index alone; a vector is one row. Elements that the
-    adapter leaves alone are zeros and take the lowest ranks: at 1 % density all entries are near the upper end. With
-    ``of=entries`` the ranks are among the adapter's entries of the row, and spread over all of it.
+    It increases with the rank of the entry's magnitude in its row. mergekit ranks along axis 1: the rows of a matrix; with more
+    dimensions (convolutions) the elements that differ in their second index only; a vector is one row. Elements that the
+    adapter does not change are zeros and take the lowest ranks: at 1 % density all entries are near the upper end. With
+    ``of=entries`` the ranks are among the adapter's entries of the row.
 
-    A row of one element has no rank; its probability is ``density``. (mergekit divides 0 by 0 there, and fails.)
+    In a row of one element the probability is ``density``. (mergekit divides 0 by 0 there, and fails.)
 
     Raises:
         SourceError: ``density - epsilon`` or ``density + epsilon`` is not between 0 and 1.
@@ -49,30 +49,27 @@ def chances(part: Contribution, options: Options) -> Floats:
     return found
 
 
-def thinned(joined: AlignedEntries, options: Options) -> list[Floats]:
-    """For each part the scale of its entries, 0 for those that are dropped."""
-    found = []
-    for number, part in enumerate(joined.parts):
-        own = of_adapter(options, number)
-        density = own["density"]
-        if density >= 1:
-            found.append(np.ones(part.tensor.nnz))
-        elif density <= 0:
-            found.append(np.zeros(part.tensor.nnz))
-        else:
-            kept = (uniform(joined, number, options["seed"]) < chances(part, own)).astype(np.float64)
-            found.append(restored(part, kept) if options["rescale"] else kept)
-    return found
+def thinned(aligned: AlignedEntries, options: Options) -> list[Floats]:
+    """For each part the scales of its entries, 0 for those that are dropped."""
+
+    def prune(number: int, own: Options) -> Floats:
+        part = aligned.parts[number]
+        if own["density"] <= 0:
+            return np.zeros(part.tensor.nnz)
+        kept = (uniform(aligned, number, options["seed"]) < chances(part, own)).astype(np.float64)
+        return restored(part, kept) if options["rescale"] else kept
+
+    return pruned(aligned, options, prune)
 
 
-def della_linear(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """As mergekit's ``della_linear``: the weighted sum of what was not dropped."""
-    return summed(joined, thinned(joined, options), options)
+def della_linear(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``della_linear``: the weighted sum of the entries that are kept."""
+    return summed(aligned, thinned(aligned, options), options)
 
 
-def della(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """As mergekit's ``della``: signs are elected by weighted deltas, and what agrees is joined."""
-    return elected(joined, thinned(joined, options), options, peft=False, normalize=options["normalize"])
+def della(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """As mergekit's ``della``: signs are elected by weighted deltas, and deltas that agree are summed."""
+    return elected(aligned, thinned(aligned, options), options, peft=False, normalize=options["normalize"])
 
 
 _BOTH = {
@@ -87,7 +84,7 @@ _BOTH = {
     "seed": SEED,
     "of": Option(
         "elements",
-        "among what an entry is ranked in its row: all elements, or the adapter's own entries",
+        "what an entry is ranked among in its row: all elements, or the adapter's own entries",
         ("elements", "entries"),
     ),
     "rescale": Option(True, "restore the sum of magnitudes that each adapter had before entries were dropped"),
@@ -98,7 +95,7 @@ METHODS = (
     Method(
         "della",
         della,
-        "entries dropped at random, small ones more often, the others joined where they have the elected sign",
+        "entries dropped at random, small ones more often, the others summed where they have the elected sign",
         {
             **_BOTH,
             "majority_sign": MAJORITY,

@@ -1,4 +1,4 @@
-"""What a method of merging is: a function from several adapters' parts of a weight to a factor for each of their entries."""
+"""A merge method: a function from the aligned entries of a weight to a factor for each entry of each adapter."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.errors import SourceError
 
 Options = Mapping[str, Any]
-# For each part what its deltas are multiplied by, weight included: one factor, or one for each of its entries; 0 leaves it out.
+# For each part the factor of its deltas, weight included: one for all, or one for each entry; 0 drops the entry.
 Factors = Callable[[AlignedEntries, Options], Sequence[Factor]]
 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting of a method, and what it can be.
+    """An option of a method.
 
     Attributes:
-        default: its value if none is given; its type is the option's.
-        about: what it does, for people.
-        choices: what it can be; empty: any value of its type within the limits.
-        low: of numbers, the least.
-        high: of numbers, the greatest.
-        each: whether adapters may have different ones, as a sequence, or with commas between.
+        default: its default; values are of the same type.
+        about: what it does, for the help.
+        choices: the values that it can have; empty: any of its type within the limits.
+        low: the least number.
+        high: the greatest number.
+        each: whether adapters may have different values, as a sequence, or as text separated by commas.
     """
 
     default: float | int | bool | str
@@ -36,10 +36,10 @@ class Option:
     each: bool = False
 
     def parsed(self, name: str, value: Any) -> Any:
-        """``value``, from Python or as text, in the option's type; a tuple of these if it is one for each adapter.
+        """``value``, from Python or as text, in the option's type; a tuple if there is one for each adapter.
 
         Raises:
-            SourceError: it cannot be this option's.
+            SourceError: the value is invalid.
         """
         if self.each and isinstance(value, str) and "," in value:
             value = value.split(",")
@@ -66,43 +66,43 @@ class Option:
 
 
 def of_adapter(options: Options, number: int) -> Options:
-    """The options with, of those that have one for each adapter, that of one of them."""
+    """The options of one adapter."""
     return {key: value[number] if isinstance(value, tuple) else value for key, value in options.items()}
 
 
 def shown(value: Any) -> str:
-    """An option's value as text that would be parsed as it."""
+    """An option's value as text that parses to the same value."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(shown, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-_KINDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+_KINDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to join adapters.
+    """A merge method.
 
     Attributes:
-        name: as PEFT or mergekit call it, if they know it.
-        factors: computes it.
+        name: that of PEFT or mergekit, if they have it.
+        factors: computes the factors.
         about: what it does, in a line.
-        options: its settings by name.
-        takes: whether every entry of the result is one adapter's, as it is: then weights are no strengths.
+        options: its options by name.
+        copies: whether every entry of the result is copied from one adapter: then weights are 1 or 0.
     """
 
     name: str
     factors: Factors
     about: str
     options: Mapping[str, Option] = field(default_factory=dict)
-    takes: bool = False
+    copies: bool = False
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All options, with what was given.
+        """All options: the given ones, and the defaults of the others.
 
         Raises:
-            SourceError: one that the method does not know, or a value that it cannot have.
+            SourceError: an unknown option, or an invalid value.
         """
         for name in given:
             if name not in self.options:

@@ -1,22 +1,23 @@
-"""What the methods that prune have in common: which of an adapter's entries are kept, and at which scale.
+"""Pruning: which of an adapter's entries are kept, and by what they are scaled.
 
-All of them see an adapter's deltas as a dense tensor of the weight's shape, of which nearly all elements are zeros. A share is
-of *all* its elements, as in PEFT and mergekit: a density of 0.2 takes nothing from an adapter that changes 1 % of a weight. With
-``of=entries`` it is of the adapter's own entries, as if these were the whole tensor: 0.2 then leaves a fifth of them.
+A density is a share of *all* elements of the weight, as in PEFT and mergekit, which prune dense deltas: 0.2 drops nothing from an
+adapter that changes 1 % of a weight. With ``of=entries`` it is a share of the adapter's own entries: 0.2 keeps a fifth of them.
 
-Magnitudes are ordered as the peers order them, in float32 (float64 for float64 weights). Of equal ones that with the lower flat
-index counts as the larger; the peers leave open which it is.
+Magnitudes are compared in float32 (float64 for float64 weights), as in PEFT and mergekit. Of equal magnitudes the lower flat
+index is kept first; PEFT and mergekit do not define this.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
-from shira_format.merge.cutting import largest
 from shira_format.merge.methods.method import Option, Options, of_adapter
+from shira_format.selection.largest import largest
 
 DENSITY = Option(1.0, "share that is kept; 1: all", low=0, high=1, each=True)
 OF = Option(
@@ -24,26 +25,26 @@ OF = Option(
     "what density is a share of: the weight's elements, or the adapter's own entries",
     ("elements", "entries"),
 )
-SEED = Option(0, "another seed, other entries", low=0, high=2.0**53)
+SEED = Option(0, "seed of the random choice of entries", low=0, high=2.0**53)
 
-# mergekit restores no norm that is smaller.
+# mergekit does not rescale if a sum of magnitudes is smaller.
 _SMALL = 1e-7
 
 
 def elements(part: Contribution, options: Options) -> int:
-    """How many elements the tensor has of which entries are pruned: those of the weight, or the entries alone."""
+    """The number of which the density is a share: the weight's elements, or the adapter's entries."""
     return part.tensor.nnz if options["of"] == "entries" else part.tensor.numel
 
 
 def magnitudes(part: Contribution) -> Array:
-    """Of the deltas, ``[nnz]``, in the type in which they are compared."""
+    """The magnitudes of the deltas, ``[nnz]``, in the dtype in which they are compared."""
     wide = np.float64 if working_dtype(part.tensor.values.dtype) == np.float64 else np.float32
-    with np.errstate(over="ignore", under="ignore"):  # beyond float32's range all are equal
+    with np.errstate(over="ignore", under="ignore"):  # outside float32's range all are equal
         return np.abs(part.delta).astype(wide)
 
 
 def ranked(part: Contribution, first: int, last: int) -> Floats:
-    """1 for entries that are, counted from the largest magnitude, at places ``first`` to ``last`` - 1, else 0."""
+    """1 for entries whose rank by magnitude (0: the largest) is in ``range(first, last)``, else 0."""
     kept = np.zeros(part.tensor.nnz)
     size = magnitudes(part)
     kept[largest(size, last)] = 1
@@ -55,7 +56,7 @@ def ranked(part: Contribution, first: int, last: int) -> Floats:
 def restored(part: Contribution, kept: Floats) -> Floats:
     """Scale what is kept so that the sum of magnitudes is that of all deltas, as mergekit's ``rescale``.
 
-    Not if either is below 1e-7 (mergekit's limit): then nothing is scaled.
+    Nothing is scaled if either sum is below 1e-7 (mergekit's limit).
     """
     size = np.abs(part.delta)
     before, after = float(size.sum()), float((size * kept).sum())
@@ -64,13 +65,27 @@ def restored(part: Contribution, kept: Floats) -> Floats:
     return kept * (before / after)
 
 
-def by_magnitude(joined: AlignedEntries, options: Options, *, least: int = 0) -> list[Floats]:
-    """For each part 1 for its largest entries, else 0: ``int(density * elements)`` of them, but at least ``least``."""
+def pruned(aligned: AlignedEntries, options: Options, prune: Callable[[int, Options], Floats]) -> list[Floats]:
+    """For each part the scales of its entries, 0 for those that are dropped: all 1 at density 1, else from ``prune``.
+
+    Args:
+        aligned: the weight.
+        options: of the method.
+        prune: from the part's number and its options to the scales, float64 ``[nnz]``.
+    """
     found = []
-    for number, part in enumerate(joined.parts):
-        density = of_adapter(options, number)["density"]
-        count = int(density * elements(part, options))
-        if density > 0:
-            count = max(least, count)
-        found.append(ranked(part, 0, count) if density < 1 else np.ones(part.tensor.nnz))
+    for number, part in enumerate(aligned.parts):
+        own = of_adapter(options, number)
+        found.append(np.ones(part.tensor.nnz) if own["density"] >= 1 else prune(number, own))
     return found
+
+
+def by_magnitude(aligned: AlignedEntries, options: Options, *, least: int = 0) -> list[Floats]:
+    """For each part 1 for its largest entries, else 0: ``int(density * elements)`` of them, but at least ``least``."""
+
+    def prune(number: int, own: Options) -> Floats:
+        part = aligned.parts[number]
+        count = int(own["density"] * elements(part, options))
+        return ranked(part, 0, max(least, count) if own["density"] > 0 else count)
+
+    return pruned(aligned, options, prune)

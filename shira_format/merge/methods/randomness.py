@@ -1,6 +1,6 @@
-"""Random numbers that belong to a weight, an adapter's content and a seed: the same on every machine, at any numpy version.
+"""Random numbers from a weight's name, an adapter's content and a seed: the same on every machine, with any numpy version.
 
-An adapter gets the same numbers wherever it stands among the others, and whatever else is merged; two adapters never share them.
+An adapter gets the same numbers whatever the order of the adapters and whatever else is merged; two adapters get different ones.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from shira_format.tensors import SparseTensor
 _FEW = 64
 
 
-def uniform(joined: AlignedEntries, number: int, seed: int) -> Floats:
+def uniform(aligned: AlignedEntries, number: int, seed: int) -> Floats:
     """A number in [0, 1) for each entry of one part: float64 ``[nnz]``, multiples of 2^-53.
 
-    The stream of Philox 4x64-10 is a published standard, and numpy promises the one of ``random_raw``, not those of its
-    distributions: the upper 53 bits of each output are taken as they are.
+    From the upper 53 bits of each output of Philox 4x64-10, a published generator: numpy guarantees its ``random_raw`` stream, but
+    not those of its distributions.
 
     Args:
-        joined: the weight.
+        aligned: the weight.
         number: of the part.
         seed: any integer.
     """
-    part = joined.parts[number]
-    told = (
+    part = aligned.parts[number]
+    content = (
         str(seed),
-        str(_occurrence(joined, number)),
+        str(_occurrence(aligned, number)),
         array_digest(part.tensor.indices),
         array_digest(part.tensor.values),
-        joined.name,
+        aligned.name,
     )
-    key = hashlib.sha256("\n".join(told).encode("utf-8", "surrogatepass")).digest()
+    key = hashlib.sha256("\n".join(content).encode("utf-8", "surrogatepass")).digest()
     raw = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw(part.tensor.nnz)
     found: Floats = (raw >> np.uint64(11)).astype(np.float64)
     found *= 2.0**-53
     return found
 
 
-def _occurrence(joined: AlignedEntries, number: int) -> int:
-    """How many parts with the same entries come before this one: those of less weight, of equal weights the earlier ones."""
-    part = joined.parts[number]
+def _occurrence(aligned: AlignedEntries, number: int) -> int:
+    """The number of parts with the same entries before this one: those with less weight, or with equal weight and earlier."""
+    part = aligned.parts[number]
     return sum(
         (other.weight, place) < (part.weight, number) and _same(other, part)
-        for place, other in enumerate(joined.parts)
+        for place, other in enumerate(aligned.parts)
         if place != number
     )
 

@@ -11,21 +11,21 @@ from shira_format.merge.methods.method import Method, Option, Options
 from shira_format.merge.methods.pruning import DENSITY, OF, by_magnitude, restored
 
 
-def magnitude_prune(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
+def magnitude_prune(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
     """PEFT's ``magnitude_prune``: the weighted sum of the largest entries of each adapter."""
-    return [part.weight * own for part, own in zip(joined.parts, by_magnitude(joined, options), strict=True)]
+    return [part.weight * own for part, own in zip(aligned.parts, by_magnitude(aligned, options), strict=True)]
 
 
-def ties(joined: AlignedEntries, options: Options) -> Sequence[Factor]:
-    """PEFT's or mergekit's ``ties``: trim, elect signs, join what agrees; see :func:`elected` for how they differ.
+def ties(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
+    """PEFT's or mergekit's ``ties``: trim, elect signs, sum what agrees; see :func:`elected` for how they differ.
 
-    mergekit also keeps one entry at least, where PEFT keeps ``int(density * elements)``, which may be none.
+    mergekit keeps at least one entry; PEFT keeps ``int(density * elements)``, which may be none.
     """
     peft = options["semantics"] == "peft"
-    kept = by_magnitude(joined, options, least=0 if peft else 1)
+    kept = by_magnitude(aligned, options, least=0 if peft else 1)
     if options["rescale"]:
-        kept = [restored(part, own) for part, own in zip(joined.parts, kept, strict=True)]
-    return elected(joined, kept, options, peft=peft, normalize=options["normalize"])
+        kept = [restored(part, own) for part, own in zip(aligned.parts, kept, strict=True)]
+    return elected(aligned, kept, options, peft=peft, normalize=options["normalize"])
 
 
 METHODS = (

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira_format import Adapter, BaseMismatch, BaseRequired, DenseTensor, SourceError, SparseTensor, load, save
-from shira_format.merge import compose, intersect, invert, merged, subtract
+from shira_format.merge import open_merge
+from shira_format.merge.algebra import compose, intersect, invert, subtract
 from shira_format.tensors import same_bits
 from tests.shira_format.merge.small import (
     DTYPES,
@@ -24,7 +25,7 @@ from tests.shira_format.merge.small import (
     models,
     same,
     tuned,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.usefixtures("kernels")  # everything here holds with numba and without
 
@@ -138,7 +139,7 @@ def test_whole_tensors_of_a_difference() -> None:
     assert {} == dict(subtract(a, a).dense)
     for one, other in ((b, a), (a, Adapter(dense=[DenseTensor("w", W + 2, base=W)]))):
         with pytest.raises(
-            SourceError, match="adapter 2: tensor 'w' is replaced as a whole, which cannot be taken away"
+            SourceError, match="adapter 2: tensor 'w' is replaced as a whole, which cannot be subtracted"
         ):
             dict(subtract(one, other).dense)
 
@@ -194,10 +195,10 @@ A = Adapter([entries(W, "w", [1, 4], [10, 40])])
 AFTER = applied({"w": W}, A)["w"]
 MASK = Adapter([SparseTensor("w", (2, 3), [1], value_kind="none", dtype=F32)])
 COMPOSED: dict[str, tuple[Adapter, Adapter, str]] = {
-    "of one base": (A, Adapter([entries(W, "w", [4, 5], [1, 2])]), r"adapter 2: tensor 'w' was not made for what adapter 1 leaves \(1 entries of both\)"),
-    "by digest": (A, Adapter([entries(W, "w", [4, 5], [1, 2], "digest")]), "was not made for what adapter 1 leaves|base's values are not known"),
-    "shape": (A, Adapter([entries(AFTER.T.copy(), "w", [4], [1])]), r"adapter 2: tensor 'w' is of float32\[3, 2\], and of float32\[2, 3\] in adapter 1"),
-    "dtype": (A, Adapter([entries(AFTER.astype(np.float16), "w", [4], [1])]), r"adapter 2: tensor 'w' is of float16\[2, 3\], and of float32\[2, 3\]"),
+    "of one base": (A, Adapter([entries(W, "w", [4, 5], [1, 2])]), r"adapter 2: tensor 'w' was not made for the result of adapter 1 \(1 entries of both\)"),
+    "by digest": (A, Adapter([entries(W, "w", [4, 5], [1, 2], "digest")]), "was not made for the result of adapter 1|base's values at the adapter's entries are not known"),
+    "shape": (A, Adapter([entries(AFTER.T.copy(), "w", [4], [1])]), r"adapter 2: tensor 'w' is float32\[3, 2\], and float32\[2, 3\] in adapter 1"),
+    "dtype": (A, Adapter([entries(AFTER.astype(np.float16), "w", [4], [1])]), r"adapter 2: tensor 'w' is float16\[2, 3\], and float32\[2, 3\]"),
     "whole after entries": (A, Adapter(dense=[DenseTensor("w", W, base=W)]), "adapter 2: tensor 'w'.*other"),
     "entries after whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), A, "adapter 2: tensor 'w' was not made"),
     "whole after whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), Adapter(dense=[DenseTensor("w", W, base=W)]), "adapter 2: tensor 'w'.*other"),
@@ -218,7 +219,8 @@ def test_what_lacks_the_bases_values() -> None:
     whole = Adapter(dense=[DenseTensor("w", W + 1, base_digest=DenseTensor("w", W, base=W).base_digest)])
     for adapter in (digest, deltas, whole):
         with pytest.raises(
-            BaseRequired, match="adapter 1: tensor 'w': the base's values are not known: pass the base"
+            BaseRequired,
+            match="adapter 1: tensor 'w': the base's values at the adapter's entries are not known: pass the base",
         ):
             back = invert(adapter)
             [*back.values(), *back.dense.values()]
@@ -240,5 +242,5 @@ def test_an_adapter_of_strength_0_changes_nothing() -> None:
 
 def test_the_difference_of_a_merge_and_a_part_is_the_other_part() -> None:
     a, b = (Adapter([entries(W, "w", at, W.reshape(-1)[at] + 1)]) for at in ([0, 1], [3, 5]))
-    rest = subtract(merged([a, b]), a)
+    rest = subtract(open_merge([a, b]).adapter(), a)
     assert same(applied({"w": W}, b), applied({"w": W}, rest))

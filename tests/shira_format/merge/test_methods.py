@@ -88,7 +88,7 @@ def test_huge(method: str, options: dict[str, Any]) -> None:
         assert 20 < result.nnz < 300
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.takes])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.copies])
 @given(data=st.data())
 def test_one_adapter_alone_stays_as_it_is(method: str, data: st.DataObject) -> None:
     """By default, at strength 1: its targets, bit for bit."""

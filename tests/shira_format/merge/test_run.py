@@ -25,7 +25,7 @@ from shira_format import (
     save,
 )
 from shira_format.live import Switcher, apply
-from shira_format.merge import METHODS, merge, merged, open_merge
+from shira_format.merge import METHODS, merge, open_merge
 from shira_format.selection import TopK
 from tests.shira_format.merge.small import (
     DTYPES,
@@ -75,7 +75,7 @@ def test_a_linear_merge_is_what_a_switcher_makes_of_the_adapters(model: Model, w
     base, adapters = model
     together = {name: weight.copy() for name, weight in base.items()}
     Switcher(together).set([(one, w * one.alpha) for one, w in zip(adapters, weights, strict=True)])
-    one = merged(adapters, weights=weights, base=Held(base))
+    one = open_merge(adapters, weights=weights, base=Held(base)).adapter()
     if any(
         tensor.value_kind == "delta" for tensor in one.values()
     ):  # their sum is rounded to their own dtype first
@@ -92,7 +92,7 @@ def test_a_linear_merge_is_what_a_switcher_makes_of_the_adapters(model: Model, w
 def test_weights_of_1_and_0_give_an_input_back_bit_for_bit(model: Model, first: bool) -> None:
     base, (a, b) = model
     wanted, weights = (a, [1, 0]) if first else (b, [0, 1])
-    found = merged([a, b], weights=weights)
+    found = open_merge([a, b], weights=weights).adapter()
     assert wanted.alpha == found.alpha
     assert content(wanted) == content(found)
     assert same(applied(base, wanted), applied(base, found))
@@ -112,15 +112,19 @@ def test_a_linear_merge_of_disjoint_adapters_is_their_union(model: Model, data: 
                                 value_kind=tensor.value_kind, dtype=tensor.dtype, base=known)  # fmt: skip
             part.append(kept)
     a, b = (Adapter(part) for part in parts)
-    union = merged([a, b])
+    union = open_merge([a, b]).adapter()
     for name, tensor in every.items():
         if tensor.nnz:
             assert tensor.indices.tolist() == union[name].indices.tolist()
             assert tensor.values.tobytes() == union[name].values.tobytes()
     plain = Adapter(every)
     assert same(applied(base, plain), applied(base, union))
-    assert same(applied(base, plain), applied(base, merged([a, b], method="disjoint")))
-    assert content(union) == content(merged([a, b], method="refuse")) == content(merged([b, a]))
+    assert same(applied(base, plain), applied(base, open_merge([a, b], method="disjoint").adapter()))
+    assert (
+        content(union)
+        == content(open_merge([a, b], method="refuse").adapter())
+        == content(open_merge([b, a]).adapter())
+    )
 
 
 @given(models(count=3, forms=["values"]), st.sampled_from(["first", "last"]))
@@ -132,7 +136,7 @@ def test_overwrite_is_one_adapter_laid_over_the_other(model: Model, priority: st
         for name, weight in applied(base, one).items():
             if name in one and one.alpha:
                 expected[name].reshape(-1)[one[name].indices] = weight.reshape(-1)[one[name].indices]
-    found = merged(adapters, method="overwrite", options={"priority": priority})
+    found = open_merge(adapters, method="overwrite", options={"priority": priority}).adapter()
     assert same(expected, applied(base, found))
 
 
@@ -141,7 +145,7 @@ def test_overwrite_is_idempotent_and_associative(model: Model) -> None:
     _, (a, b, c) = model
 
     def over(*adapters: Adapter) -> Adapter:
-        return merged(adapters, method="overwrite")
+        return open_merge(adapters, method="overwrite").adapter()
 
     assert content(a) == content(over(a, a))
     assert content(over(a, b)) == content(over(a, b, b)) == content(over(a, a, b)) == content(over(over(a, b), b))
@@ -151,7 +155,11 @@ def test_overwrite_is_idempotent_and_associative(model: Model) -> None:
 @given(models(count=3, strengths=[1.0], forms=["values"]))
 def test_sums_are_associative_within_rounding(model: Model) -> None:
     base, (a, b, c) = model
-    at_once, left, right = merged([a, b, c]), merged([merged([a, b]), c]), merged([a, merged([b, c])])
+    at_once, left, right = (
+        open_merge([a, b, c]).adapter(),
+        open_merge([open_merge([a, b]).adapter(), c]).adapter(),
+        open_merge([a, open_merge([b, c]).adapter()]).adapter(),
+    )
     for name in at_once:
         eps = float(ml_dtypes.finfo(base[name].dtype).eps)
         for other in (left, right):
@@ -164,19 +172,19 @@ def test_sums_are_associative_within_rounding(model: Model) -> None:
 @given(model=models(count=3, forms=["values", "digest"]), data=st.data())
 def test_the_order_of_the_adapters_does_not_matter(method: str, model: Model, data: st.DataObject) -> None:
     base, adapters = model
-    takes = METHODS[method].takes
+    takes = METHODS[method].copies
     weights = data.draw(st.lists(st.sampled_from([0, 1]) if takes else WEIGHTS, min_size=3, max_size=3))
     order = data.draw(st.permutations(range(3)))
     options = {"density": 0.6} if "density" in METHODS[method].options else {}
     try:
-        first = merged(adapters, method=method, weights=weights, options=options, base=Held(base))
+        first = open_merge(adapters, method=method, weights=weights, options=options, base=Held(base)).adapter()
     except SourceError:
         with pytest.raises(SourceError):
-            merged([adapters[i] for i in order], method=method, weights=[weights[i] for i in order],
-                   options=options, base=Held(base))  # fmt: skip
+            open_merge([adapters[i] for i in order], method=method, weights=[weights[i] for i in order],
+                   options=options, base=Held(base)).adapter()  # fmt: skip
         return
-    second = merged([adapters[i] for i in order], method=method, weights=[weights[i] for i in order],
-                    options=options, base=Held(base))  # fmt: skip
+    second = open_merge([adapters[i] for i in order], method=method, weights=[weights[i] for i in order],
+                    options=options, base=Held(base)).adapter()  # fmt: skip
     assert content(first) == content(second)
     assert first.alpha == second.alpha
 
@@ -185,9 +193,9 @@ def test_the_order_of_the_adapters_does_not_matter(method: str, model: Model, da
 def test_an_adapters_own_strength_counts_in_its_weight(model: Model, weight: float) -> None:
     _, (a, b) = model
     plain = [Adapter(one) for one in (a, b)]
-    found = merged([a, b], weights=[weight, 1])
+    found = open_merge([a, b], weights=[weight, 1]).adapter()
     assert 1 == found.alpha
-    assert content(found) == content(merged(plain, weights=[weight * a.alpha, b.alpha]))
+    assert content(found) == content(open_merge(plain, weights=[weight * a.alpha, b.alpha]).adapter())
 
 
 def test_the_weight_of_one_adapter_alone_joins_its_own_strength() -> None:
@@ -195,7 +203,7 @@ def test_the_weight_of_one_adapter_alone_joins_its_own_strength() -> None:
     a, b = make_adapter(base, 2, alpha=0.5), make_adapter(base, 3)
     together = {name: weight.copy() for name, weight in base.items()}
     Switcher(together).set([(a, 0.3 * 0.5)])
-    found = merged([a, b], weights=[0.3, 0])
+    found = open_merge([a, b], weights=[0.3, 0]).adapter()
     assert 1 == found.alpha
     assert same(together, applied(base, found))
 
@@ -211,15 +219,15 @@ def thirds(base: Weights, start: int) -> Adapter:
 def test_options_of_each_adapter() -> None:
     base = make_base(3)
     adapters = [make_adapter(base, 10 + number) for number in range(2)]
-    both = merged(adapters, method="magnitude_prune", options={"density": [1, 0]})
-    assert content(merged(adapters, method="linear", weights=[1, 0])) == content(both)
+    both = open_merge(adapters, method="magnitude_prune", options={"density": [1, 0]}).adapter()
+    assert content(open_merge(adapters, method="linear", weights=[1, 0]).adapter()) == content(both)
     assert [1.0, 0.0] == both.manifest["source"]["options"]["density"]
     with pytest.raises(SourceError, match="density: 3 values for 2 adapters"):
-        merged(adapters, method="ties", options={"density": [1, 1, 1]})
+        open_merge(adapters, method="ties", options={"density": [1, 1, 1]}).adapter()
     with pytest.raises(SourceError, match="density: 1 values for 2 adapters"):
-        merged(adapters, method="ties", layers=[("", {"density": [1]})])
+        open_merge(adapters, method="ties", layers=[("", {"density": [1]})]).adapter()
     with pytest.raises(SourceError, match="lambda=.*: not a number"):
-        merged(adapters, method="ties", options={"lambda": [1, 1]})
+        open_merge(adapters, method="ties", options={"lambda": [1, 1]}).adapter()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -241,7 +249,7 @@ def test_files_hold_what_memory_holds_on_any_number_of_threads(method: str, tmp_
         merge(paths, tmp_path / "out.st", method=method, threads=0)
     assert not (tmp_path / "out.st").exists()
     merge(paths, tmp_path / "out.st", method=method)
-    found, expected = load(tmp_path / "out.st"), merged(adapters, method=method)
+    found, expected = load(tmp_path / "out.st"), open_merge(adapters, method=method).adapter()
     assert content(expected) == content(found)
     assert report.nnz == sum(tensor.nnz for tensor in expected.values())
 
@@ -276,7 +284,7 @@ def test_licences_that_differ_are_told(tmp_path: Path) -> None:
     for number, name in enumerate(["mit", "cc0"]):
         save(Adapter(make_adapter(base, number), manifest={"license": name}), tmp_path / f"{name}.st")
     report = merge([tmp_path / "mit.st", tmp_path / "cc0.st"], tmp_path / "out.st")
-    assert ["the adapters' licences differ (cc0, mit): the result names none"] == report.notices
+    assert ["the adapters' licences differ (cc0, mit): the result has none"] == report.notices
     assert "license" not in load(tmp_path / "out.st").manifest
 
 
@@ -288,11 +296,11 @@ def test_notices(tmp_path: Path) -> None:
     a, b = tmp_path / "a.st", tmp_path / "b.st"
     assert [] == merge([a, a], None, weights=[0.5, 0.5]).notices
     report = merge([a, a], None)
-    assert ["1 entries of the result are NaN or infinite, of the tensor 'w' for example"] == report.notices
+    assert ["1 entries of the result are NaN or infinite, for example in tensor 'w'"] == report.notices
     nothing = merge([a, a], None, weights=[0, 0])
-    assert ["nothing is left: the result changes no weight"] == nothing.notices
+    assert ["no entries are left: the result changes no weight"] == nothing.notices
     apart = [
-        "no entry is in two of the adapters, so that nothing tells whether they are of one base: --base checks it"
+        "the adapters share no entries, so whether they are of one base was not checked: pass --base to check it"
     ]
     assert apart == merge([a, b], None).notices
     assert [] == merge([a, b], None, base=Held({"w": w})).notices
@@ -304,7 +312,7 @@ def test_notices(tmp_path: Path) -> None:
 @given(models(forms=["values", "digest", "deltas"]), st.sampled_from([0.01, 0.1, 0.3, 1.0]))
 def test_a_result_of_a_density_is_its_largest_changes(model: Model, density: float) -> None:
     base, adapters = model
-    full = merged(adapters, base=Held(base))
+    full = open_merge(adapters, base=Held(base)).adapter()
     job = open_merge(adapters, density=density, base=Held(base))
     for name in full:
         tensor, account = job.tensor(name)
@@ -330,12 +338,12 @@ def test_options_and_weights_by_layer() -> None:
     base = make_base(5)
     a, b = (make_adapter(base, seed, density=0.5) for seed in (2, 6))
     layers = [(r"weight$", {"weights": [1, 0]}), (r"^b\.", {"weights": [0, 2]}), (r"^c", {"density": 0.5})]
-    found = merged([a, b], method="magnitude_prune", options={"density": 1.0}, layers=layers)
+    found = open_merge([a, b], method="magnitude_prune", options={"density": 1.0}, layers=layers).adapter()
     assert found["a.weight"] == a["a.weight"]  # the first pattern
-    twice = merged([b, Adapter()], weights=[2, 1])
+    twice = open_merge([b, Adapter()], weights=[2, 1]).adapter()
     assert found["b.weight"] == twice["b.weight"]  # the second, which is stronger
     assert found["b.weight"] != b["b.weight"]
-    half = merged([a], method="magnitude_prune", options={"density": 0.5})
+    half = open_merge([a], method="magnitude_prune", options={"density": 0.5}).adapter()
     assert found["c.weight"] == half["c.weight"]  # both the first and the third
     assert found["c.weight"].nnz < a["c.weight"].nnz
 
@@ -344,8 +352,8 @@ def test_names_can_be_chosen() -> None:
     base = make_base(5)
     a, b = (make_adapter(base, seed, density=0.5) for seed in (2, 6))
     names = {*a, *b}
-    assert {name for name in names if name[0] in "ab"} == set(merged([a, b], include=["^a", "^b"]))
-    assert {name for name in names if name[0] in "ac"} == set(merged([a, b], exclude=[r"^b\."]))
+    assert {name for name in names if name[0] in "ab"} == set(open_merge([a, b], include=["^a", "^b"]).adapter())
+    assert {name for name in names if name[0] in "ac"} == set(open_merge([a, b], exclude=[r"^b\."]).adapter())
 
 
 def test_a_huge_weight_costs_what_its_entries_cost() -> None:
@@ -355,7 +363,7 @@ def test_a_huge_weight_costs_what_its_entries_cost() -> None:
             Adapter([SparseTensor("w", shape, at + shift, F32([1, 2, 3]), base=F32([0, 0, 0]))])
             for shift in (0, -1)
         )
-        found = merged([a, b], method=method)
+        found = open_merge([a, b], method=method).adapter()
         assert set(found) <= {"w"}
         for tensor in found.values():
             assert set(tensor.indices.tolist()) <= {*at.tolist(), *(at - 1).tolist()}
@@ -368,20 +376,20 @@ A = Adapter([entries(W, "w", [1, 4], [10, 40])])
 PATCH = Adapter([SparseTensor("v", (2, 3), [1], F32([3]), base=F32([1]), base_name="w")])
 MASK = Adapter([SparseTensor("w", (2, 3), [1], value_kind="none", dtype=F32)])
 REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
-    "shape": (Adapter([entries(W.T.copy(), "w", [1], [3])]), {}, BaseMismatch, r"b.st: tensor 'w' has the shape \[3, 2\], and \[2, 3\] in .*a.st: these are not adapters of one base"),
-    "dtype": (Adapter([entries(W.astype(np.float16), "w", [1], [3])]), {}, BaseMismatch, "b.st: tensor 'w' is of float16, and of float32 in .*a.st"),
-    "base values": (Adapter([entries(W + 1, "w", [4, 5], [3, 4])]), {}, BaseMismatch, "st: tensor 'w': other base values than another adapter's where entries meet"),
-    "negative zero": (Adapter([entries(W, "w", [1], [3]), entries(-W, "z", [0], [1])]), {"more": Adapter([entries(W, "z", [0], [2])])}, BaseMismatch, "tensor 'z': other base values"),
+    "shape": (Adapter([entries(W.T.copy(), "w", [1], [3])]), {}, BaseMismatch, r"b.st: tensor 'w' has shape \[3, 2\], and \[2, 3\] in .*a.st: these are not adapters of one base"),
+    "dtype": (Adapter([entries(W.astype(np.float16), "w", [1], [3])]), {}, BaseMismatch, "b.st: tensor 'w' is float16, and float32 in .*a.st"),
+    "base values": (Adapter([entries(W + 1, "w", [4, 5], [3, 4])]), {}, BaseMismatch, "st: tensor 'w': its base values differ from another adapter's at entries of both"),
+    "negative zero": (Adapter([entries(W, "w", [1], [3]), entries(-W, "z", [0], [1])]), {"more": Adapter([entries(W, "z", [0], [2])])}, BaseMismatch, "tensor 'z': its base values differ"),
     "model": (Adapter(A, manifest={"base_model": {"id": "org/other"}}), {}, BaseMismatch, "b.st: made for the base org/other, and .*a.st for org/base"),
-    "mask": (MASK, {}, BaseMismatch, "b.st: tensor 'w' is a mask: there is nothing to join"),
-    "patch": (PATCH, {}, BaseMismatch, "b.st: tensor 'v' is renamed or resized: a patch of whole checkpoints"),
+    "mask": (MASK, {}, BaseMismatch, "b.st: tensor 'w' is a mask, without values to merge"),
+    "patch": (PATCH, {}, BaseMismatch, "b.st: tensor 'v' is renamed or resized: a patch of a full checkpoint"),
     "removed": (Adapter(A, manifest={"removed": ["x"]}), {}, BaseMismatch, "b.st: removes tensors"),
-    "no base values": (Adapter([entries(W, "w", [4], [3], "digest")]), {"method": "ties"}, BaseRequired, "b.st: tensor 'w': the base's values at its entries are not known"),
-    "wrong base": (A, {"base": Held({"w": W + 1})}, BaseMismatch, "a.st: tensor 'w': the base holds other values"),
+    "no base values": (Adapter([entries(W, "w", [4], [3], "digest")]), {"method": "ties"}, BaseRequired, "b.st: tensor 'w': the base's values at the adapter's entries are not known"),
+    "wrong base": (A, {"base": Held({"w": W + 1})}, BaseMismatch, "a.st: tensor 'w': the base base holds other values"),
     "base without it": (A, {"base": Held({"v": W})}, BaseMismatch, "a.st: tensor 'w': the base base has no 'w'"),
-    "base of another shape": (A, {"base": Held({"w": W.T})}, BaseMismatch, r"a.st: tensor 'w': the adapter is for shape \[2, 3\], the weight has \[3, 2\]"),
+    "base of another shape": (A, {"base": Held({"w": W.T})}, BaseMismatch, r"a.st: tensor 'w': the adapter is for shape \[2, 3\], the base base has \[3, 2\]"),
     "conflict": (Adapter([entries(W, "w", [4, 5], [3, 4])]), {"method": "refuse"}, SourceError, "tensor 'w': .*b.st and .*a.st set 1 entries to different values, the one at flat index 4"),
-    "sparse and whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), {}, SourceError, "tensor 'w': one adapter changes entries, another one replaces it as a whole"),
+    "sparse and whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), {}, SourceError, "tensor 'w': one adapter changes entries of it, another one replaces it"),
     "infinite delta": (Adapter([entries(W, "w", [4], [np.inf])]), {"method": "ties"}, SourceError, "b.st: tensor 'w': the delta at flat index 4 is NaN or infinite"),
     "infinite, cut": (Adapter([entries(W, "w", [5], [np.inf])]), {"density": 0.1}, SourceError, "tensor 'w': the delta at flat index 5 is NaN or infinite"),
     "method": (A, {"method": "average"}, SourceError, "no method 'average'; known: linear, "),
@@ -394,9 +402,9 @@ REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
     "weights in a text": (A, {"weights": "12"}, SourceError, "1 weights for 2 adapters"),
     "mean": (A, {"method": "mean", "weights": [-1, -1]}, SourceError, "a.st: the weight -1 is below 0, which the method 'mean' cannot take"),
     "infinite weight": (A, {"weights": [1, 1e39]}, SourceError, r"b.st: the weight 1e\+39 is infinite in float32"),
-    "weight of exact": (A, {"method": "overwrite", "weights": [1, 0.5]}, SourceError, "'overwrite' takes entries as they are"),
+    "weight of exact": (A, {"method": "overwrite", "weights": [1, 0.5]}, SourceError, "'overwrite' copies entries unscaled"),
     "names": (A, {"include": ["nothing"]}, SourceError, "no tensor is left by the choice of names"),
-    "pattern": (A, {"layers": [("nothing", {"weights": [1, 1]})]}, SourceError, "the pattern 'nothing' is found in no tensor's name"),
+    "pattern": (A, {"layers": [("nothing", {"weights": [1, 1]})]}, SourceError, "the pattern 'nothing' matches no tensor's name"),
     "no pattern": (A, {"layers": [("(", {})]}, SourceError, r"not a regular expression: '\('"),
     "layer's option": (A, {"layers": [("w", {"densty": 1})]}, SourceError, "no option 'densty'"),
     "layer's weights": (A, {"layers": [("w", {"weights": [1]})]}, SourceError, "1 weights for 2 adapters"),
@@ -425,8 +433,8 @@ def test_refusals_leave_nothing(case: str, tmp_path: Path) -> None:
 def test_other_base_values_are_found_where_nothing_is_taken_of_an_adapter(method: str) -> None:
     other = Adapter([entries(W + 1, "w", [1, 4], [10, 40])])
     options = {"density": 0.0} if "density" in METHODS[method].options else {}
-    with pytest.raises(BaseMismatch, match="other base values"):
-        merged([A, other], method=method, options=options)
+    with pytest.raises(BaseMismatch, match="its base values differ"):
+        open_merge([A, other], method=method, options=options).adapter()
 
 
 def test_an_input_is_not_written_over(tmp_path: Path) -> None:
@@ -451,18 +459,18 @@ def test_damage_that_shows_late_leaves_nothing(tmp_path: Path) -> None:
 
 def test_no_adapters() -> None:
     with pytest.raises(SourceError, match="no adapters were given"):
-        merged([])
+        open_merge([]).adapter()
 
 
 def test_base_values_are_kept_if_all_have_them() -> None:
     b = Adapter([entries(W, "w", [4, 5], [1, 2], "digest")])
     base = Held({"w": W})
-    assert merged([A, A])["w"].base is not None
-    assert merged([A, b], base=base)["w"].base is None
-    assert merged([A, b], base=base, self_contained=True)["w"].base is not None
-    assert merged([A, A], self_contained=False)["w"].base is None
+    assert open_merge([A, A]).adapter()["w"].base is not None
+    assert open_merge([A, b], base=base).adapter()["w"].base is None
+    assert open_merge([A, b], base=base, self_contained=True).adapter()["w"].base is not None
+    assert open_merge([A, A], self_contained=False).adapter()["w"].base is None
     weights = {"w": W.copy()}
-    apply(merged([A, A], self_contained=False), weights)
+    apply(open_merge([A, A], self_contained=False).adapter(), weights)
     assert [19.0, 76.0] == weights["w"].reshape(-1)[[1, 4]].tolist()
 
 
@@ -471,5 +479,5 @@ def test_overflow_has_a_defined_result(dtype: Any) -> None:
     top = float(ml_dtypes.finfo(dtype).max)
     base = np.zeros((1, 2), dtype)
     one = Adapter([entries(base, "w", [0, 1], [top, -top])])
-    found = merged([one, one])["w"]
+    found = open_merge([one, one]).adapter()["w"]
     assert [np.inf, -np.inf] == found.values.astype(np.float64).tolist()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.names.prefixes import leading_parts, renamings
 
 _WRAPPED = re.compile(
     r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)|\.(base_layer|modules_to_save)\."
 )
 _ADDED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
-_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ def renamed(adapted: Collection[str], base: Checkpoint, merged: Checkpoint) -> M
     plain = {name: _unwrapped(name) for name in merged if not _ADDED.search(name)}
     known = {*base, *adapted}
     best: tuple[tuple[int, int], dict[str, str], str] | None = None
-    for rename, words in _candidates(plain.values(), known):
+    for rename in renamings(_prefixes(plain.values()), _prefixes(known)):
         found: dict[str, str] = {}
         for name, inner in plain.items():
             # A name that is known as it is, such as that of a head beside a prefixed body, stays.
             found.setdefault(inner if inner in known else rename(inner), name)
         hits = sum(name in found for name in adapted), sum(name in found for name in base)
         if any(hits) and (best is None or hits > best[0]):
-            best = hits, found, words
+            best = hits, found, rename.words
     if best is None:
         if wrapped is not None and not plain:
             return MergedNames({}, wrapped, True, [])
@@ -72,22 +72,10 @@ def _unwrapped(name: str) -> str:
     return re.sub(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)", "", name)
 
 
-def _candidates(merged: Iterable[str], known: Iterable[str]) -> Iterator[tuple[Callable[[str], str], str]]:
-    yield (lambda name: name), ""
-    for prefix in _leading(merged):
-        yield (lambda name, p=prefix: name.removeprefix(p)), f"the prefix {prefix!r} is left out"  # type: ignore[misc]
-    for prefix in _leading(known):
-        yield (lambda name, p=prefix: p + name), f"the prefix {prefix!r} is added"  # type: ignore[misc]
-
-
-def _leading(names: Iterable[str]) -> list[str]:
-    """The first one, two and three parts of the names, and the components of a pipeline, shortest first."""
-    found: dict[str, None] = {}
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """The leading parts of the names, and the components of a pipeline, shortest first."""
+    found: set[str] = set()
     for name in names:
         component, slash, rest = name.rpartition("/")
-        if slash:
-            found[component + slash] = None
-        parts = (rest if slash else name).split(".")
-        for depth in range(1, min(_DEPTH, len(parts) - 1) + 1):
-            found[component + slash + ".".join(parts[:depth]) + "."] = None
-    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
+        found.update(component + slash + part for part in ["", *leading_parts([rest])])
+    return sorted(found - {""}, key=lambda prefix: (prefix.count("."), prefix))

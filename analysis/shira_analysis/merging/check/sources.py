@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from shira_format import AdapterFile, BaseMismatch, SourceError
-from shira_format._core.arrays import Array, array_digest
+from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
+from shira_format.entries.base_check import base_values
 from shira_format.format.manifest import METADATA_KEY
 from shira_format.lora import open_lora
+from shira_format.lora.base import Update
 from shira_format.lora.decomposed import Decomposed
-from shira_format.lora.update import Update
 from shira_format.storage.paths import resolve_path
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import SparseTensor, matrix_shape
@@ -46,7 +47,7 @@ class Addition:
         return self.values.size
 
     def tile(self, start: int, stop: int, out: Array) -> None:
-        """As :meth:`shira_format.lora.update.Update.tile`."""
+        """As :meth:`shira_format.lora.base.Update.tile`."""
         out[...] = self.values.reshape(1, -1)[start:stop]
 
 
@@ -63,7 +64,7 @@ class Entries:
         self._base, self._read = base, read
 
     def tile(self, start: int, stop: int, out: Array) -> None:
-        """As :meth:`shira_format.lora.update.Update.tile`."""
+        """As :meth:`shira_format.lora.base.Update.tile`."""
         first, last = start * self.columns, stop * self.columns
         before = self._base.part(self.name, first, last)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -174,17 +175,10 @@ def _of_adapter(file: AdapterFile, base: Checkpoint) -> Source:
                 f"{file.path}: tensor {name!r} is renamed or resized by this patch: make the result with shira_to_full, "
                 "which checks it by its digest"
             )
-        if name not in base:
-            raise BaseMismatch(f"{file.path}: tensor {name!r}: not in the base {base.path}")
-        if base.shape(name) != entry.shape:
-            raise BaseMismatch(f"{file.path}: tensor {name!r} is for shape {list(entry.shape)}, the base has {list(base.shape(name))}")  # fmt: skip
-        tensor = read(name)
-        if tensor.base_digest is not None and (
-            base.dtype(name) != tensor.dtype or array_digest(base.at(name, tensor.indices)) != tensor.base_digest
-        ):
-            raise BaseMismatch(
-                f"{file.path}: tensor {name!r}: the base {base.path} is not the one that the adapter was made for"
-            )
+        try:
+            base_values(read(name), base)
+        except BaseMismatch as error:
+            raise BaseMismatch(f"{file.path}: {error}") from None
         changes.append(Change("entries", Entries(name, entry.shape, base, read), name))
     whole = {name: file.dense(name).values for name in file.manifest.whole}
     alpha = float(file.manifest.raw.get("alpha", 1.0))

@@ -41,7 +41,7 @@ from shira_format._core.rounding import round_to, upcast
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.update import Update
+from shira_format.lora.base import Update
 from shira_format.tensors import numel
 
 FINE, COARSE = 2.0**-19, 2.0**-6

@@ -7,7 +7,14 @@ from itertools import combinations
 
 from shira_analysis.measures.deltas import DeltaFile
 from shira_analysis.measures.interference import Interference
-from shira_analysis.measures.pairs import Measures, Pair, TensorPair, check_fed, measure_pairs, replaced
+from shira_analysis.measures.pairs import (
+    Measures,
+    Pair,
+    TensorPair,
+    check_moments,
+    measure_pairs,
+    replaced_tensors,
+)
 from shira_analysis.report.html import page, words
 from shira_analysis.report.html.look import Look
 from shira_analysis.report.html.page import count, name, paragraph, share, table
@@ -60,7 +67,7 @@ def section(
         SourceError: the moments are of none of the weights.
     """
     if moments is not None:
-        check_fed(moments, (name for look in looks for name in look.file.names))
+        check_moments(moments, (name for look in looks for name in look.file.names))
     reasons = [_why_not(look) for look in looks]
     found = _measured([look.file for look in looks], reasons, moments, progress)
     pairs = {at: pair for at, pair in found.items() if isinstance(pair, Pair)}
@@ -214,7 +221,7 @@ def _positions(files: Sequence[DeltaFile]) -> list[Pair]:
                     ),
                 )
             ],
-            replaced(files[i], files[j]),
+            replaced_tensors(files[i], files[j]),
         )
         for (i, j), common in overlaps(files).items()
     ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shira_format import Adapter, DenseTensor, SourceError, load, save
 from shira_format.live import Switcher
-from shira_format.merge import METHODS, merge, merged
+from shira_format.merge import METHODS, merge, open_merge
 from tests.shira_format.merge.small import DTYPES, Held, applied, entries, same
 
 F32 = np.float32
@@ -34,15 +34,15 @@ def whole(values: Any, *, known: str = "values", alpha: float = 1.0) -> Adapter:
 def test_what_one_adapter_alone_replaces_it_replaces_at_any_strength(method: str, known: str) -> None:
     one, other = whole(BASE + 1, known=known, alpha=0.5), Adapter([entries(BASE, "w", [1], [7])])
     for adapters in ([one, other], [other, one]):
-        found = merged(adapters, method=method)
+        found = open_merge(adapters, method=method).adapter()
         assert one.dense["b"] == found.dense["b"]
-    assert {} == merged([one, other], weights=[0, 1], method=method).dense
+    assert {} == open_merge([one, other], weights=[0, 1], method=method).adapter().dense
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_several_replace_by_the_same_bits_stays(method: str) -> None:
     a, b = whole(BASE - 1, known="digest"), whole(BASE - 1)
-    found = merged([a, b], method=method, base=Held(MODEL))
+    found = open_merge([a, b], method=method, base=Held(MODEL)).adapter()
     assert same({"b": BASE - 1}, {"b": found.dense["b"].values})
 
 
@@ -59,7 +59,11 @@ def test_different_ones_are_joined_through_their_deltas(
             Adapter(dense=[DenseTensor("b", one.dense["b"].values, base_digest=one.dense["b"].base_digest)], manifest=one.manifest)
             for one in adapters
         ]  # fmt: skip
-    found = merged(adapters, weights=[weight, 1], base=Held({"b": base}) if given_base else None).dense["b"]
+    found = (
+        open_merge(adapters, weights=[weight, 1], base=Held({"b": base}) if given_base else None)
+        .adapter()
+        .dense["b"]
+    )
     wide = base.astype(np.float64)
     expected = (
         wide + 0.5 * weight * (tuned[0].astype(np.float64) - wide) + 0.5 * (tuned[1].astype(np.float64) - wide)
@@ -70,22 +74,22 @@ def test_different_ones_are_joined_through_their_deltas(
     assert found.base_digest == DenseTensor("b", base, base=base).base_digest
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.takes])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.copies])
 def test_each_method_joins_them_as_it_joins_entries(method: str) -> None:
     rng = np.random.default_rng(4)
     tuned = [BASE + rng.standard_normal((2, 3)).astype(F32) for _ in range(2)]
     options = {name: 0.5 for name in METHODS[method].options if name == "density"}
-    found = merged([whole(values) for values in tuned], method=method, options=options)
-    sparse = merged(
+    found = open_merge([whole(values) for values in tuned], method=method, options=options).adapter()
+    sparse = open_merge(
         [Adapter([entries(BASE, "b", np.arange(6), values.reshape(-1))]) for values in tuned], method=method, options=options
-    )  # fmt: skip
+    ).adapter()  # fmt: skip
     assert same(applied(MODEL, sparse), applied(MODEL, found))
 
 
 @pytest.mark.parametrize(("priority", "winner"), [("first", 0), ("last", 1)])
 def test_overwrite_takes_one_of_them(priority: str, winner: int) -> None:
     adapters = [whole(BASE + 1, known="new"), whole(BASE + 2, known="new")]
-    found = merged(adapters, method="overwrite", options={"priority": priority})
+    found = open_merge(adapters, method="overwrite", options={"priority": priority}).adapter()
     assert adapters[winner].dense["b"] == found.dense["b"]
 
 
@@ -93,9 +97,9 @@ REFUSED: dict[str, tuple[Adapter, str, str]] = {
     "new": (whole(BASE + 2, known="new"), "linear", "the base's is not known"),
     "digest": (whole(BASE + 2, known="digest"), "ties", "the base's is not known"),
     "integers": (Adapter(dense=[DenseTensor("b", np.arange(6), base=np.zeros(6, int))]), "linear", "int64 is no float"),
-    "refuse": (whole(BASE + 2), "refuse", "the method 'refuse' joins no whole tensors"),
-    "disjoint": (whole(BASE + 2), "disjoint", "the method 'disjoint' joins no whole tensors"),
-    "shape": (Adapter(dense=[DenseTensor("b", F32([1]), base=F32([0]))]), "linear", r"has the shape \[1\], and \[2, 3\]"),
+    "refuse": (whole(BASE + 2), "refuse", "the method 'refuse' merges no dense tensors"),
+    "disjoint": (whole(BASE + 2), "disjoint", "the method 'disjoint' merges no dense tensors"),
+    "shape": (Adapter(dense=[DenseTensor("b", F32([1]), base=F32([0]))]), "linear", r"has shape \[1\], and \[2, 3\]"),
 }  # fmt: skip
 
 

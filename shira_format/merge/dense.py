@@ -1,4 +1,4 @@
-"""Whole tensors (biases, norms, heads) of several adapters."""
+"""Merging dense tensors (biases, norms, heads), which adapters replace as a whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shira_format.merge.methods import Method
 from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 
 
-def joined_whole(
+def merge_dense(
     name: str,
     inputs: Sequence[Input],
     strengths: Sequence[float],
@@ -25,13 +25,13 @@ def joined_whole(
     *,
     self_contained: bool,
 ) -> DenseTensor | None:
-    """One whole tensor of the result, or None if no adapter of a strength other than 0 has it.
+    """One dense tensor of the result, or None if no adapter with a strength other than 0 has it.
 
-    What one adapter alone replaces, it replaces at any strength, as on live models; what several replace by the same bits, too.
-    Else the method joins all elements, or takes one of the tensors if it takes entries as they are.
+    A tensor that one adapter alone replaces, or several by the same bits, is replaced at any strength, as on live models.
+    Else the method merges all elements, or ``overwrite`` picks one of the tensors.
 
     Raises:
-        SourceError: several adapters have different ones that the method cannot join: they are new to the base, or no floats.
+        SourceError: several adapters have different ones that cannot be merged: the base's is not known, or no floats.
         FormatError, BaseMismatch: see :meth:`Input.dense`.
     """
     found = [
@@ -44,38 +44,38 @@ def joined_whole(
     _, first = found[0]
     if all(same_bits(first.values, whole.values) for _, whole in found[1:]):
         known = next((whole for _, whole in found if whole.base is not None), first)
-        return _framed(known, self_contained=self_contained)
-    if method.takes and method.name == "overwrite":
-        return _framed(found[0 if options["priority"] == "first" else -1][1], self_contained=self_contained)
+        return _keep_base(known, self_contained=self_contained)
+    if method.copies and method.name == "overwrite":
+        return _keep_base(found[0 if options["priority"] == "first" else -1][1], self_contained=self_contained)
     labels = ", ".join(one.label for one, _ in found)
     for one, whole in found:
-        if method.takes or whole.base is None or not is_float(whole.values.dtype):
-            why = (
-                f"the method {method.name!r} joins no whole tensors"
-                if method.takes
-                else "the base's is not known (it is new, or the base was not given)"
-                if whole.base is None
-                else f"{whole.values.dtype} is no float"
-            )
-            raise SourceError(
-                f"{one.label}: tensor {name!r} is replaced as a whole by several adapters ({labels}), and {why}: leave it out "
-                "(--exclude), or use the method 'overwrite'"
-            )
-    joined = AlignedEntries.of(
+        if method.copies:
+            why = f"the method {method.name!r} merges no dense tensors"
+        elif whole.base is None:
+            why = "the base's is not known (it is new, or the base was not given)"
+        elif not is_float(whole.values.dtype):
+            why = f"{whole.values.dtype} is no float dtype"
+        else:
+            continue
+        raise SourceError(
+            f"{one.label}: tensor {name!r} is replaced as a whole by several adapters ({labels}), and {why}: leave it out "
+            "(--exclude), or use the method 'overwrite'"
+        )
+    aligned = AlignedEntries.of(
         [_part(name, first, one, strength) for one, strength in zip(inputs, strengths, strict=True)]
     )
-    result = mix(joined, method.factors(joined, options), self_contained=True)
+    result = mix(aligned, method.factors(aligned, options), self_contained=True)
     assert first.base is not None
     values = np.array(first.base).reshape(-1)
     if result is not None:
         values[result.indices] = result.values
-    return _framed(
+    return _keep_base(
         DenseTensor(name, values.reshape(first.values.shape), base=first.base), self_contained=self_contained
     )
 
 
 def _part(name: str, first: DenseTensor, one: Input, strength: float) -> Contribution:
-    """All elements as entries; none if the adapter leaves the tensor alone."""
+    """All elements as entries; none if the adapter does not replace the tensor."""
     shape, dtype = first.values.shape, first.values.dtype
     if name not in one.adapter.dense:
         nothing = np.empty(0, dtype)
@@ -85,7 +85,7 @@ def _part(name: str, first: DenseTensor, one: Input, strength: float) -> Contrib
     whole = one.dense(name)
     if whole.values.shape != shape:
         raise SourceError(
-            f"{one.label}: tensor {name!r} has the shape {list(whole.values.shape)}, and {list(shape)} in another adapter"
+            f"{one.label}: tensor {name!r} has shape {list(whole.values.shape)}, and {list(shape)} in another adapter"
         )
     assert whole.base is not None
     indices = np.arange(whole.values.size, dtype=np.int64)
@@ -93,7 +93,7 @@ def _part(name: str, first: DenseTensor, one: Input, strength: float) -> Contrib
     return Contribution(tensor, strength, one.label)
 
 
-def _framed(tensor: DenseTensor, *, self_contained: bool) -> DenseTensor:
+def _keep_base(tensor: DenseTensor, *, self_contained: bool) -> DenseTensor:
     if tensor.base is None or self_contained:
         return tensor
     return DenseTensor(tensor.name, tensor.values, base_digest=tensor.base_digest)

@@ -1,4 +1,4 @@
-"""Tensors that are saved as they are: of ``modules_to_save``, biases, and copies of the base's embeddings."""
+"""Tensors that are saved whole: of ``modules_to_save``, biases, and copies of the base's embeddings."""
 
 from __future__ import annotations
 
@@ -13,102 +13,106 @@ from shira_format._core.arrays import Array
 from shira_format._core.dtypes import is_float
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.lora.peft.base_names import BaseNames
 from shira_format.lora.peft.config import Config
 from shira_format.lora.peft.keys import PeftLayer
-from shira_format.lora.peft.places import Places
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_layer)\.weight")
 _UNTIE = "untie them first (a base that has the head's weight, and tie_word_embeddings false in its config.json)"
 
 
-class Wholes:
-    """What takes the place of tensors of the base, or is new to it."""
+class DenseReplacements:
+    """Whole tensors that replace the base's, or are new to it.
+
+    Attributes:
+        notices: what a user should know; complete after :meth:`found`.
+    """
 
     def __init__(
         self,
         plain: Mapping[str, Array],
         layers: set[str],
         rows: set[str],
-        places: Places,
+        names: BaseNames,
         config: Config,
         where: object,
     ) -> None:
-        """``layers`` and ``rows`` are the names, in the model, of weights with a LoRA, and with trained rows."""
-        self.plain, self.layers, self.rows, self.places, self.config, self.where = (
-            plain, layers, rows, places, config, where
+        """Args: ``layers`` and ``rows``: names, in the model, of weights with a LoRA, and of weights with trained rows."""
+        self.plain, self.layers, self.rows, self.names, self.config, self.where = (
+            plain, layers, rows, names, config, where
         )  # fmt: skip
-        self.base = places.base
+        self.base = names.base
         self.notices: list[str] = []
 
     def found(self) -> dict[str, Array]:
         """The tensors by their names in the base.
 
         Raises:
-            SourceError: one that is neither the base's nor asked for, or that does not fit.
+            SourceError: a tensor is neither in the base nor in ``modules_to_save``, or does not fit.
         """
         found = {}
         for name, array in self.plain.items():
-            place = self.places.tensor(name)
+            target = self.names.tensor(name)
             if name in self.layers or name in self.rows:
-                self._check_own_base(name, array, place)
-            elif not self._is_copy(name, array, place):
-                found[place if place in self.base else name] = self._checked(name, array, place)
+                self._check_own_base(name, array, target)
+            elif not self._is_copy(name, array, target):
+                found[target if target in self.base else name] = self._checked(name, array, target)
         self._check_tied(found)
         return found
 
-    def _check_own_base(self, name: str, array: Array, place: str) -> None:
-        """PEFT saves the weight under an adapted embedding or ``lm_head``, too: it must be that of the base."""
-        if not self._equal(array, place):
+    def _check_own_base(self, name: str, array: Array, target: str) -> None:
+        """PEFT also saves the weight below an adapted embedding or ``lm_head``: it must equal the base's."""
+        if not self._equal(array, target):
             raise SourceError(
-                f"{self.where}: {name!r} lies below its LoRA and is not the base's {place!r} (resized or trained): "
+                f"{self.where}: {name!r} lies below its LoRA and is not the base's {target!r} (resized or trained): "
                 "merge the LoRA with PEFT and convert the full checkpoint"
             )
 
-    def _is_copy(self, name: str, array: Array, place: str) -> bool:
-        """Whether it only repeats the base (``save_embedding_layers``), as a whole or as a head that is tied to it."""
-        if place not in self.base and _HEAD.fullmatch(name):
+    def _is_copy(self, name: str, array: Array, target: str) -> bool:
+        """Whether it only repeats a tensor of the base (``save_embedding_layers``), or embeddings that a head is tied to."""
+        if target not in self.base and _HEAD.fullmatch(name):
             saved = [other for other in self.plain if _EMBEDDINGS.fullmatch(other)]
             if any(np.array_equal(array, self.plain[other]) for other in saved):
                 return True
             return any(self._equal(array, other) for other in self.base if _EMBEDDINGS.fullmatch(other))
-        return not self._is_saved(name) and self._equal(array, place)
+        return not self._is_saved(name) and self._equal(array, target)
 
-    def _equal(self, array: Array, place: str) -> bool:
-        """Whether it is the base's tensor, maybe rounded."""
-        if place not in self.base or self.base.shape(place) != array.shape:
+    def _equal(self, array: Array, target: str) -> bool:
+        """Whether it is the base's tensor, up to the rounding of ``array``'s dtype."""
+        if target not in self.base or self.base.shape(target) != array.shape:
             return False
-        weight = self.base[place]
+        weight = self.base[target]
         with np.errstate(over="ignore"):
             return is_float(weight.dtype) and np.array_equal(weight.astype(array.dtype), array)
 
     def _is_saved(self, name: str) -> bool:
         return any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in self.config.saved)
 
-    def _checked(self, name: str, array: Array, place: str) -> Array:
-        if place not in self.base:
+    def _checked(self, name: str, array: Array, target: str) -> Array:
+        if target not in self.base:
             if not self._is_saved(name):
                 raise SourceError(
-                    f"{self.where}: unmatched key {name!r}: neither in the base nor of modules_to_save"
+                    f"{self.where}: unmatched key {name!r}: neither in the base nor in modules_to_save"
                 )
-        elif self.base.shape(place) != array.shape:
+        elif self.base.shape(target) != array.shape:
             raise SourceError(
                 f"{self.where}: {name!r} has shape {list(array.shape)}, "
-                f"the base's {place!r} has {list(self.base.shape(place))}"
+                f"the base's {target!r} has {list(self.base.shape(target))}"
             )
         return array
 
     def _check_tied(self, found: Mapping[str, Array]) -> None:
-        """A head that shares the embeddings' weight changes with it, in a merged model and in what we write.
+        """Refuse, or notify of, changed embeddings to which the base ties its head.
 
-        In PEFT's model it does not, unless ``ensure_weight_tying`` is set: a LoRA or a whole copy of the embeddings is
-        for the input alone. Trained rows are tied wherever the weights are.
+        Merged models and our results change the head, too. PEFT's model does not, unless ``ensure_weight_tying`` is set:
+        there a LoRA or a copy of the embeddings changes the input only. Trained rows are tied wherever the weights are.
         """
         new_heads = [name for name in found if _HEAD.fullmatch(name) and name not in self.base]
         for head in new_heads:
             self.notices.append(
-                f"tensor {head!r} is new: if the base's model ties its head to its embeddings, config.json of the result "
-                "must say tie_word_embeddings: false"
+                f"tensor {head!r} is new: if the base's model ties its head to its embeddings, set tie_word_embeddings to false "
+                "in config.json of the result"
             )
         changed = [name for name in (*self.layers, *found) if _EMBEDDINGS.fullmatch(name)]
         has_head = new_heads or any(_HEAD.fullmatch(name) for name in self.base)
@@ -126,12 +130,12 @@ class Wholes:
 
     @cached_property
     def _tied(self) -> bool:
-        """Whether the base's config.json says that head and embeddings are tied."""
+        """Whether the base's ``config.json`` ties head and embeddings."""
         return is_tied(self.base)
 
 
 def is_tied(base: Checkpoint) -> bool:
-    """Whether ``config.json`` in the base's folder says so; an unreadable one says nothing."""
+    """Whether ``config.json`` in the base's folder ties head and embeddings; False if it is missing or unreadable."""
     folder = base.folder
     if folder is None or not (folder / "config.json").is_file():
         return False
@@ -142,11 +146,11 @@ def is_tied(base: Checkpoint) -> bool:
     return isinstance(config, dict) and config.get("tie_word_embeddings") is True
 
 
-def without_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config, where: object) -> list[PeftLayer]:
-    """The layers without the LoRA of a head that the base has not, if it is that of the embeddings.
+def drop_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config, where: object) -> list[PeftLayer]:
+    """The layers without the LoRA of a head that the base lacks, if it repeats that of the embeddings.
 
-    Under ``ensure_weight_tying`` PEFT gives a tied head the embeddings' own factors, swapped, and saves both. The base
-    stores the weight once, so it is changed once: as the forward pass has it. PEFT's merge adds the update twice.
+    Under ``ensure_weight_tying`` PEFT gives a tied head the embeddings' factors, swapped, and saves both. The base
+    stores the weight once, so it is changed once, as in the forward pass. PEFT's merge adds the update twice.
 
     Raises:
         SourceError: the head has a LoRA of its own.
@@ -160,7 +164,7 @@ def without_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config,
     for layer in layers:
         if not _HEAD.fullmatch(f"{layer.module}.weight"):
             kept.append(layer)
-        elif not any(_is_turned(layer, other, config, where) for other in embeddings):
+        elif not any(_is_transposed(layer, other, config, where) for other in embeddings):
             raise SourceError(
                 f"{where}: {layer.module!r} has a LoRA of its own, and the base has no weight of it: if its head is tied "
                 f"to its embeddings, {_UNTIE}"
@@ -168,7 +172,7 @@ def without_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config,
     return kept
 
 
-def _is_turned(head: PeftLayer, embedding: PeftLayer, config: Config, where: object) -> bool:
+def _is_transposed(head: PeftLayer, embedding: PeftLayer, config: Config, where: object) -> bool:
     (a, b), (rows, columns) = head.pair(where), embedding.pair(where)
     return (
         a.shape == columns.shape[::-1]

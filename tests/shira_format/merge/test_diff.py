@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shira_format import Adapter, DenseTensor, FormatError, SourceError, SparseTensor, load, save
 from shira_format._core.arrays import array_digest
 from shira_format.convert import lora_to_shira
-from shira_format.merge.differing import Differences, TensorDifference, differences
+from shira_format.merge.diff import Differences, TensorDifference, diff
 from shira_format.selection import TopK
 from tests import models, strategies
 
@@ -23,17 +23,17 @@ pytestmark = pytest.mark.usefixtures("kernels")  # everything here holds with nu
 
 
 def sparse(at: list[int], values: list[float], name: str = "w", **more: Any) -> SparseTensor:
-    known = {} if more.get("meaning") in ("delta", "none") or "base_digest" in more else {"base": BASE[at]}
+    known = {} if more.get("value_kind") in ("delta", "none") or "base_digest" in more else {"base": BASE[at]}
     return SparseTensor(name, (4, 6), at, np.float32(values), **(known | more))
 
 
 def one(a: SparseTensor | DenseTensor, b: SparseTensor | DenseTensor) -> TensorDifference:
     """The difference of two adapters of one tensor."""
     first, second = (Adapter([t]) if isinstance(t, SparseTensor) else Adapter(dense=[t]) for t in (a, b))
-    found = differences(first, second)
+    found = diff(first, second)
     (tensor,) = found.tensors
     assert (first == second) == found.same == tensor.same
-    turned = differences(second, first).tensors[0]
+    turned = diff(second, first).tensors[0]
     assert (tensor.only_first, tensor.only_second, tensor.equal, tensor.other, tensor.largest, tensor.same_base) == (
         turned.only_second, turned.only_first, turned.equal, turned.other, turned.largest, turned.same_base,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def test_adapters() -> None:
     b = Adapter(
         [sparse([2], [0], "x")], dense=[DenseTensor("a", BASE)], manifest={"alpha": 1, "removed": ["r"], "k": [1], "n": None}
     )  # fmt: skip
-    found = differences(a, b)
+    found = diff(a, b)
     assert (2.0, 1.0) == found.alpha
     assert ((), ("r",)) == found.removed
     assert {"license": ("mit", None), "n": (None, None)} == found.provenance
@@ -153,28 +153,28 @@ def test_adapters() -> None:
     assert both.same
     assert TensorDifference("a", True, (None, 24), only_second=24) == whole
     assert [lone, whole] == found.different
-    assert not differences(a, b, include=["x"]).same  # the strength is the whole adapter's
+    assert not diff(a, b, include=["x"]).same  # the strength is the whole adapter's
     alike = Adapter(dict(a), manifest={"alpha": 2.0, "source": {}})
     done: list[str] = []
-    found = differences(a, alike, exclude=["^a"], progress=done.append)
+    found = diff(a, alike, exclude=["^a"], progress=done.append)
     assert (["x"], True) == (done, found.same)
     assert {"license", "k", "source"} == set(found.provenance)
     taken = Adapter(dict(b), dense=dict(b.dense), manifest={"removed": ["r", "s"]})
-    assert not differences(b, taken).same
-    assert differences(b, taken, exclude=["^s$"]).same
+    assert not diff(b, taken).same
+    assert diff(b, taken, exclude=["^s$"]).same
 
 
 @given(strategies.adapters(), st.data())
 def test_same_is_what_equality_says(a: Adapter, data: st.DataObject) -> None:
-    assert differences(a, a).same
+    assert diff(a, a).same
     b = data.draw(strategies.adapters())
     mixed = Adapter(
         {name: data.draw(st.sampled_from([tensor, b.get(name, tensor)])) for name, tensor in a.items()},
         dense=data.draw(st.sampled_from([dict(a.dense), dict(b.dense)])), manifest=data.draw(st.sampled_from([a, b])).manifest,
     )  # fmt: skip
     for other in (b, mixed):
-        found = differences(a, other)
-        assert (a == other) == found.same == differences(other, a).same
+        found = diff(a, other)
+        assert (a == other) == found.same == diff(other, a).same
         for tensor in found.tensors:
             for size, lone in zip(tensor.entries, (tensor.only_first, tensor.only_second), strict=True):
                 assert (size or 0) == lone + (tensor.equal + tensor.other if size is not None else 0)
@@ -186,11 +186,11 @@ def test_files(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.st"
         lora_to_shira(models.LORAS / "spam", models.minilm(), path, include=["layer.0.attention"], **options)
         paths.append(path)
-    assert Differences(tensors=differences(paths[0], paths[0]).tensors) == differences(paths[0], str(paths[0]))
-    contained = differences(paths[0], paths[1])
+    assert Differences(tensors=diff(paths[0], paths[0]).tensors) == diff(paths[0], str(paths[0]))
+    contained = diff(paths[0], paths[1])
     assert {("base values",)} == {tensor.traits for tensor in contained.tensors}
     assert {True} == {tensor.same_base for tensor in contained.tensors}
-    more = differences(load(paths[0]), paths[2])
+    more = diff(load(paths[0]), paths[2])
     adapter, other = load(paths[0]), load(paths[2])
     assert more.tensors
     for tensor in more.tensors:
@@ -206,8 +206,8 @@ def test_bad_input(tmp_path: Path) -> None:
     data[-1] ^= 1
     (tmp_path / "bad.st").write_bytes(data)
     with pytest.raises(FormatError, match=r"bad\.st: tensor 'w.*digest differs"):
-        differences(tmp_path / "a.st", tmp_path / "bad.st")
+        diff(tmp_path / "a.st", tmp_path / "bad.st")
     with pytest.raises(SourceError, match="not a regular expression"):
-        differences(tmp_path / "a.st", tmp_path / "a.st", include=["("])
+        diff(tmp_path / "a.st", tmp_path / "a.st", include=["("])
     with pytest.raises(OSError, match="none"):
-        differences(tmp_path / "a.st", tmp_path / "none.st")
+        diff(tmp_path / "a.st", tmp_path / "none.st")

@@ -1,4 +1,4 @@
-"""Applying an adapter to weights held as a dictionary, and taking it off again bit for bit."""
+"""Applying an adapter to a dictionary of weights, and reverting it bit for bit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shira_format.live.switcher import Switcher
 
 
 class Applied:
-    """An adapter that lies on weights; :meth:`revert` restores what was there."""
+    """An applied adapter; :meth:`revert` restores the weights."""
 
     def __init__(self, switcher: Switcher) -> None:
         self._switcher = switcher
 
     def revert(self) -> None:
-        """Restore the bits that were there before; a second call does nothing."""
+        """Restore the weights bit for bit; a second call does nothing."""
         self._switcher.revert()
 
 
@@ -27,23 +27,23 @@ def apply(
     *,
     rename: Callable[[str], str] = lambda name: name,
 ) -> Applied:
-    """Apply ``adapter`` in place to weights held as a dictionary, after everything has been checked.
+    """Apply ``adapter`` in place to a dictionary of weights, after everything has been checked.
 
-    For arrays without a framework, and for once; a :class:`Switcher` takes the same dictionaries.
+    To change adapters often use a :class:`Switcher`, which takes the same dictionaries.
 
     Args:
         adapter: the adapter.
-        weights: numpy arrays, or torch tensors, by name; ``model.state_dict()`` for example. Tensors that are new to the
-            base are added.
+        weights: numpy arrays or torch tensors by name, such as ``model.state_dict()``. Tensors that the base does not have
+            are added.
         alpha: strength; the adapter's own by default.
         rename: from a name in the adapter to one in ``weights``.
 
     Returns:
-        A handle whose ``revert`` takes the adapter off again.
+        A handle whose ``revert`` removes the adapter.
 
     Raises:
-        BaseMismatch: ``weights`` are not the base of this adapter; none was changed.
-        FormatError: the adapter's file is damaged; none was changed.
+        BaseMismatch: ``weights`` are not the base of this adapter; nothing was changed.
+        FormatError: the adapter's file is damaged; nothing was changed.
 
     Example:
         >>> applied = apply(load("adapter.st"), model.state_dict())

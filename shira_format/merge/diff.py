@@ -1,4 +1,4 @@
-"""What differs between two adapters, tensor by tensor."""
+"""The differences of two adapters, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import DERIVED
+from shira_format.merge.inputs import NO_TENSOR
 from shira_format.names.filters import name_filter
 from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 
-# Of a manifest what belongs to the content: told apart from provenance.
+# Keys of a manifest that belong to the content; the others are provenance.
 _CONTENT = DERIVED | {"alpha", "removed"}
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor of two adapters.
+    """One tensor in two adapters.
 
     Attributes:
         name: of the tensor.
-        whole: whether it is replaced as a whole; else it is sparse.
-        entries: of each adapter; None if it has no such tensor. Of whole tensors: elements.
-        traits: what differs beside the entries, in words: ``"shape"``, ``"dtype"``, ``"meaning"`` (targets, deltas, masks),
+        whole: whether it is dense, replaced as a whole; else it is sparse.
+        entries: the number of entries (elements of a dense tensor) in each adapter; None: it has no such tensor.
+        traits: what differs besides the entries: ``"shape"``, ``"dtype"``, ``"meaning"`` (targets, deltas, masks),
             ``"dtype of values"``, ``"base"`` (digest), ``"base values"`` (which one of the two keeps), ``"patch"``
             (name or rows of the base's tensor), ``"result"`` (digest).
-        only_first: entries that the first alone has.
-        only_second: entries that the second alone has.
+        only_first: entries of the first adapter only.
+        only_second: entries of the second adapter only.
         equal: entries of both with equal bits.
         other: entries of both with other values.
-        largest: largest finite magnitude by which values of both (targets, or deltas) differ; 0 where all are equal; None if
-            the values cannot be compared: nothing is shared, meanings differ and the base's values are not known, or no
-            difference is finite.
-        same_base: whether both are of the same base, at the entries that both have; None if nothing tells.
+        largest: the largest finite difference of values (targets, or deltas) of shared entries; 0 if all are equal; None if
+            there is none: no shared entries, targets and deltas without base values, or no finite difference.
+        same_base: whether both are of the same base, at the entries of both; None if this is not known.
     """
 
     name: str
@@ -56,20 +56,19 @@ class TensorDifference:
 
     @property
     def same(self) -> bool:
-        """Whether both adapters have the tensor, with the same bits."""
+        """Whether both adapters have the tensor, bit for bit the same."""
         return None not in self.entries and not (self.traits or self.only_first or self.only_second or self.other)
 
 
 @dataclass
 class Differences:
-    """What differs between two adapters.
+    """The differences of two adapters.
 
     Attributes:
-        tensors: of both, equal ones as well: first the sparse ones, then the whole ones, in the first adapter's order.
-        alpha: their strengths.
-        removed: names of the base's tensors that the first alone takes away, and those that the second alone does.
-        provenance: other keys of the manifests that differ, with both values (None: has none). These make no difference of
-            content.
+        tensors: all tensors, equal ones too: first the sparse, then the dense ones, in the first adapter's order.
+        alpha: the alphas of both.
+        removed: names of the base's tensors that only the first removes, and those that only the second removes.
+        provenance: the other keys of the manifests that differ, with both values (None: missing); not part of the content.
     """
 
     tensors: list[TensorDifference] = field(default_factory=list)
@@ -79,7 +78,7 @@ class Differences:
 
     @property
     def same(self) -> bool:
-        """Whether the content is the same, as ``==`` says of two :class:`Adapter`."""
+        """Whether the content is the same, as by ``==`` of two :class:`Adapter`."""
         return self.alpha[0] == self.alpha[1] and not any(self.removed) and all(t.same for t in self.tensors)
 
     @property
@@ -88,50 +87,51 @@ class Differences:
         return [tensor for tensor in self.tensors if not tensor.same]
 
 
-def differences(
-    a: Adapter | str | os.PathLike[str],
-    b: Adapter | str | os.PathLike[str],
+def diff(
+    first: Adapter | str | os.PathLike[str],
+    second: Adapter | str | os.PathLike[str],
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Callable[[str], object] = lambda _: None,
 ) -> Differences:
-    """Compare two adapters; one tensor of each is in memory at a time, and every one is read and checked.
+    """Compare two adapters; every tensor is read and checked, one of each at a time.
 
     Args:
-        a: an adapter, or the path of its file.
-        b: another one.
-        include: regexes; a tensor is compared only if one of them is found in its name.
-        exclude: regexes; a tensor is left out if one of them is found in its name.
+        first: an adapter, or the path of its file.
+        second: another one.
+        include: regexes; only tensors whose names match one are compared.
+        exclude: regexes; tensors whose names match one are left out.
         progress: called with the name of each tensor that is done.
 
     Raises:
-        SourceError: a regex that is none, or no tensor is left by the choice of names.
+        SourceError: an invalid regex, or no tensor is left.
         FormatError: a file is no adapter, or is damaged.
         OSError: a file cannot be read.
 
     Example:
-        >>> differences("a.st", "a.st").same
+        >>> diff("a.st", "a.st").same
         True
     """
     chosen = name_filter(include, exclude)
-    first, second = (
-        one if isinstance(one, Adapter) else AdapterFile(one, separate_maps=True).adapter() for one in (a, b)
+    a, b = (
+        one if isinstance(one, Adapter) else AdapterFile(one, separate_maps=True).adapter()
+        for one in (first, second)
     )
-    gone = [{name for name in one.removed if chosen(name)} for one in (first, second)]
+    gone = [{name for name in one.removed if chosen(name)} for one in (a, b)]
     found = Differences(
-        alpha=(first.alpha, second.alpha),
+        alpha=(a.alpha, b.alpha),
         removed=(tuple(sorted(gone[0] - gone[1])), tuple(sorted(gone[1] - gone[0]))),
-        provenance=dict(_provenance(first.manifest, second.manifest)),
+        provenance=dict(_provenance(a.manifest, b.manifest)),
     )
-    for name in filter(chosen, dict.fromkeys([*first, *second])):
-        found.tensors.append(_sparse(name, first.get(name), second.get(name)))
+    for name in filter(chosen, dict.fromkeys([*a, *b])):
+        found.tensors.append(_sparse(name, a.get(name), b.get(name)))
         progress(name)
-    for name in filter(chosen, dict.fromkeys([*first.dense, *second.dense])):
-        found.tensors.append(_whole(name, first.dense.get(name), second.dense.get(name)))
+    for name in filter(chosen, dict.fromkeys([*a.dense, *b.dense])):
+        found.tensors.append(_dense(name, a.dense.get(name), b.dense.get(name)))
         progress(name)
     if (include or exclude) and not found.tensors and not any(gone):
-        raise SourceError("no tensor is left by the choice of names")
+        raise SourceError(NO_TENSOR)
     return found
 
 
@@ -148,7 +148,7 @@ def _sparse(name: str, a: SparseTensor | None, b: SparseTensor | None) -> Tensor
             only_first=0 if a is None else a.nnz, only_second=0 if b is None else b.nnz,
         )  # fmt: skip
     traits = list(_traits(a, b))
-    if a.shape != b.shape:  # one flat index is another place in each
+    if a.shape != b.shape:  # a flat index is another element in each
         return TensorDifference(
             name, whole=False, entries=(a.nnz, b.nnz), traits=tuple(traits), only_first=a.nnz, only_second=b.nnz
         )
@@ -159,7 +159,7 @@ def _sparse(name: str, a: SparseTensor | None, b: SparseTensor | None) -> Tensor
     if same_base is False:
         traits.append("base")
     elif mine.size == a.nnz == b.nnz and a.base_digest != b.base_digest:
-        traits.append("base")  # one of them does not say
+        traits.append("base")  # only one has a digest
     return TensorDifference(
         name, whole=False, entries=(a.nnz, b.nnz), traits=tuple(traits),
         only_first=a.nnz - mine.size, only_second=b.nnz - its.size, equal=mine.size - other, other=other,
@@ -185,12 +185,12 @@ def _traits(a: SparseTensor, b: SparseTensor) -> Iterator[str]:
 
 
 def _resized(tensor: SparseTensor) -> int | None:
-    """The rows of the result, if these are not the base's: a count that changes nothing is no difference."""
+    """The rows of the result if they differ from the base's."""
     return None if tensor.result_shape == tensor.shape else tensor.rows
 
 
 def _shared(a: Indices, b: Indices) -> tuple[Indices, Indices]:
-    """Where in each the numbers are that both have."""
+    """The positions of the shared indices in each."""
     every, (at_a, at_b) = union([a, b])
     where = np.full(every.size, -1, np.int64)
     where[at_a] = np.arange(a.size)
@@ -199,7 +199,7 @@ def _shared(a: Indices, b: Indices) -> tuple[Indices, Indices]:
 
 
 def _unequal(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices) -> Array:
-    """Of the shared entries, which ones have not the same bits of the same meaning; bool ``[n]``."""
+    """Which shared entries differ in bits or in what the values are; bool ``[n]``."""
     if a.value_kind == b.value_kind == "none":
         return np.zeros(mine.size, bool)
     if a.value_kind != b.value_kind or a.values.dtype != b.values.dtype:
@@ -221,8 +221,15 @@ def _largest(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices, uneq
             with np.errstate(over="ignore", invalid="ignore"):
                 values -= tensor.base[at].astype(np.float64)
         numbers.append(values)
+    return _largest_step(*numbers)
+
+
+def _largest_step(a: Array, b: Array) -> float | None:
+    """The largest finite difference; 0 of no numbers, None if none is finite."""
+    if not a.size:
+        return 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
-        steps = np.abs(numbers[0] - numbers[1])
+        steps = np.abs(a.astype(np.float64) - b.astype(np.float64))
     steps = steps[np.isfinite(steps)]
     return float(steps.max()) if steps.size else None
 
@@ -235,11 +242,11 @@ def _same_base(a: SparseTensor, b: SparseTensor, mine: Indices, its: Indices) ->
     if mine.size == a.nnz == b.nnz:
         return a.base_digest == b.base_digest
     if a.base is None or b.base is None:
-        return None  # digests of different entries tell nothing
+        return None  # digests of different entries cannot be compared
     return not bool(bits_differ(a.base[mine], b.base[its]).any())
 
 
-def _whole(name: str, a: DenseTensor | None, b: DenseTensor | None) -> TensorDifference:
+def _dense(name: str, a: DenseTensor | None, b: DenseTensor | None) -> TensorDifference:
     if a is None or b is None:
         sizes = (None if a is None else a.values.size, None if b is None else b.values.size)
         return TensorDifference(
@@ -264,14 +271,5 @@ def _whole(name: str, a: DenseTensor | None, b: DenseTensor | None) -> TensorDif
     other = int(np.count_nonzero(unequal))
     return TensorDifference(
         name, whole=True, entries=sizes, traits=tuple(traits), equal=sizes[0] - other, other=other,
-        largest=_largest_of_whole(flat_a[unequal], flat_b[unequal]) if sizes[0] else None, same_base=same_base,
+        largest=_largest_step(flat_a[unequal], flat_b[unequal]) if sizes[0] else None, same_base=same_base,
     )  # fmt: skip
-
-
-def _largest_of_whole(a: Array, b: Array) -> float | None:
-    if not a.size:
-        return 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        steps = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    steps = steps[np.isfinite(steps)]
-    return float(steps.max()) if steps.size else None
