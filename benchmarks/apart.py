@@ -151,7 +151,7 @@ def _loaded(files: list[str]) -> dict[str, Any]:
 
 def _apply(clock: _Clock, adapter: str, base: list[str], tuned: list[str]) -> None:
     """Apply our file to weights in memory, in place."""
-    from shira_format import load
+    from shira_format.format import load
     from shira_format.live import apply
 
     weights = _loaded(base)

@@ -21,11 +21,13 @@ from benchmarks.apart import peak
 from benchmarks.model import LARGE, Shape
 from benchmarks.sizes import uniform
 from benchmarks.table import Row
-from shira_format import Adapter, AdapterWriter, SparseTensor, load
 from shira_format._core import compiled
 from shira_format._core.arrays import as_array
 from shira_format._core.threads import Workers
-from shira_format.merge import Merge, merge, open_merge
+from shira_format.adapter import Adapter
+from shira_format.format import AdapterWriter, load
+from shira_format.merging import Merge, merge, open_merge
+from shira_format.tensors import SparseTensor
 
 DENSITY = 0.01
 FASTER = 50

@@ -17,10 +17,11 @@ import torch
 from benchmarks.model import RANK
 from benchmarks.sizes import uniform
 from benchmarks.table import Row, machine_name
-from shira_format import Adapter, SparseTensor
 from shira_format._core import compiled
 from shira_format._core.arrays import Indices, as_array
+from shira_format.adapter import Adapter
 from shira_format.live import Switcher
+from shira_format.tensors import SparseTensor
 
 DENSITY = 0.01
 SIZES = (512, 1024, 2048, 4096, 8192)

@@ -17,7 +17,7 @@ from benchmarks.sizes import uniform
 from benchmarks.table import Row
 from shira_analysis.measures.deltas import delta_matrix
 from shira_analysis.measures.orthogonality import orthogonality
-from shira_format import SparseTensor
+from shira_format.tensors import SparseTensor
 
 DENSITY = 0.01
 FASTER = 10

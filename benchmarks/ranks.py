@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.sizes import uniform
 from benchmarks.table import Row
 from shira_analysis.measures.rank import rank_of
-from shira_format import SparseTensor
+from shira_format.tensors import SparseTensor
 
 _T = TypeVar("_T")
 

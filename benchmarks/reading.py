@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import shira_format
+from shira_format.format import AdapterFile, load
 from benchmarks.sizes import uniform
 from benchmarks.table import Row, seconds
 from shira_format.format.codecs import BLOCK_SIZE, CODECS
@@ -22,7 +22,7 @@ from shira_format.storage.safetensors_file import SafetensorsFile
 
 def rows(adapter: Path, folder: Path) -> Iterator[Row]:
     """Reading beside safetensors, and what is beneath it."""
-    file = shira_format.AdapterFile(adapter)
+    file = AdapterFile(adapter)
     name = max(file.manifest.tensors, key=lambda key: file.manifest.tensors[key].nnz)
     plain = _plain(adapter, folder / "plain.safetensors")
 
@@ -35,16 +35,16 @@ def rows(adapter: Path, folder: Path) -> Iterator[Row]:
             return opened.keys()
 
     entries = file.manifest.tensors[name].nnz
-    yield Row("open the adapter, header and manifest checked", 1e3 * seconds(lambda: shira_format.load(adapter)), 1e3 * seconds(open_peer), "ms", "safetensors, int32 + bf16")  # fmt: skip
+    yield Row("open the adapter, header and manifest checked", 1e3 * seconds(lambda: load(adapter)), 1e3 * seconds(open_peer), "ms", "safetensors, int32 + bf16")  # fmt: skip
     for verify in (True, False):
-        ours = seconds(lambda verify=verify: shira_format.load(adapter, verify=verify)[name], repeat=20)  # type: ignore[misc]
+        ours = seconds(lambda verify=verify: load(adapter, verify=verify)[name], repeat=20)  # type: ignore[misc]
         what = "digests checked" if verify else "digests not checked"
         yield Row(f"open and read one tensor of {entries} entries, decoded, {what}", 1e3 * ours, 1e3 * seconds(peer, repeat=20), "ms", "safetensors, not checked, summed")  # fmt: skip
     # In an open file, so that the check of the whole header is not counted for one tensor.
     with safe_open(plain, "pt") as opened:
         ready = seconds(lambda: _touch(opened, name), repeat=20)
     for verify in (True, False):
-        reader = shira_format.load(adapter, verify=verify)
+        reader = load(adapter, verify=verify)
         ours = seconds(lambda reader=reader: reader[name], repeat=20)  # type: ignore[misc]
         what = "digests checked" if verify else "digests not checked"
         yield Row(f"read one tensor of an open file, decoded, {what}", 1e3 * ours, 1e3 * ready, "ms", "safetensors, not checked, summed")  # fmt: skip
@@ -69,7 +69,7 @@ def _bytes(path: Path, name: str) -> int:
 
 def _plain(adapter: Path, path: Path) -> Path:
     """The same content as int32 indices and bf16 values."""
-    loaded = shira_format.load(adapter)
+    loaded = load(adapter)
     tensors = {}
     for name, tensor in loaded.items():
         tensors[f"{name}#indices"] = torch.from_numpy(tensor.indices.astype(np.int32))

@@ -13,9 +13,10 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 
 from benchmarks.model import RANK, Shape
 from benchmarks.table import Row
-from shira_format import AdapterWriter, SparseTensor
 from shira_format._core.arrays import Array, Indices
+from shira_format.format import AdapterWriter
 from shira_format.format.codecs import encode_smallest
+from shira_format.tensors import SparseTensor
 
 ENTRIES = 1 << 24
 
@@ -70,7 +71,7 @@ def uniform_adapter(shape: Shape, path: Path) -> Path:
 
 def account(path: Path) -> tuple[float, float]:
     """Index bits an entry and file bytes an entry."""
-    from shira_format import AdapterFile
+    from shira_format.format import AdapterFile
 
     file = AdapterFile(path)
     nnz = sum(entry.nnz for entry in file.manifest.tensors.values())

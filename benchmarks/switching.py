@@ -28,11 +28,12 @@ from transformers import LlamaForCausalLM, logging
 from benchmarks.model import LINEAR, RANK, Shape, make_lora
 from benchmarks.sizes import uniform
 from benchmarks.table import Row
-from shira_format import AdapterWriter, SparseTensor
 from shira_format._core.arrays import as_array
 from shira_format._core.threads import Threads
 from shira_format.convert import lora_to_shira
+from shira_format.format import AdapterWriter
 from shira_format.live import AdapterPool, Switcher
+from shira_format.tensors import SparseTensor
 
 DENSITY = 0.01
 LINE = 64  # bytes of a cache line

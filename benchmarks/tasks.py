@@ -20,7 +20,7 @@ from shira_analysis.measures.effect import accuracy
 from shira_format.convert import lora_to_shira
 from shira_format.errors import SourceError
 from shira_format.live import Switcher
-from shira_format.merge import METHODS, Method, merge, open_merge
+from shira_format.merging import METHODS, Method, merge, open_merge
 
 TASKS = ("spam", "genre")
 DENSITIES = (0.01, 0.05)

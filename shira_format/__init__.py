@@ -25,38 +25,45 @@ if TYPE_CHECKING:
     from shira_format.export.csr import shira_to_csr as shira_to_csr
     from shira_format.export.full import shira_to_full as shira_to_full
     from shira_format.export.lora import shira_to_lora as shira_to_lora
-    from shira_format.export.peft_shira import shira_to_peft as shira_to_peft
-    from shira_format.format import AdapterFile as AdapterFile
-    from shira_format.format import AdapterWriter as AdapterWriter
+    from shira_format.export.peft_shira.export import shira_to_peft as shira_to_peft
     from shira_format.format import load as load
     from shira_format.format import save as save
     from shira_format.live import AdapterPool as AdapterPool
     from shira_format.live import Switcher as Switcher
     from shira_format.live import apply as apply
+    from shira_format.merging.diff import diff as diff
+    from shira_format.merging.verbs import compose as compose
+    from shira_format.merging.verbs import intersect as intersect
+    from shira_format.merging.verbs import invert as invert
+    from shira_format.merging.verbs import merge as merge
+    from shira_format.merging.verbs import subtract as subtract
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
 
 # Where each public name lives; it is imported when it is first asked for.
 _HOMES = {
     "Adapter": "adapter",
-    "AdapterFile": "format",
     "AdapterPool": "live",
-    "AdapterWriter": "format",
     "DenseTensor": "tensors",
     "SparseTensor": "tensors",
     "Switcher": "live",
     "apply": "live",
+    "compose": "merging.verbs",
     "csr_to_shira": "convert.csr",
+    "diff": "merging.diff",
     "full_to_shira": "convert.full",
+    "intersect": "merging.verbs",
+    "invert": "merging.verbs",
     "load": "format",
     "lora_to_shira": "convert.lora",
+    "merge": "merging.verbs",
     "open_checkpoint": "checkpoints",
     "peft_to_shira": "convert.peft_shira",
     "save": "format",
     "shira_to_csr": "export.csr",
     "shira_to_full": "export.full",
     "shira_to_lora": "export.lora",
-    "shira_to_peft": "export.peft_shira",
+    "shira_to_peft": "export.peft_shira.export",
 }
 
 __all__ = ["__version__", "errors", *sorted(_HOMES)]  # noqa: PLE0604 - strings, from the table above
@@ -65,8 +72,6 @@ __all__ = ["__version__", "errors", *sorted(_HOMES)]  # noqa: PLE0604 - strings,
 def __getattr__(name: str) -> Any:
     if name == "errors":
         return import_module("shira_format.errors")
-    if hasattr(errors := import_module("shira_format.errors"), name):  # until all import them from there
-        return getattr(errors, name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

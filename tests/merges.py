@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from shira_format import load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import Lora, open_lora
 from tests import models

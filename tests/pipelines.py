@@ -23,10 +23,10 @@ from peft.utils import set_peft_model_state_dict
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from shira_format import load
 from shira_format._core.arrays import Array
 from shira_format.convert import lora_to_shira
 from shira_format.convert.report import ConversionReport
+from shira_format.format import load
 
 MODELS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from shira_format import Adapter, DenseTensor, SparseTensor
 from shira_format._core.arrays import Array, Indices
 from shira_format._core.dtypes import DTYPES, FLOATS
-from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_shape, numel
+from shira_format.adapter import Adapter
+from shira_format.tensors import MAX_NUMEL, DenseTensor, SparseTensor, ValueKind, matrix_shape, numel
 
 Shape = tuple[int, ...]
 Part = dict[str, Any]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tasks
-from shira_format.merge import METHODS
+from shira_format.merging import METHODS
 from tests import models
 
 

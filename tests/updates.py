@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from shira_format import load
 from shira_format._core.arrays import Array
 from shira_format.convert import lora_to_shira
+from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora.base import Update
 

@@ -52,7 +52,7 @@ def command(
     _need_torch()
     from shira_analysis.measures.classifier import LabelledTexts
     from shira_analysis.measures.densities import adapter_path, compare_densities
-    from shira_analysis.report.text import demo
+    from shira_analysis.reports.text import demo
 
     densities = densities or (0.01, 0.02, 0.05)
     results: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def command(
 def _need_torch() -> None:
     import importlib.util
 
-    from shira_format import ShiraError
+    from shira_format.errors import ShiraError
 
     missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
     if missing:

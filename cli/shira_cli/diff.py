@@ -45,8 +45,8 @@ def command(
 
     The exit code is 0 if the content is the same, 1 if it differs, and 2 after an error.
     """
-    from shira_analysis.report.text.diff import as_json, as_text
-    from shira_format.merge.diff import diff
+    from shira_analysis.reports.text.diff import as_json, as_text
+    from shira_format.merging.diff import diff
 
     with printer.bar("tensors") as bar:
         found = diff(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from shira_format import ShiraError
 from shira_format._core.text import printable
+from shira_format.errors import ShiraError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

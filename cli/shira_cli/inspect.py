@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from shira_analysis.report.inspection import ORDERS, html_report, inspect_files
-from shira_analysis.report.text import inspect
+from shira_analysis.reports.inspection import ORDERS, html_report, inspect_files
+from shira_analysis.reports.text import inspect
 from shira_cli import app, errors, options
 from shira_cli.output import Printer
 from shira_format.storage.output_folder import check_output_file

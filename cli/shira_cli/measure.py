@@ -65,7 +65,7 @@ def command(
 
     from shira_analysis.measures.adapter import measure_file
     from shira_analysis.measures.deltas import open_deltas
-    from shira_analysis.report.text import measure
+    from shira_analysis.reports.text import measure
     from shira_format.checkpoints import open_checkpoint
 
     checkpoint = None if base is None else open_checkpoint(base)
@@ -78,7 +78,7 @@ def command(
     result: dict[str, Any] = {"adapters": [one.as_json(values=spectrum) for one in found]}
     if loras:
         from shira_analysis.measures.lora import measure_lora
-        from shira_analysis.report.text import loras as loras_text
+        from shira_analysis.reports.text import loras as loras_text
 
         assert checkpoint is not None
         with printer.bar("updates") as bar:
@@ -88,7 +88,7 @@ def command(
         texts.insert(0, loras_text.as_text(measured, tensors=tensors, spectrum=spectrum))
     if len(files) > 1:
         from shira_analysis.measures.pairs import measure_pairs
-        from shira_analysis.report.text import pairs
+        from shira_analysis.reports.text import pairs
         from shira_format.calibration.moments import Moments
 
         inputs = None if moments is None else Moments.read(moments)

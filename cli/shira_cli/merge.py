@@ -14,13 +14,13 @@ import click
 
 from shira_cli import app, options
 from shira_cli.output import Printer
-from shira_format.merge.methods import METHODS, shown
+from shira_format.merging.methods import METHODS, shown
 from shira_format.storage.output_folder import check_output_file
 
 if TYPE_CHECKING:
     from shira_analysis.merging.report import MergeAnalysis
     from shira_format.checkpoints import Checkpoint
-    from shira_format.merge import Merge, MergeReport
+    from shira_format.merging import Merge, MergeReport
 
 PROG = "shira-merge"
 
@@ -109,7 +109,7 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
     An entry of the result is the base's value plus what the method makes of the adapters' deltas there, times the
     weights. Where only one adapter changes an entry, at weight 1, its target is kept bit for bit.
     """
-    from shira_analysis.report.text import merge
+    from shira_analysis.reports.text import merge
 
     settings = _settings(method, adapters, given)
     output = None if settings["dry_run"] or settings["check"] else settings["output"]
@@ -120,7 +120,7 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
     if method in ALGEBRA:
         report = _combine(method, adapters, output, base, printer, settings)
     else:
-        from shira_format.merge import open_merge
+        from shira_format.merging import open_merge
 
         job = open_merge(
             adapters, method=method, weights=settings["weights"], options=settings["option"],
@@ -147,7 +147,7 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
 
 def _check_files(output: Path | None, page: Path | None, inputs: Sequence[Path], *, force: bool) -> None:
     """Raise ShiraError if a file to write exists, is an input, or is the other file to write."""
-    from shira_format import SourceError
+    from shira_format.errors import SourceError
     from shira_format.storage.paths import check_not_input
 
     for path in (output, page):
@@ -185,7 +185,7 @@ def _written(analysis: MergeAnalysis, page: Path) -> Iterator[None]:
     if page.suffix.lower() == ".json":
         text = json.dumps(analysis.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     else:
-        from shira_analysis.report.html.merge_page import merge_page
+        from shira_analysis.reports.html.merge_page import merge_page
 
         text = merge_page(analysis)
     with atomic_file(page) as out:
@@ -243,7 +243,7 @@ def _numbers(flag: str, text: str) -> list[float]:
 
 def _pair(method: str, flag: str, text: str, given: str) -> tuple[str, Any]:
     """KEY=VALUE, the value in the option's type, so that the result says the same as if Python had given it."""
-    from shira_format import SourceError
+    from shira_format.errors import SourceError
 
     key, found, value = text.partition("=")
     if not found or not key:
@@ -269,7 +269,7 @@ def _combine(
     method: str, adapters: Sequence[Path], output: Path | None, base: Checkpoint | None, printer: Printer, settings: dict[str, Any]
 ) -> MergeReport:  # fmt: skip
     """Subtract, compose or invert, by an exact rule."""
-    from shira_format.merge import compose, invert, subtract
+    from shira_format.merging import compose, invert, subtract
 
     with printer.bar("tensors") as bar:
         shared: dict[str, Any] = {

@@ -49,7 +49,7 @@ def command(model: Path, texts: Path, output: Path, force: bool, dry_run: bool, 
     names of the weights in the model's files. With them, shira-measure and shira-merge report how much two adapters
     disturb each other on such texts. Needs torch and transformers: pip install 'shira-format[demo]'.
     """
-    from shira_analysis.report.text import moments
+    from shira_analysis.reports.text import moments
     from shira_format.calibration.collect import MomentsReport, check_moments_output, moments_of_texts
 
     check_moments_output(output, model, texts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shira_format import ShiraError
+from shira_format.errors import ShiraError
 
 DATA = Path(__file__).parent / "data"
 TASKS = ("spam", "genre")

@@ -51,7 +51,7 @@ def command(
     installed (not with --quick). The exit code is 1 if a law that should hold does not.
     """
     from shira_analysis.lemmas import as_json, verify_lemmas
-    from shira_analysis.report.text.lemmas import as_text, broken_laws
+    from shira_analysis.reports.text.lemmas import as_text, broken_laws
 
     chosen = [number for number in LEMMAS if not lemmas or number in lemmas]
     with _shipped(printer, wanted=not (adapters or quick)) as shipped, printer.bar("lemmas", len(chosen)) as bar:
@@ -70,7 +70,7 @@ def command(
 @contextlib.contextmanager
 def _shipped(printer: Printer, *, wanted: bool) -> Iterator[list[Path]]:
     """The shipped LoRAs as adapters at 1 %, if they are wanted and their base is installed."""
-    from shira_format import ShiraError
+    from shira_format.errors import ShiraError
 
     if not wanted:
         yield []

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shira_format.calibration.moments import LIMIT, collect_moments
-from shira_format.calibration.texts import ChosenLayers, LoadedModel, batches, choose_layers, load_model, read_texts
+from shira_format.calibration.texts import (
+    ChosenLayers,
+    LoadedModel,
+    batches,
+    choose_layers,
+    load_model,
+    read_texts,
+)
 from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import SourceError
 
@@ -150,8 +157,8 @@ def _notes(report: MomentsReport, empty: int, loaded: LoadedModel, chosen: Chose
         report.warnings.append(
             f"{len(loaded.random)} weights are not in the folder and are random: {_some(loaded.random)}"
         )
-    if chosen.strange:
-        report.notices.append(f"not watched, because no tensor in the files has the name: {_some(chosen.strange)}")
+    if chosen.unknown:
+        report.notices.append(f"not watched, because no tensor in the files has the name: {_some(chosen.unknown)}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format import SourceError
 from shira_format._core.arrays import Array, as_bytes
 from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shira_format import SourceError
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter

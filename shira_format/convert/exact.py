@@ -72,7 +72,7 @@ class CompareStage:
 
         def rest() -> Differences:
             digest = tensor_digest(change.tuned, change.tuned_name) if self.rule.digests else None
-            return Differences(Entries.joined(parts, change), digest)
+            return Differences(Entries.concatenated(parts, change), digest)
 
         return held, rest
 

@@ -60,7 +60,7 @@ class Entries:
         return Entries(self.indices.copy(), self.values.copy(), self.base.copy(), self.target.copy(), self.energy)
 
     @classmethod
-    def joined(cls, parts: list[Entries], change: Change) -> Entries:
+    def concatenated(cls, parts: list[Entries], change: Change) -> Entries:
         """Consecutive parts concatenated; ``parts`` is emptied, so that memory holds each entry once."""
         lists = [[getattr(part, column) for part in parts] for column in COLUMNS]
         parts.clear()

@@ -241,7 +241,7 @@ def by_energy(
     """The fewest entries of one change that hold the share of its energy that ``rule`` asks for.
 
     Returns:
-        What finishes the result, on one thread.
+        The number of candidates in memory, and what finishes the result, on one thread, while the next change is read.
     """
     lowest = rule.lowest(change.dtype)
     seen = survey(change, rule, change.dtype, lowest, workers, progress)

@@ -26,7 +26,7 @@ R_co = TypeVar("R_co", covariant=True)
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
-# What a stage leaves to do: how many entries it holds in memory, and the work, on any one thread, that gives the result.
+# An unfinished result: the number of entries that it holds in memory, and the function that finishes it, on any thread.
 Pending = tuple[int, Callable[[], _R]]
 
 
@@ -44,7 +44,7 @@ class Stage(Protocol[C_contra, R_co]):
         """Read the change; ``progress`` is called with numbers of elements.
 
         Returns:
-            What is left to do while the next change is read. It must not use ``workers``.
+            What finishes the result, while the next change is read. It must not use ``workers``.
         """
 
 
@@ -52,7 +52,7 @@ class Engine(Protocol):
     """Who computes."""
 
     def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
-        """What the stage leaves to do for each change, in order; few are computed ahead."""
+        """The unfinished results in the order of ``changes``; few are computed ahead."""
 
 
 @dataclass(frozen=True)
@@ -116,23 +116,23 @@ class CollectStage:
 def select(
     changes: Sequence[Change], rule: TopK, engine: Engine, workers: Workers, *, folder: Path | None = None
 ) -> Iterator[Pending[Entries]]:
-    """The selected entries of each change, in order; memory stays at one tensor's selection.
+    """The selected entries of each change, in order; those of one tensor are in memory at a time.
 
     Args:
         changes: what to select from.
-        rule: how many.
-        engine: who computes: the threads of this process (:class:`LocalEngine`), or a cluster. The result does not depend on it.
+        rule: how many to select.
+        engine: the threads of this process (:class:`LocalEngine`), or a cluster; the result is the same.
         workers: the threads of this process.
-        folder: for a temporary file of what is selected, under the global scope.
+        folder: for a temporary file, under the global scope.
 
     Returns:
-        For each change what is left to do, for :meth:`Workers.ahead`.
+        Unfinished results, for :meth:`Workers.ahead`.
 
     Raises:
         SourceError: a change holds NaN or Inf.
     """
     if rule.scope == "global":
-        return _of_all(changes, rule, engine, workers, folder)
+        return _select_global(changes, rule, engine, workers, folder)
     return engine.map(SelectStage(rule), changes)
 
 
@@ -141,7 +141,7 @@ def passes(rule: TopK) -> int:
     return 2 if rule.scope == "global" or rule.energy is not None else 1
 
 
-def _of_all(
+def _select_global(
     changes: Sequence[Change], rule: TopK, engine: Engine, workers: Workers, folder: Path | None
 ) -> Iterator[Pending[Entries]]:
     dtype, size = radix.common_dtype(changes), sum(change.size for change in changes)
@@ -150,7 +150,7 @@ def _of_all(
         survey = result()
         seen.add(survey)
         energies.append(survey.energy)
-        if rule.energy is None:  # what is below the k largest so far is not among the k largest
+        if rule.energy is None:  # anything below the k largest so far is not selected
             surveying.floor = radix.Edge(rule, seen, size, dtype).floor
     edge = radix.Edge(rule, seen, size, dtype)
     with Spool(folder) as spool:
@@ -158,7 +158,7 @@ def _of_all(
         for entries in workers.ahead(engine.map(CollectStage(edge.reach), changes)):
             edge.see(entries.values)
             places.append(spool.put(entries))
-            del entries  # not to be held while the next ones are collected
+            del entries  # not needed while the next ones are collected
         value, ties = edge.decide()
         for place, energy in zip(places, energies, strict=True):
             entries, ties = radix.cut(spool.get(place), value, ties, energy)

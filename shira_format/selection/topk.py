@@ -51,7 +51,7 @@ def largest_entries(
     kept. If too few reach it, the pass is repeated without a sample.
 
     Returns:
-        The number of candidates in memory, and what finishes the result, on one thread, while the next change is computed.
+        The number of candidates in memory, and what finishes the result, on one thread, while the next change is read.
     """
     k, lowest = rule.count(change.size), rule.lowest(change.dtype)
     floor = max(lowest, _sampled_floor(change, k))

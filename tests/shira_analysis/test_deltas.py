@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira_analysis.measures.deltas import delta_matrix, delta_values, open_deltas, side_by_side
-from shira_format import Adapter, BaseMismatch, BaseRequired, FormatError, SourceError, SparseTensor, save
 from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import FLOATS
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
-from shira_format.tensors import matrix_shape
+from shira_format.errors import BaseMismatch, BaseRequired, FormatError, SourceError
+from shira_format.format import save
+from shira_format.tensors import SparseTensor, matrix_shape
 from tests.models import save_arrays
 from tests.strategies import small_shapes, sparse_tensors
 

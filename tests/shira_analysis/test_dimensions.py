@@ -10,7 +10,7 @@ import pytest
 
 from shira_analysis.figures import dimensions, pictures, style
 from shira_analysis.measures.orthogonality import orthogonality
-from shira_format import SourceError
+from shira_format.errors import SourceError
 
 
 @pytest.fixture

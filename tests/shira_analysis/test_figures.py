@@ -20,12 +20,14 @@ from shira_analysis.measures.adapter import measure, measure_tensor
 from shira_analysis.measures.deltas import DeltaFile, delta_matrix, open_deltas
 from shira_analysis.measures.overlap import overlap
 from shira_analysis.measures.pairs import measure_pairs
-from shira_format import Adapter, SourceError, SparseTensor, save
+from shira_format.adapter import Adapter
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import SourceError
+from shira_format.format import save
 from shira_format.lora import LowRank
 from shira_format.lora.base import Lora
-from shira_format.tensors import matrix_shape
+from shira_format.tensors import SparseTensor, matrix_shape
 from tests import models, strategies
 
 QUERY, UP, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.11.mlp.up_proj.weight", "score.weight"

@@ -17,12 +17,14 @@ from safetensors.numpy import save_file
 from shira_analysis.measures.adapter import measure
 from shira_analysis.measures.deltas import open_deltas
 from shira_analysis.measures.pairs import measure_pairs
-from shira_analysis.report.html import Look, look, page, report, words
-from shira_analysis.report.summary import describe
+from shira_analysis.reports.html import Look, look, page, report, words
+from shira_analysis.reports.summary import describe
 from shira_cli import inspect
-from shira_format import Adapter, AdapterFile, DenseTensor, SparseTensor, save
 from shira_format._core.arrays import array_digest
+from shira_format.adapter import Adapter
 from shira_format.calibration.moments import Moment, Moments
+from shira_format.format import AdapterFile, save
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests import browser, strategies
 
 Capture = pytest.CaptureFixture[str]

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 
 from shira_analysis.merging.analysis import analyse_merge
-from shira_analysis.report.html.merge_page import merge_page
-from shira_format import Adapter, DenseTensor, SparseTensor, save
+from shira_analysis.reports.html.merge_page import merge_page
+from shira_format.adapter import Adapter
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
-from shira_format.merge import Merge, open_merge
+from shira_format.format import save
+from shira_format.merging import Merge, open_merge
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests import browser, models
 from tests.shira_analysis.test_html import EVIL, parsed
 from tests.shira_analysis.test_joining import QUERY, merges, of_deltas, struct

@@ -16,8 +16,9 @@ from scipy import sparse
 
 from shira_analysis.measures import interference as module
 from shira_analysis.measures.interference import Interference, interference
-from shira_format import SourceError, SparseTensor
 from shira_format.calibration.moments import Moment
+from shira_format.errors import SourceError
+from shira_format.tensors import SparseTensor
 
 CELLS = st.sampled_from([0, 0, 0, 1, -1, 2, -0.5])
 

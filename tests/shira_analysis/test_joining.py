@@ -21,13 +21,15 @@ from shira_analysis.merging import lemmas as joining_lemmas
 from shira_analysis.merging.analysis import analyse_merge
 from shira_analysis.merging.lemmas import struct_rows
 from shira_analysis.merging.report import MergeAnalysis
-from shira_format import Adapter, BaseRequired, DenseTensor, SourceError, SparseTensor, save
 from shira_format._core.arrays import array_digest
 from shira_format._core.text import percent
+from shira_format.adapter import Adapter
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.convert import lora_to_shira
-from shira_format.merge import METHODS, Merge, open_merge
-from shira_format.tensors import matrix_shape
+from shira_format.errors import BaseRequired, SourceError
+from shira_format.format import save
+from shira_format.merging import METHODS, Merge, open_merge
+from shira_format.tensors import DenseTensor, SparseTensor, matrix_shape
 from tests import models
 
 QUERY, DOWN, NORM, CONV = "h.0.q_proj.weight", "h.0.down_proj.weight", "h.0.norm.weight", "h.0.conv.weight"

@@ -19,8 +19,11 @@ from shira_analysis import lemmas
 from shira_analysis.lemmas import complexity, exact, low_rank, null_space, orthogonality, scale
 from shira_analysis.lemmas.report import Check, LemmaReport, as_json
 from shira_analysis.lemmas.samples import KINDS, Setting, integers, mask
-from shira_format import Adapter, BaseMismatch, BaseRequired, SourceError, SparseTensor, save
+from shira_format.adapter import Adapter
+from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.export.lora import best_factors
+from shira_format.format import save
+from shira_format.tensors import SparseTensor
 
 seeds = st.integers(0, 2**32 - 1)
 small = st.tuples(st.integers(1, 9), st.integers(1, 9))

@@ -13,9 +13,12 @@ from hypothesis import given
 from shira_analysis.measures.adapter import AdapterMeasures, combine, measure, measure_tensor
 from shira_analysis.measures.deltas import delta_values
 from shira_analysis.measures.layer_kinds import KINDS
-from shira_format import Adapter, BaseRequired, DenseTensor, SourceError, SparseTensor, load, save
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import BaseRequired, SourceError
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests.models import LORAS, minilm
 from tests.strategies import adapters
 

@@ -15,8 +15,9 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from shira_analysis.measures.interference import interference
-from shira_format import FormatError, SourceError, SparseTensor
 from shira_format.calibration.moments import Moment, Moments, collect_moments
+from shira_format.errors import FormatError, SourceError
+from shira_format.tensors import SparseTensor
 from tests.models import minilm
 
 

@@ -14,7 +14,8 @@ from scipy import sparse
 
 from shira_analysis.measures import orthogonality as module
 from shira_analysis.measures.orthogonality import Orthogonality, awom, awor, orthogonality
-from shira_format import SourceError, SparseTensor
+from shira_format.errors import SourceError
+from shira_format.tensors import SparseTensor
 
 # Integers, so that sums are exact in any order and terms do cancel.
 CELLS = st.sampled_from([0, 0, 0, 0, 1, -1, 2, -3])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from shira_analysis.measures.overlap import Overlap, overlap, shared_positions
-from shira_format import BaseRequired, SourceError, SparseTensor
+from shira_format.errors import BaseRequired, SourceError
+from shira_format.tensors import SparseTensor
 
 SHAPE = (5, 2, 3)
 DENSE = arrays(np.float32, SHAPE, elements=st.sampled_from([0, 0, 0, 1, -1, 2, -0.5]))

@@ -14,8 +14,11 @@ from shira_analysis.measures.orthogonality import orthogonality
 from shira_analysis.measures.overlap import Overlap, overlap
 from shira_analysis.measures.pairs import measure_pairs
 from shira_cli.measure import main
-from shira_format import Adapter, BaseMismatch, SourceError, SparseTensor, save
+from shira_format.adapter import Adapter
 from shira_format.calibration.moments import Moment, Moments
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.format import save
+from shira_format.tensors import SparseTensor
 
 NAMES = {
     "model.layers.0.self_attn.q_proj.weight": (6, 5),

@@ -17,13 +17,15 @@ from shira_analysis.measures.certificate import Bounds, bounds_of, of_kronecker,
 from shira_analysis.measures.modular import PRIMES, residues
 from shira_analysis.measures.rank import RankReport, rank_of, rank_of_update, ranks_of_lora
 from shira_analysis.measures.spectrum import Spectrum, spectrum_of, spectrum_of_product
-from shira_format import BaseRequired, SourceError, SparseTensor, load
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import BaseRequired, SourceError
+from shira_format.format import load
 from shira_format.lora import open_lora
 from shira_format.lora.products import Dense, Hadamard, Kronecker, LowRank
+from shira_format.tensors import SparseTensor
 from tests.models import LORAS, minilm
 from tests.strategies import masks
 from tests.updates import dense

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from shira_analysis.measures.size import combine_masks, combine_norms, mask_of, norms_of, norms_of_values
 from shira_analysis.measures.uniform import dispersion_of_gaps, lines_with_entries, mean_of
-from shira_format import SparseTensor
-from shira_format.tensors import matrix_shape
+from shira_format.tensors import SparseTensor, matrix_shape
 from tests.strategies import HUGE_SHAPES, masks, small_shapes
 
 numbers = st.floats(-1e6, 1e6) | st.floats(allow_nan=False, allow_infinity=False) | st.just(0.0)

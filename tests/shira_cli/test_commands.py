@@ -155,7 +155,7 @@ def test_a_full_disk(tmp_path: Path, capsys: Capture, monkeypatch: pytest.Monkey
 
 def test_a_known_error_shows_its_traceback_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(errors.DEBUG, "1")
-    with pytest.raises(shira_format.SourceError):
+    with pytest.raises(shira_format.errors.SourceError):
         lora_to_shira(tmp_path / "a.st", lora=str(tmp_path / "none"))
 
 
@@ -291,7 +291,7 @@ def test_components_are_shown(tmp_path: Path, capsys: Capture) -> None:
     assert "me/unet" in out
     assert "unet/w" in out
     bad = shira_format.Adapter(tensors, manifest={"components": {"unet": {}}})
-    with pytest.raises(shira_format.FormatError, match="component"):
+    with pytest.raises(shira_format.errors.FormatError, match="component"):
         shira_format.save(bad, path)
 
 

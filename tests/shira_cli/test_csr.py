@@ -11,8 +11,10 @@ from safetensors.numpy import save_file
 from scipy import sparse
 
 from shira_cli import convert
-from shira_format import Adapter, DenseTensor, SparseTensor, load, save
 from shira_format._core.arrays import array_digest
+from shira_format.adapter import Adapter
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.arange(12, dtype=np.float32).reshape(3, 4)

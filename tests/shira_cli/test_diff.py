@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from shira_cli import diff
-from shira_format import Adapter, DenseTensor, SparseTensor, save
+from shira_format.adapter import Adapter
 from shira_format.convert import lora_to_shira
+from shira_format.format import save
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models
 
 Capture = pytest.CaptureFixture[str]

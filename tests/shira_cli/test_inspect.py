@@ -15,7 +15,8 @@ import pytest
 
 import shira_format
 from shira_cli import inspect
-from shira_format import Adapter, SparseTensor
+from shira_format.adapter import Adapter
+from shira_format.tensors import SparseTensor
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -56,9 +57,10 @@ def test_a_base_that_does_not_fit_is_an_error_even_if_quiet(tmp_path: Path, caps
     base = models.save_base(models.net(), tmp_path / "base")
     assert 1 == inspect.main([str(write(tmp_path / "a.st")), "--base", str(base), "--quiet"])
     out, err = capsys.readouterr()
-    assert f"NO: tensor 'w': the base {base} has no 'w'" in out
+    assert f"NO: tensor 'w': the base {base / 'model.safetensors'} has no 'w'" in out
     assert (
-        f"shira-inspect: error: {base}: the adapter does not fit: tensor 'w': the base {base} has no 'w'\n" == err
+        f"shira-inspect: error: {base}: the adapter does not fit: tensor 'w': the base {base / 'model.safetensors'} has no 'w'\n"
+        == err
     )
 
 

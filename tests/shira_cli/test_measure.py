@@ -12,9 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from shira_cli import measure
-from shira_format import Adapter, DenseTensor, SparseTensor, save
 from shira_format._core.arrays import array_digest
+from shira_format.adapter import Adapter
 from shira_format.convert import lora_to_shira
+from shira_format.format import save
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models
 
 Capture = pytest.CaptureFixture[str]

@@ -17,13 +17,15 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert, merge
 from shira_cli.merge import ALGEBRA
-from shira_format import Adapter, DenseTensor, SparseTensor, load, save
 from shira_format._core.arrays import array_digest
+from shira_format.adapter import Adapter
 from shira_format.convert import lora_to_shira
+from shira_format.format import load, save
 from shira_format.live import apply
-from shira_format.merge import METHODS
-from shira_format.merge import merge as merge_files
-from shira_format.merge.diff import diff
+from shira_format.merging import METHODS
+from shira_format.merging import merge as merge_files
+from shira_format.merging.diff import diff
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models
 
 Capture = pytest.CaptureFixture[str]
@@ -278,7 +280,7 @@ def test_a_report_does_not_come_without_its_merge(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shira_format.merge.run.Merge.write", stop)
+    monkeypatch.setattr("shira_format.merging.run.Merge.write", stop)
     assert 130 == run(files / "a.st", files / "b.st", "-o", files / "ab.st", "--report", files / "ab.html")
     assert "shira-merge: error: interrupted; nothing was written\n" == one_line(capsys)
     assert before == listed(files)
@@ -477,13 +479,13 @@ def test_refusals(files: Path, capsys: Capture) -> None:
         ((a, files / "none.st", "-o", out), f"{files / 'none.st'}: No such file"),
         ((a, files / "text.st", "-o", out), f"{files / 'text.st'}: "),
         ((files / "bad.st", b, "-o", out), f"{files / 'bad.st'}: tensor '"),
-        ((a, files / "wide.st", "-o", out), f"{files / 'wide.st'}: tensor '{X}' has the shape [3, 5]"),
-        ((a, files / "else.st", "-o", out), f"{files / 'else.st'}: tensor '{X}': other base values"),
+        ((a, files / "wide.st", "-o", out), f"{files / 'wide.st'}: tensor '{X}' has shape [3, 5]"),
+        ((a, files / "else.st", "-o", out), f"{files / 'else.st'}: tensor '{X}': its base values differ"),
         ((a, files / "mask.st", "-o", out), f"{files / 'mask.st'}: tensor '{X}' is a mask"),
         ((a, b, "-o", out, "--weights", "1,nan"), "are not all finite"),
         ((a, b, "-o", out, "--layer", "(:weights=1,1"), "not a regular expression: '('"),
         ((a, b, "-o", out, "--layer", "zzz:weights=1,1"), "the pattern 'zzz' matches no tensor's name"),
-        ((a, b, "-o", out, "--method", "overwrite", "--weights", "0.5,1"), "takes entries as they are"),
+        ((a, b, "-o", out, "--method", "overwrite", "--weights", "0.5,1"), "copies entries unscaled"),
         ((a, b, "-o", out, "--method", "refuse"), f"tensor '{X}': {b} and {a} set 1 entries to different values"),
         ((a, b, "-o", out, "--include", "zzz"), "no tensor is left by the choice of names"),
         ((a, b, "-o", out, "--exclude", "["), "not a regular expression: '['"),
@@ -519,7 +521,7 @@ def test_a_report_over_an_input(files: Path, capsys: Capture) -> None:
 
 _SLOW = """
 import sys, time
-from shira_format.merge.run import Merge
+from shira_format.merging.run import Merge
 fast = Merge.tensor
 def slow(self, name):
     time.sleep(0.2)

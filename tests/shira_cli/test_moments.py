@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 from shira_cli import convert, measure, moments
-from shira_format import SourceError
 from shira_format.calibration.moments import Moments
 from shira_format.calibration.texts import batches, read_texts
+from shira_format.errors import SourceError
 from tests import models
 
 Capture = pytest.CaptureFixture[str]

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert
-from shira_format import Adapter, DenseTensor, SparseTensor, load, save
+from shira_format.adapter import Adapter
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.arange(1, 31, dtype=np.float32).reshape(5, 6)

@@ -14,11 +14,13 @@ from shira_analysis.measures.adapter import measure
 from shira_analysis.measures.deltas import open_deltas
 from shira_analysis.measures.pairs import measure_pairs
 from shira_cli import plot
-from shira_format import Adapter, SparseTensor, save
 from shira_format._core.arrays import array_digest
+from shira_format.adapter import Adapter
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.format import save
+from shira_format.tensors import SparseTensor
 from tests import models
 
 Capture = pytest.CaptureFixture[str]

@@ -16,7 +16,9 @@ import pytest
 
 from shira_cli import app, convert, inspect, main, measure, merge
 from shira_cli.completion import PROGRAMS
-from shira_format import Adapter, SparseTensor, save
+from shira_format.adapter import Adapter
+from shira_format.format import save
+from shira_format.tensors import SparseTensor
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]

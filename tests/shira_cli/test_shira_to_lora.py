@@ -10,8 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert
-from shira_format import Adapter, DenseTensor, SparseTensor, save
 from shira_format._core.arrays import array_digest
+from shira_format.adapter import Adapter
+from shira_format.format import save
+from shira_format.tensors import DenseTensor, SparseTensor
 
 Capture = pytest.CaptureFixture[str]
 BASE = np.zeros((3, 4), np.float32)

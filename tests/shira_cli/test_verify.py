@@ -11,9 +11,12 @@ import pytest
 from shira_analysis import lemmas
 from shira_analysis.lemmas.report import Check
 from shira_analysis.lemmas.samples import Setting
-from shira_analysis.report.text.lemmas import WIDTH
+from shira_analysis.reports.text.lemmas import WIDTH
 from shira_cli import demo, verify
-from shira_format import Adapter, ShiraError, SparseTensor, save
+from shira_format.adapter import Adapter
+from shira_format.errors import ShiraError
+from shira_format.format import save
+from shira_format.tensors import SparseTensor
 
 Capture = pytest.CaptureFixture[str]
 

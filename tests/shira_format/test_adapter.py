@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format import Adapter, DenseTensor, SparseTensor, load, save
 from shira_format._core.arrays import Array
+from shira_format.adapter import Adapter
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests.strategies import adapters
 
 

@@ -16,8 +16,10 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from shira_format import Adapter, AdapterWriter, SparseTensor, load, save
+from shira_format.adapter import Adapter
+from shira_format.format import AdapterWriter, load, save
 from shira_format.storage import atomic
+from shira_format.tensors import SparseTensor
 
 
 def tensor(name: str = "w", count: int = 1000) -> SparseTensor:
@@ -156,7 +158,8 @@ if Path("/dev/full").exists():
 KILLED = """
 import sys, time
 import numpy as np
-from shira_format import AdapterWriter, SparseTensor
+from shira_format.format import AdapterWriter
+from shira_format.tensors import SparseTensor
 
 with AdapterWriter(sys.argv[1]) as writer:
     for k in range(10**6):

@@ -14,9 +14,9 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from shira_format import FormatError, SourceError
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import FormatError, SourceError
 from shira_format.tensors import same_bits
 from tests import models
 

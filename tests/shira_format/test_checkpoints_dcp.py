@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shira_format import SourceError
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import SourceError
 from shira_format.tensors import same_bits
 from tests import models
 

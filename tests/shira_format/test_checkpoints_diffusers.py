@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from shira_format import FormatError, SourceError
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import FormatError, SourceError
 from shira_format.storage.weight_files import Weights, find_weights, is_index
 from shira_format.tensors import same_bits
 

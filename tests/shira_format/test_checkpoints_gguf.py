@@ -19,11 +19,11 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_format import SourceError
 from shira_format._core.arrays import Array, as_array
 from shira_format.checkpoints import gguf as layout
 from shira_format.checkpoints import open_checkpoint
 from shira_format.checkpoints.gguf_names import ARCHITECTURES
+from shira_format.errors import SourceError
 from shira_format.tensors import same_bits
 
 SIZES: dict[str, Any] = {

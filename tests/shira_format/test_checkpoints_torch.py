@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shira_format import SourceError
 from shira_format._core.arrays import as_array
 from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints import open_checkpoint
 from shira_format.checkpoints.pickles import PickleError, load, ordered_dict
 from shira_format.checkpoints.strided import boxes
+from shira_format.errors import SourceError
 from shira_format.tensors import numel, same_bits
 from tests import models
 

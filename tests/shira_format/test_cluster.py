@@ -14,9 +14,9 @@ import torch
 from distributed import LocalCluster
 from safetensors.torch import load_file, save_file
 
-from shira_format import SourceError, WorkError
 from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.convert.exact import Exact
+from shira_format.errors import SourceError, WorkError
 from shira_format.selection import TopK
 from tests import models
 from tests.rules import arguments

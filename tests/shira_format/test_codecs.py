@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shira_format import FormatError
 from shira_format._core.arrays import Indices
+from shira_format.errors import FormatError
 from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, encode_smallest, stored_bytes
 from shira_format.format.codecs.structured import MAX_LISTED, find_pattern, list_pattern, part_size
 from shira_format.tensors import MAX_NUMEL, matrix_shape, numel

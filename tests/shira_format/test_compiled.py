@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shira_format import SparseTensor
 from shira_format._core import compiled
 from shira_format._core.arrays import Array, as_bytes
+from shira_format.tensors import SparseTensor
 
 RISING = st.sets(st.integers(0, 60), max_size=30).map(lambda some: np.array(sorted(some), np.int64))
 

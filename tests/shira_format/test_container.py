@@ -22,13 +22,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import shira_format
-from shira_format import Adapter, AdapterFile, AdapterWriter, DenseTensor, FormatError, SparseTensor, load, save
 from shira_format._core.arrays import Array, as_array, as_bytes
 from shira_format._core.dtypes import DTYPES
+from shira_format.adapter import Adapter
+from shira_format.errors import FormatError
+from shira_format.format import AdapterFile, AdapterWriter, load, save
 from shira_format.format import writer as writer_module
 from shira_format.format.codecs import CODECS, encode_smallest
 from shira_format.format.manifest import METADATA_KEY
 from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests.strategies import adapters, any_bits, json_values, sparse_tensors
 
 BLOCK_SIZES = st.sampled_from([16, 64, 4096])

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shira_format import ShiraError, SourceError, load
 from shira_format._core.arrays import array_digest, as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert.lora import LoraConversion, lora_inputs, lora_to_shira
 from shira_format.convert.pipeline import convert
+from shira_format.errors import ShiraError, SourceError
+from shira_format.format import load
 from shira_format.lora import Lora, LowRank, open_lora
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits

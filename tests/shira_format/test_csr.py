@@ -21,16 +21,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from scipy import sparse
 
-from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceError, SparseTensor, load, save
 from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import FLOATS, working_dtype
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.convert.csr import csr_to_shira
 from shira_format.convert.csr.folder import file_names
 from shira_format.convert.csr.matrix import MAX_ROWS
+from shira_format.errors import BaseMismatch, ShiraError, SourceError
 from shira_format.export.csr import shira_to_csr
-from shira_format.tensors import matrix_shape, same_bits
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor, matrix_shape, same_bits
 from tests import models
 from tests.strategies import adapters, float_dtypes, small_shapes, sparse_tensors
 
@@ -426,7 +428,7 @@ def test_another_base_is_refused(tmp_path: Path, base: Path) -> None:
     with pytest.raises(BaseMismatch, match="digest differs"):
         back(folder, base=wrong)
     edit_matrix(folder, times_two)  # the entries are as they were
-    with pytest.raises(BaseMismatch, match="other values at the entries"):
+    with pytest.raises(BaseMismatch, match="other values at the adapter's entries"):
         back(folder, base=wrong)
     holds({"w": BASE.T})
     with pytest.raises(BaseMismatch, match="shape"):
@@ -441,7 +443,7 @@ def test_another_base_is_refused(tmp_path: Path, base: Path) -> None:
     (tmp_path / "self").mkdir()
     folder = export(tmp_path / "self", targets(self_contained=True))
     edit_matrix(folder, without_first)
-    with pytest.raises(BaseMismatch, match="other values at the entries"):
+    with pytest.raises(BaseMismatch, match="other values at the adapter's entries"):
         back(folder, base=wrong)
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from shira_format import SourceError
 from shira_format._core.arrays import Array, array_digest
 from shira_format._core.threads import single_threaded_blas
+from shira_format.errors import SourceError
 from shira_format.export.lora import Factors, best_factors
 from shira_format.export.lora import svd as svd_module
 from shira_format.export.lora.svd import largest, reaching

@@ -16,14 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format import Adapter, AdapterFile, SourceError, load
 from shira_format._core.arrays import Array, array_digest, as_bytes
 from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
 from shira_format._core.rounding import round_to
+from shira_format.adapter import Adapter
 from shira_format.convert import full_to_shira
 from shira_format.convert.exact import Exact
 from shira_format.convert.report import ConversionReport
+from shira_format.errors import SourceError
 from shira_format.export.full import shira_to_full
+from shira_format.format import AdapterFile, load
 from shira_format.selection import TopK
 from shira_format.tensors import same_bits
 from spec import reader

@@ -18,8 +18,8 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save
 
-from shira_format import SourceError
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import SourceError
 from shira_format.storage import paths as storage
 from shira_format.storage.hub import download, hub_identity, needed_files
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shira_format import Adapter, load
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.format import load
 from shira_format.lora import DIALECTS
 from tests.dialects import WRITERS, pairs_of
 from tests.models import LORAS, minilm

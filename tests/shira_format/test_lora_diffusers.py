@@ -17,10 +17,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from shira_format import SourceError, load
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import SourceError
+from shira_format.format import load
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.lora.diffusers_keys import parse
 from shira_format.lora.peft.config import read_scales

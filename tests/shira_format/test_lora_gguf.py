@@ -15,10 +15,10 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 
-from shira_format import SourceError
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.checkpoints.gguf_names import ADAPTED, ARCHITECTURES
+from shira_format.errors import SourceError
 from shira_format.lora import DIALECTS, open_lora
 from tests import models
 from tests.shira_format.test_checkpoints_gguf import (

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import SourceError
+from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.names.flat import flat

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from shira_format import SourceError
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import SourceError
 from shira_format.lora import DIALECTS, Lora, open_lora
 from tests import models
 from tests.updates import close, dense, merge

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from shira_format import BaseMismatch, SourceError, load
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, Lora, open_lora
 from shira_format.selection import TopK

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import SourceError
+from shira_format.format import load
 from shira_format.selection import TopK
 from tests import models
 from tests.merges import Adapted, check_merge, results

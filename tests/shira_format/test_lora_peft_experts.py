@@ -25,10 +25,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import SourceError
 from shira_format.export.full import shira_to_full
+from shira_format.format import load
 from shira_format.lora import open_lora
 from tests import models
 from tests.merges import Adapted, check_merge, results

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from shira_format import SourceError, load
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import SourceError
+from shira_format.format import load
 from shira_format.lora import open_lora
 from tests import models
 from tests.merges import Adapted, check, check_merge, results

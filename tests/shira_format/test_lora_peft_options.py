@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from shira_format import SourceError, load
 from shira_format.convert import lora_to_shira
+from shira_format.errors import SourceError
+from shira_format.format import load
 from shira_format.lora.peft.config import HARMLESS, READ, REFUSED
 from tests import models
 from tests.merges import Adapted, check_merge

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from shira_format import SourceError
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import SourceError
 from shira_format.export.full import shira_to_full
 from shira_format.format import AdapterFile
 from shira_format.selection import TopK

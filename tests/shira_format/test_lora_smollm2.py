@@ -15,8 +15,9 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from shira_format import Adapter, load
+from shira_format.adapter import Adapter
 from shira_format.convert import lora_to_shira
+from shira_format.format import load
 from shira_format.lora import DIALECTS
 from tests import models
 from tests.shira_format.test_checkpoints_gguf import paired, smollm2

@@ -26,9 +26,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from shira_format import SourceError
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import SourceError
 from shira_format.lora import DIALECTS, Lora, open_lora
 from tests import models
 from tests.shira_format.test_checkpoints_gguf import write

@@ -12,9 +12,10 @@ from diffusers import FluxPipeline
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from shira_format import SourceError, load
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import SourceError
+from shira_format.format import load
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.names.flux import flux_parts
 from tests import pipelines

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from shira_format import FormatError
-from shira_format.errors import ShiraError
+from shira_format.errors import FormatError, ShiraError
 from shira_format.format.manifest import check_name, parse_manifest, stream_name
 
 HEX = "0" * 64

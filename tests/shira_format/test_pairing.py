@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shira_format import SourceError
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints import Checkpoint
 from shira_format.convert.pairing import Pairs, pair
+from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 
 BF16 = DTYPES["BF16"]

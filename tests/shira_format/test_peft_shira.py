@@ -20,16 +20,18 @@ from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from shira_format import Adapter, BaseMismatch, DenseTensor, ShiraError, SourceError, SparseTensor, load, save
 from shira_format._core.arrays import Array, array_digest, as_array, bits_differ
 from shira_format._core.dtypes import FLOATS
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert.peft_shira import peft_to_shira
 from shira_format.convert.peft_shira.files import KINDS
 from shira_format.convert.peft_shira.layers import ShiraLayer
+from shira_format.errors import BaseMismatch, ShiraError, SourceError
 from shira_format.export.peft_shira import shira_to_peft
 from shira_format.export.peft_shira.padding import padded
-from shira_format.tensors import same_bits
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 from tests import models
 from tests.strategies import adapters, any_bits, float_dtypes, masks
 

@@ -13,10 +13,10 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
 import shira_format
-from shira_format import BaseMismatch, SourceError
 from shira_format._core.arrays import Array, as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
+from shira_format.errors import BaseMismatch, SourceError
 from shira_format.live import apply
 from shira_format.lora import open_lora
 from shira_format.tensors import same_bits

@@ -20,25 +20,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from shira_format import (
-    Adapter,
-    BaseMismatch,
-    DenseTensor,
-    FormatError,
-    ShiraError,
-    SourceError,
-    SparseTensor,
-    save,
-)
 from shira_format._core.arrays import Array, array_digest, as_array
 from shira_format._core.dtypes import DTYPES, dtype_name
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import full_to_shira
 from shira_format.convert.exact import Exact
+from shira_format.errors import BaseMismatch, FormatError, ShiraError, SourceError
 from shira_format.export.full import layout as restore_layout
 from shira_format.export.full import shira_to_full
+from shira_format.format import save
 from shira_format.selection import TopK
 from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models
 from tests.rules import arguments
 from tests.shira_format.test_checkpoints_diffusers import pipeline
@@ -165,7 +159,7 @@ def test_deltas_without_a_digest_fit_any_float(work: Path, tmp_path: Path) -> No
             ) == refused(adapter, base)
     grown = SparseTensor("w", (3,), [1], f32(1), value_kind="delta", rows=4, new_rows=f32(1))
     adapter, base = patch(work, {"w": np.ones(3, np.float16)}, grown)
-    assert "tensor 'w': new rows of float32 for a base of float16" == refused(adapter, base)
+    assert f"tensor 'w': the adapter is for float32, the base {base} has float16" == refused(adapter, base)
 
 
 # What a patch does to names and sizes

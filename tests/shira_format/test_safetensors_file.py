@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from shira_format import FormatError
 from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import DTYPES, FLOATS
+from shira_format.errors import FormatError
 from shira_format.storage.safetensors_file import SafetensorsFile, Stream, is_uint, parse_object
 from shira_format.tensors import same_bits
 from tests.strategies import any_bits, small_shapes

@@ -19,8 +19,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import save, save_file
 from upath import UPath
 
-from shira_format import FormatError, SourceError
 from shira_format.checkpoints import open_checkpoint
+from shira_format.errors import FormatError, SourceError
 from shira_format.storage import paths as storage
 from shira_format.storage.paths import LocalFile, RemoteFile, open_storage, resolve_path
 from shira_format.storage.safetensors_file import SafetensorsFile

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira_format import Adapter, BaseMismatch, DenseTensor, SparseTensor
 from shira_format._core.arrays import as_array
+from shira_format.adapter import Adapter
+from shira_format.errors import BaseMismatch
 from shira_format.live import apply
-from shira_format.tensors import same_bits
+from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 
 F32 = np.float32
 

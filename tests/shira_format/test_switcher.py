@@ -14,13 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format import Adapter, BaseMismatch, DenseTensor, FormatError, SparseTensor, load, save
 from shira_format._core import compiled
 from shira_format._core.arrays import as_array, as_bytes
 from shira_format._core.dtypes import working_dtype
+from shira_format.adapter import Adapter
+from shira_format.errors import BaseMismatch, FormatError
+from shira_format.format import load, save
 from shira_format.live import AdapterPool, Switcher
 from shira_format.live.weights import ArrayWeight, DeviceWeight
-from shira_format.tensors import same_bits
+from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 from tests import models
 
 Weights = dict[str, np.ndarray[Any, Any]]

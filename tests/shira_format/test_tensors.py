@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format import BaseMismatch, BaseRequired, DenseTensor, FormatError, ShiraError, SparseTensor
 from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
 from shira_format._core.dtypes import DTYPES, FLOATS, dtype_name, is_float, working_dtype
-from shira_format.tensors import MAX_NUMEL, ValueKind, matrix_shape, numel, same_bits
+from shira_format.errors import BaseMismatch, BaseRequired, FormatError, ShiraError
+from shira_format.tensors import MAX_NUMEL, DenseTensor, SparseTensor, ValueKind, matrix_shape, numel, same_bits
 from tests.strategies import any_bits, as_patch, float_dtypes, masks, sparse_tensors, whole_tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

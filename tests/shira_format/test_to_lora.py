@@ -17,12 +17,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from shira_format import Adapter, BaseMismatch, DenseTensor, SourceError, SparseTensor, load, save
 from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import FLOATS
+from shira_format.adapter import Adapter
 from shira_format.convert import full_to_shira, lora_to_shira
+from shira_format.errors import BaseMismatch, SourceError
 from shira_format.export.lora import LoraReport, shira_to_lora
-from shira_format.tensors import matrix_shape
+from shira_format.format import load, save
+from shira_format.tensors import DenseTensor, SparseTensor, matrix_shape
 from tests import models
 
 GPT2 = r"c_attn|c_proj|c_fc"

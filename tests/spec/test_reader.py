@@ -16,9 +16,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shira_format import Adapter, FormatError, load, save
 from shira_format._core.arrays import Indices
 from shira_format._core.dtypes import dtype_name
+from shira_format.adapter import Adapter
+from shira_format.errors import FormatError
+from shira_format.format import load, save
 from shira_format.format.codecs import CODECS
 from spec import reader, run_vectors
 from tests.spec.test_text import SCHEMA, manifest_of

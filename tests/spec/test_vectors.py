@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from shira_format import Adapter, FormatError, SparseTensor, load, save
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import dtype_name
+from shira_format.adapter import Adapter
+from shira_format.errors import FormatError
+from shira_format.format import load, save
+from shira_format.tensors import SparseTensor
 from spec import reader, run_vectors
 
 ROOT = Path(__file__).parents[2]

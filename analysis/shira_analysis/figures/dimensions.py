@@ -31,7 +31,7 @@ import numpy.typing as npt
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 from shira_analysis.measures.orthogonality import orthogonality
-from shira_format import SourceError
+from shira_format.errors import SourceError
 
 DIMENSIONS = (128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = (128, 256, 512, 1024, 2048)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import percent_digits, short_label
-from shira_format import SourceError, SparseTensor
-from shira_format.tensors import matrix_shape
+from shira_format.errors import SourceError
+from shira_format.tensors import SparseTensor, matrix_shape
 
 Int64s = npt.NDArray[np.int64]
 

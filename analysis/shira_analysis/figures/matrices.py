@@ -15,8 +15,8 @@ from shira_analysis.figures.style import digits, distinct_labels, text_colour
 from shira_analysis.measures.deltas import DeltaFile
 from shira_analysis.measures.overlap import Overlap, overlap
 from shira_analysis.measures.pairs import measure_pairs
-from shira_format import SourceError
 from shira_format.calibration.moments import Moments
+from shira_format.errors import SourceError
 
 _BRACKETS = 6  # adapters up to which there is room for what chance gives
 WRITTEN = 10  # and for any number

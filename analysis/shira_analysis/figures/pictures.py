@@ -12,8 +12,8 @@ from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import distinct_labels, figure, our_style, render, short_label
 from shira_analysis.measures.adapter import measure_file
 from shira_analysis.measures.deltas import DeltaFile
-from shira_format import SourceError
 from shira_format.calibration.moments import Moments
+from shira_format.errors import SourceError
 from shira_format.lora.base import Lora
 
 _WIDE = 14.2  # inches: more panels go into a further row

@@ -14,7 +14,7 @@ from shira_analysis.figures.style import distinct_labels, line_style
 from shira_analysis.measures.deltas import DeltaFile
 from shira_analysis.measures.rank import rank_of, rank_of_update
 from shira_analysis.measures.spectrum import LARGEST, Spectrum
-from shira_format import SourceError
+from shira_format.errors import SourceError
 from shira_format.lora.base import Lora
 
 

@@ -14,9 +14,9 @@ from shira_analysis.measures.deltas import DeltaFile, open_deltas
 from shira_analysis.measures.layer_kinds import KINDS, layer_kind
 from shira_analysis.measures.rank import RankReport, rank_of
 from shira_analysis.measures.size import Mask, Norms, combine_masks, combine_norms, mask_of, norms_of
-from shira_format import SourceError, SparseTensor
 from shira_format._core.dtypes import dtype_name
-from shira_format.tensors import numel
+from shira_format.errors import SourceError
+from shira_format.tensors import SparseTensor, numel
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from shira_format import AdapterFile, BaseMismatch, BaseRequired, SourceError, SparseTensor
 from shira_format._core.arrays import Array
 from shira_format.convert.csr.matrix import check_rows
 from shira_format.entries.base_check import with_base
+from shira_format.errors import BaseMismatch, BaseRequired, SourceError
+from shira_format.format import AdapterFile
 from shira_format.names.filters import name_filter
-from shira_format.tensors import matrix_shape
+from shira_format.tensors import SparseTensor, matrix_shape
 
 if TYPE_CHECKING:
     from shira_format.checkpoints import Checkpoint  # with all layouts, which self-contained files do not need

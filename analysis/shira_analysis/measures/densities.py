@@ -12,7 +12,7 @@ from typing import Any
 
 from shira_analysis.measures.classifier import LabelledTexts, logits
 from shira_analysis.measures.effect import accuracy, effect
-from shira_format import load
+from shira_format.format import load
 from shira_format.live import apply
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.deltas import delta_matrix
 from shira_analysis.measures.overlap import cosine, finite, shared_positions
-from shira_format import SourceError, SparseTensor
 from shira_format._core.arrays import Array
 from shira_format.calibration.moments import Moment
+from shira_format.errors import SourceError
+from shira_format.tensors import SparseTensor
 
 _LONG = 1 << 12  # pairs of entries from which on a segment is worth a product of its own
 _PAIRS = 1 << 20  # pairs at a time

@@ -13,7 +13,7 @@ import numpy as np
 from shira_analysis.measures.adapter import Ranks, combine_ranks
 from shira_analysis.measures.layer_kinds import KINDS, layer_kind
 from shira_analysis.measures.rank import RankReport, rank_of_update
-from shira_format import SourceError
+from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 
 if TYPE_CHECKING:

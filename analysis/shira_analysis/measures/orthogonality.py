@@ -32,8 +32,9 @@ import numpy as np
 from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.deltas import delta_matrix
 from shira_analysis.measures.overlap import finite
-from shira_format import SourceError, SparseTensor
 from shira_format._core.arrays import Array
+from shira_format.errors import SourceError
+from shira_format.tensors import SparseTensor
 
 _TERMS = 1 << 22  # of a product at a time: about 150 MB with scipy
 _FAST = 2.5  # how many times as fast a product is with numba

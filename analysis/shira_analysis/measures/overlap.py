@@ -10,8 +10,9 @@ import numpy as np
 
 from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.deltas import delta_values
-from shira_format import BaseMismatch, SourceError, SparseTensor
 from shira_format._core.arrays import Array, bits_differ
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.tensors import SparseTensor
 
 
 @dataclass(frozen=True)

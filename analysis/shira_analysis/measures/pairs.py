@@ -14,9 +14,10 @@ from shira_analysis.measures.interference import Interference, interference
 from shira_analysis.measures.layer_kinds import KINDS, layer_kind
 from shira_analysis.measures.orthogonality import Orthogonality, orthogonality
 from shira_analysis.measures.overlap import Overlap, overlap
-from shira_format import BaseMismatch, SourceError, SparseTensor
 from shira_format.calibration.moments import Moments
 from shira_format.checkpoints import Checkpoint
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.tensors import SparseTensor
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from shira_analysis.measures.certificate import Bounds, bounds_of, of_kronecker,
 from shira_analysis.measures.deltas import delta_values, entries_matrix
 from shira_analysis.measures.modular import PRIMES, Int64s, residues
 from shira_analysis.measures.spectrum import Spectrum, spectrum_of, spectrum_of_dense, spectrum_of_product
-from shira_format import SourceError, SparseTensor
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import dtype_name
+from shira_format.errors import SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.products import Dense, Kronecker, LowRank
-from shira_format.tensors import matrix_shape
+from shira_format.tensors import SparseTensor, matrix_shape
 
 
 @dataclass(frozen=True, eq=False)

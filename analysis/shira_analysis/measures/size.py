@@ -19,8 +19,7 @@ from shira_analysis.measures.uniform import (
     lines_with_entries,
     mean_of,
 )
-from shira_format import SparseTensor
-from shira_format.tensors import density, matrix_shape
+from shira_format.tensors import SparseTensor, density, matrix_shape
 
 
 @dataclass(frozen=True)

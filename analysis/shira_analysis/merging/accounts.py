@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from shira_analysis.measures.overlap import finite
-from shira_format import SparseTensor
 from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.entries.mixing import mix
-from shira_format.merge import Method
-from shira_format.merge.density import limit_density
+from shira_format.merging import Method
+from shira_format.merging.density import limit_density
+from shira_format.tensors import SparseTensor
 
 
 @dataclass(frozen=True)

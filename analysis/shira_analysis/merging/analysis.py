@@ -2,7 +2,7 @@
 
 Do they disturb each other, which lemmas apply, what is lost of each, and would another method keep more?
 
->>> from shira_format.merge import open_merge
+>>> from shira_format.merging import open_merge
 >>> report = joining_report(open_merge(["a.st", "b.st"], method="ties"))
 >>> print(report.text())
 """
@@ -30,7 +30,7 @@ from shira_format.calibration.moments import Moments
 from shira_format.convert.csr.matrix import MAX_ROWS
 from shira_format.entries.aligned import AlignedEntries
 from shira_format.errors import BaseRequired, SourceError
-from shira_format.merge import METHODS, Merge, Method
+from shira_format.merging import METHODS, Merge, Method
 from shira_format.tensors import SparseTensor, matrix_shape
 
 __all__ = ["MergeAnalysis", "joining_report"]
@@ -46,7 +46,7 @@ def analyse_merge(
     """Measure a merge; in memory is one weight of each adapter at a time, and its result.
 
     Args:
-        job: from :func:`shira_format.merge.open_merge`.
+        job: from :func:`shira_format.merging.open_merge`.
         moments: of the layers' inputs, for interference in feature space.
         alternatives: other methods to try, with those of the chosen method's options that they have, too; by default all.
         progress: called with the name of each weight that is done.

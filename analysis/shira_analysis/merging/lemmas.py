@@ -16,9 +16,8 @@ import numpy as np
 
 from shira_analysis.measures.orthogonality import Orthogonality
 from shira_analysis.measures.overlap import Overlap
-from shira_format import SparseTensor
 from shira_format._core.arrays import Array
-from shira_format.tensors import matrix_shape
+from shira_format.tensors import SparseTensor, matrix_shape
 
 Struct = Literal["no", "shared rows", "yes"]
 

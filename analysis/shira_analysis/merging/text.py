@@ -9,7 +9,7 @@ from shira_analysis.measures.pairs import Measures
 from shira_analysis.merging.report import LIMITS, MEASURE, MergeAnalysis, MergedPair, conflict_share
 from shira_analysis.merging.sentences import kept_words, lemma_words
 from shira_format._core.text import number, percent, printable, table
-from shira_format.merge.methods import shown
+from shira_format.merging.methods import shown
 
 _WIDTH = 120
 _MOST = 10  # weights that are shown; all are in the JSON and on the page

@@ -50,7 +50,7 @@ def command(strength: float | None, dialect: str | None, printer: Printer, **set
       3  inconclusive: rounding to the merged dtype hides the update, or the weights are quantised
     """  # noqa: D301 - click reads the \b as an unwrapped paragraph
     from shira_analysis.merging.check.report import as_json
-    from shira_analysis.report.text import check_merge
+    from shira_analysis.reports.text import check_merge
     from shira_format.lora import DIALECTS
 
     if strength is not None and (not math.isfinite(strength) or strength == 0):

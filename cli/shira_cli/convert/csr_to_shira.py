@@ -33,7 +33,7 @@ def command(folder: Path, output: Path, force: bool, dry_run: bool, printer: Pri
     Unchanged matrices are restored bit for bit. Changed deltas become targets (base + delta, rounded) where the base's
     values are known; otherwise they stay deltas.
     """
-    from shira_analysis.report.text import csr
+    from shira_analysis.reports.text import csr
     from shira_format.convert.csr import csr_to_shira
 
     target = None if dry_run else output

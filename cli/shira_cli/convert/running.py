@@ -11,7 +11,7 @@ import click
 
 from shira_cli import options
 from shira_cli.output import Printer
-from shira_format import ShiraError
+from shira_format.errors import ShiraError
 from shira_format.storage.output_folder import check_output_file
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def convert(
 
 def show(report: ConversionReport, output: Path | None, printer: Printer) -> None:
     """Print the report on stdout, notices and warnings on stderr."""
-    from shira_analysis.report.text import conversion
+    from shira_analysis.reports.text import conversion
 
     printer.notes(report.notices)
     printer.result(lambda: conversion.as_json(report, output), lambda: conversion.as_text(report, output))

@@ -32,7 +32,7 @@ def command(adapter: Path, output: Path, force: bool, dry_run: bool, printer: Pr
 
     The file index.json lists which matrix belongs to which tensor and what its numbers are.
     """
-    from shira_analysis.report.text import csr
+    from shira_analysis.reports.text import csr
     from shira_format.export.csr import shira_to_csr
 
     target = None if dry_run else output

@@ -35,7 +35,7 @@ def command(adapter: Path, base: str, output: Path, alpha: float | None, force: 
     The result is a folder of safetensors files, sharded like the base, with its config and tokenizer. At alpha 1 an
     exact patch restores the fine-tune bit for bit. A wrong base is refused, and nothing is written.
     """
-    from shira_analysis.report.text import full
+    from shira_analysis.reports.text import full
     from shira_format.export.full import shira_to_full
 
     if alpha is not None and not math.isfinite(alpha):

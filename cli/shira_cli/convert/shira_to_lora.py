@@ -58,7 +58,7 @@ def command(
 
     Layers whose kind cannot be detected are treated by rules that the notes name; options override them.
     """  # noqa: D301 - click reads the \b as an unwrapped paragraph
-    from shira_analysis.report.text import lora
+    from shira_analysis.reports.text import lora
     from shira_format.export.lora import EMBEDDING, shira_to_lora
 
     one_amount(rank=rank, energy=energy)

@@ -38,7 +38,7 @@ def command(adapter: Path, base: str | None, output: Path, force: bool, dry_run:
     adapter with other counts is refused, unless --pad is given. Tensors stored whole become modules_to_save: PEFT
     needs all tensors of such a module, and takes the unchanged ones from --base.
     """
-    from shira_analysis.report.text import peft
+    from shira_analysis.reports.text import peft
     from shira_format.export.peft_shira import shira_to_peft
 
     target = None if dry_run else output

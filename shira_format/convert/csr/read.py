@@ -309,11 +309,10 @@ class _Changed:
         if self.base is None:
             return known[there] if known is not None and here.size == self.indices.size else None
         origin = item.name if before is None else before.base_name
-        seen = item.digests.get("base")
+        what, where, seen = f"tensor {item.name!r}", f"the base {self.base.path}", item.digests.get("base")
         any_float = item.values == "delta" and seen is None
-        check_frame(f"tensor {item.name!r}", origin, item.shape, item.dtype, self.base, any_float=any_float)
+        check_frame(what, origin, item.shape, item.dtype, self.base, any_float=any_float)
         found = self.base.at(origin, self.indices)
-        what, where = f"tensor {item.name!r}", f"the base {self.base.path}"
         if self.same_entries:
             check_values(what, seen, array_digest(found), where)
         if known is not None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.dtypes import DTYPES, FLOATS, is_float
+from shira_format._core.dtypes import DTYPES, FLOATS
+from shira_format._core.fits import missing
 from shira_format.checkpoints import Checkpoint
+from shira_format.entries.base_check import check_frame
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
@@ -121,27 +123,17 @@ class Layout:
     def _dense_piece(self, name: str) -> Piece:
         stream = self._adapter.streams[name]
         if "base" in self._adapter.manifest.whole[name].digests and name not in self._base:
-            raise BaseMismatch(f"tensor {name!r}: the base {self._base.path} has no such tensor")
+            raise missing(f"tensor {name!r}", name, f"the base {self._base.path}")
         return Piece(name, DTYPES[stream.dtype], stream.shape, None)
 
     def _check(self, tensor: SparseEntry) -> None:
-        base, base_name = self._base, tensor.base_name
+        what = f"tensor {tensor.name!r}"
         if tensor.values == "none":
-            raise BaseMismatch(f"tensor {tensor.name!r} is a mask: there is nothing to apply")
-        if base_name not in base:
-            raise BaseMismatch(f"tensor {tensor.name!r}: the base {base.path} has no {base_name!r}")
-        if base.shape(base_name) != tensor.shape:
-            raise BaseMismatch(
-                f"tensor {tensor.name!r}: the adapter is for shape {list(tensor.shape)}, the base has "
-                f"{list(base.shape(base_name))}"
-            )
-        dtype = base.dtype(base_name)
-        if "base" not in tensor.digests and tensor.new_rows and dtype != FLOATS[tensor.dtype]:
-            raise BaseMismatch(f"tensor {tensor.name!r}: new rows of {FLOATS[tensor.dtype]} for a base of {dtype}")
-        if dtype != FLOATS[tensor.dtype] if "base" in tensor.digests else not is_float(dtype):
-            raise BaseMismatch(
-                f"tensor {tensor.name!r}: the adapter is for {FLOATS[tensor.dtype]}, the base has {dtype}"
-            )
+            raise BaseMismatch(f"{what} is a mask, without values to apply")
+        # New rows are in the adapter's dtype, and so must be the base's.
+        any_float = "base" not in tensor.digests and not tensor.new_rows
+        dtype = FLOATS[tensor.dtype]
+        check_frame(what, tensor.base_name, tensor.shape, dtype, self._base, any_float=any_float)
 
 
 def _shard_of_new(shards: dict[str, list[Piece]], name: str, components: tuple[str, ...]) -> list[Piece]:

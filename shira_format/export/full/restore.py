@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from shira_format._core.arrays import Array, as_bytes
+from shira_format._core.fits import check_dense, check_values
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.changes import TILE
@@ -182,10 +183,9 @@ class _Restore:
                 if len(hashing) > _PARTS_AHEAD:
                     hashing.popleft().result()
             yield part
-        if tensor.base_digest is not None and before.hexdigest() != tensor.base_digest:
-            raise BaseMismatch(
-                f"tensor {tensor.name!r}: the base {self._base.path} holds other values at the adapter's entries (digest differs)"
-            )
+        check_values(
+            f"tensor {tensor.name!r}", tensor.base_digest, before.hexdigest(), f"the base {self._base.path}"
+        )
         if tensor.new_rows is not None:
             if check:
                 hashing.append(self._hashing.submit(after.update, as_bytes(tensor.new_rows).data))
@@ -204,12 +204,13 @@ class _Restore:
         base, name, size = self._base, piece.name, numel(piece.shape)
         digests = self._adapter.manifest.whole[name].digests
         if "base" in digests:
-            found = hashlib.sha256()
-            if (base.shape(name), base.dtype(name)) == (piece.shape, piece.dtype):
+            before = hashlib.sha256()
+            alike = (base.shape(name), base.dtype(name)) == (piece.shape, piece.dtype)
+            if alike:
                 for _, part in self._base_parts(name, size):
-                    found.update(as_bytes(part).data)
-            if found.hexdigest() != digests["base"]:
-                raise BaseMismatch(f"tensor {name!r}: the base {base.path} holds another tensor (digest differs)")
+                    before.update(as_bytes(part).data)
+            digest = before.hexdigest() if alike else None
+            check_dense(f"tensor {name!r}", digests["base"], digest, f"the base {base.path}")
         found = hashlib.sha256()
         for start in range(0, size, TILE):
             part = self._adapter.streams.read_part(name, start, min(start + TILE, size))

@@ -20,9 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from shira_format._core.dtypes import is_float
+from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import Checkpoint
-from shira_format.errors import BaseMismatch, SourceError
+from shira_format.entries.base_check import check_frame
+from shira_format.errors import SourceError
 from shira_format.format.manifest import Manifest, SparseEntry
 
 Kind = Literal["linear", "conv1d", "conv", "embedding"]
@@ -164,15 +165,7 @@ class Planner:
                     f"{self.path}: tensor {name!r} holds target values without those of the base: pass --base"
                 )
             return
-        if name not in self.base:
-            raise BaseMismatch(f"tensor {name!r}: the base {self.base.path} has no such tensor")
-        if self.base.shape(name) != entry.shape:
-            raise BaseMismatch(
-                f"tensor {name!r}: the adapter is for shape {list(entry.shape)}, the base has "
-                f"{list(self.base.shape(name))}"
-            )
-        if not is_float(self.base.dtype(name)):
-            raise BaseMismatch(f"tensor {name!r}: the base has {self.base.dtype(name)}, not a float dtype")
+        check_frame(f"tensor {name!r}", name, entry.shape, FLOATS[entry.dtype], self.base, any_float=True)
 
     def _layer(self, entry: SparseEntry) -> LayerPlan:
         name, dimensions = entry.name, len(entry.shape)

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format import AdapterFile, BaseMismatch, SourceError
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.base_check import base_values
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.format import AdapterFile
 from shira_format.format.manifest import METADATA_KEY
 from shira_format.lora import open_lora
 from shira_format.lora.base import Update

@@ -1,0 +1,231 @@
+"""The part of a report on how each two adapters go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+from shira_analysis.measures.deltas import DeltaFile
+from shira_analysis.measures.interference import Interference
+from shira_analysis.measures.pairs import (
+    Measures,
+    Pair,
+    TensorPair,
+    check_moments,
+    measure_pairs,
+    replaced_tensors,
+)
+from shira_analysis.reports.html import page, words
+from shira_analysis.reports.html.look import Look
+from shira_analysis.reports.html.page import count, name, paragraph, share, table
+from shira_format.calibration.moments import Moments
+from shira_format.errors import BaseMismatch, SourceError
+from shira_format.tensors import matrix_shape
+
+QUESTION = "Do they disturb each other?"
+_WIDEST = 1 << 24  # rows or columns of a weight whose products are measured; beyond, only positions are compared
+_FEW = 6  # pairs of which each has its sentences in sight
+_SHARED = ("pair", "shared", "by chance", "Jaccard", "signs agree", "cosine")
+_SHARED_TOLD = (
+    "Shared: entries of both, beside the number that two uniform masks of these sizes share by chance; Jaccard: their share of the entries of "
+    "either. Cosine: of the changes of all weights."
+)
+_PRODUCTS = ("pair", "AWOR", "structural", "uniform", "by counts", "AWOM", "by chance")
+_PRODUCTS_TOLD = (
+    "AWOR: the share of zeros in A₁ᵀA₂, over the weights that both change; structural: of cells that no two entries reach. Uniform: what "
+    "independent uniform masks of these densities would give, (1 − p₁p₂)ᵐ of a weight with m rows; by counts: masks with as many entries in "
+    "each row as these. AWOM: the Frobenius norm of A₁ᵀA₂; by chance: with random signs."
+)
+_FED = ("pair", "cosine on inputs", "least of a layer", "largest of a layer", "1st disturbed", "2nd disturbed")
+_FED_TOLD = (
+    "On inputs: the cosine of what the two add to the layers’ outputs, by the second moments of the layers’ inputs; layers of opposite "
+    "signs cancel in it, so that the least and the largest of a single layer stand beside it. Disturbed: the energy of the projection of the "
+    "other’s output onto an adapter’s own, on all inputs at once, as a share of its energy; from layer to layer nothing cancels. At "
+    "each input: the projection is made there by itself, so that nothing cancels at all (for moments with inputs beside them)."
+)
+_WEIGHTS_ALONE = (
+    "These are measures of the weights: what two adapters do to each other’s outputs depends on the inputs as well (shira-moments, "
+    "and --moments here)."
+)
+
+Found = dict[tuple[int, int], Pair | SourceError | BaseMismatch]
+
+
+def section(
+    called: Sequence[str], looks: Sequence[Look], moments: Moments | None, progress: Callable[[str], object]
+) -> Iterator[str]:
+    """The section, as pieces of HTML.
+
+    Args:
+        called: what the adapters are called.
+        looks: two or more.
+        moments: of the layers' inputs.
+        progress: called with the name of each weight that is measured.
+
+    Raises:
+        FormatError: a file was changed, or is damaged.
+        SourceError: the moments are of none of the weights.
+    """
+    if moments is not None:
+        check_moments(moments, (name for look in looks for name in look.file.names))
+    reasons = [_why_not(look) for look in looks]
+    found = _measured([look.file for look in looks], reasons, moments, progress)
+    pairs = {at: pair for at, pair in found.items() if isinstance(pair, Pair)}
+    apart = [at for at, pair in pairs.items() if not pair.whole.both]
+    many = len(found) > _FEW
+    yield f'<section id="pairs"><h2>{QUESTION}</h2>'
+    yield page.warnings(_refusals(called, found))
+    yield from _places_alone(called, reasons)
+    sentences = [paragraph(words.pair_words(called[i], called[j], pair)) for (i, j), pair in pairs.items()]
+    if not many:
+        yield from sentences
+    elif apart:
+        yield paragraph(
+            [
+                f"{count(len(apart), 'pair')} of {len(found):,} change no weight in common, and are not in the tables."
+            ]
+        )
+    yield from _tables(called, {at: pair for at, pair in pairs.items() if not (many and at in apart)})
+    if many and sentences:
+        yield f"<details><summary>{count(len(sentences), 'pair')} in words</summary>{''.join(sentences)}</details>"
+    yield "</section>"
+
+
+def _refusals(called: Sequence[str], found: Found) -> list[str]:
+    told = [
+        f"{called[i]} and {called[j]} cannot be compared: {error}."
+        for (i, j), error in found.items()
+        if not isinstance(error, Pair)
+    ]
+    more = len(told) - _FEW
+    return told if more <= 0 else [*told[:_FEW], f"{count(more, 'further pair')} cannot be compared."]
+
+
+def _places_alone(called: Sequence[str], reasons: Sequence[str | None]) -> Iterator[str]:
+    """Why of some only the places of their entries are compared."""
+    for reason in dict.fromkeys(reason for reason in reasons if reason is not None):
+        names = [label for label, own in zip(called, reasons, strict=True) if own == reason]
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        yield paragraph([f"{reason.format(some)}: only the places of the entries are compared."])
+
+
+def _tables(called: Sequence[str], pairs: dict[tuple[int, int], Pair]) -> Iterator[str]:
+    shared, products, fed = [], [], []
+    for (i, j), pair in pairs.items():
+        both = f"{name(called[i])} and {name(called[j])}"
+        common, product, met = pair.whole.overlap, pair.whole.product, pair.whole.interference
+        shared.append(
+            (
+                both, f"{common.shared:,}", f"{common.expected:,.0f}", _or_none(common.jaccard, "{:.4f}"),
+                "–" if common.sign_agreement is None else share(common.sign_agreement), _or_none(common.cosine, "{:+.3f}"),
+            )
+        )  # fmt: skip
+        if product is not None:
+            zeros = (product.awor, product.awor_structural, product.awor_if_uniform, product.awor_if_independent)
+            products.append(
+                (
+                    both, *(_or_none(one, "{:.4f}") for one in zeros), f"{product.awom:.3g}",
+                    f"{product.awom_if_independent:.3g}",
+                )
+            )  # fmt: skip
+        if met is not None:
+            cosines = (met.cosine, *_extremes(pair))
+            fed.append((both, *(_or_none(one, "{:+.3f}") for one in cosines), *_disturbed(met)))
+    tables = ((_SHARED, shared, _SHARED_TOLD), (_PRODUCTS, products, _PRODUCTS_TOLD), (_FED, fed, _FED_TOLD))
+    for head, rows, told in tables:
+        if rows:
+            yield table(head, rows, stacked=True) + f'<p class="soft">{page.text(told)}</p>'
+    if products and not fed:
+        yield f'<p class="soft">{page.text(_WEIGHTS_ALONE)}</p>'
+
+
+def _measured(
+    files: Sequence[DeltaFile],
+    reasons: Sequence[str | None],
+    moments: Moments | None,
+    progress: Callable[[str], object],
+) -> Found:
+    """Each pair: by all measures where both adapters' changes are known, else by places; or why it cannot be compared."""
+
+    def all_measures(chosen: Sequence[DeltaFile]) -> Sequence[Pair]:
+        return measure_pairs(chosen, moments, strict=False, progress=progress)
+
+    everyone = range(len(files))
+    known = [number for number in everyone if reasons[number] is None]
+    found = _each(files, everyone, _positions) if len(known) < len(files) else {}
+    found |= _each(files, known, all_measures)
+    return dict(sorted(found.items()))
+
+
+def _each(
+    files: Sequence[DeltaFile], numbers: Sequence[int], compare: Callable[[Sequence[DeltaFile]], Sequence[Pair]]
+) -> Found:
+    """All pairs of some files together, each of which is read once; or one by one, so that one that fails spoils no other."""
+    pairs = list(combinations(numbers, 2))
+    if not pairs:
+        return {}
+    try:
+        return dict(zip(pairs, compare([files[number] for number in numbers]), strict=True))
+    except (SourceError, BaseMismatch):
+        found: Found = {}
+        for i, j in pairs:
+            try:
+                (found[i, j],) = compare([files[i], files[j]])
+            except (SourceError, BaseMismatch) as error:
+                found[i, j] = error
+        return found
+
+
+def _extremes(pair: Pair) -> tuple[float | None, float | None]:
+    """The least and the largest cosine on inputs of a weight."""
+    met = [one.measures.interference for one in pair.tensors]
+    cosines = [one.cosine for one in met if one is not None and one.cosine is not None]
+    return (min(cosines), max(cosines)) if cosines else (None, None)
+
+
+def _disturbed(met: Interference) -> tuple[str, str]:
+    first, second = map(_share_at_each, met.disturbed, met.disturbed_each)
+    return first, second
+
+
+def _share_at_each(disturbed: float | None, each: float | None) -> str:
+    if disturbed is None:
+        return "–"
+    return share(disturbed) + ("" if each is None else f" (at each input {share(each)})")
+
+
+def _why_not(look: Look) -> str | None:
+    """Why the changes of an adapter cannot be compared with those of others, with ``{}`` for its name; None if they can."""
+    if not look.known:
+        return "Not all changes of {} are known (see above)"
+    if any(max(matrix_shape(tensor.shape)) > _WIDEST for tensor in look.tensors):
+        return "A weight of {} has too many rows or columns for products"
+    return None
+
+
+def _positions(files: Sequence[DeltaFile]) -> list[Pair]:
+    """Pairs of which the places of entries alone are known."""
+    from shira_analysis.figures.matrices import overlaps
+
+    return [
+        Pair(
+            str(files[i].path),
+            str(files[j].path),
+            [
+                TensorPair(
+                    "",
+                    (),
+                    "other",
+                    Measures(
+                        len({*files[i].names, *files[j].names}), len({*files[i].names} & {*files[j].names}), common
+                    ),
+                )
+            ],
+            replaced_tensors(files[i], files[j]),
+        )
+        for (i, j), common in overlaps(files).items()
+    ]
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)

@@ -1,0 +1,182 @@
+"""The report itself: a section for each adapter, and one for their pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from shira_analysis.figures.layers import LayerGrid, What, layer_grid
+from shira_analysis.figures.style import digits
+from shira_analysis.reports.html import charts, page, pairs, words
+from shira_analysis.reports.html.look import Look, labels
+from shira_analysis.reports.html.page import count, facts, name, paragraph, share, table
+from shira_analysis.reports.html.pairs import QUESTION
+from shira_format.calibration.moments import Moments
+from shira_format.version import __version__
+
+_UNITS = ("B", "kB", "MB", "GB")
+
+
+def report(
+    looks: Sequence[Look], moments: Moments | None = None, *, progress: Callable[[str], object] = lambda _: None
+) -> str:
+    """The whole page on some adapters, as text.
+
+    Args:
+        looks: at least one, from :func:`shira_analysis.reports.html.look`.
+        moments: of the layers' inputs, for what each two do to each other on them.
+        progress: called with the name of each weight whose pairs are measured.
+
+    Raises:
+        FormatError: a file was changed, or is damaged.
+        SourceError: the moments are of none of the weights.
+    """
+    called = labels(looks)
+    title = f"Adapter report: {called[0]}" if len(looks) == 1 else f"Adapter report: {len(looks)} adapters"
+    parts = [f"<h1>{page.text(title)}</h1>"]
+    if len(looks) > 1:
+        parts.append(_contents(called, looks))
+    for number, (label, one) in enumerate(zip(called, looks, strict=True), 1):
+        parts += _section(number, label, one)
+    if len(looks) > 1:
+        parts += pairs.section(called, looks, moments, progress)
+    parts.append(
+        f'<footer class="soft"><p>Made by shira-format {page.text(__version__)}. Names, the base model, the source, the licence and the '
+        "description are what the file says of itself. Densities and energies are measured.</p></footer>"
+    )
+    return page.page(title, parts)
+
+
+def _contents(called: Sequence[str], looks: Sequence[Look]) -> str:
+    """All adapters at a glance, and the way to what is said of each."""
+    rows = []
+    for number, (label, look) in enumerate(zip(called, looks, strict=True), 1):
+        totals, warned = look.info["totals"], len(words.warnings(look))
+        kept = (look.info["selection"] or {}).get("energy_kept")
+        rows.append(
+            (
+                f'<a href="#adapter-{number}">{name(label)}</a>', f"{totals['nnz']:,}", share(totals["density"]),
+                "–" if kept is None else share(kept), f"{warned}",
+            )
+        )  # fmt: skip
+    head = ("adapter", "entries", "density", "energy kept", "warnings")
+    return f'{table(head, rows, stacked=True)}<p><a href="#pairs">{QUESTION}</a></p>'
+
+
+def _section(number: int, label: str, look: Look) -> Iterator[str]:
+    info, grid = look.info, layer_grid(look.tensors)
+    yield f'<section id="adapter-{number}"><h2>{page.text(label)}</h2>'
+    yield page.warnings(words.warnings(look))
+    yield from (paragraph(sentences) for sentences in words.summary(look, grid) if sentences)
+    yield facts(_facts(look))
+    yield from _charts(look, grid)
+    if look.tensors:
+        yield f"<details><summary>{count(len(look.tensors), 'tensor')}</summary>{_tensors(look)}</details>"
+    if info["whole"]:
+        rows = [(name(w["name"]), w["dtype"], _shape(w["shape"]), _size(w["bytes"])) for w in info["whole"]]
+        yield f"<details><summary>{count(len(rows), 'tensor')} replaced as a whole</summary>"
+        yield table(("tensor", "dtype", "shape", "size"), rows) + "</details>"
+    yield "</section>"
+
+
+def _facts(look: Look) -> list[tuple[str, str]]:
+    info, totals = look.info, look.info["totals"]
+    found = [
+        ("file", f"{info['file']}, {_size(totals['file_bytes'])}"),
+        ("format", f"{info['format_version']}, written by {info['writer'] or 'a program that it does not name'}"),
+        ("strength", f"{info['alpha']:g} by default"),
+    ]
+    if totals["bits_per_entry"] is not None:
+        found.append(
+            (
+                "an entry takes",
+                f"{totals['bits_per_entry']:.2f} bits, of which its place {totals['index_bits_per_entry']:.2f}",
+            )
+        )
+    for prefix, part in (info["components"] or {}).items():
+        model = part.get("base_model") or {}
+        found.append((f"part {prefix}", f"for {model.get('id') or 'a base model that is not named'}"))
+    checked = "all digests and rules" if info.get("verified") else "what this page shows (all: --verify)"
+    found.append(("checked", checked))
+    found += [(key, str(info[key])) for key in ("license", "description") if info[key]]
+    return found
+
+
+def _charts(look: Look, grid: LayerGrid) -> Iterator[str]:
+    if not look.tensors:
+        return
+    shares: dict[str, list[float]] = {kind: [0.0, 0.0, 0.0] for kind in grid.kinds}
+    for (kind, _), cell in grid.cells.items():
+        sums = shares[grid.kinds[kind]]
+        sums[0] += cell.entries
+        sums[1] += cell.elements
+        sums[2] += (cell.energy or 0.0) / grid.energy if grid.energy else 0.0
+    density = {kind: entries / elements if elements else 0.0 for kind, (entries, elements, _) in shares.items()}
+    yield "<h3>Where it changes the model</h3>"
+    if grid.energy is not None:
+        rows = [((kind, share(density[kind]), share(sums[2])), sums[2]) for kind, sums in shares.items()]
+        yield charts.bars(("kind of layer", "density", "energy", "share of all energy"), rows)
+    else:
+        most = max(density.values()) or 1.0
+        bars = [((kind, share(value)), value / most) for kind, value in density.items()]
+        yield charts.bars(("kind of layer", "density", f"bars end at {share(most)}"), bars)
+    if len(grid.blocks) > 1:
+        what: What = "energy" if grid.energy is not None else "density"
+        told = (
+            "share of the change’s energy" if grid.energy is not None else "share of the elements that are changed"
+        )
+        stems = [f"{stem}N" for stem in dict.fromkeys(grid.stems) if stem]
+        columns = f"blocks {', '.join(stems[:4])}{', ...' if len(stems) > 4 else ''} by their number N"
+        outside = "; –: outside of blocks" if "" in grid.blocks else ""
+        yield charts.heat(grid, what, f"By kind of layer and block: {told}, in %. Columns: {columns}{outside}.")
+    if look.mask is not None:
+        caption = (
+            f"Where the {int(look.mask.counts.sum()):,} entries of {look.mask.name} lie, "
+            f"{_shape(list(look.mask.shape))}, the tensor with most of them: rows downwards, columns to the right."
+        )
+        yield charts.mask_image(look.mask, caption)
+
+
+def _tensors(look: Look) -> str:
+    told = {row["name"]: row for row in look.info["tensors"]}
+    grid = layer_grid(look.tensors)
+    rows = []
+    for tensor in look.tensors:
+        row, norms = told[tensor.name], tensor.norms
+        energy = (
+            ""
+            if norms is None or not grid.energy
+            else f"{digits(100 * (norms.frobenius / grid.scale) ** 2 / grid.energy, 2)} %"
+        )
+        rows.append(
+            (
+                name(tensor.name), tensor.kind, row["dtype"], _shape(row["shape"]), f"{row['nnz']:,}",
+                f"{100 * row['density']:.3g} %", energy,
+                "" if row["energy_kept"] is None else f"{100 * row['energy_kept']:.1f} %",
+                "" if norms is None else f"{norms.largest:.3g}", _size(row["bytes"]),
+            )
+        )  # fmt: skip
+    head = (
+        "tensor",
+        "kind",
+        "dtype",
+        "shape",
+        "entries",
+        "density",
+        "energy",
+        "kept of the source",
+        "largest change",
+        "size",
+    )
+    return table(head, rows)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(f"{size:,}" for size in shape) or "scalar"
+
+
+def _size(number: float) -> str:
+    for unit in _UNITS:
+        if number < 1000 or unit == _UNITS[-1]:
+            return f"{number:.0f}\u00a0B" if unit == "B" else f"{number:.2f}\u00a0{unit}"
+        number /= 1000
+    raise AssertionError

@@ -1,0 +1,254 @@
+"""What a report says in sentences: what an adapter is, and what someone should know before using it. Plain text, not HTML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shira_analysis.figures.layers import LayerGrid
+from shira_analysis.measures.pairs import Pair
+from shira_analysis.reports.html.look import Look
+
+LITTLE = 0.5  # of the energy, below which a converter warns too
+DENSE = 0.2
+APART = 5  # standard deviations that are no chance
+ALIKE = 0.3  # a cosine from which two changes add up or cancel to an amount that shows
+_LIST = 3
+
+
+def summary(look: Look, grid: LayerGrid) -> list[list[str]]:
+    """Paragraphs of sentences."""
+    info = look.info
+    totals = info["totals"]
+    if look.tensors and all(tensor["values"] == "none" for tensor in info["tensors"]):
+        what = f"This is a mask: it marks {_entries(totals)}, and holds no values."
+    elif (info["selection"] or {}).get("rule") == "exact":
+        what = f"This is an exact patch: it sets every entry that differs between two checkpoints, {_entries(totals)}."
+    elif look.tensors and all(tensor["values"] == "delta" for tensor in info["tensors"]):
+        what = f"This adapter adds something to {_entries(totals)}; all others stay as they are in the base."
+    else:
+        what = f"This adapter sets {_entries(totals)}; all others stay as they are in the base."
+    whole = totals["whole_tensors"]
+    first = [what] + (
+        [f"{_count(whole, 'further tensor is', 'further tensors are')} replaced as a whole."] if whole else []
+    )
+    first.append(base_words(info))
+    return [first, made_words(info), undo_words(info), _where(look, grid)]
+
+
+def base_words(info: dict[str, Any]) -> str:
+    """For which base it is."""
+    model = info["base_model"] or {}
+    named = model.get("id")
+    told = f"It says that it is for {named}" + (
+        f", revision {model['revision']}." if model.get("revision") else "."
+    )
+    text = told if named else "It does not say for which base model it is."
+    if "base" in info:
+        if info["base"]["fits"]:
+            return f"{text} It fits {info['base']['path']} by names, shapes, dtypes and the digests that it has."
+        return f"{text} It does NOT fit {info['base']['path']}."
+    return f"{text} No base was given to check that." if named else text
+
+
+def made_words(info: dict[str, Any]) -> list[str]:
+    """How it was made, as the file has it, and how much of the source is left."""
+    source, selection = info["source"] or {}, info["selection"] or {}
+    found = []
+    if source:
+        kind = str(source.get("kind", "a source of unknown kind"))
+        kind = {"lora": "a LoRA", "full": "a full fine-tune", "shira": "a SHiRA"}.get(kind, kind)
+        kind += f" in the dialect {source['dialect']}" if "dialect" in source else ""
+        rank = f", rank {source['r']}" if isinstance(source.get("r"), int) else ""
+        files = [str(item.get("name")) for item in source.get("files", [])]
+        named = f" ({', '.join(files[:_LIST])}{', ...' if len(files) > _LIST else ''})" if files else ""
+        found.append(f"According to the file it was made from: {kind}{rank}{named}.")
+    else:
+        found.append("The file does not say what it was made from.")
+    if selection.get("rule") == "exact":
+        return [*found, "Nothing of the change was left out."]
+    if selection:
+        over = "of all tensors together" if selection.get("scope") == "global" else "of each tensor"
+        if "energy" in selection:
+            amount = f"the fewest entries {over} that hold {_percent(selection['energy'])} of the change's energy"
+        elif "density" in selection:
+            amount = f"{_percent(selection['density'])} of the entries {over}"
+        elif "top_k" in selection:
+            amount = f"{selection['top_k']:,} entries {over}"
+        else:
+            amount = f"some of the entries {over}"
+        rule = str(selection.get("rule", "a rule that is not named"))
+        found.append(
+            f"Kept were {amount}, {'those that change most' if rule == 'top-k' else f'by the rule {rule}'}."
+        )
+    if info["mask"]:
+        found.append(f"Its mask follows the rule {info['mask'].get('rule', 'that it does not name')}.")
+    if "energy_kept" in selection:
+        found.append(
+            f"They hold {_percent(selection['energy_kept'])} of the energy (the sum of squares) of the change that it was cut from."
+        )
+    return found
+
+
+def undo_words(info: dict[str, Any]) -> list[str]:
+    """Whether it can be undone, scaled and measured."""
+    if not info["tensors"]:
+        return []
+    if info["self_contained"] and info["undo"] == "file":
+        return [
+            (
+                "It can be undone: the file holds the base's values at its entries, so that it can also be scaled, measured and "
+                "merged without the base."
+            )
+        ]
+    if info["deltas"] is None:
+        return []
+    if info["deltas"] == "file":
+        return [
+            (
+                "It can be scaled, measured and merged without the base, since the file holds what is added to the base's values. "
+                "It can be undone by a program that keeps the values that it overwrites, as Switcher does, or with the base at hand."
+            )
+        ]
+    return [
+        (
+            "The file does not hold the base's values. It can be undone by a program that keeps the values that it overwrites, as "
+            "Switcher does, or with the base at hand; to scale, measure or merge it the base is needed as well."
+        )
+    ]
+
+
+def _where(look: Look, grid: LayerGrid) -> list[str]:
+    if grid.energy is None or not grid.energy or not look.known:
+        return []
+    by_kind: dict[str, float] = {}
+    for (row, _), cell in grid.cells.items():
+        by_kind[grid.kinds[row]] = by_kind.get(grid.kinds[row], 0.0) + (cell.energy or 0.0) / grid.energy
+    kind, share = max(by_kind.items(), key=lambda item: item[1])
+    (_, block), cell = max(grid.cells.items(), key=lambda item: item[1].energy or 0.0)
+    return [
+        (
+            f"Of its energy, {_percent(share)} is in layers of the kind “{kind}”; the one place with most, "
+            f"{_percent((cell.energy or 0.0) / grid.energy)}, is in {grid.block(block)}."
+        )
+    ]
+
+
+def warnings(look: Look) -> list[str]:
+    """What someone should know before they use it."""
+    info, found = look.info, []
+    if "base" in info and not info["base"]["fits"]:
+        reasons = info["base"]["reasons"]
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        found.append(f"It does not fit the base {info['base']['path']}: {reasons[0]}{more}.")
+    found += [f"A change cannot be measured: {reason}." for reason in look.broken[:_LIST]]
+    if len(look.broken) > _LIST:
+        found.append(f"{len(look.broken) - _LIST} more tensors have changes that cannot be measured.")
+    kept = (info["selection"] or {}).get("energy_kept")
+    if kept is not None and kept < LITTLE:
+        found.append(
+            f"Only {_percent(kept)} of the original change's energy is in it: expect it to do much less than its source did. "
+            "A higher density keeps more; so does training a sparse adapter, instead of cutting a dense one down."
+        )
+    loose = [t["name"] for t in info["tensors"] if t["base_digest"] is None and t["values"] != "none"]
+    if loose:
+        found.append(
+            f"{_some(loose)} without a digest of the base's values: a wrong base will not be noticed there."
+        )
+    empty = [t["name"] for t in info["tensors"] if not t["nnz"] and t["result_shape"] == t["shape"]]
+    if empty:
+        found.append(f"{_some(empty)} without a single entry: nothing changes there.")
+    dense = info["totals"]["density"]
+    if dense > DENSE:
+        found.append(
+            f"It sets {_percent(dense)} of the elements: that is not sparse, and little smaller than the weights are."
+        )
+    if info["removed"]:
+        found.append(f"It removes tensors from the model: {', '.join(map(str, info['removed'][:_LIST]))}{', ...' if len(info['removed']) > _LIST else ''}.")  # fmt: skip
+    if look.needs_base:
+        found.append(
+            "How large its changes are is not shown: the file does not hold the base's values, and no base was given that fits "
+            "(--base)."
+        )
+    if not info["license"]:
+        found.append("It names no licence.")
+    return found
+
+
+def pair_words(first: str, second: str, pair: Pair) -> list[str]:
+    """What two adapters have to do with each other."""
+    whole = pair.whole
+    common = whole.overlap
+    if not whole.both:
+        return [
+            f"{first} and {second} change no weight in common: they cannot meet within a layer.",
+            *_replaced(pair),
+        ]
+    found = [f"{first} and {second} both change {_count(whole.both, 'weight', 'weights')}"]
+    if not common.shared:
+        found[0] += ", and share no entry."
+    else:
+        smaller = min(common.first, common.second)
+        found[0] += (
+            f", and share {common.shared:,} entries, {_percent(common.shared / smaller)} of those of the smaller one."
+        )
+        if common.expected:
+            times = common.shared / common.expected
+            chance = "as chance gives" if common.surprise is None or abs(common.surprise) < APART else (
+                "more than chance gives" if times > 1 else "fewer than chance gives"
+            )  # fmt: skip
+            found.append(f"That is {times:.3g} times the expected number, {chance}.")
+    if common.sign_agreement is not None:
+        found.append(
+            f"On {_percent(common.sign_agreement)} of the shared entries they pull in the same direction."
+        )
+    if common.cosine is not None:
+        cosine = common.cosine
+        if abs(cosine) < ALIKE:
+            verdict = "as changes of the weights they are nearly independent of each other"
+        elif cosine > 0:
+            verdict = "put on together, they add up to more than either is meant to do"
+        else:
+            verdict = "put on together, they cancel each other in part"
+        found.append(f"The cosine of the two changes is {cosine:+.3f}: {verdict}.")
+    product = whole.product
+    if product is not None and product.awor is not None:
+        found.append(
+            f"Of the cells of A₁ᵀA₂, {_percent(product.awor)} are zero (AWOR); uniform masks as dense as these would give "
+            f"{_percent(product.awor_if_uniform or 0.0)}, and masks with as many entries in each row "
+            f"{_percent(product.awor_if_independent or 0.0)}."
+        )
+    return found + _replaced(pair)
+
+
+def _replaced(pair: Pair) -> list[str]:
+    """A sentence on tensors that both cannot have their way with."""
+    if not pair.replaced:
+        return []
+    count = _count(len(pair.replaced), "tensor", "tensors")
+    names = f"{', '.join(pair.replaced[:_LIST])}{', ...' if len(pair.replaced) > _LIST else ''}"
+    return [
+        f"One of them replaces {count} as a whole that the other replaces or changes as well: {names}.",
+        "There the two cannot be had at once, and no measure here sees it.",
+    ]
+
+
+def _entries(totals: dict[str, Any]) -> str:
+    weights = _count(totals["tensors"], "weight", "weights")
+    return f"{totals['nnz']:,} of the {totals['numel']:,} elements of {weights} ({_percent(totals['density'])})"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def _some(names: list[str]) -> str:
+    """Of how many tensors something is said, and the first of them."""
+    if len(names) == 1:
+        return f"1 tensor ({names[0]}) is"
+    return f"{len(names):,} tensors (the first: {names[0]}) are"
+
+
+def _percent(share: float) -> str:
+    """A share of 1; number and sign stay in one line."""
+    percent = 100 * share
+    return f"{percent:.3g}\u00a0%" if percent < 99.95 or percent == 100 else f"{percent:.4g}\u00a0%"

@@ -1,0 +1,125 @@
+"""What an adapter file says about itself, in numbers: sizes from the header alone, and whether it fits a base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shira_format.entries.base_check import base_values, check_dense
+from shira_format.errors import BaseMismatch
+from shira_format.format import AdapterFile
+from shira_format.format.manifest import SparseEntry, stream_name
+from shira_format.tensors import density, numel
+
+if TYPE_CHECKING:
+    from shira_format.checkpoints import Checkpoint  # with all layouts, which a look at a file does not need
+
+
+def describe(file: AdapterFile) -> dict[str, Any]:
+    """Everything that the header tells, as plain JSON values; no tensor is read."""
+    raw = file.manifest.raw
+    rows = [_row(file, entry) for entry in file.manifest.tensors.values()]
+    whole = [_whole_row(file, name) for name in file.manifest.whole]
+    nnz, elements = sum(row["nnz"] for row in rows), sum(numel(tuple(row["shape"])) for row in rows)
+    index_bytes = sum(row["index_bytes"] for row in rows)
+    base_bytes = sum(row["base_bytes"] for row in rows)
+    row_bytes = sum(row["row_bytes"] for row in rows)
+    own_bytes = file.streams.size - base_bytes - row_bytes - sum(row["bytes"] for row in whole)
+    return {
+        "file": str(file.path),
+        "format_version": raw["format_version"],
+        "features": raw["features"],
+        "base_model": raw.get("base_model"),
+        "components": raw.get("components"),
+        "source": raw.get("source"),
+        "selection": raw.get("selection"),
+        "mask": raw.get("mask"),
+        "alpha": raw.get("alpha", 1.0),
+        "license": raw.get("license"),
+        "description": raw.get("description"),
+        "writer": raw.get("writer"),
+        "self_contained": bool(rows) and all(row["base_values"] for row in rows),
+        "undo": "file" if _undone(file, rows) else "base",
+        "deltas": _deltas(rows),
+        "totals": {
+            "tensors": len(rows),
+            "nnz": nnz,
+            "numel": elements,
+            "density": density(nnz, elements),
+            "whole_tensors": len(whole),
+            "file_bytes": file.streams.size,
+            "index_bits_per_entry": 8 * index_bytes / nnz if nnz else None,
+            "bits_per_entry": 8 * own_bytes / nnz if nnz else None,
+        },
+        "tensors": rows,
+        "whole": whole,
+        "removed": list(file.manifest.removed),
+    }
+
+
+def _undone(file: AdapterFile, rows: list[dict[str, Any]]) -> bool:
+    """Whether the file alone holds all that it overwrites; a whole tensor without a digest of the base's is new there."""
+    held = all(row["base_values"] or not row["nnz"] for row in rows if row["values"] != "none")
+    wholes = all(one.base_values or "base" not in one.digests for one in file.manifest.whole.values())
+    dropped = any(row["result_shape"][:1] < row["shape"][:1] for row in rows)  # rows that are nowhere in the file
+    return held and wholes and not dropped and not file.manifest.removed
+
+
+def _deltas(rows: list[dict[str, Any]]) -> str | None:
+    """Where what is added to the base's values is known from: the file, or only with the base; None if there are none."""
+    valued = [row for row in rows if row["values"] != "none"]
+    if not valued:
+        return None
+    return "file" if all(row["base_values"] or row["values"] == "delta" for row in valued) else "base"
+
+
+def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:
+    sizes = {role: file.streams[stream_name(entry.name, role)].nbytes for role in entry.streams()}
+    return {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "dtype": entry.dtype,
+        "nnz": entry.nnz,
+        "density": density(entry.nnz, numel(entry.shape)),
+        "index_codec": entry.codec,
+        "values": entry.values,
+        "base_values": entry.base_values,
+        "base_digest": entry.digests.get("base"),
+        "energy_kept": entry.raw.get("energy_kept"),
+        "relative_error": entry.raw.get("relative_error"),
+        "bytes": sum(sizes.values()),
+        "index_bytes": sizes.get("indices", 0) + sizes.get("blocks", 0),
+        "base_bytes": sizes.get("base", 0),
+        "row_bytes": sizes.get("rows", 0),
+        "from": entry.base_name,
+        "result_shape": list(entry.result_shape),
+        "result_digest": entry.digests.get("result"),
+    }
+
+
+def _whole_row(file: AdapterFile, name: str) -> dict[str, Any]:
+    entry, stream = file.manifest.whole[name], file.streams[name]
+    copies = 2 if entry.base_values else 1
+    return {
+        "name": name,
+        "shape": list(stream.shape),
+        "dtype": stream.dtype,
+        "base_digest": entry.digests.get("base"),
+        "bytes": copies * stream.nbytes,
+    }
+
+
+def misfits_with(file: AdapterFile, base: Checkpoint) -> list[str]:
+    """Why the adapter does not fit ``base``: one line for each tensor that does not; empty if it fits."""
+    misfits = []
+    for name in file.manifest.tensors:
+        try:
+            base_values(file.sparse(name), base)
+        except BaseMismatch as error:
+            misfits.append(str(error))
+    for name in file.manifest.whole:
+        try:
+            check_dense(file.dense(name), base)
+        except BaseMismatch as error:
+            misfits.append(str(error))
+    misfits += [f"tensor {name!r}: to be removed, and not in the base" for name in file.manifest.removed if name not in base]  # fmt: skip
+    return misfits
