@@ -199,7 +199,7 @@ def false_block(stream: Any, blocks: Any, indices: Any, block_size: int, more: i
     """The first row of a block directory that disagrees with the decoded ``indices``, or -1.
 
     Bytes below ``more`` end an entry. A row is right if its offset is where the code of its entry starts: between two right
-    offsets, as many entries end as a block has. See :func:`shira_format.format.codecs.blocks.check_blocks`.
+    offsets, as many entries end as a block has. See :func:`shira_format.format.codecs.gaps.check_blocks`.
     """
     for row in range(blocks.shape[0]):
         if blocks[row, 0] != indices[row * block_size]:

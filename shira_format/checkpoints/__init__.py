@@ -7,21 +7,22 @@ another layout, and one line in :data:`LAYOUTS`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from shira_format.checkpoints.base import Checkpoint
-from shira_format.checkpoints.dcp import open_dcp
-from shira_format.checkpoints.diffusers import open_diffusers
-from shira_format.checkpoints.gguf import open_gguf
-from shira_format.checkpoints.safetensors import open_safetensors
-from shira_format.checkpoints.torch_bin import open_torch_bin
 from shira_format.errors import SourceError
 from shira_format.storage.paths import resolve_path
 
-LAYOUTS: list[Callable[[Path], Checkpoint | None]] = [
-    open_diffusers, open_safetensors, open_torch_bin, open_gguf, open_dcp,
-]  # fmt: skip
+# Module and function of each layout, in the order in which they are tried; and the file that a folder of it holds, if
+# that is enough to tell that a path has another layout. A module is imported when its layout is tried.
+LAYOUTS = [
+    ("diffusers:open_diffusers", "model_index.json"),
+    ("safetensors:open_safetensors", None),
+    ("torch_bin:open_torch_bin", None),
+    ("gguf:open_gguf", None),
+    ("dcp:open_dcp", None),
+]
 
 __all__ = ["LAYOUTS", "Checkpoint", "open_checkpoint"]
 
@@ -41,7 +42,18 @@ def open_checkpoint(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     path = resolve_path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    for layout in LAYOUTS:
-        if (checkpoint := layout(path)) is not None:
-            return checkpoint
+    if (checkpoint := try_layouts(path)) is not None:
+        return checkpoint
     raise SourceError(f"{path}: not a checkpoint of a supported layout: a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, an .index.json of shards, a folder with one of these, a diffusers pipeline, or a distributed checkpoint")  # fmt: skip
+
+
+def try_layouts(path: Path) -> Checkpoint | None:
+    """The checkpoint at ``path`` in the first layout that fits; None if none does."""
+    for place, file in LAYOUTS:
+        module, _, function = place.partition(":")
+        if file is not None and path.name != file and not (path / file).exists():
+            continue
+        checkpoint: Checkpoint | None = getattr(import_module(f"{__name__}.{module}"), function)(path)
+        if checkpoint is not None:
+            return checkpoint
+    return None

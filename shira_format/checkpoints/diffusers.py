@@ -148,7 +148,7 @@ def _components(path: Path) -> dict[str, _Component]:
 
 def _open(folder: Path, component: _Component, notices: list[str]) -> Checkpoint | None:
     """The weights in the folder of a component; None if it has none, such as a tokenizer."""
-    from shira_format.checkpoints import LAYOUTS
+    from shira_format.checkpoints import try_layouts
 
     files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else None
     usual = find_weights(files or ())
@@ -168,9 +168,8 @@ def _open(folder: Path, component: _Component, notices: list[str]) -> Checkpoint
     elif usual is not None and usual.others:
         notices.append(f"{folder.name}: the plain weights are read, not the variant {', '.join(usual.others)}")
     path = folder if usual is None else folder / usual.name
-    for layout in LAYOUTS:
-        if layout is not open_diffusers and (found := layout(path)) is not None:
-            return found
+    if (found := try_layouts(path)) is not None:
+        return found
     # Models have a config.json; other objects have configs of other names.
     if "config.json" in files or not files or any(name.endswith(_UNREAD) for name in files):
         raise SourceError(f"{folder}: no weights of a supported format, but {_PIPELINE} lists the component ({component.cls})")  # fmt: skip

@@ -10,9 +10,8 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints.base import IndexedCheckpoint
-from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.storage.safetensors_file import SafetensorsFile
-from shira_format.storage.weight_files import is_index
+from shira_format.storage.weight_files import check_weight_map, find, is_index, read_weight_map
 
 _INDEX = ".safetensors.index.json"
 _FILE = ".safetensors"

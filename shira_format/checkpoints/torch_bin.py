@@ -10,11 +10,11 @@ import numpy as np
 
 from shira_format._core.arrays import Array, read_only
 from shira_format.checkpoints.base import IndexedCheckpoint
-from shira_format.checkpoints.index import check_weight_map, find, read_weight_map
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
 from shira_format.storage.paths import open_storage
+from shira_format.storage.weight_files import check_weight_map, find, read_weight_map
 from shira_format.tensors import numel
 
 _INDEX = ".bin.index.json"

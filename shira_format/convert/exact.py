@@ -11,8 +11,7 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes, bits_differ, scratch, where_true
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
-from shira_format.entries.changes import TILE, CheckpointChange
-from shira_format.entries.selected import Entries
+from shira_format.entries.changes import TILE, CheckpointChange, Entries
 from shira_format.selection.stages import Pending
 from shira_format.tensors import numel
 

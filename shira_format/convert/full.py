@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format._core.dtypes import dtype_name
-from shira_format._core.rounding import round_to
+from shira_format._core.dtypes import dtype_name, round_to
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.exact import Exact

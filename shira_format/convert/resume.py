@@ -20,7 +20,7 @@ from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format._core.threads import Progress
 from shira_format.convert.exact import Differences, Exact
 from shira_format.convert.inputs import Conversion, ConversionInputs
-from shira_format.entries.selected import Entries
+from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
 from shira_format.selection import Engine, Pending, TopK
 from shira_format.selection.radix import Survey

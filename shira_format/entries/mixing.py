@@ -15,8 +15,7 @@ import numpy.typing as npt
 from shira_format._core import fits
 from shira_format._core.arrays import Array, Indices, array_digest, bits_differ
 from shira_format._core.compiled import scatter
-from shira_format._core.dtypes import working_dtype
-from shira_format._core.rounding import round_to
+from shira_format._core.dtypes import round_to, working_dtype
 from shira_format.entries.aligned import AlignedEntries, Contribution, Factor, Floats, common_dtype
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.tensors import SparseTensor

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format._core.dtypes import working_dtype
-from shira_format._core.rounding import upcast
+from shira_format._core.dtypes import upcast, working_dtype
 
 
 def wide(values: Array) -> Array:

@@ -6,6 +6,7 @@ a :class:`Lora`: updates that can fill any tile of ``delta W``, and tensors to r
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -49,6 +50,9 @@ DIALECTS: Mapping[str, Dialect] = _Dialects(
     }
 )
 
+# What a file of a dialect is called, where its name must match.
+_FILES = {"mlx": "*adapters.safetensors"}
+
 __all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "open_lora"]
 
 
@@ -69,7 +73,9 @@ def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | 
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:
         return DIALECTS[dialect].read(path, base)
-    for candidate in DIALECTS.values():
-        if candidate.recognises(path):
+    files = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
+    for name in DIALECTS:
+        # Looked at by name first, so that no module is imported for files that it cannot read.
+        if fnmatch.filter(files, _FILES.get(name, "*")) and (candidate := DIALECTS[name]).recognises(path):
             return candidate.read(path, base)
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")

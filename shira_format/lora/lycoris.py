@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array, scratch
-from shira_format._core.dtypes import working_dtype
-from shira_format._core.rounding import upcast
+from shira_format._core.dtypes import upcast, working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Lora

@@ -7,7 +7,7 @@ import numpy as np
 from shira_format._core.dtypes import working_dtype
 from shira_format.entries.aligned import Contribution
 from shira_format.selection import TopK
-from shira_format.selection.largest import largest
+from shira_format.selection.topk import largest
 from shira_format.tensors import SparseTensor
 
 

@@ -5,8 +5,8 @@ Ties are broken by position: the lower index is taken first, and under the globa
 
 from __future__ import annotations
 
-from shira_format.selection.rule import AMOUNTS, TopK
 from shira_format.selection.stages import Engine, LocalEngine, Pending, passes, select
+from shira_format.selection.topk import AMOUNTS, TopK
 
 __all__ = [
     "AMOUNTS",

@@ -17,12 +17,8 @@ import numpy.typing as npt
 
 from shira_format._core.arrays import Array
 from shira_format._core.threads import Progress, Workers
-from shira_format.entries.changes import TILE, Change, Tile
-from shira_format.entries.selected import Entries
-from shira_format.selection.largest import at_least
-from shira_format.selection.rule import TopK
-from shira_format.selection.tiles import tiles
-from shira_format.selection.topk import Pool, check_energy, completed, reaching
+from shira_format.entries.changes import TILE, Change, Entries, Tile
+from shira_format.selection.topk import Pool, TopK, at_least, check_energy, completed, reaching, tiles
 
 BINS = 1 << 16
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from shira_format.entries.selected import COLUMNS, Entries
+from shira_format.entries.changes import COLUMNS, Entries
 
 
 @dataclass(frozen=True)

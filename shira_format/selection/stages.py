@@ -15,11 +15,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from shira_format._core.threads import Progress, Workers
-from shira_format.entries.changes import Change
-from shira_format.entries.selected import Entries
+from shira_format.entries.changes import Change, Entries
 from shira_format.selection import radix, topk
-from shira_format.selection.rule import TopK
 from shira_format.selection.spool import Spool
+from shira_format.selection.topk import TopK
 
 C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)

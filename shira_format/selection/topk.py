@@ -3,19 +3,110 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from shira_format._core.arrays import Array, Indices, sum_of_squares, where_true
+from shira_format._core.arrays import Array, Indices, scratch, sum_of_squares, where_true
 from shira_format._core.threads import Progress, Workers
-from shira_format.entries.changes import TILE, Change, Tile
-from shira_format.entries.selected import COLUMNS, Entries
+from shira_format.entries.changes import COLUMNS, TILE, Change, Entries, Tile, tile_size
 from shira_format.errors import SourceError
-from shira_format.selection.largest import largest
-from shira_format.selection.rule import TopK
-from shira_format.selection.tiles import tiles
+
+AMOUNTS = ("density", "top_k", "energy")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """How many of the largest entries to keep, of each tensor or of all.
+
+    Attributes:
+        density: share of the elements, in (0, 1]; rounded to the nearest count, at least 1.
+        top_k: instead, a count: for each tensor, or in total under the global scope.
+        scope: ``"tensor"``: each tensor keeps its own largest entries; ``"global"``: the largest of all tensors.
+        energy: instead, a share in (0, 1]: the fewest entries that hold this share of the energy (the sum of squares).
+        min_change: changes of a smaller magnitude are never kept.
+    """
+
+    density: float | None = 0.01
+    top_k: int | None = None
+    scope: str = "tensor"
+    energy: float | None = None
+    min_change: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for invalid values."""
+        if sum(getattr(self, amount) is not None for amount in AMOUNTS) != 1:
+            raise ValueError("give one of density, top-k and energy")
+        for share in ("density", "energy"):
+            if (value := getattr(self, share)) is not None and not 0 < value <= 1:
+                raise ValueError(f"{share} {value} is not in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top-k {self.top_k} is not a positive count")
+        if self.scope not in ("tensor", "global"):
+            raise ValueError(f"scope {self.scope!r} is neither 'tensor' nor 'global'")
+        if not 0 <= self.min_change < float("inf"):
+            raise ValueError(f"min-change {self.min_change} is not a magnitude")
+
+    def count(self, elements: int) -> int:
+        """The number of entries to keep at most, of ``elements``."""
+        if self.top_k is not None:
+            return min(self.top_k, elements)
+        if self.density is None:
+            return elements
+        return min(max(1, int(self.density * elements + 0.5)), elements)
+
+    def lowest(self, dtype: np.dtype[Any]) -> Any:
+        """The smallest magnitude of ``dtype`` that may be kept; always above 0."""
+        with np.errstate(over="ignore"):
+            least = dtype.type(self.min_change)
+        if float(least) < self.min_change:
+            least = np.nextafter(least, dtype.type(np.inf))
+        return max(least, np.finfo(dtype).smallest_subnormal)
+
+
+Mask = npt.NDArray[np.bool_]
+
+
+def largest(magnitudes: Array, k: int) -> Mask:
+    """A mask of the ``k`` largest, ``[n]`` from ``[n]``; of equal ones the first."""
+    if k <= 0 or k >= magnitudes.size:
+        return np.full(magnitudes.size, k > 0)
+    edge = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
+    return at_least(magnitudes, edge, k - int(np.count_nonzero(magnitudes > edge)))
+
+
+def at_least(magnitudes: Array, edge: Any, ties: int) -> Mask:
+    """A mask of those above ``edge``, and of the first ``ties`` of those that equal it."""
+    keep: Mask = magnitudes > edge
+    keep[np.flatnonzero(magnitudes == edge)[:ties]] = True
+    return keep
+
+
+_R = TypeVar("_R")
+
+
+def tiles(
+    workers: Workers,
+    change: Change,
+    work: Callable[[int, Tile, float], _R],
+    progress: Progress = lambda _: None,
+) -> Iterator[_R]:
+    """``work(start, tile, energy)`` for each tile: its first flat index, the tile, and its sum of squares."""
+
+    def one(start: int, stop: int) -> _R:
+        with np.errstate(over="ignore", invalid="ignore"):  # the energy shows it, and the error names the tensor
+            tile = change.tile(start, stop, scratch("values", stop - start, change.dtype))
+            energy = sum_of_squares(tile.values)
+            if tile.moved is not None and not np.isfinite(energy):
+                tile.values[~tile.moved()] = 0
+                energy = sum_of_squares(tile.values)
+        return work(start, tile, energy)
+
+    return workers.ranges(change.size, tile_size(change), one, progress)
+
 
 _SAMPLES = 8  # pieces of a change that are sampled
 _SAMPLE = 1 << 12  # elements of a piece

@@ -18,8 +18,7 @@ from shira_analysis.merging.check.check import MergeCheck, as_json
 from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict
 from shira_analysis.merging.check.sources import Change, Source
 from shira_format._core.arrays import Array, as_array
-from shira_format._core.dtypes import FLOATS
-from shira_format._core.rounding import round_to
+from shira_format._core.dtypes import FLOATS, round_to
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.decomposed import Decomposed

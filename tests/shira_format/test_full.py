@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira_format._core.arrays import Array, array_digest, as_bytes
-from shira_format._core.dtypes import DTYPES, FLOATS, is_float, working_dtype
-from shira_format._core.rounding import round_to
+from shira_format._core.dtypes import DTYPES, FLOATS, is_float, round_to, working_dtype
 from shira_format.adapter import Adapter
 from shira_format.convert import full_to_shira
 from shira_format.convert.exact import Exact

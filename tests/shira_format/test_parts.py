@@ -16,7 +16,7 @@ from shira_format._core.dtypes import FLOATS
 from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.convert import resume as parts
 from shira_format.convert.exact import Differences, Exact
-from shira_format.entries.selected import Entries
+from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
 from shira_format.selection import TopK
 from shira_format.selection.radix import Survey

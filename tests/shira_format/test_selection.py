@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from shira_format._core.arrays import Array
 from shira_format._core.threads import Workers
-from shira_format.entries.changes import Change, Tile, tile_size
-from shira_format.entries.selected import Entries
+from shira_format.entries.changes import Change, Entries, Tile, tile_size
 from shira_format.errors import SourceError
 from shira_format.selection import LocalEngine, TopK, passes
 from shira_format.selection import select as select_by

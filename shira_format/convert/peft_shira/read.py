@@ -18,10 +18,9 @@ from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Keys, Kind, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
+from shira_format.convert.pipeline import sparse_target
 from shira_format.convert.report import ConversionReport, TensorReport
-from shira_format.convert.targets import sparse_target
-from shira_format.entries.changes import UpdateChange
-from shira_format.entries.selected import Entries
+from shira_format.entries.changes import Entries, UpdateChange
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora

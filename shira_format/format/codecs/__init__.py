@@ -12,14 +12,14 @@ import json
 from shira_format._core.arrays import Indices
 from shira_format.format.codecs.base import Encoded, IndexCodec
 from shira_format.format.codecs.flat import Flat
-from shira_format.format.codecs.gap8 import Gap8
+from shira_format.format.codecs.gaps import Gap8, Varint
 from shira_format.format.codecs.structured import Structured
-from shira_format.format.codecs.varint import Varint
 
 BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 bits an entry
 
-_ALL: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured(), Flat())
-CODECS = {codec.name: codec for codec in _ALL}
+# Those that our writer chooses from; flat is never smaller than varint.
+_WRITTEN: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured())
+CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat())}
 
 __all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "encode_smallest", "stored_bytes"]
 
@@ -29,9 +29,9 @@ def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = 
 
     Ties go to the codec that is first in the registry. Sizes are computed first, and only the best codec encodes.
     """
-    sizes = [(codec.size(indices, shape), order) for order, codec in enumerate(CODECS.values())]
+    sizes = [(codec.size(indices, shape), order) for order, codec in enumerate(_WRITTEN)]
     _, best = min((size, order) for size, order in sizes if size is not None)
-    return list(CODECS.values())[best].encode(indices, shape, block_size)
+    return _WRITTEN[best].encode(indices, shape, block_size)
 
 
 def stored_bytes(encoded: Encoded) -> int:

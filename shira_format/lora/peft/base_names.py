@@ -8,13 +8,137 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.peft.keys import Keys, PeftLayer, candidates
+from shira_format.lora.peft import PREFIX
+from shira_format.lora.peft.config import Config
 from shira_format.names.prefixes import match_names
+
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
+)
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+# What PEFT's wrappers insert into names of the base's parameters.
+_WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|modules_to_save)(?=\.)")
+_VELORA = ".lora_velora_embed"
+_OTHER = re.compile(r"\.lora_|\.trainable_tokens|\.token_adapter\.")
+_DEEP = re.compile(r"(?:\.base_layer)+\Z")
+
+
+@dataclass(eq=False)
+class PeftLayer:
+    """The tensors of one adapted layer.
+
+    Attributes:
+        module: its name in the trained model.
+        depth: how many wrappers of the same module's parameters enclose this one.
+        parent: the module in whose wrapper it is, if it is ``out_proj`` there (``MultiheadAttention``); else "".
+        parts: the tensors by PEFT's name, such as ``"lora_A.weight"``.
+    """
+
+    module: str
+    depth: int = 0
+    parent: str = ""
+    parts: dict[str, Array] = field(default_factory=dict)
+
+    def pair(self, where: object) -> tuple[Array, Array]:
+        """``lora_A`` and ``lora_B``.
+
+        Raises:
+            SourceError: one of them is missing, or the layer has parts that do not belong to them.
+        """
+        stem = "lora_embedding_" if any(part.startswith("lora_embedding_") for part in self.parts) else "lora_"
+        names = [f"{stem}A", f"{stem}B"] if stem == "lora_embedding_" else ["lora_A.weight", "lora_B.weight"]
+        if not all(name in self.parts for name in names) or self.parts.keys() - {
+            *names, "lora_B.bias", "lora_magnitude_vector"
+        }:  # fmt: skip
+            found = ", ".join(part.removesuffix(".weight") for part in self.parts)
+            raise SourceError(f"{where}: {self.module!r} has {found} only")
+        return self.parts[names[0]], self.parts[names[1]]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the factors are those of an embedding."""
+        return "lora_embedding_A" in self.parts
+
+
+@dataclass
+class Keys:
+    """All tensors of a file.
+
+    Attributes:
+        layers: adapted layers.
+        tokens: new rows of an embedding, by its module.
+        plain: whole tensors, by their names in the model.
+    """
+
+    layers: list[PeftLayer] = field(default_factory=list)
+    tokens: dict[str, Array] = field(default_factory=dict)
+    plain: dict[str, Array] = field(default_factory=dict)
+
+
+def sort_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Keys:
+    """Sort the tensors by what their keys mean.
+
+    Raises:
+        SourceError: a key that is not PEFT's, or that contradicts the options.
+    """
+    found = Keys()
+    layers: dict[str, PeftLayer] = {}
+    for key, array in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if name == key:
+            raise SourceError(f"{path}: unmatched key {key!r}: it does not start with {PREFIX!r}")
+        if match := _PART.fullmatch(name):
+            part = match["part"]
+            for option, wanted in (("lora_bias", "lora_B.bias"), ("use_dora", "lora_magnitude_vector")):
+                if part == wanted and not config[option]:
+                    raise SourceError(f"{path}: unmatched key {key!r}: {option} is not set")
+            layer = layers.setdefault(match["module"], _layer(match["module"]))
+            if part in layer.parts:
+                raise SourceError(f"{path}: {key!r} is there twice, with and without '.weight'")
+            layer.parts[part] = array
+        elif match := _TOKENS.fullmatch(name):
+            found.tokens[match["module"]] = array
+        elif name.endswith(_VELORA) and config["velora_config"]:
+            pass  # projects activations in the backward pass only
+        elif _OTHER.search(plain := _WRAPPED.sub("", name)):
+            raise SourceError(f"{path}: unmatched key {key!r}: not a known part of a LoRA")
+        elif plain in found.plain:
+            raise SourceError(f"{path}: {key!r} means the same tensor as another key")
+        else:
+            found.plain[plain] = array
+    found.layers = list(layers.values())
+    if not found.layers and not found.tokens:
+        raise SourceError(f"{path}: no key ends in lora_A.weight and lora_B.weight: not a LoRA")
+    if config.tokens and not found.tokens:
+        raise SourceError(f"{path}: trainable_token_indices is set, and no key ends in trainable_tokens_delta")
+    return found
+
+
+def _layer(raw: str) -> PeftLayer:
+    outer = _DEEP.sub("", raw)
+    parent = outer.removesuffix(".base_layer.out_proj")
+    return PeftLayer(
+        _WRAPPED.sub("", outer),
+        depth=(len(raw) - len(outer)) // len(".base_layer"),
+        parent=_WRAPPED.sub("", parent) if parent != outer else "",
+    )
+
+
+def candidates(module: str, targets: Iterable[str]) -> list[str]:
+    """The parameters of ``module`` that ``target_parameters`` can mean; like PEFT, by the ends of names."""
+    ends = (target.rpartition(".") for target in targets)
+    return sorted(
+        {parameter for parent, _, parameter in ends if not parent or f".{module}".endswith(f".{parent}")}
+    )
+
 
 _EXPERT = re.compile(
     r"(?P<module>(?:.*\.)?experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>gate_proj|up_proj|down_proj|w[123]|fc[123])\.weight"

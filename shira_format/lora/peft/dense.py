@@ -13,9 +13,8 @@ from shira_format._core.arrays import Array
 from shira_format._core.dtypes import is_float
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.peft.base_names import BaseNames
+from shira_format.lora.peft.base_names import BaseNames, PeftLayer
 from shira_format.lora.peft.config import Config
-from shira_format.lora.peft.keys import PeftLayer
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_layer)\.weight")

@@ -16,9 +16,8 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
-from shira_format.lora.peft.base_names import BaseNames, Experts
+from shira_format.lora.peft.base_names import BaseNames, Experts, PeftLayer
 from shira_format.lora.peft.config import Config
-from shira_format.lora.peft.keys import PeftLayer
 from shira_format.lora.products import LowRank, Stacked, common_dtype, scale_factor
 
 _MOST = 4  # parameters of one module; the search is over their permutations

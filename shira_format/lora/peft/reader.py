@@ -15,11 +15,10 @@ from shira_format.errors import SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import read_tensors
 from shira_format.lora.peft import CONFIG, WEIGHTS, find_peft_files
-from shira_format.lora.peft.base_names import BaseNames
+from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.config import Config, base_model_of, read_config, source_of
 from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
 from shira_format.lora.peft.experts import ParameterLayers
-from shira_format.lora.peft.keys import PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.layers import ModuleLayers
 from shira_format.lora.peft.replication import Replication, replicate_layers
 from shira_format.lora.peft.tokens import row_replacement
@@ -51,7 +50,8 @@ def read(weights: Path, config_path: Path, base: Checkpoint) -> Lora:
     config = read_config(config_path)
     keys = sort_keys(read_tensors(weights)[0], config, weights)
     replicated = replicate_layers(config, base) if config.replication else Replication()
-    base = rearranged(base, replicated.copies, replicated.removed)
+    if config.replication:
+        base = rearranged(base, replicated.copies, replicated.removed)
     keys.layers = drop_tied_head(keys.layers, base, config, weights)
     names = BaseNames(base, keys, config.parameters, weights)
     adapted = {name for layer in keys.layers for name in names.parameters(layer)}

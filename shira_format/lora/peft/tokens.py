@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format._core.dtypes import is_float, working_dtype
-from shira_format._core.rounding import round_to
+from shira_format._core.dtypes import is_float, round_to, working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import Config

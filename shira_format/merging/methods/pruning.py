@@ -17,7 +17,7 @@ from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.entries.aligned import AlignedEntries, Contribution, Floats
 from shira_format.merging.methods.method import Option, Options, of_adapter
-from shira_format.selection.largest import largest
+from shira_format.selection.topk import largest
 
 DENSITY = Option(1.0, "share that is kept; 1: all", low=0, high=1, each=True)
 OF = Option(

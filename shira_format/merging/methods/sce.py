@@ -11,7 +11,7 @@ from shira_format.entries.aligned import AlignedEntries, Factor, Floats
 from shira_format.entries.mixing import sum_ascending
 from shira_format.merging.methods.election import agreeing, stacked, total
 from shira_format.merging.methods.method import Method, Option, Options
-from shira_format.selection.largest import largest
+from shira_format.selection.topk import largest
 
 # mergekit's limit of the sum of mean squares below which all adapters get the same share, and of the divisor.
 _SMALL = 1e-6

@@ -36,8 +36,7 @@ import ml_dtypes
 import numpy as np
 
 from shira_format._core.arrays import Array, bits_differ, scratch, sum_of_squares
-from shira_format._core.dtypes import FLOATS, is_float, working_dtype
-from shira_format._core.rounding import round_to, upcast
+from shira_format._core.dtypes import FLOATS, is_float, round_to, upcast, working_dtype
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
