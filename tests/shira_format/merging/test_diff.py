@@ -17,7 +17,6 @@ from shira_format.convert import lora_to_shira
 from shira_format.errors import FormatError, SourceError
 from shira_format.format import load, save
 from shira_format.merging.diff import Differences, TensorDifference, diff
-from shira_format.selection import TopK
 from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models, strategies
 
@@ -185,7 +184,7 @@ def test_same_is_what_equality_says(a: Adapter, data: st.DataObject) -> None:
 
 def test_files(tmp_path: Path) -> None:
     paths = []
-    for number, options in enumerate(({}, {"self_contained": True}, {"rule": TopK(0.02)})):
+    for number, options in enumerate(({}, {"self_contained": True}, {"density": 0.02})):
         path = tmp_path / f"{number}.st"
         lora_to_shira(models.LORAS / "spam", models.minilm(), path, include=["layer.0.attention"], **options)
         paths.append(path)
