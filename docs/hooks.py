@@ -98,7 +98,8 @@ def commands(
     command: click.Command, name: str, parent: click.Context | None = None, level: int = 2
 ) -> Iterator[str]:
     """The help of a command and, if it is a group, of all its commands, each under a heading."""
-    context = click.Context(command, info_name=name, parent=parent, terminal_width=96)
+    settings: dict[str, Any] = {**command.context_settings, "terminal_width": 84}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
     yield f"{'#' * level} {context.command_path}\n\n```text\n{command.get_help(context)}\n```"
     if isinstance(command, click.Group):
         for key in command.list_commands(context):
