@@ -1,4 +1,4 @@
-"""The dtypes of checkpoints, by their safetensors names, as numpy dtypes.
+"""The dtypes of checkpoints, by their safetensors names, as numpy dtypes; rounding to a narrower one, and up to a wider one.
 
 ``ml_dtypes`` adds bfloat16 and the 8-bit floats, which numpy lacks.
 """

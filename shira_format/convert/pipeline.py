@@ -1,4 +1,4 @@
-"""The pipeline behind all conversions: changes of named weights go in, tensors of an adapter file come out."""
+"""The pipeline behind all conversions: changes of named weights go in, tensors of an adapter file and a report come out."""
 
 from __future__ import annotations
 

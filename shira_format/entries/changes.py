@@ -1,6 +1,7 @@
 """Dense changes of one weight (an update such as a LoRA's, or the difference of two checkpoints), computed tile by tile.
 
-Selection, the exact comparison and the conversion work on :class:`Change`; the whole change is never in memory.
+Selection, the exact comparison and the conversion work on :class:`Change`; the whole change is never in memory. What is
+selected of it are :class:`Entries`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The k entries of largest magnitude of one change, in one pass."""
+"""How many of the largest entries to keep (:class:`TopK`), and the k largest of one change, in one pass over its tiles."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which file of a folder holds its weights, by the file names of transformers and diffusers.
+"""Which files of a folder hold its weights: by the names that transformers and diffusers give them, and by an index.
 
-Only names are used, so that the same code works for a folder on disk and for the file list of a repository.
+:func:`find_weights` uses names alone, so that it works for a folder on disk and for the file list of a repository.
 """
 
 from __future__ import annotations

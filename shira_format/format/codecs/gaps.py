@@ -1,4 +1,4 @@
-"""What ``gap8`` and ``varint`` share: a byte stream of gaps and an optional block directory."""
+"""``gap8`` and ``varint``: a byte stream of the gaps between indices, and an optional block directory (spec, section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base's names of the weights that adapted layers change.
+"""Keys of ``adapter_model.safetensors``: the adapted layers, and the base's names of the weights that these change.
 
 The names in a LoRA are those of the model in memory. transformers renames and fuses tensors when it loads some models:
 experts that are separate tensors on disk are one 3-D parameter in memory.
