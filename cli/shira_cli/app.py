@@ -60,6 +60,15 @@ class Group(_Help, click.Group):
         """The command of a listed name."""
         return self.commands[name]
 
+    def about(self, name: str) -> str:
+        """A line on a command for the list of commands."""
+        return self.commands[name].get_short_help_str(limit=200)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.about(name)) for name in self.list_commands(ctx)])
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """The names in the order in which they were added."""
         return list(self.commands)
@@ -94,10 +103,9 @@ class LazyGroup(Group):
         found: click.Command = getattr(import_module(module), attribute)
         return found
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
+    def about(self, name: str) -> str:
+        """The line that was given with it."""
+        return self.lazy[name][1]
 
 
 def _plain(name: str) -> str:

@@ -20,7 +20,7 @@ examples:
 @click.command("completion", cls=app.Command, example=EXAMPLE)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> int:
-    """Print the script that completes shira and the shira-* commands in SHELL: bash, zsh or fish."""
+    """Print the script with which bash, zsh or fish completes shira and the shira-* commands."""
     found = get_completion_class(shell)
     assert found is not None
     # Not source(), which looks for the shell and its version: the script may be made elsewhere.
