@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shira_analysis.reports.inspection import html_report, inspect_files
+from shira_analysis.reports.inspection import inspect_files
 from shira_analysis.reports.text import inspect
 from shira_cli import app, errors, options
 from shira_cli.output import Printer
@@ -64,10 +64,11 @@ def command(
         checkpoint = open_checkpoint(base)
     infos = inspect_files(files, base=checkpoint, base_name=base, verify=verify, order=sort, include=include, exclude=exclude)  # fmt: skip
     if html is not None:
+        from shira_analysis.reports.html import report
         from shira_format.storage.atomic import atomic_file
 
         with printer.bar("tensors") as bar:
-            page = html_report(infos, checkpoint, moments, include=include, exclude=exclude, progress=bar.update, on_start=bar.reset)  # fmt: skip
+            page = report(files, checkpoint, moments, infos=infos, include=include, exclude=exclude, progress=bar.update, on_start=bar.reset)  # fmt: skip
         with atomic_file(html) as out:
             out.write(page.encode())
         printer.notice(f"{html}: written")

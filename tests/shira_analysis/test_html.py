@@ -17,12 +17,15 @@ from safetensors.numpy import save_file
 from shira_analysis.measures.adapter import measure
 from shira_analysis.measures.deltas import open_deltas
 from shira_analysis.measures.pairs import measure_pairs
-from shira_analysis.reports.html import Look, look, page, report, words
+from shira_analysis.reports.html import page, report, words
+from shira_analysis.reports.html.adapter_facts import AdapterFacts, read_facts
+from shira_analysis.reports.html.adapters import adapters_page
 from shira_cli import inspect
 from shira_format._core.arrays import array_digest
 from shira_format.adapter import Adapter
 from shira_format.calibration.moments import Moment, Moments
 from shira_format.entries.inspection import describe
+from shira_format.errors import FormatError
 from shira_format.format import AdapterFile, save
 from shira_format.tensors import DenseTensor, SparseTensor
 from tests import browser, strategies
@@ -84,8 +87,8 @@ def parsed(source: str) -> Page:
     return found
 
 
-def looked(path: Path, **more: Any) -> Look:
-    return look(open_deltas(path), describe(AdapterFile(path)) | more)
+def looked(path: Path, **more: Any) -> AdapterFacts:
+    return read_facts(open_deltas(path), describe(AdapterFile(path)) | more)
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def test_one_adapter(files: list[Path]) -> None:
     one = looked(files[0])
-    found = parsed(report([one]))
+    found = parsed(adapters_page([one]))
     text = found.text
     assert "Adapter report: a.st" in text
     assert "This adapter sets 90 of the 2,544 elements of 3 weights (3.54 %); all others stay as they are" in text
@@ -131,7 +134,7 @@ def test_one_adapter(files: list[Path]) -> None:
 
 
 def test_pairs(files: list[Path]) -> None:
-    text = parsed(report([looked(path) for path in files])).text
+    text = parsed(adapters_page([looked(path) for path in files])).text
     (pair,) = measure_pairs([open_deltas(path) for path in files])
     common, product = pair.whole.overlap, pair.whole.product
     assert product is not None
@@ -188,7 +191,7 @@ def test_words_on_pairs_that_add_up_or_cancel(tmp_path: Path) -> None:
             Adapter([SparseTensor("w", (3, 2), [0, 2, 5], np.float32(target), base=base)]), tmp_path / f"{name}.st"
         )
     save(Adapter([SparseTensor("v", (3, 2), [0], base[:1], base=base[1:2])]), tmp_path / "d.st")
-    text = parsed(report([looked(tmp_path / f"{name}.st") for name in "abcd"])).text
+    text = parsed(adapters_page([looked(tmp_path / f"{name}.st") for name in "abcd"])).text
     assert "The cosine of the two changes is -1.000: put on together, they cancel each other in part." in text
     assert (
         "On 100 % of the shared entries they pull in the same direction. The cosine of the two changes is +0.943: put on together, they add up"
@@ -202,7 +205,7 @@ def test_adapters_of_two_bases_are_not_compared(tmp_path: Path, files: list[Path
         Adapter([SparseTensor(QUERY, (2, 2), [1], np.ones(1, np.float32), base=np.zeros(1, np.float32))]),
         tmp_path / "c.st",
     )
-    text = parsed(report([looked(files[0]), looked(tmp_path / "c.st"), looked(files[1])])).text
+    text = parsed(adapters_page([looked(files[0]), looked(tmp_path / "c.st"), looked(files[1])])).text
     assert "a.st and c.st cannot be compared:" in text
     assert "c.st and b.st cannot be compared:" in text
     assert "these are not adapters of one base" in text
@@ -214,7 +217,7 @@ def test_adapters_of_two_bases_are_not_compared(tmp_path: Path, files: list[Path
 def test_what_is_not_known_of_one_spoils_nothing_for_others(tmp_path: Path, files: list[Path]) -> None:
     bad = SparseTensor(QUERY, (24, 16), [1, 5], np.float32([1, np.inf]), base=np.float32([0, 0]))
     save(Adapter([bad]), tmp_path / "bad.st")
-    text = parsed(report([looked(path) for path in (*files, tmp_path / "bad.st")])).text
+    text = parsed(adapters_page([looked(path) for path in (*files, tmp_path / "bad.st")])).text
     assert "Not all changes of bad.st are known (see above): only the places of the entries are compared." in text
     (pair,) = measure_pairs([open_deltas(path) for path in files])
     assert pair.whole.product is not None
@@ -232,7 +235,7 @@ def test_many_pairs_are_told_in_tables_first(tmp_path: Path, files: list[Path]) 
         save(Adapter([made]), tmp_path / f"{number}.st")
         paths.append(tmp_path / f"{number}.st")
     save(Adapter([SparseTensor(QUERY, (2, 2), [1], base[:1], base=base[1:2])]), tmp_path / "strange.st")
-    source = report([looked(path) for path in (*paths, tmp_path / "strange.st")])
+    source = adapters_page([looked(path) for path in (*paths, tmp_path / "strange.st")])
     text = parsed(source).text
     assert "a.st and strange.st cannot be compared:" in text
     assert "9 pairs of 15 change no weight in common, and are not in the tables." in text
@@ -247,7 +250,7 @@ def test_deltas_need_no_base_to_be_measured(tmp_path: Path, capsys: Capture) -> 
         Adapter([SparseTensor("w", (3, 2), [0, 5], np.float32([1, 2]), value_kind="delta")]),
         tmp_path / "deltas.st",
     )
-    text = parsed(report([looked(tmp_path / "deltas.st")])).text
+    text = parsed(adapters_page([looked(tmp_path / "deltas.st")])).text
     assert "This adapter adds something to 2 of the 6 elements of 1 weight" in text
     assert "It can be scaled, measured and merged without the base" in text
     assert 0 == run(tmp_path / "deltas.st")
@@ -259,7 +262,7 @@ def test_deltas_need_no_base_to_be_measured(tmp_path: Path, capsys: Capture) -> 
 
 def test_what_one_tensor_has_is_all(tmp_path: Path) -> None:
     save(Adapter([SparseTensor("w", (3, 2), [0], np.float32([2]), base=np.float32([1]))]), tmp_path / "a.st")
-    source = report([looked(tmp_path / "a.st")])
+    source = adapters_page([looked(tmp_path / "a.st")])
     assert "1e+02" not in source
     assert "<td>100 %</td>" in source
 
@@ -269,7 +272,7 @@ def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
     needy = SparseTensor(QUERY, (24, 16), [1], target, base_digest=array_digest(target))
     loose = SparseTensor("wte.weight", (50, 24), [1], target, value_kind="delta")
     save(Adapter([needy, loose]), tmp_path / "needy.st")
-    text = parsed(report([looked(tmp_path / "needy.st"), looked(files[0])])).text
+    text = parsed(adapters_page([looked(tmp_path / "needy.st"), looked(files[0])])).text
     assert "The file does not hold the base's values. It can be undone by a program that keeps the values" in text
     assert "How large its changes are is not shown" in text
     assert (
@@ -284,12 +287,12 @@ def test_a_mask_and_a_patch(tmp_path: Path) -> None:
         Adapter([SparseTensor("w", (4, 4), [1, 5], value_kind="none")], manifest={"mask": {"rule": "rand"}}),
         tmp_path / "mask.st",
     )
-    text = parsed(report([looked(tmp_path / "mask.st")])).text
+    text = parsed(adapters_page([looked(tmp_path / "mask.st")])).text
     assert "This is a mask: it marks 2 of the 16 elements of 1 weight (12.5 %), and holds no values." in text
     assert "Its mask follows the rule rand." in text
     one = SparseTensor("w", (4, 4), [1], np.float32([1]), base_digest=array_digest(np.float32([0])))
     save(Adapter([one], manifest={"selection": {"rule": "exact"}}), tmp_path / "patch.st")
-    text = parsed(report([looked(tmp_path / "patch.st")])).text
+    text = parsed(adapters_page([looked(tmp_path / "patch.st")])).text
     assert "This is an exact patch: it sets every entry that differs between two checkpoints, 1 of the 16" in text
     assert "Nothing of the change was left out." in text
 
@@ -297,7 +300,7 @@ def test_a_mask_and_a_patch(tmp_path: Path) -> None:
 def test_changes_that_cannot_be_measured(tmp_path: Path) -> None:
     bad = SparseTensor("w", (4, 4), [1, 5], np.float32([1, np.inf]), base=np.float32([0, 0]))
     save(Adapter([bad]), tmp_path / "a.st")
-    text = parsed(report([looked(tmp_path / "a.st")])).text
+    text = parsed(adapters_page([looked(tmp_path / "a.st")])).text
     assert "A change cannot be measured: tensor 'w': the delta at flat index 5 is NaN or infinite." in text
 
 
@@ -313,7 +316,7 @@ def test_other_warnings(tmp_path: Path) -> None:
         "It removes tensors from the model: old.",
     ] == words.warnings(one)
     fits = looked(tmp_path / "a.st", base={"path": "my-model", "fits": True, "reasons": []}, verified=True)
-    text = parsed(report([fits])).text
+    text = parsed(adapters_page([fits])).text
     assert "It fits my-model by names, shapes, dtypes" in text
     assert "all digests and rules" in text
 
@@ -338,7 +341,7 @@ def evil(folder: Path) -> Path:
 
 def test_text_of_strangers_is_text(tmp_path: Path) -> None:
     path = evil(tmp_path)
-    source = report([looked(path), looked(path)])
+    source = adapters_page([looked(path), looked(path)])
     found = parsed(source)
     assert "<b>" not in source
     assert "\u202e" not in source
@@ -356,7 +359,7 @@ def test_any_adapter_has_a_page(adapter: Adapter) -> None:
         path = Path(folder, "a.st")
         save(adapter, path)
         one = looked(path)
-        parsed(report([one, one]))
+        parsed(adapters_page([one, one]))
 
 
 def test_names_are_shown_without_what_cannot_be_seen() -> None:
@@ -403,6 +406,19 @@ def test_the_command_and_a_base(tmp_path: Path, capsys: Capture) -> None:
     assert "does not fit: tensor 'w'" in capsys.readouterr().err
 
 
+def test_one_call(files: list[Path]) -> None:
+    """From Python: one file or several, and what the page says is what the command's says."""
+    total: list[int] = []
+    done: list[int] = []
+    both = report(files, progress=done.append, on_start=total.append)
+    assert both == adapters_page([looked(path) for path in files])
+    assert sum(total) == sum(done)
+    assert report(files[0]) == report(str(files[0])) == report([files[0]]) != both
+    assert "h.0.q_proj" not in parsed(report(files[0], include=["wte"])).text
+    with pytest.raises(FormatError):
+        report(Path(__file__))
+
+
 def test_a_damaged_file_writes_nothing(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
     content = bytearray(files[0].read_bytes())
     content[-9] ^= 1
@@ -429,9 +445,9 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
 def test_in_a_browser(
     width: int, dark: bool, chromium: browser.Browser, files: list[Path], tmp_path: Path
 ) -> None:
-    looks = [looked(path) for path in (*files, evil(tmp_path))]
+    facts = [looked(path) for path in (*files, evil(tmp_path))]
     out = tmp_path / "report.html"
-    out.write_text(report(looks), "utf-8")
+    out.write_text(adapters_page(facts), "utf-8")
     chromium.open(out, width, dark=dark)
     assert [] == chromium.complaints()
     assert [out.as_uri()] == chromium.requests()

@@ -3,7 +3,7 @@
 Do they disturb each other, which lemmas apply, what is lost of each, and would another method keep more?
 
 >>> from shira_format.merging import open_merge
->>> report = joining_report(open_merge(["a.st", "b.st"], method="ties"))
+>>> report = analyse_merge(open_merge(["a.st", "b.st"], method="ties"))
 >>> print(report.text())
 """
 
@@ -33,7 +33,7 @@ from shira_format.errors import BaseRequired, SourceError
 from shira_format.merging import METHODS, Merge, Method
 from shira_format.tensors import SparseTensor, matrix_shape
 
-__all__ = ["MergeAnalysis", "joining_report"]
+__all__ = ["MergeAnalysis", "analyse_merge"]
 
 
 def analyse_merge(

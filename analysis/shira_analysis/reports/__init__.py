@@ -1,1 +1,1 @@
-# placeholder
+"""Reports as text, JSON and HTML pages."""

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from shira_cli import app, options
 from shira_cli.output import Printer
-
-if TYPE_CHECKING:
-    from shira_analysis.merging.check.report import MergeVerdict
 
 EXIT_CODES = {"yes": 0, "no": 1, "inconclusive": 3}
 EXIT_UNREADABLE = 2
@@ -35,7 +31,18 @@ example:
 @options.dialect_option
 @options.threads_option
 @options.printing
-def command(strength: float | None, dialect: str | None, printer: Printer, **settings: Any) -> int:
+def command(
+    base: str,
+    lora: str,
+    merged: str,
+    strength: float | None,
+    layers_only: bool,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    dialect: str | None,
+    threads: int | None,
+    printer: Printer,
+) -> int:
     """Check whether a merged checkpoint holds a LoRA, and at which strength, layer by layer.
 
     The merged weights are compared with what the base and the LoRA say that they should be, entry by entry, up to the
@@ -49,41 +56,21 @@ def command(strength: float | None, dialect: str | None, printer: Printer, **set
       2  an input cannot be read or does not fit, or wrong usage
       3  inconclusive: rounding to the merged dtype hides the update, or the weights are quantised
     """  # noqa: D301 - click reads the \b as an unwrapped paragraph
+    from shira_analysis.merging.check import check_merge
     from shira_analysis.merging.check.report import as_json
-    from shira_analysis.reports.text import check_merge
+    from shira_analysis.reports.text.check_merge import as_text
     from shira_format.lora import DIALECTS
 
     if strength is not None and (not math.isfinite(strength) or strength == 0):
         raise click.UsageError(f"--strength {strength} is not a number other than 0")
     if dialect is not None and dialect not in DIALECTS:
         raise click.UsageError(f"--dialect {dialect!r} is not one of {', '.join(DIALECTS)}")
-    report = _check(printer=printer, strength=strength, dialect=dialect, **settings)
+    with printer.bar("entries", scale=True) as bar:
+        report = check_merge(
+            merged, base, lora=lora, strength=strength, layers_only=layers_only, dialect=dialect, include=include,
+            exclude=exclude, threads=threads, progress=bar.update, on_start=bar.reset,
+        )  # fmt: skip
     printer.notes(report.notices)
     code = EXIT_CODES[report.answer]
-    printer.result(lambda: {"exit_code": code} | as_json(report), lambda: check_merge.as_text(report))
+    printer.result(lambda: {"exit_code": code} | as_json(report), lambda: as_text(report))
     return code
-
-
-def _check(
-    base: str,
-    lora: str,
-    merged: str,
-    *,
-    strength: float | None,
-    layers_only: bool,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    dialect: str | None,
-    threads: int | None,
-    printer: Printer,
-) -> MergeVerdict:
-    from shira_analysis.merging.check.check import MergeCheck, open_source
-    from shira_format.checkpoints import open_checkpoint
-    from shira_format.names.filters import name_filter
-
-    chosen = name_filter(include, exclude)
-    before, after = open_checkpoint(base), open_checkpoint(merged)
-    source = open_source(lora, before, dialect=dialect)
-    check = MergeCheck(before, source, after, strength=strength, chosen=chosen, others=not layers_only)
-    with printer.bar("entries", check.size, scale=True) as bar:
-        return check.run(threads, bar.update)

@@ -8,7 +8,7 @@ from typing import Any
 
 from shira_analysis.merging.check.names import MergedNames
 from shira_analysis.merging.check.report import Answer, LayerVerdict, Others
-from shira_analysis.merging.check.strengths import COARSE
+from shira_analysis.merging.check.scan import COARSE
 
 _UNCLEAR = 0.01  # share of the update's energy that may be hidden by rounding
 _NAMED = 4

@@ -1,49 +1,98 @@
-"""Whether a merged checkpoint holds a LoRA, and at which strength, layer by layer.
+"""Whether a merged checkpoint holds a LoRA or an adapter, and at which strength, tensor by tensor.
 
-Merges that silently did nothing, skipped layers or took another scale leave no trace but the weights, so the weights are
-compared: what they have become beside what the base and the LoRA say that they should be. What fits an entry, and how the
-strength follows from it, is in :mod:`shira_analysis.merging.check.strengths`. Memory stays at some tiles, whatever the checkpoint.
+A merge that did nothing, skipped layers or used another scale shows only in the weights. So each merged weight is compared with
+what it should be, given the base and the update. Which strengths fit an entry, and how that gives a verdict, is in
+:mod:`shira_analysis.merging.check.fit`. A few tiles are in memory at a time, whatever the size of the checkpoint.
 
-The verdict on a layer:
+The verdict on a tensor:
 
 ========== ==========================================================================================================
-verified   every entry fits the expected strength, and the entries cannot be those of the base alone
-absent     every entry fits strength zero, and not the expected one: the weight is the base's
+verified   every entry fits the expected strength, and the base alone does not explain the entries
+absent     every entry fits strength 0 and not the expected one: the weight is the base's
 strength   every entry fits another strength
-different  no strength explains every entry: something else was added, or the base was another one
+different  no strength fits every entry: something else was added, or the base was another one
 missing    the checkpoint has no such tensor
-unclear    every entry fits both the expected strength and zero (rounding hides the update), or too few entries moved
+unclear    every entry fits both the expected strength and 0 (rounding hides the update), or too few entries changed
 ========== ==========================================================================================================
 
-And on the checkpoint: *no* if one layer is absent, of another strength, different or missing, if a tensor that the LoRA
-leaves alone has changed, or if the names are those of a wrapper that was never unloaded; *inconclusive* if no layer is
-verified, or if those that are unclear hold one per cent or more of the update's energy (sum of squares); else *yes*.
-Tensors that are new, or that are not there, are told and do not count: whoever loads the model notices them. A tensor that
-is tied to an adapted one follows it.
+The answer for the checkpoint is *no* if a tensor is absent, of another strength, different or missing, if a tensor that the
+adapter does not change has changed, or if the keys are those of a PEFT model that was never unloaded; *inconclusive* if no
+tensor is verified, or if the unclear ones hold 1 % or more of the update's energy (the sum of squares); else *yes*. New and
+missing tensors among those that the adapter does not change are reported, but do not count: loading the model reveals them.
+A tensor that is tied to an adapted one changes with it.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 from shira_analysis.merging.check.answer import conclude
+from shira_analysis.merging.check.fit import fit_strength
 from shira_analysis.merging.check.layers import judge
 from shira_analysis.merging.check.names import MergedNames, renamed
-from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict, Others, Verdict, as_json
+from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict, Others, Verdict
+from shira_analysis.merging.check.scan import MergedWeight
 from shira_analysis.merging.check.sources import Change, Source, open_source
-from shira_analysis.merging.check.strengths import Beside, due_of_whole, explain, same_tensor, unchanged
+from shira_analysis.merging.check.stored import compare_replaced, same_tensor, unchanged
 from shira_format._core.arrays import Array
 from shira_format._core.threads import Progress, Workers
-from shira_format.checkpoints import Checkpoint
+from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.errors import SourceError
+from shira_format.names.filters import name_filter
 from shira_format.tensors import numel
 
-__all__ = ["Layer", "MergeCheck", "MergeVerdict", "Others", "as_json", "open_source"]
+
+def check_merge(
+    merged: str | os.PathLike[str] | Checkpoint,
+    base: str | os.PathLike[str] | Checkpoint,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    strength: float | None = None,
+    layers_only: bool = False,
+    dialect: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+    on_start: Callable[[int], object] = lambda _: None,
+) -> MergeVerdict:
+    """Whether ``merged`` holds an adapter or a LoRA: yes, no or inconclusive, with a verdict on each tensor.
+
+    Args:
+        merged: the checkpoint after the merge, in any layout.
+        base: the checkpoint before the merge.
+        adapter: the adapter file that should have been merged.
+        lora: the LoRA that should have been merged, instead of an adapter; an adapter file is accepted, too.
+        strength: the expected strength of the merge (default: 1; of an adapter file, its alpha).
+        layers_only: do not compare the tensors that the adapter does not change.
+        dialect: of the LoRA (default: detected from its keys).
+        include: regexes; a tensor is checked only if one of them is found in its name.
+        exclude: regexes; a tensor is not checked if one of them is found in its name.
+        threads: all cores by default, but at most 16.
+        progress: called with the number of entries that were compared since the last call.
+        on_start: called with what all calls of ``progress`` will add up to.
+
+    Raises:
+        SourceError: not one of ``adapter`` and ``lora``; an input that cannot be read, or does not fit the base.
+        FormatError: a safetensors file is damaged.
+        BaseMismatch: the adapter was made for another base.
+    """
+    update = adapter if lora is None else lora
+    if update is None or (adapter is not None and lora is not None):
+        raise SourceError("name what should have been merged: either adapter or lora")
+    before, after = open_checkpoint(base), open_checkpoint(merged)
+    source = open_source(update, before, dialect=dialect)
+    chosen = name_filter(include, exclude)
+    check = MergeCheck(before, source, after, strength=strength, chosen=chosen, others=not layers_only)
+    on_start(check.size)
+    return check.run(threads, progress)
 
 
 class MergeCheck:
-    """A comparison that is ready to run."""
+    """A check whose inputs are open and whose names are matched."""
 
     def __init__(
         self,
@@ -59,11 +108,11 @@ class MergeCheck:
 
         Args:
             base: the checkpoint before.
-            source: what should have been merged.
+            source: the update that should have been merged.
             merged: the checkpoint after.
             strength: the expected strength; by default what ``source`` is meant for, usually 1.
-            chosen: by its name in the base, whether a tensor is looked at.
-            others: whether to compare tensors that ``source`` leaves alone.
+            chosen: whether a tensor is checked, given its name in the base.
+            others: whether to compare the tensors that ``source`` does not change.
 
         Raises:
             SourceError: no tensor is left, or the checkpoints have no adapted name in common.
@@ -71,9 +120,7 @@ class MergeCheck:
         self.base, self.merged, self.source = base, merged, source
         self.expected = source.strength if strength is None else strength
         if not math.isfinite(self.expected) or self.expected == 0:
-            raise SourceError(
-                f"strength {self.expected:g}: must be a number other than 0, or there is nothing to look for"
-            )
+            raise SourceError(f"strength {self.expected:g}: must be a number other than 0")
         self.changes = [change for change in source.changes if chosen(change.update.name)]
         self.whole = {name: values for name, values in source.whole.items() if chosen(name)}
         if not self.changes and not self.whole:
@@ -89,14 +136,14 @@ class MergeCheck:
 
     @property
     def size(self) -> int:
-        """Elements to look at."""
+        """Elements to compare."""
         names = self._left_alone or ()
         return sum(numel(change.update.shape) for change in self.changes) + sum(
             numel(self.base.shape(n)) for n in names
         )
 
     def run(self, threads: int | None = None, progress: Progress = lambda _: None) -> MergeVerdict:
-        """Look at all of it.
+        """Compare all tensors.
 
         Raises:
             SourceError: a tensor cannot be read, or cannot be compared.
@@ -122,7 +169,7 @@ class MergeCheck:
             return LayerVerdict(
                 name, merged_name, change.kind, "different", reason=f"has shape {list(found)}, not {list(shape)}"
             )
-        beside = Beside(
+        weight = MergedWeight(
             change.update, self.base, change.base_name, self.merged, merged_name, change.exact, change.scales
         )
         if change.scales and self.expected != 1:
@@ -132,9 +179,9 @@ class MergeCheck:
                 name, merged_name, change.kind, "unclear", energy=math.inf,
                 reason="a weight-decomposed update is not linear in its strength: only 1 can be checked",
             )  # fmt: skip
-        explained = explain(beside, self.expected, workers, progress)
+        fit = fit_strength(weight, self.expected, workers, progress)
         quantised = self.base.is_quantised(change.base_name) or self.merged.is_quantised(merged_name)
-        return judge(beside, change.kind, explained, self.expected, reason, quantised, workers)
+        return judge(weight, change.kind, fit, self.expected, reason, quantised, workers)
 
     def _find(self, name: str, base_name: str) -> tuple[str | None, str]:
         """The tensor of the merged checkpoint that belongs to ``name``, or the one that it is tied to."""
@@ -159,7 +206,7 @@ class MergeCheck:
                 "different",
                 reason=f"has shape {list(found)}, not {list(values.shape)}",
             )
-        fits, equal, off = due_of_whole(values, self.merged, merged_name)
+        fits, equal, off = compare_replaced(values, self.merged, merged_name)
         of_base = name in self.base and unchanged(self.base, name, self.merged, merged_name)
         verdict: Verdict = (
             "unclear" if fits and of_base else "verified" if fits else "absent" if of_base else "different"
@@ -190,14 +237,14 @@ class MergeCheck:
                 found.compared += 1
             else:
                 found.compared += 1
-                self._moved(found, name, merged_name, used)
+                self._record_change(found, name, merged_name, used)
             progress(numel(self.base.shape(name)))
         known = {self.names.of(name) for name in (*self.base, *self._adapted)}
         found.new = [name for name in self.merged if name not in known and self._chosen(name)]
         return found
 
-    def _moved(self, found: Others, name: str, merged_name: str, used: Mapping[str, str]) -> None:
-        """A tensor that changed though the LoRA leaves it alone."""
+    def _record_change(self, found: Others, name: str, merged_name: str, used: Mapping[str, str]) -> None:
+        """Record a tensor that changed although the adapter does not change it."""
         for other_merged, other in used.items():
             if (
                 other in self.base

@@ -6,35 +6,36 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from shira_analysis.merging.check.fit import Fit
 from shira_analysis.merging.check.report import LayerVerdict, Verdict
-from shira_analysis.merging.check.strengths import COARSE, Beside, Explained, scatter
+from shira_analysis.merging.check.scan import COARSE, MergedWeight, standard_error
 from shira_format._core.threads import Workers
 
 _SIGMAS = 6
 
 
 def judge(
-    beside: Beside,
+    weight: MergedWeight,
     kind: str,
-    explained: Explained,
+    fit: Fit,
     expected: float,
     reason: str,
     quantised: bool,
     workers: Workers,
 ) -> LayerVerdict:
-    """What ``explained`` says of a weight.
+    """The verdict that ``fit`` gives.
 
     Args:
-        beside: the weight.
+        weight: the weight.
         kind: see :class:`LayerVerdict`.
-        explained: how it came about.
-        expected: the strength that is expected.
-        reason: what is known of it before.
-        quantised: whether rounding to floats is not all that happened to it.
-        workers: threads, if it has to be looked at again.
+        fit: the strengths that explain it.
+        expected: the expected strength.
+        reason: what is known of the weight already, such as that it is tied.
+        quantised: whether the weight is quantised in either checkpoint.
+        workers: threads, if the weight has to be read again.
     """
-    found, sign = explained.found, explained.sign
-    size = max(1, beside.size)
+    found, sign = fit.strengths, fit.sign
+    size = max(1, weight.size)
     norm = abs(expected) * math.sqrt(found.energy)
     measured: dict[str, Any] = {
         "equal": found.equal / size,
@@ -44,13 +45,13 @@ def judge(
     }
 
     def layer(verdict: Verdict, words: str = "", strength: float | None = None, **ends: float) -> LayerVerdict:
-        if explained.level is not None and verdict != "different":
+        if fit.level is not None and verdict != "different":
             ends = {"low": found.low, "high": found.high}
             if sign < 0:
                 ends = {"low": -found.high, "high": -found.low}
         text = "; ".join(filter(None, [reason, words]))
-        name = beside.update.name
-        return LayerVerdict(name, beside.merged_name, kind, verdict, strength, reason=text, **ends, **measured)
+        name = weight.update.name
+        return LayerVerdict(name, weight.merged_name, kind, verdict, strength, reason=text, **ends, **measured)
 
     if found.not_finite:
         return layer("different", f"{found.not_finite} entries are Inf or NaN, or were in the base")
@@ -58,15 +59,15 @@ def judge(
         if found.fits:
             return layer("unclear", "the update is zero")
         return layer("different", "the update is zero, and the weight has changed")
-    if explained.level is None:
+    if fit.level is None:
         if quantised:
-            return _by_statistics(beside, explained, expected, layer, workers)
+            return _by_statistics(weight, fit, expected, layer, workers)
         best = sign * found.estimate
         rest = math.sqrt(max(0.0, found.moved - found.along**2 / found.energy))
         return layer(
             "different", f"no strength explains it: the nearest, {best:.3g}, leaves {rest / math.sqrt(found.moved):.1%} of the change"
         )  # fmt: skip
-    how = explained.level.words
+    how = fit.level.words
     is_expected = found.holds(abs(expected)) and sign * expected > 0
     if found.low <= 0:
         if is_expected:
@@ -78,18 +79,18 @@ def judge(
         strength = sign * min(max(strength, found.low), found.high)
         if not found.tells:
             return layer("unclear", "too few entries have moved to tell", strength)
-        if beside.exact is not None and found.equal < size:
+        if weight.exact is not None and found.equal < size:
             return layer("different", f"{size - found.equal} entries do not have the bits that are due", strength)
         return layer("verified", how, strength)
     return layer("strength", how, sign * min(max(found.estimate, found.low), found.high))
 
 
 def _by_statistics(
-    beside: Beside, explained: Explained, expected: float, layer: Callable[..., LayerVerdict], workers: Workers
+    weight: MergedWeight, fit: Fit, expected: float, layer: Callable[..., LayerVerdict], workers: Workers
 ) -> LayerVerdict:
-    """Of quantised weights no entry can be compared, but all of them together tell the strength."""
-    strength = explained.sign * explained.found.estimate
-    error = scatter(beside, strength, workers)
+    """Single entries of quantised weights cannot be compared, but all of them together give an estimate of the strength."""
+    strength = fit.sign * fit.strengths.estimate
+    error = standard_error(weight, strength, workers)
     words = f"quantised: by all entries together the strength is {strength:.3g} +- {error:.2g}"
     ends = {"low": strength - _SIGMAS * error, "high": strength + _SIGMAS * error}
     is_none = abs(strength) <= _SIGMAS * error

@@ -98,7 +98,7 @@ class Change:
 
     @property
     def exact(self) -> Any:
-        """See :class:`shira_analysis.merging.check.strengths.Beside`."""
+        """See :class:`shira_analysis.merging.check.scan.MergedWeight`."""
         return self.update.exact if isinstance(self.update, Entries) else None
 
     @property

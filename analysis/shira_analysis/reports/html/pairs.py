@@ -16,7 +16,7 @@ from shira_analysis.measures.pairs import (
     replaced_tensors,
 )
 from shira_analysis.reports.html import page, words
-from shira_analysis.reports.html.look import Look
+from shira_analysis.reports.html.adapter_facts import AdapterFacts
 from shira_analysis.reports.html.page import count, name, paragraph, share, table
 from shira_format.calibration.moments import Moments
 from shira_format.errors import BaseMismatch, SourceError
@@ -52,24 +52,27 @@ Found = dict[tuple[int, int], Pair | SourceError | BaseMismatch]
 
 
 def section(
-    called: Sequence[str], looks: Sequence[Look], moments: Moments | None, progress: Callable[[str], object]
+    called: Sequence[str],
+    adapters: Sequence[AdapterFacts],
+    moments: Moments | None,
+    progress: Callable[[str], object],
 ) -> Iterator[str]:
     """The section, as pieces of HTML.
 
     Args:
         called: what the adapters are called.
-        looks: two or more.
+        adapters: two or more.
         moments: of the layers' inputs.
         progress: called with the name of each weight that is measured.
 
     Raises:
         FormatError: a file was changed, or is damaged.
-        SourceError: the moments are of none of the weights.
+        SourceError: the moments are of none of the adapted weights.
     """
     if moments is not None:
-        check_moments(moments, (name for look in looks for name in look.file.names))
-    reasons = [_why_not(look) for look in looks]
-    found = _measured([look.file for look in looks], reasons, moments, progress)
+        check_moments(moments, (name for adapter in adapters for name in adapter.file.names))
+    reasons = [_why_not(adapter) for adapter in adapters]
+    found = _measured([adapter.file for adapter in adapters], reasons, moments, progress)
     pairs = {at: pair for at, pair in found.items() if isinstance(pair, Pair)}
     apart = [at for at, pair in pairs.items() if not pair.whole.both]
     many = len(found) > _FEW
@@ -194,11 +197,11 @@ def _share_at_each(disturbed: float | None, each: float | None) -> str:
     return share(disturbed) + ("" if each is None else f" (at each input {share(each)})")
 
 
-def _why_not(look: Look) -> str | None:
+def _why_not(adapter: AdapterFacts) -> str | None:
     """Why the changes of an adapter cannot be compared with those of others, with ``{}`` for its name; None if they can."""
-    if not look.known:
+    if not adapter.known:
         return "Not all changes of {} are known (see above)"
-    if any(max(matrix_shape(tensor.shape)) > _WIDEST for tensor in look.tensors):
+    if any(max(matrix_shape(tensor.shape)) > _WIDEST for tensor in adapter.tensors):
         return "A weight of {} has too many rows or columns for products"
     return None
 

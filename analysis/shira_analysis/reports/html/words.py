@@ -6,7 +6,7 @@ from typing import Any
 
 from shira_analysis.figures.layers import LayerGrid
 from shira_analysis.measures.pairs import Pair
-from shira_analysis.reports.html.look import Look
+from shira_analysis.reports.html.adapter_facts import AdapterFacts
 
 LITTLE = 0.5  # of the energy, below which a converter warns too
 DENSE = 0.2
@@ -15,15 +15,15 @@ ALIKE = 0.3  # a cosine from which two changes add up or cancel to an amount tha
 _LIST = 3
 
 
-def summary(look: Look, grid: LayerGrid) -> list[list[str]]:
+def summary(adapter: AdapterFacts, grid: LayerGrid) -> list[list[str]]:
     """Paragraphs of sentences."""
-    info = look.info
+    info = adapter.info
     totals = info["totals"]
-    if look.tensors and all(tensor["values"] == "none" for tensor in info["tensors"]):
+    if adapter.tensors and all(tensor["values"] == "none" for tensor in info["tensors"]):
         what = f"This is a mask: it marks {_entries(totals)}, and holds no values."
     elif (info["selection"] or {}).get("rule") == "exact":
         what = f"This is an exact patch: it sets every entry that differs between two checkpoints, {_entries(totals)}."
-    elif look.tensors and all(tensor["values"] == "delta" for tensor in info["tensors"]):
+    elif adapter.tensors and all(tensor["values"] == "delta" for tensor in info["tensors"]):
         what = f"This adapter adds something to {_entries(totals)}; all others stay as they are in the base."
     else:
         what = f"This adapter sets {_entries(totals)}; all others stay as they are in the base."
@@ -32,7 +32,7 @@ def summary(look: Look, grid: LayerGrid) -> list[list[str]]:
         [f"{_count(whole, 'further tensor is', 'further tensors are')} replaced as a whole."] if whole else []
     )
     first.append(base_words(info))
-    return [first, made_words(info), undo_words(info), _where(look, grid)]
+    return [first, made_words(info), undo_words(info), _where(adapter, grid)]
 
 
 def base_words(info: dict[str, Any]) -> str:
@@ -117,8 +117,8 @@ def undo_words(info: dict[str, Any]) -> list[str]:
     ]
 
 
-def _where(look: Look, grid: LayerGrid) -> list[str]:
-    if grid.energy is None or not grid.energy or not look.known:
+def _where(adapter: AdapterFacts, grid: LayerGrid) -> list[str]:
+    if grid.energy is None or not grid.energy or not adapter.known:
         return []
     by_kind: dict[str, float] = {}
     for (row, _), cell in grid.cells.items():
@@ -133,16 +133,16 @@ def _where(look: Look, grid: LayerGrid) -> list[str]:
     ]
 
 
-def warnings(look: Look) -> list[str]:
+def warnings(adapter: AdapterFacts) -> list[str]:
     """What someone should know before they use it."""
-    info, found = look.info, []
+    info, found = adapter.info, []
     if "base" in info and not info["base"]["fits"]:
         reasons = info["base"]["reasons"]
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         found.append(f"It does not fit the base {info['base']['path']}: {reasons[0]}{more}.")
-    found += [f"A change cannot be measured: {reason}." for reason in look.broken[:_LIST]]
-    if len(look.broken) > _LIST:
-        found.append(f"{len(look.broken) - _LIST} more tensors have changes that cannot be measured.")
+    found += [f"A change cannot be measured: {reason}." for reason in adapter.broken[:_LIST]]
+    if len(adapter.broken) > _LIST:
+        found.append(f"{len(adapter.broken) - _LIST} more tensors have changes that cannot be measured.")
     kept = (info["selection"] or {}).get("energy_kept")
     if kept is not None and kept < LITTLE:
         found.append(
@@ -164,7 +164,7 @@ def warnings(look: Look) -> list[str]:
         )
     if info["removed"]:
         found.append(f"It removes tensors from the model: {', '.join(map(str, info['removed'][:_LIST]))}{', ...' if len(info['removed']) > _LIST else ''}.")  # fmt: skip
-    if look.needs_base:
+    if adapter.needs_base:
         found.append(
             "How large its changes are is not shown: the file does not hold the base's values, and no base was given that fits "
             "(--base)."

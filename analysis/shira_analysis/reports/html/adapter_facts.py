@@ -1,4 +1,4 @@
-"""What a report knows of one adapter."""
+"""What a page shows of one adapter."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from shira_format.errors import BaseRequired, SourceError
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """One adapter, looked at.
+class AdapterFacts:
+    """What was read of one adapter.
 
     Attributes:
         file: the adapter, and the base if it fits.
-        info: what its header tells, see :func:`shira_format.entries.inspection.describe`; perhaps with ``verified`` and ``base``.
-        tensors: the chosen tensors; without norms where deltas are not known.
-        needs_base: deltas are not known for want of the base.
-        broken: why other deltas are not known, in words.
-        mask: where the entries of the tensor with most of them lie; None if there is none.
+        info: from :func:`shira_analysis.reports.inspection.inspect_files`.
+        tensors: measures of the chosen tensors; without norms where the deltas are unknown.
+        needs_base: whether deltas are unknown because the base is missing.
+        broken: why other deltas are unknown.
+        mask: the positions of the entries of the tensor with the most; None if there are no entries.
     """
 
     file: DeltaFile
@@ -37,16 +37,18 @@ class Look:
 
     @property
     def known(self) -> bool:
-        """Whether the deltas of all chosen tensors are known, and there are some."""
+        """Whether there are chosen tensors and the deltas of all of them are known."""
         return bool(self.tensors) and all(tensor.norms is not None for tensor in self.tensors)
 
 
-def look(file: DeltaFile, info: dict[str, Any], progress: Callable[[int], object] = lambda _: None) -> Look:
-    """Read all chosen tensors of an adapter, one after another.
+def read_facts(
+    file: DeltaFile, info: dict[str, Any], progress: Callable[[int], object] = lambda _: None
+) -> AdapterFacts:
+    """Read the chosen tensors of an adapter, one at a time.
 
     Args:
-        file: with its base, if that is at hand and fits.
-        info: see :class:`Look`.
+        file: with its base, if one was given and fits.
+        info: see :class:`AdapterFacts`.
         progress: called with 1 after each tensor.
 
     Raises:
@@ -71,10 +73,10 @@ def look(file: DeltaFile, info: dict[str, Any], progress: Callable[[int], object
         if mask is None and most and tensor.nnz == most:
             mask = mask_grid(tensor)
         progress(1)
-    return Look(file, info, tuple(tensors), needs_base, tuple(broken), mask)
+    return AdapterFacts(file, info, tuple(tensors), needs_base, tuple(broken), mask)
 
 
-def labels(looks: Sequence[Look]) -> list[str]:
-    """What the adapters are called on a page: the names of their files, with folders where two are the same."""
-    short = [look.file.path.name for look in looks]
-    return short if len(set(short)) == len(short) else [str(look.file.path) for look in looks]
+def labels(adapters: Sequence[AdapterFacts]) -> list[str]:
+    """The adapters' names on a page: their file names, with folders if two are the same."""
+    short = [one.file.path.name for one in adapters]
+    return short if len(set(short)) == len(short) else [str(one.file.path) for one in adapters]

@@ -1,4 +1,4 @@
-"""The report itself: a section for each adapter, and one for their pairs."""
+"""The page on adapters: a section for each, and one for their pairs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from shira_analysis.figures.layers import LayerGrid, What, layer_grid
 from shira_analysis.figures.style import digits
 from shira_analysis.reports.html import charts, page, pairs, words
-from shira_analysis.reports.html.look import Look, labels
+from shira_analysis.reports.html.adapter_facts import AdapterFacts, labels
 from shira_analysis.reports.html.page import count, facts, name, paragraph, share, table
 from shira_analysis.reports.html.pairs import QUESTION
 from shira_format.calibration.moments import Moments
@@ -16,29 +16,32 @@ from shira_format.version import __version__
 _UNITS = ("B", "kB", "MB", "GB")
 
 
-def report(
-    looks: Sequence[Look], moments: Moments | None = None, *, progress: Callable[[str], object] = lambda _: None
+def adapters_page(
+    adapters: Sequence[AdapterFacts],
+    moments: Moments | None = None,
+    *,
+    progress: Callable[[str], object] = lambda _: None,
 ) -> str:
-    """The whole page on some adapters, as text.
+    """The whole page, as HTML text.
 
     Args:
-        looks: at least one, from :func:`shira_analysis.reports.html.look`.
-        moments: of the layers' inputs, for what each two do to each other on them.
+        adapters: at least one, from :func:`shira_analysis.reports.html.adapter_facts.read_facts`.
+        moments: of the layers' inputs, to measure the interference of each pair on them.
         progress: called with the name of each weight whose pairs are measured.
 
     Raises:
         FormatError: a file was changed, or is damaged.
-        SourceError: the moments are of none of the weights.
+        SourceError: the moments are of none of the adapted weights.
     """
-    called = labels(looks)
-    title = f"Adapter report: {called[0]}" if len(looks) == 1 else f"Adapter report: {len(looks)} adapters"
+    called = labels(adapters)
+    title = f"Adapter report: {called[0]}" if len(adapters) == 1 else f"Adapter report: {len(adapters)} adapters"
     parts = [f"<h1>{page.text(title)}</h1>"]
-    if len(looks) > 1:
-        parts.append(_contents(called, looks))
-    for number, (label, one) in enumerate(zip(called, looks, strict=True), 1):
+    if len(adapters) > 1:
+        parts.append(_contents(called, adapters))
+    for number, (label, one) in enumerate(zip(called, adapters, strict=True), 1):
         parts += _section(number, label, one)
-    if len(looks) > 1:
-        parts += pairs.section(called, looks, moments, progress)
+    if len(adapters) > 1:
+        parts += pairs.section(called, adapters, moments, progress)
     parts.append(
         f'<footer class="soft"><p>Made by shira-format {page.text(__version__)}. Names, the base model, the source, the licence and the '
         "description are what the file says of itself. Densities and energies are measured.</p></footer>"
@@ -46,12 +49,12 @@ def report(
     return page.page(title, parts)
 
 
-def _contents(called: Sequence[str], looks: Sequence[Look]) -> str:
-    """All adapters at a glance, and the way to what is said of each."""
+def _contents(called: Sequence[str], adapters: Sequence[AdapterFacts]) -> str:
+    """A table of all adapters, with links to their sections."""
     rows = []
-    for number, (label, look) in enumerate(zip(called, looks, strict=True), 1):
-        totals, warned = look.info["totals"], len(words.warnings(look))
-        kept = (look.info["selection"] or {}).get("energy_kept")
+    for number, (label, adapter) in enumerate(zip(called, adapters, strict=True), 1):
+        totals, warned = adapter.info["totals"], len(words.warnings(adapter))
+        kept = (adapter.info["selection"] or {}).get("energy_kept")
         rows.append(
             (
                 f'<a href="#adapter-{number}">{name(label)}</a>', f"{totals['nnz']:,}", share(totals["density"]),
@@ -62,15 +65,15 @@ def _contents(called: Sequence[str], looks: Sequence[Look]) -> str:
     return f'{table(head, rows, stacked=True)}<p><a href="#pairs">{QUESTION}</a></p>'
 
 
-def _section(number: int, label: str, look: Look) -> Iterator[str]:
-    info, grid = look.info, layer_grid(look.tensors)
+def _section(number: int, label: str, adapter: AdapterFacts) -> Iterator[str]:
+    info, grid = adapter.info, layer_grid(adapter.tensors)
     yield f'<section id="adapter-{number}"><h2>{page.text(label)}</h2>'
-    yield page.warnings(words.warnings(look))
-    yield from (paragraph(sentences) for sentences in words.summary(look, grid) if sentences)
-    yield facts(_facts(look))
-    yield from _charts(look, grid)
-    if look.tensors:
-        yield f"<details><summary>{count(len(look.tensors), 'tensor')}</summary>{_tensors(look)}</details>"
+    yield page.warnings(words.warnings(adapter))
+    yield from (paragraph(sentences) for sentences in words.summary(adapter, grid) if sentences)
+    yield facts(_facts(adapter))
+    yield from _charts(adapter, grid)
+    if adapter.tensors:
+        yield f"<details><summary>{count(len(adapter.tensors), 'tensor')}</summary>{_tensors(adapter)}</details>"
     if info["whole"]:
         rows = [(name(w["name"]), w["dtype"], _shape(w["shape"]), _size(w["bytes"])) for w in info["whole"]]
         yield f"<details><summary>{count(len(rows), 'tensor')} replaced as a whole</summary>"
@@ -78,8 +81,8 @@ def _section(number: int, label: str, look: Look) -> Iterator[str]:
     yield "</section>"
 
 
-def _facts(look: Look) -> list[tuple[str, str]]:
-    info, totals = look.info, look.info["totals"]
+def _facts(adapter: AdapterFacts) -> list[tuple[str, str]]:
+    info, totals = adapter.info, adapter.info["totals"]
     found = [
         ("file", f"{info['file']}, {_size(totals['file_bytes'])}"),
         ("format", f"{info['format_version']}, written by {info['writer'] or 'a program that it does not name'}"),
@@ -101,8 +104,8 @@ def _facts(look: Look) -> list[tuple[str, str]]:
     return found
 
 
-def _charts(look: Look, grid: LayerGrid) -> Iterator[str]:
-    if not look.tensors:
+def _charts(adapter: AdapterFacts, grid: LayerGrid) -> Iterator[str]:
+    if not adapter.tensors:
         return
     shares: dict[str, list[float]] = {kind: [0.0, 0.0, 0.0] for kind in grid.kinds}
     for (kind, _), cell in grid.cells.items():
@@ -128,19 +131,19 @@ def _charts(look: Look, grid: LayerGrid) -> Iterator[str]:
         columns = f"blocks {', '.join(stems[:4])}{', ...' if len(stems) > 4 else ''} by their number N"
         outside = "; –: outside of blocks" if "" in grid.blocks else ""
         yield charts.heat(grid, what, f"By kind of layer and block: {told}, in %. Columns: {columns}{outside}.")
-    if look.mask is not None:
+    if adapter.mask is not None:
         caption = (
-            f"Where the {int(look.mask.counts.sum()):,} entries of {look.mask.name} lie, "
-            f"{_shape(list(look.mask.shape))}, the tensor with most of them: rows downwards, columns to the right."
+            f"Where the {int(adapter.mask.counts.sum()):,} entries of {adapter.mask.name} lie, "
+            f"{_shape(list(adapter.mask.shape))}, the tensor with most of them: rows downwards, columns to the right."
         )
-        yield charts.mask_image(look.mask, caption)
+        yield charts.mask_image(adapter.mask, caption)
 
 
-def _tensors(look: Look) -> str:
-    told = {row["name"]: row for row in look.info["tensors"]}
-    grid = layer_grid(look.tensors)
+def _tensors(adapter: AdapterFacts) -> str:
+    told = {row["name"]: row for row in adapter.info["tensors"]}
+    grid = layer_grid(adapter.tensors)
     rows = []
-    for tensor in look.tensors:
+    for tensor in adapter.tensors:
         row, norms = told[tensor.name], tensor.norms
         energy = (
             ""

@@ -13,16 +13,20 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shira_analysis.merging.check import strengths
-from shira_analysis.merging.check.check import MergeCheck, as_json
-from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict
+from shira_analysis.merging.check import check_merge
+from shira_analysis.merging.check.check import MergeCheck
+from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict, as_json
 from shira_analysis.merging.check.sources import Change, Source
+from shira_analysis.merging.check.stored import float_info, held_dtype
 from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import FLOATS, round_to
+from shira_format.adapter import Adapter
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.format import save
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.products import LowRank
+from shira_format.tensors import SparseTensor
 from tests import models
 
 F16, BF16, F32, F64 = (FLOATS[name] for name in ("F16", "BF16", "F32", "F64"))
@@ -105,9 +109,7 @@ def test_a_right_merge_is_verified_or_hidden(made: Pair, dtype: np.dtype[Any], s
     plain = round_to(made.base.astype(np.float64), dtype)
     moved = np.count_nonzero(merged != plain)
     # Where most entries have moved by more than rounding leaves open, it can be told.
-    ulp = (
-        np.spacing(np.abs(merged.astype(F32))) * 2.0 ** (23 - strengths._info(dtype).nmant) if dtype != F64 else 0
-    )
+    ulp = np.spacing(np.abs(merged.astype(F32))) * 2.0 ** (23 - float_info(dtype).nmant) if dtype != F64 else 0
     if moved > 30 and np.median(np.abs(strength * made.dense) / np.maximum(ulp, 1e-30)) > 4:
         assert layer.verdict == "verified"
         assert layer.strength == pytest.approx(strength, rel=0.05)
@@ -233,7 +235,7 @@ def test_bf16_in_a_float32_file() -> None:
     merged = large.merged(BF16).astype(F32)
     merged[41, 100] = large.merged(F32)[41, 100]
     assert large.merged(F32)[41, 100] != large.merged(BF16)[41, 100]
-    assert strengths.held_dtype(Held({NAME: merged}), NAME) == BF16
+    assert held_dtype(Held({NAME: merged}), NAME) == BF16
     assert large.layer(merged).verdict == "different"
 
 
@@ -430,3 +432,25 @@ def test_progress_is_the_size() -> None:
     told: list[int] = []
     check.run(1, told.append)
     assert check.size == sum(told) == made.base.size + 5
+
+
+def test_one_call(tmp_path: Path) -> None:
+    """The verb, on checkpoints in memory and an adapter file; it takes an adapter or a LoRA, not both."""
+    base = {"w": np.float32([[1, 2], [3, 4]]), "norm": np.ones(2, F32)}
+    merged = {"w": np.float32([[1, 7], [3, 4]]), "norm": base["norm"]}
+    tensor = SparseTensor("w", (2, 2), [1], np.float32([7]), base=np.float32([2]))
+    save(Adapter([tensor]), tmp_path / "a.st")
+    total: list[int] = []
+    done: list[int] = []
+    report = check_merge(
+        Held(merged), Held(base), adapter=tmp_path / "a.st", progress=done.append, on_start=total.append
+    )
+    assert 4 + 2 == sum(total) == sum(done)
+    assert [7.0] == [merged["w"][0, 1]]
+    assert report.layers[0].name == "w"
+    assert report == check_merge(Held(merged), Held(base), lora=tmp_path / "a.st")
+    assert "absent" == check_merge(Held(base), Held(base), adapter=tmp_path / "a.st").layers[0].verdict
+    assert check_merge(Held(merged), Held(base), adapter=tmp_path / "a.st", layers_only=True).others is None
+    for given_ in ({}, {"adapter": "a.st", "lora": "b"}):
+        with pytest.raises(SourceError, match="either adapter or lora"):
+            check_merge(Held(merged), Held(base), **given_)
