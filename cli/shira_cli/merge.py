@@ -124,7 +124,7 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
 
         job = open_merge(
             adapters, method=method, weights=settings["weights"], options=settings["option"],
-            layers=settings["layer"], base=base, density=settings["max_density"], self_contained=settings["self_contained"],
+            layers=settings["layer"], base=base, max_density=settings["max_density"], self_contained=settings["self_contained"],
             include=settings["include"], exclude=settings["exclude"],
         )  # fmt: skip
         with ExitStack() as stack:

@@ -40,7 +40,7 @@ class Merge:
         settings: method, weights and options.
         names: the sparse tensors of the adapters, in their order.
         whole: the tensors that are replaced as a whole, likewise.
-        density: the greatest density of a tensor of the result; None: any.
+        max_density: the greatest density of a tensor of the result; None: any.
         self_contained: whether the result keeps the base's values.
     """
 
@@ -48,7 +48,7 @@ class Merge:
     settings: Settings
     names: Sequence[str]
     whole: Sequence[str]
-    density: float | None
+    max_density: float | None
     self_contained: bool
 
     @property
@@ -105,10 +105,10 @@ class Merge:
         aligned = self.aligned(name)
         _, options = self.settings.of(name)
         factors = self.settings.method.factors(aligned, options)
-        result = mix(aligned, factors, self_contained=self.self_contained or self.density is not None)
+        result = mix(aligned, factors, self_contained=self.self_contained or self.max_density is not None)
         energy = kept = None
-        if self.density is not None and result is not None:
-            result, energy, kept = limit_density(result, self.density)
+        if self.max_density is not None and result is not None:
+            result, energy, kept = limit_density(result, self.max_density)
             result = keep_base(result, self_contained=self.self_contained)
         entries = tuple(part.tensor.nnz for part in aligned.parts)
         report = MergedTensor(
@@ -194,8 +194,8 @@ class Merge:
                 for one, weight in zip(self.inputs, weights, strict=True)
             ],
         } | self.settings.to_manifest()
-        if self.density is not None:
-            found["selection"] = {"rule": "top-k", "scope": "tensor", "density": self.density}
+        if self.max_density is not None:
+            found["selection"] = {"rule": "top-k", "scope": "tensor", "density": self.max_density}
         if self.alpha != 1:
             found["alpha"] = self.alpha
         return found
@@ -209,7 +209,7 @@ def open_merge(
     options: Mapping[str, Any] | None = None,
     layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
     base: Base = None,
-    density: float | None = None,
+    max_density: float | None = None,
     self_contained: bool | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -224,8 +224,8 @@ def open_merge(
     """
     if method not in METHODS:
         raise SourceError(f"no method {method!r}; known: {', '.join(METHODS)}")
-    if density is not None and not 0 < density <= 1:
-        raise SourceError(f"density {density} is not in (0, 1]")
+    if max_density is not None and not 0 < max_density <= 1:
+        raise SourceError(f"max_density {max_density} is not in (0, 1]")
     weights = [1.0] * len(adapters) if weights is None else weights
     if len(weights) != len(adapters):
         raise SourceError(f"{len(weights)} weights for {len(adapters)} adapters")
@@ -242,7 +242,7 @@ def open_merge(
         raise SourceError(f"the pattern {unused[0]!r} matches no tensor's name")
     if self_contained is None:
         self_contained = all(one.self_contained for one in inputs)
-    return Merge(inputs, settings, names, whole, density, self_contained)
+    return Merge(inputs, settings, names, whole, max_density, self_contained)
 
 
 def _not_finite(values: Array) -> int:

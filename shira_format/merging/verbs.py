@@ -42,7 +42,7 @@ def merge(
     weights: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
-    density: float | None = None,
+    max_density: float | None = None,
     self_contained: bool | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -62,7 +62,8 @@ def merge(
         weights: of the adapters, each multiplied by the adapter's alpha; 1 by default.
         options: of the method; ``density``, ``gamma`` and ``epsilon`` may be a sequence with one for each adapter.
         layers: pairs of a regex and the options (and ``"weights"``) of tensors whose names it matches.
-        density: the greatest density of a tensor of the result, whose largest deltas are kept.
+        max_density: the greatest density of a tensor of the result, whose largest deltas are kept; not the density of a method,
+            which is one of its ``options``.
         self_contained: keep the base's values in the result; by default, if all adapters have them.
         include: regexes; only tensors whose names match one are merged.
         exclude: regexes; tensors whose names match one are left out.
@@ -81,7 +82,7 @@ def merge(
         2903
     """
     job = open_merge(
-        adapters, method=method, weights=weights, options=options, layers=layers, base=base, density=density,
+        adapters, method=method, weights=weights, options=options, layers=layers, base=base, max_density=max_density,
         self_contained=self_contained, include=include, exclude=exclude,
     )  # fmt: skip
     return job.write(out, threads=threads, progress=progress)

@@ -172,7 +172,7 @@ def test_other_methods_are_what_their_own_merges_give() -> None:
     random = np.random.default_rng(3)
     deltas = [np.where(random.random((30, 20)) < 0.3, random.standard_normal((30, 20)), 0) for _ in range(3)]
     weights = [1.0, 0.5, 2.0]
-    report = analyse_merge(of_deltas(*deltas, weights=weights, density=0.4))
+    report = analyse_merge(of_deltas(*deltas, weights=weights, max_density=0.4))
     assert {"overwrite", "refuse", "disjoint", "intersect"} == {one.method for one in report.refused}
     assert all("takes entries as they are" in str(one.refused) for one in report.refused)
     assert {one.method for one in report.trials} == set(METHODS)
@@ -202,7 +202,7 @@ def test_what_methods_drop() -> None:
     first, second = report.chosen.accounts
     assert (0.5, 0.5, 0.0, 0.0) == (first.energy_dropped, first.disturbed, second.energy_dropped, second.disturbed)
     assert "adapter 1 loses 50.00 % of its energy: 1 of its 2 entries are dropped." in report.warnings()
-    cut = analyse_merge(of_deltas([[1, 3, 0, 0]], [[0, 0, 2, 0]], density=0.5))
+    cut = analyse_merge(of_deltas([[1, 3, 0, 0]], [[0, 0, 2, 0]], max_density=0.5))
     assert [1, 0] == [one.dropped for one in cut.chosen.accounts]
     assert [0.1, 0.0] == [one.disturbed for one in cut.chosen.accounts]
 
@@ -238,7 +238,7 @@ def test_layers_have_their_own_weights() -> None:
 
 
 def test_a_cut_to_a_density_tells_the_energy_lost() -> None:
-    report = analyse_merge(of_deltas([[3, 0, 0, 0]], [[0, 1, 2, 0]], density=0.25))
+    report = analyse_merge(of_deltas([[3, 0, 0, 0]], [[0, 1, 2, 0]], max_density=0.25))
     assert 5 / 14 == report.chosen.lost_to_cut == told(report)["after"]["energy_lost_to_density"]
     said = "The cut to the density takes 35.71 % of the energy of the result."
     assert said in report.warnings()
@@ -428,7 +428,7 @@ def test_a_result_that_is_not_finite() -> None:
         (0.5, f"The merge is refused: the result: tensor '{QUERY}': the delta at flat index 0 is NaN or infinite.", "NaN or infinite"),
     ):  # fmt: skip
         report = analyse_merge(
-            open_merge([one, one], weights=[1, 1], density=density), alternatives=["mean", "linear"]
+            open_merge([one, one], weights=[1, 1], max_density=density), alternatives=["mean", "linear"]
         )
         assert (None, None) == (report.chosen.kept, report.chosen.accounts[0].disturbed)
         assert warning in report.warnings()

@@ -34,7 +34,7 @@ def test_any_merge_has_a_page(job: Merge) -> None:
 
 
 def test_what_is_told() -> None:
-    report = analyse_merge(of_deltas([[1, 1, 0, 0]], [[0, -2, 2, 0]], method="overwrite", density=0.75))
+    report = analyse_merge(of_deltas([[1, 1, 0, 0]], [[0, -2, 2, 0]], method="overwrite", max_density=0.75))
     text = parsed(merge_page(report)).text
     assert "Merge report: adapter 1 and adapter 2" in text
     assert "method overwrite options priority = last adapter 1 weight 1 adapter 2 weight 1 cut to 75.00 %" in text

@@ -98,7 +98,7 @@ def _new_report(job: Merge, *, fed: bool) -> MergeAnalysis:
     told = job.settings.to_manifest()
     report = MergeAnalysis(
         [one.label for one in job.inputs], list(weights), [one.adapter.alpha for one in job.inputs],
-        [sorted(set(column)) for column in zip(*map(job.strengths, job.names or [""]), strict=True)], told, job.density,
+        [sorted(set(column)) for column in zip(*map(job.strengths, job.names or [""]), strict=True)], told, job.max_density,
         trials=[Trial(told["method"], told["options"], chosen=True)], whole=list(job.whole), fed=fed,
     )  # fmt: skip
     for trial in report.trials:
@@ -174,7 +174,7 @@ def _try(job: Merge, trial: Trial, joined: AlignedEntries, kind: str, report: Me
     _, options = job.settings.of(joined.name)
     method = METHODS[trial.method]
     try:
-        found = outcome(joined, method, _carried(job.settings.method, options, method), job.density)
+        found = outcome(joined, method, _carried(job.settings.method, options, method), job.max_density)
     except SourceError as error:
         trial.refused = str(error)
         return

@@ -305,7 +305,7 @@ def test_notices(tmp_path: Path) -> None:
 def test_a_result_of_a_density_is_its_largest_changes(model: Model, density: float) -> None:
     base, adapters = model
     full = open_merge(adapters, base=Held(base)).adapter()
-    job = open_merge(adapters, density=density, base=Held(base))
+    job = open_merge(adapters, max_density=density, base=Held(base))
     for name in full:
         tensor, account = job.tensor(name)
         delta = full[name].values.astype(np.float64)
