@@ -307,7 +307,7 @@ def test_other_tensors() -> None:
     ):  # fmt: skip
         report = check(right | {name: changed})
         assert (report.answer, report.others.changed) == ("no", [name])  # type: ignore[union-attr]
-        assert "one tensor that the LoRA leaves alone is not the base's" in report.sentence
+        assert "one tensor that the LoRA does not change differs from the base" in report.sentence
         assert check(right | {name: changed}, others=False).answer == "yes"
         assert check(right | {name: changed}, chosen=lambda n, name=name: n != name).answer == "yes"
     assert (
@@ -392,7 +392,7 @@ def test_dora(dtype: torch.dtype, cast: bool) -> None:
     assert MergeCheck(base, Source(changes), base).run(1).answer == "no"
     report = MergeCheck(base, Source(changes), merged, strength=0.5).run(1)
     assert (report.answer, report.sentence) == (
-        "inconclusive", "nobody can tell: a weight-decomposed update can be checked at strength 1 only in all of 2 adapted tensors",
+        "inconclusive", "cannot be decided: a weight-decomposed update can be checked at strength 1 only in all of 2 adapted tensors",
     )  # fmt: skip
     assert as_json(report)["layers"][0]["energy"] is None
 

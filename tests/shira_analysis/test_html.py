@@ -113,12 +113,15 @@ def test_one_adapter(files: list[Path]) -> None:
     found = parsed(adapters_page([one]))
     text = found.text
     assert "Adapter report: a.st" in text
-    assert "This adapter sets 90 of the 2,544 elements of 3 weights (3.54 %); all others stay as they are" in text
+    assert (
+        "This adapter sets 90 of the 2,544 elements of 3 weights (3.54 %); all others keep the base's values"
+        in text
+    )
     assert "1 further tensor is replaced as a whole." in text
     assert "It can be undone: the file holds the base's values" in text
-    assert "Only 14 % of the original change's energy is in it: expect it to do much less" in text
+    assert "It keeps only 14 % of the original change's energy: expect a much weaker effect" in text
     assert "It names no licence." in text
-    assert "Kept were 1 % of the entries of each tensor, those that change most." in text
+    assert "It keeps 1 % of the entries of each tensor, the largest changes." in text
     measured = measure(files[0])
     assert measured.total.norms is not None
     norms = measured.kinds["mlp up"].norms
@@ -129,8 +132,8 @@ def test_one_adapter(files: list[Path]) -> None:
     )
     (image,) = [attributes for tag, attributes in found.tags if tag == "img"]
     assert (image["src"] or "").startswith("data:image/png;base64,")
-    assert "Where the 30 entries of h.0.q_proj.weight lie" in (image["alt"] or "")
-    assert "Do they disturb each other?" not in text
+    assert "Positions of the 30 entries of h.0.q_proj.weight" in (image["alt"] or "")
+    assert "Do they interfere with each other?" not in text
 
 
 def test_pairs(files: list[Path]) -> None:
@@ -148,7 +151,7 @@ def test_pairs(files: list[Path]) -> None:
     assert (
         "One of them replaces 1 tensor as a whole that the other replaces or changes as well: norm.bias." in text
     )
-    assert "(shira-moments, and --moments here)" in text
+    assert "collect their moments with shira-moments and pass them with --moments" in text
 
 
 def test_pairs_on_inputs(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
@@ -172,7 +175,7 @@ def test_pairs_on_inputs(files: list[Path], tmp_path: Path, capsys: Capture) -> 
         f"{met.cosine:+.3f} {least:+.3f} {largest:+.3f} {100 * met.disturbed_first:.3g} % (at each input {100 * met.disturbed_first_each:.3g} %)"
         in text
     )
-    assert "(shira-moments, and --moments here)" not in text
+    assert "collect their moments with shira-moments and pass them with --moments" not in text
     # Of another model they are refused before anything is written.
     Moments([Moment("other", np.ones((1, 1, 1, 1)), 1, 1)]).save(tmp_path / "others.safetensors")
     capsys.readouterr()
@@ -192,12 +195,12 @@ def test_words_on_pairs_that_add_up_or_cancel(tmp_path: Path) -> None:
         )
     save(Adapter([SparseTensor("v", (3, 2), [0], base[:1], base=base[1:2])]), tmp_path / "d.st")
     text = parsed(adapters_page([looked(tmp_path / f"{name}.st") for name in "abcd"])).text
-    assert "The cosine of the two changes is -1.000: put on together, they cancel each other in part." in text
+    assert "The cosine of the two changes is -1.000: applied together, they partly cancel each other." in text
     assert (
-        "On 100 % of the shared entries they pull in the same direction. The cosine of the two changes is +0.943: put on together, they add up"
+        "Their signs agree at 100 % of the shared entries. The cosine of the two changes is +0.943: applied together, they amplify"
         in text
     )
-    assert "a.st and d.st change no weight in common: they cannot meet within a layer." in text
+    assert "a.st and d.st change no weight in common: they cannot interfere within a layer." in text
 
 
 def test_adapters_of_two_bases_are_not_compared(tmp_path: Path, files: list[Path]) -> None:
@@ -218,14 +221,16 @@ def test_what_is_not_known_of_one_spoils_nothing_for_others(tmp_path: Path, file
     bad = SparseTensor(QUERY, (24, 16), [1, 5], np.float32([1, np.inf]), base=np.float32([0, 0]))
     save(Adapter([bad]), tmp_path / "bad.st")
     text = parsed(adapters_page([looked(path) for path in (*files, tmp_path / "bad.st")])).text
-    assert "Not all changes of bad.st are known (see above): only the places of the entries are compared." in text
+    assert (
+        "Not all changes of bad.st are known (see above): only the positions of the entries are compared." in text
+    )
     (pair,) = measure_pairs([open_deltas(path) for path in files])
     assert pair.whole.product is not None
     assert f"a.st and b.st {pair.whole.product.awor:.4f}" in text
     assert "a.st and bad.st both change 1 weight" in text
 
 
-def test_many_pairs_are_told_in_tables_first(tmp_path: Path, files: list[Path]) -> None:
+def test_many_pairs_have_their_tables_first(tmp_path: Path, files: list[Path]) -> None:
     random = np.random.default_rng(0)
     paths = [*files]
     base = np.float32([1, 2, 3])
@@ -251,7 +256,7 @@ def test_deltas_need_no_base_to_be_measured(tmp_path: Path, capsys: Capture) -> 
         tmp_path / "deltas.st",
     )
     text = parsed(adapters_page([looked(tmp_path / "deltas.st")])).text
-    assert "This adapter adds something to 2 of the 6 elements of 1 weight" in text
+    assert "This adapter adds deltas to 2 of the 6 elements of 1 weight" in text
     assert "It can be scaled, measured and merged without the base" in text
     assert 0 == run(tmp_path / "deltas.st")
     shown = capsys.readouterr().out
@@ -273,13 +278,13 @@ def test_without_the_base(tmp_path: Path, files: list[Path]) -> None:
     loose = SparseTensor("wte.weight", (50, 24), [1], target, value_kind="delta")
     save(Adapter([needy, loose]), tmp_path / "needy.st")
     text = parsed(adapters_page([looked(tmp_path / "needy.st"), looked(files[0])])).text
-    assert "The file does not hold the base's values. It can be undone by a program that keeps the values" in text
-    assert "How large its changes are is not shown" in text
+    assert "The file does not hold the base's values. To undo it, keep the values that it overwrites" in text
+    assert "The size of its changes is not shown" in text
     assert (
-        "1 tensor (wte.weight) is without a digest of the base's values: a wrong base will not be noticed" in text
+        "1 tensor (wte.weight) is without a digest of the base's values: a wrong base will not be detected" in text
     )
-    assert "It does not say for which base model it is." in text
-    assert "only the places of the entries are compared" in text
+    assert "The file does not name its base model." in text
+    assert "only the positions of the entries are compared" in text
 
 
 def test_a_mask_and_a_patch(tmp_path: Path) -> None:
@@ -294,7 +299,7 @@ def test_a_mask_and_a_patch(tmp_path: Path) -> None:
     save(Adapter([one], manifest={"selection": {"rule": "exact"}}), tmp_path / "patch.st")
     text = parsed(adapters_page([looked(tmp_path / "patch.st")])).text
     assert "This is an exact patch: it sets every entry that differs between two checkpoints, 1 of the 16" in text
-    assert "Nothing of the change was left out." in text
+    assert "It holds the whole change." in text
 
 
 def test_changes_that_cannot_be_measured(tmp_path: Path) -> None:
@@ -311,8 +316,8 @@ def test_other_warnings(tmp_path: Path) -> None:
     one = looked(tmp_path / "a.st", base={"path": "my-model", "fits": False, "reasons": ["no 'w'", "no 'v'"]})
     assert [
         "It does not fit the base my-model: no 'w' (and 1 more).",
-        "1 tensor (v) is without a single entry: nothing changes there.",
-        "It sets 50\u00a0% of the elements: that is not sparse, and little smaller than the weights are.",
+        "1 tensor (v) is without entries: nothing changes there.",
+        "It sets 50\u00a0% of the elements: it is not sparse, and not much smaller than the weights.",
         "It removes tensors from the model: old.",
     ] == words.warnings(one)
     fits = looked(tmp_path / "a.st", base={"path": "my-model", "fits": True, "reasons": []}, verified=True)
@@ -377,7 +382,7 @@ def test_the_command(files: list[Path], tmp_path: Path, capsys: Capture) -> None
     assert [str(path) for path in files] == [info["file"] for info in told["files"]]
     text = parsed(out.read_text("utf-8")).text
     assert "Adapter report: 2 adapters" in text
-    assert "Do they disturb each other?" in text
+    assert "Do they interfere with each other?" in text
     before = out.read_bytes()
     assert 1 == run(files[0], "--html", out)
     assert "exists; --force replaces it" in capsys.readouterr().err
@@ -397,12 +402,12 @@ def test_the_command_and_a_base(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "r.html"
     assert 0 == run(tmp_path / "a.st", "--html", out, "--base", tmp_path / "base.safetensors")
     text = parsed(out.read_text("utf-8")).text
-    assert "How large its changes are is not shown" not in text
+    assert "The size of its changes is not shown" not in text
     assert "Of its energy, 100 % is in layers" in text
     assert 1 == run(tmp_path / "a.st", "--html", out, "--base", tmp_path / "other.safetensors", "--force")
     text = parsed(out.read_text("utf-8")).text
     assert "It does not fit the base" in text
-    assert "How large its changes are is not shown" in text
+    assert "The size of its changes is not shown" in text
     assert "does not fit: tensor 'w'" in capsys.readouterr().err
 
 

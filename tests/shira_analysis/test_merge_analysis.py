@@ -1,4 +1,4 @@
-"""The report beside a merge, against the same figures by dense arithmetic."""
+"""The analysis of a merge against dense arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shira_analysis.lemmas.null_space import orthogonal_pair
 from shira_analysis.lemmas.orthogonality import diagonal
 from shira_analysis.measures.interference import interference
 from shira_analysis.measures.pairs import measure_pairs
-from shira_analysis.merging import lemmas as joining_lemmas
+from shira_analysis.merging import lemmas as merge_lemmas
 from shira_analysis.merging.analysis import analyse_merge
 from shira_analysis.merging.lemmas import struct_rows
 from shira_analysis.merging.report import MergeAnalysis
@@ -34,7 +34,7 @@ from tests import models
 
 QUERY, DOWN, NORM, CONV = "h.0.q_proj.weight", "h.0.down_proj.weight", "h.0.norm.weight", "h.0.conv.weight"
 SHAPES = {QUERY: (5, 4), DOWN: (3, 6), NORM: (7,), CONV: (2, 3, 2, 1)}
-JOINS = ("linear", "mean", "overwrite", "disjoint", "intersect", "magnitude_prune", "ties")
+METHODS_TRIED = ("linear", "mean", "overwrite", "disjoint", "intersect", "magnitude_prune", "ties")
 
 
 def of_delta(delta: Any, name: str = QUERY, mask: Any = None, dtype: Any = np.float32) -> SparseTensor:
@@ -59,8 +59,8 @@ def dense(tensor: SparseTensor | None, shape: tuple[int, ...]) -> Any:
     return found
 
 
-def told(report: MergeAnalysis) -> dict[str, Any]:
-    """As JSON, which has no NaN; the text is made as well."""
+def as_json(report: MergeAnalysis) -> dict[str, Any]:
+    """The report as JSON without NaN; its text is made, too."""
     assert report.text()
     return json.loads(json.dumps(report.as_json(), allow_nan=False))
 
@@ -85,7 +85,7 @@ def merges(draw: st.DrawFn) -> Merge:
                     SparseTensor(name, SHAPES[name], indices, values - known, value_kind="delta", base=known)
                 )
         adapters.append(Adapter(tensors, manifest={"alpha": draw(st.sampled_from([1.0, 0.5]))}))
-    method = draw(st.sampled_from(JOINS))
+    method = draw(st.sampled_from(METHODS_TRIED))
     weights = st.sampled_from([0.0, 1.0] if METHODS[method].copies else [1.0, 0.0, -0.5, 2.0])
     count = len(adapters)
     return open_merge(
@@ -97,7 +97,7 @@ def merges(draw: st.DrawFn) -> Merge:
 @given(merges())
 def test_every_figure_by_dense_arithmetic(job: Merge) -> None:
     report = analyse_merge(job, alternatives=["linear", "mean", "overwrite", "refuse"])
-    told(report)
+    as_json(report)
     if job.settings.method.name == "mean" and min(report.weights) < 0:
         assert "which the method 'mean' cannot take" in (report.chosen.refused or "")
         assert [] == report.after
@@ -174,10 +174,10 @@ def test_other_methods_are_what_their_own_merges_give() -> None:
     weights = [1.0, 0.5, 2.0]
     report = analyse_merge(of_deltas(*deltas, weights=weights, max_density=0.4))
     assert {"overwrite", "refuse", "disjoint", "intersect"} == {one.method for one in report.refused}
-    assert all("takes entries as they are" in str(one.refused) for one in report.refused)
+    assert all("copies entries unchanged" in str(one.refused) for one in report.refused)
     assert {one.method for one in report.trials} == set(METHODS)
     for trial in report.ranked:
-        job = of_deltas(*deltas, method=trial.method, weights=weights, density=0.4)
+        job = of_deltas(*deltas, method=trial.method, weights=weights, max_density=0.4)
         own = analyse_merge(job, alternatives=[])
         assert trial.kept == own.chosen.kept
         assert [one.method for one in own.trials] == [trial.method]
@@ -213,14 +213,14 @@ def test_every_method_with_adapters_of_different_weights() -> None:
     assert set(METHODS) == {one.method for one in report.ranked}
     assert (2, 0) == (report.pairs[0].pair.whole.tensors, report.pairs[0].pair.whole.both)
     assert "No weight is changed by both: there is no product" in report.text()
-    told(report)
+    as_json(report)
 
 
 def test_a_weight_of_zero_has_no_account() -> None:
     report = analyse_merge(of_deltas([[1, 2]], [[3, 0]], weights=[1, 0]))
     assert (2, 0) == tuple(one.entries for one in report.chosen.accounts)
     assert (1.0, (0, 1.0)) == (report.chosen.kept, report.chosen.worst)
-    told(report)
+    as_json(report)
 
 
 def test_layers_have_their_own_weights() -> None:
@@ -233,16 +233,16 @@ def test_layers_have_their_own_weights() -> None:
     two = [Adapter([of_delta([[1, 0]]), of_delta([[1, 0]], "other")], manifest={"alpha": 0.5}) for _ in range(2)]
     report = analyse_merge(open_merge(two, weights=[1, 2], layers=[("q_proj", {"weights": [1, -3]})]))
     assert ["0.5", "-1.5 to 1, by layer"] == report.strength_words
-    assert [[0.5], [-1.5, 1.0]] == [one["strengths"] for one in told(report)["inputs"]]
+    assert [[0.5], [-1.5, 1.0]] == [one["strengths"] for one in as_json(report)["inputs"]]
     assert "-1.5 to 1, by layer" in report.text()
 
 
-def test_a_cut_to_a_density_tells_the_energy_lost() -> None:
+def test_a_density_limit_reports_the_energy_lost() -> None:
     report = analyse_merge(of_deltas([[3, 0, 0, 0]], [[0, 1, 2, 0]], max_density=0.25))
-    assert 5 / 14 == report.chosen.lost_to_cut == told(report)["after"]["energy_lost_to_density"]
-    said = "The cut to the density takes 35.71 % of the energy of the result."
+    assert 5 / 14 == report.chosen.lost_to_cut == as_json(report)["after"]["energy_lost_to_density"]
+    said = "The density limit drops 35.71 % of the energy of the result."
     assert said in report.warnings()
-    assert "cut to the density: 35.71 % of the energy of the result is lost" in report.text()
+    assert "density limit: 35.71 % of the energy of the result is lost" in report.text()
     assert analyse_merge(of_deltas([[3, 0]])).chosen.lost_to_cut is None
 
 
@@ -282,16 +282,16 @@ def test_lemma_4_5(rows: int, columns: int, first: set[int], second: set[int]) -
     if columns > 1:
         assert ("shared rows" if set(some[0]) & set(some[1]) else "yes") == lemmas.struct
     if lemmas.struct != "yes":
-        assert (lemmas.bound, lemmas.room) == (None, None)
+        assert (lemmas.bound, lemmas.bound_margin) == (None, None)
         return
     a, b = (dense(tensor, tensor.shape).reshape(rows, columns) for tensor in tensors)
     found = np.count_nonzero(a.T @ b)
     off = [tensor.nnz - min(rows, columns) for tensor in tensors]
     assert lemmas.bound == min(rows, columns) + sum(off)
-    assert lemmas.room == pytest.approx((lemmas.bound - found) / columns**2)
-    assert lemmas.room >= 0
+    assert lemmas.bound_margin == pytest.approx((lemmas.bound - found) / columns**2)
+    assert lemmas.bound_margin >= 0
     assert (
-        "Lemma 4.5 (both masks are the diagonal and whole rows, none in both) applies to 1 of the 1"
+        "Lemma 4.5 (each mask is the diagonal and whole rows, and no row is in both) applies to 1 of the 1"
         in report.text().replace("\n", " ")
     )
 
@@ -313,12 +313,12 @@ def test_lemma_4_4_is_claimed_only_where_the_product_is_0_exactly(monkeypatch: p
     report = analyse_merge(of_deltas(*made), alternatives=[])
     (one,) = report.pairs[0].lemmas.tensors
     assert (True, False, 0.0) == (one.zero, one.apart, one.margin)
-    assert "In 1 rows are changed by both" in report.text().replace("\n", " ")
-    monkeypatch.setattr(joining_lemmas, "_TERMS", 3)
+    assert "In 1, both change some of the same rows" in report.text().replace("\n", " ")
+    monkeypatch.setattr(merge_lemmas, "_TERMS", 3)
     report = analyse_merge(of_deltas(*made), alternatives=[])
     assert report.pairs[0].lemmas.tensors[0].zero is None
     assert (0, 1) == (report.pairs[0].lemmas.zero, report.pairs[0].lemmas.unclear)
-    assert "whether it is 0 exactly was not computed" in report.text().replace("\n", " ")
+    assert "whether it is exactly 0 was not computed" in report.text().replace("\n", " ")
 
 
 def test_products_that_are_small_are_not_0() -> None:
@@ -335,7 +335,7 @@ def test_products_that_are_small_are_not_0() -> None:
     ]  # the product vanishes in float64
     report = analyse_merge(open_merge(small), alternatives=[])
     assert (False, 0) == (report.pairs[0].lemmas.tensors[0].zero, report.pairs[0].lemmas.tensors[0].nonzero)
-    told(report)
+    as_json(report)
 
 
 def test_disjoint_rows() -> None:
@@ -374,7 +374,7 @@ def test_warnings_of_signs() -> None:
     a, b = [[1, 1, 1, 0]], [[1, -1, 1, 0]]
 
     def of(share: str) -> str:
-        return f"adapter 1 and adapter 2 pull {share} of their shared entries in opposite directions (without any relation: half)."
+        return f"adapter 1 and adapter 2 have sign conflicts at {share} of their shared entries (unrelated adapters: half)."
 
     by_layer = [("q_proj", {"weights": [1, -1]})]
     assert of("33.33 %") in analyse_merge(of_deltas(a, b)).warnings()
@@ -383,18 +383,18 @@ def test_warnings_of_signs() -> None:
     assert of("66.67 %") in analyse_merge(of_deltas(a, b, layers=by_layer)).warnings()
     for turned in ({"weights": [1, -1]}, {"layers": by_layer}):
         said = analyse_merge(of_deltas(a, a, **turned)).warnings()
-        assert any("have a cosine of -1.00 as changes of the weights: together they cancel each other" in one for one in said)  # fmt: skip
-        assert any("off by 100.00 %" in one for one in said)
+        assert any("deltas of adapter 1 and adapter 2 have a cosine of -1.00: merged, they partly cancel each other" in one for one in said)  # fmt: skip
+        assert any("differs from it by 100.00 %" in one for one in said)
     assert not analyse_merge(of_deltas([[1, 0]], [[0, 1]])).warnings()
 
 
-def test_a_merge_that_is_refused_is_told() -> None:
+def test_a_refused_merge_is_reported() -> None:
     report = analyse_merge(of_deltas([[1, 2]], [[3, 0]], method="refuse"))
     assert report.chosen.refused is not None
     assert report.warnings()[0].startswith(
         "The merge is refused: tensor 'h.0.q_proj.weight': adapter 2 and adapter 1 set 1"
     )
-    found = told(report)
+    found = as_json(report)
     assert (None, []) == (found["after"]["inputs"], found["after"]["tensors"])
     assert found["methods"]["not_ranked"][0]["chosen"]
     assert "mean" in {one.method for one in report.ranked}
@@ -432,7 +432,7 @@ def test_a_result_that_is_not_finite() -> None:
         )
         assert (None, None) == (report.chosen.kept, report.chosen.accounts[0].disturbed)
         assert warning in report.warnings()
-        found = told(report)
+        found = as_json(report)
         assert ["mean"] == [row["method"] for row in found["methods"]["ranked"]]
         assert reason in found["methods"]["not_ranked"][0]["refused"]
 
@@ -441,11 +441,11 @@ def test_one_adapter_and_whole_tensors() -> None:
     whole = DenseTensor("bias", np.float32([1, 2]))
     report = analyse_merge(open_merge([Adapter([of_delta([[1, 2]])], dense=[whole])]))
     assert ([], 1.0, ["bias"]) == (report.pairs, report.chosen.kept, report.whole)
-    assert "1 tensor is replaced as a whole (the first: bias): nothing here is about them" in report.text()
+    assert "1 tensor is replaced as a whole (the first: bias): they are not measured" in report.text()
     report = analyse_merge(open_merge([Adapter([], dense=[whole]), Adapter([], dense=[whole])]))
-    found = told(report)
+    found = as_json(report)
     assert (0, None) == (found["before"]["pairs"][0]["whole"]["tensors"], report.chosen.kept)
-    assert "There is nothing to keep" in report.text()
+    assert "The adapters change nothing" in report.text()
 
 
 def test_names_stay_apart(tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def test_memory_follows_the_entries(shape: tuple[int, ...]) -> None:
         assert whole.product.nonzero >= 1
         uniform = whole.overlap.first * whole.overlap.second / matrix_shape(shape)[0]
         assert whole.product.reached_if_uniform == pytest.approx(uniform, rel=1e-3)
-    told(report)
+    as_json(report)
 
 
 def test_rows_that_are_left_out_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +502,7 @@ def test_rows_that_are_left_out_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two adapters of the real MiniLM."""
-    folder = tmp_path_factory.mktemp("joining")
+    folder = tmp_path_factory.mktemp("merge")
     for name in ("spam", "genre"):
         lora_to_shira(
             models.LORAS / name, models.minilm(), folder / f"{name}.st", density=0.01, self_contained=True
@@ -522,7 +522,7 @@ def test_real_adapters(real: list[Path]) -> None:
     assert len(report.pairs[0].lemmas.tensors) == 36
     assert (0, 0, 0) == tuple(getattr(report.pairs[0].lemmas, key) for key in ("zero", "apart", "struct"))
     assert "Neither lemma applies to any of them" in report.text()
-    found = told(report)
+    found = as_json(report)
     share = found["before"]["pairs"][0]["kinds"]["attention output"]["sign_conflict_share"]
     assert f"{100 * share:.2f} %" in report.text()
     off = energy = 0.0

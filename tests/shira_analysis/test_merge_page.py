@@ -19,7 +19,7 @@ from shira_format.merging import Merge, open_merge
 from shira_format.tensors import DenseTensor, SparseTensor
 from tests import browser, models
 from tests.shira_analysis.test_html import EVIL, parsed
-from tests.shira_analysis.test_joining import QUERY, merges, of_deltas, struct
+from tests.shira_analysis.test_merge_analysis import QUERY, merges, of_deltas, struct
 
 
 @given(merges())
@@ -33,11 +33,14 @@ def test_any_merge_has_a_page(job: Merge) -> None:
     assert ("One adapter alone" in text) == (len(job.inputs) == 1)
 
 
-def test_what_is_told() -> None:
+def test_the_page() -> None:
     report = analyse_merge(of_deltas([[1, 1, 0, 0]], [[0, -2, 2, 0]], method="overwrite", max_density=0.75))
     text = parsed(merge_page(report)).text
     assert "Merge report: adapter 1 and adapter 2" in text
-    assert "method overwrite options priority = last adapter 1 weight 1 adapter 2 weight 1 cut to 75.00 %" in text
+    assert (
+        "method overwrite options priority = last adapter 1 weight 1 adapter 2 weight 1 density limit 75.00 %"
+        in text
+    )
     assert "adapter 1 loses 50.00 % of its energy: 1 of its 2 entries are dropped." in text
     assert "share 1 entries" in text
     assert "adapter 1 1 2 1 50.00 % 450.00 %" in text
@@ -58,9 +61,9 @@ def test_lemmas_in_cells() -> None:
     report = analyse_merge(open_merge([Adapter([tensor]) for tensor in tensors]), alternatives=[])
     (one,) = report.pairs[0].lemmas.tensors
     text = parsed(merge_page(report)).text
-    assert f"no {one.margin:.3g} applies {one.room:.3g}" in text
+    assert f"no {one.margin:.3g} applies {one.bound_margin:.3g}" in text
     assert "1 − AWOR" not in text
-    assert "AWOR ≤ density(I) + density(S1) + density(S2) leaves" in text
+    assert "AWOR ≤ density(I) + density(S1) + density(S2) holds with a margin" in text
     report = analyse_merge(of_deltas([[1, 1], [0, 0]], [[0, 0], [1, 2]]), alternatives=[])
     assert "applies 0 no –" in parsed(merge_page(report)).text
 

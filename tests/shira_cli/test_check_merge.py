@@ -120,7 +120,7 @@ def test_nothing_merged(merge: Merge, capsys: Capture) -> None:
     assert 1 == merge.check()
     out, err = capsys.readouterr()
     assert "" == err
-    assert "no: nothing was merged: all 14 adapted tensors are the base's" == out.splitlines()[-1]
+    assert "no: nothing was merged: all 14 adapted tensors equal the base's" == out.splitlines()[-1]
     assert 14 == sum(" absent " in line for line in out.splitlines())
 
 
@@ -236,7 +236,7 @@ def test_other_tensors_changed(merge: Merge, capsys: Capture) -> None:
     merge.edit(lambda state: state.update({name: state[name] * 1.1}))
     assert 1 == merge.check()
     out = capsys.readouterr().out.splitlines()
-    assert f"no: it holds the LoRA at strength 1 in 14 adapted tensors, but one tensor that the LoRA leaves alone is not the base's: {name}" == out[-1]  # fmt: skip
+    assert f"no: it holds the LoRA at strength 1 in 14 adapted tensors, but one tensor that the LoRA does not change differs from the base: {name}" == out[-1]  # fmt: skip
     assert f"  changed: {name}" == out[-2]
     assert 0 == merge.check("--layers-only")
     assert 0 == merge.check("--exclude", "embed")
@@ -274,7 +274,7 @@ def test_a_float32_base_and_a_bf16_merge(rounded: str, scale: float, tmp_path: P
     assert 0 == merge.check()
     models.save_base(merge.make(), merge.merged, torch.bfloat16)
     assert 1 == merge.check()
-    assert "no: nothing was merged: all 14 adapted tensors are the base's" == sentence(capsys)
+    assert "no: nothing was merged: all 14 adapted tensors equal the base's" == sentence(capsys)
 
 
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
@@ -292,7 +292,7 @@ def test_an_update_that_rounding_hides(dtype: str, tmp_path: Path, capsys: Captu
     assert 3 == merge.check("--json")
     report = json.loads(capsys.readouterr().out)
     assert ("inconclusive", 3) == (report["answer"], report["exit_code"])
-    assert "nobody can tell: rounding hides the update in all of 14 adapted tensors" == report["sentence"]
+    assert "cannot be decided: rounding hides the update in all of 14 adapted tensors" == report["sentence"]
     shutil.copytree(merge.base, merge.merged, dirs_exist_ok=True)
     assert 3 == merge.check()
     # In float32 the same update can be told.
@@ -315,7 +315,7 @@ def test_a_layer_too_small_to_tell(tmp_path: Path, capsys: Capture) -> None:
     models.edit_weights(merge.lora, lambda state: {name: tensor * 0 for name, tensor in state.items()})
     shutil.copytree(merge.base, merge.merged, dirs_exist_ok=True)
     assert 3 == merge.check()
-    assert "inconclusive: nobody can tell: the update is zero in all of 14 adapted tensors" == sentence(capsys)
+    assert "inconclusive: cannot be decided: the update is zero in all of 14 adapted tensors" == sentence(capsys)
 
 
 def test_wrappers(tmp_path: Path, capsys: Capture) -> None:
@@ -335,7 +335,9 @@ def test_wrappers(tmp_path: Path, capsys: Capture) -> None:
     models.save_base(peft, merge.merged)
     assert key in load_file(merge.merged / "model.safetensors")
     assert 1 == merge.check("--quiet")
-    assert "and its weights hold the LoRA, but under names that no plain loader finds" in sentence(capsys)
+    assert "and its weights hold the LoRA, but under PEFT's names, which other loaders do not find" in sentence(
+        capsys
+    )
     merge.edit(lambda state: {name: tensor for name, tensor in state.items() if "lora_" not in name})
     assert 1 == merge.check("--quiet")
     assert ".base_layer.weight')" in sentence(capsys)
@@ -344,7 +346,7 @@ def test_wrappers(tmp_path: Path, capsys: Capture) -> None:
     assert "note: names of the merged checkpoint are not those of the base: the prefix 'base_model.model.' is left out\n" == capsys.readouterr().err  # fmt: skip
     save_file(load_file(merge.lora / "adapter_model.safetensors"), merge.merged / "model.safetensors")
     assert 1 == merge.check()
-    assert sentence(capsys).startswith("no: it is a LoRA on its own, not a merged checkpoint")
+    assert sentence(capsys).startswith("no: it is a LoRA, not a merged checkpoint")
 
 
 def test_tensors_that_are_not_there(merge: Merge, capsys: Capture) -> None:
@@ -354,7 +356,7 @@ def test_tensors_that_are_not_there(merge: Merge, capsys: Capture) -> None:
     )
     assert 1 == merge.check()
     out = capsys.readouterr().out.splitlines()
-    assert f"no: of 14 adapted tensors 13 hold the LoRA, 1 are not there: {UP}" == out[-1]
+    assert f"no: of 14 adapted tensors 13 hold the LoRA, 1 are missing: {UP}" == out[-1]
     assert ["  not in the merged checkpoint: lm_head.weight", "  new in the merged checkpoint: new"] == out[-3:-1]
     assert 0 == merge.check("--exclude", "layers.1.mlp.up_proj")
 
@@ -442,10 +444,10 @@ def test_gguf(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (0 if plain else 3) == main([*arguments, "--merged", str(tmp_path / "merged.gguf")])
     last = sentence(capsys)
     assert (
-        "yes: it holds" if plain else "inconclusive: nobody can tell: the weights are quantised, and only"
+        "yes: it holds" if plain else "inconclusive: cannot be decided: the weights are quantised, and only"
     ) in last
     assert 1 == main([*arguments, "--merged", str(tmp_path / "plain.gguf")])
-    assert "no: nothing was merged: all 14 adapted tensors are the base's" == sentence(capsys)
+    assert "no: nothing was merged: all 14 adapted tensors equal the base's" == sentence(capsys)
     assert 1 == main([*arguments, "--merged", str(tmp_path / "merged.gguf"), "--strength", "2"])
     last = sentence(capsys)
     assert last.startswith("no: it holds the LoRA at strength ")

@@ -1,6 +1,6 @@
-"""What became of each adapter in the result of a merge, by any method.
+"""What is left of each adapter in the result of a merge, for any method.
 
-The account of adapter i is taken at its own entries: there it was to add ``w_i d_i``, its weight times its deltas, and the result
+Adapter i is compared with the result at its own entries: alone it adds ``w_i d_i``, its weight times its deltas; the result
 adds ``r``, rounded to the weight's dtype as it will be written.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.overlap import finite
 from shira_format.entries.aligned import AlignedEntries, Factor
 from shira_format.entries.mixing import mix
@@ -22,15 +23,15 @@ from shira_format.tensors import SparseTensor
 
 
 @dataclass(frozen=True)
-class Account:
-    """One adapter on some weights, as far as its weight in the merge is not 0; ``+`` joins it.
+class Account(Additive):
+    """What is left of one adapter in some tensors, at a merge weight other than 0; ``+`` adds two up.
 
     Attributes:
-        entries: that it has.
-        dropped: those of which the result has nothing: the method left them out, or the cut to a density did.
-        energy: ``||w d||^2``.
-        dropped_energy: the same at the dropped entries.
-        off: ``||r - w d||^2`` at its entries, dropped ones too; infinite if the result is not finite.
+        entries: the number of its entries.
+        dropped: those that are not in the result: dropped by the method, or by the density limit.
+        energy: ``||w d||^2`` (the sum of squares).
+        dropped_energy: the energy of the dropped entries.
+        off: ``||r - w d||^2`` at its entries, dropped ones included; infinite if the result is not finite.
     """
 
     entries: int = 0
@@ -41,17 +42,17 @@ class Account:
 
     @property
     def dropped_share(self) -> float | None:
-        """Share of its entries; None if it has none."""
+        """The share of its entries that are dropped; None if it has no entries."""
         return self.dropped / self.entries if self.entries else None
 
     @property
     def energy_dropped(self) -> float | None:
-        """Share of its energy that was dropped; None without energy."""
+        """The share of its energy that is dropped; None without energy."""
         return _share(self.dropped_energy, self.energy)
 
     @property
     def disturbed(self) -> float | None:
-        """``||r - w d||^2 / ||w d||^2``: 0 if it does at its entries what it does alone; None without energy, or if not finite."""
+        """``||r - w d||^2 / ||w d||^2``: 0 if its change is kept exactly; None without energy, or if not finite."""
         return _share(self.off, self.energy)
 
     @property
@@ -59,23 +60,11 @@ class Account:
         """``1 - disturbed``."""
         return None if self.disturbed is None else 1 - self.disturbed
 
-    def __add__(self, other: Account) -> Account:
-        return Account(
-            self.entries + other.entries, self.dropped + other.dropped, self.energy + other.energy,
-            self.dropped_energy + other.dropped_energy, self.off + other.off,
-        )  # fmt: skip
-
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined is null."""
-        return {
-            "entries": self.entries,
-            "dropped": self.dropped,
-            "dropped_share": self.dropped_share,
-            "energy": self.energy,
-            "energy_dropped": self.energy_dropped,
-            "disturbed": self.disturbed,
-            "kept": self.kept,
-        }
+        """Plain JSON values; undefined ones are null."""
+        return attributes(
+            self, "entries", "dropped", "dropped_share", "energy", "energy_dropped", "disturbed", "kept"
+        )
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -84,7 +73,7 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def summed(accounts: Iterable[Sequence[Account]], count: int) -> list[Account]:
-    """Of each of ``count`` adapters, over all weights."""
+    """The sum over all weights, for each of ``count`` adapters."""
     found = [Account()] * count
     for one in accounts:
         found = [a + b for a, b in zip(found, one, strict=True)]
@@ -93,16 +82,16 @@ def summed(accounts: Iterable[Sequence[Account]], count: int) -> list[Account]:
 
 @dataclass
 class Trial:
-    """One method on all weights.
+    """The result of one method on all weights.
 
     Attributes:
         method: its name.
-        options: of the method, as far as they are the same for all weights.
-        chosen: whether it is the one that was asked for, with its own options for some layers, too.
+        options: of the method, for weights without options of their own.
+        chosen: whether it is the chosen method, which may have other options for some layers.
         accounts: of the adapters.
-        refused: why there is no result, or none that compares; else None.
-        energy: sum of squares of the result's deltas before it was cut to a density; 0 if it was not cut.
-        energy_cut: that of those which were cut off.
+        refused: why there is no comparable result; else None.
+        energy: energy of the result's deltas before the density limit; 0 without a limit.
+        energy_cut: the part of it that the density limit drops.
     """
 
     method: str
@@ -115,7 +104,7 @@ class Trial:
 
     @property
     def lost_to_cut(self) -> float | None:
-        """Share of the result's energy that was cut off to reach a density; None if it was not cut, or there is no result."""
+        """The share of the result's energy that the density limit drops; None without a limit or a result."""
         return None if self.refused is not None else _share(self.energy_cut, self.energy)
 
     @property
@@ -125,7 +114,7 @@ class Trial:
 
     @property
     def worst(self) -> tuple[int, float] | None:
-        """The number of the adapter that keeps least, and how much; None likewise."""
+        """The adapter that keeps the least, by its number, and how much; None if there is no result."""
         known = [(number, one.kept) for number, one in enumerate(self.accounts) if one.kept is not None]
         return None if self.kept is None else min(known, key=lambda found: found[1], default=None)
 
@@ -145,13 +134,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method makes of one weight.
+    """The result of a method for one weight.
 
     Attributes:
-        result: its entries; None: nothing.
+        result: its entries; None if there are none.
         accounts: of the adapters.
         energy: see :class:`Trial`.
-        energy_cut: likewise.
+        energy_cut: see :class:`Trial`.
     """
 
     result: SparseTensor | None
@@ -160,26 +149,26 @@ class Outcome:
     energy_cut: float
 
 
-def outcome(joined: AlignedEntries, method: Method, options: Mapping[str, Any], density: float | None) -> Outcome:
-    """What a method makes of one weight.
+def outcome(aligned: AlignedEntries, method: Method, options: Mapping[str, Any], density: float | None) -> Outcome:
+    """Apply a method to one weight.
 
     Raises:
         SourceError: the method refuses it, or an energy is too large for float64.
         BaseRequired, BaseMismatch: see :func:`shira_format.entries.mixing.mix`.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # a result that is not finite is told in the accounts
-        factors = method.factors(joined, options)
-        result = mix(joined, factors, self_contained=True)
+    with np.errstate(over="ignore", invalid="ignore"):  # the accounts show a result that is not finite
+        factors = method.factors(aligned, options)
+        result = mix(aligned, factors, self_contained=True)
         energy = kept = 0.0
         if result is not None and density is not None:
             result, energy, kept = limit_density(result, density)
-        return Outcome(result, _accounts(joined, factors, result), energy, energy - kept)
+        return Outcome(result, _accounts(aligned, factors, result), energy, energy - kept)
 
 
-def _accounts(joined: AlignedEntries, factors: Sequence[Factor], result: SparseTensor | None) -> list[Account]:
-    step, there = np.zeros(joined.size), np.zeros(joined.size, bool)
+def _accounts(aligned: AlignedEntries, factors: Sequence[Factor], result: SparseTensor | None) -> list[Account]:
+    step, there = np.zeros(aligned.size), np.zeros(aligned.size, bool)
     if result is not None:
-        at = np.searchsorted(joined.indices, result.indices)
+        at = np.searchsorted(aligned.indices, result.indices)
         there[at] = True
         values = result.values.astype(np.float64)
         if result.value_kind == "target":
@@ -187,7 +176,7 @@ def _accounts(joined: AlignedEntries, factors: Sequence[Factor], result: SparseT
             values -= result.base.astype(np.float64)
         step[at] = values
     found = []
-    for part, at, factor in zip(joined.parts, joined.places, factors, strict=True):
+    for part, at, factor in zip(aligned.parts, aligned.places, factors, strict=True):
         if not part.weight or not at.size:
             found.append(Account())
             continue
@@ -195,7 +184,7 @@ def _accounts(joined: AlignedEntries, factors: Sequence[Factor], result: SparseT
         gone = (np.broadcast_to(np.asarray(factor), at.shape) == 0) | ~there[at]
         off = float(np.square(step[at] - due).sum())
         energy = finite(
-            float(np.square(due).sum()), f"{part.label}: tensor {joined.name!r}: the energy of the delta"
+            float(np.square(due).sum()), f"{part.label}: tensor {aligned.name!r}: the energy of the delta"
         )
         found.append(
             Account(

@@ -1,6 +1,4 @@
-"""A merge of adapters, told before and after.
-
-Do they disturb each other, which lemmas apply, what is lost of each, and would another method keep more?
+"""Analysis of a merge: how the adapters interfere, which lemmas apply, what each loses, and what other methods would keep.
 
 >>> from shira_format.merging import open_merge
 >>> report = analyse_merge(open_merge(["a.st", "b.st"], method="ties"))
@@ -43,21 +41,21 @@ def analyse_merge(
     alternatives: Sequence[str] | None = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> MergeAnalysis:
-    """Measure a merge; in memory is one weight of each adapter at a time, and its result.
+    """Measure a merge; only one weight of each adapter and of the result is in memory at a time.
 
     Args:
         job: from :func:`shira_format.merging.open_merge`.
-        moments: of the layers' inputs, for interference in feature space.
-        alternatives: other methods to try, with those of the chosen method's options that they have, too; by default all.
-        progress: called with the name of each weight that is done.
+        moments: of the layers' inputs, to measure interference on them.
+        alternatives: other methods to compare, with the chosen method's options where they have the same; by default all.
+        progress: called with the name of each weight after it is measured.
 
     Returns:
-        The report; if the chosen method refuses the merge, one that says so and why.
+        The analysis; if the chosen method refuses the merge, with the reason.
 
     Raises:
-        SourceError: a method that is not known, a delta that is not finite, moments of none of the weights, no scipy.
-        BaseRequired: target values, and nothing knows those of the base.
-        FormatError, BaseMismatch: see :meth:`Merge.joined`.
+        SourceError: an unknown method, a delta that is not finite, moments of none of the weights, no scipy.
+        BaseRequired: target values without those of the base.
+        FormatError, BaseMismatch: see :meth:`Merge.aligned`.
     """
     others = list(METHODS) if alternatives is None else list(dict.fromkeys(alternatives))
     if unknown := [name for name in others if name not in METHODS]:
@@ -66,23 +64,23 @@ def analyse_merge(
     if moments is not None and job.names:
         check_moments(moments, job.names)
     _, options = job.settings.of("")
-    report.trials += [Trial(name, _carried(job.settings.method, options, METHODS[name]), chosen=False) for name in others if name != job.settings.method.name]  # fmt: skip
-    _leave_out_takers(job, report.trials[1:])
+    report.trials += [Trial(name, _shared_options(job.settings.method, options, METHODS[name]), chosen=False) for name in others if name != job.settings.method.name]  # fmt: skip
+    _refuse_copying_methods(job, report.trials[1:])
     numbers = list(combinations(range(len(job.inputs)), 2))
     pairs = [Pair(report.labels[i], report.labels[j]) for i, j in numbers]
     lemmas: list[list[TensorLemmas]] = [[] for _ in numbers]
     for name in job.names:
-        joined = _measurable(job.aligned(name))
-        kind = layer_kind(name, joined.shape)
-        views = _Views(_signed(joined), moments)
+        aligned = _measurable(job.aligned(name))
+        kind = layer_kind(name, aligned.shape)
+        views = _Views(_signed(aligned), moments)
         for pair, found, (i, j) in zip(pairs, lemmas, numbers, strict=True):
-            if joined.parts[i].tensor.nnz or joined.parts[j].tensor.nnz:
+            if aligned.parts[i].tensor.nnz or aligned.parts[j].tensor.nnz:
                 measures, said = views.pair(i, j)
-                pair.tensors.append(TensorPair(name, joined.shape, kind, measures))
+                pair.tensors.append(TensorPair(name, aligned.shape, kind, measures))
                 if said is not None:
                     found.append(said)
         for trial in report.trials:
-            _try(job, trial, joined, kind, report)
+            _try(job, trial, aligned, kind, report)
         progress(name)
     if report.chosen.refused is not None:
         report.after.clear()
@@ -95,24 +93,24 @@ def analyse_merge(
 
 def _new_report(job: Merge, *, fed: bool) -> MergeAnalysis:
     weights, _ = job.settings.of("")
-    told = job.settings.to_manifest()
+    settings = job.settings.to_manifest()
     report = MergeAnalysis(
         [one.label for one in job.inputs], list(weights), [one.adapter.alpha for one in job.inputs],
-        [sorted(set(column)) for column in zip(*map(job.strengths, job.names or [""]), strict=True)], told, job.max_density,
-        trials=[Trial(told["method"], told["options"], chosen=True)], whole=list(job.whole), fed=fed,
+        [sorted(set(column)) for column in zip(*map(job.strengths, job.names or [""]), strict=True)], settings, job.max_density,
+        trials=[Trial(settings["method"], settings["options"], chosen=True)], whole=list(job.whole), fed=fed,
     )  # fmt: skip
     for trial in report.trials:
         trial.accounts = summed([], len(job.inputs))
     if job.whole:
         report.notes.append(
             f"{len(job.whole):,} {'tensor is' if len(job.whole) == 1 else 'tensors are'} replaced as a whole (the first: {job.whole[0]}): "
-            "nothing here is about them"
+            "they are not measured"
         )
     return report
 
 
-def _carried(chosen: Method, options: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    """The options of ``method``: those of the chosen one that mean the same, and its own defaults."""
+def _shared_options(chosen: Method, options: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """The options of ``method``: the chosen method's where they mean the same, else the defaults."""
     known = chosen.options
     same = {
         key: options[key] for key, own in method.options.items() if key in known and own.about == known[key].about
@@ -120,29 +118,29 @@ def _carried(chosen: Method, options: Mapping[str, Any], method: Method) -> dict
     return method.settings(same)
 
 
-def _leave_out_takers(job: Merge, trials: Sequence[Trial]) -> None:
-    """Methods that take entries as they are cannot do what other weights than 0 and 1 ask for."""
+def _refuse_copying_methods(job: Merge, trials: Sequence[Trial]) -> None:
+    """Mark methods that copy entries as refused if a weight is neither 0 nor 1."""
     weights = {weight for name in ["", *job.names] for weight in job.settings.of(name)[0]}
     for trial in trials:
         trial.accounts = summed([], len(job.inputs))
         if METHODS[trial.method].copies and not weights <= {0.0, 1.0}:
-            trial.refused = "takes entries as they are, at weights of 0 and 1 alone"
+            trial.refused = "copies entries unchanged: its weights can only be 0 and 1"
 
 
-def _measurable(joined: AlignedEntries) -> AlignedEntries:
-    """The same with deltas that are known of every part, which methods ask for.
+def _measurable(aligned: AlignedEntries) -> AlignedEntries:
+    """``aligned`` with known deltas in every part, as the methods need.
 
     Raises:
         SourceError: a delta that is not finite.
         BaseRequired: targets without the base's values.
     """
     parts = []
-    for part in joined.parts:
+    for part in aligned.parts:
         tensor = part.tensor
         if tensor.value_kind == "target" and tensor.base is None:
             if tensor.nnz:
                 raise BaseRequired(
-                    f"{part.label}: tensor {joined.name!r} holds target values without those of the base: pass the base (--base), or "
+                    f"{part.label}: tensor {aligned.name!r} holds target values without those of the base: pass the base (--base), or "
                     "convert with --self-contained"
                 )
             nothing = np.empty(0, tensor.dtype)
@@ -150,31 +148,31 @@ def _measurable(joined: AlignedEntries) -> AlignedEntries:
         known = replace(part, tensor=tensor)
         _ = known.delta  # refuses what is not finite, with the adapter's name
         parts.append(known)
-    return replace(joined, parts=parts)
+    return replace(aligned, parts=parts)
 
 
-def _signed(joined: AlignedEntries) -> AlignedEntries:
-    """The same with the deltas turned round of parts that are taken away, as they meet in the merge."""
+def _signed(aligned: AlignedEntries) -> AlignedEntries:
+    """``aligned`` with the deltas of each part negated if its weight is negative."""
     parts = [
         replace(
             part,
-            tensor=SparseTensor(joined.name, joined.shape, part.tensor.indices, -part.delta, value_kind="delta"),
+            tensor=SparseTensor(aligned.name, aligned.shape, part.tensor.indices, -part.delta, value_kind="delta"),
         )
         if part.weight < 0
         else part
-        for part in joined.parts
+        for part in aligned.parts
     ]
-    return replace(joined, parts=parts)
+    return replace(aligned, parts=parts)
 
 
-def _try(job: Merge, trial: Trial, joined: AlignedEntries, kind: str, report: MergeAnalysis) -> None:
-    """One method on one weight, if it has not refused another one."""
+def _try(job: Merge, trial: Trial, aligned: AlignedEntries, kind: str, report: MergeAnalysis) -> None:
+    """Apply one method to one weight, unless it refused an earlier one."""
     if trial.refused is not None:
         return
-    _, options = job.settings.of(joined.name)
+    _, options = job.settings.of(aligned.name)
     method = METHODS[trial.method]
     try:
-        found = outcome(joined, method, _carried(job.settings.method, options, method), job.max_density)
+        found = outcome(aligned, method, _shared_options(job.settings.method, options, method), job.max_density)
     except SourceError as error:
         trial.refused = str(error)
         return
@@ -184,22 +182,22 @@ def _try(job: Merge, trial: Trial, joined: AlignedEntries, kind: str, report: Me
     trial.energy_cut += found.energy_cut
     if trial.chosen:
         nnz = 0 if result is None else result.nnz
-        report.after.append(TensorAfter(joined.name, joined.shape, kind, nnz, accounts))
+        report.after.append(TensorAfter(aligned.name, aligned.shape, kind, nnz, accounts))
 
 
 class _Views:
-    """One weight's parts as tensors, and as matrices of their deltas, made when they are asked for."""
+    """The parts of one weight as tensors and as delta matrices, which are made on demand."""
 
-    def __init__(self, joined: AlignedEntries, moments: Moments | None) -> None:
-        self._joined, self._moments = joined, moments
+    def __init__(self, aligned: AlignedEntries, moments: Moments | None) -> None:
+        self._joined, self._moments = aligned, moments
         self._matrices: dict[int, Any] = {}
         self._structs: dict[int, Any] = {}
-        self._rows, self._columns = matrix_shape(joined.shape)
-        # A matrix takes some bytes for each row: of a weight with very many, those without entries are left out of all.
-        self._used = np.unique(joined.indices // max(1, self._columns)) if self._rows > MAX_ROWS else None
+        self._rows, self._columns = matrix_shape(aligned.shape)
+        # A matrix takes memory for each row: if there are very many, rows without entries are left out.
+        self._used = np.unique(aligned.indices // max(1, self._columns)) if self._rows > MAX_ROWS else None
 
     def pair(self, i: int, j: int) -> tuple[Measures, TensorLemmas | None]:
-        """Two adapters, of which at least one has entries: all measures, and what the lemmas say if both have."""
+        """All measures of two adapters, of which one has entries, and whether the lemmas apply if both have."""
         a, b = (self._joined.parts[number].tensor for number in (i, j))
         common = overlap(*(one if one.nnz else None for one in (a, b)))
         if not a.nnz or not b.nnz:
@@ -215,7 +213,7 @@ class _Views:
         if self._used is None:
             if self._moments is not None and a.name in self._moments:
                 fed = interference(first, second, self._moments[a.name])
-        else:  # what chance gives depends on all rows
+        else:  # the expectation by chance depends on all rows
             both = first.nnz / a.numel * (second.nnz / b.numel)
             product = replace(
                 product, reached_if_uniform=-product.cells * expm1(self._rows * log1p(-min(both, 1 - 2**-53)))

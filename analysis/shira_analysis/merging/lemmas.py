@@ -1,7 +1,7 @@
-"""Whether the paper's lemmas 4.4 and 4.5 say anything of two adapters that are to be joined, weight by weight.
+"""Whether the paper's lemmas 4.4 and 4.5 apply to two adapters that are merged, weight by weight.
 
-What is true in them is worked out, with counterexamples to what is not, in :mod:`shira_analysis.lemmas`. Here a lemma *applies*
-to two adapters of one weight if the condition of its true part is met, exactly; how far it is from being met is the margin.
+:mod:`shira_analysis.lemmas` shows which part of each is true, with counterexamples to the rest. Here a lemma *applies* to
+two adapters of one weight if the condition of its true part holds exactly; the margin is the distance from that.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from shira_format.tensors import SparseTensor, matrix_shape
 
 Struct = Literal["no", "shared rows", "yes"]
 
-_ROUNDING = 1e-12  # relative to both norms: a product this small may be 0 but for rounding
-_TERMS = 50_000  # products of two entries that are summed up as fractions; more are not
+_ROUNDING = 1e-12  # relative to both norms: a product this small may be 0 up to rounding
+_TERMS = 50_000  # the most products of two entries that are summed as fractions
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,13 @@ class TensorLemmas:
 
     Attributes:
         name: of the weight.
-        zero: whether ``A1^T A2`` is 0 exactly, which is what lemma 4.4 needs; None if it is 0 but for rounding, and whether it is 0 is
-            not known.
-        apart: whether no row has changed entries of both: then the two act as if alone after any non-linearity, too.
+        zero: whether ``A1^T A2`` is exactly 0, as lemma 4.4 needs; None if it is 0 up to rounding and was not computed exactly.
+        apart: whether no row is changed by both: then the two do not interfere, even after a non-linearity.
         margin: ``||A1^T A2|| / (||A1|| ||A2||)``, from 0 to 1: how far from 0 the product is; None if an adapter changes nothing.
-        struct: of lemma 4.5: whether both masks are the main diagonal and whole rows, and no row in both.
+        struct: for lemma 4.5: whether both masks are the main diagonal and whole rows, and no row is in both.
         bound: non-zero cells of ``A1^T A2`` that lemma 4.5 allows, ``nnz(I) + nnz(S1) + nnz(S2)``; None if it does not apply.
-        nonzero: those that it has.
-        cells: all of them.
+        nonzero: its non-zero cells.
+        cells: all its cells.
     """
 
     name: str
@@ -51,8 +50,8 @@ class TensorLemmas:
     cells: int
 
     @property
-    def room(self) -> float | None:
-        """What lemma 4.5 leaves: ``density(I) + density(S1) + density(S2) - (1 - AWOR)``; None if it does not apply."""
+    def bound_margin(self) -> float | None:
+        """The margin of lemma 4.5: ``density(I) + density(S1) + density(S2) - (1 - AWOR)``; None if it does not apply."""
         return None if self.bound is None or not self.cells else (self.bound - self.nonzero) / self.cells
 
     def as_json(self) -> dict[str, Any]:
@@ -64,7 +63,7 @@ class TensorLemmas:
                 "struct": self.struct,
                 "one_less_awor": self.nonzero / self.cells if self.cells else None,
                 "bound": None if self.bound is None or not self.cells else self.bound / self.cells,
-                "margin": self.room,
+                "margin": self.bound_margin,
             },
         }
 
@@ -77,40 +76,40 @@ class PairLemmas:
 
     @property
     def zero(self) -> int:
-        """To how many lemma 4.4 applies."""
+        """The number of weights to which lemma 4.4 applies."""
         return sum(one.zero is True for one in self.tensors)
 
     @property
     def unclear(self) -> int:
-        """Of how many it is not known."""
+        """The number for which this is not known."""
         return sum(one.zero is None for one in self.tensors)
 
     @property
     def apart(self) -> int:
-        """In how many no row has changed entries of both."""
+        """The number in which no row is changed by both."""
         return sum(one.apart for one in self.tensors)
 
     @property
     def worst(self) -> TensorLemmas | None:
-        """That with the largest margin of lemma 4.4; None if there is none."""
+        """The weight with the largest margin of lemma 4.4; None if there is none."""
         known = [one for one in self.tensors if one.margin is not None]
         return max(known, key=lambda one: one.margin or 0.0, default=None)
 
     @property
     def struct(self) -> int:
-        """To how many lemma 4.5 applies."""
+        """The number of weights to which lemma 4.5 applies."""
         return sum(one.struct == "yes" for one in self.tensors)
 
     @property
     def shared_rows(self) -> int:
-        """To how many it would apply but for rows in both."""
+        """The number to which it would apply if no row were in both."""
         return sum(one.struct == "shared rows" for one in self.tensors)
 
     @property
     def tightest(self) -> TensorLemmas | None:
-        """That to which lemma 4.5 leaves least; None if it applies to none."""
-        known = [one for one in self.tensors if one.room is not None]
-        return min(known, key=lambda one: one.room or 0.0, default=None)
+        """The weight with the smallest margin of lemma 4.5; None if it applies to none."""
+        known = [one for one in self.tensors if one.bound_margin is not None]
+        return min(known, key=lambda one: one.bound_margin or 0.0, default=None)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -126,13 +125,13 @@ class PairLemmas:
             "lemma_4_5": {
                 "applies": self.struct,
                 "shared_rows": self.shared_rows,
-                "tightest": None if tightest is None else {"name": tightest.name, "margin": tightest.room},
+                "tightest": None if tightest is None else {"name": tightest.name, "margin": tightest.bound_margin},
             },
         }
 
 
 def struct_rows(tensor: SparseTensor) -> Array | None:
-    """The whole rows, rising, of a mask that is the main diagonal and whole rows; None if it is another one."""
+    """The whole rows, strictly increasing, of a mask that consists of the main diagonal and whole rows; None for other masks."""
     rows, columns = matrix_shape(tensor.shape)
     diagonal = min(rows, columns)
     if not diagonal or tensor.nnz < diagonal:
@@ -155,16 +154,16 @@ def tensor_lemmas(
     structs: tuple[Array | None, Array | None],
     measured: tuple[Overlap, Orthogonality],
 ) -> TensorLemmas:
-    """What the lemmas say of one weight.
+    """Whether the lemmas apply to one weight.
 
     Args:
         tensors: the two adapters' entries, of a weight of two dimensions or more.
-        matrices: their deltas as CSR matrices; rows without entries may be left out of both alike.
+        matrices: their deltas as CSR matrices; rows without entries may be left out of both.
         structs: of each, see :func:`struct_rows`.
-        measured: of the two.
+        measured: overlap and orthogonality of the two.
     """
     overlap, product = measured
-    # Two roots each: the product of small energies may vanish where they do not.
+    # The root of each: the product of two small energies may underflow.
     sizes = [math.sqrt(energy or 0.0) for energy in (overlap.first_energy, overlap.second_energy)]
     margin = product.awom / sizes[0] / sizes[1] if all(sizes) else None
     apart = product.reached == 0

@@ -1,4 +1,4 @@
-"""What a report on a merge holds."""
+"""The content of a merge report."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from shira_analysis.merging.accounts import Account, Trial, summed
 from shira_analysis.merging.lemmas import PairLemmas
 
 MEASURE = (
-    "kept = 1 - sum of ||r - w_i d_i||^2 / sum of ||w_i d_i||^2, over all adapters i of a weight that is not 0, each at its own entries: d_i is "
-    "what the adapter adds there, w_i its weight times its strength, and r what the result adds. 1: each adapter does at its entries what it "
-    "does alone; below 0: worse than if nothing were left of them"
+    "kept = 1 - sum of ||r - w_i d_i||^2 / sum of ||w_i d_i||^2, over all adapters i with a weight other than 0, each at its own entries: d_i "
+    "are its deltas, w_i is its weight times its alpha, and r are the deltas of the result. 1: every adapter's change is kept exactly; "
+    "below 0: worse than dropping all of them"
 )
 LIMITS = (
-    "It compares weights, and says nothing of tasks. It counts every departure from w_i d_i as a loss, one that a method makes on purpose, "
-    "too: a mean where adapters agree, what is scaled up for what was dropped. The other methods run with the chosen one's options where they have "
-    "the same, else with their defaults, with which most of those that prune drop nothing; methods that draw at random run with the seed of their options. Tensors that are replaced as a "
-    "whole are not in it"
+    "It compares weights, not results on tasks. Every difference from w_i d_i counts as a loss, also an intended one, such as a mean where "
+    "adapters agree, or rescaling after entries were dropped. The other methods run with the chosen method's options where they have the same "
+    "ones, else with their defaults, at which most pruning methods drop nothing; random methods use the seed in their options. Tensors that "
+    "are replaced as a whole are not included"
 )
 
 
@@ -31,8 +31,8 @@ class MergedPair:
 
     Attributes:
         numbers: which two, from 0.
-        pair: their measures, at strength 1, or -1 where the merge takes an adapter away.
-        lemmas: what lemmas 4.4 and 4.5 say of them.
+        pair: their measures, at strength 1, or -1 where an adapter's weight is negative.
+        lemmas: whether lemmas 4.4 and 4.5 apply.
     """
 
     numbers: tuple[int, int]
@@ -54,12 +54,12 @@ class MergedPair:
 
 
 def conflicts(measures: Measures) -> dict[str, Any]:
-    """Entries that both adapters change in opposite directions, and their share of the shared ones."""
+    """Sign conflicts: the number of shared entries with opposite signs, and their share."""
     return {"sign_conflicts": measures.overlap.opposite_sign, "sign_conflict_share": conflict_share(measures)}
 
 
 def conflict_share(measures: Measures) -> float | None:
-    """Share of the shared entries that the two change in opposite directions; None if none is shared."""
+    """Sign conflicts as a share of the shared entries; None if no entry is shared."""
     common = measures.overlap
     return None if common.opposite_sign is None or not common.shared else common.opposite_sign / common.shared
 
@@ -84,27 +84,27 @@ class TensorAfter:
 
     @property
     def disturbed(self) -> float:
-        """The largest share of any adapter; 0 if nothing is known."""
+        """The largest value of any adapter; 0 if none is known."""
         return max((one.disturbed or 0.0 for one in self.accounts), default=0.0)
 
 
 @dataclass
 class MergeAnalysis:
-    """A merge, told before and after.
+    """A merge: how the adapters interfere, what is left of each, and what other methods would keep.
 
     Attributes:
         labels: of the adapters.
-        weights: of each, for layers without other ones; without its own strength.
-        alphas: its own strength.
-        strengths: of each, what its deltas are multiplied by, rising: several where layers have weights of their own.
+        weights: of each, for layers without weights of their own; not multiplied by alpha.
+        alphas: of each.
+        strengths: of each, the factors of its deltas, increasing: several if layers have weights of their own.
         settings: method, options and settings for some layers, as JSON values.
-        density: share of a weight's elements that its result may have; None: any.
-        pairs: what the adapters have to do with each other.
+        density: the largest allowed density of a tensor of the result; None: no limit.
+        pairs: how each two adapters interfere.
         after: the weights of the result; empty if the merge is refused.
-        trials: the chosen method, and then others.
-        whole: names of tensors that are replaced as a whole, of which nothing is measured.
+        trials: the chosen method, then the others.
+        whole: names of tensors that are replaced as a whole, which are not measured.
         fed: whether there are moments of the layers' inputs.
-        notes: what is not measured, and why.
+        notes: what is not measured and why.
     """
 
     labels: list[str]
@@ -122,7 +122,7 @@ class MergeAnalysis:
 
     @property
     def names(self) -> list[str]:
-        """What the adapters are called: short where that is clear, and with a number where one is given twice."""
+        """The adapters' names: file names if they differ, else labels, else with a number."""
         short = [Path(label).name for label in self.labels]
         for names in (short, self.labels):
             if len(set(names)) == len(names):
@@ -131,7 +131,7 @@ class MergeAnalysis:
 
     @property
     def strength_words(self) -> list[str]:
-        """Of each adapter its strength in the merge."""
+        """The strength of each adapter in the merge."""
         return [
             f"{all_[0]:g}" if len(all_) == 1 else f"{all_[0]:g} to {all_[-1]:g}, by layer"
             for all_ in self.strengths
@@ -139,7 +139,7 @@ class MergeAnalysis:
 
     @property
     def chosen(self) -> Trial:
-        """The method that was asked for."""
+        """The chosen method."""
         return self.trials[0]
 
     @property
@@ -150,18 +150,18 @@ class MergeAnalysis:
 
     @property
     def ranked(self) -> list[Trial]:
-        """The methods that have a result, best first; of equal ones the chosen one first."""
+        """The methods with a result, best first; among equals the chosen one first."""
         known = [trial for trial in self.trials if trial.kept is not None]
-        # Rounded: the same result may be computed in several ways.
+        # Rounded, since methods may compute the same result in different ways.
         return sorted(known, key=lambda trial: (-round(trial.kept or 0.0, 9), not trial.chosen))
 
     @property
     def refused(self) -> list[Trial]:
-        """The other ones."""
+        """The methods without a result."""
         return [trial for trial in self.trials if trial.refused is not None]
 
     def warnings(self) -> list[str]:
-        """What someone should know before using the result, in sentences."""
+        """What to know before using the result, in sentences."""
         from shira_analysis.merging.sentences import warnings
 
         return warnings(self)
@@ -214,7 +214,7 @@ class MergeAnalysis:
         return [{"label": label} | one.as_json() for label, one in zip(self.labels, accounts, strict=True)]
 
     def text(self) -> str:
-        """For people, in columns."""
+        """The report for people, as text with tables."""
         from shira_analysis.merging.text import text
 
         return text(self)

@@ -1,4 +1,4 @@
-"""A report on a merge for people, in columns of text."""
+"""A merge report as text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shira_format._core.text import number, percent, printable, table
 from shira_format.merging.methods import shown
 
 _WIDTH = 120
-_MOST = 10  # weights that are shown; all are in the JSON and on the page
+_MOST = 10  # tensors that are listed; all are in the JSON and on the page
 
 _BEFORE = ("", "shared", "expected", "conflicts", "share", "cosine", "AWOM", "by chance", "AWOR", "by chance", "on inputs", "disturbed 1, 2", "at each 1, 2")  # fmt: skip
 
-_EXPLAINED = """shared: entries of both, beside what two masks of these sizes share by chance; conflicts: shared entries that the two, each with \
-the sign of its w, pull in opposite directions, and their share. AWOM, AWOR: Frobenius norm of A1^T A2 and its share of zeros (of weights [out, in]), beside what random signs \
-and columns give. on inputs: the cosine of what the two add to the outputs, by the moments (layers of opposite signs cancel); disturbed: the energy of \
-the projection of the other adapter's output onto an adapter's own, on all inputs at once, as a share of its energy (from layer to layer \
-nothing cancels); at each: the same, projected at each input by itself, where nothing cancels, if the moments come with inputs."""
-_EXPLAINED_AFTER = """dropped: entries of which the result has nothing, and their share of the adapter's energy. disturbed: what lies between the result \
-and w d at the adapter's entries, dropped ones too, as a share of the energy of w d. w: its weight times its strength, d: its deltas."""
+_LEGEND_BEFORE = """shared: entries in both adapters, with the number expected by chance; conflicts: shared entries where the signs of w d are \
+opposite, and their share. AWOM, AWOR: Frobenius norm of A1^T A2 and its share of zeros (weights [out, in]), with the values for random signs \
+and columns. on inputs: the cosine of the two adapters' outputs, from the moments (layers of opposite signs cancel); disturbed: the energy of \
+the other adapter's output projected onto an adapter's own output, over all inputs at once, relative to the energy of its own (layers do not cancel); \
+at each: the same, projected at each input separately, if the moments come with inputs."""
+_LEGEND_AFTER = """dropped: entries that are not in the result, and their share of the adapter's energy (the sum of squares). disturbed: \
+||r - w d||^2 / ||w d||^2 at the adapter's entries, dropped ones included. w: its weight times its alpha, d: its deltas, r: the deltas of the result."""
 
 
 def text(report: MergeAnalysis) -> str:
@@ -31,7 +31,7 @@ def text(report: MergeAnalysis) -> str:
     if found := report.warnings():
         lines += ["", "warnings:", *(_wrapped(one, "  * ") for one in found)]
     lines += ["", "BEFORE"] + [line for pair in report.pairs for line in _pair(report, pair)]
-    lines += [_wrapped(_EXPLAINED)] if report.pairs else ["one adapter alone: nothing meets"]
+    lines += [_wrapped(_LEGEND_BEFORE)] if report.pairs else ["one adapter alone: there is no pair to compare"]
     lines += ["", "AFTER", *_after(report), "", "OTHER METHODS", *_methods(report)]
     return "\n".join(lines + [_wrapped(note, "note: ") for note in report.notes])
 
@@ -44,12 +44,12 @@ def _wrapped(sentence: str, head: str = "") -> str:
 
 
 def title(report: MergeAnalysis) -> str:
-    """What is joined, and how."""
+    """What is merged, and how."""
     options = ", ".join(f"{key}={shown(value)}" for key, value in report.settings["options"].items())
     how = f"{report.settings['method']}{f' ({options})' if options else ''}"
     if report.density is not None:
-        how += f", cut to a density of {percent(report.density)}"
-    return f"{' and '.join(report.names)}, joined by {how}"
+        how += f", limited to a density of {percent(report.density)}"
+    return f"{' and '.join(report.names)}, merged with {how}"
 
 
 def _title(report: MergeAnalysis) -> str:
@@ -105,7 +105,7 @@ def _after(report: MergeAnalysis) -> Iterator[str]:
     ]  # fmt: skip
     yield table(("", "w", "entries", "dropped", "energy", "disturbed"), rows)
     if report.chosen.lost_to_cut is not None:
-        yield f"cut to the density: {percent(report.chosen.lost_to_cut)} of the energy of the result is lost"
+        yield f"density limit: {percent(report.chosen.lost_to_cut)} of the energy of the result is lost"
     tensors = sorted(report.after, key=lambda one: -one.disturbed)[:_MOST]
     if tensors:
         more = (
@@ -113,12 +113,12 @@ def _after(report: MergeAnalysis) -> Iterator[str]:
             if len(report.after) > _MOST
             else ""
         )
-        yield f"weights by what is disturbed, the most first{more}:"
+        yield f"tensors, the most disturbed first{more}:"
         yield table(
             ("", "entries", *names),
             [(one.name, f"{one.nnz:,}", *(percent(of.disturbed) for of in one.accounts)) for one in tensors],
         )
-    yield _wrapped(_EXPLAINED_AFTER)
+    yield _wrapped(_LEGEND_AFTER)
 
 
 def _methods(report: MergeAnalysis) -> Iterator[str]:

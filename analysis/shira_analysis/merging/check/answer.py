@@ -1,4 +1,4 @@
-"""The answer for a whole merged checkpoint, and why, in words; the rules are in :mod:`shira_analysis.merging.check.check`."""
+"""The answer for the whole checkpoint, with the reason; the rules are in :mod:`shira_analysis.merging.check.check`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def conclude(
     names: MergedNames,
     facts: Mapping[str, Any],
 ) -> tuple[Answer, str, float | None]:
-    """The answer, in words, and the strength of all layers."""
+    """The answer, the reason, and the strength of all layers."""
     by: dict[str, list[LayerVerdict]] = {}
     for layer in layers:
         by.setdefault(layer.verdict, []).append(layer)
@@ -29,11 +29,11 @@ def conclude(
     counted = f"{len(layers)} adapted tensor" + "s" * (len(layers) != 1)
     at = f"at strength {expected:g}"
     if names.alone:
-        return "no", f"it is a LoRA on its own, not a merged checkpoint: it has keys like {names.wrapped!r}", None
+        return "no", f"it is a LoRA, not a merged checkpoint: it has keys like {names.wrapped!r}", None
     bad = [layer for layer in layers if layer.verdict not in ("verified", "unclear")]
     if names.wrapped is not None:
         state = (
-            "and its weights hold the LoRA, but under names that no plain loader finds"
+            "and its weights hold the LoRA, but under PEFT's names, which other loaders do not find"
             if not bad and verified
             else _counts(by)
         )
@@ -41,19 +41,21 @@ def conclude(
     if bad:
         return "no", _why_not(layers, by, bad, expected, facts, others), _common(layers, expected)
     if others is not None and others.changed:
-        holds = f"it holds the LoRA {at} in {counted}, but" if verified else "the LoRA itself cannot be seen, and"
+        holds = (
+            f"it holds the LoRA {at} in {counted}, but" if verified else "the LoRA itself cannot be detected, and"
+        )
         number = len(others.changed)
         what = (
-            "one tensor that the LoRA leaves alone is"
+            "one tensor that the LoRA does not change differs"
             if number == 1
-            else f"{number} tensors that the LoRA leaves alone are"
+            else f"{number} tensors that the LoRA does not change differ"
         )
-        return "no", f"{holds} {what} not the base's: {_some(others.changed)}", None
+        return "no", f"{holds} {what} from the base: {_some(others.changed)}", None
     whole_energy, hidden = sum(layer.energy for layer in layers), sum(layer.energy for layer in unclear)
     if not verified or hidden >= _UNCLEAR * whole_energy > 0:
         few = f"in {len(unclear)} of {counted}" if verified else f"in all of {counted}"
-        return "inconclusive", f"nobody can tell: {_why_unclear(unclear)} {few}", None
-    rest = f" ({len(unclear)} of them too small to tell, and as they should be)" if unclear else ""
+        return "inconclusive", f"cannot be decided: {_why_unclear(unclear)} {few}", None
+    rest = f" ({len(unclear)} of them consistent with it, but too small to tell)" if unclear else ""
     return "yes", f"it holds the LoRA {at} in {counted}{rest}", _mean(verified) or expected
 
 
@@ -75,7 +77,7 @@ def _why_not(
     judged = [layer for layer in layers if layer.verdict != "unclear"]
     absent, strength, different = by.get("absent", []), by.get("strength", []), by.get("different", [])
     if len(absent) == len(judged):
-        return f"nothing was merged: all {len(absent)} adapted tensors are the base's"
+        return f"nothing was merged: all {len(absent)} adapted tensors equal the base's"
     common = _common(layers, expected)
     if common is not None:
         hint = _hint(common / expected, facts)
@@ -94,7 +96,7 @@ def _why_not(
 def _counts(by: Mapping[str, Sequence[LayerVerdict]]) -> str:
     words = {
         "verified": "hold the LoRA", "absent": "are unchanged", "strength": "hold it at another strength",
-        "different": "hold something else", "missing": "are not there", "unclear": "cannot tell",
+        "different": "hold something else", "missing": "are missing", "unclear": "are unclear",
     }  # fmt: skip
     total = sum(map(len, by.values()))
     return f"of {total} adapted tensors " + ", ".join(
@@ -112,7 +114,7 @@ def _common(layers: Sequence[LayerVerdict], expected: float) -> float | None:
         return None
     low = max(layer.low for layer in linear if layer.low is not None)
     high = min(layer.high for layer in linear if layer.high is not None)
-    # What layers of 16-bit arithmetic say is sure to the share that it may be off.
+    # Strengths from 16-bit arithmetic are this uncertain.
     wide = COARSE * max(abs(low), abs(high))
     if low > high + wide or low <= expected <= high or (low <= 0 <= high):
         return None
@@ -121,14 +123,14 @@ def _common(layers: Sequence[LayerVerdict], expected: float) -> float | None:
 
 
 def _mean(layers: Sequence[LayerVerdict]) -> float | None:
-    """The strength of these layers, by energy."""
+    """The mean strength of these layers, weighted by energy."""
     known = [(layer.energy, layer.strength) for layer in layers if layer.strength is not None]
     total = sum(energy for energy, _ in known)
     return sum(energy * value for energy, value in known) / total if total else None
 
 
 def _hint(ratio: float, facts: Mapping[str, Any]) -> str:
-    """What a wrong strength may come from."""
+    """What may explain a wrong strength."""
 
     def near(value: float) -> bool:
         return abs(ratio - value) <= 0.02 * abs(value)

@@ -1,29 +1,29 @@
-"""Which strengths of an update explain a merged weight: an interval that every entry narrows.
+"""Which strengths of an update explain a merged weight: the interval of strengths that fit every entry.
 
-Whoever merges an update ``u`` at strength ``s`` into a weight ``b`` stores ``m``, which is ``b + s u`` rounded. So each entry says
-of the strength what its rounding leaves open:
+Merging an update ``u`` at strength ``s`` into a weight ``b`` stores ``m``, the rounded ``b + s u``. So every entry bounds the
+strength:
 
     |m - (b + s u)| <= h + s t
 
-``h`` is half an ulp of ``m``, in the dtype in which it was rounded. ``t`` is how far the update itself may be off, as others sum it
-up in another order or type: ``share * (|u| + row * column)``, where ``column`` is the root mean square of ``u`` over its column, as
-far as the tile goes, and ``row`` that of its row in units of these: what is off in a dot product goes by the length of its
-factors and not by what is left of it. The strengths that fit all entries are an interval, exactly: no entry is averaged away, and no
-distribution is supposed. Where the update is far above the rounding it is narrow; where rounding hides the update, it
-reaches down to zero, and then nobody can tell a merge from none.
+``h`` is half an ulp of ``m``, in the dtype in which it was rounded. ``t`` is the error of the update itself, which others may
+sum in another order or dtype: ``share * (|u| + row * column)``, where ``column`` is the root mean square of ``u`` over its
+column, within the tile, and ``row`` that over its row, relative to ``column``. (The error of a dot product depends on the
+norms of its factors, not on its result.) The strengths that fit all entries form an exact interval: nothing is averaged, and
+no distribution is assumed. It is narrow if the update is far above the rounding; if rounding hides the update, it includes
+0, and a merge cannot be distinguished from none.
 
-What is allowed is tried in the order of :data:`LEVELS`, from the strictest:
+The tolerances are tried in the order of :data:`LEVELS`, from the strictest:
 
 * the update in float32, rounded once: ``share`` is 2^-19, which is 32 half ulps of float32;
-* the update in bfloat16 or float16, as a model that is held in these merges it: 2^-6, four roundings to bfloat16 (of
-  factors, products, the scale). Strengths that are nearer to each other than this are not told apart. What is off goes either
-  way in arithmetic, so of all entries together, what is left beyond ``h`` must stay below 2^-7 of the update's norm: all
-  four roundings leave 0.3 %, and an addition that is small everywhere more;
+* the update in bfloat16 or float16, as in a merge of a 16-bit model: ``share`` is 2^-6, four roundings to bfloat16 (factors,
+  products, scale). Strengths closer than this are not distinguished. Since rounding errors have both signs, the remainders
+  beyond ``h`` of all entries together must stay below 2^-7 of the update's norm: four roundings leave 0.3 %, and a small
+  addition to every entry leaves more;
 * rounded twice, as in a weight that was merged, rounded and changed again: ``2 h``.
 
-Each of them with the base as it is, and, where the merged dtype cannot hold it, with the base rounded first, as by whoever
-loads a float32 model in bfloat16. A weight-decomposed update (DoRA) scales the weight itself by a number that is rounded
-as well: it is allowed 2^-19 of the weight more, and four half ulps where the arithmetic is of 16 bits.
+Each of them is tried with the base as it is, and, where the merged dtype cannot hold it, with the base rounded first, as by
+loading a float32 model in bfloat16. A weight-decomposed update (DoRA) multiplies the weight itself by a rounded number: its
+tolerance is larger by 2^-19 of the weight, and four half ulps in 16-bit arithmetic.
 """
 
 from __future__ import annotations

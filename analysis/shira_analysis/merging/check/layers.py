@@ -65,22 +65,22 @@ def judge(
         best = sign * found.estimate
         rest = math.sqrt(max(0.0, found.moved - found.along**2 / found.energy))
         return layer(
-            "different", f"no strength explains it: the nearest, {best:.3g}, leaves {rest / math.sqrt(found.moved):.1%} of the change"
+            "different", f"no strength fits: the nearest, {best:.3g}, leaves {rest / math.sqrt(found.moved):.1%} of the change unexplained"
         )  # fmt: skip
     how = fit.level.words
     is_expected = found.holds(abs(expected)) and sign * expected > 0
     if found.low <= 0:
         if is_expected:
-            return layer("unclear", "rounding hides the update: with and without it the weight is the same")
-        same = "bit for bit" if not found.changed else "but for rounding"
+            return layer("unclear", "rounding hides the update: the stored weight is the same with and without it")
+        same = "bit for bit" if not found.changed else "up to rounding"
         return layer("absent", f"the base's weight, {same}", 0.0)
     if is_expected:
         strength = abs(expected) * found.along / found.replayed if found.replayed > 0 else found.estimate
         strength = sign * min(max(strength, found.low), found.high)
         if not found.tells:
-            return layer("unclear", "too few entries have moved to tell", strength)
+            return layer("unclear", "too few entries have changed to tell", strength)
         if weight.exact is not None and found.equal < size:
-            return layer("different", f"{size - found.equal} entries do not have the bits that are due", strength)
+            return layer("different", f"{size - found.equal} entries do not have the expected bits", strength)
         return layer("verified", how, strength)
     return layer("strength", how, sign * min(max(found.estimate, found.low), found.high))
 
@@ -91,7 +91,7 @@ def _by_statistics(
     """Single entries of quantised weights cannot be compared, but all of them together give an estimate of the strength."""
     strength = fit.sign * fit.strengths.estimate
     error = standard_error(weight, strength, workers)
-    words = f"quantised: by all entries together the strength is {strength:.3g} +- {error:.2g}"
+    words = f"quantised: estimated from all entries together, the strength is {strength:.3g} +- {error:.2g}"
     ends = {"low": strength - _SIGMAS * error, "high": strength + _SIGMAS * error}
     is_none = abs(strength) <= _SIGMAS * error
     is_other = abs(strength - expected) > max(_SIGMAS * error, COARSE * abs(expected))

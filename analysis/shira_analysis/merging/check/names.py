@@ -1,4 +1,4 @@
-"""Which tensor of a merged checkpoint is which of the base: by name, or by one prefix that all share."""
+"""Match the tensors of a merged checkpoint with the base's: by name, or up to one common prefix."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class MergedNames:
     """The names of a merged checkpoint.
 
     Attributes:
-        names: by the name in the base (or, of a new tensor, in the LoRA).
-        wrapped: a key that only the wrapper of an unmerged PEFT model has; None if there is none.
-        alone: whether there is nothing but a LoRA.
-        notices: what was mapped.
+        names: the names in the merged checkpoint, by those in the base (of a new tensor, in the LoRA).
+        wrapped: a key that only an unmerged PEFT model has; None if there is none.
+        alone: whether it holds only a LoRA.
+        notices: how names were mapped.
     """
 
     names: Mapping[str, str]
@@ -38,10 +38,10 @@ class MergedNames:
 
 
 def renamed(adapted: Collection[str], base: Checkpoint, merged: Checkpoint) -> MergedNames:
-    """Find the names of ``merged``; the mapping that finds most of the adapted tensors, and then of all, counts.
+    """Find the names in ``merged`` by the mapping that matches most adapted tensors, then most tensors.
 
     Raises:
-        SourceError: there is none that finds any.
+        SourceError: no mapping matches any.
     """
     added = [name for name in merged if _ADDED.search(name)]
     wrapped = added[0] if added else next((name for name in merged if _WRAPPED.search(name)), None)
@@ -51,7 +51,7 @@ def renamed(adapted: Collection[str], base: Checkpoint, merged: Checkpoint) -> M
     for rename in renamings(_prefixes(plain.values()), _prefixes(known)):
         found: dict[str, str] = {}
         for name, inner in plain.items():
-            # A name that is known as it is, such as that of a head beside a prefixed body, stays.
+            # A known name stays as it is, such as that of a head without the prefix of the body.
             found.setdefault(inner if inner in known else rename(inner), name)
         hits = sum(name in found for name in adapted), sum(name in found for name in base)
         if any(hits) and (best is None or hits > best[0]):
@@ -68,7 +68,7 @@ def renamed(adapted: Collection[str], base: Checkpoint, merged: Checkpoint) -> M
 
 
 def _unwrapped(name: str) -> str:
-    """Without what PEFT's wrapper puts in; ``original_module`` is what ``modules_to_save`` replaces, and stays apart."""
+    """The name without the parts that PEFT inserts; ``original_module`` is what ``modules_to_save`` replaces, and is kept."""
     return re.sub(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)", "", name)
 
 

@@ -1,4 +1,4 @@
-"""What a comparison of a merged checkpoint reports."""
+"""The result of a merge check."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Answer = Literal["yes", "no", "inconclusive"]
 
 @dataclass(frozen=True)
 class LayerVerdict:
-    """What became of one weight.
+    """The verdict on one tensor.
 
     Attributes:
-        name: in the base, or, of a new tensor, in the result.
+        name: in the base; of a new tensor, in the result.
         merged_name: in the merged checkpoint.
         kind: ``"weight"``, ``"bias"``, ``"entries"`` or ``"whole"`` (replaced).
-        verdict: see the module.
-        strength: at which the update is there; None where none can be told.
-        low, high: the strengths that fit every entry; None where none does. Of quantised weights, six standard errors. ``high`` is infinite where rounding sets no limit.
-        equal: share of entries that have the very bits that are due at the expected strength.
-        off: the largest distance from what is due, in ulps of the merged dtype.
-        residual: norm of what the expected strength leaves of the change, relative to the update's.
-        energy: the update's sum of squares.
-        reason: in words.
+        verdict: see :mod:`shira_analysis.merging.check.check`.
+        strength: the strength found; None if unknown.
+        low, high: the interval of strengths that fit every entry; None if there is none. For quantised weights, six standard errors. ``high`` is infinite if rounding sets no limit.
+        equal: share of entries with the bits expected at the expected strength.
+        off: the largest distance from the expected values, in ulps of the merged dtype.
+        residual: norm of the change minus the expected change, relative to the norm of the expected change.
+        energy: the update's energy (the sum of squares).
+        reason: for people.
     """
 
     name: str
@@ -44,15 +44,15 @@ class LayerVerdict:
 
 @dataclass
 class Others:
-    """The tensors that the LoRA leaves alone, by their names in the base (new ones: in the merged checkpoint).
+    """The tensors that the LoRA does not change, by their names in the base (new ones: in the merged checkpoint).
 
     Attributes:
         compared: how many were compared.
-        changed: those that hold other values, or have another shape.
-        tied: those that changed along with an adapted one, to which they are tied.
-        missing: those that the merged checkpoint lacks.
-        new: those that the base lacks.
-        unclear: those that cannot be compared, as they are quantised.
+        changed: those with other values or another shape.
+        tied: those that changed with an adapted tensor that they are tied to.
+        missing: those that are not in the merged checkpoint.
+        new: those that are not in the base.
+        unclear: quantised tensors, which cannot be compared.
     """
 
     compared: int = 0
@@ -65,16 +65,16 @@ class Others:
 
 @dataclass(frozen=True)
 class MergeVerdict:
-    """What was found.
+    """The answer to whether a checkpoint holds an adapter or a LoRA.
 
     Attributes:
         answer: see the module.
-        sentence: the same in words.
-        expected: the strength that was asked for.
-        strength: the one that all layers hold; None if there is none.
+        sentence: the answer with its reason, for people.
+        expected: the expected strength.
+        strength: the strength of all layers; None if they differ.
         layers: in the LoRA's order.
-        others: None if they were not looked at.
-        notices: what a user should know.
+        others: None if they were not compared.
+        notices: remarks for the user.
     """
 
     answer: Answer

@@ -1,4 +1,4 @@
-"""What a merged checkpoint should hold: a LoRA's updates, or the entries of a SHiRA adapter, in one shape."""
+"""What should have been merged: the updates of a LoRA or the entries of an adapter, in one form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shira_format.tensors import SparseTensor, matrix_shape
 
 @dataclass(frozen=True)
 class Addition:
-    """A small tensor, such as a bias, that is added as it is."""
+    """A small dense delta, such as of a bias."""
 
     name: str
     values: Array
@@ -44,7 +44,7 @@ class Addition:
 
     @property
     def columns(self) -> int:
-        """All of it: one row."""
+        """Its size: it has one row."""
         return self.values.size
 
     def tile(self, start: int, stop: int, out: Array) -> None:
@@ -53,12 +53,12 @@ class Addition:
 
 
 class Entries:
-    """A sparse tensor of an adapter as an update: zero but at its entries."""
+    """A sparse tensor of an adapter as an update that is 0 except at its entries."""
 
     def __init__(
         self, name: str, shape: tuple[int, ...], base: Checkpoint, read: Callable[[str], SparseTensor]
     ) -> None:
-        """Args: ``read`` gives the tensor of a name, the same again and again without decoding it each time."""
+        """Args: ``read`` returns the tensor of a name, cached."""
         self.name, self.shape = name, shape
         self.dtype = working_dtype(base.dtype(name))
         self.columns = max(1, matrix_shape(shape)[1])
@@ -73,7 +73,7 @@ class Entries:
             out.reshape(-1)[...] = after - before.astype(self.dtype)
 
     def exact(self, start: int, before: Array, strength: float) -> Array:
-        """The values that are due for the part ``before`` of the base, from flat index ``start`` on."""
+        """The expected values of the part ``before`` of the base, from flat index ``start`` on."""
         tensor = self._read(self.name)
         first, last = np.searchsorted(tensor.indices, [start, start + before.size])
         where = tensor.indices[first:last] - start
@@ -84,7 +84,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class Change:
-    """What one weight should have gone through.
+    """The expected change of one weight.
 
     Attributes:
         kind: ``"weight"``, ``"bias"`` (added as a whole) or ``"entries"`` (of an adapter).
@@ -103,7 +103,7 @@ class Change:
 
     @property
     def scales(self) -> bool:
-        """Whether it scales the weight itself, so that it is not linear in the strength."""
+        """Whether it scales the weight itself and so is not linear in the strength."""
         return _scales(self.update)
 
 
@@ -113,15 +113,15 @@ def _scales(update: Any) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """A LoRA or an adapter.
+    """The content of a LoRA or an adapter.
 
     Attributes:
         changes: of weights.
-        whole: tensors that are replaced, by their names in the result.
-        strength: at which it is meant to be merged.
+        whole: tensors that replace the base's, by their names in the result.
+        strength: the default strength.
         facts: provenance, such as rank and alpha.
-        removed: names of base tensors that the result lacks.
-        notices: what a user should know.
+        removed: names of base tensors that are not in the result.
+        notices: remarks for the user.
     """
 
     changes: list[Change]
@@ -133,7 +133,7 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None) -> Source:
-    """Open a LoRA of any dialect, or an adapter file of ours.
+    """Open a LoRA of any dialect, or an adapter file.
 
     Raises:
         SourceError: neither, or it does not fit the base.

@@ -8,8 +8,9 @@ from shira_analysis.figures.layers import LayerGrid, What, layer_grid
 from shira_analysis.figures.style import digits
 from shira_analysis.reports.html import charts, page, pairs, words
 from shira_analysis.reports.html.adapter_facts import AdapterFacts, labels
-from shira_analysis.reports.html.page import count, facts, name, paragraph, share, table
+from shira_analysis.reports.html.page import facts, name, paragraph, share, table
 from shira_analysis.reports.html.pairs import QUESTION
+from shira_format._core.text import counted
 from shira_format.calibration.moments import Moments
 from shira_format.version import __version__
 
@@ -44,7 +45,7 @@ def adapters_page(
         parts += pairs.section(called, adapters, moments, progress)
     parts.append(
         f'<footer class="soft"><p>Made by shira-format {page.text(__version__)}. Names, the base model, the source, the licence and the '
-        "description are what the file says of itself. Densities and energies are measured.</p></footer>"
+        "description are the file’s own statements. Densities and energies are measured.</p></footer>"
     )
     return page.page(title, parts)
 
@@ -73,10 +74,10 @@ def _section(number: int, label: str, adapter: AdapterFacts) -> Iterator[str]:
     yield facts(_facts(adapter))
     yield from _charts(adapter, grid)
     if adapter.tensors:
-        yield f"<details><summary>{count(len(adapter.tensors), 'tensor')}</summary>{_tensors(adapter)}</details>"
+        yield f"<details><summary>{counted(len(adapter.tensors), 'tensor')}</summary>{_tensors(adapter)}</details>"
     if info["whole"]:
         rows = [(name(w["name"]), w["dtype"], _shape(w["shape"]), _size(w["bytes"])) for w in info["whole"]]
-        yield f"<details><summary>{count(len(rows), 'tensor')} replaced as a whole</summary>"
+        yield f"<details><summary>{counted(len(rows), 'tensor')} replaced as a whole</summary>"
         yield table(("tensor", "dtype", "shape", "size"), rows) + "</details>"
     yield "</section>"
 
@@ -85,19 +86,19 @@ def _facts(adapter: AdapterFacts) -> list[tuple[str, str]]:
     info, totals = adapter.info, adapter.info["totals"]
     found = [
         ("file", f"{info['file']}, {_size(totals['file_bytes'])}"),
-        ("format", f"{info['format_version']}, written by {info['writer'] or 'a program that it does not name'}"),
+        ("format", f"{info['format_version']}, written by {info['writer'] or 'an unnamed program'}"),
         ("strength", f"{info['alpha']:g} by default"),
     ]
     if totals["bits_per_entry"] is not None:
         found.append(
             (
-                "an entry takes",
-                f"{totals['bits_per_entry']:.2f} bits, of which its place {totals['index_bits_per_entry']:.2f}",
+                "bits per entry",
+                f"{totals['bits_per_entry']:.2f}, of which the index takes {totals['index_bits_per_entry']:.2f}",
             )
         )
     for prefix, part in (info["components"] or {}).items():
         model = part.get("base_model") or {}
-        found.append((f"part {prefix}", f"for {model.get('id') or 'a base model that is not named'}"))
+        found.append((f"component {prefix}", f"for {model.get('id') or 'an unnamed base model'}"))
     checked = "all digests and rules" if info.get("verified") else "what this page shows (all: --verify)"
     found.append(("checked", checked))
     found += [(key, str(info[key])) for key in ("license", "description") if info[key]]
@@ -124,27 +125,25 @@ def _charts(adapter: AdapterFacts, grid: LayerGrid) -> Iterator[str]:
         yield charts.bars(("kind of layer", "density", f"bars end at {share(most)}"), bars)
     if len(grid.blocks) > 1:
         what: What = "energy" if grid.energy is not None else "density"
-        told = (
-            "share of the change’s energy" if grid.energy is not None else "share of the elements that are changed"
-        )
+        measure = "share of the change’s energy" if grid.energy is not None else "share of the elements changed"
         stems = [f"{stem}N" for stem in dict.fromkeys(grid.stems) if stem]
         columns = f"blocks {', '.join(stems[:4])}{', ...' if len(stems) > 4 else ''} by their number N"
         outside = "; –: outside of blocks" if "" in grid.blocks else ""
-        yield charts.heat(grid, what, f"By kind of layer and block: {told}, in %. Columns: {columns}{outside}.")
+        yield charts.heat(grid, what, f"By kind of layer and block: {measure}, in %. Columns: {columns}{outside}.")
     if adapter.mask is not None:
         caption = (
-            f"Where the {int(adapter.mask.counts.sum()):,} entries of {adapter.mask.name} lie, "
-            f"{_shape(list(adapter.mask.shape))}, the tensor with most of them: rows downwards, columns to the right."
+            f"Positions of the {int(adapter.mask.counts.sum()):,} entries of {adapter.mask.name}, "
+            f"{_shape(list(adapter.mask.shape))}, the tensor with the most: rows downwards, columns to the right."
         )
         yield charts.mask_image(adapter.mask, caption)
 
 
 def _tensors(adapter: AdapterFacts) -> str:
-    told = {row["name"]: row for row in adapter.info["tensors"]}
+    rows_by_name = {row["name"]: row for row in adapter.info["tensors"]}
     grid = layer_grid(adapter.tensors)
     rows = []
     for tensor in adapter.tensors:
-        row, norms = told[tensor.name], tensor.norms
+        row, norms = rows_by_name[tensor.name], tensor.norms
         energy = (
             ""
             if norms is None or not grid.energy
@@ -166,7 +165,7 @@ def _tensors(adapter: AdapterFacts) -> str:
         "entries",
         "density",
         "energy",
-        "kept of the source",
+        "energy kept",
         "largest change",
         "size",
     )

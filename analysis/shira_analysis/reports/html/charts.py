@@ -1,4 +1,4 @@
-"""Charts of a report, as HTML and as images inside of it."""
+"""Charts of a report, as HTML and as embedded images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shira_analysis.figures.masks import MaskGrid, scale_end
 from shira_analysis.figures.style import digits
 from shira_analysis.reports.html.page import text
 
-# Points of the colour scale cividis, from no entries to most.
+# Points of the colour scale cividis, from few entries to many.
 _CIVIDIS = np.array([(0, 34, 78), (65, 77, 107), (124, 123, 120), (188, 175, 111), (254, 232, 56)], np.float64)
 _IMAGE = 480  # pixels along the longer side, about
 
 
 def bars(head: Sequence[str], rows: Iterable[tuple[Sequence[str], float]]) -> str:
-    """A row for each: plain cells, and a bar for a share of 1; the last title is that of the bars."""
+    """A table with plain cells and a bar for a share of 1 in each row; the last title is that of the bars."""
     titles = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     body = "".join(
         f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}"
@@ -34,7 +34,7 @@ def bars(head: Sequence[str], rows: Iterable[tuple[Sequence[str], float]]) -> st
 
 
 def heat(grid: LayerGrid, what: What, caption: str) -> str:
-    """A row for each kind of layer, a column for each block, shaded by value; numbers in per cent in the cells."""
+    """A heat map with a row for each kind of layer and a column for each block; the cells show per cent."""
     values = grid.values(what)
     known = values[np.isfinite(values)]
     most = float(known.max()) if known.size else 0.0
@@ -68,10 +68,10 @@ def mask_image(grid: MaskGrid, caption: str) -> str:
     height, width = grid.counts.shape
     scale = max(1, _IMAGE // max(height, width))
     source = base64.b64encode(_png(pixels)).decode()
-    told = f"{caption} Dark: no entries; yellow: {top:.3g} % of a cell's elements, or more."
+    legend = f"{caption} Dark: no entries; yellow: {top:.3g} % of a cell's elements or more."
     return (
         f'<figure><img src="data:image/png;base64,{source}" width="{width * scale}" height="{height * scale}" '
-        f'alt="{text(caption)}"><figcaption>{text(told)}</figcaption></figure>'
+        f'alt="{text(caption)}"><figcaption>{text(legend)}</figcaption></figure>'
     )
 
 

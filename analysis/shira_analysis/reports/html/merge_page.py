@@ -1,4 +1,4 @@
-"""A report on a merge as one page that needs nothing but itself."""
+"""A merge report as an HTML page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shira_analysis.merging.lemmas import TensorLemmas
 from shira_analysis.merging.report import LIMITS, MEASURE, MergeAnalysis, MergedPair, conflict_share
 from shira_analysis.merging.sentences import kept_words, lemma_words
 from shira_analysis.reports.html import charts, page, words
-from shira_analysis.reports.html.page import count, facts, name, paragraph, table
-from shira_format._core.text import percent
+from shira_analysis.reports.html.page import facts, name, paragraph, table
+from shira_format._core.text import counted, percent
 from shira_format.merging.methods import shown
 from shira_format.version import __version__
 
-# Whole formulas, since the sentences have names of files and tensors in them.
+# Whole formulas, since the sentences contain names of files and tensors.
 _SIGNS = (
     ("||A1^T A2||", "‖A₁ᵀA₂‖"),
     ("||A1|| ||A2||", "‖A₁‖ ‖A₂‖"),
@@ -28,10 +28,10 @@ _BEFORE = ("shared", "by chance", "conflicts", "of the shared", "cosine", "AWOR"
 
 
 def merge_page(report: MergeAnalysis) -> str:
-    """The whole page, as text.
+    """The whole page, as HTML text.
 
     Args:
-        report: from :func:`shira_analysis.merging.analysis.joining_report`.
+        report: from :func:`shira_analysis.merging.analysis.analyse_merge`.
     """
     title = f"Merge report: {' and '.join(report.names)}"
     parts = [
@@ -56,13 +56,13 @@ def _facts(report: MergeAnalysis) -> list[tuple[str, str]]:
         some = {key: value for key, value in layer.items() if key != "pattern"}
         found.append((f"in layers with {layer['pattern']}", _options(some)))
     for label, weight, alpha in zip(report.names, report.weights, report.alphas, strict=True):
-        found.append((label, f"weight {weight:g}" + (f", times its own strength {alpha:g}" if alpha != 1 else "")))
+        found.append((label, f"weight {weight:g}" + (f", times its alpha {alpha:g}" if alpha != 1 else "")))
     if report.density is not None:
         lost = report.chosen.lost_to_cut
         found.append(
             (
-                "cut",
-                f"to {_share(report.density)} of each weight's elements, the largest changes"
+                "density limit",
+                f"{_share(report.density)} of each weight's elements, the largest changes"
                 + ("" if lost is None else f"; {_share(lost)} of the energy of the result is lost"),
             )
         )
@@ -74,21 +74,20 @@ def _options(given: dict[str, object]) -> str:
 
 
 def _before(report: MergeAnalysis) -> Iterator[str]:
-    yield '<section id="before"><h2>Before: do they disturb each other?</h2>'
+    yield '<section id="before"><h2>Before: do they interfere with each other?</h2>'
     if not report.pairs:
-        yield paragraph(["One adapter alone: nothing meets."])
+        yield paragraph(["One adapter alone: there is no pair to compare."])
     for pair in report.pairs:
         yield from _pair(report, pair)
     if report.pairs:
         yield (
-            '<p class="soft">Shared: entries that both set, beside the number that two masks of these sizes share by chance. Conflicts: shared '
-            "entries that the two, each with the sign of its weight, pull in opposite directions. AWOR is the share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the "
-            "matrices that both change (of weights [out, in]), beside what random signs and columns give."
+            '<p class="soft">Shared: entries in both adapters, with the number expected by chance. Conflicts: shared entries with opposite '
+            "signs, each multiplied by the sign of its adapter’s weight. AWOR is the share of zeros in A₁ᵀA₂, and AWOM its Frobenius norm, over the "
+            "matrices that both change (weights [out, in]), with the values for random signs and columns."
             + (
-                " On inputs and disturbed, by the second moments of the layers’ inputs: the cosine of what the two add to the layers’ outputs (layers of opposite signs cancel), and "
-                "the energy of the projection of the other adapter’s output onto each one’s own, on all inputs at once, as a share of its energy "
-                "(from layer to layer nothing cancels); in brackets: projected at each input by itself, where nothing cancels, if the moments "
-                "come with inputs."
+                " From the second moments of the layers’ inputs: the cosine of the two adapters’ outputs (layers of opposite signs cancel). Disturbed: "
+                "the energy of the other adapter’s output projected onto an adapter’s own output, over all inputs at once, relative to the energy of "
+                "its own (layers do not cancel); in brackets: projected at each input separately, if the moments come with inputs."
                 if report.fed
                 else ""
             )
@@ -117,7 +116,7 @@ def _pair(report: MergeAnalysis, pair: MergedPair) -> Iterator[str]:
         )
         for one in pair.pair.tensors
     ]  # fmt: skip
-    yield f"<details><summary>{page.text(count(len(each), 'tensor'))} of {page.text(first)} and {page.text(second)}</summary>"
+    yield f"<details><summary>{page.text(counted(len(each), 'tensor'))} of {page.text(first)} and {page.text(second)}</summary>"
     head = ("tensor", *_BEFORE, *fed, "lemma 4.4", "its margin", "lemma 4.5", "its margin")
     yield table(head, each) + "</details>"
 
@@ -138,8 +137,8 @@ def _fed_cells(measures: Measures) -> list[str]:
     if met is None:
         return ["–"] * 3
     shares = zip(met.disturbed, met.disturbed_each, strict=True)
-    told = [_share(share) + ("" if each is None else f" ({_share(each)})") for share, each in shares]
-    return [_number(met.cosine, "+.3f"), *told]
+    shown_shares = [_share(share) + ("" if each is None else f" ({_share(each)})") for share, each in shares]
+    return [_number(met.cosine, "+.3f"), *shown_shares]
 
 
 def _lemma_cells(found: TensorLemmas | None) -> list[str]:
@@ -147,7 +146,7 @@ def _lemma_cells(found: TensorLemmas | None) -> list[str]:
         return ["–"] * 4
     zero = {True: "applies", False: "no", None: "unknown"}[found.zero]
     struct = {"yes": "applies", "no": "no", "shared rows": "rows in both"}[found.struct]
-    return [zero, _number(found.margin, ".3g"), struct, _number(found.room, ".3g")]
+    return [zero, _number(found.margin, ".3g"), struct, _number(found.bound_margin, ".3g")]
 
 
 def _after(report: MergeAnalysis) -> Iterator[str]:
@@ -164,8 +163,8 @@ def _after(report: MergeAnalysis) -> Iterator[str]:
     head = ("adapter", "weight w", "entries", "dropped", "energy dropped", "disturbed")
     yield table(head, rows, stacked=True)
     yield (
-        '<p class="soft">Dropped: entries of which the result has nothing, and their share of the adapter’s energy. Disturbed: what lies '
-        "between the result and w d at the adapter’s own entries, dropped ones too, as a share of the energy of w d; d are its deltas.</p>"
+        '<p class="soft">Dropped: entries that are not in the result, and their share of the adapter’s energy (the sum of squares). '
+        "Disturbed: ‖r − w d‖² / ‖w d‖² at the adapter’s own entries, dropped ones included; d are its deltas, r those of the result.</p>"
     )
     if report.kinds:
         yield "<h3>Disturbed, by kind of layer</h3>"
@@ -175,7 +174,7 @@ def _after(report: MergeAnalysis) -> Iterator[str]:
             (name(one.name), f"{one.nnz:,}", *map(_disturbed, one.accounts))
             for one in sorted(report.after, key=lambda one: -one.disturbed)
         ]
-        yield f"<details><summary>{count(len(tensors), 'tensor')} of the result, the most disturbed first</summary>"
+        yield f"<details><summary>{counted(len(tensors), 'tensor')} of the result, the most disturbed first</summary>"
         yield table(("tensor", "entries", *report.names), tensors) + "</details>"
     yield "</section>"
 
@@ -190,26 +189,26 @@ def _methods(report: MergeAnalysis) -> Iterator[str]:
     rows: list[tuple[Sequence[str], float]] = []
     for trial in report.ranked:
         worst = trial.worst
-        told = "–" if worst is None else _share(worst[1])
+        of_worst = "–" if worst is None else _share(worst[1])
         rows.append(
             (
-                (f"{trial.method}{' (chosen)' if trial.chosen else ''}", _share(trial.kept), told),
+                (f"{trial.method}{' (chosen)' if trial.chosen else ''}", _share(trial.kept), of_worst),
                 max(0.0, trial.kept or 0.0),
             )
         )
     if rows:
         yield charts.bars(("method", "kept", "worst", "as bars"), rows)
     if report.refused:
-        yield f"<details><summary>{count(len(report.refused), 'method')} without a result that compares</summary>"
+        yield f"<details><summary>{counted(len(report.refused), 'method')} that refuse this merge</summary>"
         yield facts((trial.method, str(trial.refused)) for trial in report.refused) + "</details>"
-    told = f"{MEASURE}. {LIMITS}. Worst: what is kept of the adapter that loses most."
+    legend = f"{MEASURE}. {LIMITS}. Worst: how much is kept of the adapter that loses most."
     for plain, sign in (("w_i", "wᵢ"), ("d_i", "dᵢ"), ("||", "‖"), ("^2", "²"), (" - ", " − ")):
-        told = told.replace(plain, sign)
-    yield f'<p class="soft">{page.text(told)}</p></section>'
+        legend = legend.replace(plain, sign)
+    yield f'<p class="soft">{page.text(legend)}</p></section>'
 
 
 def _signs(sentence: str) -> str:
-    """Formulas as a page can show them."""
+    """Formulas with mathematical characters."""
     for plain, sign in _SIGNS:
         sentence = sentence.replace(plain, sign)
     return re.sub(r"(?<=\d) %", "\u00a0%", sentence)

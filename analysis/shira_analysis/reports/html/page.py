@@ -1,4 +1,4 @@
-"""The page around a report: its head, its style in light and dark, and how text gets into it."""
+"""The HTML of a report: head, style for light and dark, and the escaping of text."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 
 
 def text(value: object) -> str:
-    """Any text, as HTML: escaped, and without letters that are not seen, move others or break a line; spaces may be such that do not."""
-    shown = "".join(
+    """Any text as HTML: escaped, without invisible characters, bidirectional controls or line breaks; no-break spaces stay."""
+    printable = "".join(
         c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode() for c in str(value)
     )
-    return html.escape(shown, quote=True)
+    return html.escape(printable, quote=True)
 
 
 def name(value: object) -> str:
-    """A name from a file, in letters of one width, which its direction of writing cannot leave."""
+    """A name from a file, in a monospace font and isolated from the writing direction around it."""
     return f'<code class="name">{text(value)}</code>'
 
 
@@ -80,34 +80,29 @@ def share(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
-def count(number: int, what: str) -> str:
-    """1 as "1 tensor", 2000 as "2,000 tensors"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def paragraph(sentences: Iterable[str]) -> str:
     """Plain sentences as a paragraph."""
     return f"<p>{text(' '.join(sentences))}</p>"
 
 
 def warnings(found: Iterable[str]) -> str:
-    """Plain sentences as a list that is not overlooked; nothing of none."""
+    """Plain sentences as a highlighted list; an empty string if there are none."""
     items = "".join(f"<li>{text(one)}</li>" for one in found)
     return f'<ul class="warnings" aria-label="warnings">{items}</ul>' if items else ""
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Plain words and what they stand for."""
+    """A definition list of plain text."""
     return f"<dl>{''.join(f'<dt>{text(key)}</dt><dd>{text(value)}</dd>' for key, value in pairs)}</dl>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, stacked: bool = False) -> str:
-    """A table that scrolls in itself where it is too wide; plain text but for the first cells, which are HTML.
+    """A table that scrolls if it is too wide; the first cell of a row is HTML, the others are plain text.
 
     Args:
         head: titles of the columns.
         rows: their cells.
-        stacked: on a phone, put the cells of a row below each other, each beside its title; for tables of few rows.
+        stacked: on a phone, show the cells of a row below each other with their titles; for tables with few rows.
     """
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     titles = [f' data-title="{text(cell)}"' if stacked else "" for cell in head[1:]]

@@ -1,4 +1,4 @@
-"""The part of a report on how each two adapters go together."""
+"""The section of a page on how each two adapters interfere."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ from shira_analysis.measures.pairs import (
 )
 from shira_analysis.reports.html import page, words
 from shira_analysis.reports.html.adapter_facts import AdapterFacts
-from shira_analysis.reports.html.page import count, name, paragraph, share, table
+from shira_analysis.reports.html.page import name, paragraph, share, table
+from shira_format._core.text import counted
 from shira_format.calibration.moments import Moments
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.tensors import matrix_shape
 
-QUESTION = "Do they disturb each other?"
-_WIDEST = 1 << 24  # rows or columns of a weight whose products are measured; beyond, only positions are compared
-_FEW = 6  # pairs of which each has its sentences in sight
+QUESTION = "Do they interfere with each other?"
+_WIDEST = (
+    1 << 24
+)  # the most rows or columns of a weight whose products are measured; beyond, only positions are compared
+_FEW = 6  # up to so many pairs, the sentences of each are shown unfolded
 _SHARED = ("pair", "shared", "by chance", "Jaccard", "signs agree", "cosine")
-_SHARED_TOLD = (
-    "Shared: entries of both, beside the number that two uniform masks of these sizes share by chance; Jaccard: their share of the entries of "
-    "either. Cosine: of the changes of all weights."
+_SHARED_LEGEND = (
+    "Shared: entries in both adapters, with the number expected by chance for two uniform masks of these sizes; Jaccard: their share of the "
+    "entries in either. Cosine: of the deltas of all weights."
 )
 _PRODUCTS = ("pair", "AWOR", "structural", "uniform", "by counts", "AWOM", "by chance")
-_PRODUCTS_TOLD = (
-    "AWOR: the share of zeros in A₁ᵀA₂, over the weights that both change; structural: of cells that no two entries reach. Uniform: what "
-    "independent uniform masks of these densities would give, (1 − p₁p₂)ᵐ of a weight with m rows; by counts: masks with as many entries in "
+_PRODUCTS_LEGEND = (
+    "AWOR: the share of zeros in A₁ᵀA₂, over the weights that both change; structural: the share of cells that no two entries reach. Uniform: the "
+    "value for independent uniform masks of these densities, (1 − p₁p₂)ᵐ of a weight with m rows; by counts: for random masks with as many entries in "
     "each row as these. AWOM: the Frobenius norm of A₁ᵀA₂; by chance: with random signs."
 )
 _FED = ("pair", "cosine on inputs", "least of a layer", "largest of a layer", "1st disturbed", "2nd disturbed")
-_FED_TOLD = (
-    "On inputs: the cosine of what the two add to the layers’ outputs, by the second moments of the layers’ inputs; layers of opposite "
-    "signs cancel in it, so that the least and the largest of a single layer stand beside it. Disturbed: the energy of the projection of the "
-    "other’s output onto an adapter’s own, on all inputs at once, as a share of its energy; from layer to layer nothing cancels. At "
-    "each input: the projection is made there by itself, so that nothing cancels at all (for moments with inputs beside them)."
+_FED_LEGEND = (
+    "On inputs: the cosine of the two adapters’ outputs, from the second moments of the layers’ inputs; layers of opposite signs cancel, so "
+    "the smallest and the largest value of a single layer are shown, too. Disturbed: the energy of the other adapter’s output projected onto an "
+    "adapter’s own output, over all inputs at once, relative to the energy of its own; layers do not cancel. At each input: projected at each "
+    "input separately, so that nothing cancels (if the moments come with inputs)."
 )
 _WEIGHTS_ALONE = (
-    "These are measures of the weights: what two adapters do to each other’s outputs depends on the inputs as well (shira-moments, "
-    "and --moments here)."
+    "These are measures of the weights. How two adapters interfere also depends on the inputs: collect their moments with shira-moments "
+    "and pass them with --moments."
 )
 
 Found = dict[tuple[int, int], Pair | SourceError | BaseMismatch]
@@ -60,7 +63,7 @@ def section(
     """The section, as pieces of HTML.
 
     Args:
-        called: what the adapters are called.
+        called: the adapters' names.
         adapters: two or more.
         moments: of the layers' inputs.
         progress: called with the name of each weight that is measured.
@@ -78,38 +81,38 @@ def section(
     many = len(found) > _FEW
     yield f'<section id="pairs"><h2>{QUESTION}</h2>'
     yield page.warnings(_refusals(called, found))
-    yield from _places_alone(called, reasons)
+    yield from _positions_only(called, reasons)
     sentences = [paragraph(words.pair_words(called[i], called[j], pair)) for (i, j), pair in pairs.items()]
     if not many:
         yield from sentences
     elif apart:
         yield paragraph(
             [
-                f"{count(len(apart), 'pair')} of {len(found):,} change no weight in common, and are not in the tables."
+                f"{counted(len(apart), 'pair')} of {len(found):,} change no weight in common, and are not in the tables."
             ]
         )
     yield from _tables(called, {at: pair for at, pair in pairs.items() if not (many and at in apart)})
     if many and sentences:
-        yield f"<details><summary>{count(len(sentences), 'pair')} in words</summary>{''.join(sentences)}</details>"
+        yield f"<details><summary>{counted(len(sentences), 'pair')} in words</summary>{''.join(sentences)}</details>"
     yield "</section>"
 
 
 def _refusals(called: Sequence[str], found: Found) -> list[str]:
-    told = [
+    messages = [
         f"{called[i]} and {called[j]} cannot be compared: {error}."
         for (i, j), error in found.items()
         if not isinstance(error, Pair)
     ]
-    more = len(told) - _FEW
-    return told if more <= 0 else [*told[:_FEW], f"{count(more, 'further pair')} cannot be compared."]
+    more = len(messages) - _FEW
+    return messages if more <= 0 else [*messages[:_FEW], f"{counted(more, 'further pair')} cannot be compared."]
 
 
-def _places_alone(called: Sequence[str], reasons: Sequence[str | None]) -> Iterator[str]:
-    """Why of some only the places of their entries are compared."""
+def _positions_only(called: Sequence[str], reasons: Sequence[str | None]) -> Iterator[str]:
+    """Why only the positions of the entries are compared for some adapters."""
     for reason in dict.fromkeys(reason for reason in reasons if reason is not None):
         names = [label for label, own in zip(called, reasons, strict=True) if own == reason]
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        yield paragraph([f"{reason.format(some)}: only the places of the entries are compared."])
+        yield paragraph([f"{reason.format(some)}: only the positions of the entries are compared."])
 
 
 def _tables(called: Sequence[str], pairs: dict[tuple[int, int], Pair]) -> Iterator[str]:
@@ -134,10 +137,10 @@ def _tables(called: Sequence[str], pairs: dict[tuple[int, int], Pair]) -> Iterat
         if met is not None:
             cosines = (met.cosine, *_extremes(pair))
             fed.append((both, *(_or_none(one, "{:+.3f}") for one in cosines), *_disturbed(met)))
-    tables = ((_SHARED, shared, _SHARED_TOLD), (_PRODUCTS, products, _PRODUCTS_TOLD), (_FED, fed, _FED_TOLD))
-    for head, rows, told in tables:
+    tables = ((_SHARED, shared, _SHARED_LEGEND), (_PRODUCTS, products, _PRODUCTS_LEGEND), (_FED, fed, _FED_LEGEND))
+    for head, rows, legend in tables:
         if rows:
-            yield table(head, rows, stacked=True) + f'<p class="soft">{page.text(told)}</p>'
+            yield table(head, rows, stacked=True) + f'<p class="soft">{page.text(legend)}</p>'
     if products and not fed:
         yield f'<p class="soft">{page.text(_WEIGHTS_ALONE)}</p>'
 
@@ -148,7 +151,7 @@ def _measured(
     moments: Moments | None,
     progress: Callable[[str], object],
 ) -> Found:
-    """Each pair: by all measures where both adapters' changes are known, else by places; or why it cannot be compared."""
+    """All measures of each pair if both adapters' deltas are known, else positions only; or why it cannot be compared."""
 
     def all_measures(chosen: Sequence[DeltaFile]) -> Sequence[Pair]:
         return measure_pairs(chosen, moments, strict=False, progress=progress)
@@ -163,7 +166,7 @@ def _measured(
 def _each(
     files: Sequence[DeltaFile], numbers: Sequence[int], compare: Callable[[Sequence[DeltaFile]], Sequence[Pair]]
 ) -> Found:
-    """All pairs of some files together, each of which is read once; or one by one, so that one that fails spoils no other."""
+    """Compare all pairs, reading each file once; if that fails, pair by pair, so that the others are still compared."""
     pairs = list(combinations(numbers, 2))
     if not pairs:
         return {}
@@ -180,7 +183,7 @@ def _each(
 
 
 def _extremes(pair: Pair) -> tuple[float | None, float | None]:
-    """The least and the largest cosine on inputs of a weight."""
+    """The smallest and the largest cosine on inputs of a single weight."""
     met = [one.measures.interference for one in pair.tensors]
     cosines = [one.cosine for one in met if one is not None and one.cosine is not None]
     return (min(cosines), max(cosines)) if cosines else (None, None)
@@ -198,7 +201,7 @@ def _share_at_each(disturbed: float | None, each: float | None) -> str:
 
 
 def _why_not(adapter: AdapterFacts) -> str | None:
-    """Why the changes of an adapter cannot be compared with those of others, with ``{}`` for its name; None if they can."""
+    """Why the deltas of an adapter cannot be compared, with ``{}`` for its name; None if they can."""
     if not adapter.known:
         return "Not all changes of {} are known (see above)"
     if any(max(matrix_shape(tensor.shape)) > _WIDEST for tensor in adapter.tensors):
@@ -207,7 +210,7 @@ def _why_not(adapter: AdapterFacts) -> str | None:
 
 
 def _positions(files: Sequence[DeltaFile]) -> list[Pair]:
-    """Pairs of which the places of entries alone are known."""
+    """The pairs, compared by the positions of their entries only."""
     from shira_analysis.figures.matrices import overlaps
 
     return [
