@@ -90,7 +90,7 @@ def merges(draw: st.DrawFn) -> Merge:
     count = len(adapters)
     return open_merge(
         adapters, method=method, weights=draw(st.lists(weights, min_size=count, max_size=count)),
-        density=draw(st.sampled_from([None, 0.3])),
+        max_density=draw(st.sampled_from([None, 0.3])),
     )  # fmt: skip
 
 

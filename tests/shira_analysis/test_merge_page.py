@@ -115,7 +115,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, count in (("spam", 0.01), ("genre", 0.01), ("spam", 0.001)):
         lora_to_shira(models.LORAS / name, models.minilm(), folder / f"{name}-{count}.st", density=count, self_contained=True)  # fmt: skip
     jobs = [
-        open_merge(sorted(folder.glob("*.st")), method="ties", weights=[0.7, 0.5, 1], density=0.01),
+        open_merge(sorted(folder.glob("*.st")), method="ties", weights=[0.7, 0.5, 1], max_density=0.01),
         open_merge(evil(folder)),
     ]
     for number, job in enumerate(jobs):
