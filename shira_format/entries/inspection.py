@@ -91,7 +91,7 @@ def _opened(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
 
 
 def describe(file: AdapterFile) -> dict[str, Any]:
-    """Everything that the header tells, as plain JSON values; no tensor is read."""
+    """The content of the header, as plain JSON values; no tensor is read."""
     raw = file.manifest.raw
     rows = [_row(file, entry) for entry in file.manifest.tensors.values()]
     whole = [_whole_row(file, name) for name in file.manifest.whole]
@@ -133,15 +133,15 @@ def describe(file: AdapterFile) -> dict[str, Any]:
 
 
 def _undone(file: AdapterFile, rows: list[dict[str, Any]]) -> bool:
-    """Whether the file alone holds all that it overwrites; a whole tensor without a digest of the base's is new there."""
+    """Whether the file holds every value that it overwrites; a dense tensor without a digest of the base's is new."""
     held = all(row["base_values"] or not row["nnz"] for row in rows if row["values"] != "none")
     wholes = all(one.base_values or "base" not in one.digests for one in file.manifest.whole.values())
-    dropped = any(row["result_shape"][:1] < row["shape"][:1] for row in rows)  # rows that are nowhere in the file
+    dropped = any(row["result_shape"][:1] < row["shape"][:1] for row in rows)  # the file does not hold these rows
     return held and wholes and not dropped and not file.manifest.removed
 
 
 def _deltas(rows: list[dict[str, Any]]) -> str | None:
-    """Where what is added to the base's values is known from: the file, or only with the base; None if there are none."""
+    """Whether the deltas are known from the file alone or need the base; None if there are no values."""
     valued = [row for row in rows if row["values"] != "none"]
     if not valued:
         return None
@@ -185,7 +185,7 @@ def _whole_row(file: AdapterFile, name: str) -> dict[str, Any]:
 
 
 def misfits_with(file: AdapterFile, base: Checkpoint) -> list[str]:
-    """Why the adapter does not fit ``base``: one line for each tensor that does not; empty if it fits."""
+    """The reasons why the adapter does not fit ``base``, one for each tensor; empty if it fits."""
     misfits = []
     for name in file.manifest.tensors:
         try:
@@ -197,5 +197,5 @@ def misfits_with(file: AdapterFile, base: Checkpoint) -> list[str]:
             check_dense(file.dense(name), base)
         except BaseMismatch as error:
             misfits.append(str(error))
-    misfits += [f"tensor {name!r}: to be removed, and not in the base" for name in file.manifest.removed if name not in base]  # fmt: skip
+    misfits += [f"tensor {name!r}: to be removed, but not in the base" for name in file.manifest.removed if name not in base]  # fmt: skip
     return misfits

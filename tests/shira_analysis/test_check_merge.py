@@ -108,7 +108,7 @@ def test_a_right_merge_is_verified_or_hidden(made: Pair, dtype: np.dtype[Any], s
     assert layer.low <= strength <= layer.high
     plain = round_to(made.base.astype(np.float64), dtype)
     moved = np.count_nonzero(merged != plain)
-    # Where most entries have moved by more than rounding leaves open, it can be told.
+    # Where most entries have moved by more than rounding leaves open, the merge can be detected.
     ulp = np.spacing(np.abs(merged.astype(F32))) * 2.0 ** (23 - float_info(dtype).nmant) if dtype != F64 else 0
     if moved > 30 and np.median(np.abs(strength * made.dense) / np.maximum(ulp, 1e-30)) > 4:
         assert layer.verdict == "verified"
@@ -392,7 +392,7 @@ def test_dora(dtype: torch.dtype, cast: bool) -> None:
     assert MergeCheck(base, Source(changes), base).run(1).answer == "no"
     report = MergeCheck(base, Source(changes), merged, strength=0.5).run(1)
     assert (report.answer, report.sentence) == (
-        "inconclusive", "cannot be decided: a weight-decomposed update can be checked at strength 1 only in all of 2 adapted tensors",
+        "inconclusive", "a weight-decomposed update can be checked at strength 1 only in all of 2 adapted tensors",
     )  # fmt: skip
     assert as_json(report)["layers"][0]["energy"] is None
 
@@ -429,9 +429,9 @@ def test_progress_is_the_size() -> None:
     made = pair(0.01)
     base = Held({NAME: made.base, "norm": np.ones(5, F32)})
     check = MergeCheck(base, Source([Change("weight", made.update, NAME)]), base)
-    told: list[int] = []
-    check.run(1, told.append)
-    assert check.size == sum(told) == made.base.size + 5
+    done: list[int] = []
+    check.run(1, done.append)
+    assert check.size == sum(done) == made.base.size + 5
 
 
 def test_one_call(tmp_path: Path) -> None:

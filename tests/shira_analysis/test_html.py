@@ -155,7 +155,7 @@ def test_pairs(files: list[Path]) -> None:
 
 
 def test_pairs_on_inputs(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
-    """Beside the measures of weights: what the two do to each other on what the layers are fed."""
+    """With moments, the page also shows how the two interfere on the layers' inputs."""
     made = np.random.default_rng(1).standard_normal((30, 16))
     query = Moment(QUERY, (made.T @ made / 30)[None, None], 16, 30, inputs=made[:, None])
     table = Moment("wte.weight", np.full((1, 50, 1, 1), 0.02), 50, 10, True, tokens=True)
@@ -378,8 +378,8 @@ def run(*arguments: str | Path) -> int:
 def test_the_command(files: list[Path], tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "report.html"
     assert 0 == run(*files, "--html", out, "--verify", "--json")
-    told = json.loads(capsys.readouterr().out)
-    assert [str(path) for path in files] == [info["file"] for info in told["files"]]
+    printed = json.loads(capsys.readouterr().out)
+    assert [str(path) for path in files] == [info["file"] for info in printed["files"]]
     text = parsed(out.read_text("utf-8")).text
     assert "Adapter report: 2 adapters" in text
     assert "Do they interfere with each other?" in text

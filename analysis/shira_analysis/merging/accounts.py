@@ -28,7 +28,7 @@ class Account(Additive):
 
     Attributes:
         entries: the number of its entries.
-        dropped: those that are not in the result: dropped by the method, or by the density limit.
+        dropped: those that the method or the density limit leaves out.
         energy: ``||w d||^2`` (the sum of squares).
         dropped_energy: the energy of the dropped entries.
         off: ``||r - w d||^2`` at its entries, dropped ones included; infinite if the result is not finite.

@@ -21,7 +21,7 @@ opposite, and their share. AWOM, AWOR: Frobenius norm of A1^T A2 and its share o
 and columns. on inputs: the cosine of the two adapters' outputs, from the moments (layers of opposite signs cancel); disturbed: the energy of \
 the other adapter's output projected onto an adapter's own output, over all inputs at once, relative to the energy of its own (layers do not cancel); \
 at each: the same, projected at each input separately, if the moments come with inputs."""
-_LEGEND_AFTER = """dropped: entries that are not in the result, and their share of the adapter's energy (the sum of squares). disturbed: \
+_LEGEND_AFTER = """dropped: entries that the method or the density limit leaves out, and their share of the adapter's energy (the sum of squares). disturbed: \
 ||r - w d||^2 / ||w d||^2 at the adapter's entries, dropped ones included. w: its weight times its alpha, d: its deltas, r: the deltas of the result."""
 
 

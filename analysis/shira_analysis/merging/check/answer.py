@@ -54,7 +54,7 @@ def conclude(
     whole_energy, hidden = sum(layer.energy for layer in layers), sum(layer.energy for layer in unclear)
     if not verified or hidden >= _UNCLEAR * whole_energy > 0:
         few = f"in {len(unclear)} of {counted}" if verified else f"in all of {counted}"
-        return "inconclusive", f"cannot be decided: {_why_unclear(unclear)} {few}", None
+        return "inconclusive", f"{_why_unclear(unclear)} {few}", None
     rest = f" ({len(unclear)} of them consistent with it, but too small to tell)" if unclear else ""
     return "yes", f"it holds the LoRA {at} in {counted}{rest}", _mean(verified) or expected
 

@@ -87,7 +87,7 @@ def _facts(adapter: AdapterFacts) -> list[tuple[str, str]]:
     found = [
         ("file", f"{info['file']}, {_size(totals['file_bytes'])}"),
         ("format", f"{info['format_version']}, written by {info['writer'] or 'an unnamed program'}"),
-        ("strength", f"{info['alpha']:g} by default"),
+        ("default strength", f"{info['alpha']:g}"),
     ]
     if totals["bits_per_entry"] is not None:
         found.append(

@@ -163,7 +163,7 @@ def _after(report: MergeAnalysis) -> Iterator[str]:
     head = ("adapter", "weight w", "entries", "dropped", "energy dropped", "disturbed")
     yield table(head, rows, stacked=True)
     yield (
-        '<p class="soft">Dropped: entries that are not in the result, and their share of the adapter’s energy (the sum of squares). '
+        '<p class="soft">Dropped: entries that the method or the density limit leaves out, and their share of the adapter’s energy (the sum of squares). '
         "Disturbed: ‖r − w d‖² / ‖w d‖² at the adapter’s own entries, dropped ones included; d are its deltas, r those of the result.</p>"
     )
     if report.kinds:
@@ -199,7 +199,7 @@ def _methods(report: MergeAnalysis) -> Iterator[str]:
     if rows:
         yield charts.bars(("method", "kept", "worst", "as bars"), rows)
     if report.refused:
-        yield f"<details><summary>{counted(len(report.refused), 'method')} that refuse this merge</summary>"
+        yield f"<details><summary>Refused by {counted(len(report.refused), 'method')}</summary>"
         yield facts((trial.method, str(trial.refused)) for trial in report.refused) + "</details>"
     legend = f"{MEASURE}. {LIMITS}. Worst: how much is kept of the adapter that loses most."
     for plain, sign in (("w_i", "wᵢ"), ("d_i", "dᵢ"), ("||", "‖"), ("^2", "²"), (" - ", " − ")):
