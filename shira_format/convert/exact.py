@@ -32,7 +32,7 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Differences:
+class DifferingEntries:
     """The differences of one tensor.
 
     Attributes:
@@ -51,7 +51,9 @@ class CompareStage:
     rule: Exact
     passes: int = 1
 
-    def __call__(self, change: CheckpointChange, workers: Workers, progress: Progress) -> Pending[Differences]:
+    def __call__(
+        self, change: CheckpointChange, workers: Workers, progress: Progress
+    ) -> Pending[DifferingEntries]:
         """All that differs between the two tensors, which have one dtype."""
         nothing = np.empty(0, change.dtype)  # the sizes of the differences are not needed
 
@@ -63,15 +65,15 @@ class CompareStage:
         limit = _whole_from(change)
         if self._many(change, limit, workers):
             progress(change.size)
-            return 0, lambda: Differences(None, None)
+            return 0, lambda: DifferingEntries(None, None)
         parts = list(workers.ranges(change.size, TILE, work, progress))
         held = sum(part.size for part in parts)
         if held >= limit:  # the sample was misleading
-            return 0, lambda: Differences(None, None)
+            return 0, lambda: DifferingEntries(None, None)
 
-        def rest() -> Differences:
+        def rest() -> DifferingEntries:
             digest = tensor_digest(change.tuned, change.tuned_name) if self.rule.digests else None
-            return Differences(Entries.concatenated(parts, change), digest)
+            return DifferingEntries(Entries.concatenated(parts, change), digest)
 
         return held, rest
 

@@ -15,7 +15,7 @@ from shira_format._core.arrays import Array, array_digest, bits_differ
 from shira_format._core.dtypes import dtype_name, upcast, working_dtype
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
-from shira_format.convert.exact import CompareStage, Differences, Exact, read_parts, tensor_digest
+from shira_format.convert.exact import CompareStage, DifferingEntries, Exact, read_parts, tensor_digest
 from shira_format.convert.inputs import Conversion, ConversionInputs, DenseCopy
 from shira_format.convert.report import ConversionReport, TensorReport, six_digits
 from shira_format.entries.changes import Change, CheckpointChange, Entries
@@ -180,7 +180,7 @@ def _tasks(
 
 
 def _difference(
-    change: Change, found: Differences, **options: Any
+    change: Change, found: DifferingEntries, **options: Any
 ) -> tuple[SparseTensor | None, TensorReport | None]:
     """All that differs, as a tensor; none, and no account, if nothing does and no digest is to be recorded."""
     assert found.entries is not None

@@ -18,7 +18,7 @@ import numpy as np
 
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format._core.threads import Progress
-from shira_format.convert.exact import Differences, Exact
+from shira_format.convert.exact import DifferingEntries, Exact
 from shira_format.convert.inputs import Conversion, ConversionInputs
 from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
@@ -32,7 +32,7 @@ _C = TypeVar("_C")
 _R = TypeVar("_R")
 
 _BYTES_PER_ENTRY = 16  # of a part: index, value, base, target
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Differences, Entries, Survey)}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (DifferingEntries, Entries, Survey)}
 
 
 def partial_folder(out: Path) -> Path:

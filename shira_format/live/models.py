@@ -21,7 +21,7 @@ _AROUND = re.compile(r"^(?:module\.)?(?:base_model\.model\.)?")
 _COPIED = re.compile(r"\.(?:original_module|modules_to_save)\.")
 
 
-class Weights(ABC):
+class LiveWeights(ABC):
     """Live weights by the names that checkpoints give them."""
 
     @abstractmethod
@@ -42,7 +42,7 @@ class Weights(ABC):
         """Remove a tensor that :meth:`add` added."""
 
 
-class DictWeights(Weights):
+class DictWeights(LiveWeights):
     """A dictionary of arrays or tensors; new tensors are added to it."""
 
     def __init__(self, weights: MutableMapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ class UnusedOriginal:
     """Stands for a weight that PEFT copied to train it; the model uses the copy."""
 
 
-class ModuleWeights(Weights):
+class ModuleWeights(LiveWeights):
     """The parameters and buffers of a module, or of several under the names of their components."""
 
     def __init__(self, modules: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ def _plain(name: str) -> tuple[str, bool]:
     return f"{name[: match.start()]}.{rest}", True
 
 
-def weights_of(model: Any) -> Weights:
+def weights_of(model: Any) -> LiveWeights:
     """The weights of a dictionary, a module or a pipeline.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 PARTS = ("down", "up", "bias", "magnitude", "alpha")
 
 
-class Key(NamedTuple):
+class DiffusersKey(NamedTuple):
     """A parsed key.
 
     Attributes:
@@ -46,7 +46,7 @@ _PARTS: dict[str, str] = {"A": "down", "B": "up"}
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def parse(key: str) -> Key | None:
+def parse(key: str) -> DiffusersKey | None:
     """The parsed key; None if it has none of these formats."""
     for pattern in (_PROCESSOR, _LAYER, _PEFT):
         if match := pattern.fullmatch(key):
@@ -55,7 +55,7 @@ def parse(key: str) -> Key | None:
             if pattern is _PROCESSOR:
                 module = _projection(module, in_text=component.startswith("text_encoder"))
             part = next(value for name, value in match.groupdict().items() if name != "module" and value)
-            return Key(component, module, _PARTS.get(part, part), pattern is not _PEFT or prefixed)
+            return DiffusersKey(component, module, _PARTS.get(part, part), pattern is not _PEFT or prefixed)
     return None
 
 

@@ -51,7 +51,7 @@ _HEADER = ("ss_network_dim", "ss_network_alpha", "ss_base_model_version")
 _MOST_SHOWN = 80  # characters of a header's value; different ranks or alphas
 
 
-class Key(NamedTuple):
+class KohyaKey(NamedTuple):
     """A parsed key: the prefix, which means a component; the module's flat name; the part of its LoRA."""
 
     prefix: str
@@ -59,14 +59,14 @@ class Key(NamedTuple):
     part: str
 
 
-def parse(key: str) -> Key | None:
+def parse(key: str) -> KohyaKey | None:
     """The parsed key; None if it is of another dialect."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
     if match["comfy"]:
-        return Key(match["comfy"], flat(match["dotted"]), match["what"])
-    return Key(match["prefix"], match["module"], match["part"])
+        return KohyaKey(match["comfy"], flat(match["dotted"]), match["what"])
+    return KohyaKey(match["prefix"], match["module"], match["part"])
 
 
 def find(path: Path) -> Path | None:
@@ -77,7 +77,7 @@ def find(path: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def keys_at(path: Path) -> list[Key]:
+def keys_at(path: Path) -> list[KohyaKey]:
     """The keys of the file at ``path`` that :func:`parse` knows."""
     found = find(path)
     try:
@@ -99,7 +99,7 @@ class Kohya:
         return Reader(path, base, self.name, _layer).read()
 
 
-def is_lycoris(key: Key) -> bool:
+def is_lycoris(key: KohyaKey) -> bool:
     """Whether kohya's own trainer does not write such keys."""
     return key.part not in PARTS or key.prefix == "lycoris"
 
@@ -241,9 +241,9 @@ class Reader:
             notices=self.notices,
         )
 
-    def _groups(self, tensors: Checkpoint) -> dict[Key, Group]:
+    def _groups(self, tensors: Checkpoint) -> dict[KohyaKey, Group]:
         """By prefix and module: keys without a part."""
-        found: dict[Key, Group] = {}
+        found: dict[KohyaKey, Group] = {}
         for name in tensors:
             key = parse(name)
             if key is None:
@@ -263,9 +263,9 @@ class Reader:
             raise SourceError(f"{self.path}: it holds no tensors")
         return found
 
-    def _components(self, groups: Mapping[Key, Group]) -> dict[str, dict[Key, Group]]:
+    def _components(self, groups: Mapping[KohyaKey, Group]) -> dict[str, dict[KohyaKey, Group]]:
         prefixes = {key.prefix for key in groups}
-        found: dict[str, dict[Key, Group]] = {}
+        found: dict[str, dict[KohyaKey, Group]] = {}
         for key, group in groups.items():
             found.setdefault(self._component(key.prefix, prefixes), {})[key] = group
         return found
@@ -284,7 +284,7 @@ class Reader:
             )
         return next((name for name in ("unet", "transformer", "prior") if name in models), "unet")
 
-    def _resolve(self, component: str, members: Mapping[Key, Group], *, alone: bool) -> dict[str, RowBlocks]:
+    def _resolve(self, component: str, members: Mapping[KohyaKey, Group], *, alone: bool) -> dict[str, RowBlocks]:
         where = f"{self.path}: {component}"
         if is_single_file(self.base):
             prefix, names = single_file_names(self.base, component, str(self.path))

@@ -28,7 +28,7 @@ _VARIANT = re.compile(
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFiles:
     """The file to open, and the variants beside it.
 
     Attributes:
@@ -48,7 +48,7 @@ def is_index(name: str, ending: str | None = None) -> bool:
     return found is not None and ending in (None, found["ending"])
 
 
-def find_weights(names: Collection[str]) -> Weights | None:
+def find_weights(names: Collection[str]) -> WeightFiles | None:
     """The weights of a folder with these files; None if none has a standard name.
 
     Plain weights are preferred to variants, safetensors to PyTorch files, an index to a single file. Of several variants
@@ -59,9 +59,9 @@ def find_weights(names: Collection[str]) -> Weights | None:
         for stem in stems:
             for name in (f"{stem}{ending}.index.json", f"{stem}{ending}"):
                 if name in names:
-                    return Weights(name, None, tuple(variants))
+                    return WeightFiles(name, None, tuple(variants))
     for variant, name in variants.items():
-        return Weights(name, variant, tuple(other for other in variants if other != variant))
+        return WeightFiles(name, variant, tuple(other for other in variants if other != variant))
     return None
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shira_analysis.merging.check import check_merge
 from shira_analysis.merging.check.check import MergeCheck
 from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict, as_json
-from shira_analysis.merging.check.sources import Change, Source
+from shira_analysis.merging.check.sources import ExpectedChange, Source
 from shira_analysis.merging.check.stored import float_info, held_dtype
 from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import FLOATS, round_to
@@ -71,7 +71,7 @@ class Pair:
         return round_to(self.base.astype(np.float64) + strength * self.dense, dtype)
 
     def check(self, merged: Array, strength: float | None = None, **options: Any) -> MergeVerdict:
-        source = Source([Change("weight", self.update, NAME)])
+        source = Source([ExpectedChange("weight", self.update, NAME)])
         return MergeCheck(Held({NAME: self.base}), source, Held({NAME: merged}), strength=strength, **options).run(
             2
         )
@@ -295,7 +295,7 @@ def test_other_tensors() -> None:
     base = {NAME: made.base, "norm": np.ones(5, F32), "ids": np.arange(4), "embed": np.float32(rng.random((6, 3)))}
 
     def check(merged: Mapping[str, Array], **options: Any) -> MergeVerdict:
-        source = Source([Change("weight", made.update, NAME)])
+        source = Source([ExpectedChange("weight", made.update, NAME)])
         return MergeCheck(Held(base), source, Held(merged), **options).run(1)
 
     right = base | {NAME: made.merged(F32)}
@@ -327,7 +327,7 @@ def test_tied_weights(shipped: str) -> None:
     merged = {NAME: made.merged(F32), "embed": made.merged(F32), "other": base["other"]}
     if shipped != "both":
         del merged[NAME if shipped == "embedding" else "embed"]
-    source = Source([Change("weight", made.update, NAME)])
+    source = Source([ExpectedChange("weight", made.update, NAME)])
     report = MergeCheck(Held(base), source, Held(merged)).run(1)
     assert report.answer == "yes"
     assert report.others is not None
@@ -342,7 +342,9 @@ def test_tied_weights(shipped: str) -> None:
 def test_names() -> None:
     made = pair(0.01)
     base = {"model.layer.weight": made.base, "model.norm.weight": np.ones(3, F32), "head.weight": np.ones(2, F32)}
-    source = Source([Change("weight", LowRank("model.layer.weight", *_rest(made.update)), "model.layer.weight")])
+    source = Source(
+        [ExpectedChange("weight", LowRank("model.layer.weight", *_rest(made.update)), "model.layer.weight")]
+    )
     merged = made.merged(F32)
     for names, words in (
         (("model.layer.weight", "model.norm.weight", "head.weight"), None),
@@ -382,8 +384,8 @@ def test_dora(dtype: torch.dtype, cast: bool) -> None:
         up, down = (as_array(factor["default"].weight.float()) for factor in (layer.lora_B, layer.lora_A))
         update = LowRank(name, base.shape(name), up * np.float32(layer.scaling["default"]), down)
         magnitude = as_array(layer.lora_magnitude_vector["default"].weight.float()).copy()
-        changes.append(Change("weight", Decomposed(update, base, magnitude), name))
-        plain.append(Change("weight", update, name))
+        changes.append(ExpectedChange("weight", Decomposed(update, base, magnitude), name))
+        plain.append(ExpectedChange("weight", update, name))
     merged = Held({name: as_array(t) for name, t in peft.merge_and_unload().state_dict().items()})
     report = MergeCheck(base, Source(changes), merged).run(1)
     assert report.answer == "yes", report
@@ -400,7 +402,7 @@ def test_dora(dtype: torch.dtype, cast: bool) -> None:
 def test_repeated_layers() -> None:
     """An update of a name that the base has under another one."""
     made = pair(0.01)
-    source = Source([Change("weight", made.update, "first.weight")])
+    source = Source([ExpectedChange("weight", made.update, "first.weight")])
     report = MergeCheck(Held({"first.weight": made.base}), source, Held({NAME: made.merged(F32), "first.weight": made.base})).run(1)  # fmt: skip
     assert report.answer == "yes"
 
@@ -408,7 +410,7 @@ def test_repeated_layers() -> None:
 def test_threads_do_not_matter() -> None:
     made = pair(0.01, BF16, shape=(300, 400))
     merged = made.merged(BF16, 1.3)
-    source = Source([Change("weight", made.update, NAME)])
+    source = Source([ExpectedChange("weight", made.update, NAME)])
     one, four = (MergeCheck(Held({NAME: made.base}), source, Held({NAME: merged})).run(n) for n in (1, 4))
     assert one == four
 
@@ -428,7 +430,7 @@ def test_what_cannot_be_asked() -> None:
 def test_progress_is_the_size() -> None:
     made = pair(0.01)
     base = Held({NAME: made.base, "norm": np.ones(5, F32)})
-    check = MergeCheck(base, Source([Change("weight", made.update, NAME)]), base)
+    check = MergeCheck(base, Source([ExpectedChange("weight", made.update, NAME)]), base)
     done: list[int] = []
     check.run(1, done.append)
     assert check.size == sum(done) == made.base.size + 5

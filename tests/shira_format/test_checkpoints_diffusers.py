@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from shira_format._core.arrays import as_array
 from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import FormatError, SourceError
-from shira_format.storage.weight_files import Weights, find_weights, is_index
+from shira_format.storage.weight_files import WeightFiles, find_weights, is_index
 from shira_format.tensors import same_bits
 
 PARTS = ("text_encoder", "unet", "vae")
@@ -317,22 +317,22 @@ def test_remote_pipelines(saved: tuple[StableDiffusionPipeline, Path]) -> None:
     [
         ([], None),
         (["config.json", "x.safetensors", "model.onnx"], None),
-        (["model.safetensors", "pytorch_model.bin"], Weights("model.safetensors")),
-        (["model.safetensors", "model.safetensors.index.json"], Weights("model.safetensors.index.json")),
+        (["model.safetensors", "pytorch_model.bin"], WeightFiles("model.safetensors")),
+        (["model.safetensors", "model.safetensors.index.json"], WeightFiles("model.safetensors.index.json")),
         (["model-00001-of-00002.safetensors"], None),
         (["model.fp16-00001-of-00002.safetensors"], None),
         (["model-00001-of-00002.fp16.safetensors"], None),
-        (["model.fp16.safetensors", "model.fp16.bin"], Weights("model.fp16.safetensors", "fp16")),
-        (["pytorch_model.fp16.bin"], Weights("pytorch_model.fp16.bin", "fp16")),
-        (["model.safetensors.index.fp16.json"], Weights("model.safetensors.index.fp16.json", "fp16")),
+        (["model.fp16.safetensors", "model.fp16.bin"], WeightFiles("model.fp16.safetensors", "fp16")),
+        (["pytorch_model.fp16.bin"], WeightFiles("pytorch_model.fp16.bin", "fp16")),
+        (["model.safetensors.index.fp16.json"], WeightFiles("model.safetensors.index.fp16.json", "fp16")),
         (
             ["diffusion_pytorch_model.non-ema.safetensors", "diffusion_pytorch_model.bin"],
-            Weights("diffusion_pytorch_model.bin", None, ("non-ema",)),
+            WeightFiles("diffusion_pytorch_model.bin", None, ("non-ema",)),
         ),
         (["other.fp16.safetensors"], None),
     ],
 )
-def test_usual_names(names: list[str], expected: Weights | None) -> None:
+def test_usual_names(names: list[str], expected: WeightFiles | None) -> None:
     assert expected == find_weights(names)
 
 

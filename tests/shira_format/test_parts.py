@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from shira_format._core.dtypes import FLOATS
 from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.convert import resume as parts
-from shira_format.convert.exact import Differences, Exact
+from shira_format.convert.exact import DifferingEntries, Exact
 from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
 from shira_format.selection import TopK
@@ -157,7 +157,7 @@ def test_results_survive_the_disk(
     rng = np.random.default_rng(size)
     column = np.frombuffer(rng.bytes(size * dtype.itemsize), dtype)
     entries = Entries(np.arange(size), rng.standard_normal(size), column, column[::-1].copy(), energy)
-    found = Differences(None if whole else entries, "0" * 64)
+    found = DifferingEntries(None if whole else entries, "0" * 64)
     survey = Survey(np.arange(9), None if whole else np.ones(9), energy)
     path = tmp_path_factory.mktemp("parts") / "part.npz"
     for value in (found, survey):

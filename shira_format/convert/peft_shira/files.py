@@ -44,7 +44,7 @@ _OF_PEFT = re.compile(r"\.(shira|supertuning|lora)_")
 
 
 @dataclass
-class Keys:
+class ShiraKeys:
     """The keys of an adapter.
 
     Attributes:
@@ -102,13 +102,13 @@ def read_config(path: Path) -> tuple[Kind, dict[str, Any]]:
     return kind, config
 
 
-def sort_keys(keys: Iterable[str], kind: Kind, path: Path) -> Keys:
+def sort_keys(keys: Iterable[str], kind: Kind, path: Path) -> ShiraKeys:
     """What each key is.
 
     Raises:
         SourceError: a key that belongs to nothing, or lacks its partner.
     """
-    found = Keys()
+    found = ShiraKeys()
     for key in keys:
         name = key.removeprefix(PREFIX)
         module, _, last = name.rpartition(".")

@@ -16,7 +16,7 @@ from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
-from shira_format.convert.peft_shira.files import SHIRA, Keys, Kind, find, read_config, sort_keys
+from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.convert.pipeline import sparse_target
 from shira_format.convert.report import ConversionReport, TensorReport
@@ -205,7 +205,7 @@ class _Reader:
             notices=rename.notices("the adapter") + self._notices(keys),
         )
 
-    def _notices(self, keys: Keys) -> list[str]:
+    def _notices(self, keys: ShiraKeys) -> list[str]:
         if not keys.own_base:
             return []
         return [f"{', '.join(keys.own_base)}: PEFT saved the base's own values too; they are left out"]

@@ -34,7 +34,7 @@ from shira_analysis.merging.check.layers import judge
 from shira_analysis.merging.check.names import MergedNames, renamed
 from shira_analysis.merging.check.report import LayerVerdict, MergeVerdict, Others, Verdict
 from shira_analysis.merging.check.scan import MergedWeight
-from shira_analysis.merging.check.sources import Change, Source, open_source
+from shira_analysis.merging.check.sources import ExpectedChange, Source, open_source
 from shira_analysis.merging.check.stored import compare_replaced, same_tensor, unchanged
 from shira_format._core.arrays import Array
 from shira_format._core.threads import Progress, Workers
@@ -158,7 +158,7 @@ class MergeCheck:
         answer, sentence, strength = conclude(layers, others, self.expected, self.names, self.source.facts)
         return MergeVerdict(answer, sentence, self.expected, strength, layers, others, notices)
 
-    def _layer(self, change: Change, workers: Workers, progress: Progress) -> LayerVerdict:
+    def _layer(self, change: ExpectedChange, workers: Workers, progress: Progress) -> LayerVerdict:
         name, shape = change.update.name, change.update.shape
         merged_name, reason = self._find(name, change.base_name)
         if merged_name is None:

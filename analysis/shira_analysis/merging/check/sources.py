@@ -52,7 +52,7 @@ class Addition:
         out[...] = self.values.reshape(1, -1)[start:stop]
 
 
-class Entries:
+class AdapterUpdate:
     """A sparse tensor of an adapter as an update that is 0 except at its entries."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Change:
+class ExpectedChange:
     """The expected change of one weight.
 
     Attributes:
@@ -99,7 +99,7 @@ class Change:
     @property
     def exact(self) -> Any:
         """See :class:`shira_analysis.merging.check.scan.MergedWeight`."""
-        return self.update.exact if isinstance(self.update, Entries) else None
+        return self.update.exact if isinstance(self.update, AdapterUpdate) else None
 
     @property
     def scales(self) -> bool:
@@ -124,7 +124,7 @@ class Source:
         notices: remarks for the user.
     """
 
-    changes: list[Change]
+    changes: list[ExpectedChange]
     whole: dict[str, Array] = field(default_factory=dict)
     strength: float = 1.0
     facts: dict[str, Any] = field(default_factory=dict)
@@ -143,9 +143,11 @@ def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str 
     if dialect is None and _is_adapter(path):
         return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base)
     lora = open_lora(path, base, dialect=dialect)
-    changes = [Change("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates]
+    changes = [
+        ExpectedChange("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates
+    ]
     changes += [
-        Change("bias", Addition(name, values), lora.copies.get(name, name))
+        ExpectedChange("bias", Addition(name, values), lora.copies.get(name, name))
         for name, values in lora.additions.items()
     ]
     names = [*(change.update.name for change in changes), *lora.whole]
@@ -180,7 +182,7 @@ def _of_adapter(file: AdapterFile, base: Checkpoint) -> Source:
             base_values(read(name), base)
         except BaseMismatch as error:
             raise BaseMismatch(f"{file.path}: {error}") from None
-        changes.append(Change("entries", Entries(name, entry.shape, base, read), name))
+        changes.append(ExpectedChange("entries", AdapterUpdate(name, entry.shape, base, read), name))
     whole = {name: file.dense(name).values for name in file.manifest.whole}
     alpha = float(file.manifest.raw.get("alpha", 1.0))
     return Source(changes, whole, alpha, removed=list(file.manifest.removed))
