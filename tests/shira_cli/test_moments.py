@@ -177,7 +177,7 @@ def test_errors_are_one_line_and_leave_nothing(folder: Path, capsys: Capture) ->
         ((folder / "nothing", "--texts", texts, "-o", out), "transformers cannot load it"),
         (
             (model, "--texts", texts, "-o", out, "--include", "nowhere"),
-            "no layer of the model matches the given names",
+            "no layer of the model is left by include and exclude",
         ),
         ((model, "--texts", texts, "-o", model / "m.safetensors"), "is in the folder of the model"),
         ((model, "--texts", texts, "-o", texts, "--force"), "is the file of texts"),

@@ -441,7 +441,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
         raise KeyboardInterrupt
 
     if when == "target_tensor":
-        monkeypatch.setattr(f"shira_format.convert.{'pipeline' if exact else 'targets'}.target_tensor", stop)
+        monkeypatch.setattr("shira_format.convert.pipeline.target_tensor", stop)
     else:
         monkeypatch.setattr(when if "os." in when else f"shira_format.convert.pipeline.{when}", stop)
     before = sorted(tmp_path.rglob("*"))

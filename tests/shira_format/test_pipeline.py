@@ -163,7 +163,7 @@ def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
     [
         ({"a": "../m-1.safetensors"}, "not a file name"),
         ({"a": "m-3.safetensors"}, "missing"),
-        ({"a": "m-2.safetensors"}, "which lacks it"),
+        ({"a": "m-2.safetensors"}, "which does not have it"),
         ([], "not an object"),
     ],
 )
@@ -177,7 +177,7 @@ def test_an_index_that_lies(weight_map: object, reason: str, tmp_path: Path) -> 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such file"):
         open_checkpoint(tmp_path / "none")
-    with pytest.raises(SourceError, match="not a safetensors checkpoint"):
+    with pytest.raises(SourceError, match="not a checkpoint of a supported layout"):
         open_checkpoint(tmp_path)
     for name in ("a", "b"):
         save_numpy({"x": np.zeros(1)}, tmp_path / f"{name}.safetensors")
@@ -224,7 +224,7 @@ def test_the_wrong_base_is_refused_before_a_weight_changes(tmp_path: Path) -> No
         apply(adapter, weights)
     assert all(torch.equal(before[name], weights[name]) for name in before)
     del weights[last]
-    with pytest.raises(BaseMismatch, match=f"have no '{last}'"):
+    with pytest.raises(BaseMismatch, match=f"has no '{last}'"):
         apply(adapter, weights)
 
 
