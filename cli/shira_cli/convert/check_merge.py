@@ -33,6 +33,8 @@ example:
 @click.option("--layers-only", is_flag=True, help="Do not compare the tensors that the LoRA does not change.")
 @options.filters("Check")
 @options.dialect_option
+@options.base_prefix_option
+@click.option("--merged-prefix", metavar="TEXT", help="What the names of the merged checkpoint start with, if several parts of it could be the base.")  # fmt: skip
 @options.threads_option
 @options.printing
 def command(strength: float | None, dialect: str | None, printer: Printer, **settings: Any) -> int:
@@ -74,6 +76,8 @@ def _check(
     include: Sequence[str],
     exclude: Sequence[str],
     dialect: str | None,
+    prefix: str | None,
+    merged_prefix: str | None,
     threads: int | None,
     printer: Printer,
 ) -> MergeVerdict:
@@ -83,7 +87,15 @@ def _check(
 
     chosen = name_filter(include, exclude)
     before, after = open_checkpoint(base), open_checkpoint(merged)
-    source = open_source(lora, before, dialect=dialect)
-    check = MergeCheck(before, source, after, strength=strength, chosen=chosen, others=not layers_only)
+    source = open_source(lora, before, dialect=dialect, prefix=prefix)
+    check = MergeCheck(
+        before,
+        source,
+        after,
+        strength=strength,
+        chosen=chosen,
+        others=not layers_only,
+        merged_prefix=merged_prefix,
+    )
     with printer.bar("entries", check.size, scale=True) as bar:
         return check.run(threads, bar.update)

@@ -54,6 +54,7 @@ class MergeCheck:
         strength: float | None = None,
         chosen: Callable[[str], bool] = lambda _: True,
         others: bool = True,
+        merged_prefix: str | None = None,
     ) -> None:
         """Find the tensors of both checkpoints that belong together.
 
@@ -63,6 +64,7 @@ class MergeCheck:
             merged: the checkpoint after.
             strength: the expected strength; by default what ``source`` is meant for, usually 1.
             chosen: by its name in the base, whether a tensor is looked at.
+            merged_prefix: what the names in ``merged`` start with, if several parts of it could be the base.
             others: whether to compare tensors that ``source`` leaves alone.
 
         Raises:
@@ -79,7 +81,7 @@ class MergeCheck:
         if not self.changes and not self.whole:
             raise SourceError("no adapted tensor is left by the choice of names")
         adapted = [*(change.update.name for change in source.changes), *source.whole]
-        self.names: MergedNames = renamed(adapted, base, merged)
+        self.names: MergedNames = renamed(adapted, base, merged, merged_prefix)
         self._adapted = set(adapted)
         left_alone = [
             name for name in base if name not in self._adapted and chosen(name) and name not in source.removed
