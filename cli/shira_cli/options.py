@@ -102,6 +102,8 @@ moments_option = click.option("--moments", type=PATH, metavar="FILE", help="Seco
 
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of all random numbers (default: 0).")  # fmt: skip
 
+base_prefix_option = click.option("--prefix", metavar="TEXT", help="What the base's names of the adapted weights start with, such as 'text_model.', if the names fit the base in several ways (of one component of a pipeline: 'text_encoder/text_model.').")  # fmt: skip
+
 dialect_option = click.option("--dialect", metavar="NAME", help="The LoRA's dialect (default: detected from the file's keys).")  # fmt: skip
 
 

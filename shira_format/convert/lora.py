@@ -35,12 +35,13 @@ class LoraConversion:
     dialect: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    prefix: str | None = None
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the LoRA, and the base if it is not open yet."""
         base = open_checkpoint(self.base) if base is None else base
-        lora = filtered(open_lora(self.lora, base, dialect=self.dialect), self.include, self.exclude)
-        return lora_inputs(lora, base, hub_identity(self.base))
+        lora = open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix)
+        return lora_inputs(filtered(lora, self.include, self.exclude), base, hub_identity(self.base))
 
 
 def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
@@ -90,6 +91,7 @@ def lora_to_shira(
     min_change: float | None = None,
     scope: str = "tensor",
     dialect: str | None = None,
+    prefix: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     self_contained: bool = False,
@@ -113,6 +115,7 @@ def lora_to_shira(
         min_change: leave out changes of a smaller magnitude; given alone, all others are kept.
         scope: ``"tensor"`` for the largest entries of each tensor, ``"global"`` for the largest of all tensors.
         dialect: of the LoRA; detected from its files by default.
+        prefix: what the base's names of the adapted weights start with, if several are possible.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         self_contained: store the base's values too, so that the adapter can be undone, scaled and measured without the base.
@@ -129,7 +132,9 @@ def lora_to_shira(
         WorkError: the cluster fails, or the parts in ``OUT.partial`` are of another conversion.
     """
     rule = selection_rule(density, top_k, energy, min_change, scope)
-    conversion = LoraConversion(os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude))
+    conversion = LoraConversion(
+        os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude), prefix
+    )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
         conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,

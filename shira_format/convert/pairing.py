@@ -13,7 +13,7 @@ from shira_format._core.dtypes import dtype_name, is_float
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.changes import CheckpointChange
 from shira_format.errors import SourceError
-from shira_format.names.prefixes import Renaming, leading_parts_by_name, renamings
+from shira_format.names.prefixes import AmbiguousNames, Renaming, leading_parts_by_name, only_one, renamings
 from shira_format.tensors import numel
 
 _RUNS, _RUN = 16, 256  # where and how much of two tensors is compared to tell whether one comes from the other
@@ -60,7 +60,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     pairs = Pairs(base, tuned)
     if not origins and not new and not gone:
         raise SourceError(f"{tuned.path}: no tensor is left by the choice of names")
-    if new and (rename := _renaming(new, gone)):
+    if new and (rename := _renaming(new, gone, base, tuned, exact=exact)):
         missing = set(gone)
         found = {name: rename(name) for name in new if rename(name) in missing}
         pairs.notices.append(f"names: {rename.words}")
@@ -165,15 +165,36 @@ def _add_missing(pairs: Pairs, gone: list[str], used: list[str], *, exact: bool)
             )
 
 
-def _renaming(new: list[str], gone: list[str]) -> Renaming | None:
-    """One prefix, left out of or added to all new names, that brings most of them to names of the base."""
+def _renaming(
+    new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint, *, exact: bool
+) -> Renaming | None:
+    """One prefix, left out of or added to all new names, that brings most of them to names of the base.
+
+    If several bring equally many there, shapes decide. If these do not, there is none with ``exact``, for which content is
+    compared; else it is an error.
+    """
     missing = set(gone)
-    best = max(
-        renamings(leading_parts_by_name(new), leading_parts_by_name(gone)),
-        key=lambda rename: sum(rename(name) in missing for name in new),
-    )  # the first of the best
-    hits = sum(best(name) in missing for name in new)
-    return best if hits > len(new) / 2 else None
+    ways: dict[tuple[str, ...], Renaming] = {}  # renamings that find the same tensors are one
+    most = len(new) // 2
+    for rename in renamings(leading_parts_by_name(new), leading_parts_by_name(gone)):
+        names = tuple(name if (name := rename(old)) in missing else "" for old in new)
+        if (hits := sum(map(bool, names))) > most:
+            ways, most = {}, hits
+        if hits == most and hits > len(new) / 2:
+            ways.setdefault(names, rename)
+    if not ways:
+        return None
+    found = [rename for rename in ways.values() if rename == Renaming()] or list(ways.values())
+    paired = [name for name in new if all(rename(name) in missing for rename in found)]
+    try:
+        return only_one(
+            found, paired or new, tuned.path, option="",
+            fits=lambda name, origin: origin not in missing or base.shape(origin) == tuned.shape(name),
+        )  # fmt: skip
+    except AmbiguousNames as error:
+        if exact:
+            return None
+        raise AmbiguousNames(f"{error}; to compare contents instead, take every difference (exact)") from None
 
 
 def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:

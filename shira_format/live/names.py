@@ -7,7 +7,7 @@ from typing import Any
 
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.live.loaded import LoadedAdapter
-from shira_format.names.prefixes import match_names
+from shira_format.names.prefixes import AmbiguousNames, match_names
 
 # Given an adapter and the live tensors: the function from a name in the adapter to one in the model.
 Rename = Callable[[LoadedAdapter, Mapping[str, Any]], Callable[[str], str]]
@@ -30,8 +30,16 @@ def _found(adapter: LoadedAdapter, live: Mapping[str, Any]) -> Callable[[str], s
     """
     needed = [tensor.name for tensor in adapter.tensors]
     needed += [whole.name for whole in adapter.dense if whole.base_digest is not None]
+    shapes = {tensor.name: tensor.shape for tensor in adapter.tensors}
+
+    def fits(name: str, found: str) -> bool:
+        shape = getattr(live[found], "shape", None)
+        return name not in shapes or shape is None or tuple(shape) == shapes[name]
+
     try:
-        rename = match_names(needed, live, adapter.label)
+        rename = match_names(needed, live, adapter.label, fits=fits, option="prefix=")
+    except AmbiguousNames as error:
+        raise BaseMismatch(f"{error} or rename=") from None
     except SourceError:
         missing = next(name for name in needed if name not in live)
         raise BaseMismatch(

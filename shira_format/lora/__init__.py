@@ -56,13 +56,17 @@ _FILES = {"mlx": "*adapters.safetensors"}
 __all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "open_lora"]
 
 
-def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None) -> Lora:
+def open_lora(
+    path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None, prefix: str | None = None
+) -> Lora:
     """Read the LoRA at ``path`` as updates of the tensors of ``base``.
 
     Args:
         path: a file or folder.
         base: the checkpoint that it adapts; names and shapes are resolved against it.
         dialect: a key of :data:`DIALECTS`; detected from files and keys by default.
+        prefix: what the base's names of the adapted weights start with, if they are not those of the LoRA and several would
+            be possible; of one component of a pipeline if it starts with ``COMPONENT/``.
 
     Raises:
         SourceError: not a LoRA, or one with a key, shape or option that cannot be converted exactly.
@@ -72,10 +76,10 @@ def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | 
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:
-        return DIALECTS[dialect].read(path, base)
+        return DIALECTS[dialect].read(path, base, prefix)
     files = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
     for name in DIALECTS:
         # Looked at by name first, so that no module is imported for files that it cannot read.
         if fnmatch.filter(files, _FILES.get(name, "*")) and (candidate := DIALECTS[name]).recognises(path):
-            return candidate.read(path, base)
+            return candidate.read(path, base, prefix)
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")

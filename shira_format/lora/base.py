@@ -72,5 +72,5 @@ class Dialect(Protocol):
     def recognises(self, path: Path) -> bool:
         """Whether ``path`` looks like this dialect; reads file names and keys at most."""
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         """Read it; see :func:`shira_format.lora.open_lora`."""

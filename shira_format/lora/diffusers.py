@@ -24,10 +24,10 @@ from shira_format.lora.diffusers_keys import parse
 from shira_format.lora.files import PICKLES, SAFETENSORS, number_in, open_tensors, parse_json, read_tensors
 from shira_format.lora.keys import check_pairs, group_keys
 from shira_format.lora.peft.config import CHANGES_BASE, REFUSED, Scales, read_scales
-from shira_format.lora.products import common_dtype, low_rank, scale_factor
+from shira_format.lora.products import common_dtype, fits_factors, low_rank, scale_factor
 from shira_format.names.components import component_names
 from shira_format.names.flux import flux_parts, is_diffusers_flux
-from shira_format.names.prefixes import match_names
+from shira_format.names.prefixes import AmbiguousNames, match_names, prefix_of
 from shira_format.names.row_blocks import FusedPart
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -66,13 +66,13 @@ class Diffusers:
         ours = found[0].name in WEIGHTS or OPTIONS in tensors.metadata(found[0].name)
         return ours or any(key.only_diffusers for key in keys)
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _candidates(path)
         if len(found) > 1:
             raise SourceError(f"{path}: several files ({', '.join(file.name for file in found)}); name one")
         if not found:
             raise SourceError(f"{path}: no LoRA of diffusers: need {WEIGHTS[0]} or a file like it")
-        return _Reader(found[0], base).read()
+        return _Reader(found[0], base, prefix).read()
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -116,8 +116,9 @@ class _Options:
 class _Reader:
     """Turns the tensors of one file into updates."""
 
-    def __init__(self, path: Path, base: Checkpoint) -> None:
+    def __init__(self, path: Path, base: Checkpoint, prefix: str | None) -> None:
         self.path = path
+        self.prefix = prefix
         self.base = base
         self.notices: list[str] = []
         self.updates: list[Update] = []
@@ -131,7 +132,7 @@ class _Reader:
         ranks, alphas = set(), set()
         for component, layers in components.items():
             settings = self._options(component, layers.values(), options.get(component))
-            places = self._places(component, list(layers), alone=len(components) == 1)
+            places = self._places(component, layers, alone=len(components) == 1)
             for layer in layers.values():
                 rank, scale = self._rank_and_scale(layer, settings)
                 ranks.add(rank)
@@ -265,16 +266,29 @@ class _Reader:
             return rank, number_in(layer.parts["alpha"], layer.keys["alpha"], self.path) / rank
         return rank, 1.0  # alpha is the layer's rank
 
-    def _places(self, component: str, modules: list[str], *, alone: bool) -> Callable[[str], list[tuple[str, FusedPart | None]]]:  # fmt: skip
+    def _places(self, component: str, layers: Mapping[str, _Layer], *, alone: bool) -> Callable[[str], list[tuple[str, FusedPart | None]]]:  # fmt: skip
         """Where the base has a component's modules: each is one module there, or several that are its rows."""
         prefix, names = "", list(self.base)
         if component:
             prefix, names = component_names(self.base, component, self.path, alone=alone)
         where = f"{self.path}: {component}" if component else str(self.path)
+
+        def fits(name: str, found: str) -> bool:
+            parts = layers[name.removesuffix(".weight")].parts
+            return fits_factors(self.base.shape(prefix + found), parts["up"], parts["down"])
+
         try:
-            rename = match_names([f"{module}.weight" for module in modules], names, where)
+            rename = match_names(
+                [f"{module}.weight" for module in layers],
+                names,
+                where,
+                fits=fits,
+                prefix=prefix_of(self.prefix, prefix),
+            )
+        except AmbiguousNames:
+            raise
         except SourceError:
-            if (found := self._flux(prefix, names, modules)) is None:
+            if (found := self._flux(prefix, names, list(layers))) is None:
                 raise
             return found
         self.notices += rename.notices("the LoRA", component)

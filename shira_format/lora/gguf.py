@@ -24,7 +24,7 @@ from shira_format.errors import SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import checked, is_number
 from shira_format.lora.keys import by_pattern, group_keys
-from shira_format.lora.products import LowRank, low_rank, transposed
+from shira_format.lora.products import LowRank, fits_shapes, low_rank, transposed
 from shira_format.lora.rope import Attention, attention_of, deinterleave_heads
 from shira_format.names.prefixes import match_names
 
@@ -41,13 +41,13 @@ class Gguf:
     def recognises(self, path: Path) -> bool:
         return _find(path) is not None
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
         if found is None:
             raise SourceError(f"{path}: no LoRA of llama.cpp: need one {_SUFFIX} file")
         file = GGUFFile(found)
         try:
-            return _Reader(file, base).read()
+            return _Reader(file, base, prefix).read()
         finally:
             file.storage.close()
 
@@ -65,7 +65,8 @@ def _find(path: Path) -> Path | None:
 class _Reader:
     """Turns the tensors of one adapter into updates."""
 
-    def __init__(self, file: GGUFFile, base: Checkpoint) -> None:
+    def __init__(self, file: GGUFFile, base: Checkpoint, prefix: str | None) -> None:
+        self.prefix = prefix
         self.file = file
         self.path = file.path
         self.base = base
@@ -78,7 +79,13 @@ class _Reader:
             if len(pair) != 2:
                 raise SourceError(f"{self.path}: {name!r} has {', '.join(pair)} only")
         forms = {name: self._target(name) for name in pairs}
-        rename = match_names(dict.fromkeys(target for target, _ in forms.values()), self.base, self.path)
+        by_name = {target: pairs[name] for name, (target, _) in forms.items()}
+
+        def fits(name: str, found: str) -> bool:
+            down, up = (self.file.entries[by_name[name][factor]].shape for factor in ("lora_a", "lora_b"))
+            return by_name[name] is pairs.get(_EMBEDDING) or fits_shapes(self.base.shape(found), up, down)
+
+        rename = match_names(by_name, self.base, self.path, fits=fits, prefix=self.prefix)
         updates: list[Update] = [
             self._update(name, rename(target), form, pairs[name]) for name, (target, form) in forms.items()
         ]

@@ -24,10 +24,11 @@ from shira_format.errors import SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import PICKLES, SAFETENSORS, checked, number_in, open_tensors
-from shira_format.lora.products import low_rank
+from shira_format.lora.products import fits_factors, low_rank
 from shira_format.lora.row_stack import stack_rows
 from shira_format.names.components import component_names
 from shira_format.names.flat import FlatNames, RowBlocks, flat
+from shira_format.names.prefixes import prefix_of
 from shira_format.names.row_blocks import RowBlock, is_one_weight
 from shira_format.names.single_file import is_single_file, single_file_names
 
@@ -95,8 +96,8 @@ class Kohya:
         keys = keys_at(path)
         return any(key.part in (DOWN, UP) for key in keys) and not any(map(is_lycoris, keys))
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
-        return Reader(path, base, self.name, _layer).read()
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
+        return Reader(path, base, self.name, _layer, prefix=prefix).read()
 
 
 def is_lycoris(key: KohyaKey) -> bool:
@@ -195,6 +196,7 @@ class Reader:
     def __init__(
         self, path: Path, base: Checkpoint, dialect: str, build: Build, *,
         stored: frozenset[str] = frozenset(), refused: Mapping[str, str] | None = None,
+        prefix: str | None = None,
     ) -> None:  # fmt: skip
         """Args: ``stored``: parts that may be as large as the base's weights, and are read later. ``refused``: why some parts
         are not supported.
@@ -208,6 +210,7 @@ class Reader:
         self.build = build
         self.stored = stored
         self.refused = refused or {}
+        self.prefix = prefix
         self.notices: list[str] = []
         # By the base's tensor: updates of some of its rows, and of all; additions; and by block, who adapts it.
         self._parts: dict[str, list[tuple[RowBlock, Update]]] = {}
@@ -290,7 +293,18 @@ class Reader:
             prefix, names = single_file_names(self.base, component, str(self.path))
         else:
             prefix, names = component_names(self.base, component, self.path, alone=alone)
-        found, rename = FlatNames(self.base, prefix, names).resolve([key.module for key in members], where)
+        by_name = {key.module: group for key, group in members.items()}
+
+        def fits(name: str, blocks: RowBlocks) -> bool:
+            up, down = (by_name[name].parts.get(part) for part in (UP, DOWN))
+            if up is None or down is None or "lora_mid.weight" in by_name[name].parts:
+                return True
+            height = sum(block.height for block in blocks)
+            return fits_factors((height, *self.base.shape(blocks[0].name)[1:]), up, down)
+
+        found, rename = FlatNames(self.base, prefix, names).resolve(
+            by_name, where, fits=fits, prefix=prefix_of(self.prefix, prefix if self.base.components else "")
+        )
         self.notices += rename.notices("the LoRA", component)
         return found
 

@@ -72,8 +72,9 @@ class Lycoris:
         keys = keys_at(path)
         return any(key.part in known for key in keys) and any(map(is_lycoris, keys))
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
-        return Reader(path, base, self.name, _layer, stored=frozenset(("diff",)), refused=_UNSUPPORTED).read()
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
+        stored = frozenset(("diff",))
+        return Reader(path, base, self.name, _layer, stored=stored, refused=_UNSUPPORTED, prefix=prefix).read()
 
 
 def _layer(group: Group, name: str, shape: tuple[int, ...]) -> KohyaLayer:

@@ -21,9 +21,9 @@ from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import is_number, is_rank, read_json, read_tensors
 from shira_format.lora.keys import by_pattern, group_keys
-from shira_format.lora.products import LowRank, Stacked, low_rank
+from shira_format.lora.products import LowRank, Stacked, fits_factors, low_rank
 from shira_format.lora.rope import CONFIG as MODEL_CONFIG
-from shira_format.names.prefixes import Renaming, match_names
+from shira_format.names.prefixes import AmbiguousNames, Renaming, match_names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
@@ -51,12 +51,12 @@ class Mlx:
     def recognises(self, path: Path) -> bool:
         return _find(path) is not None
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
         if found is None:
             raise SourceError(f"{path}: no LoRA of mlx-lm: need {CONFIG} beside {WEIGHTS}")
         weights, config = found
-        return _Reader(weights, read_json(config), base).read([weights, config])
+        return _Reader(weights, read_json(config), base, prefix).read([weights, config])
 
 
 def _find(path: Path) -> tuple[Path, Path] | None:
@@ -70,7 +70,8 @@ def _find(path: Path) -> tuple[Path, Path] | None:
 class _Reader:
     """Turns the tensors of one adapter into updates."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any], base: Checkpoint) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], base: Checkpoint, prefix: str | None) -> None:
+        self.prefix = prefix
         self.path = path
         self.base = base
         where = path.with_name(CONFIG)
@@ -112,9 +113,18 @@ class _Reader:
         first: SourceError | None = None
         experts = [module for module, parts in modules.items() if _experts(parts) is not None]
         for naming in (_stacked, *map(_separate, _PROJECTIONS)):
-            needed = [name for module, parts in modules.items() for name in naming(module, _experts(parts))]
+            by_name = {
+                name: parts for module, parts in modules.items() for name in naming(module, _experts(parts))
+            }
+
+            def fits(name: str, found: str, by_name: Mapping[str, Mapping[str, Array]] = by_name) -> bool:
+                a, b = by_name[name]["lora_a"], by_name[name]["lora_b"]
+                return b.ndim != 2 or fits_factors(self.base.shape(found), b.T, a.T)
+
             try:
-                return naming, match_names(dict.fromkeys(needed), self.base, self.path)
+                return naming, match_names(by_name, self.base, self.path, fits=fits, prefix=self.prefix)
+            except AmbiguousNames:
+                raise
             except SourceError as error:
                 first = first or error
                 if not experts:

@@ -206,3 +206,19 @@ def without_unit_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
 def transposed(update: LowRank, shape: tuple[int, ...]) -> LowRank:
     """The update of the transposed matrix, ``[in, out]``."""
     return LowRank(update.name, shape, np.ascontiguousarray(update.down.T), np.ascontiguousarray(update.up.T))
+
+
+def fits_shapes(shape: tuple[int, ...], up: tuple[int, ...], down: tuple[int, ...]) -> bool:
+    """Whether the product of factors of shapes ``up``, ``[out, r, ...]``, and ``down``, ``[r, in, ...]``, fits a weight.
+
+    The weight may be stored as ``[in, out]``. For choosing between weights: :func:`low_rank` checks more.
+    """
+    if len(up) < 2 or len(down) < 2 or not shape or not down[0]:
+        return True
+    columns = math.prod(down) // down[0]
+    return math.prod(shape) == up[0] * columns and shape[0] in (up[0], columns)
+
+
+def fits_factors(shape: tuple[int, ...], up: Array, down: Array) -> bool:
+    """As :func:`fits_shapes`, of the factors themselves."""
+    return fits_shapes(shape, up.shape, down.shape)

@@ -25,7 +25,7 @@ from shira_format.lora.files import PICKLES, SAFETENSORS, is_number, is_rank, op
 from shira_format.lora.keys import by_pattern, group_keys
 from shira_format.lora.peft import CONFIG
 from shira_format.lora.peft import WEIGHTS as PEFT_WEIGHTS
-from shira_format.lora.products import low_rank
+from shira_format.lora.products import fits_factors, low_rank
 from shira_format.lora.rope import Attention, attention_of, deinterleave_heads
 from shira_format.names.prefixes import match_names
 
@@ -58,13 +58,13 @@ class Torchtune:
             return False
         return any(map(_is_torchtune, _candidates(path)))
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _candidates(path)
         if len(found) > 1:
             raise SourceError(f"{path}: several adapters ({', '.join(file.name for file in found)}); name one")
         if not found:
             raise SourceError(f"{path}: no LoRA of torchtune: need adapter_model.pt or a file like it")
-        return _Reader(found[0], base).read()
+        return _Reader(found[0], base, prefix).read()
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -86,8 +86,9 @@ def _is_torchtune(path: Path) -> bool:
 class _Reader:
     """Turns the tensors of one adapter into updates."""
 
-    def __init__(self, path: Path, base: Checkpoint) -> None:
+    def __init__(self, path: Path, base: Checkpoint, prefix: str | None) -> None:
         self.path = path
+        self.prefix = prefix
         self.base = base
         self.config = path.with_name(CONFIG)
         self.rank, self.alpha = _parameters(path, self.config)
@@ -95,7 +96,12 @@ class _Reader:
     def read(self) -> Lora:
         modules = self._modules(read_tensors(self.path)[0])
         targets = {module: f"{self._target(module)}.weight" for module in modules}
-        rename = match_names(dict.fromkeys(targets.values()), self.base, self.path)
+        by_name = {target: modules[module] for module, target in targets.items()}
+
+        def fits(name: str, found: str) -> bool:
+            return fits_factors(self.base.shape(found), by_name[name]["lora_b"], by_name[name]["lora_a"])
+
+        rename = match_names(by_name, self.base, self.path, fits=fits, prefix=self.prefix)
         return Lora(
             updates=[self._update(module, parts, rename(targets[module])) for module, parts in modules.items()],
             source={"kind": "lora", "dialect": "torchtune", "r": self.rank, "lora_alpha": self.alpha}

@@ -24,7 +24,7 @@ from shira_format.lora.products import low_rank
 from shira_format.lora.row_stack import stack_rows
 from shira_format.names.components import component_names
 from shira_format.names.flux import flux_parts, is_diffusers_flux
-from shira_format.names.prefixes import match_names
+from shira_format.names.prefixes import match_names, prefix_of
 from shira_format.names.row_blocks import RowBlock
 
 _KEY = re.compile(
@@ -66,11 +66,11 @@ class Xlabs:
         except SourceError:  # of another kind than tensors
             return False
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         file = _find(path)
         if file is None:
             raise SourceError(f"{path}: no LoRA of XLabs: need one {SAFETENSORS} file")
-        return _Reader(file, base).read()
+        return _Reader(file, base, prefix).read()
 
 
 def _find(path: Path) -> Path | None:
@@ -91,8 +91,9 @@ def _parse(key: str) -> tuple[str, str] | None:
 class _Reader:
     """Turns the tensors of one file into updates."""
 
-    def __init__(self, path: Path, base: Checkpoint) -> None:
+    def __init__(self, path: Path, base: Checkpoint, prefix: str | None) -> None:
         self.path = path
+        self.prefix = prefix
         self.base = base
         self.notices: list[str] = []
 
@@ -130,7 +131,9 @@ class _Reader:
             prefix, names = component_names(self.base, "transformer", self.path, alone=True)
         if is_diffusers_flux(names):
             return self._in_diffusers(prefix, names)
-        rename = match_names([f"{module}.weight" for module in modules], names, self.path)
+        rename = match_names(
+            [f"{module}.weight" for module in modules], names, self.path, prefix=prefix_of(self.prefix, prefix)
+        )
         self.notices += rename.notices("the LoRA")
         return lambda module, layer: [self._in_original(module, layer, lambda name: prefix + rename(name))]
 

@@ -479,8 +479,9 @@ def test_ambiguous_prefixes(tmp_path: Path) -> None:
     base = {f"{side}.fc.weight": torch.ones(4, 3) for side in ("text_model", "vision_model")}
     reason = lone(tmp_path, pair("lora_te_fc", down=(3,)), base)
     assert reason == (
-        "text_encoder: 'fc' and the others could be of two parts of the base: the prefix 'text_model.' is added, "
-        "or the prefix 'vision_model.' is added"
+        "text_encoder: 'fc' and the others fit the base in several ways: the prefix 'text_model.' is added "
+        "('text_model.fc'), or the prefix 'vision_model.' is added ('vision_model.fc'); choose with --prefix text_model. or "
+        "--prefix vision_model."
     )
 
 

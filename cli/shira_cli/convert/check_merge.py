@@ -29,6 +29,8 @@ example:
 @click.option("--layers-only", is_flag=True, help="Do not compare the tensors that the LoRA does not change.")
 @options.filters("Check")
 @options.dialect_option
+@options.base_prefix_option
+@click.option("--merged-prefix", metavar="TEXT", help="What the names of the merged checkpoint start with, if several parts of it could be the base.")  # fmt: skip
 @options.threads_option
 @options.printing
 def command(
@@ -40,6 +42,8 @@ def command(
     include: Sequence[str],
     exclude: Sequence[str],
     dialect: str | None,
+    prefix: str | None,
+    merged_prefix: str | None,
     threads: int | None,
     printer: Printer,
 ) -> int:
@@ -67,8 +71,8 @@ def command(
         raise click.UsageError(f"--dialect {dialect!r} is not one of {', '.join(DIALECTS)}")
     with printer.bar("entries", scale=True) as bar:
         report = check_merge(
-            merged, base, lora=lora, strength=strength, layers_only=layers_only, dialect=dialect, include=include,
-            exclude=exclude, threads=threads, progress=bar.update, on_start=bar.reset,
+            merged, base, lora=lora, strength=strength, layers_only=layers_only, dialect=dialect, prefix=prefix,
+            merged_prefix=merged_prefix, include=include, exclude=exclude, threads=threads, progress=bar.update, on_start=bar.reset,
         )  # fmt: skip
     printer.notes(report.notices)
     code = EXIT_CODES[report.answer]

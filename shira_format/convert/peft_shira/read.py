@@ -28,7 +28,7 @@ from shira_format.lora.files import checked, open_tensors
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
-from shira_format.tensors import DenseTensor, SparseTensor
+from shira_format.tensors import DenseTensor, SparseTensor, numel
 
 _LARGEST = 1e150  # of float64; the sums of squares in the report must stay numbers
 
@@ -44,6 +44,7 @@ def peft_to_shira(
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    prefix: str | None = None,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -61,6 +62,7 @@ def peft_to_shira(
         self_contained: store the base's values too.
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
+        prefix: what the base's names of the adapted weights start with, if several are possible.
         progress: called with 1 after each adapted layer.
         on_start: called once with the number of adapted layers.
 
@@ -73,7 +75,7 @@ def peft_to_shira(
     weights, config_path = find(resolve_path(folder))
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
-    source = _Reader(weights, config_path, kind, config, checkpoint).read(name_filter(include, exclude))
+    source = _Reader(weights, config_path, kind, config, checkpoint, prefix).read(name_filter(include, exclude))
     job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
     if path is not None:
@@ -175,12 +177,15 @@ class _Reader:
     kind: Kind
     config: Mapping[str, Any]
     base: Checkpoint
+    prefix: str | None
 
     def read(self, chosen: Callable[[str], bool]) -> Lora:
         tensors = open_tensors(self.path)
         keys = sort_keys(tensors, self.kind, self.path)
         needed = {f"{module}.weight": module for module in keys.values}
-        rename = match_names(needed, self.base, self.path)
+        rename = match_names(
+            needed, self.base, self.path, prefix=self.prefix, fits=self._fits(needed, keys, tensors)
+        )
         rank = self.config["r"] if self.kind is SHIRA else None
         layers = []
         for weight, module in needed.items():
@@ -204,6 +209,22 @@ class _Reader:
             files=[self.path, self.config_path],
             notices=rename.notices("the adapter") + self._notices(keys),
         )
+
+    def _fits(self, needed: Mapping[str, str], keys: ShiraKeys, tensors: Checkpoint) -> Callable[[str, str], bool]:
+        """Whether a tensor of the base has room for a layer's largest index."""
+
+        def fits(name: str, found: str) -> bool:
+            shape, indices = self.base.shape(found), tensors[keys.indices[needed[name]]]
+            if self.kind is not SHIRA:
+                return not indices.size or int(indices.max()) < numel(shape)
+            if len(shape) != 2 or indices.ndim != 2 or len(indices) != 2:
+                return False
+            is_inside = all(
+                not line.size or int(line.max()) < size for line, size in zip(indices, shape, strict=True)
+            )
+            return is_inside and indices.shape[1] == self.config["r"] * sum(shape)
+
+        return fits
 
     def _notices(self, keys: ShiraKeys) -> list[str]:
         if not keys.own_base:

@@ -17,6 +17,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft import PREFIX
 from shira_format.lora.peft.config import Config
+from shira_format.lora.products import fits_factors
 from shira_format.names.prefixes import match_names
 
 _PART = re.compile(
@@ -173,8 +174,10 @@ class BaseNames:
         rename: the change of one prefix from these names to the base's.
     """
 
-    def __init__(self, base: Checkpoint, keys: Keys, targets: list[str], where: object) -> None:
-        """Raises SourceError if an adapted layer is not in the base."""
+    def __init__(
+        self, base: Checkpoint, keys: Keys, targets: list[str], where: object, prefix: str | None = None
+    ) -> None:
+        """Raises SourceError if an adapted layer is not in the base, or could be one of several; ``prefix`` chooses."""
         self.base = base
         self._fused = {name: parts for name, parts in _fused(base).items() if name not in base}
         self._known = {name.replace(*_RENAMED): name for name in base} | {
@@ -185,7 +188,14 @@ class BaseNames:
             module: [f"{module}.weight"] for module in keys.tokens
         }
         needed = dict.fromkeys(name for names in self._wanted.values() for name in names)
-        self.rename = match_names(needed.keys(), self._known, where)
+        modules = {layer.module: layer for layer in keys.layers}
+
+        def fits(name: str, found: str) -> bool:
+            if (layer := modules.get(name.removesuffix(".weight"))) is None or found in self._fused:
+                return True
+            return fits_factors(base.shape(self._known[found]), *reversed(layer.pair(where)))
+
+        self.rename = match_names(needed.keys(), self._known, where, fits=fits, prefix=prefix)
 
     def parameters(self, layer: PeftLayer) -> list[str]:
         """The names of the weights that the layer may change: several only if it wraps parameters of one module."""

@@ -32,11 +32,11 @@ class Peft:
     def recognises(self, path: Path) -> bool:
         return _find(path) is not None
 
-    def read(self, path: Path, base: Checkpoint) -> Lora:
+    def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
         if found is None:
             raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
-        return read(*found, base)
+        return read(*found, base, prefix)
 
 
 def _find(path: Path) -> tuple[Path, Path] | None:
@@ -45,7 +45,7 @@ def _find(path: Path) -> tuple[Path, Path] | None:
     return find_peft_files(path)
 
 
-def read(weights: Path, config_path: Path, base: Checkpoint) -> Lora:
+def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
     """The LoRA in a pair of files; see :func:`shira_format.lora.open_lora`."""
     config = read_config(config_path)
     keys = sort_keys(read_tensors(weights)[0], config, weights)
@@ -53,7 +53,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint) -> Lora:
     if config.replication:
         base = rearranged(base, replicated.copies, replicated.removed)
     keys.layers = drop_tied_head(keys.layers, base, config, weights)
-    names = BaseNames(base, keys, config.parameters, weights)
+    names = BaseNames(base, keys, config.parameters, weights, prefix)
     adapted = {name for layer in keys.layers for name in names.parameters(layer)}
     replacements = DenseReplacements(
         keys.plain, adapted, {f"{module}.weight" for module in keys.tokens}, names, config, weights

@@ -53,6 +53,8 @@ def check_merge(
     strength: float | None = None,
     layers_only: bool = False,
     dialect: str | None = None,
+    prefix: str | None = None,
+    merged_prefix: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     threads: int | None = None,
@@ -69,6 +71,8 @@ def check_merge(
         strength: the expected strength of the merge (default: 1; of an adapter file, its alpha).
         layers_only: do not compare the tensors that the adapter does not change.
         dialect: of the LoRA (default: detected from its keys).
+        prefix: of the base's names, if the LoRA could be for several parts of the base.
+        merged_prefix: of the names in ``merged``, if several parts of it could be the base.
         include: regexes; a tensor is checked only if one of them is found in its name.
         exclude: regexes; a tensor is not checked if one of them is found in its name.
         threads: all cores by default, but at most 16.
@@ -84,9 +88,17 @@ def check_merge(
     if update is None or (adapter is not None and lora is not None):
         raise SourceError("name what should have been merged: either adapter or lora")
     before, after = open_checkpoint(base), open_checkpoint(merged)
-    source = open_source(update, before, dialect=dialect)
+    source = open_source(update, before, dialect=dialect, prefix=prefix)
     chosen = name_filter(include, exclude)
-    check = MergeCheck(before, source, after, strength=strength, chosen=chosen, others=not layers_only)
+    check = MergeCheck(
+        before,
+        source,
+        after,
+        strength=strength,
+        chosen=chosen,
+        others=not layers_only,
+        merged_prefix=merged_prefix,
+    )
     on_start(check.size)
     return check.run(threads, progress)
 
@@ -103,6 +115,7 @@ class MergeCheck:
         strength: float | None = None,
         chosen: Callable[[str], bool] = lambda _: True,
         others: bool = True,
+        merged_prefix: str | None = None,
     ) -> None:
         """Find the tensors of both checkpoints that belong together.
 
@@ -112,6 +125,7 @@ class MergeCheck:
             merged: the checkpoint after.
             strength: the expected strength; by default what ``source`` is meant for, usually 1.
             chosen: whether a tensor is checked, given its name in the base.
+            merged_prefix: the prefix of the names in ``merged``, if several parts of it could be the base.
             others: whether to compare the tensors that ``source`` does not change.
 
         Raises:
@@ -126,7 +140,7 @@ class MergeCheck:
         if not self.changes and not self.whole:
             raise SourceError("no adapted tensor is left by the choice of names")
         adapted = [*(change.update.name for change in source.changes), *source.whole]
-        self.names: MergedNames = renamed(adapted, base, merged)
+        self.names: MergedNames = renamed(adapted, base, merged, merged_prefix)
         self._adapted = set(adapted)
         left_alone = [
             name for name in base if name not in self._adapted and chosen(name) and name not in source.removed

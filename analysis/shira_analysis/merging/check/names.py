@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.names.prefixes import leading_parts, renamings
+from shira_format.names.prefixes import AmbiguousNames, Renaming, leading_parts, renamings
 
 _WRAPPED = re.compile(
     r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)|\.(base_layer|modules_to_save)\."
@@ -37,34 +37,68 @@ class MergedNames:
         return self.names.get(name)
 
 
-def renamed(adapted: Collection[str], base: Checkpoint, merged: Checkpoint) -> MergedNames:
+def renamed(
+    adapted: Collection[str], base: Checkpoint, merged: Checkpoint, prefix: str | None = None
+) -> MergedNames:
     """Find the names in ``merged`` by the mapping that matches most adapted tensors, then most tensors.
 
+    If several find equally many, shapes decide, or ``prefix``, with which all names that are looked at start.
+
     Raises:
-        SourceError: no mapping matches any.
+        SourceError: no mapping matches any, or several do.
     """
     added = [name for name in merged if _ADDED.search(name)]
     wrapped = added[0] if added else next((name for name in merged if _WRAPPED.search(name)), None)
     plain = {name: _unwrapped(name) for name in merged if not _ADDED.search(name)}
     known = {*base, *adapted}
-    best: tuple[tuple[int, int], dict[str, str], str] | None = None
+    ways: dict[tuple[tuple[str, str], ...], _Way] = {}
     for rename in renamings(_prefixes(plain.values()), _prefixes(known)):
         found: dict[str, str] = {}
         for name, inner in plain.items():
             # A known name stays as it is, such as that of a head without the prefix of the body.
             found.setdefault(inner if inner in known else rename(inner), name)
+        if prefix is not None:
+            found = {name: theirs for name, theirs in found.items() if theirs.startswith(prefix)}
         hits = sum(name in found for name in adapted), sum(name in found for name in base)
-        if any(hits) and (best is None or hits > best[0]):
-            best = hits, found, rename.words
-    if best is None:
+        if any(hits):
+            # Mappings that find the same tensors are one.
+            ways.setdefault(tuple((n, found[n]) for n in known if n in found), _Way(hits, found, rename))
+    if not ways:
         if wrapped is not None and not plain:
             return MergedNames({}, wrapped, True, [])
         raise SourceError(
             f"{merged.path}: no tensor of the base is in it: the base has names like "
             f"{next(iter(base), None)!r}, it has names like {next(iter(merged), None)!r}"
         )
-    notices = [f"names of the merged checkpoint are not those of the base: {best[2]}"] if best[2] else []
-    return MergedNames(best[1], wrapped, False, notices)
+    most = max(way.hits for way in ways.values())
+    best = [way for way in ways.values() if way.hits == most]
+    if not best[0].rename.words:  # no prefix changes: certain
+        best = best[:1]
+    if len(best) > 1:
+        best = [
+            way for way in best if all(_fits(n, base, found, merged) for n, found in way.found.items())
+        ] or best
+    if len(best) > 1:
+        others = ", or ".join(way.rename.words for way in best[:4])
+        raise AmbiguousNames(
+            f"{merged.path}: its names fit the base in several ways: {others}; choose with --merged-prefix, what the names "
+            "in it start with"
+        )
+    (way,) = best
+    return MergedNames(way.found, wrapped, False, way.rename.notices("the merged checkpoint"))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How many adapted tensors and tensors of the base a renaming finds, and their names in the merged checkpoint."""
+
+    hits: tuple[int, int]
+    found: dict[str, str]
+    rename: Renaming
+
+
+def _fits(name: str, base: Checkpoint, found: str, merged: Checkpoint) -> bool:
+    return name not in base or base.shape(name) == merged.shape(found)
 
 
 def _unwrapped(name: str) -> str:

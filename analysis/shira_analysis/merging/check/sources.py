@@ -132,8 +132,12 @@ class Source:
     notices: list[str] = field(default_factory=list)
 
 
-def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None) -> Source:
+def open_source(
+    path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None, prefix: str | None = None
+) -> Source:
     """Open a LoRA of any dialect, or an adapter file.
+
+    ``prefix``: what the base's names of the adapted weights start with, if several are possible.
 
     Raises:
         SourceError: neither, or it does not fit the base.
@@ -142,7 +146,7 @@ def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str 
     """
     if dialect is None and _is_adapter(path):
         return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base)
-    lora = open_lora(path, base, dialect=dialect)
+    lora = open_lora(path, base, dialect=dialect, prefix=prefix)
     changes = [
         ExpectedChange("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates
     ]
