@@ -64,11 +64,22 @@ def read_weight_map(path: Path) -> dict[str, str]:
             raise SourceError(f"{path}: weight_map has {file!r} for {name!r}, which is not a file name")
         if not (path.parent / file).is_file():
             raise SourceError(f"{path}: the shard {file} is missing")
-    listed = set(weight_map.values())
-    for file in listed:
-        if unlisted := [other for other in _siblings(file) if other not in listed]:
-            raise SourceError(f"{path}: the index lists {file}, but no tensor of {some(unlisted)}")
     return weight_map
+
+
+def listed_files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """The shards of the index at ``path``, in its order; those that it does not list, by their names, are among them.
+
+    Raises:
+        SourceError: a shard that it does not list is missing.
+    """
+    names = dict.fromkeys(weight_map.values())
+    for file in tuple(names):
+        siblings = _siblings(file)
+        if missing := [name for name in siblings if name not in names and not path.with_name(name).is_file()]:
+            raise SourceError(f"{path}: {file} is one of {len(siblings)} shards; missing: {some(missing)}")
+        names |= dict.fromkeys(siblings)
+    return [path.with_name(name) for name in names]
 
 
 def shards_of(path: Path) -> Path | list[Path]:
@@ -84,7 +95,8 @@ def shards_of(path: Path) -> Path | list[Path]:
         return [path]
     for index in _indexes(match):
         if path.with_name(index).is_file():
-            if path.name not in read_weight_map(path.with_name(index)).values():
+            listed = listed_files(path.with_name(index), read_weight_map(path.with_name(index)))
+            if path not in listed:
                 raise SourceError(f"{path}: the index {index} beside it does not list it")
             return path.with_name(index)
     siblings = _siblings(path.name)

@@ -13,6 +13,7 @@ from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.index import (
     check_weight_map,
     find,
+    listed_files,
     merged_weight_map,
     read_weight_map,
     shards_of,
@@ -78,9 +79,7 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint | None:
         return checkpoint
     if is_index(path.name, _FILE):
         weight_map = read_weight_map(path)
-        return SafetensorsCheckpoint(
-            path, [path.parent / file for file in dict.fromkeys(weight_map.values())], weight_map
-        )
+        return SafetensorsCheckpoint(path, listed_files(path, weight_map), weight_map)
     if not path.name.endswith(_FILE):
         return None
     files = shards_of(path)

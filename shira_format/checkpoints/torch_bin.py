@@ -13,6 +13,7 @@ from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.checkpoints.index import (
     check_weight_map,
     find,
+    listed_files,
     merged_weight_map,
     read_weight_map,
     shards_of,
@@ -135,9 +136,7 @@ def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
         return checkpoint
     if path.name.endswith(_INDEX):
         weight_map = read_weight_map(path)
-        return TorchBinCheckpoint(
-            path, [path.parent / file for file in dict.fromkeys(weight_map.values())], weight_map
-        )
+        return TorchBinCheckpoint(path, listed_files(path, weight_map), weight_map)
     if not path.name.endswith(_FILES):
         return None
     files = shards_of(path)

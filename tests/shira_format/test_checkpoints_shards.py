@@ -54,7 +54,9 @@ def test_an_index_that_leaves_tensors_out(stem: str, ending: str, tmp_path: Path
         refused(named, str(path), first.name, "'c'")
     path = index(tmp_path, stem, ending, dict.fromkeys("abc", first.name))
     for named in (path, tmp_path, first, second):
-        refused(named, str(path), first.name, f"no tensor of {second.name}")
+        refused(named, str(path), f"all tensors of {second.name}: 'd', 'e', 'f'")
+    second.unlink()
+    refused(path, str(path), first.name, f"missing: {second.name}")
 
 
 def test_a_shard_that_the_index_beside_it_does_not_list(tmp_path: Path) -> None:
