@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from shira_format.checkpoints.index import is_file_name
 from shira_format.checkpoints.pickles import MAX_PICKLE, PickleError, Record, load, ordered_dict, record
 from shira_format.checkpoints.torch_file import TORCH_DTYPES
 from shira_format.errors import SourceError
-from shira_format.storage.weight_files import is_file_name
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
 
 NAME = ".metadata"

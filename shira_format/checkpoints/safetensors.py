@@ -10,8 +10,17 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints.base import IndexedCheckpoint
+from shira_format.checkpoints.index import (
+    check_weight_map,
+    find,
+    listed_files,
+    merged_weight_map,
+    read_weight_map,
+    shards_of,
+    unread,
+)
 from shira_format.storage.safetensors_file import SafetensorsFile
-from shira_format.storage.weight_files import check_weight_map, find, is_index, read_weight_map
+from shira_format.storage.weight_files import is_index
 
 _INDEX = ".safetensors.index.json"
 _FILE = ".safetensors"
@@ -29,7 +38,7 @@ class SafetensorsCheckpoint(IndexedCheckpoint[SafetensorsFile]):
         opened = {file.name: SafetensorsFile(file) for file in files}
         self._opened = opened
         if weight_map is None:
-            weight_map = {name: file for file, streams in opened.items() for name in streams}
+            weight_map = merged_weight_map(path, opened)
         check_weight_map(path, weight_map, opened)
         self._where = {name: opened[file] for name, file in weight_map.items()}
 
@@ -64,10 +73,14 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint | None:
     """Open ``path`` if it is, or holds, a safetensors checkpoint."""
     if path.is_dir():
         found = find(path, _USUAL, _INDEX, (_FILE,))
-        return None if found is None else open_safetensors(found)
-    if is_index(path.name, _FILE):
+        checkpoint = None if found is None else open_safetensors(found)
+        if checkpoint is not None:
+            checkpoint.notices = unread(path, checkpoint.files, (_FILE,))
+        return checkpoint
+    if path.suffix == ".json" and is_index(path.name, _FILE):
         weight_map = read_weight_map(path)
-        return SafetensorsCheckpoint(
-            path, [path.parent / file for file in dict.fromkeys(weight_map.values())], weight_map
-        )
-    return SafetensorsCheckpoint(path, [path]) if path.name.endswith(_FILE) else None
+        return SafetensorsCheckpoint(path, listed_files(path, weight_map), weight_map)
+    if not path.name.endswith(_FILE):
+        return None
+    files = shards_of(path)
+    return SafetensorsCheckpoint(path, files) if isinstance(files, list) else open_safetensors(files)

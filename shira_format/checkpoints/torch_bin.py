@@ -10,11 +10,19 @@ import numpy as np
 
 from shira_format._core.arrays import Array, read_only
 from shira_format.checkpoints.base import IndexedCheckpoint
+from shira_format.checkpoints.index import (
+    check_weight_map,
+    find,
+    listed_files,
+    merged_weight_map,
+    read_weight_map,
+    shards_of,
+    unread,
+)
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
 from shira_format.storage.paths import open_storage
-from shira_format.storage.weight_files import check_weight_map, find, read_weight_map
 from shira_format.tensors import numel
 
 _INDEX = ".bin.index.json"
@@ -33,9 +41,10 @@ class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
         self.path = path
         self.files = files
         opened = {file.name: _File(file) for file in files}
+        names = {file: found.tensors for file, found in opened.items()}
         if weight_map is None:
-            weight_map = {name: file for file, found in opened.items() for name in found.tensors}
-        check_weight_map(path, weight_map, {file: found.tensors for file, found in opened.items()})
+            weight_map = merged_weight_map(path, names)
+        check_weight_map(path, weight_map, names)
         self._where = {name: opened[file] for name, file in weight_map.items()}
         self.notices = tuple(found.notice for found in opened.values() if found.notice)
 
@@ -121,13 +130,17 @@ def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
         if (path / ".metadata").is_file():
             return None
         found = find(path, _USUAL, _INDEX, _FILES, _IGNORED)
-        return None if found is None else open_torch_bin(found)
+        checkpoint = None if found is None else open_torch_bin(found)
+        if checkpoint is not None:
+            checkpoint.notices += unread(path, checkpoint.files, _FILES, _IGNORED)
+        return checkpoint
     if path.name.endswith(_INDEX):
         weight_map = read_weight_map(path)
-        return TorchBinCheckpoint(
-            path, [path.parent / file for file in dict.fromkeys(weight_map.values())], weight_map
-        )
-    return TorchBinCheckpoint(path, [path]) if path.name.endswith(_FILES) else None
+        return TorchBinCheckpoint(path, listed_files(path, weight_map), weight_map)
+    if not path.name.endswith(_FILES):
+        return None
+    files = shards_of(path)
+    return TorchBinCheckpoint(path, files) if isinstance(files, list) else open_torch_bin(files)
 
 
 def _safetensors_name(file: str) -> str:

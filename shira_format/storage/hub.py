@@ -27,6 +27,7 @@ _LOCATION = re.compile(
 )
 # Files of a model other than weights: configs, vocabularies, templates.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=(?:\.[\w-]+)?\.\w+$)")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 # Reads a file of the repository, downloaded if necessary.
@@ -153,7 +154,7 @@ def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
         return [name for name in here if name == ".metadata" or name.endswith(".distcp")]
     for ending in (".safetensors.index.json", ".safetensors", "adapter_model.bin", ".gguf"):
         found = [name for name in here if name.endswith(ending)]
-        heads = {re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", name) for name in found}
+        heads = {_SHARD.sub("", name) for name in found}
         if len(heads) > 1:
             first, second = sorted(heads)[:2]
             raise SourceError(f"{text}: several checkpoints ({first}, {second}, ...); name one")
@@ -164,9 +165,9 @@ def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
 
 def _shards(name: str, here: list[str], folder: str, peek: Peek) -> list[str]:
     """The other files that ``name`` needs, if the folder has them: missing ones are reported when it is opened."""
-    if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name):
-        stem, count = split.groups()
-        parts = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-{count}\.gguf")
+    if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})((?:\.[\w-]+)?\.(?:gguf|safetensors|bin))", name):
+        stem, count, ending = split.groups()
+        parts = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-{count}{re.escape(ending)}")
         return [other for other in here if parts.fullmatch(other) and other != name]
     if not is_index(name):
         return []

@@ -78,9 +78,12 @@ def test_the_usual_file_wins_over_others(tmp_path: Path) -> None:
     assert [tmp_path / "m-1.safetensors"] == open_checkpoint(tmp_path).files
 
 
-def test_tensors_that_the_index_leaves_out_are_not_there(tmp_path: Path) -> None:
+def test_an_index_lists_all_tensors_of_its_shards(tmp_path: Path) -> None:
     save_file({"a": np.zeros(2), "b": np.zeros(2)}, tmp_path / "m.safetensors")
-    assert ["b"] == list(open_checkpoint(index(tmp_path, {"b": "m.safetensors"})))
+    path = index(tmp_path, {"b": "m.safetensors"})
+    with pytest.raises(SourceError, match="the index does not list all tensors of m.safetensors: 'a'") as caught:
+        open_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize(
