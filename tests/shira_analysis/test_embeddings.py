@@ -90,5 +90,5 @@ def test_each_row_counts_the_same_whatever_its_length() -> None:
     ],
 )
 def test_what_has_no_cosine_is_refused(a: np.ndarray, b: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"pairs of rows|direction"):
+    with pytest.raises(ValueError, match=r"row by row|cosine is undefined"):
         mean_cosine(a, b)

@@ -1,4 +1,4 @@
-"""What one adapter is, in numbers: for each tensor, each kind of layer, and the whole."""
+"""Measures of one adapter: per tensor, per kind of layer, and in total."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TensorMeasures:
-    """One tensor.
+    """Measures of one tensor.
 
     Attributes:
-        name: of the weight.
-        kind: of its layer; see :data:`shira_analysis.measures.layer_kinds.KINDS`.
-        shape: of the weight.
-        dtype: of the weight, by its safetensors name.
-        mask: where its entries are.
-        norms: how large the deltas are; None for a mask.
-        rank: of the deltas; None for a mask, or if it was not asked for.
+        name: the weight's name.
+        kind: the kind of its layer; see :data:`shira_analysis.measures.layer_kinds.KINDS`.
+        shape: the weight's shape.
+        dtype: the weight's dtype, by its safetensors name.
+        mask: the positions of its entries.
+        norms: the size of the deltas; None for a mask.
+        rank: the rank of the deltas; None for a mask or if not requested.
     """
 
     name: str
@@ -45,7 +45,7 @@ class TensorMeasures:
     rank: RankReport | None
 
     def as_json(self, *, values: bool = False) -> dict[str, Any]:
-        """Plain values; ``values`` for the singular values too."""
+        """Plain JSON values; ``values`` includes the singular values."""
         parts = _parts_json(self.mask, self.norms, None)
         if self.rank is not None:
             parts["rank"] = self.rank.as_json(values=values)
@@ -60,19 +60,19 @@ class TensorMeasures:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of several tensors together: sums, and means over the tensors.
+    """Ranks over several tensors: sums and means.
 
     Attributes:
-        tensors: how many there are.
+        tensors: number of tensors.
         full: sum of the highest ranks that their shapes allow.
-        proven: how many have a proven exact rank.
+        proven: number of tensors with a proven exact rank.
         lower: sum of the lower bounds of exact ranks.
         upper: sum of the upper bounds.
         numerical: sum of the numerical ranks at float64's epsilon.
         stable: mean stable rank.
         effective: mean effective rank.
 
-        The last three are over the tensors whose singular values were computed, and None if there are none.
+        The last three cover the tensors whose singular values were computed; None if there are none.
     """
 
     tensors: int
@@ -85,7 +85,7 @@ class Ranks:
     effective: float | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain JSON values."""
         return attributes(
             self, "tensors", "full_rank=full", "proven", "rank_at_least=lower", "rank_at_most=upper",
             "numerical_rank=numerical", "mean_stable_rank=stable", "mean_effective_rank=effective",
@@ -94,7 +94,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class GroupMeasures:
-    """Several tensors together; norms and ranks are those of the tensors that are no masks, and None if there are none."""
+    """Measures of several tensors; norms and ranks exclude masks, and are None if there are only masks."""
 
     tensors: int
     mask: Mask
@@ -102,21 +102,21 @@ class GroupMeasures:
     ranks: Ranks | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain JSON values."""
         return {"tensors": self.tensors, **_parts_json(self.mask, self.norms, self.ranks)}
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterMeasures:
-    """One adapter.
+    """Measures of one adapter.
 
     Attributes:
         path: the file.
-        tensors: the chosen sparse tensors, in the order of the file.
-        kinds: by kind of layer, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
-        total: all of them.
-        whole: names of the chosen whole tensors, which are in no measure.
-        whole_numel: elements of these.
+        tensors: the selected sparse tensors, in file order.
+        kinds: totals per kind of layer, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
+        total: totals over all tensors.
+        whole: names of the selected whole tensors, which are not measured.
+        whole_numel: their number of elements.
     """
 
     path: Path
@@ -127,7 +127,7 @@ class AdapterMeasures:
     whole_numel: int
 
     def as_json(self, *, values: bool = False) -> dict[str, Any]:
-        """Plain values; ``values`` for the singular values of each tensor too."""
+        """Plain JSON values; ``values`` includes each tensor's singular values."""
         return {
             "file": str(self.path),
             "total": self.total.as_json(),
@@ -147,20 +147,20 @@ def measure(
     exclude: Sequence[str] = (),
     progress: Callable[[int], object] = lambda _: None,
 ) -> AdapterMeasures:
-    """Measure an adapter file; one tensor is in memory at a time.
+    """Measure an adapter file, holding one tensor in memory at a time.
 
     Args:
         adapter: a file, or one opened by :func:`open_deltas`.
-        base: the checkpoint that it was made for, a path or an open one; needed for target values unless the file is self-contained.
-        rank: ranks too, which take seconds for a large weight.
-        include: regexes; a tensor is measured only if one of them is found in its name.
-        exclude: regexes; a tensor is left out if one of them is found in its name.
+        base: the checkpoint it was made for, as a path or open; required for target values unless the file is self-contained.
+        rank: compute ranks as well, which takes seconds for a large weight.
+        include: regexes; only tensors whose name contains a match are measured.
+        exclude: regexes; tensors whose name contains a match are skipped.
         progress: called with 1 after each tensor.
 
     Raises:
         FormatError: not an adapter, or a damaged one.
-        SourceError: a delta is not finite; no tensor is chosen; a package is missing.
-        BaseRequired: target values, and no base values.
+        SourceError: a delta is not finite, no tensor is selected, or a package is missing.
+        BaseRequired: target values without base values.
         BaseMismatch: ``base`` is not the base of the adapter.
     """
     return measure_file(open_deltas(adapter, base, include=include, exclude=exclude), rank=rank, progress=progress)
@@ -169,7 +169,7 @@ def measure(
 def measure_file(
     file: DeltaFile, *, rank: bool = False, progress: Callable[[int], object] = lambda _: None
 ) -> AdapterMeasures:
-    """:func:`measure` of a file that is open already."""
+    """:func:`measure` for an open file."""
     tensors = []
     for name in file.names:
         tensor = file.tensor(name)
@@ -193,8 +193,8 @@ def measure_tensor(tensor: SparseTensor, *, rank: bool = False) -> TensorMeasure
     """Measure one tensor, which must have its base values if it holds targets.
 
     Raises:
-        SourceError: a delta is not finite; a package is missing.
-        BaseRequired: target values, and no base values.
+        SourceError: a delta is not finite, or a package is missing.
+        BaseRequired: target values without base values.
     """
     values = tensor.value_kind != "none"
     return TensorMeasures(
@@ -209,7 +209,7 @@ def measure_tensor(tensor: SparseTensor, *, rank: bool = False) -> TensorMeasure
 
 
 def combine(tensors: Iterable[TensorMeasures]) -> GroupMeasures:
-    """Several tensors together."""
+    """Combine the measures of several tensors."""
     tensors = list(tensors)
     norms = [tensor.norms for tensor in tensors if tensor.norms is not None]
     ranks = [tensor.rank for tensor in tensors if tensor.rank is not None]
@@ -222,8 +222,8 @@ def combine(tensors: Iterable[TensorMeasures]) -> GroupMeasures:
 
 
 def combine_ranks(reports: Sequence[RankReport]) -> Ranks:
-    """Ranks of several tensors together."""
-    # Without bounds, as of an update that exists only rounded, any rank is possible that the shape allows.
+    """Combine the ranks of several tensors."""
+    # An update that exists only rounded has no bounds: any rank that the shape allows is possible.
     bounds = [Bounds(0, report.full) if report.bounds is None else report.bounds for report in reports]
     spectra = [report.spectrum for report in reports if report.spectrum is not None]
     count = len(spectra)

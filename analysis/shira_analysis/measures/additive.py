@@ -1,4 +1,4 @@
-"""Measures of several weights together: dataclasses that add up field by field, and their values as JSON."""
+"""Dataclasses that add field by field, to combine the measures of several weights, and their JSON values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Additive:
-    """A dataclass whose ``+`` adds each field; a field that is None on either side is unknown of the sum, too."""
+    """A dataclass whose ``+`` adds each field; a field that is None (unknown) on either side is None in the sum."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(
@@ -16,11 +16,11 @@ class Additive:
         )
 
     def _add(self, _field: str, a: Any, b: Any) -> Any:
-        """The sum of one field; for subclasses to override."""
+        """The sum of one field; subclasses may override it."""
         return None if a is None or b is None else a + b
 
 
 def attributes(measure: object, *names: str) -> dict[str, Any]:
-    """Attributes by name, in this order; ``"key=name"`` gives the attribute ``name`` the key ``key``."""
+    """Attributes by name, in this order; ``"key=name"`` stores the attribute ``name`` under ``key``."""
     pairs = (name.rpartition("=") for name in names)
     return {key or name: getattr(measure, name) for key, _, name in pairs}

@@ -1,12 +1,12 @@
-"""The rank of a sparse matrix between two bounds that are proofs; where they meet it is certain.
+"""Proven lower and upper bounds of the rank of a sparse matrix; where they are equal, the rank is exact.
 
-*Upper bound*: the structural rank, the largest number of entries of which no two share a row or a column. No values in the same
-places can have a higher rank.
+*Upper bound*: the structural rank, the largest number of entries no two of which share a row or a column. No values at these
+positions can give a higher rank.
 
 *Lower bound*: the rank modulo a prime of a square matrix of that size, *folded* from the exact matrix A: every row and column
-that the matching uses keeps a place of its own, every other one is multiplied by a random number and added to one of these. That
-is L A R with two matrices L and R, whose rank is at most A's. Elimination is dense, so a wide matrix of 4096 rows takes 4096 x 4096
-numbers, however many columns it has.
+of the matching keeps its own position; every other one is multiplied by a random number and added to one of these. The result
+is L A R for some L and R, so its rank is at most A's. Elimination is dense: a matrix of 4096 rows takes 4096 x 4096 numbers,
+however many columns it has.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Bounds:
     """The exact rank is at least ``lower`` and at most ``upper``.
 
     Attributes:
-        lower: 0 if no elimination was done, because it would be too large.
+        lower: the lower bound; 0 if the matrix was too large for elimination.
         upper: the upper bound.
-        primes: the primes that were tried for ``lower``; none if none was needed.
+        primes: the primes tried for ``lower``; empty if none was needed.
     """
 
     lower: int
@@ -47,9 +47,9 @@ def bounds_of(matrix: Any, images: Callable[[int], Int64s], *, primes: int = len
     """Bounds of the rank of an exact matrix.
 
     Args:
-        matrix: a ``csr_array`` that shows where the exact matrix is not 0; its values are not looked at. No explicit zeros.
-        images: from a prime to the exact matrix modulo that prime: int64 ``[nnz]``, in the order of ``matrix.data``.
-        primes: how many primes are tried, at most, while the bounds do not meet.
+        matrix: a ``csr_array`` with the nonzero positions of the exact matrix, without explicit zeros; its values are ignored.
+        images: maps a prime to the exact matrix modulo that prime: int64 ``[nnz]``, in the order of ``matrix.data``.
+        primes: how many primes to try, at most, until the bounds are equal.
 
     Raises:
         SourceError: scipy or python-flint is missing.
@@ -75,7 +75,7 @@ def bounds_of(matrix: Any, images: Callable[[int], Int64s], *, primes: int = len
         values = images(prime) * row_factor[row] % prime * column_factor[column] % prime
         places, where = np.unique(row_place[row] * upper + column_place[column], return_inverse=True)
         sums = np.zeros(places.size, np.int64)
-        np.add.at(sums, where, values)  # each below 2^31, so that there is room for 2^32 of them
+        np.add.at(sums, where, values)  # each below 2^31, so 2^32 of them fit
         lower = max(lower, rank_modulo(places // upper, places % upper, sums % prime, upper, prime))
         if lower == upper:
             break
@@ -83,7 +83,7 @@ def bounds_of(matrix: Any, images: Callable[[int], Int64s], *, primes: int = len
 
 
 def _fold(count: int, own: Int64s, random: np.random.Generator, prime: int) -> tuple[Int64s, Int64s]:
-    """A place for each of ``count`` rows or columns, and a factor: those in ``own`` have their own place and factor 1."""
+    """A position and a factor for each of ``count`` rows or columns; those in ``own`` keep a position of their own, with factor 1."""
     place = random.integers(0, own.size, count)
     factor = random.integers(1, prime, count)
     place[own] = np.arange(own.size)
@@ -92,7 +92,7 @@ def _fold(count: int, own: Int64s, random: np.random.Generator, prime: int) -> t
 
 
 def of_product(left: Bounds, right: Bounds, inner: int) -> Bounds:
-    """Bounds of the rank of a product of two matrices that have ``inner`` columns and rows in common (Sylvester's inequality)."""
+    """Bounds of the rank of ``left @ right`` with inner dimension ``inner`` (Sylvester's inequality)."""
     return Bounds(
         max(0, left.lower + right.lower - inner),
         min(left.upper, right.upper),

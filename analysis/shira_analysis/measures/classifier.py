@@ -1,4 +1,4 @@
-"""Running a text classifier of transformers over texts, to see what an adapter does to its outputs."""
+"""Runs a transformers text classifier over texts, to measure what an adapter does to its logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shira_analysis.measures.model_outputs import rows_of
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts with their classes, from a file with one ``{"text": ..., "label": ...}`` a line."""
+    """Labelled texts, from a file with one ``{"text": ..., "label": ...}`` per line."""
 
     texts: list[str]
     labels: npt.NDArray[np.int64]

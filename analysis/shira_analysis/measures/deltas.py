@@ -1,11 +1,11 @@
-"""What adapters add to their base, as numbers and as matrices in float64: the ground of all measures.
+"""The deltas of adapters, as float64 values and sparse matrices: the input of all measures.
 
-A *delta* here is target - base, computed in float64 and rounded there at most once (for 16-bit and 8-bit weights of like
-magnitude it is exact), not the float32 difference that :meth:`SparseTensor.delta` scales by a strength. Deltas that a file
-holds as such are widened exactly. The *matrix* of a tensor is its matrix view (spec, section 1): ``[shape[0], product of the
-other dimensions]``. A patch's further rows, and those that it drops, are no entries and in no matrix.
+A *delta* here is target - base, computed in float64 with at most one rounding (exact for 16-bit and 8-bit weights of similar
+magnitude), not the float32 difference that :meth:`SparseTensor.delta` scales by a strength. Stored deltas are widened exactly.
+The *matrix* of a tensor is its matrix view (spec, section 1): ``[shape[0], product of the other dimensions]``. Rows that a
+patch appends or drops are not entries and not in the matrix.
 
-Memory stays at the entries of one tensor of each adapter; a base is read at the entries alone where its layout can do so.
+Only the entries of one tensor per adapter are in memory; the base is read only at the entries where its layout allows it.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from shira_format.names.filters import name_filter
 from shira_format.tensors import SparseTensor, matrix_shape
 
 if TYPE_CHECKING:
-    from shira_format.checkpoints import Checkpoint  # with all layouts, which self-contained files do not need
+    from shira_format.checkpoints import Checkpoint  # imports every layout, which self-contained files do not need
 
 Float64s = npt.NDArray[np.float64]
 
 
 def delta_values(tensor: SparseTensor, base: Any = None) -> Float64s:
-    """What the adapter adds to each entry: float64 ``[nnz]``, in the order of ``tensor.indices``.
+    """The delta of each entry: float64 ``[nnz]``, in the order of ``tensor.indices``.
 
     Args:
         tensor: targets or deltas.
-        base: the whole weight, ``[*shape]``, checked by digest; by default the base's values that ``tensor`` holds.
+        base: the full weight, ``[*shape]``, checked by digest; by default the base values in ``tensor``.
 
     Raises:
         SourceError: a mask, which has no deltas, or a delta that is NaN or infinite.
-        BaseRequired: targets, and no base values.
+        BaseRequired: targets without base values.
         BaseMismatch: ``base`` is not the base of this tensor.
     """
     if tensor.value_kind == "none":
         raise SourceError(f"tensor {tensor.name!r} is a mask: it has no deltas")
     found = tensor.base if base is None else tensor.checked_base(base)
-    with np.errstate(over="ignore", invalid="ignore"):  # told below
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
         values: Float64s = tensor.values.astype(np.float64)
         if tensor.value_kind == "target":
             if found is None:
@@ -69,11 +69,11 @@ def delta_matrix(tensor: SparseTensor, base: Any = None, *, zeros: bool = False)
     Args:
         tensor: targets or deltas.
         base: see :func:`delta_values`.
-        zeros: keep entries whose delta is 0 as explicit zeros; by default only entries that change something are stored.
+        zeros: keep entries whose delta is 0 as explicit zeros; by default they are dropped.
 
     Raises:
         SourceError: a mask, a delta that is not finite, or far more rows than entries.
-        BaseRequired: targets, and no base values.
+        BaseRequired: targets without base values.
         BaseMismatch: ``base`` is not the base of this tensor.
     """
     values, indices = delta_values(tensor, base), tensor.indices
@@ -87,7 +87,7 @@ def entries_matrix(name: str, shape: tuple[int, ...], indices: Array, values: Ar
     """Flat, strictly increasing ``indices`` (int64 ``[nnz]``) and their ``values`` as a ``csr_array`` of the matrix view.
 
     Raises:
-        SourceError: or far more rows than entries.
+        SourceError: far more rows than entries.
     """
     from scipy import sparse
 
@@ -101,9 +101,9 @@ def entries_matrix(name: str, shape: tuple[int, ...], indices: Array, values: Ar
 
 
 def without_empty(matrix: Any) -> Any:
-    """A ``csr_array`` without its empty rows and columns, in the order of the others and of its data, which it shares.
+    """A ``csr_array`` without its empty rows and columns; order is kept and the data array is shared.
 
-    Memory stays at the entries and the rows, however many columns there are.
+    Memory is proportional to entries and rows, however many columns there are.
     """
     counts = np.diff(matrix.indptr)
     rows = np.flatnonzero(counts)
@@ -116,13 +116,13 @@ def without_empty(matrix: Any) -> Any:
 
 @dataclass(frozen=True)
 class DeltaFile:
-    """An open adapter file, and the base where one was given.
+    """An open adapter file with its base, if given.
 
     Attributes:
         file: the adapter.
-        base: its base, or None: then the file must be self-contained for deltas of target values.
-        names: the names of its chosen sparse tensors, in the order of the file.
-        whole: the names of its chosen whole tensors, which have no deltas.
+        base: its base; if None, a file with target values must be self-contained.
+        names: names of the selected sparse tensors, in file order.
+        whole: names of the selected whole tensors, which have no deltas.
     """
 
     file: AdapterFile
@@ -132,15 +132,15 @@ class DeltaFile:
 
     @property
     def path(self) -> Path:
-        """Where the adapter is."""
+        """The adapter's path."""
         return self.file.path
 
     def tensor(self, name: str) -> SparseTensor:
-        """One tensor, with the base's values at its entries if its deltas need them; a mask as it is.
+        """One tensor, with base values at its entries if its deltas need them; a mask is returned unchanged.
 
         Raises:
             FormatError: the tensor is damaged.
-            BaseRequired: targets, and neither the file nor :attr:`base` has the base's values; names file and tensor.
+            BaseRequired: targets without base values in the file or :attr:`base`; names file and tensor.
             BaseMismatch: :attr:`base` is not the base of this tensor; names file and tensor.
         """
         tensor = self.file.sparse(name)
@@ -157,7 +157,7 @@ class DeltaFile:
         return tensor
 
     def matrix(self, name: str, *, zeros: bool = False) -> Any:
-        """The deltas of one tensor as a ``csr_array``; see :func:`delta_matrix`, and :meth:`tensor` for what it raises."""
+        """The deltas of one tensor as a ``csr_array``; see :func:`delta_matrix`, and :meth:`tensor` for errors."""
         tensor = self.tensor(name)
         try:
             return delta_matrix(tensor, zeros=zeros)
@@ -165,7 +165,7 @@ class DeltaFile:
             raise SourceError(f"{self.path}: {error}") from None
 
     def tensors(self) -> Iterator[SparseTensor]:
-        """All chosen tensors, one by one; see :meth:`tensor`."""
+        """All selected tensors, one at a time; see :meth:`tensor`."""
         for name in self.names:
             yield self.tensor(name)
 
@@ -177,19 +177,19 @@ def open_deltas(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> DeltaFile:
-    """Open an adapter file for measures; reads the header alone.
+    """Open an adapter file for measuring; reads only the header.
 
     Args:
-        adapter: its path; one that is open already is returned as it is.
-        base: the checkpoint that it was made for, which is checked by digests: a path or an open one. Needed for target
-            values unless the file is self-contained.
-        include: regexes; a tensor is taken only if one of them is found in its name.
-        exclude: regexes; a tensor is left out if one of them is found in its name.
+        adapter: its path; an open file is returned unchanged.
+        base: the checkpoint it was made for, as a path or open, checked by digests; required for target values unless the
+            file is self-contained.
+        include: regexes; only tensors whose name contains a match are selected.
+        exclude: regexes; tensors whose name contains a match are skipped.
 
     Raises:
         FormatError: not an adapter, or a damaged one.
-        SourceError: no tensor is left by ``include`` and ``exclude``.
-        OSError: it cannot be read.
+        SourceError: ``include`` and ``exclude`` leave no tensor.
+        OSError: the file cannot be read.
     """
     if isinstance(adapter, DeltaFile):
         return adapter
@@ -207,12 +207,12 @@ def open_deltas(
 
 
 def side_by_side(files: Sequence[DeltaFile]) -> Iterator[tuple[str, list[SparseTensor | None]]]:
-    """Tensors of several adapters by name: for each, the tensor of every file, None where a file has none of that name.
+    """Iterate over several adapters by tensor name, yielding each file's tensor, or None if the file lacks that name.
 
-    Names come in the order of the first file that has them; a name's tensors are read when it is reached.
+    Names come in the order of the first file that has them; tensors are read lazily.
 
     Raises:
-        SourceError: two files adapt weights of different shapes under one name, so that they are no adapters of one base.
+        SourceError: two files have different shapes for one name, so they are not adapters of one base.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
     names = dict.fromkeys(name for file in files for name in file.names)

@@ -1,4 +1,4 @@
-"""How much of a classifier's LoRA adapters of several densities keep: accuracy on held-out texts, and the effect on the logits."""
+"""What adapters of several densities keep of a classifier's LoRA: held-out accuracy and effect on the logits."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def compare_densities(
     *,
     scope: str = "tensor",
 ) -> dict[str, Any]:
-    """Convert a LoRA at each density and compare what base, LoRA and adapters do on held-out texts.
+    """Convert a LoRA at each density and compare base, LoRA and adapters on held-out texts.
 
     Args:
-        lora: PEFT's folder of a LoRA with its classification head, with ``metrics.json``.
+        lora: a PEFT folder with the LoRA, its classification head and ``metrics.json``.
         held_out: labelled texts.
-        base: the folder of the base model.
-        densities: to convert at.
-        folder: where the adapters are written, as ``NAME-DENSITY.st``.
+        base: the base model's folder.
+        densities: the densities to convert at.
+        folder: output folder; adapters are written as ``NAME-DENSITY.st``.
         scope: ``"tensor"`` or ``"global"``.
 
     Returns:
-        Plain JSON values; in ``"adapters"`` a row for each density.
+        Plain JSON values; ``"adapters"`` has one row per density.
 
     Raises:
         ShiraError: the LoRA cannot be converted.
@@ -67,7 +67,7 @@ def compare_densities(
         "texts": len(held_out.texts),
         "accuracy_base": accuracy(of_base, held_out.labels),
         "accuracy_lora": accuracy(of_lora, held_out.labels),
-        # Another head, fitted to the base's encoder when the LoRA was trained: what a task needs no adapter for.
+        # A separate head, fitted to the base's encoder when the LoRA was trained: what the task reaches without an adapter.
         "accuracy_head_only": json.loads((lora / "metrics.json").read_text("utf-8"))["head_only"],
         "lora_bytes": (lora / "adapter_model.safetensors").stat().st_size,
         "adapters": rows,
@@ -75,15 +75,15 @@ def compare_densities(
 
 
 def adapter_path(folder: Path, name: str, density: float) -> Path:
-    """Where the adapter of a density is written."""
+    """The path of the adapter at ``density``."""
     return folder / f"{name}-{density:g}.st"
 
 
 class _Classifier:
-    """The classifier with the base's weights, with PEFT's LoRA on top, and open to adapters."""
+    """The classifier: with the base's weights, with the LoRA through PEFT, or with an adapter applied."""
 
     def __init__(self, base: Path, lora: Path, texts: Sequence[str]) -> None:
-        # Nothing here is on a hub; asking one would only wait.
+        # All files are local; contacting the hub would only cost time.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from transformers import AutoTokenizer
 
@@ -95,24 +95,24 @@ class _Classifier:
         from transformers import AutoModelForSequenceClassification, logging
 
         logging.set_verbosity_error()
-        # transformers reports that the head is new; it is, until the adapter brings its own.
+        # Silence the warning about a newly initialized head: the adapter brings its own.
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return AutoModelForSequenceClassification.from_pretrained(self._base, num_labels=2)
 
     @staticmethod
     def rename(name: str) -> str:
-        """From the checkpoint's names to those of the model with a head."""
+        """Map a checkpoint name to its name in the model with a head."""
         return name if name.startswith("classifier.") else f"bert.{name}"
 
     def weights(self) -> dict[str, Any]:
-        """The live weights by name."""
+        """The model's live weights by name."""
         return dict(self._model.state_dict())
 
     def logits(self) -> Any:
         return logits(self._model, self._tokenizer, self._texts)
 
     def base_logits(self) -> Any:
-        """The base's encoder under the head that the LoRA was trained with: what is left if only the head is kept."""
+        """Logits of the base's encoder with the head trained with the LoRA, without the LoRA itself."""
         from safetensors.torch import load_file
 
         head = load_file(self._lora / "adapter_model.safetensors")
@@ -123,7 +123,7 @@ class _Classifier:
         return self.logits()
 
     def lora_logits(self) -> Any:
-        """The LoRA as PEFT runs it."""
+        """Logits with the LoRA, run by PEFT."""
         from peft import PeftModel
 
         return logits(PeftModel.from_pretrained(self._load(), str(self._lora)), self._tokenizer, self._texts)

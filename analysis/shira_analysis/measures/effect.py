@@ -1,4 +1,4 @@
-"""How much of a source's effect on a model's outputs an adapter reproduces."""
+"""How much of a source's effect on a model's outputs an adapter keeps."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Effect:
-    """An adapter's outputs against those of the base and of the source that it was made from.
+    """An adapter's outputs compared with those of the base and of the source it was made from.
 
     Attributes:
-        kept: ``1 - ||adapter - source|| / ||base - source||`` over all outputs: 1 if the outputs are the source's,
-            0 if they are no nearer than the base's, negative if they are farther away. Of a source without any effect,
-            1 if the outputs are the same and 0 if not.
-        cosine: of the angle between ``adapter - base`` and ``source - base``: whether the outputs move the same way,
-            whatever the length.
+        kept: ``1 - ||adapter - source|| / ||base - source||`` over all outputs: 1 if the outputs equal the source's,
+            0 if they are no closer than the base's, negative if they are farther. For a source without effect, 1 if the
+            outputs are equal, else 0.
+        cosine: the cosine between ``adapter - base`` and ``source - base``: whether the outputs move in the same direction,
+            regardless of size.
     """
 
     kept: float
@@ -29,7 +29,7 @@ class Effect:
 
 def effect(base: Floats, source: Floats, adapter: Floats) -> Effect:
     """Compare outputs (logits, embeddings) of the same shape on the same inputs."""
-    # float64 before the differences: in float32 two outputs could differ and their distances to the base not.
+    # float64 before subtracting: in float32, different outputs could have equal differences to the base.
     base, source, adapter = (outputs.astype(np.float64).ravel() for outputs in (base, source, adapter))
     wanted, moved = source - base, adapter - base
     norm, missed = float(np.linalg.norm(wanted)), float(np.linalg.norm(adapter - source))
@@ -39,5 +39,5 @@ def effect(base: Floats, source: Floats, adapter: Floats) -> Effect:
 
 
 def accuracy(logits: Floats, labels: npt.NDArray[np.integer[Any]]) -> float:
-    """Share of rows of ``[n, classes]`` logits whose largest entry is the label."""
+    """Share of rows of ``[n, classes]`` logits whose argmax is the label."""
     return float(np.mean(logits.argmax(axis=1) == labels))

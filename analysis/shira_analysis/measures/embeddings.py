@@ -1,4 +1,4 @@
-"""Sentence embeddings of an encoder of transformers, to see what an adapter of it does to them."""
+"""Sentence embeddings of a transformers encoder, to measure what an adapter does to them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 def embed(model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 16, length: int = 128) -> npt.NDArray[np.float32]:  # fmt: skip
-    """One vector of length 1 a text, float32 ``[texts, hidden]``, in the order of ``texts``.
+    """One unit vector per text, float32 ``[texts, hidden]``, in the order of ``texts``.
 
-    The mean of the last hidden states over a text's own tokens, normalised, as MiniLM and its kin are used. Texts are
-    cut after ``length`` tokens; those of like length share a batch, so that little is computed on padding.
+    Mean pooling of the last hidden states over the text's tokens, normalized, as for MiniLM. Texts are truncated to ``length``
+    tokens; texts of similar length share a batch, to save padding.
 
     Args:
-        model: such as ``AutoModel`` gives, on the CPU; it is put into evaluation mode.
+        model: an ``AutoModel`` on the CPU; it is set to evaluation mode.
         tokenizer: its tokenizer.
         texts: at least one.
-        batch: texts at a time.
-        length: tokens of a text that count.
+        batch: texts per batch.
+        length: maximum tokens per text.
     """
     import torch
 
@@ -37,15 +37,15 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 16, 
 
 
 def mean_cosine(a: Floats, b: Floats) -> float:
-    """The mean over the rows of two ``[n, d]`` arrays of the cosine between a row and its counterpart.
+    """The mean cosine between corresponding rows of two ``[n, d]`` arrays.
 
     Raises:
-        ValueError: the shapes differ, there are no rows, or a row is zero or not finite: it has no direction.
+        ValueError: the shapes differ, there are no rows, or a row is zero or not finite.
     """
     if a.shape != b.shape or a.ndim != 2 or not len(a):
-        raise ValueError(f"embeddings of shapes {a.shape} and {b.shape} have no pairs of rows")
+        raise ValueError(f"embeddings of shapes {a.shape} and {b.shape} cannot be compared row by row")
     first, second = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     if not (np.isfinite(norms) & (norms > 0)).all():
-        raise ValueError("a row that is zero or not finite has no direction")
+        raise ValueError("an embedding is zero or not finite: its cosine is undefined")
     return float(np.mean(np.sum(first * second, axis=1) / norms))

@@ -1,4 +1,4 @@
-"""What kind of layer a weight belongs to, told from its name as model libraries give it."""
+"""The kind of layer that a weight belongs to, detected from its name in common model libraries."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ KINDS = (
     "mlp up", "mlp gate", "mlp gate and up", "mlp down", "router",
     "embedding", "norm", "conv", "modulation", "head", "other",
 )  # fmt: skip
-"""All kinds, in the order in which they are shown. ``qkv`` are fused projections of several of query, key and value."""
+"""All kinds, in display order. ``qkv`` is a fused projection of at least two of query, key and value."""
 
 _END = re.compile(r"\.(weight|bias|gamma|beta)$")
 _ATTENTION = r"(?:attn\w*|attention|self_attn|self_?attention|encdecattention|crossattention|self|attns?)"
 
-# The first that is found in the name decides: in lower case, without ".weight" or ".bias" at the end. Names of a library
-# that mean different things in different places (dense, c_proj, wo, output) come with the part before them.
+# The first match wins; names are in lower case, without a final ".weight" or ".bias". Ambiguous names (dense, c_proj, wo,
+# output) are matched together with the component before them.
 _RULES: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)mixer\.(in_proj|out_proj|x_proj|dt_proj)$", "other"),  # Mamba, which has no attention
+    (r"(^|\.)mixer\.(in_proj|out_proj|x_proj|dt_proj)$", "other"),  # Mamba has no attention
     (r"(norm\w*|layrnorm|ln_?\w*|layernorm\w*|layer_norm\w*)$", "norm"),
     (r"norm\w*\.(linear\w*)$|(adaln\w*|ada_ln\w*|modulation|mod|time_emb_proj)(\.\w+)*$", "modulation"),
     (r"(word|position|token_type|patch|tok|token|pos)?_?embed(ding)?s?(_\w+)?(\.\w+)*$|embeddings\.\w+(\.projection)?$", "embedding"),
@@ -43,11 +43,11 @@ _COMPILED = tuple((re.compile(pattern), kind) for pattern, kind in _RULES)
 
 
 def layer_kind(name: str, shape: tuple[int, ...] | None = None) -> str:
-    """The kind of the layer that a weight belongs to, one of :data:`KINDS`; a bias is of the kind of its weight.
+    """The kind of the layer that a weight belongs to, one of :data:`KINDS`; a bias has the kind of its weight.
 
     Args:
         name: the weight's name in its checkpoint.
-        shape: if given, a weight with four or five dimensions whose name tells nothing is a convolution.
+        shape: if given, a weight with four or five dimensions and an unknown name is a convolution.
     """
     if name.endswith(("in_proj_weight", "in_proj_bias")):  # torch.nn.MultiheadAttention
         return "qkv"
