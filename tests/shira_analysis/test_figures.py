@@ -276,7 +276,7 @@ def test_spectra_of_nothing(tmp_path: Path, files: list[DeltaFile], axes: Any) -
     none = SparseTensor(UP, (40, 24), [3], np.float32([0]), value_kind="delta")
     save(Adapter([none]), tmp_path / "zero.st")
     zero = open_deltas(tmp_path / "zero.st")
-    with pytest.raises(SourceError, match=r"zero.st: tensor '.*up_proj.weight': the change is 0"):
+    with pytest.raises(SourceError, match=r"zero.st: tensor '.*up_proj.weight': the delta is 0"):
         pictures.spectrum_picture([zero])
     curves = [spectra.curve_of(file, UP) for file in (zero, files[0])]
     with pytest.raises(SourceError, match="nothing to draw"):
@@ -305,11 +305,11 @@ def test_many_adapters(files: list[DeltaFile]) -> None:
         assert width <= 2500
         assert height <= 8000
     for picture in (pictures.mask_picture, pictures.layers_picture):
-        with pytest.raises(SourceError, match="26 adapters: 24 can be drawn"):
+        with pytest.raises(SourceError, match="26 adapters: at most 24 can be drawn"):
             picture(files * 13)
-    with pytest.raises(SourceError, match="40 spectra: 32 can be told apart"):
+    with pytest.raises(SourceError, match="40 spectra: at most 32 can be distinguished"):
         pictures.spectrum_picture(files * 20)
-    with pytest.raises(SourceError, match="62 adapters: 60"):
+    with pytest.raises(SourceError, match="62 adapters: at most 60"):
         pictures.overlap_picture(files * 31)
 
 

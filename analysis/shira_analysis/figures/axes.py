@@ -1,7 +1,7 @@
-"""Plots of adapters on a given matplotlib Axes, for notebooks and figures of one's own; each returns the Axes.
+"""Plots of adapters on a given matplotlib Axes, for notebooks and your own figures; each returns the Axes.
 
-``adapter`` is a path or an open :class:`DeltaFile`, ``base`` the path of a checkpoint or an open one; without it, plots of
-values need a self-contained adapter. Errors are those of :func:`shira_analysis.measure`.
+``adapter`` is a path or an open :class:`DeltaFile`; ``base`` is a checkpoint, as a path or open. Without it, plots of values
+need a self-contained adapter. Raises the same errors as :func:`shira_analysis.measure`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Base = str | os.PathLike[str] | Checkpoint | None
 
 
 def plot_mask(adapter: Source, tensor: str, ax: Any, *, side: int = masks.SIDE) -> Any:
-    """How dense the entries of one tensor are, by cells of a grid of ``side`` cells along the longer side."""
+    """The density of one tensor's mask, on a grid with ``side`` cells along the longer side."""
     return masks.draw_mask(ax, masks.mask_grid(open_deltas(adapter).file.sparse(tensor), side))
 
 
 def plot_layers(adapter: Source, ax: Any, *, what: layers.What = "energy", base: Base = None) -> Any:
-    """The share of changed elements (``what="density"``) or of the change's energy, by kind of layer and block."""
+    """The share of changed elements (``what="density"``) or of the delta's energy (the sum of squares), by kind of layer and block."""
     return layers.draw_layers(ax, layers.layer_grid(measure_file(open_deltas(adapter, base)).tensors), what)
 
 
@@ -35,7 +35,7 @@ def plot_spectrum(adapter: Source, tensor: str, ax: Any, *, base: Base = None) -
 
 
 def plot_overlap(adapters: Sequence[Source], ax: Any) -> Any:
-    """The overlap of the masks of each pair of adapters: shared entries, in per cent of the union."""
+    """The overlap of the masks of each pair of adapters: shared entries in per cent of the union."""
     return matrices.draw_matrix(ax, matrices.overlap_matrices([open_deltas(one) for one in adapters])[0][0])
 
 

@@ -1,22 +1,22 @@
 """AWOM and AWOR of random adapters against the dimension of the weight: the paper's figures 4 and 9, recomputed.
 
 Weights are square, ``[m, m]``; all values are standard normal; a share ``p`` of the entries is trained (1 %). For two adapters of
-a kind, ``A1^T A2`` is measured:
+the same kind, ``A1^T A2`` is measured:
 
 * ``dense``: every entry.
-* ``sparse LoRA``: ``B A`` with ``B`` of ``[m, r]`` and ``A`` of ``[r, m]``, both masked uniformly so that together they have as
-  many entries as the others, ``p m^2``. The paper does not say how it sized its own; with this size, its finding that AWOR is near
-  0 at 4096 comes out, while factors of density 1 % would give sparser products than SHiRA's.
-* ``SHiRA-WM, overlapping``: both the top ``p`` of one random weight by magnitude; ``non-overlapping``: the second has the next ``p``.
+* ``sparse LoRA``: ``B A`` with ``B`` of ``[m, r]`` and ``A`` of ``[r, m]``, both masked uniformly so that together they have
+  ``p m^2`` entries, as the others do. The paper does not give its sizes; this one reproduces its finding that AWOR is near 0 at 4096,
+  while factors of density 1 % would give sparser products than SHiRA's.
+* ``SHiRA-WM, overlapping``: both train the top ``p`` of one random weight by magnitude; ``non-overlapping``: the second trains the next ``p``.
 * ``SHiRA-Rand``: independent uniform masks.
-* ``SHiRA-Struct, rows`` (``columns``): every f-th row (column) and the diagonal, the second's rows between those of the first. f is
-  the largest with at least ``p m^2`` entries in all.
+* ``SHiRA-Struct, rows`` (``columns``): every f-th row (column) and the diagonal, the second's rows halfway between those of the first. f
+  is the largest that gives at least ``p m^2`` entries.
 
-AWOM says little beyond the sizes of two random adapters: if they know nothing of each other, it is ``||A1|| ||A2|| / sqrt(m)``
-whatever their masks, and dense adapters with values of the same size have 100 times the energy of these.
+For random adapters, AWOM reflects little but their norms: if they are independent, it is ``||A1|| ||A2|| / sqrt(m)`` for any masks,
+and dense adapters with values of the same size have 100 times the energy (the sum of squares).
 
-For independent uniform masks the structural AWOR is ``(1 - p^2)^m`` and the AWOM ``p m^1.5`` (root of the mean square), the curves
-that are drawn beside the points; ``dense`` has 0 and ``m^1.5``.
+For independent uniform masks the structural AWOR is ``(1 - p^2)^m`` and the AWOM ``p m^1.5`` (root mean square): the grey
+curves in the figures; ``dense`` has 0 and ``m^1.5``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def measure_random_pair(series: str, dimension: int, seed: int, density: float =
         density: p.
 
     Raises:
-        SourceError: a dimension for which there is no such adapter.
+        SourceError: the dimension is below 2, or the density is not in (0, 0.5].
     """
     if dimension < 2 or not 0 < density <= 0.5:
         raise SourceError(f"random adapters of dimension {dimension} and density {density:g} cannot be made")
@@ -84,10 +84,10 @@ def dimension_records(
     series: Sequence[str] = SERIES,
     progress: Callable[[str, int], object] = lambda *_: None,
 ) -> list[Record]:
-    """Means and standard deviations over ``seeds`` pairs, for each kind of adapter and dimension.
+    """Means and standard deviations over ``seeds`` pairs, for each kind of adapter and each dimension.
 
     Args:
-        dimensions: m, each.
+        dimensions: the values of m.
         seeds: pairs of adapters for each point.
         density: p.
         series: some of :data:`SERIES`.
@@ -122,18 +122,18 @@ def dimension_records(
 
 
 def uniform_awor(dimension: float, density: float = DENSITY) -> float:
-    """``(1 - p^2)^m``: the AWOR to expect of independent uniform masks."""
+    """``(1 - p^2)^m``: the expected AWOR of independent uniform masks."""
     return math.exp(dimension * math.log1p(-density * density))
 
 
 def struct_step(dimension: int, density: float = DENSITY) -> int:
-    """f: the largest for which every f-th row, from any of its offsets on, and the diagonal have a share ``density``."""
+    """f: the largest for which every f-th row, from any offset, and the diagonal have at least density ``density``."""
     lines = max(1, math.ceil((density * dimension - 1) * dimension / (dimension - 1)))
     return max(2, dimension // lines)
 
 
 def _masks(series: str, m: int, density: float, random: np.random.Generator) -> list[npt.NDArray[np.int64]]:
-    """The flat indices of two adapters, rising."""
+    """The flat indices of two adapters, strictly increasing."""
     count = max(1, round(density * m * m))
     if series == "SHiRA-Rand":
         return [np.sort(random.choice(m * m, count, replace=False, shuffle=False)) for _ in range(2)]
@@ -168,7 +168,7 @@ def _matrix(indices: npt.NDArray[np.int64], m: int, random: np.random.Generator)
 
 
 def _dense(m: int, random: np.random.Generator) -> Measured:
-    # float32 is quick, and good to seven digits of the norm. A cell in 10^8 rounds to 0, and is counted as one.
+    # float32 is fast, and gives seven digits of the norm. One cell in 10^8 rounds to 0 and counts as a zero.
     first, second = (random.standard_normal((m, m), np.float32) for _ in range(2))
     return *_product(first.T, second), 1.0
 
@@ -183,12 +183,12 @@ def _sparse_lora(m: int, density: float, random: np.random.Generator) -> Measure
         return made
 
     (up1, down1), (up2, down2) = ((factor((m, rank)), factor((rank, m))) for _ in range(2))
-    # (B1 A1)^T B2 A2 from the inside out: m x r and r x m at most, until the last product.
+    # (B1 A1)^T B2 A2 from the inside out: no intermediate is larger than r x m.
     return *_product(down1.T, up1.T @ up2 @ down2), kept * 2 * rank / m
 
 
 def _product(left: Floats, right: Floats) -> tuple[float, float]:
-    """Frobenius norm and share of zeros of ``left @ right``, some rows at a time."""
+    """Frobenius norm and share of zeros of ``left @ right``, in blocks of rows."""
     energy, nonzero = 0.0, 0
     step = max(1, _TILE // right.shape[1])
     for start in range(0, len(left), step):
@@ -198,7 +198,7 @@ def _product(left: Floats, right: Floats) -> tuple[float, float]:
     return math.sqrt(energy), 1 - nonzero / (len(left) * right.shape[1])
 
 
-_LOOK: dict[str, dict[str, Any]] = {
+_LINE_STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "black", "marker": "s"},
     "sparse LoRA": {"color": RED, "marker": "D"},
     "SHiRA-WM, overlapping": {"color": BLUE, "marker": "o", "ms": 9, "mfc": "none", "ls": "none"},
@@ -214,7 +214,7 @@ def draw_dimension(axes: Any, records: Sequence[Record], measure: str = "awor") 
 
     Args:
         axes: a matplotlib Axes.
-        records: of one density.
+        records: all of one density.
         measure: ``"awom"`` or ``"awor"``.
 
     Returns:
@@ -224,7 +224,7 @@ def draw_dimension(axes: Any, records: Sequence[Record], measure: str = "awor") 
     for series in SERIES:
         mine = [record for record in records if record["adapter"] == series]
         if mine:
-            look = {"lw": 1.2, **_LOOK[series]}
+            look = {"lw": 1.2, **_LINE_STYLES[series]}
             label = f"{series}, rank {RANK}" if series == "sparse LoRA" else series
             axes.plot([r["dimension"] for r in mine], [r[measure] for r in mine], label=label, **look)
     expected = {record["dimension"]: record[f"{measure}_if_uniform"] for record in records}

@@ -1,4 +1,4 @@
-"""What an adapter changes in each layer: by block of the model and by kind of layer."""
+"""An adapter's changes by block of the model and kind of layer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Float64s = npt.NDArray[np.float64]
 
 What = Literal["density", "energy"]
 
-OUTSIDE = "outside"  # of all blocks: embeddings, heads
+OUTSIDE = "outside"  # not in a block: embeddings, heads
 _BLOCK = re.compile(r"^(.*?\.?)(\d+)(?:\.|$)")
-_WRITTEN = 16  # blocks up to which the numbers are written into the cells
+_WRITTEN = 16  # the most blocks for which the cells show their numbers
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class LayerCell:
     """The tensors of one kind in one block.
 
     Attributes:
-        tensors: how many there are.
-        entries: of all.
-        elements: of all.
-        energy: sum of squares of the deltas, over ``scale`` of the grid squared; None if the deltas are not known.
+        tensors: their number.
+        entries: their total.
+        elements: their total.
+        energy: the sum of squares of the deltas, over the grid's ``scale`` squared; None if a delta is unknown.
     """
 
     tensors: int
@@ -52,12 +52,12 @@ class LayerGrid:
     """An adapter by kinds of layer and blocks.
 
     Attributes:
-        stems: what the names of the blocks have before their number, in the order of the adapter; one for each block.
-        blocks: their numbers as they are in the names; of tensors outside all blocks, "".
-        kinds: of layers that the adapter has, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
-        cells: by (place in ``kinds``, place in ``blocks``); what the adapter does not have is missing.
-        energy: the sum of all cells' energy; None if the deltas of a tensor are not known.
-        scale: the largest Frobenius norm of a tensor, so that no square is too large or too small for float64.
+        stems: for each block, the part of its name before the number, in the order of the adapter.
+        blocks: the block numbers as text; "" for tensors outside all blocks.
+        kinds: the kinds of layers in the adapter, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
+        cells: by (index in ``kinds``, index in ``blocks``); only cells with tensors.
+        energy: the sum of all cells' energy; None if a delta is unknown.
+        scale: the largest Frobenius norm of a tensor; dividing by it keeps the squares within float64.
     """
 
     stems: tuple[str, ...]
@@ -68,7 +68,7 @@ class LayerGrid:
     scale: float
 
     def values(self, what: What) -> Float64s:
-        """In per cent, ``[kinds, blocks]``; NaN where there is no tensor, or nothing is known."""
+        """In per cent, float64 ``[kinds, blocks]``; NaN where there is no tensor or the energy is unknown."""
         found = np.full((len(self.kinds), len(self.blocks)), np.nan)
         for at, cell in self.cells.items():
             if what == "density":
@@ -78,11 +78,11 @@ class LayerGrid:
         return found
 
     def block(self, at: int) -> str:
-        """The name of a block: what comes before its number, and the number."""
+        """The name of a block: its stem and number."""
         return f"{self.stems[at]}{self.blocks[at]}" or OUTSIDE
 
     def records(self) -> list[Record]:
-        """One for each cell that has a tensor."""
+        """One record per cell that has a tensor."""
         shares = self.values("energy")
         return [
             {
@@ -99,7 +99,7 @@ class LayerGrid:
 
 
 def block_of(name: str) -> tuple[str, int | None]:
-    """The block that a weight belongs to: its name up to the first part that is a number, and the number.
+    """The block of a weight: its name up to the first part that is a number, and the number.
 
     ``encoder.layer.3.output.dense.weight`` is in ``("encoder.layer.", 3)``; a weight without a number is in ``("", None)``.
     """
@@ -108,14 +108,14 @@ def block_of(name: str) -> tuple[str, int | None]:
 
 
 def layer_grid(tensors: Iterable[TensorMeasures]) -> LayerGrid:
-    """Put measured tensors in their places, adding up those that share one.
+    """Group measured tensors by kind of layer and block.
 
     Args:
-        tensors: for example ``measure(path).tensors``; without norms, only densities are known.
+        tensors: for example ``measure(path).tensors``; without norms, the grid has densities only.
     """
     tensors = list(tensors)
     places = [block_of(tensor.name) for tensor in tensors]
-    # Blocks of one stem together and by number, stems as the adapter has them, what is outside first.
+    # Tensors outside all blocks first; then stem by stem in the adapter's order, each by number.
     stems = dict.fromkeys(stem for stem, number in places if number is not None)
     order = {stem: at for at, stem in enumerate(stems)}
     blocks = sorted(
@@ -146,13 +146,13 @@ def layer_grid(tensors: Iterable[TensorMeasures]) -> LayerGrid:
 
 
 def largest_value(values: Float64s) -> float:
-    """The largest that is no NaN; 0 without one."""
+    """The largest value that is not NaN; 0 if there is none."""
     return float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
 
 
 TITLES: dict[What, str] = {
-    "density": "share of the elements that are changed, %",
-    "energy": "share of the change's energy (sum of squares), %",
+    "density": "share of elements changed, %",
+    "energy": "share of the delta's energy (sum of squares), %",
 }
 
 
@@ -165,8 +165,8 @@ def draw_layers(
         axes: a matplotlib Axes.
         grid: from :func:`layer_grid`.
         what: ``"density"`` or ``"energy"``.
-        title: whose layers they are.
-        most: where the scale of colours ends, in per cent; by default the largest value.
+        title: put before the measure, such as the adapter's name.
+        most: the top of the colour scale, in per cent; by default the largest value.
 
     Returns:
         ``axes``.
@@ -176,7 +176,7 @@ def draw_layers(
     image = axes.imshow(
         values, cmap="viridis" if what == "energy" else "cividis", vmin=0, vmax=top or 1, aspect="auto"
     )
-    axes.set_facecolor("#f2f2f2")  # where there is no such layer
+    axes.set_facecolor("#f2f2f2")  # cells without a layer
     axes.set_yticks(range(len(grid.kinds)), grid.kinds)
     _block_ticks(axes, grid)
     if len(grid.blocks) <= _WRITTEN:
@@ -209,7 +209,7 @@ def _block_ticks(axes: Any, grid: LayerGrid) -> None:
     axes.set_xticks(shown, [grid.blocks[at] or "–" for at in shown])
     stems = list(dict.fromkeys(stem for stem in grid.stems if stem))
     label = f"{short_label(stems[0], 40)}N" if stems else ""
-    if len(stems) > 1:  # each named from its first block on, below the numbers
+    if len(stems) > 1:  # each stem starts below its first block
         label = "block"
         axes.xaxis.labelpad = 30
         for stem in stems:
@@ -219,7 +219,7 @@ def _block_ticks(axes: Any, grid: LayerGrid) -> None:
                 transform=axes.transData + _below(axes),
             )  # fmt: skip
     outside = "–" if step == 1 else "first column"
-    axes.set_xlabel(label + (f" ({outside}: outside)" if "" in grid.blocks else ""))
+    axes.set_xlabel(label + (f" ({outside}: outside the blocks)" if "" in grid.blocks else ""))
 
 
 def _below(axes: Any) -> Any:

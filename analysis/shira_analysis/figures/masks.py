@@ -1,4 +1,4 @@
-"""Where the entries of one tensor lie: its matrix view under a grid, and how dense each cell of the grid is."""
+"""The mask of one tensor: the density in each cell of a grid over its matrix view."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Int64s = npt.NDArray[np.int64]
 
 SIDE = 96  # cells along the longer side, by default
 MOST = 512
-_NARROWEST = 4  # a grid is no narrower than its longer side over this
-_STEP = 1 << 20  # entries at a time
+_LONGEST_RATIO = 4  # the longer side of a grid is at most this many times the shorter
+_STEP = 1 << 20  # entries counted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +27,10 @@ class MaskGrid:
     """Entries of a tensor, counted by cells of a grid over its matrix view.
 
     Attributes:
-        name: of the tensor.
-        shape: of the weight.
-        rows: where the cells begin, and the end: int64 ``[height + 1]``, from 0 to the rows of the matrix view.
-        columns: the same of the columns, int64 ``[width + 1]``.
+        name: the tensor's name.
+        shape: the weight's shape.
+        rows: the edges of the cells, int64 ``[height + 1]``, from 0 to the rows of the matrix view.
+        columns: the same for columns, int64 ``[width + 1]``.
         counts: entries in each cell, int64 ``[height, width]``.
     """
 
@@ -42,17 +42,17 @@ class MaskGrid:
 
     @property
     def density(self) -> npt.NDArray[np.float64]:
-        """Entries over elements of each cell, ``[height, width]``."""
+        """Entries over elements of each cell, float64 ``[height, width]``."""
         return self.counts / np.outer(np.diff(self.rows), np.diff(self.columns)).astype(np.float64)
 
     @property
     def of_rows(self) -> npt.NDArray[np.float64]:
-        """The density of each row of cells, ``[height]``."""
+        """The density of each row of cells, float64 ``[height]``."""
         return np.asarray(self.counts.sum(axis=1) / (np.diff(self.rows) * float(self.columns[-1])))
 
     @property
     def of_columns(self) -> npt.NDArray[np.float64]:
-        """The density of each column of cells, ``[width]``."""
+        """The density of each column of cells, float64 ``[width]``."""
         return np.asarray(self.counts.sum(axis=0) / (np.diff(self.columns) * float(self.rows[-1])))
 
     @property
@@ -61,7 +61,7 @@ class MaskGrid:
         return float(self.counts.sum()) / (float(self.rows[-1]) * float(self.columns[-1]))
 
     def records(self) -> list[Record]:
-        """One for each cell: its rows and columns ``[from, to)``, entries and density."""
+        """One record per cell: its rows and columns ``[from, to)``, entries and density."""
         density = self.density
         return [
             {
@@ -79,21 +79,21 @@ class MaskGrid:
 
 
 def mask_grid(tensor: SparseTensor, side: int = SIDE) -> MaskGrid:
-    """Count the entries of ``tensor`` by cells; from the indices alone, whatever the size of the weight.
+    """Count the entries of ``tensor`` in each cell, from the indices alone: the weight is never dense in memory.
 
     Args:
         tensor: with or without values.
         side: cells along the longer side; fewer if the weight has fewer rows or columns.
 
     Raises:
-        SourceError: ``side`` is not within 1 and 512, or the weight has no elements.
+        SourceError: ``side`` is not from 1 to 512, or the weight has no elements.
     """
     if not 1 <= side <= MOST:
         raise SourceError(f"a grid of {side} cells: 1 to {MOST} can be drawn")
     rows, columns = matrix_shape(tensor.shape)
     if not rows * columns:
         raise SourceError(f"tensor {tensor.name!r} has no elements: there is no mask to draw")
-    longer, least = max(rows, columns), math.ceil(side / _NARROWEST)
+    longer, least = max(rows, columns), math.ceil(side / _LONGEST_RATIO)
     height, width = (min(size, max(least, round(side * size / longer))) for size in (rows, columns))
     counts = np.zeros(height * width, np.int64)
     for start in range(0, tensor.nnz, _STEP):
@@ -107,14 +107,14 @@ def mask_grid(tensor: SparseTensor, side: int = SIDE) -> MaskGrid:
 
 
 def _edges(size: int, cells: int) -> Int64s:
-    """The first row of each cell, if row ``r`` lies in cell ``r * cells // size``; and the end."""
+    """The first row of each cell, if row ``r`` is in cell ``r * cells // size``; and the end."""
     return -(-np.arange(cells + 1, dtype=np.int64) * size // cells)
 
 
 def drawn_size(grid: MaskGrid) -> tuple[float, float]:
-    """Height and width at which a grid is drawn, in cells of the longer side: the shorter one is stretched to a quarter of it."""
+    """Height and width of the drawn grid, in cells of the longer side; the shorter is stretched to at least a quarter of the longer."""
     height, width = grid.counts.shape
-    return max(height, width / _NARROWEST), max(width, height / _NARROWEST)
+    return max(height, width / _LONGEST_RATIO), max(width, height / _LONGEST_RATIO)
 
 
 def draw_mask(
@@ -127,16 +127,16 @@ def draw_mask(
     bar: bool = True,
     named: bool = True,
 ) -> Any:
-    """Draw the density of each cell, with that of whole rows and columns of cells beside it.
+    """Draw the density of each cell, with bars for the density of rows and columns of cells.
 
     Args:
         axes: a matplotlib Axes.
         grid: from :func:`mask_grid`.
-        most: the density at which the scale ends; by default that which all but one cell in 200 stay below.
-        margins: draw the densities of rows and columns.
+        most: the density at the top of the colour scale; by default the 99.5 % quantile of the cells.
+        margins: draw the bars of rows and columns.
         title: put above the shape and the number of entries.
-        bar: draw the scale of colours.
-        named: put the tensor's name there too.
+        bar: draw the colour bar.
+        named: put the tensor's name into the title.
 
     Returns:
         ``axes``.
@@ -163,26 +163,26 @@ def draw_mask(
     entries = f"{int(grid.counts.sum()):,} entries ({percent_digits(grid.total)} %)"
     axes.set_title(
         "\n".join(filter(None, (title, short_label(grid.name) if named else "", shape, entries))),
-        y=1.03 + (_reach(grid)[0] if margins else 0),
+        y=1.03 + (_margin_size(grid)[0] if margins else 0),
     )
     if margins:
         _margins(axes, grid)
     if bar:
         over = "max" if density.max() > top else "neither"
         scale = axes.figure.colorbar(image, ax=axes, extend=over, aspect=30, pad=0.06, shrink=0.7)
-        scale.set_label("density of a cell, %")
+        scale.set_label("density per cell, %")
         scale.outline.set_visible(False)
     return axes
 
 
 def scale_end(*grids: MaskGrid) -> float:
-    """The density, in per cent, that all but one cell in 200 stay below; never 0."""
+    """The 99.5 % quantile of the cells' densities, in per cent; never 0."""
     every = np.concatenate([grid.density.ravel() for grid in grids])
     return 100 * float(np.quantile(every, 0.995) or every.max() or 1.0)
 
 
-def _reach(grid: MaskGrid) -> tuple[float, float]:
-    """How far the bars of the margins reach above and beside a grid, in units of its height and its width: as far there as here."""
+def _margin_size(grid: MaskGrid) -> tuple[float, float]:
+    """The size of the margin bars above and beside a grid, in units of its height and its width; the same length in both."""
     sides = drawn_size(grid)
     up, aside = (min(0.4, 0.08 * max(sides) / side) for side in sides)
     return up, aside
@@ -193,7 +193,7 @@ def _margins(axes: Any, grid: MaskGrid) -> None:
 
     height, width = grid.counts.shape
     high, wide = drawn_size(grid)
-    up, aside = _reach(grid)
+    up, aside = _margin_size(grid)
     above = axes.inset_axes((0, 1.01, 1, up), sharex=axes)
     beside = axes.inset_axes((1 + 0.01 * high / wide, 0, aside, 1), sharey=axes)
     above.stairs(100 * grid.of_columns, np.arange(width + 1), color=BLUE, fill=True)

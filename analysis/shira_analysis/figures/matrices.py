@@ -1,4 +1,4 @@
-"""All pairs of some adapters as matrices: how much their masks overlap, and how orthogonal their deltas are."""
+"""Matrices over all pairs of adapters: mask overlap, and orthogonality of the deltas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shira_analysis.measures.pairs import measure_pairs
 from shira_format.calibration.moments import Moments
 from shira_format.errors import SourceError
 
-_BRACKETS = 6  # adapters up to which there is room for what chance gives
+_BRACKETS = 6  # the most adapters for which cells have room for the expected values
 WRITTEN = 10  # and for any number
 
 
@@ -27,15 +27,15 @@ class Matrix:
     """One measure of all pairs.
 
     Attributes:
-        title: what it is, with its unit.
-        names: of the adapters.
-        values: float64 ``[adapters, adapters]``, the same on both sides of the diagonal; NaN on it, and where there is none.
-        form: how a value is written.
-        log: on a logarithmic scale of colours.
+        title: the measure and its unit.
+        names: the adapters' names.
+        values: float64 ``[adapters, adapters]``, symmetric; NaN on the diagonal and where there is no value.
+        form: formats a value.
+        log: whether the colour scale is logarithmic.
         scale: the colour map.
-        ends: of the scale; by default the values' own.
-        expected: what chance gives, ``[adapters, adapters]``, in brackets below the values; None if it is not known.
-        chance: what that is, for the title.
+        ends: the ends of the colour scale; by default the smallest and largest value.
+        expected: the values expected by chance, float64 ``[adapters, adapters]``, shown in brackets below the values; None if unknown.
+        chance: the random model behind ``expected``, for the title.
     """
 
     title: str
@@ -50,21 +50,21 @@ class Matrix:
 
     @property
     def brackets(self) -> bool:
-        """Whether there is room for what chance gives."""
+        """Whether the expected values are shown."""
         return self.expected is not None and len(self.names) <= _BRACKETS
 
 
 def labels(files: Sequence[DeltaFile]) -> tuple[str, ...]:
-    """Short names of files: without their folders, unless two are then the same."""
+    """Short names of files: without folders, unless two would be the same."""
     short = [file.path.name for file in files]
     return tuple(short if len(set(short)) == len(short) else [str(file.path) for file in files])
 
 
 def overlaps(files: Sequence[DeltaFile]) -> dict[tuple[int, int], Overlap]:
-    """The overlap of the masks of each pair, by places in ``files``; no values are compared, and no base is needed.
+    """The overlap of the masks of each pair, by their indices in ``files``; values are not compared, and no base is needed.
 
     Raises:
-        SourceError: fewer than two adapters, or weights of one name that differ in shape.
+        SourceError: fewer than two adapters, or weights of the same name with different shapes.
         FormatError: a tensor is damaged.
     """
     if len(files) < 2:
@@ -83,7 +83,7 @@ def overlaps(files: Sequence[DeltaFile]) -> dict[tuple[int, int], Overlap]:
 
 
 def overlap_matrices(files: Sequence[DeltaFile]) -> tuple[list[Matrix], list[Record]]:
-    """Two matrices, of shared entries and of how many times as many as by chance; and the numbers of each pair."""
+    """Two matrices, the shared entries and their ratio to chance; and the records of all pairs."""
     names, found = labels(files), overlaps(files)
     jaccard = _filled(
         len(files), {at: None if one.jaccard is None else 100 * one.jaccard for at, one in found.items()}
@@ -93,7 +93,7 @@ def overlap_matrices(files: Sequence[DeltaFile]) -> tuple[list[Matrix], list[Rec
     )
     matrices = [
         Matrix("shared entries, % of the union (Jaccard)", names, jaccard, lambda value: f"{digits(value, 3)} %"),
-        Matrix("shared entries, times what chance gives", names, times, lambda value: f"{digits(value, 3)}×"),
+        Matrix("shared entries, ratio to chance", names, times, lambda value: f"{digits(value, 3)}×"),
     ]
     records = [
         {
@@ -120,13 +120,13 @@ def orthogonality_matrices(
     moments: Moments | None = None,
     transposed: bool = False,
 ) -> tuple[list[Matrix], list[Record]]:
-    """Two matrices, of AWOR and AWOM over all weights that both adapt, or three; and the numbers of each pair.
+    """Matrices of AWOR and AWOM over all weights that both adapt, with moments a third; and the records of all pairs.
 
     Args:
         files: at least two.
-        progress: called with the name of each weight that is done.
-        moments: of the layers' inputs, for a third matrix: the cosine of what two adapters add to the outputs.
-        transposed: of ``A1 A2^T`` in place of ``A1^T A2``.
+        progress: called with the name of each finished weight.
+        moments: of the layers' inputs, for the third matrix: the cosine of what two adapters add to the outputs.
+        transposed: measure ``A1 A2^T`` instead of ``A1^T A2``.
 
     Raises:
         SourceError, FormatError, BaseRequired, BaseMismatch: see :func:`shira_analysis.measures.pairs.measure_pairs`.
@@ -187,7 +187,7 @@ def _filled(size: int, values: dict[tuple[int, int], float | None]) -> npt.NDArr
 
 
 def draw_matrix(axes: Any, matrix: Matrix) -> Any:
-    """Draw one matrix with its numbers in the cells; the diagonal, each adapter with itself, stays empty.
+    """Draw one matrix with its numbers in the cells; the diagonal stays empty.
 
     Returns:
         ``axes``.
@@ -222,11 +222,11 @@ def draw_matrix(axes: Any, matrix: Matrix) -> Any:
     axes.grid(visible=True, which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(matrix.title + (f"\n(in brackets: of {matrix.chance})" if matrix.brackets else ""))
+    axes.set_title(matrix.title + (f"\n(in brackets: expected for {matrix.chance})" if matrix.brackets else ""))
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.outline.set_visible(False)
     if isinstance(norm, LogNorm):
-        if high < 30 * low:  # else there may be one power of ten in it, or none
+        if high < 30 * low:  # the range may hold one power of ten or none
             bar.ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         bar.ax.minorticks_off()

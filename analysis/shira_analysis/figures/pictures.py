@@ -1,4 +1,4 @@
-"""Whole pictures: one or several Axes with a title, and the records of what is in them."""
+"""Whole pictures: one or several Axes with a title, and the records of their numbers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from shira_format.calibration.moments import Moments
 from shira_format.errors import SourceError
 from shira_format.lora.base import Lora
 
-_WIDE = 14.2  # inches: more panels go into a further row
-_SIDE_BY_SIDE = 16  # blocks up to which density and energy have room beside each other
+_MAX_WIDTH = 14.2  # inches: further panels go into a new row
+_SIDE_BY_SIDE = 16  # the most blocks for which density and energy are side by side
 _MOST_PANELS = 24
 _MOST_LINES = 32
 _MOST_IN_MATRIX = 60
-_INSIDE = 6  # lines up to which a legend has room within the axes
+_MOST_IN_LEGEND = 6  # the most lines for which the legend is inside the axes
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What is written: the bytes of an image, and its numbers, one record after another."""
+    """The bytes of an image, and the records of its numbers."""
 
     image: bytes
     records: list[Record]
@@ -35,29 +35,29 @@ class Picture:
 def mask_picture(
     files: Sequence[DeltaFile], tensor: str | None = None, *, side: int = masks.SIDE, form: str = "png"
 ) -> Picture:
-    """The mask of one tensor in each adapter, side by side, on one scale.
+    """The mask of one tensor in each adapter, side by side, on one colour scale.
 
     Args:
         files: the adapters; no base is needed.
-        tensor: its name; by default the one that has most entries in the first adapter.
+        tensor: its name; by default the tensor with most entries in the first adapter.
         side: cells along the longer side.
         form: ``"png"`` or ``"svg"``.
 
     Raises:
-        SourceError: an adapter has no such tensor, or none at all; too many adapters.
+        SourceError: an adapter does not have the tensor, or has none; too many adapters.
         FormatError: the tensor is damaged.
     """
     _check_count(files)
     name = tensor if tensor is not None else largest_tensor(files[0])
-    found = [masks.mask_grid(_present(file, name).file.sparse(name), side) for file in files]
+    found = [masks.mask_grid(_require_tensor(file, name).file.sparse(name), side) for file in files]
     height, width = (max(sizes) for sizes in zip(*map(masks.drawn_size, found), strict=True))
-    # Side by side if there is room; else in rows, and smaller.
+    # Side by side if there is room; else smaller, in rows.
     longest = 5.5
-    if len(found) * _panel(width, longest / max(height, width)) > _WIDE:
+    if len(found) * _panel_width(width, longest / max(height, width)) > _MAX_WIDTH:
         longest = 3.2
     inches = longest / max(height, width)
-    panel = _panel(width, inches)
-    columns = min(len(found), max(1, int(_WIDE / panel)))
+    panel = _panel_width(width, inches)
+    columns = min(len(found), max(1, int(_MAX_WIDTH / panel)))
     rows = -(-len(found) // columns)
     end = masks.scale_end(*found) / 100
     with our_style():
@@ -70,7 +70,7 @@ def mask_picture(
         for one in axes[len(found) :]:
             one.set_axis_off()
         drawn.suptitle(f"mask of {short_label(name, 52)}")
-        drawn.supxlabel("bars: density of whole rows and columns; dotted: of the tensor", fontsize=7.5)
+        drawn.supxlabel("bars: density of rows and columns; dotted line: density of the tensor", fontsize=7.5)
         image = render(drawn, form)
     return Picture(
         image,
@@ -88,7 +88,7 @@ def layers_picture(
     """Density and energy of each adapter by kind of layer and block.
 
     Raises:
-        SourceError: no tensor, a delta that is not finite; too many adapters.
+        SourceError: an adapter has no tensor, or a delta is not finite; too many adapters.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
     _check_count(files)
@@ -97,11 +97,11 @@ def layers_picture(
         if not file.names:
             raise SourceError(f"{file.path}: has no sparse tensor to draw")
         grids.append(layers.layer_grid(measure_file(file, progress=progress).tensors))
-    # Masks have no energy.
+    # Masks have no values, so no energy.
     measured: list[layers.What] = (
         ["density", "energy"] if any(grid.energy is not None for grid in grids) else ["density"]
     )
-    # One scale for all adapters, so that they can be compared.
+    # One colour scale for all adapters, so that they can be compared.
     most = {what: max(layers.largest_value(grid.values(what)) for grid in grids) for what in measured}
     heights = [0.3 * len(grid.kinds) + (1.5 if len(set(grid.stems)) > 2 else 1.0) for grid in grids]
     beside = len(grids) > 1 and max(len(grid.blocks) for grid in grids) <= _SIDE_BY_SIDE
@@ -135,34 +135,36 @@ def spectrum_picture(
     *,
     form: str = "png",
 ) -> Picture:
-    """The singular values of one tensor in each adapter and each LoRA.
+    """The singular values of one tensor's delta in each adapter and each LoRA.
 
     Args:
         files: the adapters.
-        loras: what they are called, and what :func:`shira_format.lora.open_lora` gave.
-        tensor: its name; by default the one that has most entries in the first adapter.
+        loras: names and LoRAs, from :func:`shira_format.lora.open_lora`.
+        tensor: its name; by default the tensor with most entries in the first adapter.
         form: ``"png"`` or ``"svg"``.
 
     Raises:
-        SourceError: one of them has no such tensor, it is too large, a delta is not finite, all are 0; too many; a package is
-            missing.
+        SourceError: one of them does not have the tensor; it is too large; a delta is not finite; all are 0; too many
+            spectra; a package is missing.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
     if len(files) + len(loras) > _MOST_LINES:
-        raise SourceError(f"{len(files) + len(loras)} spectra: {_MOST_LINES} can be told apart in a picture")
+        raise SourceError(
+            f"{len(files) + len(loras)} spectra: at most {_MOST_LINES} can be distinguished in one picture"
+        )
     name = tensor if tensor is not None else largest_tensor(files[0])
     curves = [
-        spectra.curve_of(_present(file, name), name, label)
+        spectra.curve_of(_require_tensor(file, name), name, label)
         for file, label in zip(files, matrices.labels(files), strict=True)
     ]
     curves += [spectra.curve_of_lora(lora, name, label) for label, lora in loras]
     if not any(curve.values.size for curve in curves):
-        raise SourceError(f"{files[0].path}: tensor {name!r}: the change is 0, and has no singular value to draw")
-    inside = len(curves) <= _INSIDE
+        raise SourceError(f"{files[0].path}: tensor {name!r}: the delta is 0: it has no singular values to draw")
+    inside = len(curves) <= _MOST_IN_LEGEND
     with our_style():
         drawn = figure(6.4, 4.2 if inside else 4.4 + 0.17 * len(curves))
         axes = drawn.subplots()
-        spectra.draw_spectra(axes, curves, f"singular values of the change of {short_label(name)}", legend=inside)
+        spectra.draw_spectra(axes, curves, f"singular values of the delta of {short_label(name)}", legend=inside)
         if not inside:
             drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower left")
         image = render(drawn, form)
@@ -170,10 +172,10 @@ def spectrum_picture(
 
 
 def overlap_picture(files: Sequence[DeltaFile], *, form: str = "png") -> Picture:
-    """How much the masks of all pairs overlap; no base is needed.
+    """The mask overlap of all pairs; no base is needed.
 
     Raises:
-        SourceError: fewer than two adapters, shapes that differ.
+        SourceError: fewer than two adapters, or different shapes.
         FormatError: a tensor is damaged.
     """
     _check_count(files, _MOST_IN_MATRIX)
@@ -189,17 +191,17 @@ def orthogonality_picture(
     form: str = "png",
     progress: Callable[[str], object] = lambda _: None,
 ) -> Picture:
-    """AWOR and AWOM of all pairs, and what they do to each other on the layers' inputs if moments are given.
+    """AWOR and AWOM of all pairs; with moments also the cosine of their effects on the layers' inputs.
 
     Args:
         files: the adapters.
         moments: of the layers' inputs.
-        transposed: of ``A1 A2^T`` in place of ``A1^T A2``.
+        transposed: measure ``A1 A2^T`` instead of ``A1^T A2``.
         form: ``"png"`` or ``"svg"``.
-        progress: called with the name of each weight that is done.
+        progress: called with the name of each finished weight.
 
     Raises:
-        SourceError: fewer than two adapters, shapes that differ, a delta that is not finite; a package is missing.
+        SourceError: fewer than two adapters; different shapes; a delta is not finite; a package is missing.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
     _check_count(files, _MOST_IN_MATRIX)
@@ -208,7 +210,7 @@ def orthogonality_picture(
 
 
 def dimension_picture(records: list[Record], *, form: str = "png") -> Picture:
-    """AWOM and AWOR against the dimension; see :mod:`shira_analysis.figures.dimensions`."""
+    """AWOM and AWOR against the dimension of the weight; see :mod:`shira_analysis.figures.dimensions`."""
     with our_style():
         drawn = figure(8.4, 4.6)
         left, right = drawn.subplots(1, 2)
@@ -220,7 +222,7 @@ def dimension_picture(records: list[Record], *, form: str = "png") -> Picture:
         pairs = max((record["pairs"] for record in records), default=0)
         trained = max((r["trained"] for r in records if r["adapter"] == "SHiRA-Rand"), default=dimensions.DENSITY)
         drawn.suptitle(
-            f"Pairs of random adapters that train {100 * trained:.2g} % of the entries (dense: all); means of {pairs} pairs"
+            f"Random adapters that train {100 * trained:.2g} % of the entries (dense: all); means over {pairs} pairs"
         )
         image = render(drawn, form)
     return Picture(image, records)
@@ -230,27 +232,27 @@ def largest_tensor(file: DeltaFile) -> str:
     """The name of the tensor with most entries.
 
     Raises:
-        SourceError: there is none.
+        SourceError: the adapter has no tensor.
     """
     if not file.names:
         raise SourceError(f"{file.path}: has no sparse tensor to draw")
     return max(file.names, key=lambda name: file.file.manifest.tensors[name].nnz)
 
 
-def _present(file: DeltaFile, name: str) -> DeltaFile:
+def _require_tensor(file: DeltaFile, name: str) -> DeltaFile:
     if name not in file.names:
         raise SourceError(f"{file.path}: has no sparse tensor {name!r}")
     return file
 
 
-def _panel(width: float, inches: float) -> float:
-    """The width of a mask's panel: what is above it stays within, for nothing else keeps two of them apart."""
+def _panel_width(width: float, inches: float) -> float:
+    """The width of a mask's panel, wide enough that the titles of neighbours do not overlap."""
     return max(2.3, width * inches + 1.3)
 
 
 def _check_count(files: Sequence[DeltaFile], most: int = _MOST_PANELS) -> None:
     if len(files) > most:
-        raise SourceError(f"{len(files)} adapters: {most} can be drawn in one picture")
+        raise SourceError(f"{len(files)} adapters: at most {most} can be drawn in one picture")
 
 
 def _matrices(found: Sequence[matrices.Matrix], form: str) -> bytes:
@@ -266,6 +268,6 @@ def _matrices(found: Sequence[matrices.Matrix], form: str) -> bytes:
                 axes.tick_params(labelleft=False)
         if empty:
             drawn.supxlabel(
-                "empty cells: nothing to measure, as of two adapters that change no weight in common", fontsize=7.5
+                "empty cells: nothing to measure, such as two adapters without a common weight", fontsize=7.5
             )
         return render(drawn, form)

@@ -1,4 +1,4 @@
-"""The numbers of a picture as CSV, and back."""
+"""The numbers of a picture, to and from CSV."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """A table with a head; a number comes back as it was, None as an empty cell. All records have the keys of the first."""
+    """CSV with a header; numbers round-trip, None is an empty cell. All records have the keys of the first."""
     text = io.StringIO()
     if records:
         table = csv.DictWriter(text, list(records[0]), lineterminator="\n")
@@ -21,7 +21,7 @@ def to_csv(records: Sequence[Record]) -> str:
 
 
 def from_csv(text: str) -> list[Record]:
-    """What :func:`to_csv` wrote: numbers as int or float, empty cells as None."""
+    """Parse the output of :func:`to_csv`: numbers as int or float, empty cells as None."""
     return [{key: _value(cell) for key, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 

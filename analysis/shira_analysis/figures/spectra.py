@@ -1,4 +1,4 @@
-"""Singular values: of an adapter's change of one weight beside a LoRA's."""
+"""Singular values of the delta of one weight, for adapters and LoRAs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from shira_format.lora.base import Lora
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The singular values of one change.
+    """The singular values of one delta.
 
     Attributes:
-        label: whose change it is.
-        spectrum: of it.
+        label: the adapter's or LoRA's name.
+        spectrum: the delta's spectrum.
     """
 
     label: str
@@ -32,7 +32,7 @@ class Curve:
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
-        """Those above what float64 can tell from 0 in their computation; float64, falling."""
+        """The singular values above rounding error; float64, in decreasing order."""
         return self.spectrum.values[: self.spectrum.numerical_rank]
 
 
@@ -40,7 +40,7 @@ def curve_of(file: DeltaFile, name: str, label: str | None = None) -> Curve:
     """The curve of one tensor of an adapter.
 
     Raises:
-        SourceError: the adapter has no such tensor or it is a mask, a delta that is not finite, too large, no scipy.
+        SourceError: the adapter does not have the tensor; it is a mask or too large; a delta is not finite; scipy is missing.
         BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
     if name not in file.names:
@@ -50,29 +50,31 @@ def curve_of(file: DeltaFile, name: str, label: str | None = None) -> Curve:
         found = rank_of(tensor, exact=False).spectrum
     except SourceError as error:
         raise SourceError(f"{file.path}: {error}") from None
-    return Curve(label or file.path.name, _known(found, f"{file.path}: tensor {name!r}"))
+    return Curve(label or file.path.name, _not_too_large(found, f"{file.path}: tensor {name!r}"))
 
 
 def curve_of_lora(lora: Lora, name: str, label: str) -> Curve:
     """The curve of a LoRA's update of one weight.
 
     Raises:
-        SourceError: the LoRA does not change it, a value is not finite, too large.
+        SourceError: the LoRA does not change the weight; it is too large; a value is not finite.
     """
     for update in lora.updates:
         if update.name == name:
-            return Curve(label, _known(rank_of_update(update, exact=False).spectrum, f"{label}: tensor {name!r}"))
+            return Curve(
+                label, _not_too_large(rank_of_update(update, exact=False).spectrum, f"{label}: tensor {name!r}")
+            )
     raise SourceError(f"{label}: the LoRA does not change {name!r}")
 
 
-def _known(found: Spectrum | None, where: str) -> Spectrum:
+def _not_too_large(found: Spectrum | None, where: str) -> Spectrum:
     if found is None:
-        raise SourceError(f"{where} has a shorter side above {LARGEST}: too large for its singular values")
+        raise SourceError(f"{where} has a shorter side above {LARGEST}: too large to compute its singular values")
     return found
 
 
 def records(curves: Sequence[Curve]) -> list[Record]:
-    """One for each singular value."""
+    """One record per singular value."""
     return [
         {"change": curve.label, "number": number, "singular_value": float(value)}
         for curve in curves
@@ -81,22 +83,22 @@ def records(curves: Sequence[Curve]) -> list[Record]:
 
 
 def draw_spectra(axes: Any, curves: Sequence[Curve], title: str | None = None, *, legend: bool = True) -> Any:
-    """Draw singular values by their number, both on logarithmic axes; the legend has the ranks.
+    """Draw singular values by index, on log-log axes; the legend shows the ranks.
 
     Args:
         axes: a matplotlib Axes.
-        curves: at least one with a singular value; of the others there is a line in the legend alone.
-        title: above the picture.
-        legend: draw it, in the lower left corner; its lines have their labels in any case.
+        curves: at least one with a non-zero singular value; the others appear only in the legend.
+        title: the title of the axes.
+        legend: draw the legend in the lower left corner; the lines are labelled in any case.
 
     Returns:
         ``axes``.
 
     Raises:
-        SourceError: there is no singular value above 0.
+        SourceError: no curve has a singular value above 0.
     """
     if not any(curve.values.size for curve in curves):
-        raise SourceError("no change has a singular value above 0: there is nothing to draw")
+        raise SourceError("no delta has a singular value above 0: there is nothing to draw")
     for at, (curve, label) in enumerate(
         zip(curves, distinct_labels([curve.label for curve in curves], 40), strict=True)
     ):
@@ -104,12 +106,12 @@ def draw_spectra(axes: Any, curves: Sequence[Curve], title: str | None = None, *
         spectrum = curve.spectrum
         axes.plot(
             np.arange(1, values.size + 1), values,
-            **line_style(at), markevery=_spread(values.size), mec="white", mew=0.4,
+            **line_style(at), markevery=_marked(values.size), mec="white", mew=0.4,
             label=f"{label}: rank {values.size}, stable rank {spectrum.stable_rank:.1f}",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("number of the singular value")
+    axes.set_xlabel("index of the singular value")
     axes.set_ylabel("singular value")
     from matplotlib.ticker import FuncFormatter
 
@@ -122,6 +124,6 @@ def draw_spectra(axes: Any, curves: Sequence[Curve], title: str | None = None, *
     return axes
 
 
-def _spread(count: int) -> list[int]:
-    """Which values get a mark: about evenly spread on a logarithmic axis."""
+def _marked(count: int) -> list[int]:
+    """The values with a marker: about evenly spaced on a logarithmic axis."""
     return sorted({round(at) - 1 for at in np.geomspace(1, max(1, count), 16)})

@@ -1,6 +1,6 @@
-"""One look for all pictures; matplotlib is imported here, when the first one is made, and never its global state.
+"""One style for all pictures. matplotlib is imported lazily, and its global state is left alone.
 
-Colours are those of Okabe and Ito and the scales viridis and cividis, which people tell apart whatever colours they see.
+Colours are the Okabe-Ito palette and the viridis and cividis scales, which are safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ BLUE, ORANGE, GREEN, SKY, PINK, YELLOW, RED, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#777777",
 )  # fmt: skip
 LINES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "black", GREY)
-"""Colours of lines, in the order in which they are given out. Yellow is too pale for one."""
+"""Colours of lines, in order of use. Yellow is too pale for lines."""
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", ":", "-.")
 
@@ -33,7 +33,7 @@ _STYLE = {
 
 @contextlib.contextmanager
 def our_style() -> Iterator[None]:
-    """The look, for what is drawn inside; what matplotlib was set to before comes back."""
+    """Apply the style within the context; matplotlib's previous settings are restored after it."""
     import matplotlib as mpl
 
     with mpl.rc_context(_STYLE):
@@ -41,7 +41,7 @@ def our_style() -> Iterator[None]:
 
 
 def figure(width: float, height: float) -> Any:
-    """A new matplotlib ``Figure`` of so many inches, on no screen and in no list of pyplot; used inside :func:`our_style`."""
+    """A new matplotlib ``Figure``, size in inches, independent of pyplot and of any display; use it inside :func:`our_style`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,7 +51,7 @@ def figure(width: float, height: float) -> Any:
 
 
 def render(drawn: Any, form: str = "png") -> bytes:
-    """The bytes of a PNG or SVG; no date or version in them, so that the same numbers give the same file."""
+    """The bytes of a PNG or SVG, without date or version, so that the same numbers give the same file."""
     buffer = io.BytesIO()
     nothing = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
     drawn.savefig(buffer, format=form, dpi=DPI, metadata=nothing)
@@ -59,7 +59,7 @@ def render(drawn: Any, form: str = "png") -> bytes:
 
 
 def short_label(text: str, most: int = 60) -> str:
-    """A name from a file, for a label: one line, nothing that reorders it or is a formula, and not longer than ``most``."""
+    """A name from a file as a label: one line, control characters and ``$`` escaped, shortened to ``most`` characters."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > most:
         head = (most - 1) // 3
@@ -68,7 +68,7 @@ def short_label(text: str, most: int = 60) -> str:
 
 
 def line_style(at: int) -> dict[str, Any]:
-    """Colour, mark and dashes of the line with this number, from 0: no two of the first 32 are alike in colour and dashes."""
+    """Colour, marker and dashes of line number ``at`` (from 0): the first 32 differ in colour or dashes."""
     turn = at // len(LINES)
     return {
         "color": LINES[at % len(LINES)],
@@ -78,7 +78,7 @@ def line_style(at: int) -> dict[str, Any]:
 
 
 def distinct_labels(names: Sequence[str], most: int) -> list[str]:
-    """:func:`short_label` names; where that makes two of them one, without what all have at their beginnings and ends."""
+    """Distinct :func:`short_label` labels: where shortening makes two equal, common prefixes and suffixes are removed, or numbers added."""
     found = [short_label(name, most) for name in names]
     if len(set(found)) == len(set(names)):
         return found
@@ -92,13 +92,13 @@ def distinct_labels(names: Sequence[str], most: int) -> list[str]:
 
 
 def _common(names: Sequence[str]) -> int:
-    """How many letters all have in common from the first on."""
+    """The length of the common prefix."""
     together = zip(*names, strict=False)
     return next((at for at, letters in enumerate(together) if len(set(letters)) > 1), min(map(len, names)))
 
 
 def digits(value: float, count: int) -> str:
-    """A number with so many digits that count, zeros at its end too, so that those of a table are alike; 100 as "100", not "1e+02"."""
+    """A number with ``count`` significant digits, trailing zeros included; below a million without an exponent: "100", not "1e+02"."""
     if 10**count <= abs(value) < 1e6:
         return f"{value:.0f}"
     rounded = f"{value:#.{count}g}"
@@ -106,12 +106,12 @@ def digits(value: float, count: int) -> str:
 
 
 def text_colour(colour: Sequence[float]) -> str:
-    """Black or white: what is read better on a colour of red, green and blue from 0 to 1."""
+    """Black or white, whichever is more legible on an RGB colour (0 to 1)."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
-    # From this luminance on, black has the higher contrast as WCAG counts it.
+    # Above this luminance, black has the higher contrast as WCAG defines it.
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
 def percent_digits(value: float) -> str:
-    """A share in per cent, with as many digits as it takes: 0.0123 as 1.23."""
+    """A share in per cent, three significant digits: 0.0123 as 1.23."""
     return f"{100 * value:.3g}"

@@ -1,8 +1,8 @@
-"""The five lemmas of the paper (*Sparse High Rank Adapters*, section 4), checked by numbers.
+"""The five lemmas of the paper (*Sparse High Rank Adapters*, section 4), checked numerically.
 
-For each lemma: the statement as printed, the one that is true, laws tried on random adapters of many shapes and masks and on
-given files, and the smallest counterexample where the printed one fails. What can be decided in integers is; the rest is float64, each
-case with a bound on what rounding may do.
+For each lemma: the statement as printed, the corrected statement, laws tested on random adapters of many shapes and masks and on
+given files, and the smallest counterexample where the printed statement fails. Checks are exact, in integers, where possible; the
+rest use float64, each case with a bound on the rounding error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEMMAS: dict[str, Callable[[Setting], LemmaReport]] = {
     "4.5": orthogonality.check,
 }
 
-_NOTHING = f"no matrix in it has entries, or all have a side above {LONGEST}, so that there is nothing to check"
+_NOTHING_TO_CHECK = f"no matrix in it has entries, or all have a side above {LONGEST}: there is nothing to check"
 
 
 def verify_lemmas(
@@ -41,18 +41,18 @@ def verify_lemmas(
     """Check the lemmas; the same arguments give the same report.
 
     Args:
-        adapters: adapter files to check them on as well; lemmas about two adapters take all pairs, or a single one with itself.
-        base: the checkpoint of all of them, for those that do not hold base values.
+        adapters: files to check as well as random adapters; lemmas about two adapters use all pairs, or a single file with itself.
+        base: their checkpoint; needed for adapters that store target values without base values.
         quick: fewer and smaller cases.
-        seed: of all random numbers, not negative.
-        lemmas: their numbers, of :data:`LEMMAS`.
+        seed: the random seed, not negative.
+        lemmas: which to check; keys of :data:`LEMMAS`.
         progress: called with 1 after each lemma.
 
     Raises:
-        SourceError: none of the files has something to check, or an update is not finite.
-        BaseRequired: targets without base values, and no ``base``.
-        FormatError: a file is no adapter, or is damaged.
-        BaseMismatch: ``base`` is another one.
+        SourceError: no file has anything to check, or an update is not finite.
+        BaseRequired: an adapter has targets without base values, and ``base`` is None.
+        FormatError: a file is not an adapter, or is damaged.
+        BaseMismatch: ``base`` is not the checkpoint that an adapter was made for.
     """
     from shira_format._core.threads import single_threaded_blas
 
@@ -66,8 +66,11 @@ def verify_lemmas(
     found = []
     try:
         if files and not setting.files:
-            raise SourceError(f"{files[0].file.path}: {_NOTHING}" + (" (nor in the others)" if files[1:] else ""))
-        # So that the last digits do not depend on how many threads there are.
+            raise SourceError(
+                f"{files[0].file.path}: {_NOTHING_TO_CHECK}"
+                + (" (the same for the other files)" if files[1:] else "")
+            )
+        # The last digits must not depend on the number of threads.
         with single_threaded_blas():
             for number in lemmas:
                 found.append(LEMMAS[number](setting))

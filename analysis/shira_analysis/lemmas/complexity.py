@@ -1,15 +1,17 @@
-"""Lemma 4.1: how many numbers an adapter has, and in how many directions training can move it.
+"""Lemma 4.1: how many values an adapter has, and in how many directions training can move it.
 
 A linear layer ``y = W x`` with squared loss has the gradient ``G = E X^T`` for inputs ``X [in, examples]`` and errors
-``E = W X - Y``. A step of SGD on the entries of a mask M is ``-lr * (M o G)``. Row i of it is ``e_i X^T`` on the columns ``C_i`` that
-the mask has in that row, so that over all errors it fills a space of dimension ``rank X[C_i, :]``, and all rows together
+``E = W X - Y``. A step of SGD on the entries of a mask M is ``-lr * (M o G)``. Row i of it is ``e_i X^T`` restricted to
+``C_i``, the columns of the mask in that row, so that over all errors it spans a space of dimension ``rank X[C_i, :]``, and all rows
+together span
 
     freedom(M, X) = sum over rows i of rank X[C_i, :]  <=  nnz(M),
 
-which is also the rank of the Jacobian of the outputs by the trained entries. That, and not nnz, is what data let training learn.
+which is also the rank of the Jacobian of the outputs with respect to the trained entries. This, not nnz, is the number of degrees of
+freedom that the data allow.
 
-Errors are not always free. If a linear teacher T without noise gives the targets, ``G = D X X^T`` with ``D = W - T``, and the steps from
-one W fill the image of ``C -> sym(D^T C)`` over all C on the mask, which is smaller where ``D^T C`` can be antisymmetric.
+The errors are not always arbitrary. If a noiseless linear teacher T gives the targets, ``G = D X X^T`` with ``D = W - T``, and the steps
+from one W span the image of ``C -> sym(D^T C)`` over all C on the mask, which is smaller where ``D^T C`` can be antisymmetric.
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ DATA = ("generic", "dead inputs", "repeated inputs", "few examples")
 
 
 def freedom(made: Mask, inputs: Integers) -> int:
-    """The sum over rows of the rank of ``inputs [in, examples]`` at the row's trained columns, exact."""
+    """The sum over rows of the rank of ``inputs [in, examples]`` at the row's trained columns; exact."""
     return sum(rank(inputs[row]) for row in made if row.any())
 
 
 def steps_span(made: Mask, inputs: Integers, random: np.random.Generator, batch: int) -> int:
-    """The dimension of what steps of SGD span: many batches out of ``inputs``, noisy targets, one W.
+    """The dimension of the span of SGD steps: many batches from ``inputs``, noisy targets, one W.
 
-    Each batch comes often enough, with other targets, that rows do not share their errors.
+    Each batch is repeated with new targets, often enough that the errors of the rows are independent.
 
     Args:
         made: the mask ``[out, in]``.
         inputs: ``[in, examples]``.
         random: for W and the targets.
-        batch: examples in a batch; all of ``inputs`` if it has no more.
+        batch: examples in a batch; all of ``inputs`` if there are fewer.
     """
     weight = integers(made.shape, random)
     examples = inputs.shape[1]
@@ -52,7 +54,7 @@ def steps_span(made: Mask, inputs: Integers, random: np.random.Generator, batch:
 
 
 def teacher_span(made: Mask, difference: Integers, random: np.random.Generator) -> tuple[int, int]:
-    """Dimensions, exact: of the steps from one W towards a linear teacher without noise, and of the image of sym(D^T C)."""
+    """Exact dimensions: of the span of steps from one W towards a noiseless linear teacher, and of the image of sym(D^T C)."""
     found = []
     for _ in range(int(made.sum()) + 4):
         x = random.integers(-9, 10, (made.shape[1], 2))
@@ -67,7 +69,7 @@ def teacher_span(made: Mask, difference: Integers, random: np.random.Generator) 
 
 
 def adam_steps(made: Mask, inputs: Integers, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
-    """The updates ``[count, nnz]`` of Adam (betas 0.9 and 0.999, eps 1e-8, lr 1e-2, no weight decay), four examples a batch."""
+    """The updates ``[count, nnz]`` of Adam (betas 0.9 and 0.999, eps 1e-8, lr 1e-2, no weight decay), four examples per batch."""
     weight = random.standard_normal(made.shape)
     first, second = np.zeros(int(made.sum())), np.zeros(int(made.sum()))
     found = []
@@ -84,7 +86,7 @@ def adam_steps(made: Mask, inputs: Integers, random: np.random.Generator, count:
 
 
 def data(kind: str, made: Mask, random: np.random.Generator) -> Integers:
-    """Inputs ``[in, examples]`` of a kind; more examples than a row of the mask has entries, unless there are to be few."""
+    """Inputs ``[in, examples]`` of a kind of :data:`DATA`; more examples than any row of the mask has entries, except for "few examples"."""
     width = made.shape[1]
     fullest = int(made.sum(axis=1).max())
     inputs = integers((width, fullest + 2), random)
@@ -104,22 +106,24 @@ def check(setting: Setting) -> LemmaReport:
         "4.1",
         "parameter complexity and learning complexity",
         "Both complexities of a SHiRA adapter equal its number of non-zero entries.",
-        "The number of values is nnz of the mask (their places come on top: log2 C(mn, nnz) bits). What training can learn is "
-        "freedom(M, X) = sum over rows i of rank X[C_i, :], with C_i the trained columns of row i and X all inputs ever seen. It is at most "
-        "nnz, and equals it exactly if in each row the trained inputs are linearly independent over the data; so at least as many "
-        "examples are needed as the fullest row has entries. One batch of b gives at most sum of min(|C_i|, b).",
-        "an upper bound; equality for data in general position alone",
+        "The number of values is the nnz of the mask (the indices take another log2 C(mn, nnz) bits). The degrees of freedom of training are "
+        "freedom(M, X) = sum over rows i of rank X[C_i, :], with C_i the trained columns of row i and X all inputs seen. This is at most "
+        "nnz, with equality if and only if the inputs trained in each row are linearly independent over the data; that needs at least as many "
+        "examples as the fullest row has entries. One batch of b examples gives at most the sum of min(|C_i|, b).",
+        "an upper bound; equality only for data in general position",
     )
-    spans = Check("span of SGD steps over many batches, noisy targets = freedom(M, X)", "=", exact=True)
-    generic = Check("freedom(M, X) = nnz, data in general position", "=", exact=True)
-    never = Check("freedom(M, X) <= nnz, any data", "<=", exact=True)
-    single = Check(
-        "one batch of b over all targets: span = sum of min(|C_i|, b), general position", "=", exact=True
+    spans = Check(
+        "SGD, many batches, noisy targets: dimension of the span of steps = freedom(M, X)", "=", exact=True
     )
+    generic = Check("data in general position: freedom(M, X) = nnz", "=", exact=True)
+    never = Check("any data: freedom(M, X) <= nnz", "<=", exact=True)
+    single = Check("one batch of b in general position, all targets: span = sum of min(|C_i|, b)", "=", exact=True)
     teacher = Check("noiseless linear teacher, one W: span = rank of C -> sym(D^T C)", "=", exact=True)
-    dense = Check("  the same, all entries of n x n trained: n(n+1)/2", "=", exact=True)
-    moved = Check("Adam moves the entries with an input that is not always 0, and no others", "=", exact=True)
-    adam = Check("Adam, data in general position: nnz-th singular value of its steps is not 0", "<=", exact=False)
+    dense = Check("  all entries of n x n trained: span = n(n+1)/2", "=", exact=True)
+    moved = Check("Adam moves exactly the trained entries whose input is not always 0", "=", exact=True)
+    adam = Check(
+        "Adam, data in general position: the nnz-th singular value of its steps is not 0", "<=", exact=False
+    )
     shapes = [(6, 6), (5, 9), (9, 5)] if setting.quick else [(6, 6), (5, 9), (9, 5), (16, 16), (12, 24), (24, 12)]
     densities = (0.1, 0.3) if setting.quick else (0.05, 0.1, 0.3)
     for kind in KINDS:
@@ -155,7 +159,7 @@ def check(setting: Setting) -> LemmaReport:
                         adam_steps(made, data("generic", made, random), random, 3 * nnz + 8), compute_uv=False
                     )
                     noise = 64 * float(np.finfo(np.float64).eps) * max(nnz, 8) * float(values[0])
-                    # Not 0 means: above what rounding can make of 0.
+                    # Not 0: above the rounding error of a 0.
                     adam.add(noise, float(values[nnz - 1]), where, allowed=1e-300)
     for side in (2, 3, 4) if setting.quick else (2, 3, 4, 5, 6, 7):
         full = np.ones((side, side), bool)
@@ -167,10 +171,10 @@ def check(setting: Setting) -> LemmaReport:
         Reading(
             "the number of trained values is nnz",
             "holds",
-            "a count; the places of the entries are further data, in the file and in memory",
+            "by counting; the indices take more space, in the file and in memory",
         ),
         _repeated(),
-        Reading("at most nnz directions", "holds", "a masked step is 0 outside the mask, with SGD as with Adam"),
+        Reading("at most nnz directions", "holds", "a masked step is 0 outside the mask, for SGD and for Adam"),
         _symmetric(),
     ]
     return report
@@ -186,9 +190,11 @@ def _invertible(side: int, random: np.random.Generator) -> Integers:
 def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -> None:
     if not setting.files:
         return
-    count = Check("files: entries that change <= values stored", "<=", exact=True)
+    count = Check("files: changed entries <= stored values", "<=", exact=True)
     full = Check(
-        "files: rank of the trained inputs = entries, the four fullest rows of at most 256", "=", exact=True
+        "files: rank of the trained inputs = entries, the four fullest rows with at most 256 entries",
+        "=",
+        exact=True,
     )
     for update in setting.updates(2 if setting.quick else 8):
         changed = update.indices.size if update.values is None else int(np.count_nonzero(update.values))
@@ -198,28 +204,28 @@ def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -
             if size:
                 full.add(rank(integers((int(size), int(size)), random, 999)), int(size), update.where)
         few = [f"{int(np.minimum(counts, batch).sum()):,} with {batch}" for batch in (1, 32, 1024)]
-        report.of_files.append((update.where, f"{update.indices.size:,} entries; free directions in one batch in general position: {', '.join(few)} tokens; all from {int(counts.max())} tokens on"))  # fmt: skip
+        report.of_files.append((update.where, f"{update.indices.size:,} entries; degrees of freedom of one batch in general position: {', '.join(few)} tokens; all of them from {int(counts.max())} tokens on"))  # fmt: skip
     report.checks.append(count)
     if full.cases:
         report.checks.append(full)
 
 
 def _repeated() -> Reading:
-    """The smallest layer with live inputs in which training has fewer directions than entries, by trying all."""
+    """The smallest layer without dead inputs in which training has fewer directions than entries, by exhaustive search."""
     for tried, width in enumerate(range(1, 4), 1):
         made, inputs = np.ones((1, width), bool), np.ones((width, 1), np.int64)
         if (free := freedom(made, inputs)) < width:
             return Reading(
                 "training has nnz degrees of freedom, whatever the data",
                 "fails",
-                "inputs that depend on each other, dead inputs, or fewer examples than a row has entries take some away",
+                "linearly dependent inputs, dead inputs, or fewer examples than a row has entries reduce them",
                 Counterexample(
-                    f"layers of one output, all entries trained, every input 1; number {tried} of them by size",
+                    f"layers with one output, all entries trained, every input 1, by size; number {tried}",
                     {"M": rows_of(made.astype(int)), "X": rows_of(inputs)},
                     (
-                        "two inputs that are always equal: the gradient is e X^T = (e, e) for every error e",
+                        "the two inputs are always equal, so the gradient is e X^T = (e, e) for every error e",
                         f"nnz = {width}, but all steps are multiples of (1, 1): freedom = rank X = {free}",
-                        "(with 1 x 1 and an input that is always 0, it is 0 of 1)",
+                        "(a 1 x 1 layer with an input that is always 0 has freedom 0 of 1)",
                     ),
                 ),
             )
@@ -227,7 +233,7 @@ def _repeated() -> Reading:
 
 
 def _symmetric() -> Reading:
-    """Steps towards a noiseless teacher: the smallest mask by number of entries, of those of 2 x 2, in dictionary order."""
+    """Steps towards a noiseless teacher: the first 2 x 2 mask that fails, fewest entries first."""
     difference = np.eye(2, dtype=np.int64)
     masks = sorted((np.array([(bits >> k) & 1 for k in range(4)], bool).reshape(2, 2) for bits in range(1, 16)), key=lambda m: int(m.sum()))  # fmt: skip
     for tried, made in enumerate(masks, 1):
@@ -236,13 +242,13 @@ def _symmetric() -> Reading:
             return Reading(
                 "the steps from one W span nnz directions if the data are in general position",
                 "fails",
-                "for targets T x without noise: G = (W - T) X X^T, where X X^T is symmetric; with noise in the targets it holds",
+                "with noiseless targets T x, G = (W - T) X X^T, and X X^T is symmetric; with noisy targets it holds",
                 Counterexample(
-                    f"all 15 masks of 2 x 2 by number of entries, W - T = I; number {tried}",
+                    f"all 15 masks of 2 x 2, fewest entries first, W - T = I; number {tried}",
                     {"M": rows_of(made.astype(int)), "W - T": rows_of(difference)},
                     (
                         "the gradient for one input x is (W - T) x x^T = x x^T, which is symmetric",
-                        "both trained entries get x1 x2 in every step:",
+                        "both trained entries move by the same multiple of x1 x2 in every step:",
                         f"nnz = {int(made.sum())}, but all steps are multiples of one matrix: span {found}",
                     ),
                 ),

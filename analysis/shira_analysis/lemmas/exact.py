@@ -1,4 +1,4 @@
-"""Ranks without rounding, and scipy's sparse matrices where they are installed."""
+"""Exact ranks of integer matrices."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ import numpy as np
 from shira_format._core.arrays import Array
 
 PRIME = 2**31 - 1  # products of two residues fit int64
-_CERTAIN = 48  # the shorter side up to which Bareiss is quick
+_BAREISS_SIDE = 48  # the shorter side up to which Bareiss elimination is fast
 
 
 def rank(matrix: Any) -> int:
-    """The rank of a matrix of integers.
+    """The rank of an integer matrix.
 
-    Modulo a prime the rank is never larger than over the rationals; where it is as large as the shape without its zero rows and
-    columns allows, it is the rank. Otherwise elimination without fractions (Bareiss) in Python's integers decides, for matrices with a
-    side of at most 48; for larger ones the rank modulo the prime stands, which for random integers is too low with a probability of
-    about 1e-7 at most.
+    The rank modulo a prime never exceeds the rank over the rationals. If it is full (zero rows and columns aside), it is the rank.
+    Otherwise fraction-free elimination (Bareiss) in Python integers decides if the shorter side is at most 48; for larger matrices the
+    rank modulo the prime is returned, which for random integers is too low with a probability of at most about 1e-7.
     """
     a = np.asarray(matrix)
     a = a[(a != 0).any(axis=1)][:, (a != 0).any(axis=0)] if a.size else a.reshape(0, 0)
     if not a.size:
         return 0
     found = rank_modulo(a)
-    if found == min(a.shape) or min(a.shape) > _CERTAIN:
+    if found == min(a.shape) or min(a.shape) > _BAREISS_SIDE:
         return found
     return _bareiss([[int(value) for value in row] for row in a])
 
 
 def rank_modulo(matrix: Array) -> int:
-    """The rank of a matrix of integers modulo 2^31 - 1: never more than the rank."""
+    """The rank of an integer matrix modulo 2^31 - 1: at most its rank."""
     a = np.mod(matrix, PRIME).astype(np.int64)
     if a.shape[0] > a.shape[1]:
         a = np.ascontiguousarray(a.T)

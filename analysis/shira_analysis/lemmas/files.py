@@ -1,4 +1,4 @@
-"""The updates of adapter files, one weight at a time."""
+"""The deltas of adapter files, one weight at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.format import AdapterFile
 from shira_format.tensors import matrix_shape
 
-# The laws are tried on vectors as long as a side of the weight, a few at a time: a gigabyte. No layer of a model is larger.
+# The laws are tested on a few vectors as long as a side of the weight: about a gigabyte. No layer of a real model is larger.
 LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileDelta:
-    """What an adapter adds to one weight, as a matrix (axis 0 against all others).
+    """What an adapter adds to one weight, in its matrix view (axis 0 by all other axes).
 
     Attributes:
         source: the adapter's file name.
@@ -39,7 +39,7 @@ class FileDelta:
 
     @property
     def where(self) -> str:
-        """How it is called in a report."""
+        """Its name in a report."""
         return f"{self.source}: {self.name}"
 
     @property
@@ -53,7 +53,7 @@ class FileDelta:
         return np.asarray(self.indices % self.shape[1])
 
     def matrix(self) -> Any:
-        """The update as a CSR matrix in float64, or of ones if it is a mask."""
+        """The delta as a float64 CSR matrix; all ones for a mask."""
         values = np.ones(self.indices.size) if self.values is None else self.values
         from scipy.sparse import csr_matrix
 
@@ -62,13 +62,13 @@ class FileDelta:
 
 @dataclass
 class FileDeltas:
-    """One adapter file. Nothing is kept: a tensor is read when it is asked for.
+    """One adapter file. Tensors are read on demand and not cached.
 
     Attributes:
         file: the open file.
-        base: its base; None if it is not given.
+        base: its base checkpoint, or None.
         names: shapes of the weights that are matrices and have entries, by name.
-        notes: what is left out, and why.
+        notes: what is skipped, and why.
     """
 
     file: AdapterFile
@@ -81,8 +81,8 @@ class FileDeltas:
         """Open an adapter file.
 
         Raises:
-            FormatError: it is none, or is damaged.
-            BaseRequired: targets without base values, and no ``base``.
+            FormatError: the file is not an adapter, or is damaged.
+            BaseRequired: the adapter has targets without base values, and ``base`` is None.
         """
         found = cls(AdapterFile(path, separate_maps=True), base)
         vectors, large = 0, []
@@ -94,31 +94,31 @@ class FileDeltas:
             elif entry.nnz:
                 if base is None and entry.values == "target" and not entry.base_values:
                     raise BaseRequired(
-                        f"{path}: tensor {name!r} holds target values without those of the base: pass the base (--base)"
+                        f"{path}: tensor {name!r} holds target values without base values: pass the base (--base)"
                     )
                 found.names[name] = matrix_shape(entry.shape)
         if vectors:
             found.notes.append(
-                f"{path}: {vectors} of its tensors {'is no matrix' if vectors == 1 else 'are no matrices'}"
+                f"{path}: {vectors} of its tensors {'is not a matrix' if vectors == 1 else 'are not matrices'}"
             )
         if large:
             found.notes.append(
                 f"{path}: {len(large)} of its tensors {'has' if len(large) == 1 else 'have'} a side above {LONGEST}: {large[0]!r}{', ...' if large[1:] else ''}"
             )
         if not found.names:
-            found.notes.append(f"{path}: no matrix in it has entries and can be checked: it is left out")
+            found.notes.append(f"{path}: no matrix in it has entries and can be checked: it is skipped")
         return found
 
     def spread(self, most: int) -> list[str]:
-        """At most so many names, evenly spread."""
+        """At most ``most`` of the names, evenly spread."""
         return spread(list(self.names), most)
 
     def update(self, name: str) -> FileDelta:
-        """Read one update, at the strength at which the adapter was trained.
+        """Read one delta, at the strength of training.
 
         Raises:
-            SourceError: the update is not finite.
-            BaseMismatch: the base is another one.
+            SourceError: the delta is not finite.
+            BaseMismatch: the base is not the one that the adapter was made for.
             FormatError: the file is damaged.
         """
         tensor, path = self.file.sparse(name), self.file.path
@@ -136,8 +136,8 @@ class FileDeltas:
 
 
 def spread(names: list[str], most: int) -> list[str]:
-    """At most so many of the names, evenly spread."""
+    """At most ``most`` of the names, evenly spread."""
     if len(names) <= most:
         return names
-    # From the first to the last, so that the step is not that between like layers.
+    # From the first to the last: a fixed step could hit layers of one kind only.
     return [names[i * (len(names) - 1) // max(1, most - 1)] for i in range(most)]

@@ -1,13 +1,13 @@
 """Lemma 4.4: adapters in each other's null space.
 
-Of two adapters on the same layer, the outputs ``a = S1 x`` and ``b = S2 x`` add, and before the non-linearity nothing multiplies at all.
-After it, what one does in presence of the other differs by
+Two adapters on the same layer add the outputs ``a = S1 x`` and ``b = S2 x``; before the non-linearity there are no products of the two.
+After it, the effect of one changes in the presence of the other by
 
     I = f(z + a + b) - f(z + a) - f(z + b) + f(z),   z = W x,
 
-element by element, ``I_i = a_i b_i`` times an integral of f'' (if f has one), so it vanishes where a_i or b_i does. ``S1^T S2 = 0`` says that
-the *sum* over i of ``a_i b'_i`` is 0 for all inputs. That is less. In the power series it removes the second-order term if f'' and the
-weights of the next layer are the same for all i, and nothing else. What removes all of I is that no row is used by both adapters.
+element by element, ``I_i = a_i b_i`` times an integral of f'' (if f has one), so it is 0 where a_i or b_i is. ``S1^T S2 = 0`` only says
+that the *sum* over i of ``a_i b'_i`` is 0 for all inputs. In the power series it removes the second-order term if f'' and the weights
+of the next layer are the same for all i, and no other term. I is 0 everywhere if no row is used by both adapters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def softplus(z: Any) -> Any:
     return np.logaddexp(0.0, z)
 
 
-# Smooth ones, and the largest absolute value of their second derivative.
+# Smooth non-linearities, each with the maximum of |f''|.
 SMOOTH: dict[str, tuple[Function, float]] = {
     "tanh": (np.tanh, 4 / 27**0.5),
     "silu": (silu, 0.5),
@@ -52,15 +52,15 @@ SMOOTH: dict[str, tuple[Function, float]] = {
 
 
 def interaction(f: Function, z: Any, a: Any, b: Any) -> Any:
-    """What is left of ``f(z + a + b)`` after both adapters' own effects: 0 if each acts as if it were alone.
+    """What is left of ``f(z + a + b)`` after both adapters' own effects: 0 if each acts as if alone.
 
-    In this order of the differences it is 0 to the last bit where a or b is 0.
+    With the differences in this order it is exactly 0 where a or b is 0.
     """
     return (f(z + a + b) - f(z + a)) - (f(z + b) - f(z))
 
 
 def orthogonal_pair(shape: tuple[int, int], random: np.random.Generator) -> tuple[Integers, Integers]:
-    """Integers ``S1``, ``S2`` with ``S1^T S2 = 0`` that use the same rows: rows in twos, ``(u, u)`` and ``(v, -v)``."""
+    """Integers ``S1``, ``S2`` with ``S1^T S2 = 0`` that share rows: pairs of rows ``(u, u)`` and ``(v, -v)``."""
     half = (shape[0] + 1) // 2
     u, v = integers((half, shape[1]), random), integers((half, shape[1]), random)
     first, second = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -80,19 +80,19 @@ def check(setting: Setting) -> LemmaReport:
         "of the non-linearity).",
         "S1^T S2 = 0 if and only if the outputs S1 x and S2 x' are orthogonal for all x and x' (for x = x' alone, S1^T S2 need only be "
         "antisymmetric). After a non-linearity the adapters act as if alone on every input if no row has entries of both; "
-        "S1^T S2 = 0 with shared rows does not do. It removes the second-order term of a sum over rows with equal f'' and equal weights. "
-        "In the layers that follow, effects meet again. For adapters of consecutive layers the product is S2 S1, not S1^T S2.",
-        "fails after a non-linearity; disjoint rows are enough for one layer",
+        "S1^T S2 = 0 with shared rows is not enough: it only removes the second-order term of a sum over rows with equal f'' and equal weights. "
+        "In later layers the effects mix again. For adapters of consecutive layers the product is S2 S1, not S1^T S2.",
+        "fails after a non-linearity; disjoint rows suffice for one layer",
     )
     inner = Check("S1^T S2 = 0: inner product of S1 x and S2 x' = 0", "=", exact=True)
-    converse = Check("S1^T S2 != 0: unit vectors with inner product != 0 exist", "=", exact=True)
-    same = Check("S1^T S2 antisymmetric: inner product of S1 x and S2 x, same x, = 0", "=", exact=True)
+    converse = Check("S1^T S2 != 0: unit vectors x, x' with inner product != 0 exist", "=", exact=True)
+    same = Check("S1^T S2 antisymmetric: inner product of S1 x and S2 x (same x) = 0", "=", exact=True)
     rows = Check("no shared row: sum of |I| after ReLU and after z^2 = 0", "=", exact=True)
-    smooth_rows = Check("  the same after tanh, SiLU, softplus: outputs that are not 0", "=", exact=True)
+    smooth_rows = Check("  the same after tanh, SiLU, softplus: non-zero elements of I", "=", exact=True)
     least = Check("any pair, ReLU: largest |I_i| - min(|a_i|, |b_i|) <= 0", "<=", exact=True)
     curved = Check("any pair, smooth f: |I_i| <= max|f''| |a_i b_i|", "<=", exact=False)
     second = Check("f = z^2, equal weights: sum of I = 2 x^T S1^T S2 x", "=", exact=True)
-    series = Check("linear layers in sequence: what multiplies = S2 S1 x: outputs that differ", "=", exact=True)
+    series = Check("consecutive linear layers: cross term = S2 S1 x: outputs that differ", "=", exact=True)
     shapes = [(6, 5), (16, 12)] if setting.quick else [(6, 5), (16, 12), (48, 64), (128, 96)]
     for kind in KINDS:
         for shape in shapes:
@@ -117,7 +117,7 @@ def check(setting: Setting) -> LemmaReport:
                     za, aa, ba = z / 16, a / 32, b / 32
                     found = np.abs(interaction(f, za, aa, ba))
                     limit = most * np.abs(aa * ba)
-                    # Four values of f, each of a size of at most |z| + |a| + |b| + 1, good to a few ulps.
+                    # Four values of f, each at most |z| + |a| + |b| + 1 and accurate to a few ulps.
                     allowed = 32 * _EPSILON * (np.abs(za) + np.abs(aa) + np.abs(ba) + 1)
                     worst = np.unravel_index(int((found - limit - allowed).argmax()), found.shape)
                     curved.add(float(found[worst]), float(limit[worst]), f"{name}, {label}", float(allowed[worst]))
@@ -149,23 +149,23 @@ def check(setting: Setting) -> LemmaReport:
     report.readings += [
         Reading("the outputs of the two adapters are orthogonal", "holds", "for all pairs of inputs, if and only if S1^T S2 = 0"),
         _shared_rows(),
-        Reading("no effect of one depends on the other, after one non-linearity, if they share no row", "holds", "exactly: where one output moves, the other adapter does nothing; Struct with rows of different offsets, but for its diagonal, is such a pair"),
-        _deeper(),
-        _consecutive(),
+        Reading("no effect of one depends on the other, after one non-linearity, if they share no row", "holds", "exactly: each output is changed by at most one adapter; e.g. Struct without the diagonal, rows at different offsets"),
+        _deeper_layers(),
+        _consecutive_layers(),
     ]  # fmt: skip
     return report
 
 
 def _pairs(s1: Integers, s2: Integers, shape: tuple[int, int], random: np.random.Generator) -> Iterator[tuple[str, tuple[Integers, Integers]]]:  # fmt: skip
-    yield "as drawn", (s1, s2)
+    yield "random", (s1, s2)
     mine = random.random(shape[0]) < 0.5
     mine[:2] = True, False
-    yield "rows divided", (s1 * mine[:, None], s2 * ~mine[:, None])
+    yield "disjoint rows", (s1 * mine[:, None], s2 * ~mine[:, None])
     yield "orthogonal, rows shared", orthogonal_pair(shape, random)
 
 
 def _strengths(setting: Setting, random: np.random.Generator) -> list[tuple[str, str]]:
-    """|I| relative to the smaller of the two adapters' own effects, for a layer of 256 outputs with entries a tenth of W's."""
+    """|I| relative to the smaller of the two adapters' own effects, for a layer with 256 outputs (64 if quick)."""
     side, examples = (64, 64) if setting.quick else (256, 256)
     found: dict[str, list[str]] = {}
     weight = random.standard_normal((side, side)) / side**0.5
@@ -202,7 +202,7 @@ def _two_layers(
     x: Any,
     random: np.random.Generator,
 ) -> list[tuple[str, str]]:
-    """The same of the outputs of a whole network ``f(V f(W x))``, of which the adapters change the first layer alone."""
+    """The same for the outputs of a network ``f(V f(W x))`` where the adapters change only the first layer."""
     side = len(weight)
     next_weight = random.standard_normal((side, side)) / side**0.5
     found = []
@@ -222,10 +222,10 @@ def _two_layers(
 
 def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -> None:
     least = Check("files: |I_i| <= min(|a_i|, |b_i|), ReLU", "<=", exact=False)
-    alone = Check("files: rows of one adapter alone: outputs with I != 0", "=", exact=True)
+    alone = Check("files: rows of only one adapter: outputs with I != 0", "=", exact=True)
     for first, second in setting.pairs(2 if setting.quick else 6):
         if first.values is None or second.values is None:
-            report.notes.append(f"{first.where}: a mask has no effect")
+            report.notes.append(f"{first.where}: a mask has no values, so no effect")
             continue
         s1, s2 = first.matrix(), second.matrix()
         x = random.standard_normal((first.shape[1], 16))
@@ -250,7 +250,7 @@ def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -
 
 
 def _shared_rows() -> Reading:
-    """All layers of up to 2 x 1 with entries -1, 0, 1, fewest non-zeros first."""
+    """A search of all layers of 1 x 1 and 2 x 1 with entries -1, 0, 1, fewest non-zeros first."""
     tried = 0
     for height in (1, 2):
         entries = sorted(itertools.product((0, 1, -1), repeat=3 * height), key=lambda e: sum(map(abs, e)))
@@ -266,7 +266,7 @@ def _shared_rows() -> Reading:
                 return Reading(
                     "after a non-linearity one adapter's effect does not depend on the other if S1^T S2 = 0",
                     "fails",
-                    "S1^T S2 sums over rows, and f acts on each row for itself",
+                    "S1^T S2 sums over rows, but f acts on each row separately",
                     Counterexample(
                         f"all layers of 1 x 1 and 2 x 1 with entries -1, 0, 1, fewest non-zeros first; number {tried}; x = 1, ReLU",
                         {"W": rows_of(weight), "S1": rows_of(s1), "S2": rows_of(s2)},
@@ -280,16 +280,16 @@ def _shared_rows() -> Reading:
     raise AssertionError
 
 
-def _deeper() -> Reading:
+def _deeper_layers() -> Reading:
     s1, s2, v = np.array([[1], [0]]), np.array([[0], [1]]), np.array([[1, 1]])
     zero = np.zeros((2, 1), np.int64)
     outputs = [int(relu(v @ relu(zero + change) - 1)[0, 0]) for change in (s1 + s2, s1, s2, zero)]
     found = outputs[0] - outputs[1] - outputs[2] + outputs[3]
     assert found
     return Reading(
-        "and so on in all deeper layers, if they share no row",
+        "adapters that share no row do not interact in deeper layers either",
         "fails",
-        "the next layer adds up the rows of both, and its non-linearity sees the sum",
+        "the next layer adds rows of both, and its non-linearity acts on the sum",
         Counterexample(
             "by reasoning: two rows, one input, a second layer V with bias -1, ReLU after both; W = 0, x = 1",
             {"S1": rows_of(s1), "S2": rows_of(s2), "V": rows_of(v)},
@@ -301,8 +301,8 @@ def _deeper() -> Reading:
     )
 
 
-def _consecutive() -> Reading:
-    """All pairs of 2 x 2 of 0 and 1, fewest entries first."""
+def _consecutive_layers() -> Reading:
+    """A search of all pairs of binary 2 x 2 matrices, fewest ones first."""
     grid = sorted(
         (np.array(bits).reshape(2, 2) for bits in itertools.product((0, 1), repeat=4)), key=lambda s: int(s.sum())
     )
@@ -312,9 +312,9 @@ def _consecutive() -> Reading:
             return Reading(
                 "S1^T S2 = 0 also keeps adapters of consecutive layers apart",
                 "fails",
-                "there what multiplies is S2 S1 (with a non-linearity between: S2 D S1, D its slopes)",
+                "their product is S2 S1 (with a non-linearity between: S2 D S1, D its slopes)",
                 Counterexample(
-                    f"all pairs of 2 x 2 matrices of 0 and 1, fewest entries first; number {tried}; S1 first, then S2, no non-linearity",
+                    f"all pairs of binary 2 x 2 matrices, fewest ones first; number {tried}; S1 in the first layer, S2 in the second, no non-linearity",
                     {
                         "S1": rows_of(s1),
                         "S2": rows_of(s2),

@@ -1,4 +1,4 @@
-"""What a check of a lemma reports: the statement as printed, what is true of it, what was checked and how close it came."""
+"""The report on a lemma: the statement as printed, the corrected statement, what was checked and how close it came."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ ReadingVerdict = Literal["holds", "fails", "says nothing"]
 
 @dataclass
 class Check:
-    """One law, tried on many cases; ``left relation right`` must hold in each.
+    """One law, tested on many cases; ``left relation right`` must hold in each.
 
     Attributes:
         law: in words and formulas.
         relation: ``"="`` or ``"<="``.
-        exact: integers, and no allowance; else float64 with an allowance for rounding that each case states.
-        cases: how many were tried.
+        exact: in integers, without allowance; else in float64, each case with an allowance for rounding.
+        cases: how many were tested.
         broken: how many broke the law.
-        margin: the least that was left, see ``unit``; negative where the law is broken. Infinite without a case.
-        where: the case that came closest.
+        margin: the smallest margin, in ``unit``; negative if the law is broken, infinite without cases.
+        where: the case with the smallest margin.
     """
 
     law: str
@@ -35,24 +35,27 @@ class Check:
 
     @property
     def unit(self) -> str:
-        """Of what ``margin`` is a number: of what is compared, of the right side, or of the allowance for rounding."""
+        """The unit of ``margin``: the difference of the sides, or a share of the right side or of the allowance for rounding."""
         if self.exact:
             return "difference"
         return "share of the allowance for rounding" if self.relation == "=" else "share of the right side"
 
     @property
     def ok(self) -> bool:
-        """Whether the law held in every case; a law without a case is not confirmed."""
+        """Whether the law held in every case; False without cases."""
         return self.broken == 0 and self.cases > 0
 
     def add(self, left: float, right: float, where: str, allowed: float = 0.0) -> None:
-        """Try one case.
+        """Test one case.
 
         Args:
             left: the left side.
             right: the right side.
-            where: what the case is.
-            allowed: what rounding may add to the difference; positive unless the check is exact.
+            where: the case's name.
+            allowed: the rounding error that the difference may have; positive unless the check is exact.
+
+        Raises:
+            ValueError: an allowance in an exact check, or none in another.
         """
         if self.exact == (allowed > 0):
             raise ValueError(f"{self.law}: an allowance of {allowed}")
@@ -72,12 +75,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """Small matrices by which a reader can see for himself that a statement fails.
+    """Small matrices for which a statement fails, to be checked by hand.
 
     Attributes:
         found: how it was found.
-        matrices: by name, each a tuple of rows of numbers as text.
-        steps: the computation, a line each.
+        matrices: by name; each a tuple of rows, the numbers as text.
+        steps: the lines of the computation.
     """
 
     found: str
@@ -87,7 +90,7 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read the printed statement, and what becomes of it."""
+    """One way to read the printed statement, and whether it holds."""
 
     text: str
     verdict: ReadingVerdict
@@ -97,19 +100,19 @@ class Reading:
 
 @dataclass
 class LemmaReport:
-    """What was found out about one lemma.
+    """The results for one lemma.
 
     Attributes:
         number: as in the paper.
         title: a few words.
-        printed: the statement as printed, in other words.
-        true: the statement that is true.
-        verdict: what becomes of the printed one, in a few words.
-        readings: of the printed statement, or of what it is taken for.
+        printed: the printed statement, paraphrased.
+        true: the corrected statement.
+        verdict: whether the printed statement holds, in a few words.
+        readings: ways to read the printed statement.
         checks: laws that must hold.
-        measured: what is no law: a name and a sentence each.
-        of_files: the same of weights in the given files.
-        notes: what of the given files was not checked, and why.
+        measured: measurements that are not laws: name and result.
+        of_files: measurements of weights in the given files: name and result.
+        notes: what was skipped in the given files, and why.
     """
 
     number: str
@@ -125,17 +128,17 @@ class LemmaReport:
 
     @property
     def cases(self) -> int:
-        """How many cases were tried, all laws together."""
+        """The number of cases, over all laws."""
         return sum(check.cases for check in self.checks)
 
     @property
     def ok(self) -> bool:
-        """Whether what should hold does."""
+        """Whether all laws hold."""
         return all(check.ok for check in self.checks)
 
     @property
     def counterexample(self) -> Counterexample | None:
-        """Of the first reading that fails; None if none does."""
+        """The counterexample of the first reading that fails; None if all hold."""
         return next((reading.counterexample for reading in self.readings if reading.verdict == "fails"), None)
 
 
@@ -150,12 +153,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether what should hold does."""
+        """Whether all laws hold."""
         return all(lemma.ok for lemma in self.lemmas)
 
 
 def as_json(verification: Verification) -> dict[str, Any]:
-    """The report as plain JSON values."""
+    """The report as JSON values."""
     return {
         "ok": verification.ok,
         "seed": verification.seed,

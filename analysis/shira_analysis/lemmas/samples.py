@@ -1,4 +1,4 @@
-"""Random adapters of every kind of mask that the paper has, and two more; all from one seed."""
+"""Random masks of every kind in the paper, and two more; all from one seed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Setting:
     """What a lemma is checked on.
 
     Attributes:
-        seed: of all random numbers.
+        seed: the random seed.
         quick: fewer and smaller cases.
-        files: the adapters that were given.
+        files: the given adapters.
     """
 
     seed: int = 0
@@ -32,26 +32,26 @@ class Setting:
     files: list[FileDeltas] = field(default_factory=list)
 
     def random(self, lemma: int) -> np.random.Generator:
-        """A generator for one lemma: what the others do does not change it."""
+        """A generator for one lemma, independent of the other lemmas."""
         return np.random.default_rng([self.seed, lemma])
 
     @property
     def strangers(self) -> list[str]:
-        """A note for each two files that have no weight in common."""
+        """A note for each pair of files without a common weight of one shape."""
         pairs = itertools.combinations(self.files, 2)
         return [
-            f"{a.file.path.name} and {b.file.path.name} have no weight of one shape in common"
+            f"{a.file.path.name} and {b.file.path.name} have no weight of the same name and shape in common"
             for a, b in pairs
             if not a.names.items() & b.names.items()
         ]
 
     def updates(self, most: int) -> Iterator[FileDelta]:
-        """The updates of all files, ``most`` of each at most, evenly spread."""
+        """The deltas of all files, at most ``most`` per file, evenly spread."""
         for file in self.files:
             yield from map(file.update, file.spread(most))
 
     def pairs(self, most: int) -> Iterator[tuple[FileDelta, FileDelta]]:
-        """FileDeltas of the same weight in two of the files, ``most`` for each two files; of a single file with itself."""
+        """The deltas of the same weight in two files, at most ``most`` per pair of files; a single file is paired with itself."""
         for at, first in enumerate(self.files):
             for second in self.files[at + 1 :] or (self.files if len(self.files) == 1 else []):
                 names = [name for name in first.names if second.names.get(name) == first.names[name]]
@@ -60,10 +60,13 @@ class Setting:
 
 
 def mask(kind: str, shape: tuple[int, int], density: float, random: np.random.Generator) -> Mask:
-    """A mask ``[rows, columns]`` of about a density, with one entry at least.
+    """A mask, bool ``[rows, columns]``, of about the given density, with at least one entry.
 
-    ``rows`` and ``columns`` are the paper's Struct: every f-th one from a random offset on, and the diagonal. ``WM`` takes the
-    largest of random weights whose rows and columns differ in scale, as those of models do.
+    ``rows`` and ``columns`` are the paper's Struct: every f-th one from a random offset, and the diagonal. ``WM`` takes the largest
+    magnitudes of random weights whose rows and columns differ in scale, as in real models.
+
+    Raises:
+        ValueError: ``kind`` is not in :data:`KINDS`.
     """
     rows, columns = shape
     made = np.zeros(shape, bool)
@@ -89,16 +92,16 @@ def mask(kind: str, shape: tuple[int, int], density: float, random: np.random.Ge
         )
         made[top : top + height, left : left + width] = True
     else:
-        raise ValueError(f"kind {kind!r}")
+        raise ValueError(f"no kind of mask {kind!r}")
     return made
 
 
 def integers(shape: tuple[int, ...], random: np.random.Generator, most: int = 9) -> Integers:
-    """Integers from ``-most`` to ``most`` without 0."""
+    """Random non-zero integers from ``-most`` to ``most``."""
     signed: Integers = random.integers(1, most + 1, shape) * random.choice(np.array([-1, 1]), shape)
     return signed
 
 
 def case_name(kind: str, shape: tuple[int, int], made: Mask) -> str:
-    """What a case is called in a report."""
+    """The name of a case in a report."""
     return f"{kind} {shape[0]}x{shape[1]}, {int(made.sum())} entries"

@@ -1,9 +1,9 @@
 """Lemma 4.3: no scale that depends on the rank.
 
 LoRA's update ``s B A`` starts with ``B = 0``, and its first step of SGD changes the outputs for an example x with error e by
-``-lr s^2 e |A x|^2``: a sum over r ranks, which is why s is made to fall with r. SHiRA's first step changes an entry by ``-lr e_i x_j``,
+``-lr s^2 e |A x|^2``: a sum of r terms, which is why s decreases with r. SHiRA's first step changes an entry by ``-lr e_i x_j``,
 whatever else is trained, and the outputs by ``-lr e_i`` times the sum of ``x_j^2`` over the trained columns of row i: a sum over trained
-entries. So r is replaced by the number of trained entries in a row. The rank of the mask is nowhere in it.
+entries. The number of trained entries in a row takes the place of r; the rank of the mask does not appear.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _EPSILON = float(np.finfo(np.float64).eps)
 
 
 def first_steps(made: Mask, gradient: Floats) -> tuple[Floats, Floats]:
-    """The first step of SGD (lr 1) and of Adam (lr 1, eps 1e-8) on the entries of a mask, as whole matrices ``[out, in]``."""
+    """The first step of SGD (lr 1) and of Adam (lr 1, eps 1e-8) on the entries of a mask, as dense matrices ``[out, in]``."""
     sgd = np.where(made, -gradient, 0.0)
     first, second = 0.1 * gradient / (1 - 0.9), 0.001 * gradient**2 / (1 - 0.999)
     return sgd, np.where(made, -first / (np.sqrt(second) + 1e-8), 0.0)
 
 
 def stable_step(made: Mask, inputs: Floats) -> float:
-    """The largest learning rate for which SGD on ``1/2 |W X - Y|^2`` does not grow: 2 / max over rows of lambda_max(X_C X_C^T)."""
+    """The largest stable learning rate of SGD on ``1/2 |W X - Y|^2``: 2 / max over rows of lambda_max(X_C X_C^T)."""
     return 2 / max(float(np.linalg.norm(inputs[row], 2)) ** 2 for row in made if row.any())
 
 
@@ -43,23 +43,27 @@ def check(setting: Setting) -> LemmaReport:
         "4.3",
         "the scale does not depend on rank",
         "SHiRA's scale does not depend on the rank, and can be 1.",
-        "Per entry: the first step of SGD or Adam changes a trained entry by the same amount in every mask that has it, and the rank of "
-        "the mask plays no part. But a layer's outputs add up over trained entries: for the example that was trained on, the change "
-        "is proportional to the sum of x_j^2 over a row's trained entries, and for other inputs (independent signs) its mean square is the "
-        "sum of squares of the row's changes, so it grows with the root of their number. What LoRA's scale does for r, the "
-        "learning rate has to do for entries per row: the largest stable one never rises as entries are added.",
-        "true per entry; the learning rate takes the part of the scale",
+        "Per entry: the first step of SGD or Adam changes a trained entry by the same amount in every mask that has it, whatever the rank of "
+        "the mask. But a layer's outputs sum over trained entries: on the training example the change "
+        "is proportional to the sum of x_j^2 over a row's trained entries, and on other inputs (independent signs) its mean square is the "
+        "sum of squares of the row's changes, so it grows with the square root of their number. What LoRA's scale does for r, the "
+        "learning rate must do for the entries per row: the largest stable rate never increases as entries are added.",
+        "true per entry; the learning rate takes the role of the scale",
     )
-    entry = Check("the first step of an entry, SGD and Adam, is the same bits in every mask: entries that differ", "=", exact=True)  # fmt: skip
-    output = Check("change of the outputs on the example = -lr e_i * sum of x_j^2 over C_i: outputs that differ", "=", exact=True)  # fmt: skip
-    ranks = Check("masks of equal counts per row, x = +-1, other rank: outputs that differ", "=", exact=True)
+    entry = Check("an entry's first step, SGD and Adam, is bit-identical in every mask: entries that differ", "=", exact=True)  # fmt: skip
+    output = Check("change of the outputs on the training example = -lr e_i * sum of x_j^2 over C_i: outputs that differ", "=", exact=True)  # fmt: skip
+    ranks = Check(
+        "masks with equal counts per row but different ranks, x = +-1: outputs that differ", "=", exact=True
+    )
     spread = Check(
         "sum over all 2^n sign vectors of (S x)_i^2 = 2^n * sum of S_ij^2: rows that differ", "=", exact=True
     )
     stable = Check(
-        "more entries, nested masks: stable learning rate of the larger <= that of the smaller", "<=", exact=False
+        "nested masks: largest stable learning rate of the larger mask <= that of the smaller", "<=", exact=False
     )
-    lora = Check("LoRA, one step, s = 1: change on the example = -lr e_i |A x|^2, a sum over r", "=", exact=True)
+    lora = Check(
+        "LoRA, one step, s = 1: change on the training example = -lr e_i |A x|^2, a sum over r", "=", exact=True
+    )
     shapes = [(8, 10), (24, 16)] if setting.quick else [(8, 10), (24, 16), (64, 96), (128, 64)]
     for kind in KINDS:
         for shape in shapes:
@@ -81,7 +85,7 @@ def check(setting: Setting) -> LemmaReport:
             spread.add(
                 int((sums != 2**10 * (changed**2).sum(axis=1)).sum()), 0, case_name(kind, narrow.shape, narrow)
             )
-    _other_rank(ranks, setting, random)
+    _different_ranks(ranks, setting, random)
     for count in (1, 2, 4, 16, 64):
         a, x, e = integers((count, 12), random), integers((12,), random), int(integers((1,), random)[0])
         # B = 0 gets the gradient e (A x)^T, so that B A x = -e (A x)^T A x.
@@ -92,22 +96,22 @@ def check(setting: Setting) -> LemmaReport:
     report.measured += _growth(setting, random)
     report.readings += [
         Reading(
-            "an entry's first step depends neither on the rank nor on how many are trained",
+            "an entry's first step depends neither on the rank nor on the number of trained entries",
             "holds",
-            "bit for bit; later steps see what the others did",
+            "bit for bit; later steps depend on the other entries",
         ),
         Reading(
             "the scale does not depend on the rank",
             "holds",
-            "masks with as many entries per row but ranks 1 to n change the outputs alike",
+            "masks with equal entries per row and ranks from 1 to n change the outputs alike",
         ),
         _diverges(),
     ]
     return report
 
 
-def _other_rank(ranks: Check, setting: Setting, random: np.random.Generator) -> None:
-    """As many entries in each row, k: in the same columns (rank 1 of the step), or each row's one further on (full rank)."""
+def _different_ranks(ranks: Check, setting: Setting, random: np.random.Generator) -> None:
+    """The same number of entries in each row: in the same columns (step of rank 1), or shifted by one column per row (full rank)."""
     for side in (5, 12) if setting.quick else (5, 12, 31, 64):
         for count in sorted({1, 2, side // 3}):
             same = np.zeros((side, side), bool)
@@ -116,14 +120,16 @@ def _other_rank(ranks: Check, setting: Setting, random: np.random.Generator) -> 
             x, error = random.choice(np.array([-1, 1]), side), integers((side,), random)
             changes = [np.where(made, -np.outer(error, x), 0) for made in (same, shifted)]
             low, high = (rank(change) for change in changes)
-            where = f"{side}x{side}, {count} a row, ranks {low} and {high}"
+            where = f"{side}x{side}, {count} per row, ranks {low} and {high}"
             ranks.add(int((changes[0] @ x != changes[1] @ x).sum()) + (low >= high), 0, where)
 
 
 def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -> None:
     if not setting.files:
         return
-    output = Check("files: change of the outputs on the example, as above: outputs that differ", "=", exact=True)
+    output = Check(
+        "files: change of the outputs on the training example, as above: outputs that differ", "=", exact=True
+    )
     for update in setting.updates(2 if setting.quick else 8):
         x = random.integers(-9, 10, update.shape[1])
         error = random.integers(-9, 10, update.shape[0])
@@ -135,12 +141,12 @@ def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -
         output.add(int((change != -error * sums).sum()), 0, update.where)
         counts = np.bincount(update.row, minlength=update.shape[0])
         counts = counts[counts > 0]
-        report.of_files.append((update.where, f"trained entries in a row: {counts.mean():.1f} in the mean, {counts.max():,} at most: for inputs of equal size, a step moves the outputs of the fullest row {counts.max() / counts.mean():.1f} times as far as the mean"))  # fmt: skip
+        report.of_files.append((update.where, f"trained entries per row: mean {counts.mean():.1f}, maximum {counts.max():,}: for inputs of equal size, a step moves the output of the fullest row {counts.max() / counts.mean():.1f} times as far as the mean"))  # fmt: skip
     report.checks.append(output)
 
 
 def _growth(setting: Setting, random: np.random.Generator) -> list[tuple[str, str]]:
-    """With which power of the number of trained entries, or of r, the first step grows; slopes in the log-log plane."""
+    """The power of the number of trained entries, or of r, with which the first step grows: log-log slopes."""
     side, repeats = (128, 8) if setting.quick else (256, 32)
     counts = np.array([2, 4, 8, 16, 32, 64])
     made: dict[str, list[float]] = {}
@@ -154,8 +160,8 @@ def _growth(setting: Setting, random: np.random.Generator) -> list[tuple[str, st
             np.put_along_axis(chosen, trained, True, axis=1)
             sgd, adam = first_steps(chosen, np.outer(error, x))
             for name, step in (("SGD", sgd), ("Adam", adam)):
-                _add(totals, f"{name}, an entry", np.abs(step[chosen]).mean())
-                _add(totals, f"{name}, outputs on the example", np.abs(step @ x).mean())
+                _add(totals, f"{name}, entries", np.abs(step[chosen]).mean())
+                _add(totals, f"{name}, outputs on the training example", np.abs(step @ x).mean())
                 _add(totals, f"{name}, outputs on another input", np.abs(step @ other).mean())
             a = random.uniform(-1, 1, (int(count), side)) * math.sqrt(3 / side)
             gradient = np.outer(error, a @ x)
@@ -167,10 +173,10 @@ def _growth(setting: Setting, random: np.random.Generator) -> list[tuple[str, st
         for name, total in totals.items():
             made.setdefault(name, []).append(total / repeats)
     slope = {name: float(np.polyfit(np.log(counts), np.log(values), 1)[0]) for name, values in made.items()}
-    said = [f"SHiRA, first step: grows with the entries per row (2 to 64 of {side}) to the power", "LoRA, first step: the outputs on the example change with r (2 to 64) to the power"]  # fmt: skip
+    headings = [f"SHiRA, first step: power of the entries per row (2 to 64 of {side}) with which it grows", "LoRA, first step: power of r (2 to 64) with which the outputs on the training example change"]  # fmt: skip
     return [
-        (said[0], "; ".join(f"{name}: {value + 0.0:.2f}" for name, value in slope.items() if "LoRA" not in name)),
-        (said[1], "; ".join(f"{name.removeprefix('LoRA, ')}: {value + 0.0:.2f}" for name, value in slope.items() if "LoRA" in name)),
+        (headings[0], "; ".join(f"{name}: {value + 0.0:.2f}" for name, value in slope.items() if "LoRA" not in name)),
+        (headings[1], "; ".join(f"{name.removeprefix('LoRA, ')}: {value + 0.0:.2f}" for name, value in slope.items() if "LoRA" in name)),
     ]  # fmt: skip
 
 
@@ -179,21 +185,21 @@ def _add(totals: dict[str, float], name: str, value: float | np.floating[Any]) -
 
 
 def _diverges() -> Reading:
-    """The smallest layer of one output at which lr 1 does for one trained entry, but not for all."""
+    """The smallest layer with one output where lr 1 converges with one trained entry but not with all."""
     for width in range(2, 5):
         errors = {count: [(1 - count) ** step for step in range(4)] for count in (1, width)}
         if errors[1][-1] == 0 and abs(errors[width][-1]) >= abs(errors[width][0]):
             return Reading(
-                "scale 1 at one learning rate does for any number of trained entries",
+                "scale 1 at one learning rate works for any number of trained entries",
                 "fails",
-                "with k trained entries of a row and inputs 1, a step multiplies the error by 1 - lr k; the scale or the rate has to fall with k, not with the rank",
+                "with k trained entries in a row and inputs 1, a step multiplies the error by 1 - lr k; the scale or the rate must decrease with k, not with the rank",
                 Counterexample(
-                    "layers of one output by their number of inputs, w = 0, target 1, lr 1, loss (w x - 1)^2 / 2",
+                    "layers with one output, by number of inputs, w = 0, target 1, lr 1, loss (w x - 1)^2 / 2",
                     {"one": rows_of([[1] + [0] * (width - 1)]), "all": rows_of([[1] * width]), "x": rows_of([[1]] * width)},
                     (
                         "gradient = (w x - 1) x^T on the trained entries; the masks 'one' and 'all' both have rank 1",
-                        f"one: errors of steps 0, 1, 2, 3: {', '.join(map(str, errors[1]))}: done after one step",
-                        f"all: {', '.join(map(str, errors[width]))}: never; with three inputs 1, -2, 4, -8: diverges",
+                        f"one: errors of steps 0, 1, 2, 3: {', '.join(map(str, errors[1]))}: converged after one step",
+                        f"all: {', '.join(map(str, errors[width]))}: never converges; with three inputs 1, -2, 4, -8: diverges",
                     ),
                 ),
             )  # fmt: skip
