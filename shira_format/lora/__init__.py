@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, unwrapping_notices
 from shira_format.lora.products import LowRank
 from shira_format.storage.paths import resolve_path
 
@@ -72,8 +74,15 @@ def open_lora(
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:
-        return DIALECTS[dialect].read(path, base, prefix)
+        return _with_notices(DIALECTS[dialect].read(path, base, prefix), base)
     for candidate in DIALECTS.values():
         if candidate.recognises(path):
-            return candidate.read(path, base, prefix)
+            return _with_notices(candidate.read(path, base, prefix), base)
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
+
+
+def _with_notices(lora: Lora, base: Checkpoint) -> Lora:
+    """With what was left out of the file's keys."""
+    weights = [file for file in lora.files if file.suffix in (SAFETENSORS, *PICKLES)]
+    found = [notice for file in weights for notice in unwrapping_notices(open_tensors(file, base))]
+    return replace(lora, notices=found + lora.notices) if found else lora

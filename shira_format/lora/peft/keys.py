@@ -101,6 +101,11 @@ def sort_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Keys:
             found.tokens[match["module"]] = array
         elif name.endswith(_VELORA) and config["velora_config"]:
             pass  # projects activations in the backward pass only
+        elif ".original_module." in name:
+            raise SourceError(
+                f"{path}: unmatched key {key!r}: the base's own module beside its copy that was trained, which PEFT does not "
+                "save: leave it out"
+            )
         elif _OTHER.search(plain := _WRAPPED.sub("", name)):
             raise SourceError(f"{path}: unmatched key {key!r}: not a known part of a LoRA")
         elif plain in found.plain:

@@ -36,6 +36,7 @@ from shira_analysis.merging.check.strengths import Beside, due_of_whole, explain
 from shira_format._core.arrays import Array
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
+from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.errors import SourceError
 from shira_format.tensors import numel
 
@@ -70,6 +71,7 @@ class MergeCheck:
         Raises:
             SourceError: no tensor is left, or the checkpoints have no adapted name in common.
         """
+        merged = unwrapped(merged, base)
         self.base, self.merged, self.source = base, merged, source
         self.expected = source.strength if strength is None else strength
         if not math.isfinite(self.expected) or self.expected == 0:
