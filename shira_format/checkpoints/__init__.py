@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.errors import SourceError
 from shira_format.storage.paths import resolve_path
 
@@ -27,14 +28,17 @@ LAYOUTS = [
 __all__ = ["LAYOUTS", "Checkpoint", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str] | Checkpoint, *, wrapped: bool = False) -> Checkpoint:
     """Open the checkpoint at ``path``; one that is open already is returned.
 
     It is a safetensors file, a file of ``torch.save`` (.bin, .pt, .pth, .ckpt), an index of shards of either, a GGUF file,
     or a folder with one of these; a diffusers pipeline; or a folder of ``torch.distributed.checkpoint``.
 
+    Names come without the words of wrappers such as ``_orig_mod.``, see :mod:`shira_format.checkpoints.wrapped`, unless
+    ``wrapped``.
+
     Raises:
-        SourceError: there is none, or its layout is not supported.
+        SourceError: there is none, its layout is not supported, or two names are one without the words of wrappers.
         FormatError: a safetensors file is damaged.
     """
     if isinstance(path, Checkpoint):
@@ -43,7 +47,7 @@ def open_checkpoint(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if (checkpoint := try_layouts(path)) is not None:
-        return checkpoint
+        return checkpoint if wrapped else unwrapped(checkpoint)
     raise SourceError(f"{path}: not a checkpoint of a supported layout: a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, an .index.json of shards, a folder with one of these, a diffusers pipeline, or a distributed checkpoint")  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from shira_format._core.dtypes import dtype_name, round_to
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.peft_model import refuse_unmerged
+from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.convert.exact import Exact
 from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
@@ -40,9 +41,11 @@ class FullConversion:
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the fine-tune, and the base if it is not open yet, and pair their tensors."""
         base = open_checkpoint(self.base) if base is None else base
-        tuned = open_checkpoint(self.tuned)
+        tuned = open_checkpoint(self.tuned, wrapped=self.exact)  # exact restores its very names
         refuse_unmerged(tuned, base)
         refuse_unmerged(base, tuned)
+        if not self.exact:
+            tuned = unwrapped(tuned, base)
         pairs = pair(base, tuned, name_filter(self.include, self.exclude), exact=self.exact)
 
         def copy(name: str, tuned_name: str) -> DenseCopy:

@@ -11,6 +11,7 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float
 from shira_format.checkpoints import Checkpoint
+from shira_format.checkpoints.wrapped import unwrapped_names
 from shira_format.entries.changes import CheckpointChange
 from shira_format.errors import SourceError
 from shira_format.names.prefixes import AmbiguousNames, Renaming, leading_parts_by_name, only_one, renamings
@@ -60,6 +61,11 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     pairs = Pairs(base, tuned)
     if not origins and not new and not gone:
         raise SourceError(f"{tuned.path}: no tensor is left by the choice of names")
+    if new and exact and (found := _by_words(new, gone, base, tuned)):
+        pairs.notices.append(f"names: {next(iter(found))!r} is {next(iter(found.values()))!r} of the base but for the words of wrappers")  # fmt: skip
+        origins |= found
+        taken = set(found.values())
+        new, gone = [n for n in new if n not in found], [n for n in gone if n not in taken]
     if new and (rename := _renaming(new, gone, base, tuned, exact=exact)):
         missing = set(gone)
         found = {name: rename(name) for name in new if rename(name) in missing}
@@ -195,6 +201,16 @@ def _renaming(
         if exact:
             return None
         raise AmbiguousNames(f"{error}; to compare contents instead, take every difference (exact)") from None
+
+
+def _by_words(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """For new names the base's, if the words of wrappers are all that differs."""
+    try:
+        names = unwrapped_names(new, base, tuned.path)
+    except SourceError:  # two are one: contents decide
+        return {}
+    missing = set(gone)
+    return {name: short for short, name in names.items() if short in missing}
 
 
 def _by_content(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from shira_format.checkpoints.wrapped import unwrapped_names
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.live.loaded import LoadedAdapter
 from shira_format.names.prefixes import AmbiguousNames, match_names
@@ -30,14 +31,18 @@ def _found(adapter: LoadedAdapter, live: Mapping[str, Any]) -> Callable[[str], s
     """
     needed = [tensor.name for tensor in adapter.tensors]
     needed += [whole.name for whole in adapter.dense if whole.base_digest is not None]
+    # By the live name; a dictionary of a wrapped model's tensors has the words of wrappers in names.
+    names = {name: name for name in live}
+    if not all(name in live for name in needed):
+        names = unwrapped_names(live, None, adapter.label)
     shapes = {tensor.name: tensor.shape for tensor in adapter.tensors}
 
     def fits(name: str, found: str) -> bool:
-        shape = getattr(live[found], "shape", None)
+        shape = getattr(live[names[found]], "shape", None)
         return name not in shapes or shape is None or tuple(shape) == shapes[name]
 
     try:
-        rename = match_names(needed, live, adapter.label, fits=fits, option="prefix=")
+        rename = match_names(needed, names, adapter.label, fits=fits, option="prefix=")
     except AmbiguousNames as error:
         raise BaseMismatch(f"{error} or rename=") from None
     except SourceError:
@@ -46,7 +51,7 @@ def _found(adapter: LoadedAdapter, live: Mapping[str, Any]) -> Callable[[str], s
             f"{adapter.where}tensor {missing!r}: the model has no {missing!r}, but names like "
             f"{next(iter(live), 'none at all')!r} (map them by prefix= or rename=)"
         ) from None
-    return _keeping_new_names(adapter, live, rename)
+    return _keeping_new_names(adapter, live, lambda name: names.get(rename(name), rename(name)))
 
 
 def _keeping_new_names(

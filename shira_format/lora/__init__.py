@@ -9,11 +9,13 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, unwrapping_notices
 from shira_format.lora.products import LowRank
 from shira_format.storage.paths import resolve_path
 
@@ -76,10 +78,17 @@ def open_lora(
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:
-        return DIALECTS[dialect].read(path, base, prefix)
+        return _with_notices(DIALECTS[dialect].read(path, base, prefix), base)
     files = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
     for name in DIALECTS:
         # Looked at by name first, so that no module is imported for files that it cannot read.
         if fnmatch.filter(files, _FILES.get(name, "*")) and (candidate := DIALECTS[name]).recognises(path):
-            return candidate.read(path, base, prefix)
+            return _with_notices(candidate.read(path, base, prefix), base)
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
+
+
+def _with_notices(lora: Lora, base: Checkpoint) -> Lora:
+    """With what was left out of the file's keys."""
+    weights = [file for file in lora.files if file.suffix in (SAFETENSORS, *PICKLES)]
+    found = [notice for file in weights for notice in unwrapping_notices(open_tensors(file, base))]
+    return replace(lora, notices=found + lora.notices) if found else lora

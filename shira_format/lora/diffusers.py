@@ -126,7 +126,7 @@ class _Reader:
         self._unnamed = False  # whether keys name no component
 
     def read(self) -> Lora:
-        tensors, header = read_tensors(self.path)
+        tensors, header = read_tensors(self.path, self.base)
         components = self._layers(tensors)
         options = self._metadata(header, components)
         ranks, alphas = set(), set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.checkpoints.wrapped import UnwrappedCheckpoint
 from shira_format.errors import SourceError
+from shira_format.names.wrappers import unwrapped_adapter
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MOST_JSON = 1 << 24  # bytes of a configuration file
 
 
-def open_tensors(path: Path) -> Checkpoint:
-    """The tensors of one file.
+def open_tensors(path: Path, base: Collection[str] | None = None) -> Checkpoint:
+    """The tensors of one file by the keys that a saved adapter has, see :mod:`shira_format.names.wrappers`.
+
+    Args:
+        path: the file.
+        base: the base's names; a wrapper's word that occurs in them is kept in keys.
 
     Raises:
         SourceError: neither a safetensors file nor one of ``torch.save``, or it holds other things than tensors.
@@ -28,17 +35,22 @@ def open_tensors(path: Path) -> Checkpoint:
     """
     if not path.is_file() or path.suffix not in (SAFETENSORS, *PICKLES):
         raise SourceError(f"{path}: need a file that ends in {SAFETENSORS}, {', '.join(PICKLES)}")
-    return open_checkpoint(path)
+    return unwrapped_adapter(open_checkpoint(path, wrapped=True), base)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def unwrapping_notices(tensors: Checkpoint) -> list[str]:
+    """What was left out of keys, for the user."""
+    return [tensors.notice] if isinstance(tensors, UnwrappedCheckpoint) else []
+
+
+def read_tensors(path: Path, base: Collection[str]) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors of one file by key, checked as in :func:`checked`, and its ``__metadata__``.
 
     Raises:
         SourceError: as :func:`open_tensors` and :func:`checked`.
         FormatError: a damaged safetensors file.
     """
-    tensors = open_tensors(path)
+    tensors = open_tensors(path, base)
     found = {key: checked(path, key, tensors[key]) for key in tensors}
     return found, tensors.metadata(path.name)
 

@@ -219,7 +219,7 @@ class Reader:
         self._claimed: dict[str, str] = {}
 
     def read(self) -> Lora:
-        tensors = open_tensors(self.path)
+        tensors = open_tensors(self.path, self.base)
         groups = self._groups(tensors)
         ranks: set[float] = set()
         alphas: set[float] = set()

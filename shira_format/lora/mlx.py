@@ -80,7 +80,7 @@ class _Reader:
         self.model = config.get("model")
 
     def read(self, files: list[Path]) -> Lora:
-        modules = self._modules(read_tensors(self.path)[0])
+        modules = self._modules(read_tensors(self.path, self.base)[0])
         naming, rename = self._names(modules)
         updates: list[Update] = []
         for module, parts in modules.items():

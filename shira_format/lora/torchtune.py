@@ -94,7 +94,7 @@ class _Reader:
         self.rank, self.alpha = _parameters(path, self.config)
 
     def read(self) -> Lora:
-        modules = self._modules(read_tensors(self.path)[0])
+        modules = self._modules(read_tensors(self.path, self.base)[0])
         targets = {module: f"{self._target(module)}.weight" for module in modules}
         by_name = {target: modules[module] for module, target in targets.items()}
 

@@ -98,7 +98,7 @@ class _Reader:
         self.notices: list[str] = []
 
     def read(self) -> Lora:
-        layers = self._layers(read_tensors(self.path)[0])
+        layers = self._layers(read_tensors(self.path, self.base)[0])
         resolve = self._resolver(list(layers))
         return Lora(
             updates=[update for module, layer in layers.items() for update in resolve(module, layer)],

@@ -24,7 +24,7 @@ from shira_format.entries.changes import Entries, UpdateChange
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
-from shira_format.lora.files import checked, open_tensors
+from shira_format.lora.files import checked, open_tensors, unwrapping_notices
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
@@ -180,7 +180,7 @@ class _Reader:
     prefix: str | None
 
     def read(self, chosen: Callable[[str], bool]) -> Lora:
-        tensors = open_tensors(self.path)
+        tensors = open_tensors(self.path, self.base)
         keys = sort_keys(tensors, self.kind, self.path)
         needed = {f"{module}.weight": module for module in keys.values}
         rename = match_names(
@@ -207,7 +207,7 @@ class _Reader:
             source=self._source(),
             base_model=self._base_model(),
             files=[self.path, self.config_path],
-            notices=rename.notices("the adapter") + self._notices(keys),
+            notices=unwrapping_notices(tensors) + rename.notices("the adapter") + self._notices(keys),
         )
 
     def _fits(self, needed: Mapping[str, str], keys: ShiraKeys, tensors: Checkpoint) -> Callable[[str, str], bool]:

@@ -111,6 +111,11 @@ def sort_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Keys:
             pass  # projects activations in the backward pass only
         elif _OTHER.search(plain := _WRAPPED.sub("", name)):
             raise SourceError(f"{path}: unmatched key {key!r}: not a known part of a LoRA")
+        elif ".original_module." in name:
+            raise SourceError(
+                f"{path}: unmatched key {key!r}: the base's own module beside its copy that was trained, which PEFT does not "
+                "save: leave it out"
+            )
         elif plain in found.plain:
             raise SourceError(f"{path}: {key!r} means the same tensor as another key")
         else:

@@ -48,7 +48,7 @@ def _find(path: Path) -> tuple[Path, Path] | None:
 def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
     """The LoRA in a pair of files; see :func:`shira_format.lora.open_lora`."""
     config = read_config(config_path)
-    keys = sort_keys(read_tensors(weights)[0], config, weights)
+    keys = sort_keys(read_tensors(weights, base)[0], config, weights)
     replicated = replicate_layers(config, base) if config.replication else Replication()
     if config.replication:
         base = rearranged(base, replicated.copies, replicated.removed)

@@ -40,6 +40,7 @@ from shira_format._core.arrays import Array
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.peft_model import refuse_unmerged
+from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 from shira_format.tensors import numel
@@ -133,6 +134,7 @@ class MergeCheck:
             SourceError: no tensor is left, the checkpoints have no adapted name in common, or ``base`` is a PEFT model.
         """
         refuse_unmerged(base, merged)
+        merged = unwrapped(merged, base)
         self.base, self.merged, self.source = base, merged, source
         self.expected = source.strength if strength is None else strength
         if not math.isfinite(self.expected) or self.expected == 0:
