@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import is_float, working_dtype
 from shira_format.checkpoints import Checkpoint, open_checkpoint
-from shira_format.checkpoints.wrapped import UnwrappedCheckpoint
+from shira_format.checkpoints.wrapped import (
+    CERTAIN,
+    MODULE,
+    UnwrappedCheckpoint,
+    by_plain,
+    notice_of,
+    unwrapped_names,
+)
 from shira_format.errors import SourceError
-from shira_format.names.wrappers import unwrapped_adapter
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -23,7 +30,7 @@ MOST_JSON = 1 << 24  # bytes of a configuration file
 
 
 def open_tensors(path: Path, base: Collection[str] | None = None) -> Checkpoint:
-    """The tensors of one file by the keys that a saved adapter has, see :mod:`shira_format.names.wrappers`.
+    """The tensors of one file by the keys that a saved adapter has, see :mod:`shira_format.lora.files`.
 
     Args:
         path: the file.
@@ -116,3 +123,90 @@ def number_in(array: Array, key: str, path: Path) -> float:
     if array.size != 1:
         raise SourceError(f"{path}: {key!r} has shape {list(array.shape)}, not one number")
     return float(array.reshape(()).astype(np.float64))
+
+
+_FLAT = re.compile(r"(?P<prefix>(?:lora_(?:unet|transformer|te[123]?)|lycoris)_)(?P<module>[^.]+)(?P<rest>\..+)")
+_FLAT_WORD = re.compile(rf"(?:(?<=_)|\A)(?:{'|'.join(CERTAIN)})_")
+# A part of PEFT's with the name of an adapter in it.
+_NAMED = re.compile(
+    r"\.(?:lora_[AB]\.([^.]+)(?=\.(?:weight|bias)\Z)|lora_magnitude_vector\.(?!weight\Z)([^.]+)(?=\.weight\Z|\Z)"
+    r"|(?:lora_embedding_[AB]|trainable_tokens_delta|shira_(?:indices|weight)|supertuning_(?:indices|values))\.([^.]+)\Z)"
+)
+_BARE = re.compile(r"\.lora_[AB]\.weight\Z")
+_SAVED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)\Z")
+_DEFAULT = "default"  # PEFT's name for an adapter without one
+
+
+def unwrapped_adapter(tensors: Checkpoint, base: Collection[str] | None = None) -> Checkpoint:
+    """The tensors of an adapter by the keys of :func:`unwrapped_keys`; ``tensors`` itself if these are its keys."""
+    keys = unwrapped_keys(tensors, base, tensors.path)
+    if all(short == key for short, key in keys.items()):
+        return tensors
+    return UnwrappedCheckpoint(tensors, keys, notice_of(keys, tensors.path))
+
+
+def unwrapped_keys(keys: Collection[str], base: Collection[str] | None, where: object) -> dict[str, str]:
+    """The keys by what they are without the words of wrappers and the name of an adapter, in the same order.
+
+    Args:
+        keys: of an adapter.
+        base: the base's names; a word that occurs in them is kept.
+        where: the file, for messages.
+
+    Raises:
+        SourceError: two keys become one, or there are keys of several adapters.
+    """
+    known = [] if base is None else base
+    unnamed = {key: _without_flat(short, known) for short, key in unwrapped_names(keys, known, where).items()}
+    return by_plain(_without_adapter_name(unnamed, known, where), where)
+
+
+def _without_flat(key: str, base: Iterable[str]) -> str:
+    if (match := _FLAT.fullmatch(key)) is None:
+        return key
+    module = _FLAT_WORD.sub("", match["module"])
+    if module.startswith(f"{MODULE}_") and not any(name.rpartition("/")[2].startswith(MODULE) for name in base):
+        module = module.removeprefix(f"{MODULE}_")
+    return match["prefix"] + module + match["rest"]
+
+
+def _without_adapter_name(keys: Mapping[str, str], base: Iterable[str], where: object) -> dict[str, str]:
+    """The keys, by the file's, as PEFT saves them."""
+    named = {}
+    for key, short in keys.items():
+        if match := _NAMED.search(short):
+            named[key] = next(filter(None, match.groups()))
+    adapters = set(named.values())
+    bare = [key for key, short in keys.items() if _BARE.search(short)]
+    if named and bare:
+        raise SourceError(f"{where}: {next(iter(named))!r} has the name of an adapter in it and {bare[0]!r} has none: save one adapter alone")  # fmt: skip
+    found = {}
+    tails: set[str] | None = None
+    for key, short in keys.items():
+        found[key] = short
+        if key in named:
+            found[key] = _NAMED.sub(lambda match: match[0][: match[0].rindex(".")], short)
+        elif match := _SAVED.search(short):
+            tails = _tails(base) if tails is None else tails
+            module = short[: match.start()].rpartition(".")[2]
+            # Files of older versions of PEFT have a submodule there instead.
+            is_submodule = f"{module}.{match['name']}.{match['rest']}" in tails
+            is_known = match["name"] in (*adapters, _DEFAULT) or f"{module}.{match['rest']}" in tails
+            if is_known and not is_submodule:
+                adapters.add(match["name"])
+                found[key] = f"{short[: match.start()]}.modules_to_save.{match['rest']}"
+    if len(adapters) > 1:
+        first, second, *_ = sorted(adapters)
+        raise SourceError(
+            f"{where}: it has keys of several adapters, {first!r} and {second!r}: save one of them alone"
+        )
+    return found
+
+
+def _tails(names: Iterable[str]) -> set[str]:
+    """The ends of names from two parts on."""
+    found = set()
+    for name in names:
+        parts = name.rpartition("/")[2].split(".")
+        found |= {".".join(parts[-n:]) for n in range(2, len(parts) + 1)}
+    return found

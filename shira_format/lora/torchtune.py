@@ -23,8 +23,8 @@ from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import PICKLES, SAFETENSORS, is_number, is_rank, open_tensors, read_json, read_tensors
 from shira_format.lora.keys import by_pattern, group_keys
-from shira_format.lora.peft import CONFIG
-from shira_format.lora.peft import WEIGHTS as PEFT_WEIGHTS
+from shira_format.lora.peft.config import CONFIG
+from shira_format.lora.peft.config import WEIGHTS as PEFT_WEIGHTS
 from shira_format.lora.products import fits_factors, low_rank
 from shira_format.lora.rope import Attention, attention_of, deinterleave_heads
 from shira_format.names.prefixes import match_names

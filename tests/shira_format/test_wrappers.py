@@ -23,7 +23,7 @@ from shira_format.export.full import shira_to_full
 from shira_format.format import load
 from shira_format.live import Switcher
 from shira_format.lora import open_lora
-from shira_format.names.wrappers import unwrapped_keys
+from shira_format.lora.files import unwrapped_keys
 from tests.dialects import WRITERS
 from tests.shira_format.test_prefixes import MODULES, Base, check, merged, pairs, save, sparse, towers
 

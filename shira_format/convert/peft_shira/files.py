@@ -10,7 +10,7 @@ from typing import Any
 
 from shira_format.errors import SourceError
 from shira_format.lora.files import is_rank, read_json
-from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS, find_peft_files
+from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS, find_peft_files
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from shira_format.export.lora.folder import (
 from shira_format.export.lora.plan import EMBEDDING, LayerPlan, LoraPlan, Planner, Saved
 from shira_format.export.lora.report import LayerReport, LoraReport
 from shira_format.format import AdapterFile
-from shira_format.lora.peft import CONFIG, PREFIX
+from shira_format.lora.peft.config import CONFIG, PREFIX
 from shira_format.names.filters import name_filter
 from shira_format.storage.atomic import atomic_file
 from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder, write_json

@@ -12,7 +12,7 @@ from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.export.lora.plan import Kind, pattern, targets
 from shira_format.export.lora.report import LayerReport
-from shira_format.lora.peft import CONFIG, PREFIX, WEIGHTS
+from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
 from shira_format.storage.safetensors_file import SafetensorsFile
 
 FILE = WEIGHTS[0]

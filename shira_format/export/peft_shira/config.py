@@ -10,7 +10,7 @@ from typing import Any
 from shira_format.convert.peft_shira.files import SHIRA
 from shira_format.errors import SourceError
 from shira_format.lora.files import read_json
-from shira_format.lora.peft import CONFIG, WEIGHTS
+from shira_format.lora.peft.config import CONFIG, WEIGHTS
 
 # Not "random", for which PEFT would draw a mask for each layer as it loads, and discard it. With an unknown name it takes
 # the indices of the file, and warns only if inference_mode is not set.

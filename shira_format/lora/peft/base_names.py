@@ -15,8 +15,7 @@ from pathlib import Path
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.peft import PREFIX
-from shira_format.lora.peft.config import Config
+from shira_format.lora.peft.config import PREFIX, Config
 from shira_format.lora.products import fits_factors
 from shira_format.names.prefixes import match_names
 

@@ -1,4 +1,4 @@
-"""The options in ``adapter_config.json``: which ones change the update, and how."""
+"""The files of a PEFT adapter, and the options in ``adapter_config.json``: which ones change the update, and how."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from typing import Any
 
 from shira_format.errors import SourceError
 from shira_format.lora.files import is_number, is_rank, read_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
 
 # Options that are read.
 READ = frozenset(
@@ -46,6 +50,27 @@ REFUSED = {
 # Initialisations that subtract the initial LoRA from the base's weights, or quantise them; and those that do not.
 CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
+
+def find_peft_files(path: Path) -> tuple[Path, Path] | None:
+    """The weights and the configuration of the adapter at ``path``: a file of weights, or a folder.
+
+    In a folder without weights, the adapter may be in a subfolder: PEFT saves adapters of other names than "default" there.
+
+    Raises:
+        SourceError: several subfolders have adapters.
+    """
+    if path.is_file():
+        config = path.with_name(CONFIG)
+        return (path, config) if config.is_file() else None
+    config = path / CONFIG
+    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if found is not None and config.is_file():
+        return found, config
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and (folder / CONFIG).is_file()]
+    if len(inner) > 1:
+        raise SourceError(f"{path}: several adapters ({', '.join(folder.name for folder in inner)}); name one")
+    return find_peft_files(inner[0]) if inner else None
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
 from shira_format.lora.decomposed import Decomposed
-from shira_format.lora.peft import CONFIG
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer
-from shira_format.lora.peft.config import Config
+from shira_format.lora.peft.config import CONFIG, Config
 from shira_format.lora.products import LowRank, common_dtype, low_rank, scale_factor, transposed
 
 

@@ -14,9 +14,16 @@ from shira_format.checkpoints.renamed import rearranged
 from shira_format.errors import SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import read_tensors
-from shira_format.lora.peft import CONFIG, WEIGHTS, find_peft_files
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
-from shira_format.lora.peft.config import Config, base_model_of, read_config, source_of
+from shira_format.lora.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    Config,
+    base_model_of,
+    find_peft_files,
+    read_config,
+    source_of,
+)
 from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
 from shira_format.lora.peft.experts import ParameterLayers
 from shira_format.lora.peft.layers import ModuleLayers
