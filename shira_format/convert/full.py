@@ -15,6 +15,7 @@ from shira_format._core.rounding import round_to
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.peft_model import refuse_unmerged
+from shira_format.checkpoints.quantised import refuse_quantised
 from shira_format.convert.exact import Exact
 from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
@@ -44,7 +45,10 @@ class FullConversion:
         tuned = open_checkpoint(self.tuned)
         refuse_unmerged(tuned, base)
         refuse_unmerged(base, tuned)
-        pairs = pair(base, tuned, name_filter(self.include, self.exclude), exact=self.exact)
+        chosen = name_filter(self.include, self.exclude)
+        for checkpoint in () if self.exact else (base, tuned):
+            refuse_quantised(checkpoint, filter(chosen, checkpoint))
+        pairs = pair(base, tuned, chosen, exact=self.exact)
 
         def copy(name: str, tuned_name: str) -> DenseCopy:
             kind = tuned.dtype(tuned_name), tuned.shape(tuned_name)

@@ -13,6 +13,7 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
+from shira_format.checkpoints.quantised import quantised_named
 from shira_format.entries.base_check import base_values
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile
@@ -142,7 +143,8 @@ def open_source(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str 
     """
     if dialect is None and _is_adapter(path):
         return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base)
-    lora = open_lora(path, base, dialect=dialect)
+    with quantised_named(base):
+        lora = open_lora(path, base, dialect=dialect)
     changes = [Change("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates]
     changes += [
         Change("bias", Addition(name, values), lora.copies.get(name, name))
