@@ -13,6 +13,7 @@ from importlib import import_module
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
+from shira_format.lora.peft import CONFIG
 from shira_format.lora.products import LowRank
 from shira_format.storage.paths import resolve_path
 
@@ -49,6 +50,9 @@ DIALECTS: Mapping[str, Dialect] = _Dialects(
     }
 )
 
+# Dialects whose files state their scales, or have none.
+_OWN_SCALES = ("xlabs", "kohya", "lycoris")
+
 __all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "open_lora"]
 
 
@@ -68,8 +72,19 @@ def open_lora(path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | 
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:
-        return DIALECTS[dialect].read(path, base)
-    for candidate in DIALECTS.values():
+        return _without_config(dialect, DIALECTS[dialect].read(path, base))
+    for name, candidate in DIALECTS.items():
         if candidate.recognises(path):
-            return candidate.read(path, base)
+            return _without_config(name, candidate.read(path, base))
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
+
+
+def _without_config(dialect: str, lora: Lora) -> Lora:
+    """``lora``; refused if its dialect has no use for the configuration of PEFT that lies beside it."""
+    config = lora.files[0].with_name(CONFIG) if lora.files else None
+    if dialect in _OWN_SCALES and config is not None and config.is_file():
+        raise SourceError(
+            f"{lora.files[0]} and {config}: a LoRA of {dialect} has no such configuration: move it away if it belongs to "
+            "another adapter"
+        )
+    return lora
