@@ -14,6 +14,7 @@ from shira_format._core.dtypes import dtype_name, round_to
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.peft_model import refuse_unmerged
+from shira_format.checkpoints.quantised import refuse_quantised
 from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.convert.exact import Exact
 from shira_format.convert.inputs import ConversionInputs, DenseCopy
@@ -46,7 +47,10 @@ class FullConversion:
         refuse_unmerged(base, tuned)
         if not self.exact:
             tuned = unwrapped(tuned, base)
-        pairs = pair(base, tuned, name_filter(self.include, self.exclude), exact=self.exact)
+        chosen = name_filter(self.include, self.exclude)
+        for checkpoint in () if self.exact else (base, tuned):
+            refuse_quantised(checkpoint, filter(chosen, checkpoint))
+        pairs = pair(base, tuned, chosen, exact=self.exact)
 
         def copy(name: str, tuned_name: str) -> DenseCopy:
             kind = tuned.dtype(tuned_name), tuned.shape(tuned_name)

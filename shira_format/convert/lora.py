@@ -13,6 +13,7 @@ from shira_format._core.arrays import Array, array_digest, file_digest
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.checkpoints.quantised import quantised_named, refuse_quantised
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pipeline import convert, location, selection_rule
@@ -40,8 +41,11 @@ class LoraConversion:
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the LoRA, and the base if it is not open yet."""
         base = open_checkpoint(self.base) if base is None else base
-        lora = open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix)
-        return lora_inputs(filtered(lora, self.include, self.exclude), base, hub_identity(self.base))
+        with quantised_named(base):
+            lora = filtered(
+                open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix), self.include, self.exclude
+            )
+        return lora_inputs(lora, base, hub_identity(self.base))
 
 
 def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
@@ -53,9 +57,10 @@ def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | Non
         base_model: ``id`` and ``revision`` of the base, if they are known; they take precedence over those in ``source``.
 
     Raises:
-        SourceError: a tensor is updated twice, or an updated tensor of the base is not of a float dtype.
+        SourceError: a tensor is updated twice, or an updated tensor of the base is quantised or not of a float dtype.
     """
     view = rearranged(base, source.copies, source.removed) if source.copies or source.removed else base
+    refuse_quantised(view, [*(update.name for update in source.updates), *source.whole, *source.additions])
     _check_base(source.updates, view)
     renamed = _untouched(source)
     files = [{"name": path.name, "digest": file_digest(path)} for path in source.files]

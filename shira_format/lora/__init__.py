@@ -16,6 +16,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, unwrapping_notices
+from shira_format.lora.peft.config import CONFIG
 from shira_format.lora.products import LowRank
 from shira_format.storage.paths import resolve_path
 
@@ -54,6 +55,8 @@ DIALECTS: Mapping[str, Dialect] = _Dialects(
 
 # What a file of a dialect is called, where its name must match.
 _FILES = {"mlx": "*adapters.safetensors"}
+# Dialects whose files state their scales, or have none.
+_OWN_SCALES = ("xlabs", "kohya", "lycoris")
 
 __all__ = ["DIALECTS", "Dialect", "Lora", "LowRank", "open_lora"]
 
@@ -78,17 +81,27 @@ def open_lora(
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if dialect is not None:
-        return _with_notices(DIALECTS[dialect].read(path, base, prefix), base)
+        return _checked(dialect, DIALECTS[dialect].read(path, base, prefix), base)
     files = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
     for name in DIALECTS:
         # Looked at by name first, so that no module is imported for files that it cannot read.
         if fnmatch.filter(files, _FILES.get(name, "*")) and (candidate := DIALECTS[name]).recognises(path):
-            return _with_notices(candidate.read(path, base, prefix), base)
+            return _checked(name, candidate.read(path, base, prefix), base)
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
 
 
-def _with_notices(lora: Lora, base: Checkpoint) -> Lora:
-    """With what was left out of the file's keys."""
+def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:
+    """``lora`` with a notice of what was left out of its file's keys.
+
+    Raises:
+        SourceError: PEFT's configuration is beside it, and its dialect has no use for it.
+    """
+    config = lora.files[0].with_name(CONFIG) if lora.files else None
+    if dialect in _OWN_SCALES and config is not None and config.is_file():
+        raise SourceError(
+            f"{lora.files[0]} and {config}: a LoRA of {dialect} has no such configuration: move it away if it belongs to "
+            "another adapter"
+        )
     weights = [file for file in lora.files if file.suffix in (SAFETENSORS, *PICKLES)]
     found = [notice for file in weights for notice in unwrapping_notices(open_tensors(file, base))]
     return replace(lora, notices=found + lora.notices) if found else lora

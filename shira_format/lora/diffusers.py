@@ -23,7 +23,7 @@ from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.diffusers_keys import parse
 from shira_format.lora.files import PICKLES, SAFETENSORS, number_in, open_tensors, parse_json, read_tensors
 from shira_format.lora.keys import check_pairs, group_keys
-from shira_format.lora.peft.config import CHANGES_BASE, REFUSED, Scales, read_scales
+from shira_format.lora.peft.config import CHANGES_BASE, CONFIG, REFUSED, Scales, read_config, read_scales
 from shira_format.lora.products import common_dtype, fits_factors, low_rank, scale_factor
 from shira_format.names.components import component_names
 from shira_format.names.flux import flux_parts, is_diffusers_flux
@@ -119,6 +119,7 @@ class _Reader:
     def __init__(self, path: Path, base: Checkpoint, prefix: str | None) -> None:
         self.path = path
         self.prefix = prefix
+        self._config = path.with_name(CONFIG)
         self.base = base
         self.notices: list[str] = []
         self.updates: list[Update] = []
@@ -129,6 +130,8 @@ class _Reader:
         tensors, header = read_tensors(self.path, self.base)
         components = self._layers(tensors)
         options = self._metadata(header, components)
+        if self._config.is_file():
+            options = self._beside(options, components)
         ranks, alphas = set(), set()
         for component, layers in components.items():
             settings = self._options(component, layers.values(), options.get(component))
@@ -148,9 +151,25 @@ class _Reader:
             additions=self.additions,
             source={"kind": "lora", "dialect": "diffusers", "ranks": sorted(ranks)}
             | ({"options": shown} if shown else {"alphas": sorted(alphas)}),
-            files=[self.path],
+            files=[self.path, self._config] if self._config.is_file() else [self.path],
             notices=self.notices,
         )
+
+    def _beside(
+        self, options: dict[str, dict[str, Any]], components: Collection[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The options in PEFT's configuration beside the file, which must not contradict those in the header."""
+        config = read_config(self._config).raw
+        both = f"{self.path} and {self._config}"
+        for component, given in options.items():
+            if any((given.get(key) or None) != (config.get(key) or None) for key in (*_SHOWN, *_SWITCHES)):
+                raise SourceError(f"{both}: the options of {component or 'the model'} in the header are others")
+        if options:
+            return options
+        if len(components) > 1:
+            raise SourceError(f"{both}: one configuration, and several components: {', '.join(components)}")
+        self.notices.append(f"{self._config.name} beside the file: rank and alpha are taken from it")
+        return {component: dict(config) for component in components}
 
     def _layers(self, tensors: Mapping[str, Array]) -> dict[str, dict[str, _Layer]]:
         """By component and module."""
@@ -232,7 +251,8 @@ class _Reader:
                 "update of the base"
             )
         if "alpha" in has:
-            raise SourceError(f"{where}: sets alphas, and the file has keys of alphas as well")
+            beside = f" and {self._config}" if self._config.is_file() else ""
+            raise SourceError(f"{where}{beside}: sets alphas, and the file has keys of alphas as well")
         dora, bias = bool(config.get("use_dora")), bool(config.get("lora_bias"))
         for part, option, is_set in (("magnitude", "use_dora", dora), ("bias", "lora_bias", bias)):
             if part in has and not is_set:
@@ -259,7 +279,7 @@ class _Reader:
             if options.scales.rank(layer.module) != rank:
                 raise SourceError(
                     f"{self.path}: {layer.keys['down']!r} has shape {list(down.shape)}, and should have rank "
-                    f"{options.scales.rank(layer.module)} by the options in the header"
+                    f"{options.scales.rank(layer.module)} by its options"
                 )
             return rank, options.scales.scale(layer.module)
         if options.alphas:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format._core.arrays import Array
+from shira_format.checkpoints.quantised import refuse_quantised
 from shira_format.convert.csr.matrix import check_rows
 from shira_format.entries.base_check import with_base
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
@@ -142,9 +143,11 @@ class DeltaFile:
             FormatError: the tensor is damaged.
             BaseRequired: targets without base values in the file or :attr:`base`; names file and tensor.
             BaseMismatch: :attr:`base` is not the base of this tensor; names file and tensor.
+            SourceError: the weight is quantised in :attr:`base`: codes have no meaning without their scales.
         """
         tensor = self.file.sparse(name)
         if self.base is not None:
+            refuse_quantised(self.base, [tensor.base_name])
             try:
                 return with_base(tensor, self.base)
             except BaseMismatch as error:

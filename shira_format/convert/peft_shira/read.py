@@ -14,6 +14,7 @@ import numpy as np
 from shira_format._core.arrays import Array, array_digest, sum_of_squares
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.checkpoints.quantised import quantised_named
 from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, read_config, sort_keys
@@ -75,7 +76,10 @@ def peft_to_shira(
     weights, config_path = find(resolve_path(folder))
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
-    source = _Reader(weights, config_path, kind, config, checkpoint, prefix).read(name_filter(include, exclude))
+    with quantised_named(checkpoint):
+        source = _Reader(weights, config_path, kind, config, checkpoint, prefix).read(
+            name_filter(include, exclude)
+        )
     job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
     if path is not None:

@@ -13,10 +13,12 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.errors import SourceError
 from shira_format.lora.base import Lora, Update
-from shira_format.lora.files import read_tensors
+from shira_format.lora.diffusers_keys import parse
+from shira_format.lora.files import open_tensors, read_tensors
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.config import (
     CONFIG,
+    PREFIX,
     WEIGHTS,
     Config,
     base_model_of,
@@ -37,13 +39,24 @@ class Peft:
     name = "peft"
 
     def recognises(self, path: Path) -> bool:
-        return _find(path) is not None
+        found = _find(path)
+        return found is not None and not _is_of_diffusers(found[0])
 
     def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
         if found is None:
             raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
         return read(*found, base, prefix)
+
+
+def _is_of_diffusers(weights: Path) -> bool:
+    """Whether all keys name a component as diffusers does, with PEFT's configuration beside."""
+    try:
+        keys = list(open_tensors(weights))
+    except SourceError:  # reported when it is read
+        return False
+    parsed = [None if key.startswith(PREFIX) else parse(key) for key in keys]
+    return bool(parsed) and all(key is not None and key.only_diffusers for key in parsed)
 
 
 def _find(path: Path) -> tuple[Path, Path] | None:

@@ -61,6 +61,8 @@ def conclude(
 
 def _why_unclear(unclear: Sequence[LayerVerdict]) -> str:
     reasons = [layer.reason for layer in unclear]
+    if scaled := [reason for reason in reasons if "quantised with scales" in reason]:
+        return f"the weights are {scaled[0]}:"
     if any("quantised" in reason for reason in reasons):
         return "the weights are quantised, and only the strength fits"
     if any("weight-decomposed" in reason for reason in reasons):

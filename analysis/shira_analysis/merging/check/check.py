@@ -40,6 +40,7 @@ from shira_format._core.arrays import Array
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.peft_model import refuse_unmerged
+from shira_format.checkpoints.quantised import Quantised, any_quantised, belongs_to_quantised, find_quantised
 from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
@@ -179,6 +180,10 @@ class MergeCheck:
     def _layer(self, change: ExpectedChange, workers: Workers, progress: Progress) -> LayerVerdict:
         name, shape = change.update.name, change.update.shape
         merged_name, reason = self._find(name, change.base_name)
+        if (codes := self._codes(name, change.base_name, merged_name)) is not None:
+            progress(numel(shape))
+            # Of unknown energy: it counts as all of it.
+            return LayerVerdict(name, merged_name, change.kind, "unclear", energy=math.inf, reason=f"quantised with scales: {codes}")  # fmt: skip
         if merged_name is None:
             progress(numel(shape))
             return LayerVerdict(name, None, change.kind, "missing", reason="not in the merged checkpoint")
@@ -201,6 +206,15 @@ class MergeCheck:
         quantised = self.base.is_quantised(change.base_name) or self.merged.is_quantised(merged_name)
         return judge(weight, change.kind, fit, self.expected, reason, quantised, workers)
 
+    def _codes(self, name: str, base_name: str, merged_name: str | None) -> Quantised | None:
+        """How an adapted weight is quantised in one of the two checkpoints; None if both have its values."""
+        if (found := find_quantised(self.base, base_name)) is not None:
+            return found
+        if merged_name is not None:
+            return find_quantised(self.merged, merged_name)
+        # Its codes are there under the name of the module, whose prefix may be another one.
+        return find_quantised(self.merged, name) or any_quantised(self.merged)
+
     def _find(self, name: str, base_name: str) -> tuple[str | None, str]:
         """The tensor of the merged checkpoint that belongs to ``name``, or the one that it is tied to."""
         if (merged_name := self.names.of(name)) is not None:
@@ -214,6 +228,8 @@ class MergeCheck:
 
     def _replaced(self, name: str, values: Array) -> LayerVerdict:
         merged_name = self.names.of(name)
+        if (codes := self._codes(name, name, merged_name)) is not None:
+            return LayerVerdict(name, merged_name, "whole", "unclear", energy=math.inf, reason=f"quantised with scales: {codes}")  # fmt: skip
         if merged_name is None:
             return LayerVerdict(name, None, "whole", "missing", reason="not in the merged checkpoint")
         if (found := self.merged.shape(merged_name)) != values.shape:
@@ -273,4 +289,5 @@ class MergeCheck:
                 return
         hidden = self.base.is_quantised(name) or self.merged.is_quantised(merged_name)
         same_shape = self.base.shape(name) == self.merged.shape(merged_name)
-        (found.unclear if hidden and same_shape else found.changed).append(name)
+        codes = belongs_to_quantised(self.base, name) or belongs_to_quantised(self.merged, merged_name)
+        (found.unclear if codes or (hidden and same_shape) else found.changed).append(name)

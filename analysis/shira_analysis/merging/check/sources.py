@@ -13,6 +13,7 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
+from shira_format.checkpoints.quantised import quantised_named
 from shira_format.entries.base_check import base_values
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile
@@ -146,7 +147,8 @@ def open_source(
     """
     if dialect is None and _is_adapter(path):
         return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base)
-    lora = open_lora(path, base, dialect=dialect, prefix=prefix)
+    with quantised_named(base):
+        lora = open_lora(path, base, dialect=dialect, prefix=prefix)
     changes = [
         ExpectedChange("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates
     ]
