@@ -222,3 +222,56 @@ def test_words_anywhere(names: list[tuple[list[str], list[tuple[int, str]]]]) ->
         wanted[".".join([*parts, "weight"])] = ".".join([*full, "weight"])
     assert wanted == unwrapped_names(list(wanted.values()), list(wanted), "it")
     assert wanted == unwrapped_keys(list(wanted.values()), list(wanted), "it")
+
+
+TOWERS = ["", "text_model.", "vision_model.", "model.", "model.visual."]
+
+
+@given(
+    dialect=st.sampled_from(sorted(set(WRITERS) - {"gguf"})),
+    towers_of=st.dictionaries(
+        st.sampled_from(TOWERS), st.sampled_from([(16, 16), (16, 8), (12, 16)]), min_size=1, max_size=4
+    ),
+    word=st.sampled_from(["", *WORDS]),
+    place=st.sampled_from([in_front, between]),
+    chosen=st.sampled_from([None, *TOWERS[1:]]),
+    layers=st.lists(st.sampled_from([0, 1, 31]), min_size=1, max_size=2, unique=True),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_right_weights_or_a_refusal(
+    tmp_path_factory: pytest.TempPathFactory, dialect: str, towers_of: dict[str, tuple[int, int]], word: str, place: Any,
+    chosen: str | None, layers: list[int],
+) -> None:  # fmt: skip
+    """Every way of naming: the file's only possible meaning, in float64, or an error."""
+    folder = tmp_path_factory.mktemp("grid")
+    modules = [f"encoder.layer.{i}.attention.self.query" for i in layers]
+    state = {
+        f"{tower}{module}.weight": torch.randn(shape) for tower, shape in towers_of.items() for module in MODULES
+    }
+    base = save(state, folder / "base")
+    lora = WRITERS[dialect](pairs(modules, 16, 8), folder)
+    if word:
+        path = weights_in(folder)
+        with open_header(path) as header:
+            save_file({place(key, word): tensor for key, tensor in load_file(path).items()}, path, header)
+    exact = chosen in towers_of
+    wanted = [
+        tower
+        for tower, shape in towers_of.items()
+        if shape == (16, 8) and (tower == chosen if exact else tower.startswith(chosen or ""))
+    ]
+    try:
+        lora_to_shira(lora, base, folder / "x.st", density=1.0, prefix=chosen)
+    except SourceError:
+        certain = len(wanted) == 1 and 31 not in layers and chosen is None and "" not in towers_of
+        flat_word = word == "module" and place is between and dialect in ("kohya", "lycoris")
+        assert not certain or flat_word
+        assert not (folder / "x.st").exists()
+        return
+    assert 31 not in layers
+    if chosen is None and "" in wanted:  # the names themselves
+        wanted = [""]
+    assert len(wanted) == 1
+    check(
+        load(folder / "x.st"), state, {wanted[0] + module: pair for module, pair in pairs(modules, 16, 8).items()}
+    )
