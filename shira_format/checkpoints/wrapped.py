@@ -55,8 +55,8 @@ def unwrapped_names(names: Collection[str], base: Collection[str] | None, where:
 
     Args:
         names: of a checkpoint, or the keys of an adapter.
-        base: names beside which they are read: a word that occurs there is kept. None: "module" is left out only if all
-            names begin with it.
+        base: names beside which they are read: a word that occurs there is kept. None: "module" is kept, which may be the
+            name of a module; at the front it is a prefix like others.
         where: the file, for messages.
 
     Raises:
@@ -65,11 +65,8 @@ def unwrapped_names(names: Collection[str], base: Collection[str] | None, where:
     own = {part for name in base or () for part in re.split(r"[./]", name)}
     words = {word for word in CERTAIN if word not in own}
     plain = {name: _without(name, words) for name in names}
-    if base is not None:
-        if MODULE not in own:
-            plain = {name: _without(short, {MODULE}) for name, short in plain.items()}
-    elif plain and all(short.startswith(f"{MODULE}.") for short in plain.values()):
-        plain = {name: short.removeprefix(f"{MODULE}.") for name, short in plain.items()}
+    if base is not None and MODULE not in own:
+        plain = {name: _without(short, {MODULE}) for name, short in plain.items()}
     return by_plain(plain, where)
 
 

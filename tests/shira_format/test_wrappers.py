@@ -103,17 +103,22 @@ def test_words_in_checkpoints(word: str, tmp_path: Path) -> None:
     base = save({f"{word}.{name}": tensor for name, tensor in state.items()}, tmp_path / "base")
     lora = WRITERS["peft"](pairs(MODULES), tmp_path)
     report = lora_to_shira(lora, base, tmp_path / "x.st", density=1.0)
-    assert any("without the words of wrappers" in notice for notice in report.notices)
-    check(load(tmp_path / "x.st"), state, pairs(MODULES))
+    # "module" may be the name of a module, and stays in the base: there it is a prefix like others.
+    kept = "module." if word == "module" else ""
+    wanted = "the prefix 'module.' is added" if kept else "without the words of wrappers"
+    assert any(wanted in notice for notice in report.notices)
+    state = {kept + name: tensor for name, tensor in state.items()}
+    check(load(tmp_path / "x.st"), state, pairs([kept + module for module in MODULES]))
     shira_to_full(tmp_path / "x.st", base, tmp_path / "full")  # from the same base
     full = load_file(tmp_path / "full" / "model.safetensors")
     assert full.keys() == state.keys()
-    after = merged(state, "", MODULES)
-    for name, tensor in after.items():
+    for name, tensor in merged(state, kept, MODULES).items():
         np.testing.assert_allclose(full[name], tensor, rtol=0, atol=1e-5)
-    live: dict[str, Any] = {f"{word}.{name}": tensor.clone() for name, tensor in state.items()}
+    live: dict[str, Any] = {f"{word}.{name}": tensor.clone() for name, tensor in bare().items()}
     Switcher(live).load(tmp_path / "x.st")
-    assert all(torch.equal(live[f"{word}.{name}"], full[name]) for name in full)
+    assert all(torch.equal(live[f"{word}.{name.removeprefix(kept)}"], full[name]) for name in full)
+    state = bare()
+    after = merged(state, "", MODULES)
     wrapped = {name.replace(".attention", f".{word}.attention"): tensor for name, tensor in after.items()}
     done = save(wrapped, tmp_path / "merged")
     plain = save(state, tmp_path / "plain")
@@ -222,3 +227,56 @@ def test_words_anywhere(names: list[tuple[list[str], list[tuple[int, str]]]]) ->
         wanted[".".join([*parts, "weight"])] = ".".join([*full, "weight"])
     assert wanted == unwrapped_names(list(wanted.values()), list(wanted), "it")
     assert wanted == unwrapped_keys(list(wanted.values()), list(wanted), "it")
+
+
+TOWERS = ["", "text_model.", "vision_model.", "model.", "model.visual."]
+
+
+@given(
+    dialect=st.sampled_from(sorted(set(WRITERS) - {"gguf"})),
+    towers_of=st.dictionaries(
+        st.sampled_from(TOWERS), st.sampled_from([(16, 16), (16, 8), (12, 16)]), min_size=1, max_size=4
+    ),
+    word=st.sampled_from(["", *WORDS]),
+    place=st.sampled_from([in_front, between]),
+    chosen=st.sampled_from([None, *TOWERS[1:]]),
+    layers=st.lists(st.sampled_from([0, 1, 31]), min_size=1, max_size=2, unique=True),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_right_weights_or_a_refusal(
+    tmp_path_factory: pytest.TempPathFactory, dialect: str, towers_of: dict[str, tuple[int, int]], word: str, place: Any,
+    chosen: str | None, layers: list[int],
+) -> None:  # fmt: skip
+    """Every way of naming: the file's only possible meaning, in float64, or an error."""
+    folder = tmp_path_factory.mktemp("grid")
+    modules = [f"encoder.layer.{i}.attention.self.query" for i in layers]
+    state = {
+        f"{tower}{module}.weight": torch.randn(shape) for tower, shape in towers_of.items() for module in MODULES
+    }
+    base = save(state, folder / "base")
+    lora = WRITERS[dialect](pairs(modules, 16, 8), folder)
+    if word:
+        path = weights_in(folder)
+        with open_header(path) as header:
+            save_file({place(key, word): tensor for key, tensor in load_file(path).items()}, path, header)
+    exact = chosen in towers_of
+    wanted = [
+        tower
+        for tower, shape in towers_of.items()
+        if shape == (16, 8) and (tower == chosen if exact else tower.startswith(chosen or ""))
+    ]
+    try:
+        lora_to_shira(lora, base, folder / "x.st", density=1.0, prefix=chosen)
+    except SourceError:
+        certain = len(wanted) == 1 and 31 not in layers and chosen is None and "" not in towers_of
+        flat_word = word == "module" and place is between and dialect in ("kohya", "lycoris")
+        assert not certain or flat_word
+        assert not (folder / "x.st").exists()
+        return
+    assert 31 not in layers
+    if chosen is None and "" in wanted:  # the names themselves
+        wanted = [""]
+    assert len(wanted) == 1
+    check(
+        load(folder / "x.st"), state, {wanted[0] + module: pair for module, pair in pairs(modules, 16, 8).items()}
+    )
