@@ -22,8 +22,9 @@ from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.base import Update
+from shira_format.lora.unused import refuse_unused
 from shira_format.names.filters import name_filter
-from shira_format.storage.paths import hub_identity
+from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
 
 
@@ -36,12 +37,15 @@ class LoraConversion:
     dialect: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    allow_unused: bool = False
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the LoRA, and the base if it is not open yet."""
         base = open_checkpoint(self.base) if base is None else base
         with quantised_named(base):
             lora = filtered(open_lora(self.lora, base, dialect=self.dialect), self.include, self.exclude)
+        if not self.allow_unused:
+            refuse_unused(resolve_path(self.lora), lora.files)
         return lora_inputs(lora, base, hub_identity(self.base))
 
 
@@ -95,6 +99,7 @@ def lora_to_shira(
     dialect: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_unused: bool = False,
     self_contained: bool = False,
     threads: int | None = None,
     resume: bool = False,
@@ -118,6 +123,7 @@ def lora_to_shira(
         dialect: of the LoRA; detected from its files by default.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
+        allow_unused: convert a folder that has weight files beside those that are read.
         self_contained: store the base's values too, so that the adapter can be undone, scaled and measured without the base.
         threads: at most this many; all cores by default.
         resume: keep finished tensors in ``OUT.partial`` until all are done, and start from those that are there.
@@ -132,7 +138,9 @@ def lora_to_shira(
         WorkError: the cluster fails, or the parts in ``OUT.partial`` are of another conversion.
     """
     rule = selection_rule(density, top_k, energy, min_change, scope)
-    conversion = LoraConversion(os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude))
+    conversion = LoraConversion(
+        os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude), allow_unused
+    )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
         conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,

@@ -25,6 +25,7 @@ example:
 @options.output_file()
 @options.self_contained_option
 @options.filters("Convert")
+@options.allow_unused_option
 @options.force_option("Replace FILE if it exists.")
 @options.dry_run_option
 @options.printing

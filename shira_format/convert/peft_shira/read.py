@@ -27,6 +27,7 @@ from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
+from shira_format.lora.unused import refuse_unused
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
@@ -46,6 +47,7 @@ def peft_to_shira(
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_unused: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -63,6 +65,7 @@ def peft_to_shira(
         self_contained: store the base's values too.
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
+        allow_unused: convert a folder that has weight files beside those that are read.
         progress: called with 1 after each adapted layer.
         on_start: called once with the number of adapted layers.
 
@@ -73,6 +76,8 @@ def peft_to_shira(
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
     weights, config_path = find(resolve_path(folder))
+    if not allow_unused:
+        refuse_unused(resolve_path(folder), [weights])
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
     with quantised_named(checkpoint):
