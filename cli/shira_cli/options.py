@@ -86,6 +86,8 @@ def values_option(verb: str, default: str) -> Callable[[_F], _F]:
     return click.option("--values", type=click.Choice(["delta", "target"]), default=default, help=text)
 
 
+allow_unused_option = click.option("--allow-unused", is_flag=True, help="Convert a folder although it has weight files that are not used.")  # fmt: skip
+
 dry_run_option = click.option("--dry-run", is_flag=True, help="Compute and report everything, write nothing.")
 
 self_contained_option = click.option(

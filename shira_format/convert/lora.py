@@ -22,8 +22,9 @@ from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.base import Update
+from shira_format.lora.files import refuse_unused
 from shira_format.names.filters import name_filter
-from shira_format.storage.paths import hub_identity
+from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
 
 
@@ -37,6 +38,7 @@ class LoraConversion:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     prefix: str | None = None
+    allow_unused: bool = False
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the LoRA, and the base if it is not open yet."""
@@ -45,6 +47,8 @@ class LoraConversion:
             lora = filtered(
                 open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix), self.include, self.exclude
             )
+        if not self.allow_unused:
+            refuse_unused(resolve_path(self.lora), lora.files)
         return lora_inputs(lora, base, hub_identity(self.base))
 
 
@@ -99,6 +103,7 @@ def lora_to_shira(
     prefix: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_unused: bool = False,
     self_contained: bool = False,
     threads: int | None = None,
     resume: bool = False,
@@ -123,6 +128,7 @@ def lora_to_shira(
         prefix: what the base's names of the adapted weights start with, if several are possible.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
+        allow_unused: convert a folder that has weight files beside those that are read.
         self_contained: store the base's values too, so that the adapter can be undone, scaled and measured without the base.
         threads: at most this many; all cores by default.
         resume: keep finished tensors in ``OUT.partial`` until all are done, and start from those that are there.
@@ -138,7 +144,7 @@ def lora_to_shira(
     """
     rule = selection_rule(density, top_k, energy, min_change, scope)
     conversion = LoraConversion(
-        os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude), prefix
+        os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude), prefix, allow_unused
     )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(

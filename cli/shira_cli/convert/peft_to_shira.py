@@ -26,6 +26,7 @@ example:
 @options.self_contained_option
 @options.filters("Convert")
 @options.base_prefix_option
+@options.allow_unused_option
 @options.force_option("Replace FILE if it exists.")
 @options.dry_run_option
 @options.printing

@@ -25,7 +25,7 @@ from shira_format.entries.changes import Entries, UpdateChange
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
-from shira_format.lora.files import checked, open_tensors, unwrapping_notices
+from shira_format.lora.files import checked, open_tensors, refuse_unused, unwrapping_notices
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
@@ -46,6 +46,7 @@ def peft_to_shira(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     prefix: str | None = None,
+    allow_unused: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -64,6 +65,7 @@ def peft_to_shira(
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         prefix: what the base's names of the adapted weights start with, if several are possible.
+        allow_unused: convert a folder that has weight files beside those that are read.
         progress: called with 1 after each adapted layer.
         on_start: called once with the number of adapted layers.
 
@@ -74,6 +76,8 @@ def peft_to_shira(
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
     weights, config_path = find(resolve_path(folder))
+    if not allow_unused:
+        refuse_unused(resolve_path(folder), [weights])
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
     with quantised_named(checkpoint):
