@@ -162,7 +162,7 @@ def test_refusals(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"none of the adapted.*'lm_head.weight'"):
         measure_pairs(opened(folder, "ab"), other)
     wrong = Moments([Moment(next(iter(NAMES)), np.ones((1, 1, 1, 1)), 1, 1)])
-    with pytest.raises(SourceError, match="inputs of 1"):
+    with pytest.raises(SourceError, match="have 1 inputs"):
         measure_pairs(opened(folder, "ac"), wrong)
 
 

@@ -116,7 +116,9 @@ def overlap(a: SparseTensor | None, b: SparseTensor | None, *, values: bool = Tr
     if known is None:
         raise SourceError("an overlap needs at least one tensor")
     if a is not None and b is not None and a.shape != b.shape:
-        raise SourceError(f"tensor {a.name!r} has shape {list(a.shape)}, but {list(b.shape)} in the other adapter")
+        raise SourceError(
+            f"tensor {a.name!r} has the shape {list(a.shape)}, but {list(b.shape)} in the other adapter"
+        )
     none = np.empty(0, np.int64)
     of_a, of_b = (none if tensor is None else tensor.indices for tensor in (a, b))
     in_a, in_b = shared_positions(of_a, of_b)
