@@ -156,11 +156,11 @@ def test_refusals() -> None:
     a = csr(np.ones((2, 3)))
     good = np.ones((4, 3))
     for rule, call in {
-        "no common weight": lambda: interference(a, csr(np.ones((3, 2))), good),
-        "of inputs of 2": lambda: interference(a, a, moment(good[:, :2])),
+        "different shapes": lambda: interference(a, csr(np.ones((3, 2))), good),
+        "have 2 inputs": lambda: interference(a, a, moment(good[:, :2])),
         "in 3 groups": lambda: interference(a, a, Moment("w", np.stack([np.eye(3)] * 3)[:, None], 3, 1)),
-        r"inputs of shape \[4, 2\]": lambda: interference(a, a, good[:, :2]),
-        r"inputs of shape \[0, 3\]": lambda: interference(a, a, good[:0]),
+        r"inputs have shape \[4, 2\]": lambda: interference(a, a, good[:, :2]),
+        r"inputs have shape \[0, 3\]": lambda: interference(a, a, good[:0]),
         "NaN": lambda: interference(a, a, good * np.nan),
         "mask": lambda: interference(SparseTensor("w", (2, 3), [0], value_kind="none"), a, good),
         "too large": lambda: interference(1e200 * a, a, moment(good)),

@@ -365,7 +365,7 @@ def test_interference_by_moments() -> None:
     assert "on the layers' inputs" in " ".join(report.warnings())
     other = Moments([Moment("other", np.ones((1, 1, 4, 4)), 4, 30)])
     with pytest.raises(
-        SourceError, match="the moments are of none of the adapted weights; one of theirs is 'other'"
+        SourceError, match="the moments cover none of the adapted weights; they cover 'other', for example"
     ):
         analyse_merge(job, other)
 

@@ -117,7 +117,7 @@ def test_targets_need_the_base_unless_positions_are_enough() -> None:
 
 def test_refusals() -> None:
     a = SparseTensor("w", (4,), [0], np.float64([1]), value_kind="delta")
-    with pytest.raises(SourceError, match="nothing"):
+    with pytest.raises(SourceError, match="at least one tensor"):
         overlap(None, None)
     with pytest.raises(SourceError, match=r"\[4\].*\[2, 2\]"):
         overlap(a, SparseTensor("w", (2, 2), [0], np.float64([1]), value_kind="delta"))

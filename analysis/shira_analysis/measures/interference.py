@@ -1,10 +1,9 @@
-"""Whether two adapters disturb each other in *feature* space: on inputs that a layer really gets.
+"""Whether two adapters interfere in *feature* space: on the inputs that a layer actually sees.
 
-AWOM and AWOR look at weights alone, and say what may happen for the worst or for a random input. Here the outputs that two
-deltas ``D1, D2`` of one weight add, ``y1 = D1 x`` and ``y2 = D2 x``, are compared over inputs ``x``. All that depends on
-their mean products follows from the inputs' second moments ``C = E[x x^T]``: ``E<y1, y2> = tr(D1 C D2^T)``. With ``C = I``
-it is ``tr(D1^T D2)``, the inner product of the weights; so a pair that is orthogonal in its weights may well disturb each
-other on inputs that are far from white, and the other way round.
+AWOM and AWOR use weights alone, so they describe a worst-case or a random input. Here the outputs that two deltas ``D1, D2`` of
+one weight add, ``y1 = D1 x`` and ``y2 = D2 x``, are compared over inputs ``x``. Mean products follow from the inputs' second
+moments ``C = E[x x^T]``: ``E<y1, y2> = tr(D1 C D2^T)``. With ``C = I`` this is ``tr(D1^T D2)``, the inner product of the
+weights; so deltas with orthogonal weights can interfere on inputs that are far from white, and vice versa.
 """
 
 from __future__ import annotations
@@ -22,27 +21,26 @@ from shira_format.calibration.moments import Moment
 from shira_format.errors import SourceError
 from shira_format.tensors import SparseTensor
 
-_LONG = 1 << 12  # pairs of entries from which on a segment is worth a product of its own
-_PAIRS = 1 << 20  # pairs at a time
-_CELLS = 1 << 22  # outputs at a time
+_LONG = 1 << 12  # a segment with at least this many pairs of entries gets its own matrix product
+_PAIRS = 1 << 20  # pairs per batch
+_CELLS = 1 << 22  # outputs per batch
 
 
 @dataclass(frozen=True)
 class Interference(Additive):
-    """Mean products of two adapters' outputs, of one layer or, added up with ``+``, of several.
+    """Mean products of two adapters' outputs, for one layer or, added with ``+``, several.
 
-    The outputs are seen as random vectors, with ``E<y, z>`` as their inner product.
+    Outputs are treated as random vectors with the inner product ``E<y, z>``.
 
     Attributes:
         inner: ``E<y1, y2>``.
-        first: ``E|y1|^2``, the energy of the first adapter's output.
+        first: ``E|y1|^2``, the energy (the mean sum of squares) of the first adapter's output.
         second: ``E|y2|^2``.
-        along_first_energy: ``E<y1, y2>^2 / E|y1|^2``, the energy of the projection of ``y2`` onto ``y1``; of several layers, the
-            sum of theirs, which opposite signs of ``inner`` in two layers do not lessen.
+        along_first_energy: ``E<y1, y2>^2 / E|y1|^2``, the energy of the projection of ``y2`` onto ``y1``; summed over
+            layers, so opposite signs of ``inner`` do not cancel.
         along_second_energy: ``E<y1, y2>^2 / E|y2|^2``, likewise.
-        projected_first: ``E[<y1, y2>^2 / |y1|^2]``, the energy of what the second adds along the first's output at each
-            input by itself; None if only moments are known, of which it is no function. Of moments with some inputs beside
-            them, the share over these times ``first``.
+        projected_first: ``E[<y1, y2>^2 / |y1|^2]``, the energy of ``y2`` projected onto ``y1`` per input; None if only moments
+            are known, which do not determine it. For moments with sample inputs, the share over the samples times ``first``.
         projected_second: ``E[<y1, y2>^2 / |y2|^2]``.
     """
 
@@ -56,18 +54,17 @@ class Interference(Additive):
 
     @property
     def cosine(self) -> float | None:
-        """``E<y1, y2> / sqrt(E|y1|^2 E|y2|^2)``: 0 is no interference on the mean; None if one adapter does nothing.
+        """``E<y1, y2> / sqrt(E|y1|^2 E|y2|^2)``: 0 means no interference on average; None if one output is zero.
 
-        Of several layers, that of all outputs as one vector: a layer where the two agree and one where they oppose each other
-        cancel.
+        For several layers, the cosine of all outputs as one vector: agreement in one layer and opposition in another cancel.
         """
         return cosine(self.inner, self.first, self.second)
 
     @property
     def along_first(self) -> float | None:
-        """``E<y1, y2> / E|y1|^2``: the multiple of ``y1`` that is nearest to ``y2``.
+        """``E<y1, y2> / E|y1|^2``: the multiple of ``y1`` closest to ``y2``.
 
-        With both adapters on, the first's output is there ``1 + along_first`` times: -1 cancels it, 1 doubles it.
+        With both adapters applied, the first's output is scaled by ``1 + along_first``: -1 cancels it, 1 doubles it.
         """
         return self.inner / self.first if self.first else None
 
@@ -78,45 +75,44 @@ class Interference(Additive):
 
     @property
     def disturbed_first(self) -> float | None:
-        """The energy of the projection of ``y2`` onto ``y1`` over the energy of ``y1``: of one layer, ``along_first`` squared.
+        """The energy of the projection of ``y2`` onto ``y1`` over the energy of ``y1``; for one layer, ``along_first`` squared.
 
-        What the second adapter does to the first's own direction, in units of the first; above 1 where it does more there
-        than the first itself. The projection is that of a layer's outputs on all inputs at once, so that what the second adds on
-        some inputs and takes away on others cancels; from layer to layer nothing does.
+        How much the second adapter changes the first's output along its own direction; above 1, more than the first does.
+        The projection is over all inputs of a layer at once: opposite signs on different inputs cancel, but not across layers.
         """
         return self.along_first_energy / self.first if self.first else None
 
     @property
     def disturbed_second(self) -> float | None:
-        """The same of the second adapter by the first."""
+        """The same for the second adapter, changed by the first."""
         return self.along_second_energy / self.second if self.second else None
 
     @property
     def disturbed_first_each(self) -> float | None:
-        """Like ``disturbed_first``, with the projection at each input by itself; gains and losses do not cancel.
+        """Like ``disturbed_first``, but projected per input, so that opposite signs do not cancel.
 
-        Never below ``disturbed_first`` on the same inputs; outputs in random directions of ``out`` dimensions have about
-        ``second / first / out``.
+        At least ``disturbed_first`` on the same inputs; about ``second / first / out`` for outputs in random directions of
+        ``out`` dimensions.
         """
         return self.projected_first / self.first if self.projected_first is not None and self.first else None
 
     @property
     def disturbed_second_each(self) -> float | None:
-        """The same of the second adapter by the first."""
+        """The same for the second adapter, changed by the first."""
         return self.projected_second / self.second if self.projected_second is not None and self.second else None
 
     @property
     def disturbed(self) -> tuple[float | None, float | None]:
-        """Of the first and of the second."""
+        """``disturbed_first`` and ``disturbed_second``."""
         return self.disturbed_first, self.disturbed_second
 
     @property
     def disturbed_each(self) -> tuple[float | None, float | None]:
-        """Of the first and of the second, at each input by itself."""
+        """``disturbed_first_each`` and ``disturbed_second_each``."""
         return self.disturbed_first_each, self.disturbed_second_each
 
     def as_json(self) -> dict[str, Any]:
-        """All measures; what is undefined or unknown is null."""
+        """All measures; undefined or unknown ones are null."""
         return attributes(
             self, "inner", "energy_first=first", "energy_second=second", "cosine", "along_first", "along_second",
             "disturbed_first", "disturbed_second", "disturbed_first_each", "disturbed_second_each",
@@ -124,31 +120,31 @@ class Interference(Additive):
 
 
 def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool = False) -> Interference:
-    """Compare what two adapters add to the outputs of one layer.
+    """Compare the outputs that two adapters add to one layer.
 
     Args:
         a: the first adapter's :class:`SparseTensor`, or its deltas as a sparse matrix in the matrix view, in float64.
         b: the second's, of the same shape.
-        inputs: their second moments (perhaps with some inputs), or the inputs themselves, floats ``[samples, in]``.
-        inputs_first: of inputs themselves: the weight is ``[in, out]``. A :class:`Moment` says so itself.
+        inputs: the inputs' second moments (optionally with sample inputs), or the inputs, floats ``[samples, in]``.
+        inputs_first: the weight is ``[in, out]``; ignored for a :class:`Moment`, which records it.
 
     Raises:
-        SourceError: shapes that do not fit each other, inputs that are not finite or none, and see :func:`delta_matrix`.
-        BaseRequired: target values without those of the base.
+        SourceError: shapes do not match, inputs are empty or not finite; see also :func:`delta_matrix`.
+        BaseRequired: target values without base values.
     """
     first, second = (delta_matrix(side) if isinstance(side, SparseTensor) else side for side in (a, b))
     if first.shape != second.shape:
-        raise SourceError(f"deltas of shapes {list(first.shape)} and {list(second.shape)} are of no common weight")
+        raise SourceError(f"the deltas have different shapes: {list(first.shape)} and {list(second.shape)}")
     if inputs.inputs_first if isinstance(inputs, Moment) else inputs_first:
         first, second = first.T, second.T
     first, second = _sorted(first), _sorted(second)
     if not isinstance(inputs, Moment):
-        return _of_inputs(first, second, inputs)
+        return _from_inputs(first, second, inputs)
     outputs, width = first.shape
     if width != inputs.width or outputs % inputs.groups:
         raise SourceError(
-            f"moments of {inputs.weight!r} are of inputs of {inputs.width} in {inputs.groups} groups, "
-            f"the adapters' deltas are {outputs} outputs by {width} inputs"
+            f"the moments of {inputs.weight!r} have {inputs.width} inputs in {inputs.groups} groups, "
+            f"but the deltas have {outputs} outputs and {width} inputs"
         )
     inner, of_first, of_second = (
         _bilinear(*pair, inputs) for pair in ((first, second), (first, first), (second, second))
@@ -156,20 +152,22 @@ def interference(a: Any, b: Any, inputs: Moment | Array, *, inputs_first: bool =
     for value in (inner, of_first, of_second):
         finite(value, f"a mean product of the outputs of {inputs.weight!r}")
     if inputs.tokens:
-        return _of_means(inner, of_first, of_second, *_at_tokens(first, second, inputs.blocks.reshape(-1)[:width]))
+        return _from_means(
+            inner, of_first, of_second, *_projections_per_token(first, second, inputs.blocks.reshape(-1)[:width])
+        )
     if inputs.inputs is None:
-        return _of_means(inner, of_first, of_second, None, None)
-    _, first_energy, second_energy, along_first, along_second = _means_of(first, second, inputs.inputs)
-    # The shares are those of the inputs that were kept, the energies those of all.
-    return _of_means(
+        return _from_means(inner, of_first, of_second, None, None)
+    _, first_energy, second_energy, along_first, along_second = _means_over_inputs(first, second, inputs.inputs)
+    # Shares come from the sample inputs, energies from all inputs.
+    return _from_means(
         inner, of_first, of_second,
         along_first / first_energy * of_first if first_energy else 0.0,
         along_second / second_energy * of_second if second_energy else 0.0,
     )  # fmt: skip
 
 
-def _at_tokens(first: Any, second: Any, frequencies: Array) -> tuple[float, float]:
-    """Both projections at each token, whose output is a column of the matrices."""
+def _projections_per_token(first: Any, second: Any, frequencies: Array) -> tuple[float, float]:
+    """Both mean projections over tokens; a token's output is a column of the matrices."""
 
     def sums(matrix: Any) -> Array:
         return np.bincount(matrix.indices, matrix.data, frequencies.size)
@@ -186,14 +184,14 @@ def _sorted(matrix: Any) -> Any:
     return matrix
 
 
-def _of_inputs(first: Any, second: Any, inputs: Array) -> Interference:
+def _from_inputs(first: Any, second: Any, inputs: Array) -> Interference:
     width = first.shape[1]
     if inputs.ndim != 2 or inputs.shape[1] != width or not len(inputs):
-        raise SourceError(f"inputs of shape {list(inputs.shape)} for deltas of {width} inputs")
-    return _of_means(*_means_of(first, second, inputs[:, None, :]))
+        raise SourceError(f"the inputs have shape {list(inputs.shape)}, but the deltas have {width} inputs")
+    return _from_means(*_means_over_inputs(first, second, inputs[:, None, :]))
 
 
-def _means_of(first: Any, second: Any, inputs: Array) -> tuple[float, float, float, float, float]:
+def _means_over_inputs(first: Any, second: Any, inputs: Array) -> tuple[float, float, float, float, float]:
     """``E<y1, y2>``, ``E|y1|^2``, ``E|y2|^2`` and both projections over inputs ``[samples, groups, width]``."""
     groups = inputs.shape[1]
     outputs = first.shape[0] // groups
@@ -217,21 +215,21 @@ def _means_of(first: Any, second: Any, inputs: Array) -> tuple[float, float, flo
     return float(means[0]), float(means[1]), float(means[2]), float(means[3]), float(means[4])
 
 
-def _of_means(
+def _from_means(
     inner: float, first: float, second: float, each_first: float | None, each_second: float | None
 ) -> Interference:
-    """Of one layer."""
-    first, second = max(0.0, first), max(0.0, second)  # not below 0 by rounding
-    # Not inner^2 / energy: a square of what is small may vanish where their ratio does not.
+    """The measures of one layer from its mean products."""
+    first, second = max(0.0, first), max(0.0, second)  # rounding could make them negative
+    # Not inner^2 / energy: the square of a small number may underflow.
     along_first, along_second = (inner / energy * inner if energy else 0.0 for energy in (first, second))
     return Interference(inner, first, second, along_first, along_second, each_first, each_second)
 
 
 def _bilinear(first: Any, second: Any, moment: Moment) -> float:
-    """``tr(first C second^T)``, from the cells of ``C`` at which an entry of each meets one of the other's in its row.
+    """``tr(first C second^T)``, using only the cells of ``C`` that pair entries of the same row.
 
-    A segment is what one row has within one block of ``C``. Entries of a segment follow each other, and their product with
-    those of the other's segment needs no more of ``C`` than their own rows and columns.
+    A segment is the entries of one row within one block of ``C``. They are contiguous, and the product of two segments needs
+    only their own rows and columns of ``C``.
     """
     (of_first, at_first), (of_second, at_second) = (_segments(matrix, moment) for matrix in (first, second))
     in_first, in_second = shared_positions(of_first[0], of_second[0])
@@ -244,15 +242,15 @@ def _bilinear(first: Any, second: Any, moment: Moment) -> float:
     try:
         from shira_analysis.measures.product_kernels import bilinear
     except ImportError:
-        with np.errstate(over="ignore", invalid="ignore"):  # told by whoever asks
-            return _bilinear_plainly(
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks
+            return _bilinear_numpy(
                 spans[0], at_first, first.data, spans[1], at_second, second.data, squares, which
             )
     return float(bilinear(spans[0], at_first, first.data, spans[1], at_second, second.data, squares, which))
 
 
 def _segments(matrix: Any, moment: Moment) -> tuple[tuple[Array, Array], Array]:
-    """The rising keys ``row * blocks + block`` with start and stop of each, and the places of all entries in their block."""
+    """Increasing keys ``row * blocks + block`` with the start and stop of each, and every entry's position in its block."""
     rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
     block, place = np.divmod(matrix.indices.astype(np.int64), moment.size)
     keys = rows * moment.blocks.shape[1] + block
@@ -261,11 +259,11 @@ def _segments(matrix: Any, moment: Moment) -> tuple[tuple[Array, Array], Array]:
     return (keys[starts], spans), place
 
 
-def _bilinear_plainly(
+def _bilinear_numpy(
     first: Array, first_at: Array, first_values: Array,
     second: Array, second_at: Array, second_values: Array, squares: Array, which: Array,
 ) -> float:  # fmt: skip
-    """See :func:`shira_analysis.measures.product_kernels.bilinear`."""
+    """The fallback without numba; see :func:`shira_analysis.measures.product_kernels.bilinear`."""
     counts = [spans[:, 1] - spans[:, 0] for spans in (first, second)]
     pairs = counts[0] * counts[1]
     total = 0.0

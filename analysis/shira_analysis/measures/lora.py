@@ -1,4 +1,4 @@
-"""What a LoRA is, in the numbers that it has in common with a sparse adapter: norms, ranks, singular values."""
+"""Measures of a LoRA, comparable with those of a sparse adapter: norms, ranks, singular values."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """Several updates together.
+    """Measures of several updates.
 
     Attributes:
-        tensors: how many there are.
-        frobenius: of all together; None if the singular values of one were not computed.
-        ranks: theirs.
+        tensors: number of updates.
+        frobenius: their joint Frobenius norm; None unless all singular values were computed.
+        ranks: their ranks.
     """
 
     tensors: int
@@ -35,22 +35,22 @@ class LoraGroup:
     ranks: Ranks
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain JSON values."""
         return {"tensors": self.tensors, "frobenius": self.frobenius, "rank": self.ranks.as_json()}
 
 
 @dataclass(frozen=True, eq=False)
 class LoraMeasures:
-    """One LoRA.
+    """Measures of one LoRA.
 
     Attributes:
-        path: where it is.
-        source: what its files say of it: dialect, rank, alpha and so on.
-        tensors: the kind of layer and the report of each chosen update.
-        kinds: by kind of layer, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
-        total: all of them.
-        others: tensors that are replaced or shifted as a whole, which are in no measure.
-        notices: what a user should know.
+        path: the LoRA's path.
+        source: its metadata: dialect, rank, alpha and so on.
+        tensors: layer kind and rank report of each selected update.
+        kinds: totals per kind of layer, in the order of :data:`shira_analysis.measures.layer_kinds.KINDS`.
+        total: totals over all updates.
+        others: tensors that are replaced or shifted as a whole, which are not measured.
+        notices: notices for the user.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class LoraMeasures:
     notices: tuple[str, ...]
 
     def as_json(self, *, values: bool = False) -> dict[str, Any]:
-        """Plain values; ``values`` for the singular values of each update too."""
+        """Plain JSON values; ``values`` includes each update's singular values."""
         return {
             "lora": str(self.path),
             "source": self.source,
@@ -83,7 +83,7 @@ class LoraMeasures:
 
 
 def frobenius_of(report: RankReport) -> float | None:
-    """The norm of one update; None if its singular values were not computed."""
+    """The Frobenius norm of one update; None if its singular values were not computed."""
     return None if report.spectrum is None else report.spectrum.frobenius
 
 
@@ -95,17 +95,17 @@ def measure_lora(
     exclude: Sequence[str] = (),
     progress: Callable[[int], object] = lambda _: None,
 ) -> LoraMeasures:
-    """Measure a LoRA of any dialect; a dense update is in memory at most one at a time.
+    """Measure a LoRA of any dialect, holding at most one dense update in memory.
 
     Args:
         lora: its path; see :func:`shira_format.lora.open_lora`.
-        base: the checkpoint that it adapts, a path or an open one.
-        include: regexes; an update is measured only if one of them is found in its weight's name.
-        exclude: regexes; an update is left out if one of them is found in it.
+        base: the checkpoint that it adapts, as a path or open.
+        include: regexes; only updates of weights whose name contains a match are measured.
+        exclude: regexes; updates of weights whose name contains a match are skipped.
         progress: called with 1 after each update.
 
     Raises:
-        SourceError: not a LoRA of this base, an update that is not finite, none is chosen, or a package is missing.
+        SourceError: not a LoRA of this base, an update is not finite, no update is selected, or a package is missing.
     """
     from shira_format.checkpoints import open_checkpoint
     from shira_format.lora import open_lora
@@ -127,14 +127,14 @@ def measure_lora(
         Path(lora),
         source.source,
         tuple(tensors),
-        {kind: _joined(group) for kind, group in kinds.items() if group},
-        _joined(report for _, report in tensors),
+        {kind: _group(group) for kind, group in kinds.items() if group},
+        _group(report for _, report in tensors),
         tuple(name for name in (*source.whole, *source.additions) if chosen(name)),
         tuple(source.notices),
     )
 
 
-def _joined(reports: Iterable[RankReport]) -> LoraGroup:
+def _group(reports: Iterable[RankReport]) -> LoraGroup:
     reports = list(reports)
     norms = [norm for report in reports if (norm := frobenius_of(report)) is not None]
     known = len(norms) == len(reports)

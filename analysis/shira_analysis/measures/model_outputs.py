@@ -1,4 +1,4 @@
-"""Texts through a model, in batches."""
+"""Runs texts through a model in batches."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy.typing as npt
 def rows_of(
     model: Any, tokenizer: Any, texts: Sequence[str], rows: Callable[[Any, Any], Any], *, batch: int, length: int
 ) -> npt.NDArray[np.float32]:
-    """One row a text, ``[texts, ...]``, in the order of ``texts``.
+    """One row per text, ``[texts, ...]``, in the order of ``texts``.
 
-    Texts are cut after ``length`` tokens; those of like length share a batch, so that little is computed on padding.
+    Texts are truncated to ``length`` tokens; texts of similar length share a batch, to save padding.
 
     Args:
-        model: from transformers, on the CPU; it is put into evaluation mode.
+        model: a transformers model on the CPU; it is set to evaluation mode.
         tokenizer: its tokenizer.
         texts: at least one.
-        rows: from the tokenizer's tensors and the model's output to a tensor ``[batch, ...]``.
-        batch: texts at a time.
-        length: tokens of a text that count.
+        rows: maps the tokenizer's tensors and the model's output to a tensor ``[batch, ...]``.
+        batch: texts per batch.
+        length: maximum tokens per text.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Exact linear algebra on floats: a finite float is an integer times a power of two, so it has an image modulo any odd prime.
+"""Exact linear algebra on floats: a finite float is an integer times a power of two, so it has a residue modulo any odd prime.
 
-The image of a sum is the sum of the images, and a determinant that is not 0 modulo a prime is not 0. So the rank modulo a prime
-is a lower bound of the rank of the exact matrix, whatever rounding its entries would suffer in floating point; it is less only
-if the prime divides all the largest minors, one chance in two thousand million for a matrix that was not made for it.
+Residues of sums are sums of residues, and a determinant that is nonzero modulo a prime is nonzero. So the rank modulo a prime
+is a lower bound of the exact rank, free of floating-point rounding; it is lower only if the prime divides all the largest
+minors, about one chance in two billion unless the matrix was built for it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from shira_format._core.optional import optional_import
 
 Int64s = npt.NDArray[np.int64]
 
-# Below 2^31, so that products fit 64 bits. (p - 1) / 2 is prime too, so that no small power of two is 1: modulo the prime
-# 2^31 - 1, which is nearer at hand, 2^31 would be 1, and weights that are powers of two would often coincide.
+# Below 2^31, so products fit 64 bits. (p - 1) / 2 is prime too, so no small power of two is 1: modulo the more obvious prime
+# 2^31 - 1, 2^31 would be 1, and weights that are powers of two would often coincide.
 PRIMES = (2147483579, 2147483123, 2147482763)
 
-_LEAST = -1074 - 52  # the exponent of the last bit of the mantissa's 53 that the smallest float64 may have
+_LEAST = -1074 - 52  # exponent of the lowest of the 53 mantissa bits of the smallest float64
 _MOST = 1024 - 53
 
 
@@ -32,16 +32,16 @@ def _powers(prime: int) -> Int64s:
 
 
 def residues(values: Array, prime: int) -> Int64s:
-    """The images of finite floats of any dtype modulo an odd ``prime`` below 2^31: int64, 0 to prime - 1."""
-    mantissa, exponent = np.frexp(values.astype(np.float64))  # exact: all dtypes of checkpoints fit
+    """The residues of finite floats of any dtype modulo an odd ``prime`` below 2^31: int64, 0 to prime - 1."""
+    mantissa, exponent = np.frexp(values.astype(np.float64))  # exact for every checkpoint dtype
     whole = np.ldexp(mantissa, 53).astype(np.int64)
     return np.asarray(whole % prime * _powers(prime)[exponent.astype(np.int64) - 53 - _LEAST] % prime, np.int64)
 
 
 def rank_modulo(rows: Int64s, columns: Int64s, values: Int64s, size: int, prime: int) -> int:
-    """The rank modulo ``prime`` of a ``[size, size]`` matrix with ``values`` at ``rows`` and ``columns``, others 0.
+    """The rank modulo ``prime`` of a ``[size, size]`` matrix with ``values`` at ``rows`` and ``columns``, 0 elsewhere.
 
-    Takes 16 bytes for each of ``size`` times ``size`` elements, on one core.
+    Takes ``16 * size * size`` bytes and one core.
 
     Raises:
         SourceError: python-flint is missing.

@@ -1,4 +1,4 @@
-"""Where two adapters change the same entries, whether in the same direction, and how far apart they lie."""
+"""How many entries two adapters share, whether their signs agree, and the distance between the adapted models."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from shira_format.tensors import SparseTensor
 class Overlap(Additive):
     """Two adapters' entries of one weight, or of several: ``+`` adds all fields.
 
-    What is said of values is None if the positions alone were compared, as of masks.
+    Fields about values are None if only positions were compared, as for masks.
 
     Attributes:
-        elements: of the weights.
+        elements: elements of the weights.
         first: entries of the first adapter.
         second: entries of the second.
-        shared: entries that both have.
-        expected: shared entries to expect of two masks of these sizes that know nothing of each other.
-        variance: the variance of that number. Both are of the hypergeometric distribution, in each weight for itself.
-        same_sign: shared entries that both raise or both lower.
-        opposite_sign: shared entries that one raises and the other lowers; a delta of 0 has no sign.
+        shared: entries of both.
+        expected: expected shared entries of two independent uniform masks with these nnz.
+        variance: the variance of that number. Both follow the hypergeometric distribution, per weight.
+        same_sign: shared entries whose deltas have the same sign.
+        opposite_sign: shared entries whose deltas have opposite signs; a delta of 0 counts as neither.
         inner: the inner product of the two deltas.
-        first_energy: ``||D1||^2``, the squared distance of the first from the base.
+        first_energy: ``||D1||^2``, the energy (the sum of squares) of the first delta.
         second_energy: ``||D2||^2``.
-        between: ``||D1 - D2||^2``, the squared distance of the two from each other.
+        between: ``||D1 - D2||^2``, the squared distance between the two adapted models.
     """
 
     elements: int = 0
@@ -51,7 +51,7 @@ class Overlap(Additive):
 
     @property
     def union(self) -> int:
-        """Entries that at least one has."""
+        """Entries of at least one adapter."""
         return self.first + self.second - self.shared
 
     @property
@@ -61,37 +61,37 @@ class Overlap(Additive):
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of the number of shared entries, if the masks know nothing of each other."""
+        """The standard deviation of the number of shared entries for independent masks."""
         return math.sqrt(self.variance)
 
     @property
     def surprise(self) -> float | None:
-        """By how many standard deviations more entries are shared than expected; None if their number is certain."""
+        """The z-score of ``shared``: standard deviations above ``expected``; None if the variance is 0."""
         return (self.shared - self.expected) / self.deviation if self.variance > 0 else None
 
     @property
     def sign_agreement(self) -> float | None:
-        """Share of the shared entries with two signs in which these are the same; None if there are none."""
+        """Share of same signs among shared entries with nonzero deltas; None if there are none."""
         if self.same_sign is None or self.opposite_sign is None or not self.same_sign + self.opposite_sign:
             return None
         return self.same_sign / (self.same_sign + self.opposite_sign)
 
     @property
     def cosine(self) -> float | None:
-        """Of the angle between the two deltas; None if one is zero."""
+        """The cosine between the two deltas; None if one is zero."""
         if self.inner is None or self.first_energy is None or self.second_energy is None:
             return None
         return cosine(self.inner, self.first_energy, self.second_energy)
 
     @property
     def distances(self) -> tuple[float, float, float] | None:
-        """L2: of the two adapted models, of the first and the base, of the second and the base (the paper's table 13)."""
+        """L2 distances: first to second, first to base, second to base (the paper's table 13)."""
         if self.between is None or self.first_energy is None or self.second_energy is None:
             return None
         return math.sqrt(self.between), math.sqrt(self.first_energy), math.sqrt(self.second_energy)
 
     def as_json(self) -> dict[str, Any]:
-        """Counts and what follows from them; what is undefined is null."""
+        """Plain JSON values; undefined ones are null."""
         names = ("between", "first_to_base", "second_to_base")
         return attributes(
             self, "elements", "first", "second", "shared", "jaccard", "expected_shared=expected", "deviation",
@@ -103,21 +103,21 @@ def overlap(a: SparseTensor | None, b: SparseTensor | None, *, values: bool = Tr
     """Compare the entries of one weight.
 
     Args:
-        a: of the first adapter; None if it leaves this weight alone.
-        b: of the second; not None as well.
-        values: whether to compare deltas; a mask has none, so that positions alone are compared if one is a mask.
+        a: the first adapter's tensor; None if it does not adapt this weight.
+        b: the second's; at least one must be given.
+        values: compare deltas as well; ignored if either tensor is a mask.
 
     Raises:
         SourceError: the shapes differ, both are None, or a delta is not finite.
-        BaseRequired: target values without those of the base.
-        BaseMismatch: the two hold other base values of one entry, so that they are not adapters of one base.
+        BaseRequired: target values without base values.
+        BaseMismatch: the two hold different base values for an entry, so they are not adapters of one base.
     """
     known = a if a is not None else b
     if known is None:
-        raise SourceError("an overlap of nothing with nothing")
+        raise SourceError("an overlap needs at least one tensor")
     if a is not None and b is not None and a.shape != b.shape:
         raise SourceError(
-            f"tensor {a.name!r} has the shape {list(a.shape)}, and {list(b.shape)} in the other adapter"
+            f"tensor {a.name!r} has the shape {list(a.shape)}, but {list(b.shape)} in the other adapter"
         )
     none = np.empty(0, np.int64)
     of_a, of_b = (none if tensor is None else tensor.indices for tensor in (a, b))
@@ -133,32 +133,32 @@ def overlap(a: SparseTensor | None, b: SparseTensor | None, *, values: bool = Tr
     of_first = finite(_energy(first), f"tensor {known.name!r}: the energy of the first adapter's delta")
     of_second = finite(_energy(second), f"tensor {known.name!r}: the energy of the second adapter's delta")
     signs = np.sign(first[in_a]) * np.sign(second[in_b])
-    # The distance by its own sum: from the energies and the inner product, that of two like adapters would be rounding.
-    apart = _energy(first[in_a] - second[in_b])
+    # Summed directly: computed from energies and inner product, the distance of similar adapters would be rounding error.
+    distance = _energy(first[in_a] - second[in_b])
     for own, met in ((first, in_a), (second, in_b)):
         alone = own.copy()
         alone[met] = 0
-        apart += _energy(alone)
+        distance += _energy(alone)
     return Overlap(
         *sizes, int(np.count_nonzero(signs > 0)), int(np.count_nonzero(signs < 0)),
-        float(first[in_a] @ second[in_b]), of_first, of_second, apart,
+        float(first[in_a] @ second[in_b]), of_first, of_second, distance,
     )  # fmt: skip
 
 
 def _check_base(a: SparseTensor, b: SparseTensor, in_a: Array, in_b: Array) -> None:
-    """Refuse two tensors that say different things of the base, where both say something."""
+    """Refuse two tensors whose base values differ at shared entries, if both hold base values."""
     if a.base is None or b.base is None or a.base.dtype != b.base.dtype:
         return
     other = np.flatnonzero(bits_differ(a.base[in_a], b.base[in_b]))
     if other.size:
         raise BaseMismatch(
-            f"tensor {a.name!r}: other base values, first at flat index {int(a.indices[in_a[other[0]]])}: these are not adapters "
+            f"tensor {a.name!r}: the base values differ, first at flat index {int(a.indices[in_a[other[0]]])}: these are not adapters "
             "of one base"
         )
 
 
 def shared_positions(a: Array, b: Array) -> tuple[Array, Array]:
-    """Where two strictly increasing lists of integers meet: the positions in each, int64 ``[shared]``."""
+    """The positions of common values in two strictly increasing integer arrays: int64 ``[shared]`` for each."""
     if not a.size or not b.size:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     if a.size > b.size:
@@ -172,13 +172,13 @@ def shared_positions(a: Array, b: Array) -> tuple[Array, Array]:
 
 def cosine(inner: float, first: float, second: float) -> float | None:
     """``inner / sqrt(first * second)`` for two energies; None if one is 0."""
-    # Two roots: the product of two small energies may vanish where they do not.
+    # Two roots, since the product of two small energies may underflow.
     both = math.sqrt(first) * math.sqrt(second)
     return inner / both if both else None
 
 
 def finite(value: float, what: str) -> float:
-    """``value``, if float64 could hold it.
+    """``value``, if it is finite.
 
     Raises:
         SourceError: it is infinite or NaN.
@@ -189,7 +189,7 @@ def finite(value: float, what: str) -> float:
 
 
 def _hypergeometric(elements: int, first: int, second: int) -> tuple[float, float]:
-    """Mean and variance of the number of elements that a random choice of each size has in common."""
+    """Mean and variance of the number of elements that two random subsets of these sizes share."""
     if not elements:
         return 0.0, 0.0
     mean = first * second / elements
@@ -199,5 +199,5 @@ def _hypergeometric(elements: int, first: int, second: int) -> tuple[float, floa
 
 
 def _energy(values: Array) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):  # told by whoever asks
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks
         return float(values @ values)

@@ -1,4 +1,4 @@
-"""Will these adapters disturb each other? All pairs of a set: by tensor, by kind of layer, and as a whole."""
+"""Whether adapters interfere: all pairs of a set, per tensor, per kind of layer, and in total."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from shira_format.tensors import SparseTensor
 
 @dataclass(frozen=True)
 class Measures(Additive):
-    """What is measured of two adapters on some weights; ``+`` joins it.
+    """Measures of two adapters over some weights; ``+`` combines them.
 
     Attributes:
         tensors: weights that at least one adapts.
-        both: weights that both adapt; those alone can disturb each other within a layer.
-        overlap: of the entries, over all weights.
-        product: of ``A1^T A2``, over the weights of at least two dimensions that both adapt; None if there are none, or masks.
-        transposed: of ``A1 A2^T``, the same; None if it was not asked for.
-        fed: how many of those have moments.
-        interference: over these; None without.
+        both: weights that both adapt; only these can interfere within a layer.
+        overlap: shared entries, over all weights.
+        product: measures of ``A1^T A2`` over the weights with at least two dimensions that both adapt; None if there are none,
+            or only masks.
+        transposed: the same for ``A1 A2^T``; None if not requested.
+        fed: how many of those weights have moments.
+        interference: over the weights with moments; None without moments.
     """
 
     tensors: int
@@ -48,7 +49,7 @@ class Measures(Additive):
         return a + b
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; what was not or could not be measured is null."""
+        """Plain JSON values; measures that are missing or undefined are null."""
         return {
             "tensors": self.tensors,
             "both": self.both,
@@ -65,10 +66,10 @@ class TensorPair:
     """Two adapters on one weight.
 
     Attributes:
-        name: of the weight.
-        shape: of the weight.
-        kind: of its layer, see :mod:`shira_analysis.measures.layer_kinds`.
-        measures: of this weight.
+        name: the weight's name.
+        shape: the weight's shape.
+        kind: the kind of its layer; see :mod:`shira_analysis.measures.layer_kinds`.
+        measures: the measures of this weight.
     """
 
     name: str
@@ -84,9 +85,9 @@ class Pair:
     Attributes:
         first: path of the first.
         second: path of the second.
-        tensors: every weight that one of them adapts, in the order of the files.
-        replaced: names of tensors that one of them replaces as a whole while the other replaces or adapts them: both cannot be
-            had at once, and none of the measures sees it.
+        tensors: every weight that at least one adapts, in file order.
+        replaced: names of tensors that one replaces as a whole while the other replaces or adapts them: a conflict that no
+            measure includes.
     """
 
     first: str
@@ -105,7 +106,7 @@ class Pair:
 
     @property
     def whole(self) -> Measures:
-        """Of the whole adapters: their weights as blocks of one matrix."""
+        """The measures of the whole adapters, with their weights as blocks of one matrix."""
         return combine_pairs(tensor.measures for tensor in self.tensors)
 
     def as_json(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class Pair:
 
 
 def combine_pairs(measures: Iterable[Measures]) -> Measures:
-    """The measures of all weights together."""
+    """Combine the measures of several weights."""
     return sum(measures, Measures(0, 0, Overlap()))
 
 
@@ -138,20 +139,20 @@ def measure_pairs(
     spectral: bool = False,
     progress: Callable[[str], object] = lambda _: None,
 ) -> list[Pair]:
-    """Measure every pair of some adapters of one base; in memory is one weight of each at a time.
+    """Measure every pair of adapters of one base, holding one weight per adapter in memory.
 
     Args:
-        adapters: at least two: files, or open ones from :func:`open_deltas`.
-        moments: of the layers' inputs, for interference in feature space.
-        base: the checkpoint of those that are given as files.
-        strict: refuse moments of none of the weights.
-        transposed: ``A1 A2^T`` as well: what a layer reads, or what it writes if its weight is ``[in, out]``.
-        spectral: the spectral norms as well.
-        progress: called with the name of each weight that is done.
+        adapters: at least two paths, or open files from :func:`open_deltas`.
+        moments: second moments of the layers' inputs, for interference in feature space.
+        base: the base checkpoint of adapters given as paths.
+        strict: refuse moments that cover none of the weights.
+        transposed: measure ``A1 A2^T`` as well: what a layer reads, or what it writes if its weight is ``[in, out]``.
+        spectral: compute spectral norms as well.
+        progress: called with the name of each finished weight.
 
     Raises:
-        SourceError: fewer than two adapters, weights that differ in shape, moments of none of the weights, no scipy.
-        BaseMismatch: two of them hold other base values of one entry.
+        SourceError: fewer than two adapters, shapes differ, moments cover none of the weights, or scipy is missing.
+        BaseMismatch: two of them hold different base values for an entry.
         FormatError, BaseRequired, BaseMismatch: see :meth:`DeltaFile.tensor`.
     """
     if len(adapters) < 2:
@@ -184,14 +185,14 @@ def measure_pairs(
 
 
 def check_moments(moments: Moments, names: Iterable[str]) -> None:
-    """Refuse moments that are of other weights, as those of another model are.
+    """Refuse moments that cover none of the adapted weights, such as those of another model.
 
     Raises:
-        SourceError: none of the adapted weights, of these ``names``, has moments.
+        SourceError: none of the adapted weights, given by ``names``, has moments.
     """
     if moments.keys().isdisjoint(names):
         example = next(iter(moments), None)
-        raise SourceError(f"the moments are of none of the adapted weights; one of theirs is {example!r}")
+        raise SourceError(f"the moments cover none of the adapted weights; they cover {example!r}, for example")
 
 
 def replaced_tensors(first: DeltaFile, second: DeltaFile) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The inner loop of products of sparse matrices as machine code; imported only if numba is there."""
+"""The inner loops of sparse products, compiled with numba; imported only if numba is installed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def _compiled(function: F) -> F:
 def measure(
     left: Any, left_columns: Any, left_values: Any, right: Any, right_columns: Any, right_values: Any, columns: int
 ) -> tuple[float, int, int]:
-    """Energy, non-zero cells and reached cells of the product of two CSR matrices, of which one row exists at a time.
+    """Energy, nonzero cells and reached cells of the product of two CSR matrices, one row in memory at a time.
 
     Args:
-        left: row pointers; ``left_columns`` and ``left_values`` are the entries.
+        left: row pointers of the left matrix; ``left_columns`` and ``left_values`` are its entries.
         left_columns: see above.
         left_values: see above.
-        right: row pointers of the other; ``right_columns`` and ``right_values`` are the entries.
+        right: row pointers of the right matrix; ``right_columns`` and ``right_values`` are its entries.
         right_columns: see above.
         right_values: see above.
-        columns: of the product.
+        columns: number of columns of the product.
     """
     row = np.zeros(columns, np.float64)
     seen = np.full(columns, -1, np.int64)
@@ -70,14 +70,14 @@ def bilinear(
     """The sum over all segments of ``first_values^T squares[which] second_values``.
 
     Args:
-        first: where each segment of the first starts and stops, ``[segments, 2]``; ``first_at`` are its places in the square.
+        first: start and stop of each segment of the first, ``[segments, 2]``; ``first_at`` are its positions in the square.
         first_at: see above.
         first_values: see above.
-        second: of the second; ``second_at`` and ``second_values`` as above.
+        second: the same for the second; ``second_at`` and ``second_values`` likewise.
         second_at: see above.
         second_values: see above.
         squares: ``[n, size, size]``.
-        which: of the squares belongs to each segment.
+        which: the index of each segment's square.
     """
     total = 0.0
     for segment in range(which.size):

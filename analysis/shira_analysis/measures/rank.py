@@ -1,10 +1,10 @@
-"""The rank of an adapter's tensor: exact with a certificate, numerical at a stated tolerance, and by other measures.
+"""The rank of an adapter's tensor: exact with proven bounds, numerical at a stated tolerance, stable and effective.
 
-*Exact rank* means that of the exact difference: of target - base as rational numbers, not of what rounding would make of it.
-:mod:`shira_analysis.measures.certificate` brackets it between two bounds that are proofs.
+The *exact rank* is that of target - base in rational numbers, without rounding; :mod:`shira_analysis.measures.certificate`
+gives proven lower and upper bounds.
 
-*Numerical rank* counts singular values above ``max(m, n) * eps`` times the largest: a matrix of full exact rank may be one whose
-smallest singular values a computation in float64 cannot tell from 0. LoRAs are measured in the same way, for comparison.
+The *numerical rank* counts singular values above ``max(m, n) * eps`` times the largest: even a matrix of full exact rank may have
+singular values that float64 cannot distinguish from 0. LoRAs are measured in the same way, for comparison.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from shira_format.tensors import SparseTensor, matrix_shape
 
 @dataclass(frozen=True, eq=False)
 class RankReport:
-    """What is known of one tensor's rank.
+    """The rank of one tensor.
 
     Attributes:
-        name: of the tensor.
-        shape: of its matrix view.
-        dtype: of the weight, or in which the update was computed; by its safetensors name.
-        nnz: entries whose delta is not 0; of a dense update, all that are not 0; None if it was not computed as a matrix.
-        bounds: of the exact rank; None if it was not asked for, or if the update exists only rounded.
-        spectrum: the singular values; None if they were not asked for, or are too many.
+        name: the tensor's name.
+        shape: the shape of its matrix view.
+        dtype: the dtype of the weight or of the computed update, by its safetensors name.
+        nnz: entries with a nonzero delta, or nonzero elements of a dense update; None if no matrix was computed.
+        bounds: bounds of the exact rank; None if not requested or if the update exists only rounded.
+        spectrum: the singular values; None if not requested or if the matrix is too large.
     """
 
     name: str
@@ -54,7 +54,7 @@ class RankReport:
         return min(self.shape)
 
     def as_json(self, *, values: bool = False) -> dict[str, Any]:
-        """Plain values; ``values`` for the singular values too."""
+        """Plain JSON values; ``values`` includes the singular values."""
         found: dict[str, Any] = {"full_rank": self.full, "nonzero": self.nnz}
         if self.bounds is not None:
             found |= {
@@ -73,21 +73,21 @@ def rank_of(
 
     Args:
         tensor: targets or deltas.
-        base: the whole weight, ``[*shape]``; by default the base's values that ``tensor`` holds.
-        exact: bracket the exact rank.
+        base: the full weight, ``[*shape]``; by default the base values in ``tensor``.
+        exact: compute bounds of the exact rank.
         spectrum: compute the singular values.
-        primes: how many primes are tried, at most, where the bounds do not meet at once.
+        primes: how many primes to try, at most, until the bounds are equal.
 
     Raises:
-        SourceError: a mask, a delta that is not finite, far more rows than entries; scipy or python-flint is missing.
-        BaseRequired: targets, and no base values.
+        SourceError: a mask, a delta that is not finite, far more rows than entries, or scipy or python-flint is missing.
+        BaseRequired: targets without base values.
         BaseMismatch: ``base`` is not the base of this tensor.
     """
     deltas = delta_values(tensor, base)
     start = None
     if tensor.value_kind == "target":
         start = tensor.base if base is None else tensor.at_entries(base)
-        assert start is not None  # delta_values would have told
+        assert start is not None  # delta_values would have raised
     kept = np.flatnonzero(deltas)  # a rounded difference of two floats is 0 only if they are equal
     matrix = entries_matrix(tensor.name, tensor.shape, tensor.indices[kept], deltas[kept])
 
@@ -107,12 +107,12 @@ def rank_of_update(
 ) -> RankReport:
     """The rank of one update of a LoRA, in the matrix view of its weight.
 
-    For a product of two factors the exact rank is that of the exact product of the factors, whose scale is in them; nothing
-    dense is computed. Kronecker products have a certificate too, and updates that a file holds as they are. Others exist
-    only rounded, as a dense matrix: they have no exact rank, and singular values of that matrix, one layer in memory.
+    For a product of two factors (scale included) the exact rank is that of the exact product; nothing dense is computed.
+    Kronecker products and updates stored dense have bounds of the exact rank, too. All others exist only as a rounded dense
+    matrix, one layer in memory: they have singular values, but no exact rank.
 
     Raises:
-        SourceError: a value is not finite; scipy or python-flint is missing.
+        SourceError: a value is not finite, or scipy or python-flint is missing.
     """
     view = matrix_shape(update.shape)
     nnz, bounds, found = None, None, None
@@ -144,7 +144,7 @@ def rank_of_update(
 
 
 def ranks_of_lora(lora: Lora, *, exact: bool = True, spectrum: bool = True) -> Iterator[RankReport]:
-    """:func:`rank_of_update` of all updates of a LoRA that :func:`shira_format.lora.open_lora` opened, one by one."""
+    """:func:`rank_of_update` for every update of a LoRA opened by :func:`shira_format.lora.open_lora`, one at a time."""
     for update in lora.updates:
         yield rank_of_update(update, exact=exact, spectrum=spectrum)
 

@@ -1,4 +1,4 @@
-"""How large an adapter's change is, and where it lies: of one tensor, or of several together."""
+"""The size of an adapter's deltas and the layout of its mask: for one tensor, or several combined."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from shira_format.tensors import SparseTensor, density, matrix_shape
 
 @dataclass(frozen=True)
 class Mask:
-    """Which entries an adapter has, whatever their values; of one tensor, or of several together.
+    """The positions of an adapter's entries, regardless of values; for one tensor, or several combined.
 
-    Rows and columns are those of the matrix view (spec, section 1). Of several tensors, counts are sums, and the figures that
-    are compared with uniform masks are means over the tensors; uniform masks are taken as drawn for each tensor apart.
+    Rows and columns are those of the matrix view (spec, section 1). For several tensors, counts are sums, and the figures
+    compared with uniform masks are means over the tensors, with an independent uniform mask for each.
 
     Attributes:
-        nnz: entries.
-        numel: elements.
-        rows: rows that have an entry.
-        all_rows: rows.
-        columns: columns that have an entry.
-        all_columns: columns.
-        spread: figures beside those of uniform masks: ``rows`` and ``columns`` (how many have an entry), ``row_dispersion`` and
-            ``column_dispersion`` (index of dispersion of how many entries each has; more than uniform: clustered, less: even),
-            ``gap_dispersion`` (of the elements left out between entries in flat order, close to the geometric law if uniform),
-            ``adjacent_entries`` (entries right after another). A figure that says nothing of a tensor, such as that of its one row,
-            is left out.
+        nnz: number of entries.
+        numel: number of elements.
+        rows: rows with an entry.
+        all_rows: all rows.
+        columns: columns with an entry.
+        all_columns: all columns.
+        spread: figures compared with uniform masks: ``rows`` and ``columns`` (how many have an entry), ``row_dispersion`` and
+            ``column_dispersion`` (index of dispersion of the entries in each; above uniform: clustered, below: even),
+            ``gap_dispersion`` (the same for the gaps between entries in flat order, nearly geometric if uniform),
+            ``neighbours`` (entries directly after another). A figure that is meaningless for a tensor, such as the dispersion
+            of a single row, is omitted.
     """
 
     nnz: int
@@ -53,11 +53,11 @@ class Mask:
 
     @property
     def density(self) -> float:
-        """Entries over elements; 0 without elements."""
+        """``nnz / numel``; 0 without elements."""
         return density(self.nnz, self.numel)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain JSON values."""
         return attributes(
             self, "nnz", "numel", "density", "rows", "all_rows", "columns", "all_columns"
         ) | {"spread": {name: figure.as_json() for name, figure in self.spread.items()}}  # fmt: skip
@@ -65,14 +65,14 @@ class Mask:
 
 @dataclass(frozen=True)
 class Norms:
-    """How large the deltas are, in float64; of one tensor, or of several together.
+    """The size of the deltas, in float64; for one tensor, or several combined.
 
     Attributes:
         zeros: entries whose delta is 0.
         frobenius: root of the sum of squares.
         l1: sum of magnitudes.
         largest: largest magnitude.
-        histogram: how many magnitudes lie in [2^e, 2^(e + 1)), by e, rising; zeros are in none.
+        histogram: number of magnitudes in [2^e, 2^(e + 1)), by increasing e; zeros are not counted.
     """
 
     zeros: int
@@ -83,15 +83,15 @@ class Norms:
 
     @property
     def energy(self) -> float:
-        """The sum of squares; infinite if float64 cannot hold it."""
+        """The sum of squares; infinite on overflow."""
         return self.frobenius * self.frobenius
 
     def mean(self, nnz: int) -> float:
-        """The mean magnitude over ``nnz`` entries; 0 of none."""
+        """The mean magnitude over ``nnz`` entries; 0 without entries."""
         return self.l1 / nnz if nnz else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; what float64 cannot hold is None, as JSON has no infinity."""
+        """Plain JSON values; infinite ones are None, as JSON has no infinity."""
         numbers = {"energy": self.energy, "frobenius": self.frobenius, "l1": self.l1, "largest": self.largest}
         return {
             "zeros": self.zeros,
@@ -101,7 +101,7 @@ class Norms:
 
 
 def mask_of(tensor: SparseTensor) -> Mask:
-    """Where the entries of ``tensor`` lie; also of a mask. Memory stays at a few times its indices."""
+    """The positions of the entries of ``tensor``, which may be a mask. Memory is a few times its indices."""
     rows, columns = matrix_shape(tensor.shape)
     indices = tensor.indices
     row_counts = np.unique(indices // max(1, columns), return_counts=True)[1]
@@ -122,7 +122,7 @@ def mask_of(tensor: SparseTensor) -> Mask:
 
 
 def norms_of(tensor: SparseTensor, base: Any = None) -> Norms:
-    """How large the deltas of ``tensor`` are; see :func:`shira_analysis.measures.deltas.delta_values` for ``base`` and errors."""
+    """The size of the deltas of ``tensor``; see :func:`shira_analysis.measures.deltas.delta_values` for ``base`` and errors."""
     return norms_of_values(delta_values(tensor, base))
 
 
@@ -132,7 +132,7 @@ def norms_of_values(deltas: Float64s) -> Norms:
     largest = float(size.max()) if size.size else 0.0
     if not largest:
         return Norms(int(size.size), 0.0, 0.0, 0.0, {})
-    # Scaled by a power of two, exactly, so that no square overflows or vanishes.
+    # Scaled exactly, by a power of two, so that the squares neither overflow nor all underflow.
     _, top = math.frexp(largest)
     scaled = np.ldexp(size, -top)
     positive = size[size > 0]
@@ -154,7 +154,7 @@ def _ldexp(value: float, exponent: int) -> float:
 
 
 def combine_masks(masks: Iterable[Mask]) -> Mask:
-    """Several tensors together; see :class:`Mask`."""
+    """Combine several tensors; see :class:`Mask`."""
     masks = list(masks)
     names = dict.fromkeys(name for mask in masks for name in mask.spread)
     means = {name: mean_of([mask.spread[name] for mask in masks if name in mask.spread]) for name in names}
@@ -167,7 +167,7 @@ def combine_masks(masks: Iterable[Mask]) -> Mask:
 
 
 def combine_norms(norms: Iterable[Norms]) -> Norms:
-    """Norms of several tensors together."""
+    """Combine the norms of several tensors."""
     norms = list(norms)
     histogram: dict[int, int] = {}
     for one in norms:

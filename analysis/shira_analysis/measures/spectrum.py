@@ -1,4 +1,4 @@
-"""Singular values in float64, and what they tell of a matrix's rank."""
+"""Singular values in float64, and rank measures computed from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from shira_analysis.measures.deltas import Float64s, without_empty
 
-LARGEST = 1 << 14  # the shorter side of the largest matrix that is decomposed: 2 GB, a few times
+LARGEST = 1 << 14  # shorter side of the largest matrix that is decomposed: a few times 2 GB
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +19,8 @@ class Spectrum:
     """The singular values of a matrix, and measures of them.
 
     Attributes:
-        shape: of the matrix.
-        values: those singular values that are not 0 by the matrix's size or its empty rows and columns: float64, falling.
+        shape: the matrix's shape.
+        values: singular values in decreasing order, float64, without the zeros due to empty rows and columns.
         eps: the machine epsilon of the weight's dtype.
     """
 
@@ -34,9 +34,9 @@ class Spectrum:
         return float(self.values[0]) if self.values.size else 0.0
 
     def rank_at(self, eps: float) -> int | None:
-        """How many singular values are above ``max(m, n) * eps`` times the largest, as ``numpy.linalg.matrix_rank`` counts.
+        """How many singular values are above ``max(m, n) * eps`` times the largest, as in ``numpy.linalg.matrix_rank``.
 
-        None if that tolerance is the largest one or more, and so says nothing, as for bfloat16 (eps 2^-7) from 128 rows on.
+        None if the tolerance is at least the largest singular value, as for bfloat16 (eps 2^-7) from 128 rows on.
         """
         if not self.spectral_norm:
             return 0
@@ -45,7 +45,7 @@ class Spectrum:
 
     @property
     def numerical_rank(self) -> int:
-        """:meth:`rank_at` the epsilon of float64, in which the singular values are computed."""
+        """:meth:`rank_at` float64's epsilon, the precision of the computation."""
         rank = self.rank_at(float(np.finfo(np.float64).eps))
         assert rank is not None, "a matrix with a side of 2^52"
         return rank
@@ -77,7 +77,7 @@ class Spectrum:
         return self.spectral_norm * math.sqrt(self.stable_rank)
 
     def holding(self, share: float) -> int:
-        """How many of the largest singular values hold a share, in (0, 1], of the sum of squares; 0 for a zero matrix."""
+        """How many of the largest singular values reach a ``share``, in (0, 1], of the energy (the sum of squares); 0 for a zero matrix."""
         sums = np.cumsum(self._scaled() ** 2)
         return int(np.searchsorted(sums, share * sums[-1])) + 1 if sums.size else 0
 
@@ -85,7 +85,7 @@ class Spectrum:
         return self.values / self.spectral_norm if self.spectral_norm else self.values[:0]
 
     def as_json(self, *, values: bool = False) -> dict[str, Any]:
-        """Plain values; ``values`` for the singular values themselves."""
+        """Plain JSON values; ``values`` includes the singular values."""
         found: dict[str, Any] = {
             "spectral_norm": self.spectral_norm,
             "numerical_rank": self.numerical_rank,
@@ -100,8 +100,8 @@ class Spectrum:
 def spectrum_of(matrix: Any, eps: float) -> Spectrum | None:
     """The spectrum of a ``csr_array`` in float64; None if it is too large (:data:`LARGEST`).
 
-    Memory stays at a few times the square of the shorter side without empty rows or columns: a longer one is taken in by parts
-    into a triangular factor, which has the same singular values.
+    Memory is a few times the square of the shorter side, not counting empty rows and columns: the longer side is processed in
+    parts, with a QR factor that has the same singular values.
     """
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
     kept = without_empty(matrix)
@@ -116,7 +116,7 @@ def spectrum_of(matrix: Any, eps: float) -> Spectrum | None:
     else:
         dense = np.empty((0, side))
         for start in range(0, tall.shape[0], step := max(side, 1024)):
-            dense = _triangle(np.concatenate([dense, tall[start : start + step].toarray()]))
+            dense = _qr_factor(np.concatenate([dense, tall[start : start + step].toarray()]))
     return Spectrum(shape, np.linalg.svd(dense, compute_uv=False), eps)
 
 
@@ -131,13 +131,13 @@ def spectrum_of_dense(matrix: npt.NDArray[Any], eps: float) -> Spectrum | None:
 
 
 def spectrum_of_product(up: npt.NDArray[Any], down: npt.NDArray[Any], eps: float) -> Spectrum:
-    """The spectrum of ``up @ down``, ``[m, r]`` and ``[r, n]``, without the product: that of two triangular factors."""
-    left = _triangle(up.astype(np.float64))
-    right = _triangle(down.astype(np.float64).T)
+    """The spectrum of ``up @ down``, ``[m, r]`` and ``[r, n]``, without forming the product, from two triangular factors."""
+    left = _qr_factor(up.astype(np.float64))
+    right = _qr_factor(down.astype(np.float64).T)
     values = np.linalg.svd(left @ right.T, compute_uv=False)
     return Spectrum((int(up.shape[0]), int(down.shape[1])), np.asarray(values, np.float64), eps)
 
 
-def _triangle(matrix: Float64s) -> Float64s:
+def _qr_factor(matrix: Float64s) -> Float64s:
     """R of ``matrix`` = Q R, which has the same singular values."""
     return np.asarray(np.linalg.qr(matrix, mode="r"), np.float64)

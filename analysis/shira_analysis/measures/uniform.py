@@ -1,9 +1,8 @@
-"""How evenly entries are spread, beside what a mask drawn uniformly at random would give: exact means and deviations.
+"""How evenly entries are spread, compared with the exact mean and standard deviation for uniformly random masks.
 
-*Uniform* means that every set of as many entries is as likely: K of N elements without replacement. Then the counts of rows (and
-of columns) are hypergeometric, and the elements left out between the entries, K + 1 numbers that add up to N - K, are any such
-numbers with the same chance, close to the geometric law. The *index of dispersion* of some numbers is their sample variance over
-their mean; its mean and standard deviation follow from factorial moments, computed here in rational numbers without rounding.
+*Uniform* means K of N elements drawn without replacement. Then entries per row (or column) are hypergeometric, and the K + 1 gaps
+between entries, which sum to N - K, are uniform over all such sequences, so nearly geometric. The *index of dispersion* is the
+sample variance over the mean; its mean and standard deviation follow from factorial moments, computed exactly in rationals.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 
-# E[(X)_a (Y)_b] for two of the numbers, (X)_a = X (X - 1) ... (X - a + 1); with b = 0, of one.
+# (a, b) -> E[(X)_a (Y)_b] for two of the counts X, Y, with (X)_a = X (X - 1) ... (X - a + 1); b = 0 for one count.
 Moments = Callable[[int, int], Fraction]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A figure, and its mean and standard deviation for uniform masks of as many entries."""
+    """A figure, with its mean and standard deviation for uniform masks of the same nnz."""
 
     found: float
     expected: float
@@ -32,16 +31,16 @@ class Compared:
 
     @property
     def z(self) -> float | None:
-        """How many standard deviations it is above the mean; None if uniform masks have no other value."""
+        """Standard deviations above the mean; None if the deviation is 0."""
         return (self.found - self.expected) / self.deviation if self.deviation else None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain JSON values."""
         return {"found": self.found, "uniform": self.expected, "deviation": self.deviation, "z": self.z}
 
 
 def mean_of(figures: Sequence[Compared]) -> Compared | None:
-    """The mean of figures of several tensors, whose masks are drawn apart; None of none."""
+    """The mean of figures of several tensors with independent masks; None if there are none."""
     if not figures:
         return None
     count = len(figures)
@@ -53,12 +52,12 @@ def mean_of(figures: Sequence[Compared]) -> Compared | None:
 
 
 def dispersion_of_counts(counts: Array, boxes: int, size: int) -> Compared | None:
-    """The index of dispersion of how many entries each row, or each column, has.
+    """The index of dispersion of the number of entries per row, or per column.
 
     Args:
-        counts: of the rows that have some, int64.
-        boxes: how many rows there are.
-        size: elements of each.
+        counts: entries of each nonempty row, int64.
+        boxes: number of rows.
+        size: elements per row.
 
     Returns:
         None if there are no entries or fewer than two rows.
@@ -76,14 +75,14 @@ def dispersion_of_counts(counts: Array, boxes: int, size: int) -> Compared | Non
 
 
 def dispersion_of_gaps(indices: Array, total: int) -> Compared | None:
-    """The index of dispersion of how many elements are left out before, between and after the entries.
+    """The index of dispersion of the gaps before, between and after the entries.
 
     Args:
         indices: flat, strictly increasing, int64 ``[nnz]``.
         total: elements of the tensor.
 
     Returns:
-        None if there are no entries, or none is left out.
+        None if there are no entries, or no gaps.
     """
     parts, left = indices.size + 1, total - indices.size
     gaps = np.diff(indices, prepend=-1, append=total) - 1
@@ -96,12 +95,12 @@ def dispersion_of_gaps(indices: Array, total: int) -> Compared | None:
 
 
 def _dispersion(counts: Array, boxes: int, total: int, moments: Moments) -> Compared | None:
-    """For ``boxes`` numbers, any two as any other two, that add up to ``total``; ``counts`` has those that are not 0."""
+    """For ``boxes`` exchangeable counts with the sum ``total``; ``counts`` may omit zeros."""
     if boxes < 2 or total == 0:
         return None
     mean = total / boxes
-    apart = float(np.square(counts - mean).sum()) + (boxes - counts.size) * mean * mean
-    # With Y the sum of X (X - 1), the sum of squares is Y + total, so both vary alike. X (X - 1) squared is
+    squares = float(np.square(counts - mean).sum()) + (boxes - counts.size) * mean * mean
+    # With Y the sum of X (X - 1), the sum of squares is Y + total, so both have the same variance. X (X - 1) squared is
     # (X)_4 + 4 (X)_3 + 2 (X)_2.
     first = boxes * moments(2, 0)
     own = moments(4, 0) + 4 * moments(3, 0) + 2 * moments(2, 0)
@@ -110,19 +109,19 @@ def _dispersion(counts: Array, boxes: int, total: int, moments: Moments) -> Comp
     expected = scale * (first + total - Fraction(total * total, boxes))
     variance = second - first * first
     return Compared(
-        apart / ((boxes - 1) * mean),
+        squares / ((boxes - 1) * mean),
         float(expected),
         math.sqrt(float(scale * scale * variance)) if variance > 0 else 0.0,
     )
 
 
 def lines_with_entries(found: int, boxes: int, size: int, entries: int) -> Compared:
-    """How many rows, or columns, have entries: ``found`` of ``boxes`` with ``size`` elements each."""
+    """The number of nonempty rows, or columns: ``found`` of ``boxes``, with ``size`` elements each."""
     total = boxes * size
     if size == 1:
         return Compared(found, entries, 0.0)
-    # The chance that a row is empty, and that two are, over the square of the first; products over the fewer factors, in
-    # logarithms, and the second as itself: as a difference of logarithms it would drown in rounding.
+    # Logarithms of P(a row is empty) and of P(two rows are empty) / P(a row is empty)^2, as products over the fewer factors.
+    # The ratio is computed directly, since a difference of logarithms would lose it to rounding.
     steps = np.arange(min(size, entries), dtype=np.float64)
     more = max(size, entries)
     one = _product(-more / (total - steps))
@@ -146,12 +145,12 @@ def _product(terms: Array) -> float:
 
 
 def adjacent_entries(found: int, entries: int, total: int) -> Compared:
-    """How many entries follow the one before them at once, in flat order."""
+    """The number of entries directly after another in flat order."""
 
     def chance(count: int) -> Fraction:
         return Fraction(math.perm(entries, count), math.perm(total, count)) if entries >= count else Fraction(0)
 
-    pairs = max(0, total - 1)  # places for two; two of these places share one, or none
+    pairs = max(0, total - 1)  # adjacent positions; two of these pairs share one position, or none
     chained = 2 * max(0, total - 2)
     first = pairs * chance(2)
     second = first + chained * chance(3) + (pairs * pairs - pairs - chained) * chance(4)
