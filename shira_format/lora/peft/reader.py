@@ -11,7 +11,7 @@ from pathlib import Path
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.renamed import rearranged
-from shira_format.errors import SourceError
+from shira_format.errors import FormatError, SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.diffusers_keys import parse
 from shira_format.lora.files import open_tensors, read_tensors
@@ -53,7 +53,7 @@ def _is_of_diffusers(weights: Path) -> bool:
     """Whether all keys name a component as diffusers does, with PEFT's configuration beside."""
     try:
         keys = list(open_tensors(weights))
-    except SourceError:  # reported when it is read
+    except (FormatError, SourceError):  # reported when it is read
         return False
     parsed = [None if key.startswith(PREFIX) else parse(key) for key in keys]
     return bool(parsed) and all(key is not None and key.only_diffusers for key in parsed)
