@@ -57,7 +57,7 @@ def between(key: str, word: str) -> str:
 
 
 @pytest.mark.parametrize("word", WORDS)
-@pytest.mark.parametrize("dialect", set(WRITERS) - {"gguf"})
+@pytest.mark.parametrize("dialect", sorted(set(WRITERS) - {"gguf"}))
 @pytest.mark.parametrize("place", [in_front, between])
 def test_words_in_the_keys_of_every_dialect(dialect: str, word: str, place: Any, tmp_path: Path) -> None:
     if word == "module" and place is between and dialect in ("kohya", "lycoris"):
