@@ -255,7 +255,7 @@ def test_what_the_result_says_of_itself(tmp_path: Path) -> None:
         save(Adapter(made, manifest=more | ({"alpha": 0.5} if name == "b" else {})), tmp_path / f"{name}.st")
     merge(
         [tmp_path / "a.st", tmp_path / "b.st"], tmp_path / "ab.st", method="ties", weights=[0.7, 0.3],
-        options={"density": 0.5}, layers=[(r"^b\.", {"density": 0.25, "weights": [1, 0.5]})], density=0.2,
+        options={"density": 0.5}, layers=[(r"^b\.", {"density": 0.25, "weights": [1, 0.5]})], max_density=0.2,
     )  # fmt: skip
     told = load(tmp_path / "ab.st").manifest
     assert ({"id": "org/base", "revision": "1"}, "mit") == (told["base_model"], told["license"])
@@ -383,12 +383,12 @@ REFUSED: dict[str, tuple[Adapter, dict[str, Any], type[ShiraError], str]] = {
     "conflict": (Adapter([entries(W, "w", [4, 5], [3, 4])]), {"method": "refuse"}, SourceError, "tensor 'w': .*b.st and .*a.st set 1 entries to different values, for example at flat index 4"),
     "sparse and whole": (Adapter(dense=[DenseTensor("w", W + 1, base=W)]), {}, SourceError, "tensor 'w': one adapter changes entries of it, another one replaces it"),
     "infinite delta": (Adapter([entries(W, "w", [4], [np.inf])]), {"method": "ties"}, SourceError, "b.st: tensor 'w': the delta at flat index 4 is NaN or infinite"),
-    "infinite, cut": (Adapter([entries(W, "w", [5], [np.inf])]), {"density": 0.1}, SourceError, "tensor 'w': the delta at flat index 5 is NaN or infinite"),
+    "infinite, cut": (Adapter([entries(W, "w", [5], [np.inf])]), {"max_density": 0.1}, SourceError, "tensor 'w': the delta at flat index 5 is NaN or infinite"),
     "method": (A, {"method": "average"}, SourceError, "no method 'average'; known: linear, "),
     "option": (A, {"options": {"densty": 1}}, SourceError, "the method 'linear' has no option 'densty'"),
     "value": (A, {"method": "ties", "options": {"density": 2}}, SourceError, "density=2: not from 0 to 1"),
-    "density 0": (A, {"density": 0}, SourceError, r"density 0 is not in \(0, 1\]"),
-    "density nan": (A, {"density": float("nan")}, SourceError, r"density nan is not in \(0, 1\]"),
+    "density 0": (A, {"max_density": 0}, SourceError, r"density 0 is not in \(0, 1\]"),
+    "density nan": (A, {"max_density": float("nan")}, SourceError, r"density nan is not in \(0, 1\]"),
     "weights": (A, {"weights": [1]}, SourceError, "1 weights for 2 adapters"),
     "weight nan": (A, {"weights": [1, float("nan")]}, SourceError, "not all finite"),
     "weights in a text": (A, {"weights": "12"}, SourceError, "1 weights for 2 adapters"),
