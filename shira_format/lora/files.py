@@ -1,4 +1,8 @@
-"""Files of LoRAs: tensors by key, from safetensors or ``torch.save``, and JSON. Needs no torch; no pickle is executed."""
+"""Files of LoRAs: tensors by key, from safetensors or ``torch.save``, and JSON. Needs no torch; no pickle is executed.
+
+Keys are read as a saved adapter has them: without the words of wrappers (:mod:`shira_format.checkpoints.wrapped`), also in
+kohya's form, in which "." is "_", and without PEFT's name of the adapter (``lora_A.default.weight``).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ MOST_JSON = 1 << 24  # bytes of a configuration file
 
 
 def open_tensors(path: Path, base: Collection[str] | None = None) -> Checkpoint:
-    """The tensors of one file by the keys that a saved adapter has, see :mod:`shira_format.lora.files`.
+    """The tensors of one file by the keys that a saved adapter has.
 
     Args:
         path: the file.
@@ -212,7 +216,6 @@ def _tails(names: Iterable[str]) -> set[str]:
     return found
 
 
-_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Files that trainers save next to the weights.
 _TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
@@ -231,7 +234,7 @@ def refuse_unused(folder: Path, read: Iterable[Path]) -> None:
     unused = sorted(
         path.name
         for path in folder.iterdir()
-        if path.is_file() and path.suffix in _ENDINGS and path.stem not in stems
+        if path.is_file() and path.suffix in (SAFETENSORS, *PICKLES) and path.stem not in stems
         and not path.name.startswith(_TRAINING) and not path.stem.endswith(tuple(f"_{stem}" for stem in stems))
     )  # fmt: skip
     if unused:
