@@ -30,6 +30,27 @@ def density(nnz: int, elements: int) -> float:
     return nnz / elements if elements else 0.0
 
 
+class Totals:
+    """Sums over the ``tensors`` of a report, each of which has ``nnz`` and ``numel``."""
+
+    tensors: Any
+
+    @property
+    def nnz(self) -> int:
+        """Entries of all tensors."""
+        return sum(tensor.nnz for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def density(self) -> float:
+        """Entries of all tensors over their elements; 0 without elements."""
+        return density(self.nnz, self.numel)
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of the matrix view of ``shape`` (spec, section 1): axis 0 against all others."""
     if not shape:

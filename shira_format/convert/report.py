@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from shira_format.tensors import density, numel
+from shira_format.tensors import Totals, density, numel
 
 LOW_ENERGY = 0.5  # below this share of the update's energy, much of the source's effect is lost
 
@@ -60,7 +60,7 @@ def six_digits(number: float) -> float:
 
 
 @dataclass
-class ConversionReport:
+class ConversionReport(Totals):
     """The report of one conversion.
 
     Attributes:
@@ -86,21 +86,6 @@ class ConversionReport:
             "", (self.numel,), "", self.nnz,
             *(sum(getattr(t, key) for t in self.tensors) for key in ("energy", "energy_stored", "error")),
         )  # fmt: skip
-
-    @property
-    def nnz(self) -> int:
-        """Entries of all tensors."""
-        return sum(tensor.nnz for tensor in self.tensors)
-
-    @property
-    def numel(self) -> int:
-        """Elements of all tensors."""
-        return sum(tensor.numel for tensor in self.tensors)
-
-    @property
-    def density(self) -> float:
-        """Entries of all tensors over their elements."""
-        return self._total().density
 
     @property
     def energy_kept(self) -> float:

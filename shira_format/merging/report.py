@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shira_format.tensors import density
+from shira_format.tensors import Totals
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MergedTensor:
 
 
 @dataclass
-class MergeReport:
+class MergeReport(Totals):
     """The report of a merge.
 
     Attributes:
@@ -53,21 +53,6 @@ class MergeReport:
     whole: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     file_bytes: int | None = None
-
-    @property
-    def nnz(self) -> int:
-        """Entries of the result."""
-        return sum(tensor.nnz for tensor in self.tensors)
-
-    @property
-    def numel(self) -> int:
-        """Elements of all weights."""
-        return sum(tensor.numel for tensor in self.tensors)
-
-    @property
-    def density(self) -> float:
-        """Entries over elements."""
-        return density(self.nnz, self.numel)
 
     @property
     def shared(self) -> int:
