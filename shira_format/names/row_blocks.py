@@ -48,6 +48,20 @@ class RowBlock:
         return take_rows(array, self.rows)
 
 
+@dataclass(frozen=True)
+class Location:
+    """Where a tensor of another name space is in a checkpoint.
+
+    Attributes:
+        shape: of the tensor.
+        blocks: its rows in the checkpoint's tensors, top to bottom. A row is one of the matrix view ``[rows, columns]`` whose
+            columns are the last dimension of a 3-D tensor of experts, and all dimensions but the first of any other.
+    """
+
+    shape: tuple[int, ...]
+    blocks: tuple[RowBlock, ...]
+
+
 def whole_weight(name: str, base: Checkpoint) -> RowBlock:
     """All rows of a weight."""
     return RowBlock(name, 0, ((0, base.shape(name)[0]),))
