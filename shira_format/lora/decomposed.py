@@ -31,6 +31,7 @@ class Decomposed:
         by_column: whether norms are over columns (``[in, out]`` weights; LyCORIS if it scales inputs), not over rows.
         kernel: number of consecutive columns that share a norm: the size of a convolution's kernel.
         eps: added to each norm.
+        first_row: where in the weight the update's rows begin, if they are a part of it.
     """
 
     update: Update
@@ -39,6 +40,7 @@ class Decomposed:
     by_column: bool = False
     kernel: int = 1
     eps: float = 0.0
+    first_row: int = 0
     _norms: list[Array] = field(default_factory=list, init=False, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
@@ -71,7 +73,7 @@ class Decomposed:
     def _sum(self, start: int, stop: int, out: Array) -> Array:
         """Fill ``out`` with rows of ``W + U``; returns those of ``W``, in a buffer of this thread."""
         self.update.tile(start, stop, out)
-        first, size = start * self.columns, out.size
+        first, size = (self.first_row + start) * self.columns, out.size
         raw = scratch("decomposed base", size, self.base.dtype(self.name))
         part = self.base.part(self.name, first, first + size, raw)
         weight = upcast(part, scratch("decomposed wide", size, out.dtype)).reshape(out.shape)

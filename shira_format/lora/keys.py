@@ -1,12 +1,117 @@
-"""Keys of LoRA files taken apart: which module a tensor belongs to, and which part of the module's LoRA it is."""
+"""Keys of LoRA files taken apart: the component of a pipeline, the module in it, and the part of the module's LoRA.
+
+The three are independent of each other: any prefix may stand before any module, and any part behind it. Words of wrappers
+and names of adapters are left out of keys before (:mod:`shira_format.lora.files`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple, TypeVar
 
 from shira_format.errors import SourceError
+
+DOWN, UP, MID, ALPHA, BIAS = "lora_down", "lora_up", "lora_mid", "alpha", "lora_bias"
+MAGNITUDE, DORA = "lora_magnitude_vector", "dora_scale"
+# A tensor of the model itself; that of a bias or another tensor than a weight has the whole name as its module.
+WHOLE = "weight"
+
+
+class Key(NamedTuple):
+    """A parsed key.
+
+    Attributes:
+        prefix: what stands for a component of a pipeline, without its separator: ``unet``, ``lora_te1``; "" if nothing does.
+        module: its name in the component, with "." or "_" between the parts.
+        part: its canonical name, such as ``lora_down``.
+        is_flat: whether "." is "_" in the module, as kohya and LyCORIS write it.
+        style: whose spelling of the part it is: ``peft`` (lora_A), ``kohya`` (lora_down), ``diffusers`` (lora.down, to_q_lora),
+            ``xlabs``, ``lycoris``, or "" for what several programs write.
+    """
+
+    prefix: str
+    module: str
+    part: str
+    is_flat: bool = False
+    style: str = ""
+
+
+# lora_transformer is OneTrainer's, lycoris that of LyCORIS' wrapper for any model.
+_FLAT = re.compile(
+    r"(?P<prefix>lora_(?:unet|transformer|prior_unet|prior_te|prior|te[123]?)|lycoris)_(?P<module>[^.]+)"
+)
+# Of diffusers' pipelines; of ComfyUI, which other trainers adopted; of PEFT; of OneTrainer and ComfyUI for text encoders.
+_DOTTED = re.compile(
+    r"(?P<prefix>unet|transformer(?:_2|_3|_ref)?|text_encoder(?:_[2-9])?|prior|connectors|controlnet"
+    r"|(?:model\.)?diffusion_model|base_model\.model"
+    r"|(?:text_encoders\.)?(?:clip_[lg]|t5(?:xxl)?)(?:\.transformer)?)\.(?P<module>.+)"
+)
+
+# Spelling of a part at the end of a key, its canonical name, and whose spelling it is.
+_PARTS = {
+    "lora_down.weight": (DOWN, "kohya"), "lora_up.weight": (UP, "kohya"), "lora_mid.weight": (MID, "lycoris"),
+    "lora_A.weight": (DOWN, "peft"), "lora_B.weight": (UP, "peft"), "lora_B.bias": (BIAS, "peft"),
+    "lora.down.weight": (DOWN, "diffusers"), "lora.up.weight": (UP, "diffusers"), "lora.alpha": (ALPHA, "diffusers"),
+    "lora_linear_layer.down.weight": (DOWN, "diffusers"), "lora_linear_layer.up.weight": (UP, "diffusers"),
+    "lora_linear_layer.alpha": (ALPHA, "diffusers"),
+    "lora_magnitude_vector.weight": (MAGNITUDE, "peft"), "lora_magnitude_vector": (MAGNITUDE, "peft"),
+    "alpha": (ALPHA, ""), DORA: (DORA, "lycoris"), "scalar": ("scalar", "lycoris"),
+} | {
+    part: (part, "lycoris")
+    for part in (
+        "diff", "diff_b", "w_norm", "b_norm", "reshape_weight", "hada_w1_a", "hada_w1_b", "hada_w2_a",
+        "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1",
+        "lokr_t2", "oft_blocks", "oft_diag", "rescale", "on_input", "a1.weight", "a2.weight", "b1.weight", "b2.weight",
+        "bm1.weight", "bm2.weight", "lambda_layer", "q_layer.weight", "p_layer.weight", "bias_indices", "bias_values",
+        "bias_size",
+    )
+} | {"weight": (WHOLE, ""), "set_weight": (WHOLE, "lycoris"), "bias": (WHOLE, ""), "scale": (WHOLE, "")}  # fmt: skip
+
+# LoRAs as attention processors (diffusers, 2023), named by the adapted projection; and those of XLabs' FLUX.
+_PROCESSOR = re.compile(
+    r"(?P<module>.+)\.(?P<projection>to_[qkv]|to_out|add_[kv]_proj)_lora\.(?:(?P<part>down|up)\.weight|(?P<alpha>alpha))"
+)
+_XLABS = re.compile(
+    r"(?P<module>(?:double_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]|single_blocks\.\d+\.processor\.(?:qkv|proj)_lora))"
+    r"\.(?P<part>down|up)\.weight"
+)
+# In the name of a tensor that is no tensor of a model, but a part of an adapter that is not known here.
+_OF_ADAPTER = re.compile(r"(?:\A|[._])(?:lora|hada|lokr|b?oft|vera|shira)[._]|_lora\w?(?:\.|\Z)")
+# Attention processors' names of a text encoder's projections; of others, to_out is a list of a linear layer and a dropout.
+_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_SIDES = {"down": DOWN, "up": UP}
+
+
+def parse_key(key: str) -> Key | None:
+    """The parsed key; None if it ends in no known part."""
+    prefix, rest, is_flat = "", key, False
+    if match := _DOTTED.fullmatch(key):
+        prefix, rest = match.groups()
+    elif (match := _FLAT.match(key)) and key[match.end() : match.end() + 1] == ".":
+        prefix, rest, is_flat = match["prefix"], key[match.start("module") :], True
+    if match := _XLABS.fullmatch(rest):
+        return Key(prefix, match["module"], _SIDES[match["part"]], is_flat, "xlabs")
+    if match := _PROCESSOR.fullmatch(rest):
+        module = f"{match['module'].removesuffix('.processor')}.{_projection(match['projection'], prefix)}"
+        return Key(prefix, module, _SIDES.get(match["part"], ALPHA), is_flat, "diffusers")
+    # The longest part that is known: "lora_down.weight" rather than "weight".
+    dots = [place for place, letter in enumerate(rest) if letter == "."]
+    for dot in dots[-3:]:
+        if dot and (found := _PARTS.get(rest[dot + 1 :])):
+            part, style = found
+            module = rest if rest.endswith((".bias", ".scale")) and part == WHOLE else rest[:dot]
+            if (is_flat and "." in module) or (part == WHOLE and _OF_ADAPTER.search(module)):
+                return None
+            return Key(prefix, module.replace(".processor.", ".") if style == "diffusers" else module, part, is_flat, style)  # fmt: skip
+    return None
+
+
+def _projection(name: str, prefix: str) -> str:
+    if prefix.startswith("text_encoder"):
+        return _TEXT.get(name, name)
+    return "to_out.0" if name == "to_out" else name
+
 
 Module = TypeVar("Module", bound=Hashable)
 
@@ -49,16 +154,3 @@ def by_pattern(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, str] | No
         return None if match is None else (match["module"], match["part"])
 
     return parse
-
-
-def check_pairs(groups: Iterable[Mapping[str, str]], where: object) -> None:
-    """Check that each module has both factors, ``down`` and ``up``.
-
-    Raises:
-        SourceError: one is missing.
-    """
-    for parts in groups:
-        for part, partner in (("down", "up"), ("up", "down")):
-            if partner not in parts:
-                key = parts.get(part) or next(iter(parts.values()))
-                raise SourceError(f"{where}: {key!r} has no partner, the factor {partner!r}")

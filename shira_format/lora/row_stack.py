@@ -1,4 +1,4 @@
-"""The update of a weight from updates of modules that are some of its rows."""
+"""The update of a weight from updates of some of its rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
 from shira_format.lora.products import LowRank, Stacked
-from shira_format.names.row_blocks import RowBlock
+from shira_format.names.row_blocks import RowRanges
+from shira_format.tensors import numel
 
 
 @dataclass(frozen=True)
@@ -33,37 +34,70 @@ class RowRange:
         self.update.tile(self.first + start, self.first + stop, out)
 
 
-def stack_rows(name: str, shape: tuple[int, ...], parts: Iterable[tuple[RowBlock, Update]], where: str) -> Update:
-    """The update of a whole weight from those of modules that are rows of it; all other rows stay unchanged.
+def take_update_rows(update: Update, name: str, ranges: RowRanges, dtype: np.dtype[Any] | None = None) -> Update:
+    """The rows ``(start, stop)`` of ``update``, range after range, as the update ``[rows, columns]`` of a part of ``name``."""
+    dtype = update.dtype if dtype is None else dtype
+    parts = [RowRange(update, name, (stop - start, update.columns), start, dtype) for start, stop in ranges]
+    if len(parts) == 1:
+        return parts[0]
+    heights = [part.shape[0] for part in parts]
+    return Stacked(name, (sum(heights), update.columns), parts, heights)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The update of consecutive rows of a weight.
+
+    Attributes:
+        start: the first row.
+        update: of a part with as many rows as it has.
+        owner: the module that it is from, for messages.
+    """
+
+    start: int
+    update: Update
+    owner: str
+
+    @property
+    def height(self) -> int:
+        return numel(self.update.shape) // self.update.columns
+
+
+def stack_rows(name: str, shape: tuple[int, ...], pieces: Iterable[Piece], where: object) -> Update:
+    """The update of a whole weight; all rows without a piece stay unchanged.
 
     Args:
         name: the weight.
-        shape: its shape.
-        parts: blocks of the weight, each with the update of the whole module whose rows it has.
+        shape: its shape; its rows are those of the matrix view with as many columns as the pieces have.
+        pieces: of disjoint rows.
         where: the file, for messages.
 
     Raises:
-        SourceError: two blocks overlap.
+        SourceError: two pieces overlap, or do not fit the weight.
     """
-    ordered = sorted(parts, key=lambda part: part[0].start)
-    columns, dtype = ordered[0][1].columns, np.result_type(*(update.dtype for _, update in ordered))
+    ordered = sorted(pieces, key=lambda piece: piece.start)
+    columns, dtype = ordered[0].update.columns, np.result_type(*(piece.update.dtype for piece in ordered))
+    rows, left = divmod(numel(shape), columns)
     stack: list[Update] = []
     heights: list[int] = []
-    end = 0
+    end, before = 0, ""
 
     def fill(until: int) -> None:
         if until > end:
-            rows, nothing = until - end, np.zeros((0, columns), dtype)
-            stack.append(LowRank(name, (rows, *shape[1:]), np.zeros((rows, 0), dtype), nothing))
-            heights.append(rows)
+            nothing = np.zeros((0, columns), dtype)
+            stack.append(LowRank(name, (until - end, columns), np.zeros((until - end, 0), dtype), nothing))
+            heights.append(until - end)
 
-    for block, update in ordered:
-        if block.start < end:
-            raise SourceError(f"{where}: two modules adapt the same rows of the base's {name!r}")
-        fill(block.start)
-        for start, stop in block.rows:
-            stack.append(RowRange(update, name, (stop - start, *shape[1:]), start, dtype))
-            heights.append(stop - start)
-        end = block.start + block.height
-    fill(shape[0])
+    for piece in ordered:
+        if left or piece.update.columns != columns or piece.start + piece.height > rows:
+            raise SourceError(f"{where}: {piece.owner!r} does not fit the base's {name!r} of shape {list(shape)}")
+        if piece.start < end:
+            raise SourceError(
+                f"{where}: {before!r} and {piece.owner!r} both adapt the same rows of the base's {name!r}"
+            )
+        fill(piece.start)
+        stack.append(take_update_rows(piece.update, name, ((0, piece.height),), dtype))
+        heights.append(piece.height)
+        end, before = piece.start + piece.height, piece.owner
+    fill(rows)
     return Stacked(name, shape, stack, heights)

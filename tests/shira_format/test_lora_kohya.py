@@ -24,7 +24,7 @@ from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
-from shira_format.names.flat import flat
+from shira_format.names.modules import flat
 from shira_format.names.sd3 import sd3_parts
 from shira_format.names.unet import unet_other_names
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, sd3, sgm_state
@@ -429,19 +429,19 @@ def pair(
 
 
 BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "no partner": ({f"{NAME}.lora_up.weight": torch.ones(4, 2)}, "'lora_unet_conv_in': it has lora_up.weight without lora_down.weight"),
+    "no partner": ({f"{NAME}.lora_up.weight": torch.ones(4, 2)}, "'lora_unet_conv_in.lora_up.weight' has no partner: lora_down is missing"),
     "ranks": (
         {f"{NAME}.lora_up.weight": torch.ones(4, 2, 1, 1), f"{NAME}.lora_down.weight": torch.ones(3, 3, 3, 3)},
-        "'lora_unet_conv_in': factors of shapes [4, 2, 1, 1] and [3, 3, 3, 3] have no rank in common",
+        "'lora_unet_conv_in.lora_down.weight' of shape [3, 3, 3, 3] and 'lora_unet_conv_in.lora_up.weight' of shape [4, 2, 1, 1] have no rank in common",
     ),
-    "rank 0": (pair(rank=0), "'lora_unet_conv_in': factors of shapes [4, 0, 1, 1] and [0, 3, 3, 3] have no rank in common"),
-    "kernel": (pair(down=(3, 1, 1)), "'lora_unet_conv_in': updates a weight of shape [4, 3, 1, 1], the base's 'conv_in.weight' has [4, 3, 3, 3]"),
+    "rank 0": (pair(rank=0), "'lora_unet_conv_in.lora_down.weight' of shape [0, 3, 3, 3] and 'lora_unet_conv_in.lora_up.weight' of shape [4, 0, 1, 1] have no rank in common"),
+    "kernel": (pair(down=(3, 1, 1)), "'lora_unet_conv_in.lora_up.weight': updates a weight of shape [4, 3, 1, 1], the base's 'conv_in.weight' has [4, 3, 3, 3]"),
     "unknown module": (
         pair("lora_unet_conv_out"),
-        "unet: the base has no module that is written 'conv_out'",
+        "the base has no module that is written 'conv_out'",
     ),
-    "near": (pair("lora_unet_conv_inn"), "unet: the base has no module that is written 'conv_inn'; there is 'conv_in'"),
-    "unmatched": (pair() | {"x.weight": torch.ones(1)}, "unmatched key 'x.weight': it begins with none of kohya's and LyCORIS' prefixes (lora_unet_, lora_te_, lycoris_)"),
+    "near": (pair("lora_unet_conv_inn"), "the base has no module that is written 'conv_inn'; there is 'conv_in'"),
+    "unmatched": (pair() | {"x.weight": torch.ones(1)}, "1 of 1 adapted weights are not in the base, for example 'x.weight'; the base has names like 'conv_in.weight'"),
     "bundle": (
         pair() | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)},
         "unmatched key 'bundle_emb.cat.string_to_param.*': the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights",
@@ -456,7 +456,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         pair() | pair("lora_unet_input_blocks_0_0"),
         "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0' both adapt the base's 'conv_in.weight'",
     ),
-    "norm": (pair("lora_unet_mid_norm", down=(1,)), "'lora_unet_mid_norm': updates a weight of shape [4, 1], the base's 'mid.norm.weight' has [4]"),
+    "norm": (pair("lora_unet_mid_norm", down=(1,)), "'lora_unet_mid_norm': LoRA of the base's 'mid.norm.weight', whose shape is [4]"),
     "two models": (pair() | pair("lora_te_x"), "adapts 'text_encoder' and other components: the base must be the whole pipeline (a folder with model_index.json), not one model of it"),
 }  # fmt: skip
 
@@ -470,7 +470,7 @@ def test_refusals(case: str, tmp_path: Path) -> None:
 def test_ambiguous_names(tmp_path: Path) -> None:
     base = {"a.b_c.weight": torch.ones(4, 3), "a_b.c.weight": torch.ones(4, 3), "d.weight": torch.ones(4, 3)}
     reason = lone(tmp_path, pair("lora_unet_a_b_c", down=(3,)), base)
-    assert reason == "unet: 'a_b_c' could be any of the base's modules 'a.b_c', 'a_b.c'"
+    assert reason == "'a_b_c' could be any of the base's modules 'a.b_c', 'a_b.c'"
     path = write(tmp_path, pair("lora_unet_d", down=(3,)))  # what nobody asks for harms nobody
     assert open_lora(path, open_checkpoint(tmp_path / "base.safetensors")).updates[0].name == "d.weight"
 
@@ -564,5 +564,5 @@ def test_other_files_are_not_recognised(content: bytes, tmp_path: Path) -> None:
     assert not any(DIALECTS[name].recognises(tmp_path) for name in ("kohya", "lycoris"))
     save_file({"a.weight": torch.ones(1)}, tmp_path / "m.safetensors")
     assert not any(DIALECTS[name].recognises(tmp_path / "m.safetensors") for name in ("kohya", "lycoris"))
-    with pytest.raises(SourceError, match="need one file that ends in"):
+    with pytest.raises(SourceError, match="no key is a part of a LoRA"):
         DIALECTS["kohya"].read(tmp_path, open_checkpoint(tmp_path / "m.safetensors"))

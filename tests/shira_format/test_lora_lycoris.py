@@ -28,7 +28,7 @@ from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
-from shira_format.names.flat import flat
+from shira_format.names.modules import flat
 from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, text_config
 
 
@@ -471,23 +471,20 @@ LOCON = "lora_up.weight 4,2,1,1; lora_down.weight 2,6,3,3"
 TUCKER = "lora_up.weight 4,2,1,1; lora_down.weight 2,6,1,1"
 LOHA = "hada_w1_a 4,2; hada_w1_b 2,54; hada_w2_a 4,2; hada_w2_b 2,54"
 BAD = {
-    "alone": (LOCON + "; alpha; lycoris_norm.alpha", "'lycoris_norm': alpha alone are no known LoRA"),
-    "mixed": (LOCON + "; diff 4,6,3,3", "unmatched key 'diff': LoCon has no such part"),
-    "bias beside factors": (LOCON + "; diff_b 4", "unmatched key 'diff_b': LoCon has no such part"),
-    "unknown part": (LOCON + "; lora_mad.weight 2", "unmatched key 'lora_mad.weight': LoCon has no such part"),
+    "alone": (LOCON + "; alpha; lycoris_norm.alpha", "'lycoris_norm.alpha' has no partner: alpha alone change nothing"),
+    "mixed": (LOCON + "; diff 4,6,3,3", "unmatched key 'lycoris_conv.diff': LoRA has no such part"),
+    "unknown part": (LOCON + "; lora_mad.weight 2", "unmatched key 'lycoris_conv.lora_mad.weight': it ends in no known part of a LoRA"),
     "scalar": (LOCON + "; scalar 1,1,1,2", "'lycoris_conv.scalar' has shape [1, 1, 1, 2], not one number"),
-    "full with DoRA": ("diff 4,6,3,3; dora_scale 4,1,1,1", "unmatched key 'dora_scale': full has no such part"),
-    "bias alone": ("diff_b 4", "it has diff_b without diff"),
-    "norm's bias alone": ("b_norm 4", "it has b_norm without w_norm"),
+    "full with DoRA": ("diff 4,6,3,3; dora_scale 4,1,1,1", "unmatched key 'lycoris_conv.dora_scale': full has no such part"),
     "full of another shape": ("diff 4,6,1,3", "updates a weight of shape [4, 6, 1, 3], the base's 'conv.weight' has [4, 6, 3, 3]"),
-    "bias of another shape": ("diff 4,6,3,3; diff_b 5", "its addition has shape [5], the base's 'conv.bias' has [4]"),
-    "no bias": ("lycoris_norm.w_norm 4; lycoris_norm.b_norm 4", "'lycoris_norm': adds to a bias, but the base has no 'norm.bias'"),
-    "norm of another shape": ("lycoris_norm.w_norm 5", "'lycoris_norm': its addition has shape [5], the base's 'norm.weight' has [4]"),
-    "norm for a convolution": ("w_norm 4", "its addition has shape [4], the base's 'conv.weight' has [4, 6, 3, 3]"),
+    "bias of another shape": ("diff 4,6,3,3; diff_b 5", "'lycoris_conv.diff_b' has shape [5], the base's 'conv.bias' [4]"),
+    "no bias": ("lycoris_norm.w_norm 4; lycoris_norm.b_norm 4", "'lycoris_norm.b_norm': the base has no 'norm.bias'"),
+    "norm of another shape": ("lycoris_norm.w_norm 5", "'lycoris_norm.w_norm' has shape [5], the base's 'norm.weight' [4]"),
+    "norm for a convolution": ("w_norm 4", "'lycoris_conv.w_norm' has shape [4], the base's 'conv.weight' [4, 6, 3, 3]"),
     "factors for a norm": ("lycoris_norm.hada_w1_a 4,1; lycoris_norm.hada_w1_b 1,1", "'lycoris_norm': LoHa of the base's 'norm.weight', whose shape is [4]"),
     "Tucker with kernels": (LOCON + "; lora_mid.weight 2,2,3,3", "lora_down or lora_up has a kernel beside lora_mid"),
     "Tucker of another rank": (TUCKER + "; lora_mid.weight 2,3,3,3", "a core of shape [2, 3, 3, 3] does not fit factors of shape [2, 6]"),
-    "Tucker of another kernel": (TUCKER + "; lora_mid.weight 2,2,1,3", "updates a weight of shape [4, 6, 1, 3], the base's 'conv.weight' has [4, 6, 3, 3]"),
+    "Tucker of another kernel": (TUCKER + "; lora_mid.weight 2,2,1,3", "'lycoris_conv.lora_up.weight': updates a weight of shape [4, 6, 1, 3], the base's 'conv.weight' has [4, 6, 3, 3]"),
     "Tucker that is huge": (
         "lora_up.weight 4,1,1,1; lora_down.weight 1,300000,1,1; lora_mid.weight 1,1,1,300",
         "a product of its factors has 90000000 elements, the weight has 216",
@@ -552,6 +549,20 @@ def test_full_differences_of_norms(tmp_path: Path) -> None:
     assert not lora.updates
     assert lora.additions["norm.weight"].tolist() == [0, 1, 2, 3]
     assert lora.additions["norm.bias"].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["diff_b", "b_norm"])
+@pytest.mark.parametrize("beside", ["", LOCON + "; alpha", "diff 4,6,3,3"])
+def test_biases(part: str, beside: str, tmp_path: Path) -> None:
+    """A bias may be trained alone, or beside any change of the weight."""
+    if part == "b_norm" and beside:
+        return
+    save_file({"conv.weight": torch.zeros(4, 6, 3, 3), "conv.bias": torch.ones(4)}, tmp_path / "base.safetensors")
+    parts = (of(beside) if beside else {}) | {part: torch.arange(4.0)}
+    path = save_state({f"lycoris_conv.{name}": tensor for name, tensor in parts.items()}, tmp_path)
+    lora = open_lora(path, open_checkpoint(tmp_path / "base.safetensors"))
+    assert {name: found.tolist() for name, found in lora.additions.items()} == {"conv.bias": [0, 1, 2, 3]}
+    assert [update.name for update in lora.updates] == (["conv.weight"] if beside else [])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

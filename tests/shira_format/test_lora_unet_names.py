@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import (
 from lycoris.utils import convert_diffusers_name_to_compvis
 from transformers import CLIPTextModelWithProjection
 
-from shira_format.names.flat import flat
+from shira_format.names.modules import flat
 from shira_format.names.sd3 import is_diffusers_sd3, sd3_parts
 from shira_format.names.unet import unet_other_names
 from tests.diffusion import open_clip_state, sd3, sgm_state, text_config, unet

@@ -13,8 +13,8 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.base import Lora, Update
-from shira_format.lora.diffusers_keys import parse
 from shira_format.lora.files import open_tensors, read_tensors
+from shira_format.lora.keys import parse_key
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.config import (
     CONFIG,
@@ -55,8 +55,8 @@ def _is_of_diffusers(weights: Path) -> bool:
         keys = list(open_tensors(weights))
     except (FormatError, SourceError):  # reported when it is read
         return False
-    parsed = [None if key.startswith(PREFIX) else parse(key) for key in keys]
-    return bool(parsed) and all(key is not None and key.only_diffusers for key in parsed)
+    parsed = [None if key.startswith(PREFIX) else parse_key(key) for key in keys]
+    return bool(parsed) and all(key is not None and key.prefix and not key.is_flat for key in parsed)
 
 
 def _find(path: Path) -> tuple[Path, Path] | None:
