@@ -1,4 +1,1 @@
-"""Known models: for each, its tensors in the name spaces of the programs that use it.
-
-A module here is one model: a table, and how the model is told from others.
-"""
+"""Known models: the names of their tensors in other programs, a file per model."""
