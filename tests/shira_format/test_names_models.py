@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,14 @@ class Case:
 
 
 WIDE = {"num_layers": 2, "num_single_layers": 2}  # of a size that diffusers' conversion takes for granted
+COSMOS_OPTIONS = {
+    "num_layers": 2,
+    "attention_head_dim": 12,
+    "num_attention_heads": 2,
+    "text_embed_dim": 6,
+    "adaln_lora_dim": 4,
+    "max_size": (4, 8, 8),
+}
 TINY = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
 WAN = {**TINY, "text_dim": 6, "freq_dim": 4, "ffn_dim": 10, "in_channels": 3}
 
@@ -74,8 +83,20 @@ def dropped(*names: str) -> Callable[[State], State]:
 
 FLUX = single_file.convert_flux_transformer_checkpoint_to_diffusers
 SD3 = single_file.convert_sd3_transformer_checkpoint_to_diffusers
+
+
+class Kept(dict[str, torch.Tensor]):
+    """A state from which nothing is taken: the conversion of Cosmos looks for a name that it has taken out before."""
+
+    def pop(self, key: str) -> torch.Tensor:  # type: ignore[override]
+        return self[key]
+
+
+def convert_cosmos(state: State) -> State:
+    return single_file.convert_cosmos_transformer_checkpoint_to_diffusers(Kept(state))
+
+
 WAN_CONVERT = single_file.convert_wan_transformer_to_diffusers
-COSMOS = single_file.convert_cosmos_transformer_checkpoint_to_diffusers
 SD3_OPTIONS = {
     "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12, "sample_size": 8,
     "caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 8,
@@ -105,7 +126,7 @@ CASES = {
     "Wan Animate": Case(
         "WanAnimateTransformer3DModel",
         WAN | {
-            "image_dim": 6, "added_kv_proj_dim": 16, "latent_channels": 3, "inject_face_latents_blocks": 1,
+            "image_dim": 6, "added_kv_proj_dim": 16, "in_channels": 10, "latent_channels": 3, "inject_face_latents_blocks": 1,
             "motion_encoder_dim": 4, "motion_style_dim": 6, "motion_dim": 3, "face_encoder_hidden_dim": 8,
             "motion_encoder_channel_sizes": dict.fromkeys(("4", "8", "16", "32", "64", "128", "256", "512", "1024"), 4),
         },
@@ -118,7 +139,7 @@ CASES = {
         r"(?!blocks)\w+\..*",  # all others have one name
         lambda state: {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")},
     ),
-    "SkyReels V2": Case("SkyReelsV2Transformer3DModel", WAN | {"inject_sample_info": True}, WAN_CONVERT),
+    "SkyReels V2": Case("SkyReelsV2Transformer3DModel", WAN, WAN_CONVERT),
     "HunyuanVideo": Case(
         "HunyuanVideoTransformer3DModel",
         WIDE | {"num_refiner_layers": 2, "guidance_embeds": True, "text_embed_dim": 6, "pooled_projection_dim": 5},
@@ -163,12 +184,12 @@ CASES = {
         },
         single_file.convert_ltx2_transformer_to_diffusers,
     ),
-    "Cosmos 1": Case("CosmosTransformer3DModel", TINY | {"text_embed_dim": 6, "adaln_lora_dim": 4}, COSMOS, prefix="net."),
+    "Cosmos 1": Case("CosmosTransformer3DModel", COSMOS_OPTIONS, convert_cosmos, prefix="net."),
     "Cosmos Predict 2": Case(
-        "CosmosTransformer3DModel", TINY | {"text_embed_dim": 6, "adaln_lora_dim": 4, "extra_pos_embed_type": None}, COSMOS,
+        "CosmosTransformer3DModel", COSMOS_OPTIONS | {"extra_pos_embed_type": None}, convert_cosmos,
     ),
     "Cosmos Predict 2, with a prefix": Case(
-        "CosmosTransformer3DModel", TINY | {"text_embed_dim": 6, "adaln_lora_dim": 4, "extra_pos_embed_type": None}, COSMOS,
+        "CosmosTransformer3DModel", COSMOS_OPTIONS | {"extra_pos_embed_type": None}, convert_cosmos,
         prefix="net.",
     ),
     "Sana": Case(
@@ -190,7 +211,8 @@ CASES = {
 
 
 def shapes_of(case: Case) -> Shapes:
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)  # by a model of diffusers
         model = getattr(diffusers, case.cls)(**case.options)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -32,6 +32,8 @@ _ENDS = {
     "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     "head.head": "proj_out",
+    "fps_projection.0": "fps_projection.net.0.proj",
+    "fps_projection.2": "fps_projection.net.2",
 }
 # Animate: the driving face. Biases of the motion encoder's convolutions have another rank in diffusers, and stay out.
 _FACE = {
@@ -80,7 +82,7 @@ wan = Model(
             },
             same=(
                 "patch_embedding", "vace_patch_embedding", "pose_patch_embedding", "face_encoder.out_proj",
-                "fps_embedding", "fps_projection.0", "fps_projection.2",
+                "fps_embedding",
             ),
         ),
     ),
