@@ -1,0 +1,473 @@
+"""The tables of known models, against diffusers' own conversion of the authors' files."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders import single_file_utils as single_file
+
+from shira_format.names.models.cosmos import cosmos1, cosmos2
+from shira_format.names.models.hunyuan_video import hunyuan_video, hunyuan_video_comfy
+from shira_format.names.models.tables import Model, through, whole
+from shira_format.names.row_blocks import Location, RowBlock
+from shira_format.names.spaces import TABLES, other_names
+from tests.diffusion import open_clip_state, text_config, unet
+
+Shapes = dict[str, tuple[int, ...]]
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of diffusers, and how diffusers converts its authors' files.
+
+    Attributes:
+        cls, options: the model.
+        convert: diffusers' conversion.
+        left_out: a regex of diffusers' tensors that are in no table.
+        more: tensors of the authors that go with it: those left out, and those that diffusers drops.
+        prefix: of the authors' names.
+    """
+
+    cls: str
+    options: Mapping[str, Any]
+    convert: Callable[..., State]
+    left_out: str = r"(?!)"
+    more: Callable[[State], State] = field(default=lambda _state: {})
+    prefix: str = ""
+
+
+WIDE = {"num_layers": 2, "num_single_layers": 2}  # of a size that diffusers' conversion takes for granted
+COSMOS_OPTIONS = {
+    "num_layers": 2,
+    "attention_head_dim": 12,
+    "num_attention_heads": 2,
+    "text_embed_dim": 6,
+    "adaln_lora_dim": 4,
+    "max_size": (4, 8, 8),
+}
+TINY = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+WAN = {**TINY, "text_dim": 6, "freq_dim": 4, "ffn_dim": 10, "in_channels": 3}
+
+
+def wan_motion(state: State) -> State:
+    """The authors' biases in the motion encoder, of four dimensions."""
+    found = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"motion_encoder\.(?:conv_in|res_blocks\.(\d+)\.conv([12]))\.act_fn\.bias", name):
+            place = "0.1" if match[1] is None else f"{int(match[1]) + 1}.conv{match[2]}.{match[2]}"
+            found[f"motion_encoder.enc.net_app.convs.{place}.bias"] = tensor.reshape(1, -1, 1, 1)
+    return found
+
+
+def krea_modulations(state: State) -> State:
+    return {
+        name.replace("transformer_blocks", "blocks").replace("scale_shift_table", "mod.lin"): tensor.reshape(-1)
+        for name, tensor in state.items()
+        if name.startswith("transformer_blocks") and name.endswith("scale_shift_table")
+    }
+
+
+def dropped(*names: str) -> Callable[[State], State]:
+    return lambda _state: {name: torch.zeros(1) for name in names}
+
+
+FLUX = single_file.convert_flux_transformer_checkpoint_to_diffusers
+SD3 = single_file.convert_sd3_transformer_checkpoint_to_diffusers
+
+
+class Kept(dict[str, torch.Tensor]):
+    """A state from which nothing is taken: the conversion of Cosmos looks for a name that it has taken out before."""
+
+    def pop(self, key: str) -> torch.Tensor:  # type: ignore[override]
+        return self[key]
+
+
+def convert_cosmos(state: State) -> State:
+    return single_file.convert_cosmos_transformer_checkpoint_to_diffusers(Kept(state))
+
+
+WAN_CONVERT = single_file.convert_wan_transformer_to_diffusers
+SD3_OPTIONS = {
+    "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12, "sample_size": 8,
+    "caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 8,
+}  # fmt: skip
+
+CASES = {
+    "FLUX.1 dev": Case("FluxTransformer2DModel", WIDE | {"guidance_embeds": True}, FLUX),
+    "FLUX.1 schnell": Case("FluxTransformer2DModel", WIDE, FLUX),
+    "Chroma": Case(
+        "ChromaTransformer2DModel", WIDE | {"approximator_layers": 2},
+        single_file.convert_chroma_transformer_checkpoint_to_diffusers,
+    ),
+    "FLUX.2": Case(
+        "Flux2Transformer2DModel", TINY | {"num_single_layers": 2, "joint_attention_dim": 12, "in_channels": 4},
+        single_file.convert_flux2_transformer_checkpoint_to_diffusers,
+    ),
+    "FLUX.3": Case(
+        "Flux3Transformer2DModel",
+        TINY | {"num_single_layers": 2, "joint_attention_dim": 12, "in_channels": 4, "axes_dims_rope": (2, 2, 2, 2), "flow_map": True},
+        single_file.convert_flux3_transformer_checkpoint_to_diffusers,
+    ),
+    "SD 3": Case("SD3Transformer2DModel", SD3_OPTIONS, SD3),
+    "SD 3.5": Case("SD3Transformer2DModel", SD3_OPTIONS | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, SD3),
+    "Wan, text to video": Case("WanTransformer3DModel", WAN, WAN_CONVERT),
+    "Wan, image to video": Case("WanTransformer3DModel", WAN | {"image_dim": 6, "added_kv_proj_dim": 16}, WAN_CONVERT),
+    "Wan VACE": Case("WanVACETransformer3DModel", WAN | {"vace_layers": [0, 1], "vace_in_channels": 5}, WAN_CONVERT),
+    "Wan Animate": Case(
+        "WanAnimateTransformer3DModel",
+        WAN | {
+            "image_dim": 6, "added_kv_proj_dim": 16, "in_channels": 10, "latent_channels": 3, "inject_face_latents_blocks": 1,
+            "motion_encoder_dim": 4, "motion_style_dim": 6, "motion_dim": 3, "face_encoder_hidden_dim": 8,
+            "motion_encoder_channel_sizes": dict.fromkeys(("4", "8", "16", "32", "64", "128", "256", "512", "1024"), 4),
+        },
+        WAN_CONVERT, r"motion_encoder\..*act_fn\.bias", wan_motion,
+    ),
+    "Wan Animate 2": Case(
+        "WanAnimate2Transformer3DModel",
+        {"num_layers": 2, "dim": 16, "ffn_dim": 10, "freq_dim": 4, "text_dim": 6, "num_heads": 2},
+        single_file.convert_wan_animate_2_transformer_to_diffusers,
+        r"(?!blocks)\w+\..*",  # all others have one name
+        lambda state: {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")},
+    ),
+    "SkyReels V2": Case("SkyReelsV2Transformer3DModel", WAN, WAN_CONVERT),
+    "HunyuanVideo": Case(
+        "HunyuanVideoTransformer3DModel",
+        WIDE | {"num_refiner_layers": 2, "guidance_embeds": True, "text_embed_dim": 6, "pooled_projection_dim": 5},
+        single_file.convert_hunyuan_video_transformer_to_diffusers,
+    ),
+    "Lumina 2": Case(
+        "Lumina2Transformer2DModel", {"num_layers": 2, "cap_feat_dim": 6},
+        single_file.convert_lumina2_to_diffusers, more=dropped("norm_final.weight"),
+    ),
+    "Z-Image": Case(
+        "ZImageTransformer2DModel",
+        {"dim": 24, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 10, "axes_dims": [4, 4, 4], "in_channels": 4},
+        single_file.convert_z_image_transformer_checkpoint_to_diffusers, more=dropped("norm_final.weight"),
+    ),
+    "Qwen-Image 2.1": Case(
+        "QwenImage21Transformer2DModel", TINY | {"context_in_dim": 6, "axes_dims_rope": (2, 2, 4)},
+        single_file.convert_qwen_image21_transformer_checkpoint_to_diffusers,
+        r"(?!.*img_mlp\.(?:gate_layer|proj)).*",
+        lambda state: {name: tensor for name, tensor in state.items() if not re.search(r"img_mlp\.(?:gate_layer|proj)", name)},
+    ),
+    "Krea 2": Case(
+        "Krea2Transformer2DModel",
+        TINY | {
+            "num_key_value_heads": 1, "intermediate_size": 12, "timestep_embed_dim": 4, "text_hidden_dim": 8,
+            "num_text_layers": 2, "text_num_attention_heads": 1, "text_num_key_value_heads": 1,
+            "text_intermediate_size": 10, "in_channels": 4, "axes_dims_rope": (2, 2, 4),
+        },
+        single_file.convert_krea2_transformer_checkpoint_to_diffusers,
+        r"transformer_blocks\.\d+\.scale_shift_table", krea_modulations,
+    ),
+    "LTX-Video": Case(
+        "LTXVideoTransformer3DModel",
+        TINY | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, "caption_channels": 6},
+        single_file.convert_ltx_transformer_checkpoint_to_diffusers,
+    ),
+    "LTX-2": Case(
+        "LTX2VideoTransformer3DModel",
+        TINY | {
+            "in_channels": 4, "cross_attention_dim": 16, "caption_channels": 6, "audio_in_channels": 3,
+            "audio_num_attention_heads": 2, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8,
+            "gated_attn": True, "audio_gated_attn": True,
+        },
+        single_file.convert_ltx2_transformer_to_diffusers,
+    ),
+    "Cosmos 1": Case("CosmosTransformer3DModel", COSMOS_OPTIONS, convert_cosmos, prefix="net."),
+    "Cosmos Predict 2": Case(
+        "CosmosTransformer3DModel", COSMOS_OPTIONS | {"extra_pos_embed_type": None}, convert_cosmos,
+    ),
+    "Cosmos Predict 2, with a prefix": Case(
+        "CosmosTransformer3DModel", COSMOS_OPTIONS | {"extra_pos_embed_type": None}, convert_cosmos,
+        prefix="net.",
+    ),
+    "Sana": Case(
+        "SanaTransformer2DModel",
+        TINY | {"in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 6},
+        single_file.convert_sana_transformer_to_diffusers, more=dropped("pos_embed", "y_embedder.y_embedding"),
+    ),
+    "AuraFlow": Case(
+        "AuraFlowTransformer2DModel",
+        {"num_mmdit_layers": 2, "num_single_dit_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 16, "pos_embed_max_size": 9},
+        single_file.convert_auraflow_transformer_checkpoint_to_diffusers,
+    ),
+    "Mochi 1": Case(
+        "MochiTransformer3DModel",
+        {"attention_head_dim": 8, "num_attention_heads": 2, "pooled_projection_dim": 8, "text_embed_dim": 12, "time_embed_dim": 4},
+        single_file.convert_mochi_transformer_checkpoint_to_diffusers,
+    ),
+}  # fmt: skip
+
+
+def shapes_of(case: Case) -> Shapes:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)  # by a model of diffusers
+        model = getattr(diffusers, case.cls)(**case.options)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def narrow(shapes: Shapes) -> State:
+    """Tensors with the rows of ``shapes`` and few columns; no two values are the same, so that a wrong row shows."""
+    state, start = {}, 0
+    for name, shape in shapes.items():
+        size = (*shape[:1], *(min(length, 2) for length in shape[1:]))
+        state[name] = torch.arange(start, start + int(np.prod(size))).reshape(size)
+        start += state[name].numel()
+    return state
+
+
+def assembled(location: Location, state: State) -> torch.Tensor:
+    """The tensor that is at ``location`` in a checkpoint."""
+    columns = state[location.blocks[0].name].shape[1:]
+    whole_tensor = torch.full((location.shape[0], *columns), -1)
+    for block in location.blocks:
+        at = block.start
+        for start, stop in block.rows:
+            assert (whole_tensor[start:stop] == -1).all()
+            whole_tensor[start:stop] = state[block.name][at : at + stop - start]
+            at += stop - start
+    assert (whole_tensor != -1).all()
+    return whole_tensor
+
+
+def claimed_once(found: Mapping[str, Location], shapes: Shapes, left_out: str) -> None:
+    """Each row of a checkpoint is in one of the tensors found, but for those left out."""
+    rows = {name: Counter[int]() for name in shapes}
+    for location in found.values():
+        for block in location.blocks:
+            rows[block.name].update(range(block.start, block.start + block.height))
+    for name, shape in shapes.items():
+        if not re.fullmatch(left_out, name):
+            assert rows[name] == dict.fromkeys(range(shape[0]), 1), name
+
+
+def table_of(shapes: Shapes) -> Model:
+    """The one table that finds something, without names of a third space."""
+    fitting = [table for table in TABLES if table(shapes, shapes.__getitem__)]
+    assert len(fitting) == 1, fitting
+    assert isinstance(fitting[0], Model)
+    return replace(fitting[0], spellings=())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways_as_diffusers_converts(name: str) -> None:
+    case = CASES[name]
+    ours = shapes_of(case)
+    state = narrow(ours)
+
+    located = {f"{case.prefix}{key}": found for key, found in other_spaces(case, ours).items()}
+    claimed_once(located, ours, case.left_out)
+    authors = {key: assembled(location, state) for key, location in located.items()}
+    more = case.more(state)
+    assert not more.keys() & (authors.keys() - ours.keys())
+    converted = case.convert(dict(authors | more))
+    assert converted.keys() == ours.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in converted.items())
+
+    theirs = {key: location.shape for key, location in located.items()}
+    back = table_of(theirs)(theirs, theirs.__getitem__)
+    assert back.keys() == {key for key in ours if not re.fullmatch(case.left_out, key)}
+    claimed_once(back, theirs, r"(?!)")
+    for key, location in back.items():
+        assert location.shape == ours[key]
+        assert torch.equal(assembled(location, authors), state[key])
+
+
+def other_spaces(case: Case, ours: Shapes) -> dict[str, Location]:
+    """The authors' tensors of a model of diffusers."""
+    if case.cls == "CosmosTransformer3DModel":  # two models of one class, told apart by the authors' names alone
+        table = cosmos2[0] if case.options.get("extra_pos_embed_type", "") is None else cosmos1[0]
+        return table(ours, ours.__getitem__)
+    return table_of(ours)(ours, ours.__getitem__)
+
+
+def test_told_apart_from_the_names_alone() -> None:
+    """Each name that a table gives for a model is found in the same place whatever else other tables find."""
+    for case in CASES.values():
+        ours = shapes_of(case)
+        found = [table(ours, ours.__getitem__) for table in TABLES]
+        for one in found:
+            for other in found:
+                assert all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
+MODULES = {
+    "double_blocks.0.img_attn.qkv.weight": (9, 3),
+    "single_blocks.0.linear1.weight": (21, 3),
+    "single_blocks.0.linear1.bias": (21,),
+    "final_layer.adaLN_modulation.1.weight": (6, 3),
+}
+
+
+def test_rows_of_flux() -> None:
+    found = other_names(MODULES, MODULES.__getitem__)
+    linear1 = "single_blocks.0.linear1"
+    assert found["single_transformer_blocks.0.attn.to_k.weight"] == Location(
+        (3, 3), (RowBlock(f"{linear1}.weight", 3, ((0, 3),)),)
+    )
+    assert found["single_transformer_blocks.0.proj_mlp.bias"] == Location(
+        (12,), (RowBlock(f"{linear1}.bias", 9, ((0, 12),)),)
+    )
+    assert found["norm_out.linear.weight"].blocks == (
+        RowBlock("final_layer.adaLN_modulation.1.weight", 0, ((3, 6), (0, 3))),
+    )
+    assert not any("single_blocks" in name for name in found)
+
+
+def test_grouped_keys_and_values() -> None:
+    """Of a Z-Image with fewer heads of keys than of queries."""
+    shapes = {"layers.0.attention.qkv.weight": (8, 4), "layers.0.adaLN_modulation.0.weight": (16, 4)}
+    found = other_names(shapes, shapes.__getitem__)
+    assert [found[f"layers.0.attention.to_{name}.weight"].shape for name in "qkv"] == [(4, 4), (2, 4), (2, 4)]
+    assert found["layers.0.attention.to.v.weight"] == found["layers.0.attention.to_v.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", (8, 3)),  # no three parts
+        ("single_blocks.0.linear1.weight", (9, 3)),  # no row left for the MLP
+        ("single_blocks.0.linear1.bias", (21,)),  # its weight, by which it is cut, is not there
+        ("final_layer.adaLN_modulation.1.weight", (5, 3)),  # no halves
+        ("layers.0.attention.qkv.weight", (3, 4)),
+        ("layers.0.attention.qkv.weight", (7, 4)),
+    ],
+)
+def test_what_does_not_fit_is_not_found(name: str, shape: tuple[int, ...]) -> None:
+    shapes = {"double_blocks.0.img_attn.qkv.weight": (8, 3), name: shape}
+    assert other_names(shapes, shapes.__getitem__) == {}
+
+
+def test_parts_that_are_not_all_there_are_no_fused_weight() -> None:
+    shapes = {
+        "single_transformer_blocks.0.proj_mlp.weight": (12, 3),
+        "single_transformer_blocks.0.attn.to_q.weight": (3, 3),
+        "single_transformer_blocks.0.attn.to_k.weight": (3, 3),
+        "single_transformer_blocks.0.proj_out.weight": (3, 15),
+    }
+    assert other_names(shapes, shapes.__getitem__).keys() == {"single_blocks.0.linear2.weight"}
+    shapes["single_transformer_blocks.0.attn.to_v.weight"] = (3, 2)
+    assert "single_blocks.0.linear1.weight" not in other_names(shapes, shapes.__getitem__)
+
+
+def test_three_name_spaces_of_hunyuan_video() -> None:
+    ours = shapes_of(CASES["HunyuanVideo"])
+    state = narrow(ours)
+    found = other_names(ours, ours.__getitem__)
+    spaces = {"diffusers": state}
+    for space, model in (
+        ("authors", hunyuan_video),
+        ("ComfyUI", replace(hunyuan_video_comfy, ours=hunyuan_video.ours)),
+    ):
+        located = replace(model, spellings=())(ours, ours.__getitem__)
+        claimed_once(located, ours, r"(?!)")
+        assert located.items() <= {**found, **{name: whole(name, shape) for name, shape in ours.items()}}.items()
+        spaces[space] = {name: assembled(location, state) for name, location in located.items()}
+    assert "double_blocks.1.txt_attn.norm.key_norm.scale" in spaces["ComfyUI"].keys() - spaces["authors"].keys()
+    for space, tensors in spaces.items():
+        shapes = {
+            name: ours[name] if space == "diffusers" else found[name].shape if name in found else ours[name]
+            for name in tensors
+        }
+        others = other_names(shapes, shapes.__getitem__)
+        expected = {name: tensor for one in spaces.values() for name, tensor in one.items() if name not in tensors}
+        assert others.keys() == expected.keys()
+        for name, location in others.items():
+            assert torch.equal(assembled(location, tensors), expected[name])
+            # Of the two names of one tensor, rows are not cut where they need not be.
+            assert len({block.name for block in location.blocks}) == len(location.blocks)
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_unet(xl: bool) -> None:
+    model = unet(xl=xl)
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = other_names(shapes, shapes.__getitem__)
+    claimed_once(found, shapes, r"(?!)")
+    sgm = {name: state[location.blocks[0].name] for name, location in found.items()}
+    assert all(location == whole(location.blocks[0].name, location.shape) for location in found.values())
+    converted = single_file.convert_ldm_unet_checkpoint(
+        {f"model.diffusion_model.{name}": tensor for name, tensor in sgm.items()}, dict(model.config)
+    )
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in converted.items())
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in sgm.items()}
+    back = other_names(shapes, shapes.__getitem__)
+    # With SGM's names alone, what is added to the time could be a class.
+    assert {name for name in back if name not in state} == {
+        name.replace("add_embedding", "class_embedding") for name in state if name.startswith("add_embedding")
+    }
+    assert all(torch.equal(sgm[back[name].blocks[0].name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_open_clip(prefix: str) -> None:
+    from transformers import CLIPTextModelWithProjection
+
+    model = CLIPTextModelWithProjection(text_config())
+    state = {name.replace("text_model.", prefix): tensor for name, tensor in model.state_dict().items()}
+    expected = open_clip_state(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = other_names(shapes, shapes.__getitem__)
+    assert found.keys() == expected.keys() - {"text_projection"}
+    claimed_once(found, shapes, r"text_projection\.weight")
+    for name, location in found.items():
+        parts = [state[block.name] for block in location.blocks]
+        assert torch.equal(torch.cat(parts), expected[name])
+
+    theirs = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    back = other_names(theirs, theirs.__getitem__)
+    for name, tensor in model.state_dict().items():
+        if name != "text_projection.weight":
+            (block,) = back[name].blocks
+            assert torch.equal(expected[block.name][block.start : block.start + block.height], tensor)
+
+
+def test_models_whose_names_agree_have_no_others() -> None:
+    with torch.device("meta"):
+        model = diffusers.QwenImageTransformer2DModel(num_layers=1)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert other_names(shapes, shapes.__getitem__) == {}
+
+
+def test_other_models_are_refused_without_a_look_at_their_tensors() -> None:
+    names = [f"model.layers.{number}.mlp.experts.gate.weight" for number in range(1000)]
+    names += ["x.weight", "transformer.h.0.attn.weight", "layers.0.attention.wq.weight", "encoder.layers.0.self_attn.q_proj.weight"]  # fmt: skip
+
+    def shape(name: str) -> tuple[int, ...]:
+        raise AssertionError(name)
+
+    assert other_names(names, shape) == {}
+
+
+def test_a_lone_number_is_no_tensor_with_rows() -> None:
+    shapes: Shapes = {"double_blocks.0.img_attn.qkv.weight": (), "single_blocks.0.linear2.weight": ()}
+    assert other_names(shapes, shapes.__getitem__) == {}
+
+
+def test_through() -> None:
+    """Rows by way of another tensor: cut there, put together again where they are neighbours."""
+    swap = ((2, 4), (0, 2))
+    hub = {
+        "a": Location((4,), (RowBlock("base", 6, swap),)),
+        "b": Location((2,), (RowBlock("base", 4, ((0, 2),)),)),
+    }
+    sought = Location((6,), (RowBlock("a", 0, swap), RowBlock("b", 0, ((4, 6),))))
+    assert through(sought, hub) == Location((6,), (RowBlock("base", 4, ((4, 6), (0, 4))),))
+    apart = {**hub, "b": Location((2,), (RowBlock("other", 1, ((1, 2), (0, 1))),))}
+    assert through(sought, apart) == Location(
+        (6,), (RowBlock("base", 6, ((0, 4),)), RowBlock("other", 1, ((5, 6), (4, 5))))
+    )
