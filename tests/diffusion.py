@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from shira_format.names.unet import unet_other_names
+from shira_format.names.spaces import other_names
 
 WIDTH = 8  # of the text encoders
 
@@ -106,15 +107,33 @@ def layers(pipe: Any, wanted: str, *, te: str = "lora_te1") -> dict[str, nn.Modu
     return found
 
 
+def in_other_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model by the names that its authors give them."""
+    found, used = {}, set()
+    for name, location in other_names(state, lambda name: tuple(state[name].shape)).items():
+        rows = torch.empty(location.shape, dtype=state[location.blocks[0].name].dtype)
+        for block in location.blocks:
+            at = block.start
+            for start, stop in block.rows:
+                rows[start:stop] = state[block.name][at : at + stop - start]
+                at += stop - start
+        found[name] = rows
+        used |= {block.name for block in location.blocks}
+    return found | {name: tensor for name, tensor in state.items() if name not in used}  # names that both have
+
+
+def unet_other_names(modules: Collection[str]) -> dict[str, str]:
+    """The names of a UNet's modules in the other set."""
+    found = other_names({f"{module}.weight" for module in modules}, lambda _: (1, 1))
+    names: dict[str, str] = {}
+    for name, location in found.items():  # label_emb has two names in diffusers
+        names.setdefault(location.blocks[0].name.removesuffix(".weight"), name.removesuffix(".weight"))
+    return {module: names[module] for module in modules if module in names}
+
+
 def sgm_state(model: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     """The weights of a UNet by SGM's names."""
-    names = unet_other_names(
-        {name.removesuffix(".weight") for name in model.state_dict() if name.endswith(".weight")}
-    )
-    return {
-        f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": tensor
-        for name, tensor in model.state_dict().items()
-    }
+    return in_other_names(model.state_dict())
 
 
 def open_clip_state(model: nn.Module) -> dict[str, torch.Tensor]:

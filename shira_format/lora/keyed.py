@@ -164,7 +164,7 @@ class _Reader:
         for component, groups in components.items():
             for group, location, bias in self._located(component, groups, alone=len(components) == 1):
                 group.scale_of = scales[component]
-                made = layer(group, location.blocks[0].name, location.shape)
+                made = layer(group, _shown(location), location.shape)
                 self._apply(group, made, location, bias)
                 if made.rank is not None and made.scale is not None:
                     ranks.add(made.rank)
@@ -233,7 +233,7 @@ class _Reader:
                 is_flat=is_flat,
             )
             self.notices += rename.notices("the LoRA", component)
-            others += sum(modules.is_other(known) for known in found.values())
+            others += sum(modules.is_other(found[module]) for module in members if module in found)
             for module, group in members.items():
                 known = [found[part] for part in parts[module]]
                 yield group, _stack([modules.weight(name) for name in known]), _biases(modules, known)
@@ -318,6 +318,12 @@ _BIASES = ("lora_bias", "diff_b", "b_norm")
 
 def _key(group: Group, parts: Collection[str]) -> str:
     return next(group.keys[part] for part in parts if part in group.keys)
+
+
+def _shown(location: Location) -> str:
+    """The base's tensors at a location: one name for a whole one, several in messages."""
+    names = list(dict.fromkeys(block.name for block in location.blocks))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def _fits(group: Group, location: Location) -> bool:

@@ -25,9 +25,17 @@ from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.names.modules import flat
-from shira_format.names.sd3 import sd3_parts
-from shira_format.names.unet import unet_other_names
-from tests.diffusion import layers, open_clip_state, pipeline, save, saved_weights, sd3, sgm_state
+from tests.diffusion import (
+    in_other_names,
+    layers,
+    open_clip_state,
+    pipeline,
+    save,
+    saved_weights,
+    sd3,
+    sgm_state,
+    unet_other_names,
+)
 
 # What diffusers adapts by the names of its own UNet, convolutions included.
 WANTED = r"attn[12]\.to_|proj_in|proj_out|ff\.net|conv1|conv2|time_emb_proj|downsamplers.0.conv|upsamplers.0.conv|conv_shortcut|self_attn|mlp\.fc"
@@ -373,15 +381,10 @@ def test_sd3(tmp_path: Path) -> None:
     """Against diffusers' converter of the authors' checkpoint, before and after."""
     model = sd3()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pieces = sd3_parts(state, lambda name: state[name].shape[0], 16)
-    authors = {"pos_embed": state["pos_embed.pos_embed"]}
-    for module, parts in pieces.items():
-        for kind in ("weight", "bias"):
-            rows = sum(part.rows[-1][1] - part.rows[-1][0] if len(part.rows) == 1 else 32 for part in parts)
-            generator = torch.Generator().manual_seed(rows)
-            authors[f"{module}.{kind}"] = torch.randn(
-                rows, *state[f"{parts[0].module}.{kind}"].shape[1:], generator=generator
-            )
+    generator = torch.Generator().manual_seed(7)
+    authors = {
+        name: torch.randn(tensor.shape, generator=generator) for name, tensor in in_other_names(state).items()
+    } | {"pos_embed": state["pos_embed.pos_embed"]}
     linear = {
         f"lora_unet_{flat(name.removesuffix('.weight'))}": nn.Conv2d(*tensor.shape[1::-1], tensor.shape[2:])
         if tensor.ndim == 4
@@ -453,8 +456,8 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         "'lora_unet_conv_in.lora_down.weight' is of dtype int32, not a float",
     ),
     "both namings": (
-        pair() | pair("lora_unet_input_blocks_0_0"),
-        "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0' both adapt the base's 'conv_in.weight'",
+        pair("diffusion_model.conv_in") | pair(),
+        "'diffusion_model.conv_in' and 'lora_unet_conv_in' both adapt the base's 'conv_in.weight'",
     ),
     "norm": (pair("lora_unet_mid_norm", down=(1,)), "'lora_unet_mid_norm': LoRA of the base's 'mid.norm.weight', whose shape is [4]"),
     "two models": (pair() | pair("lora_te_x"), "adapts 'text_encoder' and other components: the base must be the whole pipeline (a folder with model_index.json), not one model of it"),

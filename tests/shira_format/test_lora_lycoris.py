@@ -405,20 +405,33 @@ def test_dora_of_modules_in_parts(on_out: bool, tmp_path: Path) -> None:
         close(weights[name], expected, 1e-12)
 
 
-def test_dora_of_rows_of_a_fused_weight_is_refused(tmp_path: Path) -> None:
-    base = {"conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": torch.ones(6, 2)}
-    save_file(base | {"model.diffusion_model.out.2.weight": torch.zeros(2, 2)}, tmp_path / "base.safetensors")
-    name = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
-    parts = {
-        "lora_up.weight": torch.ones(2, 1),
-        "lora_down.weight": torch.ones(1, 2),
-        "dora_scale": torch.ones(2, 1),
+def test_dora_of_rows_of_a_fused_weight(tmp_path: Path) -> None:
+    """Norms are those of the module's rows; by columns they would need the rows of others."""
+    generator = torch.Generator().manual_seed(3)
+    fused = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    tensor = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    ends = {"transformer.resblocks.0.ln_1.weight": 2, "token_embedding.weight": 2, "ln_final.weight": 2}
+    base = {tensor: fused} | {
+        f"conditioner.embedders.1.model.{end}": torch.ones(size, dtype=torch.float64) for end, size in ends.items()
     }
-    path = save_state({f"{name}.{part}": tensor for part, tensor in parts.items()}, tmp_path)
-    with pytest.raises(
-        SourceError,
-        match="DoRA of some rows of the base's .*take a base that has this module as a weight of its own",
-    ):
+    save_file(base | {"model.diffusion_model.out.2.weight": torch.zeros(2, 2)}, tmp_path / "base.safetensors")
+    name = "lora_te2_text_model_encoder_layers_0_self_attn_k_proj"
+    up, down, norms = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 1), (1, 2), (2, 1))
+    )
+    parts = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": norms}
+    path = save_state({f"{name}.{part}": array for part, array in parts.items()}, tmp_path)
+    expected = fused.clone()
+    summed = fused[2:4] + up @ down
+    expected[2:4] = summed * norms / (summed.norm(dim=1, keepdim=True) + torch.finfo(torch.float64).eps)
+    lora_to_shira(path, tmp_path / "base.safetensors", tmp_path / "a.st", density=1.0)
+    weights = load_file(tmp_path / "base.safetensors")
+    apply(load(tmp_path / "a.st"), weights)
+    close(weights[tensor], expected, 1e-12)
+    path = save_state(
+        {f"{name}.{part}": array for part, array in (parts | {"dora_scale": torch.ones(1, 2)}).items()}, tmp_path
+    )
+    with pytest.raises(SourceError, match="DoRA by columns of a module that the base holds in parts, or within"):
         open_lora(path, open_checkpoint(tmp_path / "base.safetensors"))
 
 

@@ -14,9 +14,7 @@ from lycoris.utils import convert_diffusers_name_to_compvis
 from transformers import CLIPTextModelWithProjection
 
 from shira_format.names.modules import flat
-from shira_format.names.sd3 import is_diffusers_sd3, sd3_parts
-from shira_format.names.unet import unet_other_names
-from tests.diffusion import open_clip_state, sd3, sgm_state, text_config, unet
+from tests.diffusion import in_other_names, open_clip_state, sd3, sgm_state, text_config, unet, unet_other_names
 
 
 def small(**options: object) -> UNet2DConditionModel:
@@ -95,22 +93,8 @@ def test_open_clip() -> None:
 def test_sd3() -> None:
     model = sd3()
     state = model.state_dict()
-    assert is_diffusers_sd3(state)
-    pieces = sd3_parts(state, lambda name: state[name].shape[0], 16)
-    original = {"pos_embed": state["pos_embed.pos_embed"]}
-    for module, parts in pieces.items():
-        for kind in ("weight", "bias"):
-            total = torch.zeros(
-                sum(state[f"{part.module}.{kind}"].shape[0] for part in parts), *state[f"{parts[0].module}.{kind}"].shape[1:]
-            )  # fmt: skip
-            for part in parts:
-                at = 0
-                for start, stop in part.rows:
-                    total[start:stop] = state[f"{part.module}.{kind}"][at : at + stop - start]
-                    at += stop - start
-            original[f"{module}.{kind}"] = total
+    original = in_other_names(state) | {"pos_embed": state["pos_embed.pos_embed"]}
     back = convert_sd3_transformer_checkpoint_to_diffusers(original)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
-    assert not is_diffusers_sd3(unet(xl=False).state_dict())
     assert isinstance(model, SD3Transformer2DModel)
