@@ -76,7 +76,7 @@ def output_folder(text: str = "The folder to write.") -> Callable[[_F], _F]:
 
 
 def force_option(text: str) -> Callable[[_F], _F]:
-    """``--force``, with what it replaces."""
+    """``--force``: write it anyway; with what it replaces."""
     return click.option("--force", is_flag=True, help=text)
 
 
@@ -85,6 +85,11 @@ def values_option(verb: str, default: str) -> Callable[[_F], _F]:
     text = f"{verb} deltas (what is added to the base) or targets (what the entries become) (default: {default})."
     return click.option("--values", type=click.Choice(["delta", "target"]), default=default, help=text)
 
+
+force_adapter_option = force_option(
+    "Write FILE anyway: replace it if it exists, and write an adapter that changes the base by less than a thousandth of "
+    "what its source asks for."
+)
 
 allow_unused_option = click.option("--allow-unused", is_flag=True, help="Convert a folder although it has weight files that are not used.")  # fmt: skip
 

@@ -92,6 +92,7 @@ def full_to_shira(
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -119,6 +120,7 @@ def full_to_shira(
         threads: likewise.
         resume: likewise.
         dask: likewise.
+        force: likewise.
         progress: likewise.
         on_start: likewise.
 
@@ -135,7 +137,7 @@ def full_to_shira(
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
         conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
-        dask=dask, progress=progress, on_start=on_start,
+        dask=dask, force=force, progress=progress, on_start=on_start,
     )  # fmt: skip
 
 

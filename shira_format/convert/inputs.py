@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shira_format.checkpoints import Checkpoint
+from shira_format.convert.effect import Effect
 from shira_format.entries.changes import Change
 from shira_format.tensors import DenseTensor, SparseTensor
 
@@ -27,6 +28,14 @@ class DenseCopy:
     tuned: Checkpoint
     tuned_name: str
     base: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class DenseSum:
+    """A tensor of the base with a small addition, stored whole, and what the addition changes."""
+
+    tensor: DenseTensor
+    effect: Effect
 
 
 @dataclass
@@ -51,7 +60,7 @@ class ConversionInputs:
 
     base: Checkpoint
     changes: Sequence[Change]
-    dense: Callable[[bool], Iterator[DenseTensor | DenseCopy]]
+    dense: Callable[[bool], Iterator[DenseTensor | DenseCopy | DenseSum]]
     copy: Callable[[Change], DenseCopy] | None = None
     options: Callable[[Change], dict[str, Any]] = lambda _: {}
     removed: list[str] = field(default_factory=list)

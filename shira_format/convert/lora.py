@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, array_digest, file_digest
+from shira_format._core.arrays import Array, array_digest, file_digest, sum_of_squares
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named, refuse_quantised
 from shira_format.checkpoints.renamed import rearranged
-from shira_format.convert.inputs import ConversionInputs, DenseCopy
+from shira_format.convert.effect import Effect
+from shira_format.convert.inputs import ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.entries.changes import UpdateChange
@@ -108,6 +109,7 @@ def lora_to_shira(
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -133,6 +135,8 @@ def lora_to_shira(
         threads: at most this many; all cores by default.
         resume: keep finished tensors in ``OUT.partial`` until all are done, and start from those that are there.
         dask: address of a ``dask.distributed`` scheduler whose workers compute; needs ``base`` as a path.
+        force: write the adapter even if it changes the base by less than a thousandth of what was selected of the update (in norm),
+            as a whole or in some tensors.
         progress: called with the number of elements done since the last call.
         on_start: called once with the sum of all calls of ``progress``.
 
@@ -149,7 +153,7 @@ def lora_to_shira(
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
         conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
-        dask=dask, progress=progress, on_start=on_start,
+        dask=dask, force=force, progress=progress, on_start=on_start,
     )  # fmt: skip
 
 
@@ -208,7 +212,7 @@ def _renamed(name: str, base_name: str, base: Checkpoint) -> SparseTensor:
 
 def _dense_tensors(
     source: Lora, base: Checkpoint, view: Checkpoint, *, self_contained: bool
-) -> Iterator[DenseTensor | DenseCopy]:
+) -> Iterator[DenseTensor | DenseCopy | DenseSum]:
     if twice := source.whole.keys() & source.additions.keys():
         raise SourceError(f"tensor {min(twice)!r} is both replaced and added to")
     for name, array in source.whole.items():
@@ -216,7 +220,10 @@ def _dense_tensors(
     for name, addition in source.additions.items():
         weight = view[name]
         work = working_dtype(weight.dtype)
-        yield _dense(name, weight.astype(work) + addition.astype(work), base, view, self_contained=self_contained)
+        wide, step = weight.astype(work), addition.astype(work)
+        tensor = _dense(name, wide + step, base, view, self_contained=self_contained)
+        moved = tensor.values.astype(work) - wide
+        yield DenseSum(tensor, Effect(name, sum_of_squares(step), sum_of_squares(moved)))
     for name, base_name in _untouched(source).items():
         if not is_float(base.dtype(base_name)):
             same = name in base and (base.shape(name), base.dtype(name)) == (

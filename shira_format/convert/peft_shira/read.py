@@ -15,6 +15,7 @@ from shira_format._core.arrays import Array, array_digest, sum_of_squares
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named
+from shira_format.convert.effect import refuse_lost
 from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, read_config, sort_keys
@@ -47,6 +48,7 @@ def peft_to_shira(
     exclude: Sequence[str] = (),
     prefix: str | None = None,
     allow_unused: bool = False,
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -66,6 +68,8 @@ def peft_to_shira(
         exclude: regexes; a tensor is left out if one of them is found in its name.
         prefix: what the base's names of the adapted weights start with, if several are possible.
         allow_unused: convert a folder that has weight files beside those that are read.
+        force: write the adapter even if its targets change the base by less than a thousandth of what PEFT's values would (in norm),
+            as a whole or in some tensors.
         progress: called with 1 after each adapted layer.
         on_start: called once with the number of adapted layers.
 
@@ -108,6 +112,8 @@ def peft_to_shira(
                 report.notices.append(f"tensor {whole.name!r} is not in the base: stored whole, as a new tensor")
             if writer is not None:
                 writer.add_dense(whole)
+        if not force:
+            refuse_lost(report.effects)
         if writer is not None:
             files = [{"name": file.name} for file in checkpoint.files]
             writer.manifest |= {"base_model": job.base_model | {"files": files}, "source": job.source}
@@ -159,7 +165,9 @@ def _convert_layer(
             layer.name, layer.shape, indices, stored, value_kind="delta", dtype=before.dtype,
             base=before if self_contained else None, base_digest=None if self_contained else array_digest(before),
         )  # fmt: skip
-        account = replace(account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0)
+        account = replace(
+            account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0, energy_moved=account.energy_selected
+        )
     rounded_first = 0
     if layer.kind.rounds_first:
         with np.errstate(over="ignore"):
