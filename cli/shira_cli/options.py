@@ -91,7 +91,7 @@ force_adapter_option = force_option(
     "what its source asks for."
 )
 
-allow_unused_option = click.option("--allow-unused", is_flag=True, help="Convert a folder although it has weight files that are not used.")  # fmt: skip
+allow_unused_option = click.option("--allow-unused", is_flag=True, help="Go on although the source has weights that are not used, such as other weight files in its folder; they are named in a note.")  # fmt: skip
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Compute and report everything, write nothing.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from shira_format.convert.effect import Effect
 from shira_format.convert.inputs import ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
+from shira_format.convert.unused import check_all_used, opened_files
 from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.base import Update
-from shira_format.lora.files import refuse_unused
 from shira_format.names.filters import name_filter
 from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
@@ -48,9 +48,10 @@ class LoraConversion:
             lora = filtered(
                 open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix), self.include, self.exclude
             )
-        if not self.allow_unused:
-            refuse_unused(resolve_path(self.lora), lora.files)
-        return lora_inputs(lora, base, hub_identity(self.base))
+        notices = check_all_used(
+            resolve_path(self.lora), [*lora.files, *base.files], opened_files(lora.files), allow=self.allow_unused
+        )
+        return lora_inputs(replace(lora, notices=notices + lora.notices), base, hub_identity(self.base))
 
 
 def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
@@ -130,7 +131,7 @@ def lora_to_shira(
         prefix: what the base's names of the adapted weights start with, if several are possible.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
-        allow_unused: convert a folder that has weight files beside those that are read.
+        allow_unused: convert a source although it has weights that are not used, such as other weight files in its folder.
         self_contained: store the base's values too, so that the adapter can be undone, scaled and measured without the base.
         threads: at most this many; all cores by default.
         resume: keep finished tensors in ``OUT.partial`` until all are done, and start from those that are there.

@@ -22,11 +22,12 @@ from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, 
 from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.convert.pipeline import sparse_target
 from shira_format.convert.report import ConversionReport, TensorReport
+from shira_format.convert.unused import check_all_used, opened_files
 from shira_format.entries.changes import Entries, UpdateChange
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
-from shira_format.lora.files import checked, open_tensors, refuse_unused, unwrapping_notices
+from shira_format.lora.files import checked, open_tensors, unwrapping_notices
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
@@ -67,7 +68,7 @@ def peft_to_shira(
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         prefix: what the base's names of the adapted weights start with, if several are possible.
-        allow_unused: convert a folder that has weight files beside those that are read.
+        allow_unused: see :func:`shira_format.convert.lora.lora_to_shira`.
         force: write the adapter even if its targets change the base by less than a thousandth of what PEFT's values would (in norm),
             as a whole or in some tensors.
         progress: called with 1 after each adapted layer.
@@ -80,14 +81,16 @@ def peft_to_shira(
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
     weights, config_path = find(resolve_path(folder))
-    if not allow_unused:
-        refuse_unused(resolve_path(folder), [weights])
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
     with quantised_named(checkpoint):
         source = _Reader(weights, config_path, kind, config, checkpoint, prefix).read(
             name_filter(include, exclude)
         )
+    notices = check_all_used(
+        resolve_path(folder), [weights, *checkpoint.files], opened_files([weights]), allow=allow_unused
+    )
+    source = replace(source, notices=notices + source.notices)
     job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
     if path is not None:
