@@ -17,7 +17,7 @@ from shira_format.checkpoints.peft_model import refuse_unmerged
 from shira_format.checkpoints.quantised import refuse_quantised
 from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.convert.exact import Exact
-from shira_format.convert.inputs import ConversionInputs, DenseCopy
+from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
@@ -56,6 +56,8 @@ class FullConversion:
         for checkpoint in () if self.exact else (base, tuned):
             refuse_quantised(checkpoint, filter(chosen, checkpoint))
         pairs = pair(base, tuned, chosen, exact=self.exact)
+        if unchosen := [name for name in tuned if not chosen(name)]:
+            pairs.left_out[NOT_CHOSEN] = unchosen
 
         def copy(name: str, tuned_name: str) -> DenseCopy:
             kind = tuned.dtype(tuned_name), tuned.shape(tuned_name)
@@ -71,6 +73,7 @@ class FullConversion:
             removed=pairs.removed,
             structure=pairs.structure,
             unchanged=len(pairs.equal),
+            left_out=pairs.left_out,
             base_model=hub_identity(self.base),
             source={"kind": "full"} | hub_identity(self.tuned),
             files=[*base.files, *tuned.files],

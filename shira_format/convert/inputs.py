@@ -12,6 +12,8 @@ from shira_format.convert.effect import Effect
 from shira_format.entries.changes import Change
 from shira_format.tensors import DenseTensor, SparseTensor
 
+NOT_CHOSEN = "by --include and --exclude"  # a reason to leave out names
+
 
 @dataclass(frozen=True)
 class DenseCopy:
@@ -52,6 +54,7 @@ class ConversionInputs:
         renamed: sparse tensors without entries: tensors of the base that the result has under another name.
         structure: what changes beyond entries, by name.
         unchanged: number of tensors that were compared already, and are equal.
+        left_out: names of the source that need no place in the adapter or that the user left out, by the reason.
         base_model, source: provenance.
         files: every file that is read.
         source_file: the file that errors in a change are attributed to.
@@ -67,6 +70,7 @@ class ConversionInputs:
     renamed: Sequence[SparseTensor] = ()
     structure: dict[str, str] = field(default_factory=dict)
     unchanged: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     base_model: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)

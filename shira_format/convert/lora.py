@@ -16,7 +16,7 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named, refuse_quantised
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.convert.effect import Effect
-from shira_format.convert.inputs import ConversionInputs, DenseCopy, DenseSum
+from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.convert.unused import check_all_used, opened_files
@@ -83,6 +83,7 @@ def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | Non
         ],
         structure={name: f"from {base_name}" for name, base_name in source.copies.items()}
         | dict.fromkeys(source.removed, "removed"),
+        left_out=source.left_out,
         base_model=source.base_model | (base_model or {}),
         source=source.source | {"files": files},
         files=[*base.files, *source.files],
@@ -170,12 +171,15 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     updates = [update for update in source.updates if match(update.name)]
     if not updates:
         raise SourceError(f"no adapted weight is left by --include {list(include)} --exclude {list(exclude)}")
+    names = [*(update.name for update in source.updates), *source.whole, *source.additions]
+    left_out = [name for name in names if not match(name)]
     return Lora(
         updates=updates,
         whole={name: array for name, array in source.whole.items() if match(name)},
         additions={name: array for name, array in source.additions.items() if match(name)},
         copies=source.copies, removed=source.removed,
         source=source.source, base_model=source.base_model, files=source.files, notices=source.notices,
+        left_out=source.left_out | ({NOT_CHOSEN: left_out} if left_out else {}),
     )  # fmt: skip
 
 

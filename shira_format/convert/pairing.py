@@ -32,6 +32,7 @@ class Pairs:
         removed: names in ``base`` that the result lacks.
         equal: names in the result of non-float tensors with the same bits in both.
         structure: what changes beyond entries, by the result's name.
+        left_out: names in ``tuned`` of tensors that are used under another name, by the reason.
         notices: what a user should know.
     """
 
@@ -42,6 +43,7 @@ class Pairs:
     removed: list[str] = field(default_factory=list)
     equal: list[str] = field(default_factory=list)
     structure: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
@@ -147,6 +149,7 @@ def _add_new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bo
         twin = None if exact else _twin(tuned, name, origins)
         if twin is not None:
             pairs.notices.append(f"tensor {name!r} of the fine-tune is not in the base: it is tied to {twin!r}, and left out")  # fmt: skip
+            pairs.left_out.setdefault(f"tied to {twin}", []).append(name)
             continue
         pairs.whole[name] = name
         pairs.structure[name] = "new"

@@ -73,7 +73,7 @@ def convert(
     """
     inputs = inputs or conversion.open()
     report = ConversionReport(
-        notices=list(inputs.notices), structure=dict(inputs.structure), unchanged=inputs.unchanged,
+        notices=list(inputs.notices), structure=dict(inputs.structure), unchanged=inputs.unchanged, left_out=inputs.left_out,
         exact=isinstance(rule, Exact),
     )  # fmt: skip
     path = None if out is None else Path(out)

@@ -88,6 +88,7 @@ class ConversionReport(Totals):
         whole: names of the tensors that are replaced as a whole.
         structure: what changes beyond entries, by name: ``"new"``, ``"removed"``, ``"rows 100 -> 104"``, ...
         unchanged: number of compared tensors that do not change.
+        left_out: names of the source that need no place in the adapter or that the user left out, by the reason.
         exact: whether every difference is stored.
         sums: the effects of additions to tensors that are stored whole.
         notices: what a user should know.
@@ -98,6 +99,7 @@ class ConversionReport(Totals):
     whole: list[str] = field(default_factory=list)
     structure: dict[str, str] = field(default_factory=dict)
     unchanged: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     exact: bool = False
     sums: list[Effect] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)

@@ -159,3 +159,49 @@ def test_the_base_may_lie_within(base: Path, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(lora / name, base)
     lora_to_shira(base, base / "model.safetensors", None)
+
+
+def test_names_that_are_left_out_are_in_the_summary(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = save_lora(tmp_path / "lora")
+    state = load_file(lora / "adapter_model.safetensors")
+    up = {key.replace("q_proj", "up_proj"): tensor for key, tensor in state.items()}
+    copy = {"base_model.model.layers.0.norm.weight": torch.ones(16)}
+    save_arrays(base / "model.safetensors", {WEIGHT: np.eye(16, dtype=np.float32), "layers.0.up_proj.weight": np.ones((16, 16), np.float32), "layers.0.norm.weight": np.ones(16, np.float32)})  # fmt: skip
+    save_arrays(lora / "adapter_model.safetensors", {key: tensor.numpy() for key, tensor in (state | up | copy).items()})  # fmt: skip
+    arguments = [
+        "lora_to_shira",
+        str(lora),
+        "--base",
+        str(base),
+        "-o",
+        str(tmp_path / "out.st"),
+        "--exclude",
+        "up_",
+    ]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out, by --include and --exclude: layers.0.up_proj.weight" in lines
+    assert "left out, equal to the base's: layers.0.norm.weight" in lines
+    assert main([*arguments, "--json", "--force"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == {
+        "equal to the base's": ["layers.0.norm.weight"], "by --include and --exclude": ["layers.0.up_proj.weight"]
+    }  # fmt: skip
+
+
+def test_tied_and_renamed_names_of_a_fine_tune_are_in_the_summary(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = np.full((16, 16), 0.5, np.float32)
+    up = np.ones((16, 16), np.float32)
+    tuned = save_arrays(
+        tmp_path / "tuned" / "model.safetensors",
+        {f"_orig_mod.model.{WEIGHT}": half, "_orig_mod.model.layers.0.up_proj.weight": up, "_orig_mod.model.head.weight": half},
+    )  # fmt: skip
+    arguments = ["full_to_shira", "--tuned", str(tuned), "--base", str(base), "-o", str(tmp_path / "out.st")]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert f"left out, tied to model.{WEIGHT}: model.head.weight" in out
+    assert "note: names: " in out and "'model.'" in out
+    assert "without the words of wrappers" in out

@@ -16,7 +16,7 @@ from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named
 from shira_format.convert.effect import refuse_lost
-from shira_format.convert.inputs import ConversionInputs
+from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
@@ -95,7 +95,7 @@ def peft_to_shira(
     path = None if out is None else Path(out)
     if path is not None:
         check_not_input(path, job.files)
-    report = ConversionReport(notices=list(job.notices))
+    report = ConversionReport(notices=list(job.notices), left_out=job.left_out)
     given = rounded_first = 0
     on_start(len(source.updates))
     with ExitStack() as stack:
@@ -220,12 +220,15 @@ class _Reader:
         whole = dict(self._replacement(name, key, tensors, rename(name)) for name, key in keys.plain.items())
         if not any(chosen(name) for name in [*whole, *(layer.name for layer in layers)]):
             raise SourceError(f"{self.path}: no tensor is left by the choice of names")
+        not_chosen = [name for name in [*(layer.name for layer in layers), *whole] if not chosen(name)]
+        left_out = {"equal to the base's": list(keys.own_base.values()), NOT_CHOSEN: not_chosen}
         return Lora(
             updates=[layer for layer in layers if chosen(layer.name)],
             whole={name: array for name, array in whole.items() if chosen(name)},
             source=self._source(),
             base_model=self._base_model(),
             files=[self.path, self.config_path],
+            left_out={reason: names for reason, names in left_out.items() if names},
             notices=unwrapping_notices(tensors) + rename.notices("the adapter") + self._notices(keys),
         )
 
