@@ -76,7 +76,7 @@ def output_folder(text: str = "The folder to write.") -> Callable[[_F], _F]:
 
 
 def force_option(text: str) -> Callable[[_F], _F]:
-    """``--force``, with what it replaces."""
+    """``--force``: write it anyway; with what it replaces."""
     return click.option("--force", is_flag=True, help=text)
 
 
@@ -86,7 +86,12 @@ def values_option(verb: str, default: str) -> Callable[[_F], _F]:
     return click.option("--values", type=click.Choice(["delta", "target"]), default=default, help=text)
 
 
-allow_unused_option = click.option("--allow-unused", is_flag=True, help="Convert a folder although it has weight files that are not used.")  # fmt: skip
+force_adapter_option = force_option(
+    "Write FILE anyway: replace it if it exists, and write an adapter that changes the base by less than a thousandth of "
+    "what its source asks for."
+)
+
+allow_unused_option = click.option("--allow-unused", is_flag=True, help="Go on although the source has weights that are not used, such as other weight files in its folder; they are named in a note.")  # fmt: skip
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Compute and report everything, write nothing.")
 

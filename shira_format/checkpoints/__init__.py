@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from shira_format.checkpoints.base import Checkpoint
+from shira_format.checkpoints.beside import not_read, weight_files_beside
 from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.errors import SourceError
 from shira_format.storage.paths import resolve_path
@@ -47,6 +48,7 @@ def open_checkpoint(path: str | os.PathLike[str] | Checkpoint, *, wrapped: bool 
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if (checkpoint := try_layouts(path)) is not None:
+        checkpoint.notices += not_read(path, weight_files_beside(path, checkpoint.files))
         return checkpoint if wrapped else unwrapped(checkpoint)
     raise SourceError(f"{path}: not a checkpoint of a supported layout: a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, an .index.json of shards, a folder with one of these, a diffusers pipeline, or a distributed checkpoint")  # fmt: skip
 

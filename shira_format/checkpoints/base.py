@@ -24,12 +24,14 @@ class Checkpoint(Mapping[str, Array]):
         path: the path that was opened.
         files: the files that hold the tensors.
         components: of a pipeline, whose tensors are all named ``COMPONENT/NAME``; else empty.
+        unused: entries of the files with tensors that are not read, other than those of an optimizer and the like.
         notices: remarks for the user, such as that a quantised file was dequantised.
     """
 
     path: Path
     files: list[Path]
     components: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     @abstractmethod

@@ -32,6 +32,10 @@ class DcpCheckpoint(IndexedCheckpoint[Sharded]):
         metadata = Metadata(path / NAME)
         keys, notices = _model(metadata)
         self.notices = tuple(notices)
+        read = set(keys.values())
+        self.unused = tuple(
+            key for key in metadata.tensors if key not in read and not _is_of_training(key, metadata)
+        )
         self._where = {name: metadata.tensor(key) for name, key in keys.items()}
         # A checkpoint of thousands of ranks has more files than a process may open, and too many chunks to cache all.
         self._storage = functools.lru_cache(64)(functools.partial(_open_file, path))
@@ -132,6 +136,10 @@ def _model(metadata: Metadata) -> tuple[dict[str, str], list[str]]:
     if metadata.others:
         notices.append(f"left out, not tensors: {_some(metadata.others)}")
     return names, notices
+
+
+def _is_of_training(key: str, metadata: Metadata) -> bool:
+    return bool(set(map(str, metadata.paths.get(key, (key,)))) & set(_OPTIMIZERS))
 
 
 def _some(names: Sequence[str]) -> str:

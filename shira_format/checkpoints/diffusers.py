@@ -40,6 +40,7 @@ class PipelineCheckpoint(Checkpoint):
         """Args: ``copies`` is for each of ``parts`` the name of a single file with its weights."""
         self.path = folder
         self.components = tuple(parts)
+        self.unused = tuple(f"{name}/{entry}" for name, part in parts.items() for entry in part.unused)
         self.files = [file for part in parts.values() for file in part.files]
         self.notices = (
             *notices,
@@ -165,8 +166,6 @@ def _open(folder: Path, component: _Component, notices: list[str]) -> Checkpoint
             variants = ", ".join(sorted([usual.variant, *usual.others]))
             raise SourceError(f"{folder}: several variants ({variants}) and no plain weights; keep one")
         notices.append(f"{folder.name}: the variant {usual.variant} is read; there are no plain weights")
-    elif usual is not None and usual.others:
-        notices.append(f"{folder.name}: the plain weights are read, not the variant {', '.join(usual.others)}")
     path = folder if usual is None else folder / usual.name
     if (found := try_layouts(path)) is not None:
         return found

@@ -158,17 +158,6 @@ def merged_weight_map(path: Path, opened: Mapping[str, Iterable[str]]) -> dict[s
     return found
 
 
-def unread(folder: Path, read: Iterable[Path], endings: tuple[str, ...], ignored: tuple[str, ...] = ()) -> tuple[str, ...]:  # fmt: skip
-    """A notice of the weight files in ``folder`` that are not in ``read``; arguments as of :func:`find`."""
-    used = {path.name for path in read}
-    rest = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name.endswith(endings) and path.name not in used and not path.name.startswith(ignored)
-    )
-    return (f"{folder.name}: not read: {some(rest)}",) if rest else ()
-
-
 def some(names: Sequence[str]) -> str:
     """The first few names, and how many there are."""
     text = ", ".join(names[:_NAMED])

@@ -21,6 +21,7 @@ class RenamedCheckpoint(Checkpoint):
         self.path = base.path
         self.files = base.files
         self.components = base.components
+        self.unused = base.unused
         self.notices = base.notices
 
     def __getitem__(self, name: str) -> Array:

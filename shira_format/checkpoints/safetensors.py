@@ -17,7 +17,6 @@ from shira_format.checkpoints.index import (
     merged_weight_map,
     read_weight_map,
     shards_of,
-    unread,
 )
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.storage.weight_files import is_index
@@ -73,10 +72,7 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint | None:
     """Open ``path`` if it is, or holds, a safetensors checkpoint."""
     if path.is_dir():
         found = find(path, _USUAL, _INDEX, (_FILE,))
-        checkpoint = None if found is None else open_safetensors(found)
-        if checkpoint is not None:
-            checkpoint.notices = unread(path, checkpoint.files, (_FILE,))
-        return checkpoint
+        return None if found is None else open_safetensors(found)
     if path.suffix == ".json" and is_index(path.name, _FILE):
         weight_map = read_weight_map(path)
         return SafetensorsCheckpoint(path, listed_files(path, weight_map), weight_map)

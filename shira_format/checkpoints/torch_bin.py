@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array, read_only
 from shira_format.checkpoints.base import IndexedCheckpoint
+from shira_format.checkpoints.beside import TRAINING
 from shira_format.checkpoints.index import (
     check_weight_map,
     find,
@@ -17,7 +19,6 @@ from shira_format.checkpoints.index import (
     merged_weight_map,
     read_weight_map,
     shards_of,
-    unread,
 )
 from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
@@ -28,9 +29,12 @@ from shira_format.tensors import numel
 _INDEX = ".bin.index.json"
 _FILES = (".bin", ".pt", ".pth", ".ckpt")
 # File names of transformers and diffusers.
+# Entries of a trainer's state, beside the model's.
+_OF_TRAINING = re.compile(
+    r"optim|sched|scaler|rng|(^|_)(epoch|step|loops|args|config|hyper_parameters)", re.IGNORECASE
+)
+_DEEPEST = 50
 _USUAL = ("pytorch_model", "diffusion_pytorch_model")
-# Files that trainers save next to the weights.
-_IGNORED = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
 
 class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
@@ -47,6 +51,7 @@ class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
         check_weight_map(path, weight_map, names)
         self._where = {name: opened[file] for name, file in weight_map.items()}
         self.notices = tuple(found.notice for found in opened.values() if found.notice)
+        self.unused = tuple(key for found in opened.values() for key in found.unused)
 
     def __getitem__(self, name: str) -> Array:
         shape = self.shape(name)
@@ -79,6 +84,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notice = ""
+        self.unused: list[str] = []
         try:
             self._file = TorchFile(open_storage(path))
         except PickleError as error:
@@ -108,6 +114,10 @@ class _File:
         if len(inner) > 1:
             names = ", ".join(map(repr, inner))
             raise SourceError(f"{self.path}: several dicts of tensors ({names}); save only one of them")
+        self.unused = [
+            str(key) for key, value in root.items()
+            if key != inner[0] and not _OF_TRAINING.search(str(key)) and _holds_tensors(value)
+        ]  # fmt: skip
         others = ", ".join(sorted(f"{key!r}" for key in root if key != inner[0]))
         self.notice = f"{self.path.name}: the tensors under {inner[0]!r} are read" + (
             f"; left out: {others}" if others else ""
@@ -129,11 +139,8 @@ def open_torch_bin(path: Path) -> TorchBinCheckpoint | None:
         # Single files in a distributed checkpoint are the trainer's.
         if (path / ".metadata").is_file():
             return None
-        found = find(path, _USUAL, _INDEX, _FILES, _IGNORED)
-        checkpoint = None if found is None else open_torch_bin(found)
-        if checkpoint is not None:
-            checkpoint.notices += unread(path, checkpoint.files, _FILES, _IGNORED)
-        return checkpoint
+        found = find(path, _USUAL, _INDEX, _FILES, TRAINING)
+        return None if found is None else open_torch_bin(found)
     if path.name.endswith(_INDEX):
         weight_map = read_weight_map(path)
         return TorchBinCheckpoint(path, listed_files(path, weight_map), weight_map)
@@ -153,6 +160,14 @@ def _safetensors_name(file: str) -> str:
 
 def _has_tensors(found: Mapping[Any, Any]) -> bool:
     return any(type(value) is StoredTensor for value in found.values())
+
+
+def _holds_tensors(value: Any, depth: int = 0) -> bool:
+    """Whether there is a tensor anywhere in ``value``; what is nested deeper than anyone's checkpoint counts as one."""
+    if type(value) is StoredTensor or depth > _DEEPEST:
+        return getattr(value, "shape", None) not in ((), (1,))  # a number, such as a best score, is no weight
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(_holds_tensors(item, depth + 1) for item in inner)
 
 
 def _kind(value: Any) -> str:

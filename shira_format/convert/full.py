@@ -17,15 +17,16 @@ from shira_format.checkpoints.peft_model import refuse_unmerged
 from shira_format.checkpoints.quantised import refuse_quantised
 from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.convert.exact import Exact
-from shira_format.convert.inputs import ConversionInputs, DenseCopy
+from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
+from shira_format.convert.unused import check_all_used
 from shira_format.entries.changes import Change, CheckpointChange
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
 from shira_format.selection import TopK
-from shira_format.storage.paths import hub_identity
+from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import numel
 
 
@@ -38,11 +39,15 @@ class FullConversion:
     exact: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    allow_unused: bool = False
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the fine-tune, and the base if it is not open yet, and pair their tensors."""
         base = open_checkpoint(self.base) if base is None else base
         tuned = open_checkpoint(self.tuned, wrapped=self.exact)  # exact restores its very names
+        unused = check_all_used(
+            resolve_path(self.tuned), [*tuned.files, *base.files], [tuned], allow=self.allow_unused
+        )
         refuse_unmerged(tuned, base)
         refuse_unmerged(base, tuned)
         if not self.exact:
@@ -51,6 +56,8 @@ class FullConversion:
         for checkpoint in () if self.exact else (base, tuned):
             refuse_quantised(checkpoint, filter(chosen, checkpoint))
         pairs = pair(base, tuned, chosen, exact=self.exact)
+        if unchosen := [name for name in tuned if not chosen(name)]:
+            pairs.left_out[NOT_CHOSEN] = unchosen
 
         def copy(name: str, tuned_name: str) -> DenseCopy:
             kind = tuned.dtype(tuned_name), tuned.shape(tuned_name)
@@ -66,11 +73,12 @@ class FullConversion:
             removed=pairs.removed,
             structure=pairs.structure,
             unchanged=len(pairs.equal),
+            left_out=pairs.left_out,
             base_model=hub_identity(self.base),
             source={"kind": "full"} | hub_identity(self.tuned),
             files=[*base.files, *tuned.files],
             source_file=tuned.files[0] if tuned.files else None,
-            notices=_notices(pairs),
+            notices=_notices(pairs, unused),
         )
 
 
@@ -88,10 +96,12 @@ def full_to_shira(
     digests: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_unused: bool = False,
     self_contained: bool = False,
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -115,10 +125,12 @@ def full_to_shira(
             anywhere; reads ``tuned`` once more.
         include: regexes; a tensor is compared only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
+        allow_unused: likewise, of ``tuned``.
         self_contained: likewise.
         threads: likewise.
         resume: likewise.
         dask: likewise.
+        force: likewise.
         progress: likewise.
         on_start: likewise.
 
@@ -130,12 +142,17 @@ def full_to_shira(
     """
     rule = _rule(density, top_k, energy, min_change, scope, exact=exact, digests=digests)
     conversion = FullConversion(
-        os.fspath(tuned), location(base, dask), exact, include=tuple(include), exclude=tuple(exclude)
+        os.fspath(tuned),
+        location(base, dask),
+        exact,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        allow_unused=allow_unused,
     )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
         conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
-        dask=dask, progress=progress, on_start=on_start,
+        dask=dask, force=force, progress=progress, on_start=on_start,
     )  # fmt: skip
 
 
@@ -179,9 +196,9 @@ def _in_dtype(part: Array, change: Change) -> Array:
     return found
 
 
-def _notices(pairs: Pairs) -> list[str]:
+def _notices(pairs: Pairs, unused: list[str]) -> list[str]:
     base, tuned = pairs.base, pairs.tuned
-    found = [*dict.fromkeys([*base.notices, *tuned.notices]), *pairs.notices]
+    found = [*dict.fromkeys([*base.notices, *tuned.notices, *unused]), *pairs.notices]
     mixed = [p.name for p in pairs.sparse if p.weight_dtype != tuned.dtype(p.tuned_name)]
     if mixed:
         found.append(

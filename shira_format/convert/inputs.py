@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shira_format.checkpoints import Checkpoint
+from shira_format.convert.effect import Effect
 from shira_format.entries.changes import Change
 from shira_format.tensors import DenseTensor, SparseTensor
+
+NOT_CHOSEN = "by --include and --exclude"  # a reason to leave out names
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,14 @@ class DenseCopy:
     base: Checkpoint | None
 
 
+@dataclass(frozen=True)
+class DenseSum:
+    """A tensor of the base with a small addition, stored whole, and what the addition changes."""
+
+    tensor: DenseTensor
+    effect: Effect
+
+
 @dataclass
 class ConversionInputs:
     """Open inputs of a conversion.
@@ -43,6 +54,7 @@ class ConversionInputs:
         renamed: sparse tensors without entries: tensors of the base that the result has under another name.
         structure: what changes beyond entries, by name.
         unchanged: number of tensors that were compared already, and are equal.
+        left_out: names of the source that need no place in the adapter or that the user left out, by the reason.
         base_model, source: provenance.
         files: every file that is read.
         source_file: the file that errors in a change are attributed to.
@@ -51,13 +63,14 @@ class ConversionInputs:
 
     base: Checkpoint
     changes: Sequence[Change]
-    dense: Callable[[bool], Iterator[DenseTensor | DenseCopy]]
+    dense: Callable[[bool], Iterator[DenseTensor | DenseCopy | DenseSum]]
     copy: Callable[[Change], DenseCopy] | None = None
     options: Callable[[Change], dict[str, Any]] = lambda _: {}
     removed: list[str] = field(default_factory=list)
     renamed: Sequence[SparseTensor] = ()
     structure: dict[str, str] = field(default_factory=dict)
     unchanged: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     base_model: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, array_digest, file_digest
+from shira_format._core.arrays import Array, array_digest, file_digest, sum_of_squares
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named, refuse_quantised
 from shira_format.checkpoints.renamed import rearranged
-from shira_format.convert.inputs import ConversionInputs, DenseCopy
+from shira_format.convert.effect import Effect
+from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
+from shira_format.convert.unused import check_all_used, opened_files
 from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.base import Update
-from shira_format.lora.files import refuse_unused
 from shira_format.names.filters import name_filter
 from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
@@ -47,9 +48,10 @@ class LoraConversion:
             lora = filtered(
                 open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix), self.include, self.exclude
             )
-        if not self.allow_unused:
-            refuse_unused(resolve_path(self.lora), lora.files)
-        return lora_inputs(lora, base, hub_identity(self.base))
+        notices = check_all_used(
+            resolve_path(self.lora), [*lora.files, *base.files], opened_files(lora.files), allow=self.allow_unused
+        )
+        return lora_inputs(replace(lora, notices=notices + lora.notices), base, hub_identity(self.base))
 
 
 def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
@@ -81,6 +83,7 @@ def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | Non
         ],
         structure={name: f"from {base_name}" for name, base_name in source.copies.items()}
         | dict.fromkeys(source.removed, "removed"),
+        left_out=source.left_out,
         base_model=source.base_model | (base_model or {}),
         source=source.source | {"files": files},
         files=[*base.files, *source.files],
@@ -108,6 +111,7 @@ def lora_to_shira(
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -128,11 +132,13 @@ def lora_to_shira(
         prefix: what the base's names of the adapted weights start with, if several are possible.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
-        allow_unused: convert a folder that has weight files beside those that are read.
+        allow_unused: convert a source although it has weights that are not used, such as other weight files in its folder.
         self_contained: store the base's values too, so that the adapter can be undone, scaled and measured without the base.
         threads: at most this many; all cores by default.
         resume: keep finished tensors in ``OUT.partial`` until all are done, and start from those that are there.
         dask: address of a ``dask.distributed`` scheduler whose workers compute; needs ``base`` as a path.
+        force: write the adapter even if it changes the base by less than a thousandth of what was selected of the update (in norm),
+            as a whole or in some tensors.
         progress: called with the number of elements done since the last call.
         on_start: called once with the sum of all calls of ``progress``.
 
@@ -149,7 +155,7 @@ def lora_to_shira(
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
         conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
-        dask=dask, progress=progress, on_start=on_start,
+        dask=dask, force=force, progress=progress, on_start=on_start,
     )  # fmt: skip
 
 
@@ -165,12 +171,15 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     updates = [update for update in source.updates if match(update.name)]
     if not updates:
         raise SourceError(f"no adapted weight is left by --include {list(include)} --exclude {list(exclude)}")
+    names = [*(update.name for update in source.updates), *source.whole, *source.additions]
+    left_out = [name for name in names if not match(name)]
     return Lora(
         updates=updates,
         whole={name: array for name, array in source.whole.items() if match(name)},
         additions={name: array for name, array in source.additions.items() if match(name)},
         copies=source.copies, removed=source.removed,
         source=source.source, base_model=source.base_model, files=source.files, notices=source.notices,
+        left_out=source.left_out | ({NOT_CHOSEN: left_out} if left_out else {}),
     )  # fmt: skip
 
 
@@ -208,7 +217,7 @@ def _renamed(name: str, base_name: str, base: Checkpoint) -> SparseTensor:
 
 def _dense_tensors(
     source: Lora, base: Checkpoint, view: Checkpoint, *, self_contained: bool
-) -> Iterator[DenseTensor | DenseCopy]:
+) -> Iterator[DenseTensor | DenseCopy | DenseSum]:
     if twice := source.whole.keys() & source.additions.keys():
         raise SourceError(f"tensor {min(twice)!r} is both replaced and added to")
     for name, array in source.whole.items():
@@ -216,7 +225,10 @@ def _dense_tensors(
     for name, addition in source.additions.items():
         weight = view[name]
         work = working_dtype(weight.dtype)
-        yield _dense(name, weight.astype(work) + addition.astype(work), base, view, self_contained=self_contained)
+        wide, step = weight.astype(work), addition.astype(work)
+        tensor = _dense(name, wide + step, base, view, self_contained=self_contained)
+        moved = tensor.values.astype(work) - wide
+        yield DenseSum(tensor, Effect(name, sum_of_squares(step), sum_of_squares(moved)))
     for name, base_name in _untouched(source).items():
         if not is_float(base.dtype(base_name)):
             same = name in base and (base.shape(name), base.dtype(name)) == (

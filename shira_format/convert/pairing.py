@@ -11,6 +11,7 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float
 from shira_format.checkpoints import Checkpoint
+from shira_format.checkpoints.same import same_bits
 from shira_format.checkpoints.wrapped import unwrapped_names
 from shira_format.entries.changes import CheckpointChange
 from shira_format.errors import SourceError
@@ -31,6 +32,7 @@ class Pairs:
         removed: names in ``base`` that the result lacks.
         equal: names in the result of non-float tensors with the same bits in both.
         structure: what changes beyond entries, by the result's name.
+        left_out: names in ``tuned`` of tensors that are used under another name, by the reason.
         notices: what a user should know.
     """
 
@@ -41,6 +43,7 @@ class Pairs:
     removed: list[str] = field(default_factory=list)
     equal: list[str] = field(default_factory=list)
     structure: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
@@ -109,7 +112,7 @@ def _add_pair(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
     if not is_float(here) or not is_float(there):
         if not exact and (before != after or here != there):
             raise SourceError(f"{where} is {_dtype(there)}{list(after)}, the base has {_dtype(here)}{list(before)}: leave it out, or take every difference (exact)")  # fmt: skip
-        if result == origin and here == there and before == after and _same(base, origin, tuned, name):
+        if result == origin and here == there and before == after and same_bits(base, origin, tuned, name):
             pairs.equal.append(result)
             return
         pairs.whole[result] = name
@@ -146,6 +149,7 @@ def _add_new(pairs: Pairs, new: list[str], origins: dict[str, str], *, exact: bo
         twin = None if exact else _twin(tuned, name, origins)
         if twin is not None:
             pairs.notices.append(f"tensor {name!r} of the fine-tune is not in the base: it is tied to {twin!r}, and left out")  # fmt: skip
+            pairs.left_out.setdefault(f"tied to {twin}", []).append(name)
             continue
         pairs.whole[name] = name
         pairs.structure[name] = "new"
@@ -260,20 +264,10 @@ def _twin(checkpoint: Checkpoint, name: str, others: Iterable[str]) -> str | Non
         if (
             alike
             and np.array_equal(sample, _sample(checkpoint, other))
-            and _same(checkpoint, name, checkpoint, other)
+            and same_bits(checkpoint, name, checkpoint, other)
         ):
             return other
     return None
-
-
-def _same(a: Checkpoint, name: str, b: Checkpoint, other: str, step: int = 1 << 20) -> bool:
-    """Whether two tensors of one dtype and shape have the same bits."""
-    size = numel(a.shape(name))
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        if not np.array_equal(as_bytes(a.part(name, start, stop)), as_bytes(b.part(other, start, stop))):
-            return False
-    return True
 
 
 def _dtype(dtype: np.dtype[np.generic]) -> str:

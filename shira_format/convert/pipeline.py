@@ -15,8 +15,9 @@ from shira_format._core.arrays import Array, array_digest, bits_differ
 from shira_format._core.dtypes import dtype_name, upcast, working_dtype
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
+from shira_format.convert.effect import refuse_lost
 from shira_format.convert.exact import CompareStage, DifferingEntries, Exact, read_parts, tensor_digest
-from shira_format.convert.inputs import Conversion, ConversionInputs, DenseCopy
+from shira_format.convert.inputs import Conversion, ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.report import ConversionReport, TensorReport, six_digits
 from shira_format.entries.changes import Change, CheckpointChange, Entries
 from shira_format.errors import SourceError
@@ -62,6 +63,7 @@ def convert(
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -71,7 +73,7 @@ def convert(
     """
     inputs = inputs or conversion.open()
     report = ConversionReport(
-        notices=list(inputs.notices), structure=dict(inputs.structure), unchanged=inputs.unchanged,
+        notices=list(inputs.notices), structure=dict(inputs.structure), unchanged=inputs.unchanged, left_out=inputs.left_out,
         exact=isinstance(rule, Exact),
     )  # fmt: skip
     path = None if out is None else Path(out)
@@ -93,6 +95,8 @@ def convert(
         writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
         with _named(inputs.source_file):
             _write(inputs, rule, engine, workers, report, writer, self_contained=self_contained)
+            if not force:
+                refuse_lost(report.effects)
         if writer is not None:
             writer.manifest |= _provenance(conversion, inputs, rule, report)
     if path is not None:
@@ -125,7 +129,10 @@ def _write(
     for tensor in inputs.renamed:
         if writer is not None:
             writer.add(tensor)
-    for dense in (*copies, *inputs.dense(self_contained)):
+    for made in (*copies, *inputs.dense(self_contained)):
+        if isinstance(made, DenseSum):
+            report.sums.append(made.effect)
+        dense = made.tensor if isinstance(made, DenseSum) else made
         report.whole.append(dense.name)
         if isinstance(dense, DenseTensor) and dense.base_digest is None:
             report.notices.append(f"tensor {dense.name!r} is not in the base: stored whole, as a new tensor")
@@ -256,7 +263,7 @@ def sparse_target(
     Raises:
         SourceError: a target that is not finite where the base is.
     """
-    energy_stored = error = 0.0
+    energy_stored = selected = reached = error = 0.0
     moved = np.empty(entries.size, bool)
     for start in range(0, entries.size, _STEP):
         part = entries.kept(slice(start, start + _STEP))
@@ -269,8 +276,11 @@ def sparse_target(
         here = bits_differ(part.base, part.target)
         moved[start : start + _STEP] = here
         with np.errstate(invalid="ignore"):  # where both are infinite, nothing is stored
-            missed = target - base - part.values
+            steps = target - base
+            missed = steps - part.values
+        selected += _energy(part.values, slice(None))
         energy_stored += _energy(part.values, here)
+        reached += _energy(steps, here)
         error += _energy(missed, here)
     stored = entries if moved.all() else entries.kept(np.flatnonzero(moved))
     tensor = target_tensor(change.name, change.shape, stored, self_contained=self_contained, **options)
@@ -278,7 +288,7 @@ def sparse_target(
     error += max(0.0, entries.energy - energy_stored)
     report = TensorReport(
         change.name, change.shape, dtype_name(change.weight_dtype), tensor.nnz,
-        max(entries.energy, energy_stored), energy_stored, error,
+        max(entries.energy, energy_stored), energy_stored, error, selected, reached,
     )  # fmt: skip
     return tensor, report
 
@@ -298,7 +308,7 @@ def _wide(array: Array) -> Array:
     return upcast(array, np.empty(array.shape, working_dtype(array.dtype)))
 
 
-def _energy(values: Array, which: Array) -> float:
+def _energy(values: Array, which: Array | slice) -> float:
     """The sum of squares of some, in float64."""
     wide = values[which].astype(np.float64)
     return float(np.dot(wide, wide))

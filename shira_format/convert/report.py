@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from shira_format.convert.effect import Effect, lost, words
 from shira_format.tensors import Totals, density, numel
 
 LOW_ENERGY = 0.5  # below this share of the update's energy, much of the source's effect is lost
@@ -12,7 +13,19 @@ LOW_ENERGY = 0.5  # below this share of the update's energy, much of the source'
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What is kept of one weight; energies are sums of squares of the update."""
+    """What is kept of one weight; energies are sums of squares of the update.
+
+    Attributes:
+        name: the weight.
+        shape: its shape.
+        dtype: its dtype.
+        nnz: number of stored entries.
+        energy: of the whole update.
+        energy_stored: of the update at the stored entries.
+        error: of the update without what is stored.
+        energy_selected: of the update at the selected entries, stored or not.
+        energy_moved: of the differences between the stored values and the base's.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -21,6 +34,8 @@ class TensorReport:
     energy: float
     energy_stored: float
     error: float
+    energy_selected: float = 0.0
+    energy_moved: float = 0.0
 
     @property
     def numel(self) -> int:
@@ -46,6 +61,11 @@ class TensorReport:
         return math.sqrt(self.error / self.energy) if self.energy else 0.0
 
     @property
+    def effect(self) -> Effect:
+        """What was selected, and what the stored entries change."""
+        return Effect(self.name, self.energy_selected, self.energy_moved)
+
+    @property
     def notes(self) -> dict[str, float]:
         """Keys for the tensor's item in the manifest."""
         return {
@@ -68,7 +88,9 @@ class ConversionReport(Totals):
         whole: names of the tensors that are replaced as a whole.
         structure: what changes beyond entries, by name: ``"new"``, ``"removed"``, ``"rows 100 -> 104"``, ...
         unchanged: number of compared tensors that do not change.
+        left_out: names of the source that need no place in the adapter or that the user left out, by the reason.
         exact: whether every difference is stored.
+        sums: the effects of additions to tensors that are stored whole.
         notices: what a user should know.
         file_bytes: the size of the file; None if none was written.
     """
@@ -77,7 +99,9 @@ class ConversionReport(Totals):
     whole: list[str] = field(default_factory=list)
     structure: dict[str, str] = field(default_factory=dict)
     unchanged: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     exact: bool = False
+    sums: list[Effect] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     file_bytes: int | None = None
 
@@ -97,6 +121,11 @@ class ConversionReport(Totals):
         """Relative error of all updates together."""
         return self._total().relative_error
 
+    @property
+    def effects(self) -> list[Effect]:
+        """What was selected of each tensor's update, and what the stored values change."""
+        return [*(tensor.effect for tensor in self.tensors), *self.sums]
+
     def warnings(self) -> list[str]:
         """Warnings about what is lost; empty if little is."""
         if self.exact:
@@ -108,9 +137,15 @@ class ConversionReport(Totals):
                 "the adapter will do much less than its source. A higher density keeps more; so does training a "
                 "sparse adapter, instead of cutting a dense one down."
             )
-        if unchanged := [t.name for t in self.tensors if t.nnz == 0]:
+        if rounded := lost(self.effects):
+            found.append(
+                f"rounding to the base's dtype takes away the updates of {len(rounded)} of {len(self.effects)} tensors: norms of "
+                f"what is stored, and of what was selected: {words(rounded)}"
+            )
+        gone = {effect.name for effect in rounded}
+        if unchanged := [t.name for t in self.tensors if t.nnz == 0 and t.name not in gone]:
             found.append(
                 f"{len(unchanged)} of {len(self.tensors)} tensors keep no entry at all, for example {unchanged[0]!r}: "
-                "their updates are zero, or smaller than the base's dtype can show"
+                "their updates are zero, or none of their entries was selected"
             )
         return found

@@ -50,6 +50,7 @@ class Lora:
         source: provenance (dialect, rank, alpha and so on) as plain JSON values.
         base_model: ``id`` and ``revision`` of the base, as far as the LoRA states them.
         files: the files that were read.
+        left_out: keys or names that need no place in an adapter, by the reason.
         notices: what a user should know, such as renamed tensors.
     """
 
@@ -61,6 +62,7 @@ class Lora:
     source: dict[str, Any] = field(default_factory=dict)
     base_model: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 

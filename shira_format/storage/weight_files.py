@@ -22,6 +22,9 @@ _VARIANT = re.compile(
 )
 
 
+_DTYPE = re.compile(r"(?:bf|fp|f)\d+")
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The file to open, and the variants beside it.
@@ -58,6 +61,16 @@ def find_weights(names: Collection[str]) -> WeightFiles | None:
     for variant, name in variants.items():
         return WeightFiles(name, variant, tuple(other for other in variants if other != variant))
     return None
+
+
+def is_in_other_dtype(name: str) -> bool:
+    """Whether ``name`` is that of a variant, such as "fp16", that has the plain weights in another dtype."""
+    match = _VARIANT.fullmatch(name)
+    return (
+        match is not None
+        and match["stem"] in STEMS[match["ending"]]
+        and _DTYPE.fullmatch(match["variant"]) is not None
+    )
 
 
 def _variants(names: Iterable[str]) -> dict[str, str]:

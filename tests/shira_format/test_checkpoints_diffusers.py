@@ -174,7 +174,8 @@ def test_plain_weights_go_before_a_variant(plain: Path) -> None:
     save_torch({"other": torch.zeros(1)}, plain / "vae" / "diffusion_pytorch_model.non_ema.safetensors")
     checkpoint = open_checkpoint(plain)
     assert "vae/other" not in checkpoint
-    assert ("vae: the plain weights are read, not the variant fp16, non_ema",) == checkpoint.notices
+    names = (f"vae/diffusion_pytorch_model.{variant}.safetensors" for variant in ("fp16", "non_ema"))
+    assert (f"{plain.name}: not read: {', '.join(names)}",) == checkpoint.notices
 
 
 def test_plain_weights_of_pytorch_go_before_a_variant_in_safetensors(plain: Path) -> None:

@@ -126,7 +126,7 @@ def test_an_update_of_nothing(tmp_path: Path) -> None:
     assert (0, 1.0, 0.0) == (report.nnz, report.energy_kept, report.relative_error)
     expected = (
         "1 of 1 tensors keep no entry at all, for example 'wide.weight': "
-        "their updates are zero, or smaller than the base's dtype can show"
+        "their updates are zero, or none of their entries was selected"
     )
     assert [expected] == report.warnings()
     assert 0 == load(tmp_path / "a.st")["wide.weight"].nnz
@@ -137,7 +137,9 @@ def test_an_update_that_the_base_cannot_show(tmp_path: Path) -> None:
     state = load_file(base / "model.safetensors")
     save_file({n: torch.ones_like(t) for n, t in state.items()}, base / "model.safetensors")
     models.edit_weights(lora, lambda state: {n: t / 1000 for n, t in state.items()})
-    report = lora_to_shira(lora, base, tmp_path / "a.st", density=1.0)
+    with pytest.raises(SourceError, match="less than a thousandth"):
+        lora_to_shira(lora, base, tmp_path / "a.st", density=1.0)
+    report = lora_to_shira(lora, base, tmp_path / "a.st", density=1.0, force=True)
     assert (0, 0.0) == (report.nnz, report.energy_kept)
     assert 1.0 == pytest.approx(report.relative_error)
     assert 2 == len(report.warnings())

@@ -24,7 +24,7 @@ example:
 @options.output_file()
 @options.self_contained_option
 @options.filters("Convert")
-@options.force_option("Replace FILE if it exists.")
+@options.force_adapter_option
 @options.dry_run_option
 @options.printing
 def command(folder: Path, output: Path, force: bool, dry_run: bool, printer: Printer, **settings: Any) -> int:
@@ -39,7 +39,7 @@ def command(folder: Path, output: Path, force: bool, dry_run: bool, printer: Pri
     target = None if dry_run else output
     check_output_file(target, force=force)
     with printer.bar("tensors") as bar, usage_errors():
-        report = csr_to_shira(folder, target, progress=bar.update, on_start=bar.reset, **settings)
+        report = csr_to_shira(folder, target, force=force, progress=bar.update, on_start=bar.reset, **settings)
     printer.notes(report.notices)
     printer.result(lambda: csr.as_json(report, target), lambda: csr.adapter_text(report, target))
     return 0

@@ -22,6 +22,7 @@ example:
 @click.option("--exact", is_flag=True, help="Keep every entry whose bits differ, instead of the largest changes.")
 @click.option("--no-result-digests", is_flag=True, help="With --exact: do not store digests of the whole resulting tensors; faster, but a base that differs elsewhere goes unnoticed.")  # fmt: skip
 @options.filters("Convert")
+@options.allow_unused_option
 @running.work_options
 def command(
     base: str, tuned: str, exact: bool, no_result_digests: bool, scope: str | None, **settings: Any

@@ -27,7 +27,7 @@ example:
 @options.filters("Convert")
 @options.base_prefix_option
 @options.allow_unused_option
-@options.force_option("Replace FILE if it exists.")
+@options.force_adapter_option
 @options.dry_run_option
 @options.printing
 def command(adapter: str, base: str, output: Path, force: bool, dry_run: bool, printer: Printer, **settings: Any) -> int:  # fmt: skip
@@ -44,6 +44,8 @@ def command(adapter: str, base: str, output: Path, force: bool, dry_run: bool, p
     target = None if dry_run else output
     check_output_file(target, force=force)
     with printer.bar("tensors") as bar, running.usage_errors():
-        report = peft_to_shira(adapter, base, target, progress=bar.update, on_start=bar.reset, **settings)
+        report = peft_to_shira(
+            adapter, base, target, force=force, progress=bar.update, on_start=bar.reset, **settings
+        )
     running.show(report, target, printer)
     return 0

@@ -23,7 +23,7 @@ def work_options(command: Callable[..., int]) -> Callable[..., int]:
     for option in (
         options.printing,
         options.dry_run_option,
-        options.force_option("Replace FILE if it exists."),
+        options.force_adapter_option,
         click.option("--resume", is_flag=True, help="Keep finished tensors in FILE.partial until all is done, and continue from those that are there."),
         click.option("--dask", metavar="SCHEDULER", help="Run on a dask.distributed cluster, such as tcp://host:8786, whose workers reach the inputs by the same paths."),
         options.threads_option,
@@ -61,7 +61,9 @@ def convert(
     check_output_file(target, force=force)
     try:
         with printer.bar("entries", scale=True) as bar, usage_errors():
-            report = verb(*inputs, target, resume=resume, progress=bar.update, on_start=bar.reset, **settings)
+            report = verb(
+                *inputs, target, resume=resume, force=force, progress=bar.update, on_start=bar.reset, **settings
+            )
     except KeyboardInterrupt:
         if resume and target is not None:
             from shira_format.convert.resume import partial_folder
@@ -74,9 +76,10 @@ def convert(
 
 
 def show(report: ConversionReport, output: Path | None, printer: Printer) -> None:
-    """Print the report on stdout, notices and warnings on stderr."""
+    """Print the report on stdout, which has the notices; of JSON these are on stderr as well, as warnings always are."""
     from shira_analysis.reports.text import conversion
 
-    printer.notes(report.notices)
+    if printer.json:
+        printer.notes(report.notices)
     printer.result(lambda: conversion.as_json(report, output), lambda: conversion.as_text(report, output))
     printer.warnings(report.warnings())

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, array_digest
+from shira_format._core.arrays import Array, Indices, array_digest, sum_of_squares
 from shira_format._core.dtypes import dtype_name, working_dtype
 from shira_format._core.fits import check_values
 from shira_format.checkpoints import Checkpoint
 from shira_format.convert.csr.folder import Item
+from shira_format.convert.effect import Effect
 from shira_format.entries.base_check import check_frame
 from shira_format.entries.values import difference, wide
 from shira_format.errors import SourceError
@@ -40,7 +41,7 @@ class ChangedMatrix:
                     "a mask whose data are not all 1; for values set 'values' to 'delta' or 'target'"
                 )
             return SparseTensor(item.name, item.shape, self.indices, value_kind="none", dtype=item.dtype)
-        start = self._start()
+        start = self._start
         known = item.digests.get("base") if self.same_entries else None
         if start is not None:
             known = array_digest(start)
@@ -58,6 +59,16 @@ class ChangedMatrix:
         return SparseTensor(
             item.name, item.shape, self.indices, target, base=start if keep else None, base_digest=known, **self._frame(),
         )  # fmt: skip
+
+    def effect(self, tensor: SparseTensor) -> Effect | None:
+        """What the matrix asks for, and what the targets of :meth:`tensor` change; None if it stays deltas, or has targets."""
+        if self.item.values != "delta" or tensor.value_kind != "target" or self._start is None:
+            return None
+        start = wide(self._start)
+        with np.errstate(over="ignore", invalid="ignore"):  # where both are infinite, nothing moves
+            moved = wide(tensor.values) - start
+        moved[~np.isfinite(start)] = 0
+        return Effect(self.item.name, sum_of_squares(self.data), sum_of_squares(moved))
 
     def _frame(self) -> dict[str, Any]:
         """What a patch changes of the tensor beyond its entries."""
@@ -84,6 +95,7 @@ class ChangedMatrix:
             **self._frame(),
         )
 
+    @cached_property
     def _start(self) -> Array | None:
         """The base's values at the entries, if they are available."""
         item, before = self.item, self.before

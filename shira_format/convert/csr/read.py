@@ -18,6 +18,7 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.changed import ChangedMatrix, exactly
 from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
 from shira_format.convert.csr.matrix import read_matrix
+from shira_format.convert.effect import Effect, lost, refuse_lost, words
 from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import FormatError, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
@@ -66,6 +67,7 @@ def csr_to_shira(
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> FromCsrReport:
@@ -82,6 +84,8 @@ def csr_to_shira(
             has them and they are known of all entries.
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
+        force: write the adapter even if the targets of changed matrices change the base by less than a thousandth of what their
+            deltas ask for (in norm).
         progress: called with 1 after each matrix.
         on_start: called once with the number of matrices.
 
@@ -110,7 +114,14 @@ def csr_to_shira(
         if original is not None:
             stack.callback(original.streams.close)
         writer = stack.enter_context(AdapterWriter(out)) if out is not None else None
-        folder_reader.write(items, whole, writer, report, progress)
+        effects = folder_reader.write(items, whole, writer, report, progress)
+        if not force:
+            try:
+                refuse_lost(effects)
+            except SourceError as error:
+                raise SourceError(f"{source}: {error}") from None
+    if rounded := lost(effects):
+        report.notices.append(f"rounding to the base's dtype takes away the changes of {words(rounded)} (norms)")
     if out is not None:
         report.file_bytes = Path(out).stat().st_size
     deltas = [tensor for tensor in report.tensors if tensor.changed and tensor.values == "delta"]
@@ -140,9 +151,11 @@ class _Folder:
         writer: AdapterWriter | None,
         report: FromCsrReport,
         progress: Progress,
-    ) -> None:
+    ) -> list[Effect]:
+        effects = []
         for item in items:
-            tensor, changed = self._tensor(item)
+            tensor, changed, effect = self._tensor(item)
+            effects += [] if effect is None else [effect]
             report.tensors.append(
                 FromCsrTensor(
                     item.name, tensor.shape, dtype_name(tensor.dtype), tensor.nnz, tensor.value_kind, changed
@@ -158,6 +171,7 @@ class _Folder:
                 writer.add_dense(replaced, self.original.manifest.whole[name].raw)
         if writer is not None:
             writer.manifest |= self._manifest(report)
+        return effects
 
     def _notes(self, name: str, *, changed: bool) -> dict[str, Any]:
         entry = self.original.manifest.tensors.get(name) if self.original is not None else None
@@ -172,8 +186,8 @@ class _Folder:
             manifest["selection"] = {k: v for k, v in manifest["selection"].items() if k not in _ACCOUNTS}
         return manifest
 
-    def _tensor(self, item: Item) -> tuple[SparseTensor, bool]:
-        """The tensor by the rules of the package, and whether its matrix was changed."""
+    def _tensor(self, item: Item) -> tuple[SparseTensor, bool, Effect | None]:
+        """The tensor by the rules of the package, whether its matrix was changed, and what deltas become if it was."""
         path = inside(self.folder, item.file)
         before = self._before(item)
         indices, data = read_matrix(path, item.shape)
@@ -182,9 +196,10 @@ class _Folder:
         same = same_entries and array_digest(data) == item.digests.get(item.values)
         try:
             if same and before is not None and np.array_equal(indices, before.indices):
-                return self._unchanged(before), False
+                return self._unchanged(before), False, None
             changed = ChangedMatrix(item, indices, data, same_entries, before, self.base, self.self_contained)
-            return changed.tensor(), not same
+            tensor = changed.tensor()
+            return tensor, not same, changed.effect(tensor)
         except SourceError as error:
             raise SourceError(f"{path}: tensor {item.name!r}: {error}") from None
         except FormatError as error:

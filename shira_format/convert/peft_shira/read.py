@@ -15,17 +15,19 @@ from shira_format._core.arrays import Array, array_digest, sum_of_squares
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named
-from shira_format.convert.inputs import ConversionInputs
+from shira_format.convert.effect import refuse_lost
+from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.convert.pipeline import sparse_target
 from shira_format.convert.report import ConversionReport, TensorReport
+from shira_format.convert.unused import check_all_used, opened_files
 from shira_format.entries.changes import Entries, UpdateChange
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
-from shira_format.lora.files import checked, open_tensors, refuse_unused, unwrapping_notices
+from shira_format.lora.files import checked, open_tensors, unwrapping_notices
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
@@ -47,6 +49,7 @@ def peft_to_shira(
     exclude: Sequence[str] = (),
     prefix: str | None = None,
     allow_unused: bool = False,
+    force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
 ) -> ConversionReport:
@@ -65,7 +68,9 @@ def peft_to_shira(
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         prefix: what the base's names of the adapted weights start with, if several are possible.
-        allow_unused: convert a folder that has weight files beside those that are read.
+        allow_unused: see :func:`shira_format.convert.lora.lora_to_shira`.
+        force: write the adapter even if its targets change the base by less than a thousandth of what PEFT's values would (in norm),
+            as a whole or in some tensors.
         progress: called with 1 after each adapted layer.
         on_start: called once with the number of adapted layers.
 
@@ -76,19 +81,21 @@ def peft_to_shira(
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
     weights, config_path = find(resolve_path(folder))
-    if not allow_unused:
-        refuse_unused(resolve_path(folder), [weights])
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
     with quantised_named(checkpoint):
         source = _Reader(weights, config_path, kind, config, checkpoint, prefix).read(
             name_filter(include, exclude)
         )
+    notices = check_all_used(
+        resolve_path(folder), [weights, *checkpoint.files], opened_files([weights]), allow=allow_unused
+    )
+    source = replace(source, notices=notices + source.notices)
     job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
     if path is not None:
         check_not_input(path, job.files)
-    report = ConversionReport(notices=list(job.notices))
+    report = ConversionReport(notices=list(job.notices), left_out=job.left_out)
     given = rounded_first = 0
     on_start(len(source.updates))
     with ExitStack() as stack:
@@ -108,6 +115,8 @@ def peft_to_shira(
                 report.notices.append(f"tensor {whole.name!r} is not in the base: stored whole, as a new tensor")
             if writer is not None:
                 writer.add_dense(whole)
+        if not force:
+            refuse_lost(report.effects)
         if writer is not None:
             files = [{"name": file.name} for file in checkpoint.files]
             writer.manifest |= {"base_model": job.base_model | {"files": files}, "source": job.source}
@@ -159,7 +168,9 @@ def _convert_layer(
             layer.name, layer.shape, indices, stored, value_kind="delta", dtype=before.dtype,
             base=before if self_contained else None, base_digest=None if self_contained else array_digest(before),
         )  # fmt: skip
-        account = replace(account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0)
+        account = replace(
+            account, nnz=tensor.nnz, energy_stored=account.energy, error=0.0, energy_moved=account.energy_selected
+        )
     rounded_first = 0
     if layer.kind.rounds_first:
         with np.errstate(over="ignore"):
@@ -209,12 +220,15 @@ class _Reader:
         whole = dict(self._replacement(name, key, tensors, rename(name)) for name, key in keys.plain.items())
         if not any(chosen(name) for name in [*whole, *(layer.name for layer in layers)]):
             raise SourceError(f"{self.path}: no tensor is left by the choice of names")
+        not_chosen = [name for name in [*(layer.name for layer in layers), *whole] if not chosen(name)]
+        left_out = {"equal to the base's": list(keys.own_base.values()), NOT_CHOSEN: not_chosen}
         return Lora(
             updates=[layer for layer in layers if chosen(layer.name)],
             whole={name: array for name, array in whole.items() if chosen(name)},
             source=self._source(),
             base_model=self._base_model(),
             files=[self.path, self.config_path],
+            left_out={reason: names for reason, names in left_out.items() if names},
             notices=unwrapping_notices(tensors) + rename.notices("the adapter") + self._notices(keys),
         )
 

@@ -76,11 +76,13 @@ class Keys:
         layers: adapted layers.
         tokens: new rows of an embedding, by its module.
         plain: whole tensors, by their names in the model.
+        training: keys of what is used in training only.
     """
 
     layers: list[PeftLayer] = field(default_factory=list)
     tokens: dict[str, Array] = field(default_factory=dict)
     plain: dict[str, Array] = field(default_factory=dict)
+    training: list[str] = field(default_factory=list)
 
 
 def sort_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Keys:
@@ -107,7 +109,7 @@ def sort_keys(tensors: Mapping[str, Array], config: Config, path: Path) -> Keys:
         elif match := _TOKENS.fullmatch(name):
             found.tokens[match["module"]] = array
         elif name.endswith(_VELORA) and config["velora_config"]:
-            pass  # projects activations in the backward pass only
+            found.training.append(key)  # projects activations in the backward pass only
         elif _OTHER.search(plain := _WRAPPED.sub("", name)):
             raise SourceError(f"{path}: unmatched key {key!r}: not a known part of a LoRA")
         elif ".original_module." in name:

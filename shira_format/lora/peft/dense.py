@@ -25,7 +25,8 @@ class DenseReplacements:
     """Whole tensors that replace the base's, or are new to it.
 
     Attributes:
-        notices: what a user should know; complete after :meth:`found`.
+        equal: names of copies of the base's tensors; complete after :meth:`found`.
+        notices: what a user should know; likewise.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DenseReplacements:
             plain, layers, rows, names, config, where
         )  # fmt: skip
         self.base = names.base
+        self.equal: list[str] = []
         self.notices: list[str] = []
 
     def found(self) -> dict[str, Array]:
@@ -55,7 +57,10 @@ class DenseReplacements:
             target = self.names.tensor(name)
             if name in self.layers or name in self.rows:
                 self._check_own_base(name, array, target)
-            elif not self._is_copy(name, array, target):
+                self.equal.append(name)
+            elif self._is_copy(name, array, target):
+                self.equal.append(name)
+            else:
                 found[target if target in self.base else name] = self._checked(name, array, target)
         self._check_tied(found)
         return found

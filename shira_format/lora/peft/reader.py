@@ -72,6 +72,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
     replicated = replicate_layers(config, base) if config.replication else Replication()
     if config.replication:
         base = rearranged(base, replicated.copies, replicated.removed)
+    saved = [layer.module for layer in keys.layers]
     keys.layers = drop_tied_head(keys.layers, base, config, weights)
     names = BaseNames(base, keys, config.parameters, weights, prefix)
     adapted = {name for layer in keys.layers for name in names.parameters(layer)}
@@ -89,6 +90,13 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
         for module, rows in keys.tokens.items()
     ]
     additions = _additions(modules, layers, whole)
+    left_out = {
+        "equal to the base's": replacements.equal,
+        "the tied embeddings' own, repeated": [
+            m for m in saved if all(layer.module != m for layer in keys.layers)
+        ],
+        "of VeLoRA, for training only": keys.training,
+    }
     notices = names.rename.notices("the LoRA")
     if replicated.layers:
         notices.append(
@@ -98,6 +106,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
     return Lora(
         updates=updates, whole=whole, additions=additions, copies=replicated.copies, removed=replicated.removed,
         source=source_of(config), base_model=base_model_of(config), files=[weights, config_path],
+        left_out={reason: found for reason, found in left_out.items() if found},
         notices=notices + replacements.notices,
     )  # fmt: skip
 

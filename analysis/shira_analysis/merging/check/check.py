@@ -42,8 +42,10 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.peft_model import refuse_unmerged
 from shira_format.checkpoints.quantised import Quantised, any_quantised, belongs_to_quantised, find_quantised
 from shira_format.checkpoints.wrapped import unwrapped
+from shira_format.convert.unused import check_all_used
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
+from shira_format.storage.paths import resolve_path
 from shira_format.tensors import numel
 
 
@@ -60,6 +62,7 @@ def check_merge(
     merged_prefix: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_unused: bool = False,
     threads: int | None = None,
     progress: Progress = lambda _: None,
     on_start: Callable[[int], object] = lambda _: None,
@@ -74,10 +77,11 @@ def check_merge(
         strength: the expected strength of the merge (default: 1; of an adapter file, its alpha).
         layers_only: do not compare the tensors that the adapter does not change.
         dialect: of the LoRA (default: detected from its keys).
-        prefix: of the base's names, if the LoRA could be for several parts of the base.
+        prefix: of the base's names, if the LoRA or adapter could be for several parts of the base.
         merged_prefix: of the names in ``merged``, if several parts of it could be the base.
         include: regexes; a tensor is checked only if one of them is found in its name.
         exclude: regexes; a tensor is not checked if one of them is found in its name.
+        allow_unused: go on although the adapter's or the merged checkpoint's folder has weight files that are not used.
         threads: all cores by default, but at most 16.
         progress: called with the number of entries that were compared since the last call.
         on_start: called with what all calls of ``progress`` will add up to.
@@ -91,7 +95,10 @@ def check_merge(
     if update is None or (adapter is not None and lora is not None):
         raise SourceError("name what should have been merged: either adapter or lora")
     before, after = open_checkpoint(base), open_checkpoint(merged)
-    source = open_source(update, before, dialect=dialect, prefix=prefix)
+    source = open_source(update, before, dialect=dialect, prefix=prefix, allow_unused=allow_unused)
+    if not isinstance(merged, Checkpoint):
+        unused = check_all_used(resolve_path(merged), [*after.files, *before.files], [after], allow=allow_unused)
+        source.notices.extend(notice for notice in unused if notice not in after.notices)
     chosen = name_filter(include, exclude)
     check = MergeCheck(
         before,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from shira_format._core.arrays import Array
 from shira_format._core.dtypes import working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.quantised import quantised_named
+from shira_format.checkpoints.renamed import RenamedCheckpoint
+from shira_format.convert.unused import check_all_used, opened_files
 from shira_format.entries.base_check import base_values
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile
@@ -21,6 +23,7 @@ from shira_format.format.manifest import METADATA_KEY
 from shira_format.lora import open_lora
 from shira_format.lora.base import Update
 from shira_format.lora.decomposed import Decomposed
+from shira_format.names.prefixes import Renaming, match_names
 from shira_format.storage.paths import resolve_path
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import SparseTensor, matrix_shape
@@ -57,9 +60,9 @@ class AdapterUpdate:
     """A sparse tensor of an adapter as an update that is 0 except at its entries."""
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], base: Checkpoint, read: Callable[[str], SparseTensor]
+        self, name: str, shape: tuple[int, ...], base: Checkpoint, read: Callable[[], SparseTensor]
     ) -> None:
-        """Args: ``read`` returns the tensor of a name, cached."""
+        """Args: ``name`` is the weight's in the base; ``read`` returns the tensor, cached."""
         self.name, self.shape = name, shape
         self.dtype = working_dtype(base.dtype(name))
         self.columns = max(1, matrix_shape(shape)[1])
@@ -75,7 +78,7 @@ class AdapterUpdate:
 
     def exact(self, start: int, before: Array, strength: float) -> Array:
         """The expected values of the part ``before`` of the base, from flat index ``start`` on."""
-        tensor = self._read(self.name)
+        tensor = self._read()
         first, last = np.searchsorted(tensor.indices, [start, start + before.size])
         where = tensor.indices[first:last] - start
         due = before.copy()
@@ -134,11 +137,21 @@ class Source:
 
 
 def open_source(
-    path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None, prefix: str | None = None
+    path: str | os.PathLike[str],
+    base: Checkpoint,
+    *,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    allow_unused: bool = False,
 ) -> Source:
     """Open a LoRA of any dialect, or an adapter file.
 
-    ``prefix``: what the base's names of the adapted weights start with, if several are possible.
+    Args:
+        path: the file or folder.
+        base: the checkpoint that it adapts.
+        dialect: of a LoRA; detected by default.
+        prefix: what the base's names of the adapted weights start with, if several are possible.
+        allow_unused: open it although its folder has weight files that are not used.
 
     Raises:
         SourceError: neither, or it does not fit the base.
@@ -146,9 +159,12 @@ def open_source(
         BaseMismatch: an adapter was made for another base.
     """
     if dialect is None and _is_adapter(path):
-        return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base)
+        return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base, prefix)
     with quantised_named(base):
         lora = open_lora(path, base, dialect=dialect, prefix=prefix)
+    notices = check_all_used(
+        resolve_path(path), [*lora.files, *base.files], opened_files(lora.files), allow=allow_unused
+    )
     changes = [
         ExpectedChange("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates
     ]
@@ -159,7 +175,7 @@ def open_source(
     names = [*(change.update.name for change in changes), *lora.whole]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SourceError(f"{path}: tensor {min(twice)!r} is changed twice")
-    return Source(changes, lora.whole, 1.0, lora.source, list(lora.removed), list(lora.notices))
+    return Source(changes, lora.whole, 1.0, lora.source, list(lora.removed), notices + lora.notices)
 
 
 def _is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -173,9 +189,8 @@ def _is_adapter(path: str | os.PathLike[str]) -> bool:
         file.close()
 
 
-def _of_adapter(file: AdapterFile, base: Checkpoint) -> Source:
+def _of_adapter(file: AdapterFile, base: Checkpoint, prefix: str | None) -> Source:
     read = lru_cache(maxsize=1)(file.sparse)
-    changes = []
     for name, entry in file.manifest.tensors.items():
         if entry.values == "none":
             raise SourceError(f"{file.path}: tensor {name!r} is a mask, without values")
@@ -184,11 +199,43 @@ def _of_adapter(file: AdapterFile, base: Checkpoint) -> Source:
                 f"{file.path}: tensor {name!r} is renamed or resized by this patch: make the result with shira_to_full, "
                 "which checks it by its digest"
             )
+    rename = _renaming(file, base, prefix, read)
+    changes = []
+    for name, entry in file.manifest.tensors.items():
         try:
-            base_values(read(name), base)
+            base_values(read(name), _renamed(base, name, rename(name)))
         except BaseMismatch as error:
             raise BaseMismatch(f"{file.path}: {error}") from None
-        changes.append(ExpectedChange("entries", AdapterUpdate(name, entry.shape, base, read), name))
-    whole = {name: file.dense(name).values for name in file.manifest.whole}
+        update = AdapterUpdate(rename(name), entry.shape, base, partial(read, name))
+        changes.append(ExpectedChange("entries", update, rename(name)))
+    # A new tensor, which the base lacks, has its own name.
+    whole = {
+        rename(name) if rename(name) in base else name: file.dense(name).values for name in file.manifest.whole
+    }
     alpha = float(file.manifest.raw.get("alpha", 1.0))
-    return Source(changes, whole, alpha, removed=list(file.manifest.removed))
+    removed = [rename(name) for name in file.manifest.removed]
+    return Source(changes, whole, alpha, removed=removed, notices=rename.notices("the adapter"))
+
+
+def _renaming(
+    file: AdapterFile, base: Checkpoint, prefix: str | None, read: Callable[[str], SparseTensor]
+) -> Renaming:
+    """From the adapter's names to the base's; shapes and the base's values at the entries decide between several."""
+    entries = file.manifest.tensors
+
+    def fits(name: str, found: str) -> bool:
+        if base.shape(found) != entries[name].shape:
+            return False
+        try:
+            base_values(read(name), _renamed(base, name, found))
+        except BaseMismatch:
+            return False
+        return True
+
+    if not entries or (prefix is None and any(name in base for name in entries)):
+        return Renaming()  # what is missing is reported as such
+    return match_names(entries, base, file.path, fits=fits, prefix=prefix)
+
+
+def _renamed(base: Checkpoint, name: str, found: str) -> Checkpoint:
+    return base if name == found else RenamedCheckpoint(base, {name: found})

@@ -42,6 +42,7 @@ def as_json(report: ConversionReport, output: Path | None) -> dict[str, Any]:
         ],
         "whole": report.whole,
         "structure": report.structure,
+        "left_out": report.left_out,
         "notices": report.notices,
         "warnings": report.warnings(),
     }
@@ -68,5 +69,9 @@ def as_text(report: ConversionReport, output: Path | None) -> str:
     lines += [f"{printable(what)}: {some(names, noun=' tensors')}" for what, names in by_kind.items()]
     if report.unchanged:
         lines.append(f"unchanged: {report.unchanged} tensors")
+    lines += [
+        f"left out, {printable(why)}: {some(names, noun=' tensors')}" for why, names in report.left_out.items()
+    ]
+    lines += [f"note: {printable(notice)}" for notice in report.notices]
     lines.append(written(output, report.file_bytes))
     return "\n".join(lines)
