@@ -29,6 +29,7 @@ from shira_format.lora.peft.config import (
 from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
 from shira_format.lora.peft.experts import ParameterLayers
 from shira_format.lora.peft.layers import ModuleLayers
+from shira_format.lora.peft.placed import placed
 from shira_format.lora.peft.replication import Replication, replicate_layers
 from shira_format.lora.peft.tokens import row_replacement
 
@@ -88,6 +89,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
         row_replacement(module, rows, names.tensor(f"{module}.weight"), base, config, weights)
         for module, rows in keys.tokens.items()
     ]
+    updates = placed(updates, names.base, weights)
     additions = _additions(modules, layers, whole)
     notices = names.rename.notices("the LoRA")
     if replicated.layers:
