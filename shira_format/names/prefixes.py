@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from shira_format.errors import SourceError
 from shira_format.names.renaming import (
@@ -30,7 +31,7 @@ from shira_format.names.renaming import (
     leading_parts_by_name,
     numbers,
 )
-from shira_format.names.towers import same_tower, towers_in
+from shira_format.names.towers import towers_in
 
 __all__ = [
     "AmbiguousNames", "Fits", "Renaming", "Statement", "leading_parts", "leading_parts_by_name", "match_names", "numbers",
@@ -39,6 +40,7 @@ __all__ = [
 
 _MOST_SHOWN = 4  # renamings in a message
 _MOST_GROUPS = 64  # of names that change in different ways
+_MOST_WAYS = 1000  # in which one group may change
 _SAMPLE = 20  # names by which the nearest renaming is found, for messages
 
 # Whether a tensor of the base, the second name, has the shape that the adapter needs for the first.
@@ -101,7 +103,7 @@ def match_names(
     known = base if isinstance(base, Mapping | set | frozenset) else set(base)
     if prefix is None and all(name in known for name in needed):
         return Renaming()
-    search = _Search(known, prefix)
+    search = _Search(known, prefix, where)
     groups = search.groups(list(needed))
     among = ""
     if groups and prefix is not None and not any(group.is_chosen for group in groups):
@@ -227,8 +229,9 @@ def _towers(name: str) -> frozenset[str]:
 class _Search:
     """Finds renamings to the names of one base."""
 
-    def __init__(self, known: Collection[str], prefix: str | None) -> None:
-        self.known, self.prefix = known, prefix
+    def __init__(self, known: Collection[str], prefix: str | None, where: object) -> None:
+        self.known, self.prefix, self.where = known, prefix, where
+        self._known_facts: dict[str, tuple[list[str], frozenset[str]]] = {}
         # The prefixes of known names by what follows them, of two parts or more.
         self._prefixes: dict[str, list[str]] = defaultdict(list)
         for name in known:
@@ -276,7 +279,16 @@ class _Search:
         """Each renaming that finds all names, those that change least first; those that find the same are one."""
         if self.prefix is None and all(name in self.known for name in names):
             return [Renaming()]
-        found = [rename for rename in self._possible(names) if all(rename(name) in self.known for name in names)]
+        ways = (
+            rename
+            for rename in self._possible(names)
+            if len(names) == 1 or all(rename(name) in self.known for name in names)
+        )
+        found = list(islice(ways, _MOST_WAYS))
+        if next(ways, None) is not None:
+            raise AmbiguousNames(
+                f"{self.where}: {names[0]!r} and the others fit the base in more than {_MOST_WAYS} ways"
+            )
         found.sort(key=lambda r: (bool(r.old and r.new), r.old.count("."), r.new.count("."), r.new))
         # All names start with what is removed, so what one name becomes tells what all become.
         return list({rename(names[0]): rename for rename in reversed(found)}.values())[::-1]
@@ -293,9 +305,17 @@ class _Search:
                 added[""] = None
             if self.prefix and self.prefix + tail in self.known:
                 added[self.prefix] = None
-            yield from (
-                Renaming(old, new) for new in added if numbers(old) == numbers(new) and same_tower(old, new)
-            )
+            digits, towers = self._facts(old)
+            for new in added:
+                others, theirs = self._facts(new)
+                if digits == others and (not towers or not theirs or towers & theirs):
+                    yield Renaming(old, new)
+
+    def _facts(self, prefix: str) -> tuple[list[str], frozenset[str]]:
+        """The numbers in a prefix, and the towers that it names."""
+        if prefix not in self._known_facts:
+            self._known_facts[prefix] = numbers(prefix), towers_in(prefix)
+        return self._known_facts[prefix]
 
 
 def _divided(names: list[str]) -> list[list[str]]:
@@ -326,12 +346,12 @@ def _in_one_tower(groups: list[_Group]) -> list[_Group]:
     certain = {
         group.towers: added for group in groups if len(group.found) == 1 and (added := group.added(group.found[0]))
     }
-    kept = []
-    for group in groups:
+
+    def narrowed(group: _Group) -> _Group:
         wanted = certain.get(group.towers)
-        if len(group.found) > 1 and wanted is not None:
-            group = replace(
-                group, found=[r for r in group.found if group.added(r) in (frozenset(), wanted)] or group.found
-            )
-        kept.append(group)
-    return kept
+        if wanted is None:
+            return group
+        kept = [rename for rename in group.found if group.added(rename) in (frozenset(), wanted)]
+        return replace(group, found=kept or group.found)
+
+    return [narrowed(group) for group in groups]

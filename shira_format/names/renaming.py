@@ -73,6 +73,7 @@ class GroupedRenaming(Renaming):
     known: Collection[str] = field(default=(), compare=False, repr=False)
 
     def __call__(self, name: str) -> str:
+        """The new name."""
         lead = leading(name)
         for depth in range(len(lead), 0, -1):
             if rename := self.by_lead.get(lead[:depth]):
@@ -84,6 +85,7 @@ class GroupedRenaming(Renaming):
 
     @property
     def words(self) -> str:
+        """What it does, for messages."""
         found = [f"of names like {first!r} {rename.words}" for first, rename in self.groups if rename.words]
         more = (
             [] if len(found) <= _MOST_WORDS else [f"and {len(found) - _MOST_WORDS} other groups change likewise"]

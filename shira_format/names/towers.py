@@ -28,9 +28,3 @@ def tower_of_class(name: str) -> str | None:
     if name.endswith("ForCausalLM"):
         found.add("text")
     return found.pop() if len(found) == 1 else None
-
-
-def same_tower(old: str, new: str) -> bool:
-    """False if both prefixes name towers, and different ones."""
-    ours, theirs = towers_in(old), towers_in(new)
-    return not ours or not theirs or bool(ours & theirs)
