@@ -8,9 +8,9 @@ changes, adds or drops a number, nor does it turn the name of a tower (text, vis
 Where no renaming suits all names, they are divided: by tower, then by their leading parts, as little as is needed. So a
 vision-language model is found in another's names (``model.visual....`` and ``model.language_model....`` for ``visual....`` and
 ``model.layers....``), and a causal LM with its head in a wrapper of it. Names that tell no tower all go to one tower, and
-never to one that other names tell.
+never to another than text that other names tell.
 
-If several renamings are possible, shapes decide, or what the adapter states, or the user (``prefix``); the first is never
+If several renamings are possible, those that keep the name of a tower come first; then shapes decide, or what the adapter states, or the user (``prefix``); the first is never
 taken for being the first.
 """
 
@@ -58,10 +58,12 @@ class Statement:
     Attributes:
         words: what says so, for messages.
         allows: whether a tensor of the base, the second name, can be the adapter's first.
+        is_about_base: whether it contradicts a base of whose tensors it allows none; if not, it then tells nothing.
     """
 
     words: str
     allows: Fits
+    is_about_base: bool = True
 
 
 def renamings(removed: Iterable[str], added: Iterable[str]) -> Iterator[Renaming]:
@@ -183,10 +185,10 @@ def _stated(
     """The only renaming that all statements allow, with the reason; or all, if they leave several or none."""
     left, words = list(found), []
     for statement in statements:
-        allowed = [rename for rename in left if all(statement.allows(name, rename(name)) for name in needed)]
-        if len(allowed) < len(left):
-            words.append(statement.words)
-        left = allowed
+        allowed = [rename for rename in found if all(statement.allows(name, rename(name)) for name in needed)]
+        if allowed or statement.is_about_base:
+            left = [rename for rename in left if rename in allowed]
+            words += [statement.words] if len(allowed) < len(found) else []
     return [left[0].reasoned(f"{' and '.join(words)} says")] if len(left) == 1 else found
 
 
@@ -290,6 +292,9 @@ class _Search:
                 f"{self.where}: {names[0]!r} and the others fit the base in more than {_MOST_WAYS} ways"
             )
         found.sort(key=lambda r: (bool(r.old and r.new), r.old.count("."), r.new.count("."), r.new))
+        # Names that tell a tower are of this tower; they may leave it out only if nothing else is there.
+        if self.prefix is None:
+            found = [rename for rename in found if _towers(names[0]) <= _towers(rename(names[0]))] or found
         # All names start with what is removed, so what one name becomes tells what all become.
         return list({rename(names[0]): rename for rename in reversed(found)}.values())[::-1]
 
@@ -333,8 +338,11 @@ def _divided(names: list[str]) -> list[list[str]]:
 
 
 def _apart(groups: list[_Group]) -> list[_Group]:
-    """The groups without renamings of names that tell no tower into a tower that other names tell."""
-    told = frozenset().union(*(group.towers for group in groups))
+    """The groups without renamings of names that tell no tower into a tower that other names tell.
+
+    Into that of text they may: its head (``lm_head``) is named without it.
+    """
+    told = frozenset().union(*(group.towers for group in groups)) - {"text"}
     return [
         group if group.towers else replace(group, found=[r for r in group.found if not group.added(r) & told])
         for group in groups
