@@ -58,11 +58,12 @@ class FullConversion:
         pairs = pair(base, tuned, chosen, exact=self.exact)
         if unchosen := [name for name in tuned if not chosen(name)]:
             pairs.left_out[NOT_CHOSEN] = unchosen
+        view = pairs.tuned  # under the base's names, where it holds the same tensors in another form
 
         def copy(name: str, tuned_name: str) -> DenseCopy:
-            kind = tuned.dtype(tuned_name), tuned.shape(tuned_name)
+            kind = view.dtype(tuned_name), view.shape(tuned_name)
             replaces = name in base and (base.dtype(name), base.shape(name)) == kind
-            return DenseCopy(name, tuned, tuned_name, base if replaces else None)
+            return DenseCopy(name, view, tuned_name, base if replaces else None)
 
         return ConversionInputs(
             base=base,

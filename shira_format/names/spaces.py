@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from shira_format.names.models.aura_flow import aura_flow
 from shira_format.names.models.cosmos import cosmos1, cosmos2
+from shira_format.names.models.experts import experts
 from shira_format.names.models.flux import chroma, flux
 from shira_format.names.models.flux2 import flux2
 from shira_format.names.models.flux3 import flux3
@@ -51,6 +52,7 @@ TABLES: tuple[Table, ...] = (
     unet,
     open_clip,
     open_clip_inner,
+    experts,
 )
 
 
