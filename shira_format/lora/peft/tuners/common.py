@@ -151,7 +151,7 @@ class TunerLayer:
         if stored != self.turned:
             raise SourceError(
                 f"{self.where}: changes a square weight, fan_in_fan_out is {stored}, and other weights of the base contradict "
-                "that (Conv1D or Linear): how this one is stored is unknown"
+                "that (Conv1D or Linear): how this one is stored is unknown; set fan_in_fan_out to what is true of it"
             )
         return stored
 

@@ -1,11 +1,13 @@
-"""HiRA (OpenReview TwJrTz9cRS): ``delta W = W * (B @ A)``, elementwise (``peft.tuners.hira``)."""
+"""HiRA (OpenReview TwJrTz9cRS): ``delta W = W * (B @ A)``, elementwise (``peft.tuners.hira``).
+
+Ranks only show in the factors: PEFT ignores ``rank_pattern`` for convolutions.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format.errors import SourceError
 from shira_format.lora.from_base import RowChange, joint_dtype
 from shira_format.lora.peft.tuners.common import Effect, Tuner, TunerLayer
 from shira_format.lora.products import LowRank, low_rank, transposed
@@ -28,27 +30,15 @@ def _factor(layer: TunerLayer) -> LowRank:
     """``B @ A`` as the weight is stored."""
     if any(part in _EMBEDDING for part in layer.parts):
         a, b = (layer.part(part, 2) for part in _EMBEDDING)
-        _check_rank(layer, a, b)
         return low_rank(layer.name, layer.shape, a.T, b.T, 1.0, layer.where)
     a, b = (layer.part(part, len(layer.shape)) for part in ("hira_A", "hira_B"))
-    _check_rank(layer, a, b)
     if a.ndim == 2 and layer.is_transposed(b.shape[0], a.shape[1]):
         return transposed(low_rank(layer.name, layer.shape[::-1], b, a, 1.0, layer.where), layer.shape)
     return low_rank(layer.name, layer.shape, b, a, 1.0, layer.where)
 
 
-def _check_rank(layer: TunerLayer, a: Array, b: Array) -> None:
-    rank = round(layer.options.by_pattern("rank_pattern", layer.module, layer.options.size("r")))
-    if a.shape[0] != rank or b.shape[1] != rank:
-        raise SourceError(
-            f"{layer.where} should have rank {rank} by {layer.options.path.name}, A has shape {list(a.shape)} and B "
-            f"{list(b.shape)}"
-        )
-
-
 TUNER = Tuner(
     parts=("hira_A", "hira_B", *_EMBEDDING),
     effect=_effect,
-    options=frozenset(("r", "rank_pattern")),
-    harmless=frozenset(("init_weights", "hira_dropout")),
+    harmless=frozenset(("init_weights", "hira_dropout", "r", "rank_pattern")),
 )
