@@ -129,7 +129,9 @@ def number_in(array: Array, key: str, path: Path) -> float:
     return float(array.reshape(()).astype(np.float64))
 
 
-_FLAT = re.compile(r"(?P<prefix>(?:lora_(?:unet|transformer|te[123]?)|lycoris)_)(?P<module>[^.]+)(?P<rest>\..+)")
+_FLAT = re.compile(
+    r"(?P<prefix>(?:lora_(?:unet|transformer|te[123]?)|oft_unet|lycoris)_)(?P<module>[^.]+)(?P<rest>\..+)"
+)
 _FLAT_WORD = re.compile(rf"(?:(?<=_)|\A)(?:{'|'.join(CERTAIN)})_")
 # A part of PEFT's with the name of an adapter in it.
 _NAMED = re.compile(

@@ -21,8 +21,11 @@ from shira_format.errors import SourceError
 from shira_format.lora import from_base
 from shira_format.lora.cayley import cayley, cayley_neumann, skew_symmetric
 from shira_format.lora.from_base import StoredBlocks, input_map, output_map
+from shira_format.lora.gathered import GatheredRows
 from shira_format.lora.glora import glora
 from shira_format.lora.rotations import rotation
+from shira_format.lora.row_stack import stack_rows
+from shira_format.names.row_blocks import RowBlock
 from tests import models
 from tests.updates import dense
 
@@ -243,3 +246,44 @@ def test_glora_that_does_not_fit(change: dict[str, Any], message: str, tmp_path:
     made = {key: value for key, value in (parts | change).items() if value is not None}
     with pytest.raises(SourceError, match=message):
         glora(made, "w", (8, 3), base_of(tmp_path, np.ones((8, 3))), "f")
+
+
+def test_a_module_that_the_base_holds_in_parts(tmp_path: Path) -> None:
+    """Of three weights, one is rows of a larger one, and another has its halves exchanged."""
+    rng = np.random.default_rng(7)
+    weight = rng.standard_normal((12, 3, 2)).astype(np.float32)
+    large = np.concatenate([np.zeros((2, 3, 2)), weight[4:8]]).astype(np.float32)
+    arrays = {"a": weight[:4], "large": large, "c": np.concatenate([weight[10:], weight[8:10]])}
+    base = open_checkpoint(models.save_arrays(tmp_path / "parts.safetensors", arrays))
+    blocks = [
+        RowBlock("c", 0, ((10, 12), (8, 10))), RowBlock("a", 0, ((0, 4),)), RowBlock("large", 2, ((4, 8),)),
+    ]  # fmt: skip
+    gathered = GatheredRows(base, "w", blocks, "f")
+    np.testing.assert_array_equal(gathered["w"], weight)
+    assert (list(gathered), len(gathered), gathered.shape("w")) == (["w"], 1, weight.shape)
+    for start, stop in ((0, 72), (5, 61), (30, 31), (23, 25)):
+        np.testing.assert_array_equal(gathered.part("w", start, stop), weight.reshape(-1)[start:stop])
+    with pytest.raises(KeyError):
+        gathered.dtype("a")
+    parts = {"oft_blocks": rng.standard_normal((3, 4, 4))}
+    wanted = dense(rotation(parts, "w", weight.shape, base_of(tmp_path, weight), "f"))
+    update = rotation(parts, "w", weight.shape, gathered, "f")
+    for block in blocks:
+        found = dense(stack_rows(block.name, base.shape(block.name), [(block, update)], "f"), 3)
+        np.testing.assert_allclose(found[block.start : block.start + block.height], block.take(wanted), rtol=1e-12)
+        assert not found[: block.start].any()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([RowBlock("a", 0, ((0, 4),)), RowBlock("b", 0, ((4, 8),))], "differ in columns or dtype"),
+        ([RowBlock("a", 0, ((0, 4),)), RowBlock("c", 0, ((5, 9),))], "all rows of the module once"),
+        ([RowBlock("a", 0, ((0, 4),)), RowBlock("c", 0, ((3, 7),))], "all rows of the module once"),
+    ],
+)
+def test_rows_that_are_no_module(blocks: list[RowBlock], message: str, tmp_path: Path) -> None:
+    arrays = {"a": np.ones((4, 3)), "b": np.ones((4, 2)), "c": np.ones((4, 3))}
+    base = open_checkpoint(models.save_arrays(tmp_path / "parts.safetensors", arrays))
+    with pytest.raises(SourceError, match=message):
+        GatheredRows(base, "w", blocks, "f: 'm'")

@@ -23,14 +23,22 @@ def _effect(layer: TunerLayer) -> Effect:
         raise layer.misfit(f"{raw.shape[0]} inputs")
     directions = _directions(raw, layer)
     dtype = joint_dtype(layer.base, layer.name, common_dtype(raw))
-    vectors = np.ascontiguousarray(directions.T.astype(dtype))  # [r, in]
+    first, second = directions.astype(dtype), (_inner(directions) @ directions.T).astype(dtype)
 
     def change(rows: Array, _: int, out: Array) -> None:
-        out[...] = 0
-        for vector in vectors:
-            out -= 2 * np.outer(rows @ vector + out @ vector, vector)
+        np.matmul(rows @ first, second, out=out)
 
     return Effect(RowChange(layer.name, layer.shape, layer.base, columns, dtype, change))
+
+
+def _inner(directions: Array) -> Array:
+    """``-T``, ``[r, r]``, for which the product of the reflections is ``I - U T U^T`` (compact WY, SIAM J. Sci. Stat. Comput. 10:1)."""
+    rank = directions.shape[1]
+    found = np.zeros((rank, rank))
+    for i in range(rank):
+        found[i, i] = -2
+        found[:i, i] = -2 * found[:i, :i] @ (directions[:, :i].T @ directions[:, i])
+    return found
 
 
 def _directions(raw: Array, layer: TunerLayer) -> Array:
