@@ -302,10 +302,11 @@ def zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(shape)
 
 
-OFT = {"oft_block_size": 4, "peft_version": "0.21.0"}
+OFT = {"oft_block_size": 4, "use_cayley_neumann": False, "peft_version": "0.21.0"}
 REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "old OFT": ("OFT", {"oft_R.weight": zeros(3, 6)}, {"r": 3}, "PEFT before 0.14"),
     "old series": ("OFT", {"oft_R.weight": zeros(3, 6)}, OFT | {"use_cayley_neumann": True, "peft_version": None}, "before 0.18"),
+    "which series": ("OFT", {"oft_R.weight": zeros(3, 6)}, {"oft_block_size": 4}, "use_cayley_neumann is not set"),
     "no triangles": ("OFT", {"oft_R.weight": zeros(3, 5)}, OFT, "no triangles"),
     "oft inputs": ("OFT", {"oft_R.weight": zeros(2, 6)}, OFT, "2 blocks of 4 inputs"),
     "shared": ("OFT", {"oft_R.weight": zeros(3, 6)}, OFT | {"block_share": True}, "3 shared blocks"),
@@ -549,6 +550,8 @@ def test_other_prefixes_are_matched_as_for_loras(tmp_path: Path) -> None:
     assert found.keys() == {"vision.encoder.0.weight", "vision.encoder.1.weight"}
     np.testing.assert_array_equal(found["vision.encoder.1.weight"], np.full((8, 12), 2.0))
     assert any("vision." in notice for notice in lora.notices)
+    save_file(towers | {f"text.encoder.{i}.weight": torch.ones(4, 12) for i in range(2)}, written.base)
+    assert {update.name for update in written.open().updates} == found.keys()  # the other has other shapes
 
 
 def test_a_bf16_base_and_adapter(tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ def _check(options: Options) -> None:
             f"{options.path}: OFT of PEFT before 0.14 (there is no oft_block_size) had other rules, and PEFT no longer reads it: "
             "merge it with the version that wrote it and convert the full checkpoint (full_to_shira)"
         )
+    if "use_cayley_neumann" not in options.raw:
+        raise SourceError(
+            f"{options.path}: use_cayley_neumann is not set, and versions of PEFT differ in what that means: set it to false if the "
+            "adapter was trained by PEFT before 0.18 or with it false"
+        )
     if options.flag("use_cayley_neumann") and (options.version is None or options.version < (0, 18)):
         raise SourceError(
             f"{options.path}: use_cayley_neumann of PEFT before 0.18 had another series: merge it with the version that wrote it "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shira_format.lora.peft.config import HARMLESS, PREFIX, Config, Scales, base
 from shira_format.lora.peft.dense import DenseReplacements
 from shira_format.lora.peft.tuners import REFUSED, TUNERS, tuner
 from shira_format.lora.peft.tuners.common import Effect, Options, Tuner, TunerLayer
+from shira_format.names.prefixes import AmbiguousNames, match_names
 
 # Options of all kinds of adapters.
 _COMMON = frozenset(
@@ -61,11 +63,12 @@ def read_tuner(
     _check_options(found, options)
     config = _config(options)
     layers, shared, plain = _sort(found, kind, weights, base)
-    keys = Keys(layers=[_Named(module) for module in layers])
-    names = BaseNames(base, keys, [], weights, prefix)
-    turned = _holds_turned(base)
+    adapter = _Adapter(weights, options, shared, base, turned=_holds_turned(base))
+    names = _names(found, adapter, layers, prefix)
     effects = {
-        module: found.effect(_layer(module, parts, shared, names, options, weights, turned=turned))
+        module: found.effect(
+            adapter.layer(module, parts, names.tensor(f"{module}.weight"), names.tensor(f"{module}.bias"))
+        )
         for module, parts in layers.items()
     }
     adapted = {f"{module}.weight" for module in layers}
@@ -172,28 +175,66 @@ def _split(key: str, parts: tuple[str, ...]) -> tuple[str | None, str]:
     return None, ""
 
 
-def _layer(
-    module: str, parts: Mapping[str, Array], shared: Mapping[str, Array], names: BaseNames, options: Options,
-    weights: Path, *, turned: bool,
-) -> TunerLayer:  # fmt: skip
-    name = names.tensor(f"{module}.weight")
-    where = f"{weights}: {module!r}"
-    if name not in names.base:
-        raise SourceError(
-            f"{where}: its weight is no tensor of the base (experts of one parameter are not supported)"
+@dataclass(frozen=True)
+class _Adapter:
+    """What all layers have in common."""
+
+    weights: Path
+    options: Options
+    shared: Mapping[str, Array]
+    base: Checkpoint
+    turned: bool
+
+    def layer(self, module: str, parts: Mapping[str, Array], weight: str, bias: str) -> TunerLayer:
+        """A layer, given the names of its weight and its bias in the base.
+
+        Raises:
+            SourceError: the base does not have the weight.
+        """
+        where = f"{self.weights}: {module!r}"
+        if weight not in self.base:
+            raise SourceError(
+                f"{where}: its weight is no tensor of the base (experts of one parameter are not supported)"
+            )
+        return TunerLayer(
+            where,
+            module,
+            parts,
+            self.shared,
+            weight,
+            self.base.shape(weight),
+            bias,
+            self.base,
+            self.options,
+            self.turned,
         )
-    return TunerLayer(
-        where,
-        module,
-        parts,
-        shared,
-        name,
-        names.base.shape(name),
-        names.tensor(f"{module}.bias"),
-        names.base,
-        options,
-        turned,
-    )
+
+
+def _names(
+    kind: Tuner, adapter: _Adapter, layers: Mapping[str, Mapping[str, Array]], prefix: str | None
+) -> BaseNames:
+    """The base's names; where several would be possible, those that all layers fit.
+
+    Raises:
+        SourceError: there are none, or several.
+    """
+    keys = Keys(layers=[_Named(module) for module in layers])
+    try:
+        return BaseNames(adapter.base, keys, [], adapter.weights, prefix)
+    except AmbiguousNames:
+        if prefix is not None:
+            raise
+
+    def fits(name: str, found: str) -> bool:
+        module = name.removesuffix(".weight")
+        try:
+            kind.effect(adapter.layer(module, layers[module], found, f"{found.removesuffix('weight')}bias"))
+        except SourceError:
+            return False
+        return True
+
+    rename = match_names([f"{module}.weight" for module in layers], adapter.base, adapter.weights, fits=fits)
+    return BaseNames(adapter.base, keys, [], adapter.weights, rename.new)
 
 
 def _holds_turned(base: Checkpoint) -> bool:
