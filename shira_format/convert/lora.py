@@ -163,20 +163,23 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     """The part of ``source`` whose tensor names match.
 
     Raises:
-        SourceError: a bad regex, or no update is left.
+        SourceError: a bad regex, or nothing is left.
     """
     if source.updates and not include and not exclude:
         return source
     match = name_filter(include, exclude)
     updates = [update for update in source.updates if match(update.name)]
-    if not updates:
+    whole = {name: array for name, array in source.whole.items() if match(name)}
+    additions = {name: array for name, array in source.additions.items() if match(name)}
+    # A LoRA has updates; adapters of norms or biases alone have none, and are whole.
+    if not updates and (source.updates or not (whole or additions)):
         raise SourceError(f"no adapted weight is left by --include {list(include)} --exclude {list(exclude)}")
     names = [*(update.name for update in source.updates), *source.whole, *source.additions]
     left_out = [name for name in names if not match(name)]
     return Lora(
         updates=updates,
-        whole={name: array for name, array in source.whole.items() if match(name)},
-        additions={name: array for name, array in source.additions.items() if match(name)},
+        whole=whole,
+        additions=additions,
         copies=source.copies, removed=source.removed,
         source=source.source, base_model=source.base_model, files=source.files, notices=source.notices,
         left_out=source.left_out | ({NOT_CHOSEN: left_out} if left_out else {}),

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, scratch
-from shira_format._core.dtypes import upcast, working_dtype
+from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.lora.base import Update
+from shira_format.lora.from_base import joint_dtype, read_rows
 from shira_format.tensors import numel
 
 _TILE = 1 << 18  # elements at a time for the norms of columns
@@ -54,7 +54,7 @@ class Decomposed:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.result_type(self.update.dtype, working_dtype(self.base.dtype(self.name)))
+        return joint_dtype(self.base, self.name, self.update.dtype)
 
     @property
     def columns(self) -> int:
@@ -73,10 +73,8 @@ class Decomposed:
     def _sum(self, start: int, stop: int, out: Array) -> Array:
         """Fill ``out`` with rows of ``W + U``; returns those of ``W``, in a buffer of this thread."""
         self.update.tile(start, stop, out)
-        first, size = (self.first_row + start) * self.columns, out.size
-        raw = scratch("decomposed base", size, self.base.dtype(self.name))
-        part = self.base.part(self.name, first, first + size, raw)
-        weight = upcast(part, scratch("decomposed wide", size, out.dtype)).reshape(out.shape)
+        first, last = self.first_row + start, self.first_row + stop
+        weight = read_rows(self.base, self.name, self.columns, first, last, out.dtype)
         out += weight
         return weight
 

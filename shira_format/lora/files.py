@@ -129,12 +129,19 @@ def number_in(array: Array, key: str, path: Path) -> float:
     return float(array.reshape(()).astype(np.float64))
 
 
-_FLAT = re.compile(r"(?P<prefix>(?:lora_(?:unet|transformer|te[123]?)|lycoris)_)(?P<module>[^.]+)(?P<rest>\..+)")
+_FLAT = re.compile(
+    r"(?P<prefix>(?:lora_(?:unet|transformer|te[123]?)|oft_unet|lycoris)_)(?P<module>[^.]+)(?P<rest>\..+)"
+)
 _FLAT_WORD = re.compile(rf"(?:(?<=_)|\A)(?:{'|'.join(CERTAIN)})_")
 # A part of PEFT's with the name of an adapter in it.
 _NAMED = re.compile(
     r"\.(?:lora_[AB]\.([^.]+)(?=\.(?:weight|bias)\Z)|lora_magnitude_vector\.(?!weight\Z)([^.]+)(?=\.weight\Z|\Z)"
-    r"|(?:lora_embedding_[AB]|trainable_tokens_delta|shira_(?:indices|weight)|supertuning_(?:indices|values))\.([^.]+)\Z)"
+    r"|(?:lora_embedding_[AB]|trainable_tokens_delta|shira_(?:indices|weight)|supertuning_(?:indices|values))\.([^.]+)\Z"
+    # Those of its other tuners.
+    r"|(?:oft_R|oft_embedding_R|gralora_[AB]_general)\.([^.]+)(?=\.weight\Z)|ln_tuning_layers\.([^.]+)(?=\.(?:weight|bias)\Z)"
+    r"|lora_[ABE]\.(?!(?:weight|bias)\Z)([^.]+)\Z|(?:boft_[Rs]|hra_u|road_(?:theta|alpha)|ia3_l|beft_bias|hada_(?:w[12]_[ab]|t[12])"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|hira_(?:embedding_)?[AB]|delora_(?:[AB]|lambda|w_norm)|gralora_[AB]|vera_(?:lambda_[bd]|[AB])"
+    r"|vblora_(?:logits_[AB](?:_topk_(?:indices|weights))?|vector_bank)|miss_block|c3a_kernel|fourierft_spectrum)\.([^.]+)\Z)"
 )
 _BARE = re.compile(r"\.lora_[AB]\.weight\Z")
 _SAVED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)\Z")

@@ -458,7 +458,7 @@ def test_a_base_without_the_tensor(net: Saved) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"peft_type": "IA3"}, "not a LoRA (peft_type is 'IA3')"),
+        ({"peft_type": "SOMETHING"}, "not a LoRA (peft_type is 'SOMETHING')"),
         ({"peft_type": None}, "not a LoRA (peft_type is None)"),
         ({"r": 0}, "r and lora_alpha must be numbers, r a positive integer"),
         ({"r": 4.0}, "r and lora_alpha must be numbers, r a positive integer"),

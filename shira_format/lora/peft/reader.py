@@ -13,7 +13,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.base import Lora, Update
-from shira_format.lora.files import open_tensors, read_tensors
+from shira_format.lora.files import open_tensors, read_json, read_tensors
 from shira_format.lora.keys import parse_key
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.config import (
@@ -33,6 +33,7 @@ from shira_format.lora.peft.placed import placed
 from shira_format.lora.peft.replication import Replication, replicate_layers
 from shira_format.lora.peft.stated import statements
 from shira_format.lora.peft.tokens import row_replacement
+from shira_format.lora.peft.tuners.reader import read_tuner
 
 
 class Peft:
@@ -69,6 +70,8 @@ def _find(path: Path) -> tuple[Path, Path] | None:
 
 def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
     """The LoRA in a pair of files; see :func:`shira_format.lora.open_lora`."""
+    if (raw := read_json(config_path)).get("peft_type") != "LORA":
+        return read_tuner(raw, weights, config_path, base, prefix)
     config = read_config(config_path)
     keys = sort_keys(read_tensors(weights, base)[0], config, weights)
     replicated = replicate_layers(config, base) if config.replication else Replication()
