@@ -10,6 +10,7 @@ from shira_format.names.models.flux import chroma, flux
 from shira_format.names.models.flux2 import flux2
 from shira_format.names.models.flux3 import flux3
 from shira_format.names.models.hunyuan_video import hunyuan_video, hunyuan_video_comfy
+from shira_format.names.models.ideogram import ideogram4
 from shira_format.names.models.krea import krea2
 from shira_format.names.models.ltx import ltx, ltx2
 from shira_format.names.models.mochi import mochi
@@ -41,6 +42,7 @@ TABLES: tuple[Table, ...] = (
     lumina2,
     qwen_image_2,
     krea2,
+    ideogram4,
     ltx,
     ltx2,
     *cosmos1,

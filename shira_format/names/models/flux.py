@@ -77,12 +77,23 @@ _NEITHER = (
     "txt_in.individual_token_refiner.blocks.0.self_attn_qkv.weight",
     "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight",
 )  # fmt: skip
-_OUR_BLOCKS = ("single_transformer_blocks.0.proj_mlp.weight", "transformer_blocks.0.ff_context.net.0.proj.weight")
-# HunyuanVideo, SD 3, AuraFlow and others of diffusers with blocks of these names.
-_OUR_OTHERS = (
-    "context_embedder.proj_in.weight", "pos_embed.proj.weight", "time_embed.timestep_embedder.linear_1.weight",
-    "context_embedder_norm.weight", "x_embedder.proj.weight",
+_OUR_BLOCKS = (
+    "single_transformer_blocks.0.proj_mlp.weight", "single_transformer_blocks.0.attn.to_q.weight",
+    "transformer_blocks.0.attn.add_q_proj.weight",
 )  # fmt: skip
+# Other models of diffusers with blocks of these names.
+_OUR_OTHERS = (
+    "context_embedder.proj_in.weight",  # HunyuanVideo
+    "pos_embed.proj.weight",  # SD 3 and AuraFlow
+    "transformer_blocks.0.img_mod.1.weight",  # Qwen-Image
+    "transformer_blocks.0.ff.linear_in.weight",  # FLUX.2
+    "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight",
+    "single_transformer_blocks.0.ff.linear_in.weight",  # FLUX.3
+    "single_transformer_blocks.0.ff.linear_1.weight",  # AuraFlow
+    "time_embed.timestep_embedder.linear_1.weight",  # Bria, LongCat
+    "context_embedder_norm.weight",  # Ovis
+    "x_embedder.proj.weight",
+)
 
 flux = Model(
     (*FLUX_BLOCKS, _FLUX_ENDS),

@@ -15,7 +15,9 @@ from shira_format.names.models.tables import Marks, ShapeOf, whole
 from shira_format.names.row_blocks import Location
 
 _THEIRS = Marks(("input_blocks.0.0.weight", "middle_block.0.in_layers.2.weight"))
-_OURS = Marks(("down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"))
+_OURS = Marks(
+    ("down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"), ("transformer_in.norm.weight",)
+)
 
 _ENDS = {
     "conv_in": "input_blocks.0.0",
