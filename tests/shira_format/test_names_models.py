@@ -15,10 +15,13 @@ import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as lora
 from diffusers.loaders import single_file_utils as single_file
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shira_format.names.models.cosmos import cosmos1, cosmos2
 from shira_format.names.models.hunyuan_video import hunyuan_video, hunyuan_video_comfy
-from shira_format.names.models.tables import Model, through, whole
+from shira_format.names.models.locations import through, whole
+from shira_format.names.models.tables import Model
 from shira_format.names.row_blocks import Location, RowBlock
 from shira_format.names.spaces import TABLES, other_names
 from tests.diffusion import open_clip_state, text_config, unet
@@ -278,6 +281,9 @@ def test_both_ways_as_diffusers_converts(name: str) -> None:
 
     theirs = {key: location.shape for key, location in located.items()}
     back = table_of(theirs)(theirs, theirs.__getitem__)
+    # A name that both spaces have is of the same tensor: it can be looked up without knowing its space.
+    for key in ours.keys() & theirs.keys():
+        assert located[key] == back[key] == whole(key, ours[key])
     assert back.keys() == {key for key in ours if not re.fullmatch(case.left_out, key)}
     claimed_once(back, theirs, r"(?!)")
     for key, location in back.items():
@@ -369,14 +375,17 @@ def test_models_with_similar_names_are_told_apart(cls: str) -> None:
     assert other_names(shapes, shapes.__getitem__) == {}
 
 
-def test_told_apart_from_the_names_alone() -> None:
-    """Each name that a table gives for a model is found in the same place whatever else other tables find."""
-    for case in CASES.values():
-        ours = shapes_of(case)
-        found = [table(ours, ours.__getitem__) for table in TABLES]
-        for one in found:
-            for other in found:
-                assert all(one[name] == other[name] for name in one.keys() & other.keys())
+@pytest.mark.parametrize("name", CASES)
+def test_a_name_has_one_place_even_without_its_dots(name: str) -> None:
+    """Whichever tables find it, and as kohya writes it, with "_" for each "."."""
+    ours = shapes_of(CASES[name])
+    located = other_spaces(CASES[name], ours)
+    for shapes in (ours, {key: location.shape for key, location in located.items()}):
+        places: dict[str, Location] = {}
+        own = {key: whole(key, shape) for key, shape in shapes.items()}
+        for found in (own, *(table(shapes, shapes.__getitem__) for table in TABLES)):
+            for key, location in found.items():
+                assert places.setdefault(key.replace(".", "_"), location) == location, key
 
 
 MODULES = {
@@ -521,6 +530,33 @@ def test_other_models_are_refused_without_a_look_at_their_tensors() -> None:
         raise AssertionError(name)
 
     assert other_names(names, shape) == {}
+
+
+@given(st.data())
+def test_any_shapes(data: st.DataObject) -> None:
+    """Files come from strangers: whatever shapes the known names have, rows that are found exist, and fill the tensor."""
+    shapes = {
+        name: tuple(data.draw(st.lists(st.integers(0, 6), max_size=3)))
+        for name in data.draw(st.sampled_from([FLUX_NAMES, DIFFUSERS_NAMES]))
+    }
+    for location in other_names(shapes, shapes.__getitem__).values():
+        rows = [row for block in location.blocks for start, stop in block.rows for row in range(start, stop)]
+        assert sorted(rows) == list(range(location.shape[0]))
+        for block in location.blocks:
+            assert 0 <= block.start <= block.start + block.height <= shapes[block.name][0]
+            assert shapes[block.name][1:] == location.shape[1:]
+
+
+FLUX_NAMES = [
+    *(f"{module}.{kind}" for module in ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1") for kind in ("weight", "bias")),
+    "layers.0.attention.qkv.weight", "joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.context_block.adaLN_modulation.1.weight",
+]  # fmt: skip
+DIFFUSERS_NAMES = [
+    *(f"single_transformer_blocks.0.{module}.{kind}" for module in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp") for kind in ("weight", "bias")),
+    "norm_out.linear.weight", "norm_out.linear.bias", "transformer_blocks.0.norm1_context.linear.weight",
+    "transformer_blocks.0.attn.add_q_proj.weight", "layers.0.attention.to_q.weight", "layers.0.attention.to_k.weight",
+    "layers.0.attention.to_v.weight",
+]  # fmt: skip
 
 
 def test_a_lone_number_is_no_tensor_with_rows() -> None:
