@@ -17,6 +17,7 @@ from diffusers.loaders import lora_conversion_utils as lora
 from diffusers.loaders import single_file_utils as single_file
 from hypothesis import given
 from hypothesis import strategies as st
+from lycoris.utils import convert_diffusers_name_to_compvis
 
 from shira_format.names.models.cosmos import cosmos1, cosmos2
 from shira_format.names.models.hunyuan_video import hunyuan_video, hunyuan_video_comfy
@@ -234,7 +235,7 @@ def narrow(shapes: Shapes) -> State:
 def assembled(location: Location, state: State) -> torch.Tensor:
     """The tensor that is at ``location`` in a checkpoint."""
     columns = state[location.blocks[0].name].shape[1:]
-    whole_tensor = torch.full((location.shape[0], *columns), -1)
+    whole_tensor = torch.full((location.shape[0], *columns), -1, dtype=state[location.blocks[0].name].dtype)
     for block in location.blocks:
         at = block.start
         for start, stop in block.rows:
@@ -301,54 +302,70 @@ def other_spaces(case: Case, ours: Shapes) -> dict[str, Location]:
 
 # diffusers' conversions of LoRAs, the prefix that they expect, and the modules that they know. Those of final modulations are
 # not asked: diffusers leaves the halves of FLUX.2's where they are, and swaps HunyuanVideo's in both factors.
-LORAS: dict[str, tuple[Callable[[State], State], str, str]] = {
-    "Wan, image to video": (
-        lora._convert_non_diffusers_wan_lora_to_diffusers, "diffusion_model.",
+LORAS: dict[str, tuple[str, Callable[[State], State], str, str]] = {
+    "Wan": (
+        "Wan, image to video", lora._convert_non_diffusers_wan_lora_to_diffusers, "diffusion_model.",
         r"blocks.*_attn\.(?:[qkvo]|[kv]_img)$|blocks.*ffn|time_|text_|head\.head",
     ),
-    "HunyuanVideo": (lora._convert_hunyuan_video_lora_to_diffusers, "diffusion_model.", r"(?!txt_in)(?!final_layer\.adaLN)"),
-    "Lumina 2": (
-        lora._convert_non_diffusers_lumina2_lora_to_diffusers, "diffusion_model.", r"layers|noise_refiner|context_refiner",
+    "Wan, of musubi-tuner": (
+        "Wan, image to video", lora._convert_musubi_wan_lora_to_diffusers, "lora_unet_",
+        r"blocks.*_attn\.(?:[qkvo]|[kv]_img)$|blocks.*ffn",
     ),
-    "FLUX.2": (lora._convert_non_diffusers_flux2_lora_to_diffusers, "diffusion_model.", r"(?!final_layer\.adaLN)"),
-    "FLUX.3": (lora._convert_non_diffusers_flux3_lora_to_diffusers, "diffusion_model.", r".*_blocks"),
-    "Krea 2": (lora._convert_non_diffusers_krea2_lora_to_diffusers, "diffusion_model.", r".*"),
-    "LTX-2": (lora._convert_non_diffusers_ltx2_lora_to_diffusers, "diffusion_model.", r".*"),
-    "Cosmos Predict 2": (lora._convert_non_diffusers_anima_lora_to_diffusers, "diffusion_model.", r".*"),
-    "Ideogram 4": (lora._convert_non_diffusers_ideogram4_lora_to_diffusers, "diffusion_model.", r".*"),
+    "HunyuanVideo": (
+        "HunyuanVideo", lora._convert_hunyuan_video_lora_to_diffusers, "diffusion_model.", r"(?!txt_in)(?!final_layer\.adaLN)",
+    ),
+    "Lumina 2": (
+        "Lumina 2", lora._convert_non_diffusers_lumina2_lora_to_diffusers, "diffusion_model.",
+        r"layers|noise_refiner|context_refiner",
+    ),
+    "FLUX.1, of kohya": ("FLUX.1 dev", lora._convert_kohya_flux_lora_to_diffusers, "lora_unet_", r".*"),
+    "FLUX.2": ("FLUX.2", lora._convert_non_diffusers_flux2_lora_to_diffusers, "diffusion_model.", r"(?!final_layer\.adaLN)"),
+    "FLUX.2, of kohya": (
+        "FLUX.2", lora._convert_kohya_flux2_lora_to_diffusers, "lora_unet_", r".*_blocks|img_in|txt_in|time_in|final_layer.linear",
+    ),
+    "FLUX.3": ("FLUX.3", lora._convert_non_diffusers_flux3_lora_to_diffusers, "diffusion_model.", r".*_blocks"),
+    "Krea 2": ("Krea 2", lora._convert_non_diffusers_krea2_lora_to_diffusers, "diffusion_model.", r".*"),
+    "LTX-2": ("LTX-2", lora._convert_non_diffusers_ltx2_lora_to_diffusers, "diffusion_model.", r".*"),
+    "Anima": ("Cosmos Predict 2", lora._convert_non_diffusers_anima_lora_to_diffusers, "diffusion_model.", r".*"),
+    "Ideogram 4": ("", lora._convert_non_diffusers_ideogram4_lora_to_diffusers, "diffusion_model.", r".*"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LORAS)
 def test_loras_as_diffusers_converts(name: str) -> None:
-    convert, prefix, wanted = LORAS[name]
-    ours = shapes_of(CASES[name]) if name in CASES else IDEOGRAM
-    case = CASES.get(name)
-    located = table_of(ours)(ours, ours.__getitem__) if case is None else other_spaces(case, ours)
+    model, convert, prefix, wanted = LORAS[name]
+    ours = shapes_of(CASES[model]) if model else IDEOGRAM
+    located = other_spaces(CASES[model], ours) if model else table_of(ours)(ours, ours.__getitem__)
     theirs = {key: location.shape for key, location in located.items()}
     modules = [
         key.removesuffix(".weight")
         for key, shape in theirs.items()
         if key.endswith(".weight") and len(shape) == 2 and re.match(wanted, key.removesuffix(".weight"))
     ]
-    factors: State = {}
+    state: State = {}
+    downs: State = {}
+    ups: State = {}
     for number, module in enumerate(modules):
-        rows = theirs[f"{module}.weight"][0]
-        factors[f"{module}.lora_A.weight"] = torch.full((1, 2), number)
-        factors[f"{module}.lora_B.weight"] = torch.arange(rows).reshape(-1, 1) + 1_000_000 * number
-    converted = convert({f"{prefix}{key}": tensor for key, tensor in factors.items()})
-    assert converted
+        weight = f"{module}.weight"
+        downs[weight] = torch.full((1, 2), float(number))
+        ups[weight] = torch.arange(theirs[weight][0], dtype=torch.float32).reshape(-1, 1) + 100_000 * number
+        if prefix == "lora_unet_":
+            key = f"{prefix}{module.replace('.', '_')}"
+            state |= {f"{key}.lora_down.weight": downs[weight], f"{key}.lora_up.weight": ups[weight]}
+            state[f"{key}.alpha"] = torch.tensor(1.0)
+        else:
+            key = f"{prefix}{module}"
+            state |= {f"{key}.lora_A.weight": downs[weight], f"{key}.lora_B.weight": ups[weight]}
+    converted = convert(state)
     back = table_of(theirs)(theirs, theirs.__getitem__)
+    seen = set()
     for key, tensor in converted.items():
         module, _, factor = key.removeprefix("transformer.").removesuffix(".weight").rpartition(".")
         location = back[f"{module}.weight"]
         (block,) = location.blocks
-        source = block.name.removesuffix(".weight")
-        if factor == "lora_A":
-            assert torch.equal(tensor, factors[f"{source}.lora_A.weight"])
-        else:
-            ups = {f"{name}.weight": factors[f"{name}.lora_B.weight"] for name in modules}
-            assert torch.equal(assembled(location, ups), tensor)
+        seen.add(block.name)
+        assert torch.equal(tensor, downs[block.name] if factor == "lora_A" else assembled(location, ups))
+    assert seen == {f"{module}.weight" for module in modules}
 
 
 IDEOGRAM: Shapes = {
@@ -475,9 +492,30 @@ def test_three_name_spaces_of_hunyuan_video() -> None:
             assert len({block.name for block in location.blocks}) == len(location.blocks)
 
 
-@pytest.mark.parametrize("xl", [False, True])
-def test_unet(xl: bool) -> None:
-    model = unet(xl=xl)
+def small_unet(**options: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2, **options
+    )
+
+
+UNETS: dict[str, Callable[[], Any]] = {
+    "SD 1.5": lambda: unet(xl=False),
+    "SDXL": lambda: unet(xl=True),
+    "one layer a block": lambda: small_unet(
+        layers_per_block=1, block_out_channels=(4, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+    "three layers a block": lambda: small_unet(
+        layers_per_block=3, block_out_channels=(4, 8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_unet(kind: str) -> None:
+    model = UNETS[kind]()
     state = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = other_names(shapes, shapes.__getitem__)
@@ -497,6 +535,16 @@ def test_unet(xl: bool) -> None:
         name.replace("add_embedding", "class_embedding") for name in state if name.startswith("add_embedding")
     }
     assert all(torch.equal(sgm[back[name].blocks[0].name], tensor) for name, tensor in state.items())
+
+
+def test_lycoris_agrees_on_sdxl() -> None:
+    """LyCORIS has a table of SDXL, without what is added to the time and the last norm."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in unet(xl=True).state_dict().items()}
+    for name, location in other_names(shapes, shapes.__getitem__).items():
+        ours = location.blocks[0].name
+        if ours.endswith(".weight") and not ours.startswith(("add_embedding", "conv_norm_out")):
+            flat = [f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}" for key in (ours, name)]
+            assert convert_diffusers_name_to_compvis(flat[0]) == flat[1]
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
