@@ -428,6 +428,14 @@ def test_rows_of_flux() -> None:
     assert not any("single_blocks" in name for name in found)
 
 
+def test_the_next_hunyuan_models_have_no_table() -> None:
+    """They have HunyuanVideo's blocks; diffusers converts no single file of theirs."""
+    shapes = {"double_blocks.0.img_attn_qkv.weight": (9, 3), "byt5_in.fc1.weight": (4, 3)}
+    assert other_names(shapes, shapes.__getitem__) == {}
+    del shapes["byt5_in.fc1.weight"]
+    assert "transformer_blocks.0.attn.to_k.weight" in other_names(shapes, shapes.__getitem__)
+
+
 def test_grouped_keys_and_values() -> None:
     """Of a Z-Image with fewer heads of keys than of queries."""
     shapes = {"layers.0.attention.qkv.weight": (8, 4), "layers.0.adaLN_modulation.0.weight": (16, 4)}
@@ -460,6 +468,9 @@ def test_parts_that_are_not_all_there_are_no_fused_weight() -> None:
         "single_transformer_blocks.0.proj_out.weight": (3, 15),
     }
     assert other_names(shapes, shapes.__getitem__).keys() == {"single_blocks.0.linear2.weight"}
+    assert not other_names(shapes | {"norm_out.linear.weight": (5, 3)}, lambda name: (5, 3)).keys() & {
+        "final_layer.adaLN_modulation.1.weight"  # no halves
+    }
     shapes["single_transformer_blocks.0.attn.to_v.weight"] = (3, 2)
     assert "single_blocks.0.linear1.weight" not in other_names(shapes, shapes.__getitem__)
 

@@ -92,7 +92,6 @@ _OUR_OTHERS = (
     "single_transformer_blocks.0.ff.linear_1.weight",  # AuraFlow
     "time_embed.timestep_embedder.linear_1.weight",  # Bria, LongCat
     "context_embedder_norm.weight",  # Ovis
-    "x_embedder.proj.weight",
 )
 
 flux = Model(
