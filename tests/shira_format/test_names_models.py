@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from lycoris.utils import convert_diffusers_name_to_compvis
 
 from shira_format.names.models.cosmos import cosmos1, cosmos2
-from shira_format.names.models.hunyuan_video import hunyuan_video, hunyuan_video_comfy
+from shira_format.names.models.flux import FLUX_NORMS
+from shira_format.names.models.hunyuan_video import hunyuan_video
 from shira_format.names.models.locations import through, whole
 from shira_format.names.models.tables import Model
 from shira_format.names.row_blocks import Location, RowBlock
@@ -480,11 +481,9 @@ def test_three_name_spaces_of_hunyuan_video() -> None:
     state = narrow(ours)
     found = other_names(ours, ours.__getitem__)
     spaces = {"diffusers": state}
-    for space, model in (
-        ("authors", hunyuan_video),
-        ("ComfyUI", replace(hunyuan_video_comfy, ours=hunyuan_video.ours)),
-    ):
-        located = replace(model, spellings=())(ours, ours.__getitem__)
+    comfy = tuple(block for block in hunyuan_video.spellings if block not in FLUX_NORMS)
+    for space, blocks in (("authors", hunyuan_video.blocks), ("ComfyUI", comfy)):
+        located = replace(hunyuan_video, blocks=blocks, spellings=())(ours, ours.__getitem__)
         claimed_once(located, ours, r"(?!)")
         assert located.items() <= {**found, **{name: whole(name, shape) for name, shape in ours.items()}}.items()
         spaces[space] = {name: assembled(location, state) for name, location in located.items()}
@@ -496,11 +495,30 @@ def test_three_name_spaces_of_hunyuan_video() -> None:
         }
         others = other_names(shapes, shapes.__getitem__)
         expected = {name: tensor for one in spaces.values() for name, tensor in one.items() if name not in tensors}
-        assert others.keys() == expected.keys()
-        for name, location in others.items():
-            assert torch.equal(assembled(location, tensors), expected[name])
+        assert expected.keys() <= others.keys()
+        assert all(name.endswith("_norm.weight") for name in others.keys() - expected.keys())
+        for name, tensor in expected.items():
+            location = others[name]
+            assert torch.equal(assembled(location, tensors), tensor)
             # Of the two names of one tensor, rows are not cut where they need not be.
             assert len({block.name for block in location.blocks}) == len(location.blocks)
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "Chroma", "FLUX.2"])
+def test_norms_of_flux_with_weights_or_scales(name: str) -> None:
+    ours = shapes_of(CASES[name])
+    state = narrow(ours)
+    scales = {key: assembled(location, state) for key, location in table_of(ours)(ours, ours.__getitem__).items()}
+    weights = {
+        re.sub(r"(query|key)_norm\.scale", r"\1_norm.weight", key): tensor for key, tensor in scales.items()
+    }
+    assert scales.keys() != weights.keys()
+    found = other_names(ours, ours.__getitem__)
+    shapes = {key: found[key].shape if key in found else ours[key] for key in weights}
+    others = other_names(shapes, shapes.__getitem__)
+    for key, tensor in (state | scales).items():
+        if key not in weights:
+            assert torch.equal(assembled(others[key], weights), tensor)
 
 
 def small_unet(**options: Any) -> Any:

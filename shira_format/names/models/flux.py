@@ -41,6 +41,15 @@ _SINGLE = Block(
     {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
 )
 FLUX_BLOCKS = (_DOUBLE, _SINGLE)
+# ComfyUI of today calls the scales of norms weights.
+FLUX_NORMS = tuple(
+    Block(
+        block.theirs,
+        block.ours,
+        tensors={f"{theirs.removesuffix('scale')}weight": ours for theirs, ours in block.tensors.items()},
+    )
+    for block in FLUX_BLOCKS
+)
 
 _ENDS = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
 
@@ -98,6 +107,7 @@ flux = Model(
     (*FLUX_BLOCKS, _FLUX_ENDS),
     Marks(_THEIR_BLOCKS, (*_NEITHER, _CHROMA_MARK)),
     Marks(_OUR_BLOCKS, (*_OUR_OTHERS, _CHROMA_MARK)),
+    FLUX_NORMS,
 )
 chroma = Model(
     (*FLUX_BLOCKS, _CHROMA_GUIDANCE, _CHROMA_NORMS, _CHROMA_ENDS),
@@ -105,4 +115,5 @@ chroma = Model(
         (_CHROMA_MARK,), ("transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_q.weight")
     ),
     Marks((_CHROMA_MARK,), _THEIR_BLOCKS),
+    FLUX_NORMS,
 )

@@ -145,7 +145,8 @@ class Model:
     Attributes:
         blocks: its tensors.
         theirs, ours: how the authors' and diffusers' tensors are told from those of other models.
-        spellings: tables from a third name space to the tensors of diffusers: names that some trainers give.
+        spellings: its tensors in further name spaces, of some trainers and of ComfyUI, as ``blocks``. A checkpoint may have
+            these names too.
     """
 
     blocks: tuple[Block, ...]
@@ -155,29 +156,22 @@ class Model:
 
     def __call__(self, names: Collection[str], shape: ShapeOf) -> dict[str, Location]:
         """See :data:`shira_format.names.spaces.Table`."""
+        blocks = self.blocks + self.spellings
         if self.theirs.fit(names):
-            found = dict(_split(_rules_of(self.blocks, names, ours=False), names, shape))
-        elif self.ours.fit(names):
-            found = dict(_joined(_rules_of(self.blocks, names, ours=True), names, shape))
-        else:
-            return {}
-        if self.spellings:
-            found |= self._spelled(names, shape, found)
-        return found
+            found = dict(_split(_rules_of(blocks, names, ours=False), names, shape))
+            return found | self._spelled(names, shape, found) if self.spellings else found
+        if self.ours.fit(names):
+            return dict(_joined(_rules_of(blocks, names, ours=True), names, shape))
+        return {}
 
-    def _spelled(
-        self, names: Collection[str], shape: ShapeOf, found: Mapping[str, Location]
-    ) -> dict[str, Location]:
-        """The tensors of the third name space, by those of diffusers that are in the checkpoint or were found in it."""
-        hub = dict(found)
-        for name in names:
-            if shape(name):
-                hub.setdefault(name, whole(name, shape(name)))
-        named = _rules_of(self.spellings, hub, ours=True)
+    def _spelled(self, names: Collection[str], shape: ShapeOf, found: dict[str, Location]) -> dict[str, Location]:
+        """What a checkpoint with one of the spellings has in the others, by way of the tensors of diffusers in it."""
+        hub = {name: whole(name, shape(name)) for name in names if shape(name)} | found
+        rules = _rules_of(self.blocks + self.spellings, hub, ours=True)
         return {
             name: through(location, hub)
-            for name, location in _joined(named, hub, lambda name: hub[name].shape)
-            if name not in found
+            for name, location in _joined(rules, hub, lambda name: hub[name].shape)
+            if name not in names and name not in found
         }
 
 
