@@ -10,7 +10,8 @@ from shira_format.names.models.experts import experts
 from shira_format.names.models.flux import chroma, flux
 from shira_format.names.models.flux2 import flux2
 from shira_format.names.models.flux3 import flux3
-from shira_format.names.models.hunyuan_video import hunyuan_video, hunyuan_video_comfy
+from shira_format.names.models.hunyuan_video import hunyuan_video
+from shira_format.names.models.ideogram import ideogram4
 from shira_format.names.models.krea import krea2
 from shira_format.names.models.ltx import ltx, ltx2
 from shira_format.names.models.mochi import mochi
@@ -37,11 +38,11 @@ TABLES: tuple[Table, ...] = (
     wan,
     wan_animate2,
     hunyuan_video,
-    hunyuan_video_comfy,
     z_image,
     lumina2,
     qwen_image_2,
     krea2,
+    ideogram4,
     ltx,
     ltx2,
     *cosmos1,

@@ -13,11 +13,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils as lora
 from diffusers.loaders import single_file_utils as single_file
+from hypothesis import given
+from hypothesis import strategies as st
+from lycoris.utils import convert_diffusers_name_to_compvis
 
 from shira_format.names.models.cosmos import cosmos1, cosmos2
-from shira_format.names.models.hunyuan_video import hunyuan_video, hunyuan_video_comfy
-from shira_format.names.models.tables import Model, through, whole
+from shira_format.names.models.flux import FLUX_NORMS
+from shira_format.names.models.hunyuan_video import hunyuan_video
+from shira_format.names.models.locations import through, whole
+from shira_format.names.models.tables import Model
 from shira_format.names.row_blocks import Location, RowBlock
 from shira_format.names.spaces import TABLES, other_names
 from tests.diffusion import open_clip_state, text_config, unet
@@ -230,7 +236,7 @@ def narrow(shapes: Shapes) -> State:
 def assembled(location: Location, state: State) -> torch.Tensor:
     """The tensor that is at ``location`` in a checkpoint."""
     columns = state[location.blocks[0].name].shape[1:]
-    whole_tensor = torch.full((location.shape[0], *columns), -1)
+    whole_tensor = torch.full((location.shape[0], *columns), -1, dtype=state[location.blocks[0].name].dtype)
     for block in location.blocks:
         at = block.start
         for start, stop in block.rows:
@@ -277,6 +283,9 @@ def test_both_ways_as_diffusers_converts(name: str) -> None:
 
     theirs = {key: location.shape for key, location in located.items()}
     back = table_of(theirs)(theirs, theirs.__getitem__)
+    # A name that both spaces have is of the same tensor: it can be looked up without knowing its space.
+    for key in ours.keys() & theirs.keys():
+        assert located[key] == back[key] == whole(key, ours[key])
     assert back.keys() == {key for key in ours if not re.fullmatch(case.left_out, key)}
     claimed_once(back, theirs, r"(?!)")
     for key, location in back.items():
@@ -292,14 +301,109 @@ def other_spaces(case: Case, ours: Shapes) -> dict[str, Location]:
     return table_of(ours)(ours, ours.__getitem__)
 
 
-def test_told_apart_from_the_names_alone() -> None:
-    """Each name that a table gives for a model is found in the same place whatever else other tables find."""
-    for case in CASES.values():
-        ours = shapes_of(case)
-        found = [table(ours, ours.__getitem__) for table in TABLES]
-        for one in found:
-            for other in found:
-                assert all(one[name] == other[name] for name in one.keys() & other.keys())
+# diffusers' conversions of LoRAs, the prefix that they expect, and the modules that they know. Those of final modulations are
+# not asked: diffusers leaves the halves of FLUX.2's where they are, and swaps HunyuanVideo's in both factors.
+LORAS: dict[str, tuple[str, Callable[[State], State], str, str]] = {
+    "Wan": (
+        "Wan, image to video", lora._convert_non_diffusers_wan_lora_to_diffusers, "diffusion_model.",
+        r"blocks.*_attn\.(?:[qkvo]|[kv]_img)$|blocks.*ffn|time_|text_|head\.head",
+    ),
+    "Wan, of musubi-tuner": (
+        "Wan, image to video", lora._convert_musubi_wan_lora_to_diffusers, "lora_unet_",
+        r"blocks.*_attn\.(?:[qkvo]|[kv]_img)$|blocks.*ffn",
+    ),
+    "HunyuanVideo": (
+        "HunyuanVideo", lora._convert_hunyuan_video_lora_to_diffusers, "diffusion_model.", r"(?!txt_in)(?!final_layer\.adaLN)",
+    ),
+    "Lumina 2": (
+        "Lumina 2", lora._convert_non_diffusers_lumina2_lora_to_diffusers, "diffusion_model.",
+        r"layers|noise_refiner|context_refiner",
+    ),
+    "FLUX.1, of kohya": ("FLUX.1 dev", lora._convert_kohya_flux_lora_to_diffusers, "lora_unet_", r".*"),
+    "FLUX.2": ("FLUX.2", lora._convert_non_diffusers_flux2_lora_to_diffusers, "diffusion_model.", r"(?!final_layer\.adaLN)"),
+    "FLUX.2, of kohya": (
+        "FLUX.2", lora._convert_kohya_flux2_lora_to_diffusers, "lora_unet_", r".*_blocks|img_in|txt_in|time_in|final_layer.linear",
+    ),
+    "FLUX.3": ("FLUX.3", lora._convert_non_diffusers_flux3_lora_to_diffusers, "diffusion_model.", r".*_blocks"),
+    "Krea 2": ("Krea 2", lora._convert_non_diffusers_krea2_lora_to_diffusers, "diffusion_model.", r".*"),
+    "LTX-2": ("LTX-2", lora._convert_non_diffusers_ltx2_lora_to_diffusers, "diffusion_model.", r".*"),
+    "Anima": ("Cosmos Predict 2", lora._convert_non_diffusers_anima_lora_to_diffusers, "diffusion_model.", r".*"),
+    "Ideogram 4": ("", lora._convert_non_diffusers_ideogram4_lora_to_diffusers, "diffusion_model.", r".*"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_loras_as_diffusers_converts(name: str) -> None:
+    model, convert, prefix, wanted = LORAS[name]
+    ours = shapes_of(CASES[model]) if model else IDEOGRAM
+    located = other_spaces(CASES[model], ours) if model else table_of(ours)(ours, ours.__getitem__)
+    theirs = {key: location.shape for key, location in located.items()}
+    modules = [
+        key.removesuffix(".weight")
+        for key, shape in theirs.items()
+        if key.endswith(".weight") and len(shape) == 2 and re.match(wanted, key.removesuffix(".weight"))
+    ]
+    state: State = {}
+    downs: State = {}
+    ups: State = {}
+    for number, module in enumerate(modules):
+        weight = f"{module}.weight"
+        downs[weight] = torch.full((1, 2), float(number))
+        ups[weight] = torch.arange(theirs[weight][0], dtype=torch.float32).reshape(-1, 1) + 100_000 * number
+        if prefix == "lora_unet_":
+            key = f"{prefix}{module.replace('.', '_')}"
+            state |= {f"{key}.lora_down.weight": downs[weight], f"{key}.lora_up.weight": ups[weight]}
+            state[f"{key}.alpha"] = torch.tensor(1.0)
+        else:
+            key = f"{prefix}{module}"
+            state |= {f"{key}.lora_A.weight": downs[weight], f"{key}.lora_B.weight": ups[weight]}
+    converted = convert(state)
+    back = table_of(theirs)(theirs, theirs.__getitem__)
+    seen = set()
+    for key, tensor in converted.items():
+        module, _, factor = key.removeprefix("transformer.").removesuffix(".weight").rpartition(".")
+        location = back[f"{module}.weight"]
+        (block,) = location.blocks
+        seen.add(block.name)
+        assert torch.equal(tensor, downs[block.name] if factor == "lora_A" else assembled(location, ups))
+    assert seen == {f"{module}.weight" for module in modules}
+
+
+IDEOGRAM: Shapes = {
+    f"layers.{number}.{module}.weight": (6, 6)
+    for number in range(2)
+    for module in ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1",
+    "feed_forward.w2", "feed_forward.w3", "adaln_modulation")
+}  # fmt: skip
+
+
+NEIGHBOURS = (
+    "QwenImageTransformer2DModel", "BriaTransformer2DModel", "BriaFibo2Transformer2DModel", "LongCatImageTransformer2DModel",
+    "OvisImageTransformer2DModel", "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
+    "SanaVideoTransformer3DModel", "MiniMaxH3Transformer3DModel", "CogView4Transformer2DModel", "UNet3DConditionModel",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", NEIGHBOURS)
+def test_models_with_similar_names_are_told_apart(cls: str) -> None:
+    """Models without a table (Qwen-Image: whose names agree everywhere) that share names with some of one."""
+    with torch.device("meta"):
+        model = getattr(diffusers, cls)()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert other_names(shapes, shapes.__getitem__) == {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_name_has_one_place_even_without_its_dots(name: str) -> None:
+    """Whichever tables find it, and as kohya writes it, with "_" for each "."."""
+    ours = shapes_of(CASES[name])
+    located = other_spaces(CASES[name], ours)
+    for shapes in (ours, {key: location.shape for key, location in located.items()}):
+        places: dict[str, Location] = {}
+        own = {key: whole(key, shape) for key, shape in shapes.items()}
+        for found in (own, *(table(shapes, shapes.__getitem__) for table in TABLES)):
+            for key, location in found.items():
+                assert places.setdefault(key.replace(".", "_"), location) == location, key
 
 
 MODULES = {
@@ -323,6 +427,14 @@ def test_rows_of_flux() -> None:
         RowBlock("final_layer.adaLN_modulation.1.weight", 0, ((3, 6), (0, 3))),
     )
     assert not any("single_blocks" in name for name in found)
+
+
+def test_the_next_hunyuan_models_have_no_table() -> None:
+    """They have HunyuanVideo's blocks; diffusers converts no single file of theirs."""
+    shapes = {"double_blocks.0.img_attn_qkv.weight": (9, 3), "byt5_in.fc1.weight": (4, 3)}
+    assert other_names(shapes, shapes.__getitem__) == {}
+    del shapes["byt5_in.fc1.weight"]
+    assert "transformer_blocks.0.attn.to_k.weight" in other_names(shapes, shapes.__getitem__)
 
 
 def test_grouped_keys_and_values() -> None:
@@ -357,6 +469,9 @@ def test_parts_that_are_not_all_there_are_no_fused_weight() -> None:
         "single_transformer_blocks.0.proj_out.weight": (3, 15),
     }
     assert other_names(shapes, shapes.__getitem__).keys() == {"single_blocks.0.linear2.weight"}
+    assert not other_names(shapes | {"norm_out.linear.weight": (5, 3)}, lambda name: (5, 3)).keys() & {
+        "final_layer.adaLN_modulation.1.weight"  # no halves
+    }
     shapes["single_transformer_blocks.0.attn.to_v.weight"] = (3, 2)
     assert "single_blocks.0.linear1.weight" not in other_names(shapes, shapes.__getitem__)
 
@@ -366,11 +481,9 @@ def test_three_name_spaces_of_hunyuan_video() -> None:
     state = narrow(ours)
     found = other_names(ours, ours.__getitem__)
     spaces = {"diffusers": state}
-    for space, model in (
-        ("authors", hunyuan_video),
-        ("ComfyUI", replace(hunyuan_video_comfy, ours=hunyuan_video.ours)),
-    ):
-        located = replace(model, spellings=())(ours, ours.__getitem__)
+    comfy = tuple(block for block in hunyuan_video.spellings if block not in FLUX_NORMS)
+    for space, blocks in (("authors", hunyuan_video.blocks), ("ComfyUI", comfy)):
+        located = replace(hunyuan_video, blocks=blocks, spellings=())(ours, ours.__getitem__)
         claimed_once(located, ours, r"(?!)")
         assert located.items() <= {**found, **{name: whole(name, shape) for name, shape in ours.items()}}.items()
         spaces[space] = {name: assembled(location, state) for name, location in located.items()}
@@ -382,16 +495,56 @@ def test_three_name_spaces_of_hunyuan_video() -> None:
         }
         others = other_names(shapes, shapes.__getitem__)
         expected = {name: tensor for one in spaces.values() for name, tensor in one.items() if name not in tensors}
-        assert others.keys() == expected.keys()
-        for name, location in others.items():
-            assert torch.equal(assembled(location, tensors), expected[name])
+        assert expected.keys() <= others.keys()
+        assert all(name.endswith("_norm.weight") for name in others.keys() - expected.keys())
+        for name, tensor in expected.items():
+            location = others[name]
+            assert torch.equal(assembled(location, tensors), tensor)
             # Of the two names of one tensor, rows are not cut where they need not be.
             assert len({block.name for block in location.blocks}) == len(location.blocks)
 
 
-@pytest.mark.parametrize("xl", [False, True])
-def test_unet(xl: bool) -> None:
-    model = unet(xl=xl)
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "Chroma", "FLUX.2"])
+def test_norms_of_flux_with_weights_or_scales(name: str) -> None:
+    ours = shapes_of(CASES[name])
+    state = narrow(ours)
+    scales = {key: assembled(location, state) for key, location in table_of(ours)(ours, ours.__getitem__).items()}
+    weights = {
+        re.sub(r"(query|key)_norm\.scale", r"\1_norm.weight", key): tensor for key, tensor in scales.items()
+    }
+    assert scales.keys() != weights.keys()
+    found = other_names(ours, ours.__getitem__)
+    shapes = {key: found[key].shape if key in found else ours[key] for key in weights}
+    others = other_names(shapes, shapes.__getitem__)
+    for key, tensor in (state | scales).items():
+        if key not in weights:
+            assert torch.equal(assembled(others[key], weights), tensor)
+
+
+def small_unet(**options: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2, **options
+    )
+
+
+UNETS: dict[str, Callable[[], Any]] = {
+    "SD 1.5": lambda: unet(xl=False),
+    "SDXL": lambda: unet(xl=True),
+    "one layer a block": lambda: small_unet(
+        layers_per_block=1, block_out_channels=(4, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+    "three layers a block": lambda: small_unet(
+        layers_per_block=3, block_out_channels=(4, 8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_unet(kind: str) -> None:
+    model = UNETS[kind]()
     state = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = other_names(shapes, shapes.__getitem__)
@@ -411,6 +564,16 @@ def test_unet(xl: bool) -> None:
         name.replace("add_embedding", "class_embedding") for name in state if name.startswith("add_embedding")
     }
     assert all(torch.equal(sgm[back[name].blocks[0].name], tensor) for name, tensor in state.items())
+
+
+def test_lycoris_agrees_on_sdxl() -> None:
+    """LyCORIS has a table of SDXL, without what is added to the time and the last norm."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in unet(xl=True).state_dict().items()}
+    for name, location in other_names(shapes, shapes.__getitem__).items():
+        ours = location.blocks[0].name
+        if ours.endswith(".weight") and not ours.startswith(("add_embedding", "conv_norm_out")):
+            flat = [f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}" for key in (ours, name)]
+            assert convert_diffusers_name_to_compvis(flat[0]) == flat[1]
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
@@ -436,13 +599,6 @@ def test_open_clip(prefix: str) -> None:
             assert torch.equal(expected[block.name][block.start : block.start + block.height], tensor)
 
 
-def test_models_whose_names_agree_have_no_others() -> None:
-    with torch.device("meta"):
-        model = diffusers.QwenImageTransformer2DModel(num_layers=1)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert other_names(shapes, shapes.__getitem__) == {}
-
-
 def test_other_models_are_refused_without_a_look_at_their_tensors() -> None:
     names = [f"model.layers.{number}.mlp.experts.gate.weight" for number in range(1000)]
     names += ["x.weight", "transformer.h.0.attn.weight", "layers.0.attention.wq.weight", "encoder.layers.0.self_attn.q_proj.weight"]  # fmt: skip
@@ -451,6 +607,33 @@ def test_other_models_are_refused_without_a_look_at_their_tensors() -> None:
         raise AssertionError(name)
 
     assert other_names(names, shape) == {}
+
+
+@given(st.data())
+def test_any_shapes(data: st.DataObject) -> None:
+    """Files come from strangers: whatever shapes the known names have, rows that are found exist, and fill the tensor."""
+    shapes = {
+        name: tuple(data.draw(st.lists(st.integers(0, 6), max_size=3)))
+        for name in data.draw(st.sampled_from([FLUX_NAMES, DIFFUSERS_NAMES]))
+    }
+    for location in other_names(shapes, shapes.__getitem__).values():
+        rows = [row for block in location.blocks for start, stop in block.rows for row in range(start, stop)]
+        assert sorted(rows) == list(range(location.shape[0]))
+        for block in location.blocks:
+            assert 0 <= block.start <= block.start + block.height <= shapes[block.name][0]
+            assert shapes[block.name][1:] == location.shape[1:]
+
+
+FLUX_NAMES = [
+    *(f"{module}.{kind}" for module in ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1") for kind in ("weight", "bias")),
+    "layers.0.attention.qkv.weight", "joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.context_block.adaLN_modulation.1.weight",
+]  # fmt: skip
+DIFFUSERS_NAMES = [
+    *(f"single_transformer_blocks.0.{module}.{kind}" for module in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp") for kind in ("weight", "bias")),
+    "norm_out.linear.weight", "norm_out.linear.bias", "transformer_blocks.0.norm1_context.linear.weight",
+    "transformer_blocks.0.attn.add_q_proj.weight", "layers.0.attention.to_q.weight", "layers.0.attention.to_k.weight",
+    "layers.0.attention.to_v.weight",
+]  # fmt: skip
 
 
 def test_a_lone_number_is_no_tensor_with_rows() -> None:

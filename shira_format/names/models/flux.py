@@ -41,6 +41,15 @@ _SINGLE = Block(
     {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
 )
 FLUX_BLOCKS = (_DOUBLE, _SINGLE)
+# ComfyUI of today calls the scales of norms weights.
+FLUX_NORMS = tuple(
+    Block(
+        block.theirs,
+        block.ours,
+        tensors={f"{theirs.removesuffix('scale')}weight": ours for theirs, ours in block.tensors.items()},
+    )
+    for block in FLUX_BLOCKS
+)
 
 _ENDS = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
 
@@ -77,17 +86,28 @@ _NEITHER = (
     "txt_in.individual_token_refiner.blocks.0.self_attn_qkv.weight",
     "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight",
 )  # fmt: skip
-_OUR_BLOCKS = ("single_transformer_blocks.0.proj_mlp.weight", "transformer_blocks.0.ff_context.net.0.proj.weight")
-# HunyuanVideo, SD 3, AuraFlow and others of diffusers with blocks of these names.
-_OUR_OTHERS = (
-    "context_embedder.proj_in.weight", "pos_embed.proj.weight", "time_embed.timestep_embedder.linear_1.weight",
-    "context_embedder_norm.weight", "x_embedder.proj.weight",
+_OUR_BLOCKS = (
+    "single_transformer_blocks.0.proj_mlp.weight", "single_transformer_blocks.0.attn.to_q.weight",
+    "transformer_blocks.0.attn.add_q_proj.weight",
 )  # fmt: skip
+# Other models of diffusers with blocks of these names.
+_OUR_OTHERS = (
+    "context_embedder.proj_in.weight",  # HunyuanVideo
+    "pos_embed.proj.weight",  # SD 3 and AuraFlow
+    "transformer_blocks.0.img_mod.1.weight",  # Qwen-Image
+    "transformer_blocks.0.ff.linear_in.weight",  # FLUX.2
+    "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight",
+    "single_transformer_blocks.0.ff.linear_in.weight",  # FLUX.3
+    "single_transformer_blocks.0.ff.linear_1.weight",  # AuraFlow
+    "time_embed.timestep_embedder.linear_1.weight",  # Bria, LongCat
+    "context_embedder_norm.weight",  # Ovis
+)
 
 flux = Model(
     (*FLUX_BLOCKS, _FLUX_ENDS),
     Marks(_THEIR_BLOCKS, (*_NEITHER, _CHROMA_MARK)),
     Marks(_OUR_BLOCKS, (*_OUR_OTHERS, _CHROMA_MARK)),
+    FLUX_NORMS,
 )
 chroma = Model(
     (*FLUX_BLOCKS, _CHROMA_GUIDANCE, _CHROMA_NORMS, _CHROMA_ENDS),
@@ -95,4 +115,5 @@ chroma = Model(
         (_CHROMA_MARK,), ("transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_q.weight")
     ),
     Marks((_CHROMA_MARK,), _THEIR_BLOCKS),
+    FLUX_NORMS,
 )

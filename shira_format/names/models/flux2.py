@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shira_format.names.models.flux import FLUX_NORMS
 from shira_format.names.models.tables import Block, Marks, Model, Modules, stacked, swapped
 
 _DOUBLE: Modules = {
@@ -52,8 +53,9 @@ flux2 = Model(
     ),
     Marks(("single_stream_modulation.lin.weight", "double_stream_modulation_img.lin.weight")),
     Marks(("single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight", "transformer_blocks.0.ff.linear_in.weight")),
-    # Some exports of diffusers' names have lost the first letters.
     spellings=(
+        *FLUX_NORMS,
+        # Some exports of diffusers' names have lost the first letters.
         Block(
             "sformer_blocks.{}.",
             "transformer_blocks.{}.",

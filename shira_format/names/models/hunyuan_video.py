@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shira_format.names.models.flux import FLUX_BLOCKS
+from shira_format.names.models.flux import FLUX_BLOCKS, FLUX_NORMS
 from shira_format.names.models.tables import Block, Marks, Model, Modules, square_but_last, stacked, swapped
 
 _QUERIES = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -81,15 +81,23 @@ _COMFY = (
     Block(*_REFINERS, _COMFY_REFINER, same=("norm1", "norm2")),
     Block("", "", _SHARED_ENDS | _embedders("in_layer", "out_layer", context=("in_layer", "out_layer"))),
 )
+# HunyuanImage 2.1 and HunyuanVideo 1.5 have blocks of the same names.
+_OTHERS = ("byt5_in.fc1.weight",)
 _REFINER_MARK = "txt_in.individual_token_refiner.blocks.0."
 
 hunyuan_video = Model(
     _AUTHORS,
-    Marks((f"{_REFINER_MARK}self_attn_qkv.weight", "double_blocks.0.img_attn_qkv.weight")),
-    Marks(("context_embedder.token_refiner.refiner_blocks.0.attn.to_q.weight",)),
-    spellings=_COMFY,
-)
-# With diffusers' names, the table above has these names too.
-hunyuan_video_comfy = Model(
-    _COMFY, Marks((f"{_REFINER_MARK}self_attn.qkv.weight",)), Marks(()), spellings=_AUTHORS
+    Marks(
+        (
+            f"{_REFINER_MARK}self_attn_qkv.weight",
+            f"{_REFINER_MARK}self_attn.qkv.weight",
+            "double_blocks.0.img_attn_qkv.weight",
+        ),
+        _OTHERS,
+    ),
+    Marks(
+        ("context_embedder.token_refiner.refiner_blocks.0.attn.to_q.weight",),
+        ("time_guidance_embed.timestep_embedder.linear_1.weight", "context_embedder_2.norm.weight"),
+    ),
+    spellings=(*_COMFY, *FLUX_NORMS),
 )

@@ -47,7 +47,7 @@ ltx = Model(
     Marks(("patchify_proj.weight", "transformer_blocks.0.attn1.q_norm.weight"), (_LTX2_MARK,)),
     Marks(
         ("transformer_blocks.0.attn1.norm_q.weight",),
-        ("audio_proj_in.weight", "transformer_blocks.0.norm1.linear_1.weight", "transformer_blocks.0.norm1.linear.weight"),
+        ("audio_proj_in.weight", "transformer_blocks.0.norm1.linear_1.weight", "transformer_blocks.0.norm1.linear.weight", "transformer_blocks.0.ff.conv_inverted.weight"),
     ),
 )  # fmt: skip
 
@@ -89,5 +89,5 @@ ltx2 = Model(
         ),
     ),
     Marks((_LTX2_MARK, "audio_patchify_proj.weight")),
-    Marks(("audio_proj_in.weight",)),
+    Marks(("transformer_blocks.0.audio_attn1.to_q.weight",)),
 )  # fmt: skip

@@ -30,6 +30,6 @@ sana = Model(
         Block("blocks.{}.", "transformer_blocks.{}.", _BLOCK, {"scale_shift_table": "scale_shift_table"}),
         Block("", "", _ENDS, {"final_layer.scale_shift_table": "scale_shift_table"}),
     ),
-    Marks(("blocks.0.cross_attn.kv_linear.weight",)),
-    Marks(("transformer_blocks.0.ff.conv_inverted.weight",)),
+    Marks(("blocks.0.cross_attn.kv_linear.weight",), ("blocks.0.mlp.t_conv.weight",)),
+    Marks(("transformer_blocks.0.ff.conv_inverted.weight",), ("transformer_blocks.0.ff.conv_temp.weight",)),
 )

@@ -14,7 +14,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 
+from shira_format.names.models.locations import through, whole
 from shira_format.names.row_blocks import Location, RowBlock, RowRanges
 
 Shape = tuple[int, ...]
@@ -143,7 +145,8 @@ class Model:
     Attributes:
         blocks: its tensors.
         theirs, ours: how the authors' and diffusers' tensors are told from those of other models.
-        spellings: tables from a third name space to the tensors of diffusers: names that some trainers give.
+        spellings: its tensors in further name spaces, of some trainers and of ComfyUI, as ``blocks``. A checkpoint may have
+            these names too.
     """
 
     blocks: tuple[Block, ...]
@@ -153,40 +156,31 @@ class Model:
 
     def __call__(self, names: Collection[str], shape: ShapeOf) -> dict[str, Location]:
         """See :data:`shira_format.names.spaces.Table`."""
+        blocks = self.blocks + self.spellings
         if self.theirs.fit(names):
-            found = dict(_split(self._named(names, ours=False), names, shape))
-        elif self.ours.fit(names):
-            found = dict(_joined(self._named(names, ours=True), names, shape))
-        else:
-            return {}
-        if self.spellings:
-            found |= self._spelled(names, shape, found)
-        return found
+            found = dict(_split(_rules_of(blocks, names, ours=False), names, shape))
+            return found | self._spelled(names, shape, found) if self.spellings else found
+        if self.ours.fit(names):
+            return dict(_joined(_rules_of(blocks, names, ours=True), names, shape))
+        return {}
 
-    def _named(self, names: Iterable[str], *, ours: bool) -> Iterator[tuple[_Rule, _Prefixes]]:
-        return _rules_of(self.blocks, names, ours=ours)
-
-    def _spelled(
-        self, names: Collection[str], shape: ShapeOf, found: Mapping[str, Location]
-    ) -> dict[str, Location]:
-        """The tensors of the third name space, by those of diffusers that are in the checkpoint or were found in it."""
-        hub = dict(found)
-        for name in names:
-            if shape(name):
-                hub.setdefault(name, whole(name, shape(name)))
-        named = _rules_of(self.spellings, hub, ours=True)
+    def _spelled(self, names: Collection[str], shape: ShapeOf, found: dict[str, Location]) -> dict[str, Location]:
+        """What a checkpoint with one of the spellings has in the others, by way of the tensors of diffusers in it."""
+        hub = {name: whole(name, shape(name)) for name in names if shape(name)} | found
+        rules = _rules_of(self.blocks + self.spellings, hub, ours=True)
         return {
             name: through(location, hub)
-            for name, location in _joined(named, hub, lambda name: hub[name].shape)
-            if name not in found
+            for name, location in _joined(rules, hub, lambda name: hub[name].shape)
+            if name not in names and name not in found
         }
 
 
-_Prefixes = tuple[str, str]  # the authors' and diffusers', with their numbers
+# The authors' and that of diffusers, with numbers in place of ``{}``.
+_Prefixes = tuple[str, str]
 
 
 def _rules_of(blocks: Iterable[Block], names: Iterable[str], *, ours: bool) -> Iterator[tuple[_Rule, _Prefixes]]:
-    """The rules that ``names``, in diffusers' or the authors' name space, are in; each once for each number."""
+    """The rules of ``names`` in diffusers' (``ours``) or the authors' name space; each once for each number."""
     compiled = [_Compiled(block, ours=ours) for block in blocks]
     for name in names:
         for block in compiled:
@@ -265,64 +259,13 @@ def _joined(
 
 
 def _matrix(size: Shape) -> tuple[int, int]:
-    columns = 1
-    for length in size[1:]:
-        columns *= length
-    return size[0], columns
+    """Rows and columns of a tensor seen as a matrix; of a lone number none."""
+    return (size[0], prod(size[1:])) if size else (0, 0)
 
 
 def _ranges(height: int, *, swap: bool) -> RowRanges:
     """All rows in order, or the second half before the first."""
     return ((height // 2, height), (0, height // 2)) if swap else ((0, height),)
-
-
-def whole(name: str, shape: Shape) -> Location:
-    """A tensor that the checkpoint has under this name."""
-    return Location(shape, (RowBlock(name, 0, ((0, shape[0]),)),))
-
-
-def through(location: Location, hub: Mapping[str, Location]) -> Location:
-    """Where a tensor is in the checkpoint, given where it is in the tensors of ``hub``, and these in the checkpoint."""
-    pieces = [
-        piece
-        for block in location.blocks
-        for piece in _pieces(block, hub[block.name].blocks)
-    ]  # fmt: skip
-    by_tensor: dict[str, list[tuple[int, int, int]]] = {}
-    for name, at, start, stop in pieces:
-        by_tensor.setdefault(name, []).append((at, start, stop))
-    blocks = [block for name, parts in by_tensor.items() for block in _merged(name, sorted(parts))]
-    return Location(location.shape, tuple(blocks))
-
-
-def _pieces(block: RowBlock, blocks: Iterable[RowBlock]) -> Iterator[tuple[str, int, int, int]]:
-    """The rows of ``block`` as tensor of the checkpoint, row in it, and the range of rows of the tensor that is sought."""
-    for inner in blocks:
-        at = inner.start
-        for low, high in inner.rows:  # rows of the tensor of the hub, which are at ``at`` in the checkpoint
-            here = block.start
-            for start, stop in block.rows:  # the same tensor's rows from ``here`` on are these of the sought one
-                first, last = max(low, here), min(high, here + stop - start)
-                if first < last:
-                    yield inner.name, at + first - low, start + first - here, start + last - here
-                here += stop - start
-            at += high - low
-
-
-def _merged(name: str, parts: Sequence[tuple[int, int, int]]) -> Iterator[RowBlock]:
-    """Ranges that are neighbours in the checkpoint as one block."""
-    ranges: list[tuple[int, int]] = []
-    first = end = parts[0][0]
-    for at, start, stop in parts:
-        if at != end:
-            yield RowBlock(name, first, tuple(ranges))
-            ranges, first = [], at
-        if ranges and ranges[-1][1] == start:
-            ranges[-1] = (ranges[-1][0], stop)
-        else:
-            ranges.append((start, stop))
-        end = at + stop - start
-    yield RowBlock(name, first, tuple(ranges))
 
 
 def known(names: Collection[str]) -> Collection[str]:

@@ -11,11 +11,14 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import count
 
-from shira_format.names.models.tables import Marks, ShapeOf, whole
+from shira_format.names.models.locations import whole
+from shira_format.names.models.tables import Marks, ShapeOf
 from shira_format.names.row_blocks import Location
 
 _THEIRS = Marks(("input_blocks.0.0.weight", "middle_block.0.in_layers.2.weight"))
-_OURS = Marks(("down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"))
+_OURS = Marks(
+    ("down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"), ("transformer_in.norm.weight",)
+)
 
 _ENDS = {
     "conv_in": "input_blocks.0.0",

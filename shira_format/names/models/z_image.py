@@ -37,7 +37,10 @@ z_image = Model(
     Marks(
         ("layers.0.attention.qkv.weight",), ("layers.0.adaLN_modulation.1.weight", "layers.0.attention.o.weight")
     ),
-    Marks(("layers.0.attention.to_q.weight",)),
+    Marks(
+        ("layers.0.attention.to_q.weight",),
+        ("layers.0.adaln_modulation.weight", "perceiver.latent_queries"),  # Ideogram 4, FIBO 2
+    ),
     # Anime-Z's trainer.
     spellings=tuple(
         Block(block, block, {f"attention.to.{name}": f"attention.to_{name}" for name in "qkv"})
