@@ -23,6 +23,7 @@ from shira_format.lora.keys import ALPHA, DOWN, MID, UP, WHOLE, Key, parse_key
 from shira_format.lora.products import fits_factors
 from shira_format.lora.row_stack import Piece, stack_rows, take_update_rows
 from shira_format.names.components import component_names, component_of
+from shira_format.names.located import LocatedCheckpoint, check_location
 from shira_format.names.modules import Modules
 from shira_format.names.prefixes import prefix_of
 from shira_format.names.row_blocks import Location, RowBlock
@@ -164,7 +165,10 @@ class _Reader:
         for component, groups in components.items():
             for group, location, bias in self._located(component, groups, alone=len(components) == 1):
                 group.scale_of = scales[component]
-                made = layer(group, _shown(location), location.shape)
+                name, view = self._view(location, group.where)
+                made = layer(group, name, location.shape, view)
+                if made.update is not None:
+                    self._add_update(self._decomposed(made, name, view), location, group.name)
                 self._apply(group, made, location, bias)
                 if made.rank is not None and made.scale is not None:
                     ranks.add(made.rank)
@@ -242,10 +246,8 @@ class _Reader:
             self.notices.append(f"{others} names{of} in the LoRA are those of another program for this model")
 
     def _apply(self, group: Group, made: Layer, location: Location, bias: Location | None) -> None:
-        """Add what a module's LoRA does to the base's tensors."""
+        """Add what a module's LoRA adds to small tensors, or replaces."""
         first = location.blocks[0].name
-        if made.update is not None:
-            self._add_update(group, made, location)
         if made.weight is not None:
             self._add(group, made.weight, location, ("diff", "w_norm"))
         if made.bias is not None:
@@ -263,37 +265,38 @@ class _Reader:
             self._claim(first, group.name)
             self._whole[first] = made.whole
 
+    def _view(self, location: Location, where: str) -> tuple[str, Checkpoint]:
+        """A name for the tensor at a location, and a checkpoint that has it under this name."""
+        if _is_whole(location, self.base):
+            return location.blocks[0].name, self.base
+        check_location(self.base, location, where)
+        names = list(dict.fromkeys(block.name for block in location.blocks))
+        # A name that no tensor has, and that shows where this one is.
+        name = f"{'rows of ' if len(names) == 1 else ''}{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        return name, LocatedCheckpoint(self.base, {name: location})
+
     def _claim(self, what: str, owner: str) -> None:
         """Refuse a tensor of the base that is adapted twice."""
         if (other := self._owners.setdefault(what, owner)) != owner:
             raise SourceError(f"{self.path}: {other!r} and {owner!r} both adapt the base's {what!r}")
 
-    def _add_update(self, group: Group, made: Layer, location: Location) -> None:
-        update = made.update
-        assert update is not None
+    def _add_update(self, update: Update, location: Location, owner: str) -> None:
         if _is_whole(location, self.base):
-            name = location.blocks[0].name
-            self._claim(name, group.name)
-            self._updates[name] = self._decomposed(update, made, ((0, location.shape[0]),))
+            self._claim(update.name, owner)
+            self._updates[update.name] = update
             return
-        if made.kernel:
-            raise SourceError(
-                f"{group.where}: DoRA by columns of a module that the base holds in parts, or within a larger weight, is not "
-                "supported; take a base that has this module as one weight, such as one in the layout that was trained"
-            )
         for block in location.blocks:
             part = take_update_rows(update, block.name, block.rows)
-            part = self._decomposed(part, made, block.rows, block.start)
-            self._pieces.setdefault(block.name, []).append(Piece(block.start, part, group.name))
+            self._pieces.setdefault(block.name, []).append(Piece(block.start, part, owner))
 
-    def _decomposed(
-        self, update: Update, made: Layer, rows: tuple[tuple[int, int], ...], first_row: int = 0
-    ) -> Update:
-        if made.magnitude is None:
+    def _decomposed(self, made: Layer, name: str, base: Checkpoint) -> Update:
+        """The update, brought to the norms of DoRA."""
+        update, magnitude = made.update, made.magnitude
+        assert update is not None
+        if magnitude is None:
             return update
-        whole = made.magnitude.astype(update.dtype)
-        magnitude = whole if made.kernel else np.concatenate([whole[start:stop] for start, stop in rows])
-        return Decomposed(update, self.base, magnitude, bool(made.kernel), made.kernel or 1, made.eps, first_row)
+        magnitude = magnitude.astype(update.dtype)
+        return Decomposed(update, base, magnitude, bool(made.kernel), made.kernel or 1, made.eps)
 
     def _add(self, group: Group, array: Array, location: Location, parts: Collection[str]) -> None:
         """Add to 1-D tensors of the base."""
@@ -318,12 +321,6 @@ _BIASES = ("lora_bias", "diff_b", "b_norm")
 
 def _key(group: Group, parts: Collection[str]) -> str:
     return next(group.keys[part] for part in parts if part in group.keys)
-
-
-def _shown(location: Location) -> str:
-    """The base's tensors at a location: one name for a whole one, several in messages."""
-    names = list(dict.fromkeys(block.name for block in location.blocks))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def _fits(group: Group, location: Location) -> bool:

@@ -37,9 +37,9 @@ class Key(NamedTuple):
     style: str = ""
 
 
-# lora_transformer is OneTrainer's, lycoris that of LyCORIS' wrapper for any model.
+# lora_transformer is OneTrainer's, lycoris that of LyCORIS' wrapper for any model, oft_unet that of kohya's OFT.
 _FLAT = re.compile(
-    r"(?P<prefix>lora_(?:unet|transformer|prior_unet|prior_te|prior|te[123]?)|lycoris)_(?P<module>[^.]+)"
+    r"(?P<prefix>lora_(?:unet|transformer|prior_unet|prior_te|prior|te[123]?)|oft_unet|lycoris)_(?P<module>[^.]+)"
 )
 # Of diffusers' pipelines; of ComfyUI, which other trainers adopted; of PEFT; of OneTrainer and ComfyUI for text encoders.
 _DOTTED = re.compile(

@@ -27,7 +27,7 @@ _WORDS = {
 }  # fmt: skip
 # What they call whatever model is denoised by.
 _ANY_DENOISER = (
-    "", "lora_unet", "lora_transformer", "lora_prior_unet", "lora_prior", "lycoris", "diffusion_model",
+    "", "lora_unet", "oft_unet", "lora_transformer", "lora_prior_unet", "lora_prior", "lycoris", "diffusion_model",
     "model.diffusion_model", "base_model.model",
 )  # fmt: skip
 
