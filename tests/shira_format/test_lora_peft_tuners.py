@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.boft.layer import BOFTLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,7 +26,9 @@ from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import open_lora
+from shira_format.lora.peft.config import HARMLESS
 from shira_format.lora.peft.tuners import REFUSED, TUNERS, tuner
+from shira_format.lora.peft.tuners.reader import COMMON
 from tests import models
 from tests.updates import dense
 
@@ -180,6 +184,13 @@ CASES: dict[str, tuple[Any, int, bool]] = {
         lambda: peft.HiraConfig(target_modules=["embed", "line", *LINEAR, "plane", "dot"], r=3, rank_pattern={"dot": 2}), 7, True,
     ),
     "delora": (lambda: peft.DeloraConfig(target_modules=LINEAR, r=3, delora_lambda=1, rank_pattern={"wide": 2}), 3, True),
+    "glora": (lambda: peft.GloraConfig(target_modules=LINEAR, r=2), 5, True),
+    "glora_vectors": (
+        lambda: peft.GloraConfig(target_modules=LINEAR, config_A_B="vector", config_C="vector", config_D_E="vector"), 5, True,
+    ),
+    "glora_numbers": (
+        lambda: peft.GloraConfig(target_modules=LINEAR, config_A_B="constant", config_C="none", config_D_E="constant"), 5, True,
+    ),
     "gralora": (lambda: peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=3, gralora_k=2), 3, True),
     "gralora_hybrid": (lambda: peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=3, gralora_k=4, hybrid_r=2), 3, True),
     "vera": (lambda: peft.VeraConfig(target_modules=LINEAR, r=3), 3, True),
@@ -236,6 +247,16 @@ def test_every_tuner_of_peft_is_read_or_refused_by_name() -> None:
     assert not TUNERS.keys() & REFUSED.keys()
     assert {kind for kind in TUNERS if kind not in known} == set()
     assert all(tuner(kind).parts for kind in TUNERS)
+
+
+@pytest.mark.parametrize("kind", TUNERS)
+def test_every_option_of_peft_is_known(kind: str) -> None:
+    """A new one in a later version is looked at before it is called harmless."""
+    fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]])}
+    found = tuner(kind)
+    named = found.options | found.harmless | found.refused.keys()
+    assert fields - named <= COMMON | (HARMLESS if kind == "ADALORA" else set())
+    assert (found.options | found.harmless) <= fields
 
 
 def boft_matrix(free: torch.Tensor) -> torch.Tensor:
@@ -383,6 +404,8 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "DELORA", {"delora_A": zeros(2, 12), "delora_B": zeros(8, 2), "delora_lambda": zeros(1), "delora_w_norm": zeros(9)}, {"r": 2},
         "delora_w_norm [9]",
     ),
+    "glora": ("GLORA", {"glora_A.Xd": zeros(8, 2), "glora_A.Xu": zeros(2, 11)}, {}, "does not fit 8 x 12"),
+    "glora zeros": ("GLORA", {"glora_A.X": zeros(1), "glora_B.zeros": torch.ones(8, 12)}, {}, "glora_B.zeros is not 0"),
     "gralora": ("GRALORA", {"gralora_A": zeros(2, 6, 4), "gralora_B": zeros(2, 4, 4)}, {"r": 4, "alpha": 1, "gralora_k": 4}, "gralora_k"),
     "gralora hybrid": (
         "GRALORA", {"gralora_A": zeros(2, 6, 4), "gralora_B": zeros(2, 4, 4)},

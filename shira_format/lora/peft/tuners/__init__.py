@@ -26,6 +26,7 @@ TUNERS = {
     "LOKR": "lokr",
     "HIRA": "hira",
     "DELORA": "delora",
+    "GLORA": "glora",
     "GRALORA": "gralora",
     "VERA": "vera",
     "VBLORA": "vblora",
@@ -66,7 +67,6 @@ REFUSED = {
     "RANDLORA": f"its random bases are not supported: {_MERGE}",
     "WAVEFT": f"its wavelets are not supported: {_MERGE}",
     "DEFT": f"it projects the base's weights in a way that is not supported: {_MERGE}",
-    "GLORA": f"PEFT's GLoRA is not supported (that of LyCORIS is): {_MERGE}",
 }
 
 

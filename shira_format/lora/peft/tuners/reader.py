@@ -26,7 +26,7 @@ from shira_format.lora.peft.tuners.common import Effect, Options, Tuner, TunerLa
 from shira_format.names.prefixes import AmbiguousNames, match_names
 
 # Options of all kinds of adapters.
-_COMMON = frozenset(
+COMMON = frozenset(
     {
         "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode",
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
@@ -87,7 +87,7 @@ def _check_options(kind: Tuner, options: Options) -> None:
     for option, reason in kind.refused.items():
         if options[option]:
             raise SourceError(f"{options.path}: {option} is set: {reason}")
-    known = _COMMON | kind.options | kind.harmless | kind.refused.keys()
+    known = COMMON | kind.options | kind.harmless | kind.refused.keys()
     if kind.parts[0].startswith("lora_"):  # a subclass of LoRA's options
         known |= HARMLESS
     for option in options.raw.keys() - known:
