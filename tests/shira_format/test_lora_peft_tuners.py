@@ -194,6 +194,8 @@ CASES: dict[str, tuple[Any, int, bool]] = {
     "gralora": (lambda: peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=3, gralora_k=2), 3, True),
     "gralora_hybrid": (lambda: peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=3, gralora_k=4, hybrid_r=2), 3, True),
     "vera": (lambda: peft.VeraConfig(target_modules=LINEAR, r=3), 3, True),
+    "randlora": (lambda: peft.RandLoraConfig(target_modules=LINEAR, r=3, randlora_alpha=30), 3, True),
+    "randlora_sparse": (lambda: peft.RandLoraConfig(target_modules=LINEAR, r=2, randlora_alpha=20, sparse=True), 3, True),
     "vblora": (lambda: peft.VBLoRAConfig(target_modules=LINEAR, r=2, num_vectors=6, vector_length=4, topk=2), 3, True),
     "vblora_small": (
         lambda: peft.VBLoRAConfig(
@@ -229,6 +231,7 @@ TURNED: dict[str, tuple[Any, int, bool]] = {
     "hira": (lambda: peft.HiraConfig(target_modules=["up", "square", "down"], r=3, fan_in_fan_out=True), 3, True),
     "gralora": (lambda: peft.GraloraConfig(target_modules=["up", "square", "down"], r=4, alpha=3, hybrid_r=1), 3, True),
     "vera": (lambda: peft.VeraConfig(target_modules=["up", "square", "down"], r=3), 3, True),
+    "randlora": (lambda: peft.RandLoraConfig(target_modules=["up", "square", "down"], r=3, randlora_alpha=30), 3, True),
     "vblora": (lambda: peft.VBLoRAConfig(target_modules=["up", "square", "down"], r=2, num_vectors=6, vector_length=4), 3, True),
     "fourierft": (lambda: peft.FourierFTConfig(target_modules=["up", "square", "down"], n_frequency=30, scaling=20.0), 3, False),
 }  # fmt: skip
@@ -412,6 +415,25 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {"r": 4, "alpha": 1, "gralora_k": 2, "hybrid_r": 1}, "without gralora_A_general",
     ),
     "vera projections": ("VERA", {"vera_lambda_b": zeros(8), "vera_lambda_d": zeros(2)}, {"r": 2}, "save_projection"),
+    "randlora bases": (
+        "RANDLORA", {"randlora_lambda": zeros(3, 3), "randlora_gamma": zeros(3, 8)}, {"r": 3, "randlora_alpha": 1}, "save_projection",
+    ),
+    "randlora differs": (
+        "RANDLORA",
+        {
+            "randlora_lambda": zeros(3, 3), "randlora_gamma": zeros(3, 8), "base_model.randlora_A": zeros(3, 1, 8),
+            "randlora_A": torch.ones(3, 1, 8),
+        },
+        {"r": 3, "randlora_alpha": 1}, "which all should share",
+    ),
+    "randlora size": (
+        "RANDLORA",
+        {
+            "randlora_lambda": zeros(3, 3), "randlora_gamma": zeros(3, 8), "base_model.randlora_A": zeros(3, 1, 8),
+            "base_model.randlora_B": zeros(11, 3, 3),
+        },
+        {"r": 3, "randlora_alpha": 1}, "do not fit a weight of shape [8, 12]",
+    ),
     "vera outputs": (
         "VERA",
         {"vera_lambda_b": zeros(9), "vera_lambda_d": zeros(2), "base_model.vera_A": zeros(2, 12), "base_model.vera_B": zeros(9, 2)},
@@ -550,7 +572,14 @@ def test_keys_with_the_name_of_the_adapter(case: str, tmp_path: Path) -> None:
     named = {
         key: tensor
         for key, tensor in named.items()
-        if not ("vera_A" in key or "vera_B" in key or "vector_bank" in key) or key.count(".") == 2
+        if not (
+            "vera_A" in key
+            or "vera_B" in key
+            or "randlora_A" in key
+            or "randlora_B" in key
+            or "vector_bank" in key
+        )
+        or key.count(".") == 2
     }
     assert len(named) == len(plain)
     assert named.keys() != plain.keys()

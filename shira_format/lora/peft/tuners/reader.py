@@ -148,8 +148,12 @@ def _sort(
             array = checked(weights, key, array)
         short = key.removeprefix(PREFIX)
         module, part = _split(short, kind.parts)
-        if key.removeprefix("base_model.") in kind.shared:
-            shared[key.removeprefix("base_model.")] = array
+        if (common := key.rpartition(".")[2]) in kind.shared:
+            # PEFT saves it once, or again in each layer.
+            if not np.array_equal(shared.setdefault(common, array), array):
+                raise SourceError(
+                    f"{weights}: {key!r} differs from another layer's {common}, which all should share"
+                )
         elif short == key:
             raise SourceError(f"{weights}: unmatched key {key!r}: it does not start with {PREFIX!r}")
         elif module is not None:
