@@ -138,9 +138,9 @@ _NAMED = re.compile(
     r"\.(?:lora_[AB]\.([^.]+)(?=\.(?:weight|bias)\Z)|lora_magnitude_vector\.(?!weight\Z)([^.]+)(?=\.weight\Z|\Z)"
     r"|(?:lora_embedding_[AB]|trainable_tokens_delta|shira_(?:indices|weight)|supertuning_(?:indices|values))\.([^.]+)\Z"
     # Those of its other tuners.
-    r"|(?:oft_R|oft_embedding_R|gralora_[AB]_general)\.([^.]+)(?=\.weight\Z)|ln_tuning_layers\.([^.]+)(?=\.(?:weight|bias)\Z)"
+    r"|(?:oft_R|oft_embedding_R|gralora_[AB]_general)\.([^.]+)(?=\.weight\Z)|ln_tuning_layers\.([^.]+)(?=\.(?:weight|bias)\Z)|glora_[A-E]\.([^.]+)(?=\.(?:X[du]?|zeros)\Z)"
     r"|lora_[ABE]\.(?!(?:weight|bias)\Z)([^.]+)\Z|(?:boft_[Rs]|hra_u|road_(?:theta|alpha)|ia3_l|beft_bias|hada_(?:w[12]_[ab]|t[12])"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)|hira_(?:embedding_)?[AB]|delora_(?:[AB]|lambda|w_norm)|gralora_[AB]|vera_(?:lambda_[bd]|[AB])"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|hira_(?:embedding_)?[AB]|delora_(?:[AB]|lambda|w_norm)|gralora_[AB]|vera_(?:lambda_[bd]|[AB])|randlora_(?:lambda|gamma|[AB])"
     r"|vblora_(?:logits_[AB](?:_topk_(?:indices|weights))?|vector_bank)|miss_block|c3a_kernel|fourierft_spectrum)\.([^.]+)\Z)"
 )
 _BARE = re.compile(r"\.lora_[AB]\.weight\Z")
