@@ -11,7 +11,6 @@ import numpy as np
 
 from shira_format._core.arrays import Array, read_only
 from shira_format.checkpoints.base import IndexedCheckpoint
-from shira_format.checkpoints.beside import TRAINING
 from shira_format.checkpoints.index import (
     check_weight_map,
     find,
@@ -24,6 +23,7 @@ from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
 from shira_format.storage.paths import open_storage
+from shira_format.storage.weight_files import TRAINING
 from shira_format.tensors import numel
 
 _INDEX = ".bin.index.json"

@@ -72,6 +72,6 @@ def as_text(report: ConversionReport, output: Path | None) -> str:
     lines += [
         f"left out, {printable(why)}: {some(names, noun=' tensors')}" for why, names in report.left_out.items()
     ]
-    lines += [f"note: {printable(notice)}" for notice in report.notices]
+    lines += [printable(notice) for notice in report.names]
     lines.append(written(output, report.file_bytes))
     return "\n".join(lines)
