@@ -293,8 +293,7 @@ class _Search:
             )
         found.sort(key=lambda r: (bool(r.old and r.new), r.old.count("."), r.new.count("."), r.new))
         # Names that tell a tower are of this tower; they may leave it out only if nothing else is there.
-        if self.prefix is None:
-            found = [rename for rename in found if _towers(names[0]) <= _towers(rename(names[0]))] or found
+        found = [rename for rename in found if _towers(names[0]) <= _towers(rename(names[0]))] or found
         # All names start with what is removed, so what one name becomes tells what all become.
         return list({rename(names[0]): rename for rename in reversed(found)}.values())[::-1]
 

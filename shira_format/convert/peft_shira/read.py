@@ -28,6 +28,7 @@ from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors, unwrapping_notices
+from shira_format.lora.peft.resized import is_resized, resized_notices
 from shira_format.lora.peft.stated import statements
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
@@ -231,7 +232,12 @@ class _Reader:
             base_model=self._base_model(),
             files=[self.path, self.config_path],
             left_out={reason: names for reason, names in left_out.items() if names},
-            notices=unwrapping_notices(tensors) + rename.notices("the adapter") + self._notices(keys),
+            notices=[
+                *unwrapping_notices(tensors),
+                *rename.notices("the adapter"),
+                *self._notices(keys),
+                *resized_notices(whole, self.base, self.path),
+            ],
         )
 
     def _fits(self, needed: Mapping[str, str], keys: ShiraKeys, tensors: Checkpoint) -> Callable[[str, str], bool]:
@@ -264,16 +270,16 @@ class _Reader:
             if weight.shape != array.shape or not np.array_equal(weight.astype(array.dtype), array):
                 raise SourceError(
                     f"{self.path}: {key!r} is not the base's {name!r} (resized, or another base): merge the adapter with "
-                    "PEFT and convert the full checkpoint"
+                    "PEFT and convert the full checkpoint (full_to_shira)"
                 )
 
     def _replacement(self, name: str, key: str, tensors: Checkpoint, base_name: str) -> tuple[str, Array]:
         array = checked(self.path, key, tensors[key])
         if base_name in self.base:
-            if self.base.shape(base_name) != array.shape:
+            shape = self.base.shape(base_name)
+            if shape != array.shape and not is_resized(base_name, shape, array.shape):
                 raise SourceError(
-                    f"{self.path}: {key!r} has shape {list(array.shape)}, the base's {base_name!r} "
-                    f"{list(self.base.shape(base_name))}"
+                    f"{self.path}: {key!r} has shape {list(array.shape)}, the base's {base_name!r} {list(shape)}"
                 )
             return base_name, array
         if not self._is_saved(name):

@@ -176,6 +176,7 @@ class BaseNames:
             for name, location in located.locations.items()
             if location == Location(base.shape(location.blocks[0].name), location.blocks[:1])
         }
+        self._targets = targets
         attentions = {layer.parent for layer in keys.layers if layer.parent}
         self._wanted = {layer.module: self._names(layer.module, targets, attentions) for layer in keys.layers} | {
             module: [f"{module}.weight"] for module in keys.tokens
@@ -207,6 +208,12 @@ class BaseNames:
     def is_attention(self, module: str) -> bool:
         """Whether it is a ``MultiheadAttention``."""
         return self._wanted.get(module) == [f"{module}.in_proj_weight"]
+
+    def why_lacking(self, module: str) -> str:
+        """Why the base lacks parameters of experts that ``module`` may mean, for messages; "" if it does not."""
+        names = [self.rename(f"{module}.{parameter}") for parameter in candidates(module, self._targets)]
+        reasons = (why_not(name, self.base.base, self.base.base.shape) for name in names if name not in self.base)
+        return next((f"; of the base's experts, {reason}" for reason in reasons if reason), "")
 
     def is_joined(self, name: str) -> bool:
         """Whether the base has a tensor in parts, as experts that transformers joins when it loads them."""

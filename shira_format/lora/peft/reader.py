@@ -6,6 +6,7 @@ sqrt(r)`` under rslora; ``rank_pattern`` and ``alpha_pattern`` are regexes on mo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from shira_format._core.arrays import Array
@@ -15,6 +16,7 @@ from shira_format.errors import FormatError, SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import open_tensors, read_json, read_tensors
 from shira_format.lora.keys import parse_key
+from shira_format.lora.peft.bare import bare_weights, config_by_hand, missing_config, notice_of
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.config import (
     CONFIG,
@@ -48,8 +50,20 @@ class Peft:
     def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
         if found is None:
+            if weights := bare_weights(path, base):
+                raise missing_config(weights)
             raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
-        return read(*found, base, prefix)
+        weights, config = found
+        if (raw := read_json(config)).get("peft_type") != "LORA":
+            return read_tuner(raw, weights, config, base, prefix)
+        return read(weights, read_config(config), base, prefix, [weights, config])
+
+
+def read_by_hand(path: Path, base: Checkpoint, prefix: str | None, rank: int | None, alpha: float | None) -> Lora:
+    """Read weights without a configuration; see :func:`shira_format.lora.open_lora`."""
+    weights, config = config_by_hand(path, base, rank, alpha)
+    lora = read(weights, config, base, prefix, [weights])
+    return replace(lora, notices=[notice_of(config), *lora.notices])
 
 
 def _is_of_diffusers(weights: Path) -> bool:
@@ -68,11 +82,8 @@ def _find(path: Path) -> tuple[Path, Path] | None:
     return find_peft_files(path)
 
 
-def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
-    """The LoRA in a pair of files; see :func:`shira_format.lora.open_lora`."""
-    if (raw := read_json(config_path)).get("peft_type") != "LORA":
-        return read_tuner(raw, weights, config_path, base, prefix)
-    config = read_config(config_path)
+def read(weights: Path, config: Config, base: Checkpoint, prefix: str | None, files: list[Path]) -> Lora:
+    """The LoRA in a file of weights, under these options; see :func:`shira_format.lora.open_lora`."""
     keys = sort_keys(read_tensors(weights, base)[0], config, weights)
     replicated = replicate_layers(config, base) if config.replication else Replication()
     if config.replication:
@@ -111,7 +122,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
         )
     return Lora(
         updates=updates, whole=whole, additions=additions, copies=replicated.copies, removed=replicated.removed,
-        source=source_of(config), base_model=base_model_of(config), files=[weights, config_path],
+        source=source_of(config), base_model=base_model_of(config), files=files,
         left_out={reason: found for reason, found in left_out.items() if found},
         notices=notices + replacements.notices,
     )  # fmt: skip
