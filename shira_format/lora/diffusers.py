@@ -85,7 +85,7 @@ class _Options(Scaling):
         if config is None:
             _check_alike(ALPHA, "whether its alpha is its rank or theirs is unknown", groups, path)
             _check_alike(MAGNITUDE, "whether it is a DoRA is unknown", groups, path)
-            return lambda group, rank: group.number(ALPHA) / rank if ALPHA in group.keys else 1.0
+            return _by_alpha
         where = f"{path}: {OPTIONS}" + (f" of {component}" if component else "")
         _check(config, groups, where, path, "" if self._config is None else f" and {self._config}")
         scales = read_scales(config, where)
@@ -100,6 +100,17 @@ class _Options(Scaling):
             return scales.scale(group.key.module)
 
         return scale
+
+
+def _by_alpha(group: Group, rank: int) -> float:
+    if ALPHA not in group.keys:
+        return 1.0
+    if not (alpha := group.number(ALPHA)):
+        raise SourceError(
+            f"{group.path}: {group.keys[ALPHA]!r} is 0: for diffusers the LoRA changes nothing, for kohya's trainer 0 means the "
+            "rank; choose with the dialect (--dialect kohya)"
+        )
+    return alpha / rank
 
 
 def _in_header(header: Mapping[str, str], components: Iterable[str], path: Path, *, unnamed: bool) -> Options:

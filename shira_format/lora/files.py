@@ -27,6 +27,7 @@ from shira_format.checkpoints.wrapped import (
     unwrapped_names,
 )
 from shira_format.errors import SourceError
+from shira_format.lora.keys import FLAT
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -129,9 +130,6 @@ def number_in(array: Array, key: str, path: Path) -> float:
     return float(array.reshape(()).astype(np.float64))
 
 
-_FLAT = re.compile(
-    r"(?P<prefix>(?:lora_(?:unet|transformer|te[123]?)|oft_unet|lycoris)_)(?P<module>[^.]+)(?P<rest>\..+)"
-)
 _FLAT_WORD = re.compile(rf"(?:(?<=_)|\A)(?:{'|'.join(CERTAIN)})_")
 # A part of PEFT's with the name of an adapter in it.
 _NAMED = re.compile(
@@ -173,12 +171,12 @@ def unwrapped_keys(keys: Collection[str], base: Collection[str] | None, where: o
 
 
 def _without_flat(key: str, base: Iterable[str]) -> str:
-    if (match := _FLAT.fullmatch(key)) is None:
+    if (match := FLAT.match(key)) is None or "." not in key:
         return key
     module = _FLAT_WORD.sub("", match["module"])
     if module.startswith(f"{MODULE}_") and not any(name.rpartition("/")[2].startswith(MODULE) for name in base):
         module = module.removeprefix(f"{MODULE}_")
-    return match["prefix"] + module + match["rest"]
+    return f"{match['prefix']}_{module}{key[match.end() :]}"
 
 
 def _without_adapter_name(keys: Mapping[str, str], base: Iterable[str], where: object) -> dict[str, str]:

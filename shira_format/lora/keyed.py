@@ -18,9 +18,9 @@ from shira_format.lora.algorithms import STORED, layer
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
+from shira_format.lora.fits import fits
 from shira_format.lora.groups import Group, Layer
-from shira_format.lora.keys import ALPHA, DOWN, MID, UP, WHOLE, Key, parse_key
-from shira_format.lora.products import fits_factors
+from shira_format.lora.keys import ALPHA, DOWN, UP, WHOLE, Key, parse_key
 from shira_format.lora.row_stack import Piece, stack_rows, take_update_rows
 from shira_format.names.components import component_names, component_of
 from shira_format.names.located import LocatedCheckpoint, check_location
@@ -226,13 +226,13 @@ class _Reader:
                 part: members[module] for module, found in parts.items() for part in found if len(found) == 1
             }
 
-            def fits(part: str, location: Location, owners: Mapping[str, Group] = owners) -> bool:
-                return part not in owners or _fits(owners[part], location)
+            def fits_owner(part: str, location: Location, owners: Mapping[str, Group] = owners) -> bool:
+                return part not in owners or fits(owners[part], location.shape)
 
             found, rename = modules.resolve(
                 [part for names in parts.values() for part in names],
                 where,
-                fits=fits,
+                fits=fits_owner,
                 prefix=chosen,
                 is_flat=is_flat,
             )
@@ -321,13 +321,6 @@ _BIASES = ("lora_bias", "diff_b", "b_norm")
 
 def _key(group: Group, parts: Collection[str]) -> str:
     return next(group.keys[part] for part in parts if part in group.keys)
-
-
-def _fits(group: Group, location: Location) -> bool:
-    up, down = (group.parts.get(part) for part in (UP, DOWN))
-    if up is None or down is None or MID in group.parts:
-        return True
-    return fits_factors(location.shape, up, down)
 
 
 def _is_whole(location: Location, base: Checkpoint) -> bool:
