@@ -75,7 +75,9 @@ class MergedColumnParallelLinear(nn.Module):
         self.weight, self.bias = parameter(2 * self.size, hidden), parameter(2 * self.size)
 
     def load(self, own: nn.Parameter, loaded: torch.Tensor, part: int) -> None:
-        own.data.narrow(0, part * self.size, self.size).copy_(loaded.narrow(0, self.rank.rank * self.size, self.size))
+        own.data.narrow(0, part * self.size, self.size).copy_(
+            loaded.narrow(0, self.rank.rank * self.size, self.size)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = functional.linear(x, self.weight, self.bias).chunk(2, -1)

@@ -137,12 +137,12 @@ def load_adapter(
     if isinstance(source, LoadedAdapter):
         return source
     if isinstance(source, Adapter):
-        _refuse_removed("", source.removed)
+        refuse_removed("", source.removed)
         return LoadedAdapter(source, list(source.values()), list(source.dense.values()), source.alpha)
     path = Path(source)
     file = AdapterFile(path, copy=True)
     try:
-        _refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
+        refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
         names = list(file.manifest.tensors)
         tensors: Iterable[SparseTensor] = map(file.sparse, names) if pool is None else pool.map(file.sparse, names)
         alpha = float(file.manifest.raw.get("alpha", 1.0))
@@ -153,6 +153,7 @@ def load_adapter(
         file.streams.close()
 
 
-def _refuse_removed(where: str, removed: Any) -> None:
+def refuse_removed(where: str, removed: Any) -> None:
+    """Raise BaseMismatch if an adapter, of which messages start with ``where``, removes tensors of its base."""
     if removed:
         raise BaseMismatch(f"{where}the adapter removes tensors, for example {removed[0]!r}: {_PATCH}")

@@ -28,7 +28,7 @@ from shira_format.entries.base_check import base_values
 from shira_format.errors import BaseMismatch, BaseRequired, SourceError
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
-from shira_format.live.loaded import LoadedAdapter, SpreadDigest, SpreadPart, load_adapter
+from shira_format.live.loaded import LoadedAdapter, SpreadDigest, SpreadPart, load_adapter, refuse_removed
 from shira_format.names.placement import Layout, Placement, Positions, Shape
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
@@ -166,8 +166,9 @@ def compare_spread(adapter: LoadedAdapter, base_of: Callable[[SparseTensor], Arr
 def _from_file(
     file: AdapterFile, source: str, layout: Layout, executor: Executor | None, base: Checkpoint | None
 ) -> LoadedAdapter:
-    frame = load_adapter(Adapter(manifest=file.manifest.raw))  # refuses what removes tensors
-    placer = _Placer(replace(frame, source=source, key=file.key), base)
+    frame = LoadedAdapter(source, [], [], float(file.manifest.raw.get("alpha", 1.0)), file.key)
+    refuse_removed(frame.where, file.manifest.removed)
+    placer = _Placer(frame, base)
     entries = list(file.manifest.tensors.values())
     # All names first: an adapter of another model is refused before anything is read.
     placements = {entry.name: placer.placement(layout, entry.name, entry.shape) for entry in entries}
@@ -175,7 +176,7 @@ def _from_file(
 
     def read(entry: SparseEntry) -> tuple[SparseTensor, int]:
         if entry.is_patch or entry.values == "none":
-            replace(frame, source=source, tensors=[file.sparse(entry.name)])  # refuses it
+            replace(frame, tensors=[file.sparse(entry.name)])  # refuses it
         placement = placements[entry.name]
         if placer.needs_base(entry.digests.get("base"), placement, has_values=entry.base_values):
             return placer.with_base(file.sparse(entry.name)), entry.nnz
