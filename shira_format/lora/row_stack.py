@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -65,5 +66,5 @@ def stack_rows(name: str, shape: tuple[int, ...], parts: Iterable[tuple[RowBlock
             stack.append(RowRange(update, name, (stop - start, *shape[1:]), start, dtype))
             heights.append(stop - start)
         end = block.start + block.height
-    fill(shape[0])
+    fill(math.prod(shape) // columns)  # of a 3-D tensor of experts more rows than its first dimension
     return Stacked(name, shape, stack, heights)

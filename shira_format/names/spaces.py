@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
+from shira_format.names.models.experts import experts
 from shira_format.names.row_blocks import Location
 
 # Given the names of a checkpoint's tensors and their shapes: tensors of other name spaces by name.
 Table = Callable[[Collection[str], Callable[[str], tuple[int, ...]]], Mapping[str, Location]]
 
 # A known model is one module in :mod:`shira_format.names.models` and one entry here.
-TABLES: tuple[Table, ...] = ()
+TABLES: tuple[Table, ...] = (experts,)
 
 
 def other_names(names: Collection[str], shape: Callable[[str], tuple[int, ...]]) -> dict[str, Location]:

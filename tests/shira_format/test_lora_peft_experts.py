@@ -332,7 +332,7 @@ def test_a_base_that_lacks_an_expert(qwen: Adapted, tmp_path: Path) -> None:
     path = tmp_path / "disk" / "model.safetensors"
     state = load_file(path)
     for edited, reason in (
-        ({n: t for n, t in state.items() if n != name}, "experts are missing: not all have what"),
+        ({n: t for n, t in state.items() if n != name}, "experts are missing: not all 3 have what"),
         (state | {name: torch.ones(11, 16)}, "and others of its kind differ in shape"),
         (
             state | {n: torch.ones(12, 15) for n in state if ".experts." in n and "up_proj" in n},

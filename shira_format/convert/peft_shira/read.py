@@ -26,6 +26,7 @@ from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors, refuse_unused, unwrapping_notices
+from shira_format.lora.peft.stated import statements
 from shira_format.names.filters import name_filter
 from shira_format.names.prefixes import match_names
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
@@ -192,8 +193,9 @@ class _Reader:
         keys = sort_keys(tensors, self.kind, self.path)
         needed = {f"{module}.weight": module for module in keys.values}
         rename = match_names(
-            needed, self.base, self.path, prefix=self.prefix, fits=self._fits(needed, keys, tensors)
-        )
+            needed, self.base, self.path, prefix=self.prefix, fits=self._fits(needed, keys, tensors),
+            statements=statements(self.config, self.base),
+        )  # fmt: skip
         rank = self.config["r"] if self.kind is SHIRA else None
         layers = []
         for weight, module in needed.items():

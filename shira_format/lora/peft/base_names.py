@@ -1,7 +1,7 @@
 """Keys of ``adapter_model.safetensors``: the adapted layers, and the base's names of the weights that these change.
 
 The names in a LoRA are those of the model in memory. transformers renames and fuses tensors when it loads some models:
-experts that are separate tensors on disk are one 3-D parameter in memory.
+experts that are separate tensors on disk are one 3-D parameter in memory (:mod:`shira_format.names.models.experts`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import PREFIX, Config
 from shira_format.lora.products import fits_factors
-from shira_format.names.prefixes import match_names
+from shira_format.names.located import LocatedCheckpoint
+from shira_format.names.models.experts import why_not
+from shira_format.names.prefixes import AmbiguousNames, Statement, match_names
+from shira_format.names.row_blocks import Location
+from shira_format.names.spaces import other_names
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
@@ -145,47 +149,30 @@ def candidates(module: str, targets: Iterable[str]) -> list[str]:
     )
 
 
-_EXPERT = re.compile(
-    r"(?P<module>(?:.*\.)?experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>gate_proj|up_proj|down_proj|w[123]|fc[123])\.weight"
-)
-# The parts that are stacked in a parameter of experts, by their names on disk (transformers' conversion_mapping.py). An
-# expert without a gate has up_proj alone.
-_FUSED: dict[str, list[tuple[str, ...]]] = {
-    "gate_up_proj": [("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")],
-    "up_proj": [("up_proj",)],
-    "down_proj": [("down_proj",), ("w2",), ("fc2",)],
-}
-_RENAMED = (".block_sparse_moe.", ".mlp.")  # on disk, in memory: Mixtral, Phi-MoE, MiniMax
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A 3-D parameter whose parts are separate tensors on disk.
-
-    Attributes:
-        parts: names on disk by expert; those of one expert are stacked along rows.
-        shape: of the parameter in memory.
-    """
-
-    parts: list[list[str]]
-    shape: tuple[int, ...]
-
-
 class BaseNames:
     """Resolves names of the model in memory to tensors of the base.
 
     Attributes:
-        rename: the change of one prefix from these names to the base's.
+        base: the base, and what it has under other names.
+        rename: the change of prefixes from these names to the base's.
     """
 
     def __init__(
-        self, base: Checkpoint, keys: Keys, targets: list[str], where: object, prefix: str | None = None
+        self,
+        base: Checkpoint,
+        keys: Keys,
+        targets: list[str],
+        where: object,
+        prefix: str | None = None,
+        statements: Sequence[Statement] = (),
     ) -> None:
         """Raises SourceError if an adapted layer is not in the base, or could be one of several; ``prefix`` chooses."""
-        self.base = base
-        self._fused = {name: parts for name, parts in _fused(base).items() if name not in base}
-        self._known = {name.replace(*_RENAMED): name for name in base} | {
-            name: name for name in (*self._fused, *base)
+        self.base = located = LocatedCheckpoint(base, other_names(base, base.shape))
+        # Tensors that only have another name.
+        self._renamed = {
+            name: location.blocks[0].name
+            for name, location in located.locations.items()
+            if location == Location(base.shape(location.blocks[0].name), location.blocks[:1])
         }
         attentions = {layer.parent for layer in keys.layers if layer.parent}
         self._wanted = {layer.module: self._names(layer.module, targets, attentions) for layer in keys.layers} | {
@@ -195,11 +182,21 @@ class BaseNames:
         modules = {layer.module: layer for layer in keys.layers}
 
         def fits(name: str, found: str) -> bool:
-            if (layer := modules.get(name.removesuffix(".weight"))) is None or found in self._fused:
+            layer = modules.get(name.removesuffix(".weight"))
+            if layer is None or (len(located.shape(found)) == 3 and found in located.locations):
                 return True
-            return fits_factors(base.shape(self._known[found]), *reversed(layer.pair(where)))
+            return fits_factors(located.shape(found), *reversed(layer.pair(where)))
 
-        self.rename = match_names(needed.keys(), self._known, where, fits=fits, prefix=prefix)
+        try:
+            self.rename = match_names(
+                needed.keys(), located, where, fits=fits, prefix=prefix, statements=statements
+            )
+        except AmbiguousNames:
+            raise
+        except SourceError as error:
+            if reason := next(filter(None, (why_not(name, base, base.shape) for name in needed)), None):
+                raise SourceError(f"{error}; of its experts, {reason}") from None
+            raise
 
     def parameters(self, layer: PeftLayer) -> list[str]:
         """The names of the weights that the layer may change: several only if it wraps parameters of one module."""
@@ -209,20 +206,19 @@ class BaseNames:
         """Whether it is a ``MultiheadAttention``."""
         return self._wanted.get(module) == [f"{module}.in_proj_weight"]
 
-    def __getitem__(self, name: str) -> str | Experts:
-        """The base's tensor, or experts; if the base has neither, the name with the base's prefix."""
-        name = self.rename(name)
-        return self._experts(self._fused[name]) if name in self._fused else self._known.get(name, name)
+    def is_joined(self, name: str) -> bool:
+        """Whether the base has a tensor in parts, as experts that transformers joins when it loads them."""
+        location = self.base.locations.get(self.tensor(name))
+        return location is not None and len(location.blocks) > 1
 
     def tensor(self, name: str) -> str:
-        """As ``[]``, for a name that is no parameter of experts."""
-        found = self[name]
-        return found if isinstance(found, str) else name
+        """The tensor of :attr:`base`; if it has none, the name with the base's prefix."""
+        name = self.rename(name)
+        return self._renamed.get(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter in memory."""
-        found = self[name]
-        return found.shape if isinstance(found, Experts) else self.base.shape(found)
+        return self.base.shape(self.tensor(name))
 
     def _names(self, module: str, targets: list[str], attentions: Iterable[str]) -> list[str]:
         # A key does not say whether PEFT wrapped the module or a parameter of it. The prefixes of LoRA and base may
@@ -243,39 +239,7 @@ class BaseNames:
     def _tails(self) -> set[str]:
         """The last two and three parts of all names."""
         found = set()
-        for name in self._known:
+        for name in self.base:
             parts = name.split(".")
             found |= {".".join(parts[-2:]), ".".join(parts[-3:])}
         return found
-
-    def _experts(self, parts: Sequence[Mapping[int, str]]) -> Experts:
-        count = len(parts[0])
-        if any(sorted(part) != list(range(count)) for part in parts):
-            raise SourceError(
-                f"{self.base.path}: experts are missing: not all have what {next(iter(parts[0].values()))!r} has"
-            )
-        experts = [[part[expert] for part in parts] for expert in range(count)]
-        shapes = [[self.base.shape(name) for name in names] for names in experts]
-        if any(len(shape) != 2 for shape in shapes[0]) or any(other != shapes[0] for other in shapes):
-            raise SourceError(f"{self.base.path}: {experts[0][0]!r} and others of its kind differ in shape")
-        if len({columns for _, columns in shapes[0]}) > 1:
-            raise SourceError(
-                f"{self.base.path}: {', '.join(experts[0])} cannot be stacked: they differ in columns"
-            )
-        return Experts(experts, (count, sum(rows for rows, _ in shapes[0]), shapes[0][0][1]))
-
-
-def _fused(names: Iterable[str]) -> dict[str, list[dict[int, str]]]:
-    """Parameters whose parts are separate on disk: by name in memory, the names of each part by expert."""
-    modules: dict[str, dict[str, dict[int, str]]] = {}
-    for name in names:
-        if match := _EXPERT.fullmatch(name):
-            parts = modules.setdefault(match["module"], {})
-            parts.setdefault(match["part"], {})[int(match["expert"])] = name
-    return {
-        f"{module}.{parameter}".replace(*_RENAMED): [parts[part] for part in way]
-        for module, parts in modules.items()
-        for parameter, ways in _FUSED.items()
-        for way in ways
-        if all(part in parts for part in way) and not (parameter == "up_proj" and "gate_proj" in parts)
-    }

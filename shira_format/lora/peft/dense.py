@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,6 +14,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer
 from shira_format.lora.peft.config import Config
+from shira_format.lora.peft.stated import base_config
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_layer)\.weight")
@@ -135,14 +135,7 @@ class DenseReplacements:
 
 def is_tied(base: Checkpoint) -> bool:
     """Whether ``config.json`` in the base's folder ties head and embeddings; False if it is missing or unreadable."""
-    folder = base.folder
-    if folder is None or not (folder / "config.json").is_file():
-        return False
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("tie_word_embeddings") is True
+    return base_config(base).get("tie_word_embeddings") is True
 
 
 def drop_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config, where: object) -> list[PeftLayer]:

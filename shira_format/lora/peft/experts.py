@@ -16,7 +16,7 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
-from shira_format.lora.peft.base_names import BaseNames, Experts, PeftLayer
+from shira_format.lora.peft.base_names import BaseNames, PeftLayer
 from shira_format.lora.peft.config import Config
 from shira_format.lora.products import LowRank, Stacked, common_dtype, scale_factor
 
@@ -136,7 +136,7 @@ class ParameterLayers:
                 seen |= {match.swapped for match in assignments[0]} - {None}
         if len(seen) == 1:
             return bool(seen.pop())
-        fused = all(isinstance(self.names[match.parameter], Experts) for matches in found for match in matches)
+        fused = all(self.names.is_joined(match.parameter) for matches in found for match in matches)
         return True if old is False and fused else None
 
     def _grouped_by_expert(self) -> bool:
@@ -159,17 +159,8 @@ class ParameterLayers:
         return shape[0] if len(shape) == 3 else 1
 
     def _updates_of(self, match: Match, grouped: bool) -> Iterator[Update]:
-        target, shape = self.names[match.parameter], self.names.shape(match.parameter)
+        target, shape = self.names.tensor(match.parameter), self.names.shape(match.parameter)
         products = list(self._products(match, grouped))
-        if isinstance(target, Experts):
-            # Rows of the fused parameter are rows of its parts, so the update splits exactly.
-            for names, (up, down) in zip(target.parts, products, strict=True):
-                start = 0
-                for name in names:
-                    part = self.names.base.shape(name)
-                    yield LowRank(name, part, np.ascontiguousarray(up[start : start + part[0]]), down)
-                    start += part[0]
-            return
         if len(products) == 1:
             yield LowRank(target, shape, *products[0])
             return

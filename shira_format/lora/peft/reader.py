@@ -29,7 +29,9 @@ from shira_format.lora.peft.config import (
 from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
 from shira_format.lora.peft.experts import ParameterLayers
 from shira_format.lora.peft.layers import ModuleLayers
+from shira_format.lora.peft.placed import placed
 from shira_format.lora.peft.replication import Replication, replicate_layers
+from shira_format.lora.peft.stated import statements
 from shira_format.lora.peft.tokens import row_replacement
 
 
@@ -73,7 +75,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
     if config.replication:
         base = rearranged(base, replicated.copies, replicated.removed)
     keys.layers = drop_tied_head(keys.layers, base, config, weights)
-    names = BaseNames(base, keys, config.parameters, weights, prefix)
+    names = BaseNames(base, keys, config.parameters, weights, prefix, statements(config.raw, base))
     adapted = {name for layer in keys.layers for name in names.parameters(layer)}
     replacements = DenseReplacements(
         keys.plain, adapted, {f"{module}.weight" for module in keys.tokens}, names, config, weights
@@ -88,6 +90,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
         row_replacement(module, rows, names.tensor(f"{module}.weight"), base, config, weights)
         for module, rows in keys.tokens.items()
     ]
+    updates = placed(updates, names.base, weights)
     additions = _additions(modules, layers, whole)
     notices = names.rename.notices("the LoRA")
     if replicated.layers:

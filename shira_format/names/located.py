@@ -1,0 +1,109 @@
+"""A checkpoint that also has the tensors of other name spaces: rows of its own."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shira_format._core.arrays import Array
+from shira_format.checkpoints import Checkpoint
+from shira_format.names.row_blocks import Location
+
+
+class _Run(NamedTuple):
+    """Consecutive rows of a tensor, from ``first`` to ``stop``, that are rows of the base's ``name`` from ``start`` on."""
+
+    first: int
+    stop: int
+    name: str
+    start: int
+
+
+class LocatedCheckpoint(Checkpoint):
+    """``base`` with further tensors, which are read from its own.
+
+    Attributes:
+        base: the checkpoint.
+        locations: where the further tensors are, by name.
+    """
+
+    def __init__(self, base: Checkpoint, locations: Mapping[str, Location]) -> None:
+        """Args: ``locations``: those of a tensor with several dtypes are left out."""
+        self.base = base
+        self.locations = {
+            name: location
+            for name, location in locations.items()
+            if name not in base and len({base.dtype(block.name) for block in location.blocks}) == 1
+        }
+        self.path, self.files, self.components, self.notices = base.path, base.files, base.components, base.notices
+        self._runs: dict[str, list[_Run]] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self.locations:
+            return self.base[name]
+        shape = self.shape(name)
+        found = self.part(name, 0, math.prod(shape)).reshape(shape)
+        found.flags.writeable = False
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.base
+        yield from self.locations
+
+    def __len__(self) -> int:
+        return len(self.base) + len(self.locations)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.base or name in self.locations
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        location = self.locations.get(name)
+        return self.base.shape(name) if location is None else location.shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        location = self.locations.get(name)
+        return self.base.dtype(name if location is None else location.blocks[0].name)
+
+    def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        if name not in self.locations:
+            return self.base.part(name, start, stop, out)
+        runs = self._runs_of(name)
+        columns = math.prod(self.shape(name)) // runs[-1].stop  # of a row of the matrix view
+        found = np.empty(stop - start, self.dtype(name)) if out is None else out[: stop - start]
+        place = bisect_right(runs, start, key=lambda run: run.first * columns) - 1
+        while start < stop and place < len(runs):
+            run = runs[place]
+            until = min(stop, run.stop * columns)
+            offset = (run.start - run.first) * columns
+            target = found[found.size - (stop - start) :][: until - start]
+            target[...] = self.base.part(run.name, start + offset, until + offset)
+            start, place = until, place + 1
+        return found
+
+    def is_quantised(self, name: str) -> bool:
+        location = self.locations.get(name)
+        names = [name] if location is None else [block.name for block in location.blocks]
+        return any(map(self.base.is_quantised, names))
+
+    def at(self, name: str, indices: Array) -> Array:
+        return super().at(name, indices) if name in self.locations else self.base.at(name, indices)
+
+    @property
+    def folder(self) -> Path | None:
+        return self.base.folder
+
+    def _runs_of(self, name: str) -> list[_Run]:
+        if name not in self._runs:
+            runs = []
+            for block in self.locations[name].blocks:
+                start = block.start
+                for first, stop in block.rows:
+                    runs.append(_Run(first, stop, block.name, start))
+                    start += stop - first
+            self._runs[name] = sorted(runs)
+        return self._runs[name]
