@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shira_format.merging.verbs import invert as invert
     from shira_format.merging.verbs import merge as merge
     from shira_format.merging.verbs import subtract as subtract
+    from shira_format.names.servers import ServerLayer as ServerLayer
     from shira_format.names.servers import ServerLayout as ServerLayout
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
@@ -49,6 +50,7 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterPool": "live",
     "DenseTensor": "tensors",
+    "ServerLayer": "names.servers",
     "ServerLayout": "names.servers",
     "SparseTensor": "tensors",
     "Switcher": "live",

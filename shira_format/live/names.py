@@ -9,7 +9,7 @@ from typing import Any
 from shira_format.checkpoints.wrapped import unwrapped_names
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.live.loaded import LoadedAdapter
-from shira_format.names.placement import Layout, Located, Placement, Shape, in_place
+from shira_format.names.placement import Layout, ModelLayout, Placement, Shape, in_place
 from shira_format.names.prefixes import AmbiguousNames, match_names
 from shira_format.names.row_blocks import Location
 from shira_format.names.spaces import other_names
@@ -104,6 +104,8 @@ class Names:
             known = sorted({*space.names, *space.locations})
             if (rename := self._match(adapter, needed, known, space.shape_of)) is not None:
                 found.append((part, _Renamed(space, rename, new)))
+                if not part:
+                    break  # all parts of a pipeline are in this one
         if len(found) > 1:
             parts = " and ".join(repr(part) for part, _ in found)
             raise BaseMismatch(
@@ -123,7 +125,7 @@ class Names:
 class _Renamed:
     """The layout ``inner`` for other names; tensors that are new to the base keep theirs."""
 
-    inner: Located
+    inner: ModelLayout
     rename: Rename
     new: frozenset[str]
 
@@ -140,8 +142,8 @@ def _needed(adapter: LoadedAdapter) -> list[str]:
     return [*(tensor.name for tensor in adapter.tensors), *whole]
 
 
-def _spaces(live: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tuple[str, Located]]:
-    """The names that tensors may have in other programs: for the whole model, and for each part of a pipeline alone."""
+def _spaces(live: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tuple[str, ModelLayout]]:
+    """The names that tensors may have in other programs: of the whole model (""), and of each part of a pipeline alone."""
     shapes = {target: shape for target in names.values() if (shape := _shape(live[target])) is not None}
     parts: dict[str, dict[str, str]] = {}
     for name, target in names.items():
@@ -150,10 +152,13 @@ def _spaces(live: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tuple
             parts.setdefault(part + slash, {})[rest] = target
     found = {part: _locations(inner, shapes) for part, inner in parts.items()}
     together = {part + name: location for part, locations in found.items() for name, location in locations.items()}
-    yield "the model", Located(shapes, {name: name_ for name, name_ in names.items() if name_ in shapes}, together)
+    yield (
+        "",
+        ModelLayout(shapes, {name: name_ for name, name_ in names.items() if name_ in shapes}, together),
+    )
     for part, locations in found.items():
         if part:
-            yield part, Located(shapes, parts[part], locations)
+            yield part, ModelLayout(shapes, parts[part], locations)
 
 
 def _locations(names: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, Location]:

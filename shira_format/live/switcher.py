@@ -209,6 +209,8 @@ class Switcher:
         """
         with self._lock.writing():
             wanted = adapter if isinstance(adapter, (LoadedAdapter, Adapter)) else os.fspath(adapter)
+            if self._pool is not None and isinstance(wanted, str) and wanted in self._pool:
+                wanted = os.fspath(self._pool[wanted])
             for at in reversed(range(len(self._active))):
                 found = self._active[at][0]
                 same = isinstance(wanted, LoadedAdapter) and found.source is wanted.source

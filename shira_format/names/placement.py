@@ -142,7 +142,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
-class Located:
+class ModelLayout:
     """The layout of a model whose parameters are known: each tensor is one of them, or where its location says.
 
     Attributes:

@@ -36,7 +36,7 @@ Kind = Literal["q", "k", "v", "qkv", "merged", "halves", "column", "row", "vocab
 
 
 @dataclass(frozen=True)
-class Layer:
+class ServerLayer:
     """How an engine has a module of a checkpoint.
 
     Attributes:
@@ -53,17 +53,17 @@ class Layer:
 
 
 # By the last part of a module's name: the family of Llama, Mistral, Qwen, Gemma, Phi and the models with experts made of them.
-LAYERS: Mapping[str, Layer] = MappingProxyType({
-    "q_proj": Layer("q", "qkv_proj"), "k_proj": Layer("k", "qkv_proj"), "v_proj": Layer("v", "qkv_proj"),
-    "qkv_proj": Layer("qkv"),
-    "gate_proj": Layer("merged", "gate_up_proj", 0, 2), "up_proj": Layer("merged", "gate_up_proj", 1, 2),
-    "gate_up_proj": Layer("halves"),
-    "o_proj": Layer("row"), "down_proj": Layer("row"),
-    "embed_tokens": Layer("vocabulary"), "lm_head": Layer("vocabulary"),
-    "gate": Layer("whole"), "shared_expert_gate": Layer("whole"),
-    "norm": Layer("whole"), "q_norm": Layer("whole"), "k_norm": Layer("whole"),
-    "input_layernorm": Layer("whole"), "post_attention_layernorm": Layer("whole"),
-    "pre_feedforward_layernorm": Layer("whole"), "post_feedforward_layernorm": Layer("whole"),
+LAYERS: Mapping[str, ServerLayer] = MappingProxyType({
+    "q_proj": ServerLayer("q", "qkv_proj"), "k_proj": ServerLayer("k", "qkv_proj"), "v_proj": ServerLayer("v", "qkv_proj"),
+    "qkv_proj": ServerLayer("qkv"),
+    "gate_proj": ServerLayer("merged", "gate_up_proj", 0, 2), "up_proj": ServerLayer("merged", "gate_up_proj", 1, 2),
+    "gate_up_proj": ServerLayer("halves"),
+    "o_proj": ServerLayer("row"), "down_proj": ServerLayer("row"),
+    "embed_tokens": ServerLayer("vocabulary"), "lm_head": ServerLayer("vocabulary"),
+    "gate": ServerLayer("whole"), "shared_expert_gate": ServerLayer("whole"),
+    "norm": ServerLayer("whole"), "q_norm": ServerLayer("whole"), "k_norm": ServerLayer("whole"),
+    "input_layernorm": ServerLayer("whole"), "post_attention_layernorm": ServerLayer("whole"),
+    "pre_feedforward_layernorm": ServerLayer("whole"), "post_feedforward_layernorm": ServerLayer("whole"),
 })  # fmt: skip
 
 # Names of wrapper models, as vLLM maps them (``hf_to_vllm_mapper``); the first prefix that a name has is replaced.
@@ -93,7 +93,8 @@ class ServerLayout:
         expert_tp_size: ranks that share one expert's rows; None: ``tp_size`` without expert parallelism, else 1, as in vLLM.
         expert_tp_rank: this rank among them; None: ``tp_rank``, or 0 if ``expert_tp_size`` is 1.
         vocabulary_padding: what the number of rows of embeddings is padded to a multiple of.
-        layers: by the last part of a module's name; ``LAYERS | {...}`` adds to the known ones.
+        layers: beyond those of :data:`LAYERS`, by the last part of a module's name or, where that does not tell, the last two
+            (``"intermediate.dense"``).
         prefixes: from the first parts of names in the checkpoint to those in the engine, such as :data:`VISION_LANGUAGE`.
         gate_up: the name of the parameter with all experts' gate and up.
         down: the name of the parameter with all experts' down.
@@ -120,7 +121,7 @@ class ServerLayout:
     expert_tp_size: int | None = None
     expert_tp_rank: int | None = None
     vocabulary_padding: int = 64
-    layers: Mapping[str, Layer] = field(default_factory=lambda: LAYERS)
+    layers: Mapping[str, ServerLayer] = field(default_factory=dict)
     prefixes: Mapping[str, str] = field(default_factory=dict)
     gate_up: str = "w13_weight"
     down: str = "w2_weight"
@@ -187,18 +188,22 @@ class ServerLayout:
             return self._all_experts(name, shape, match["experts"], match["module"])
         module, _, attribute = renamed.rpartition(".")
         parent, dot, last = module.rpartition(".")
-        layer = self.layers.get(last)
+        layer = self._layer(last, f"{parent.rpartition('.')[2]}.{last}")
         if layer is None or attribute not in ("weight", "bias", "e_score_correction_bias"):
             if self.tp_size == 1:  # nothing is sliced, so a tensor of a name of its own is where it was
                 return in_place(name, renamed, shape)
             raise SourceError(
                 f"tensor {name!r}: the layout does not know how {last or name!r} is shared by {self.tp_size} ranks: say so "
-                "by layers=LAYERS | {...}"
+                "by layers="
             )
         parameter = f"{parent}{dot}{layer.name or last}.{attribute}"
         if layer.kind == "whole" or (layer.kind == "row" and attribute == "bias"):
             return in_place(name, parameter, shape)
         return self._sliced(name, parameter, shape, layer)
+
+    def _layer(self, last: str, last_two: str) -> ServerLayer | None:
+        known = (table.get(key) for table in (self.layers, LAYERS) for key in (last_two, last))
+        return next((layer for layer in known if layer is not None), None)
 
     def _renamed(self, name: str) -> str:
         for old, new in self.prefixes.items():
@@ -206,7 +211,7 @@ class ServerLayout:
                 return new + name.removeprefix(old)
         return name
 
-    def _sliced(self, name: str, parameter: str, shape: Shape, layer: Layer) -> Placement:
+    def _sliced(self, name: str, parameter: str, shape: Shape, layer: ServerLayer) -> Placement:
         height, width = matrix_shape(shape)
         if layer.kind == "row":
             columns = _share(name, width, "columns", self.tp_rank, self.tp_size)
@@ -218,7 +223,7 @@ class ServerLayout:
         blocks = (Block(parameter, found, width, (start, stop), (0, width), row) for start, stop, row in pieces)
         return Placement(name, shape, width, tuple(blocks))
 
-    def _rows(self, name: str, height: int, layer: Layer) -> tuple[list[tuple[int, int, int]], int]:
+    def _rows(self, name: str, height: int, layer: ServerLayer) -> tuple[list[tuple[int, int, int]], int]:
         """The tensor's rows that this rank has, ``(start, stop, first row in the parameter)``, and the parameter's rows."""
         if layer.kind in ("q", "k", "v", "qkv"):
             return self._heads(name, height, layer.kind)

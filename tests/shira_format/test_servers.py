@@ -21,7 +21,7 @@ from shira_format.format.codecs import gaps
 from shira_format.live import AdapterPool, Switcher, apply, place_adapter
 from shira_format.live.placed import load_placed
 from shira_format.names.placement import Block, Placement
-from shira_format.names.servers import LAYERS, VISION_LANGUAGE, Layer, ServerLayout
+from shira_format.names.servers import VISION_LANGUAGE, ServerLayer, ServerLayout
 from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models
 from tests.engines import Rank, Server, Sizes, checkpoint, forward
@@ -279,7 +279,7 @@ def test_what_no_rank_has() -> None:
         one("model.layers.0.mixer.in_proj.weight", 4, 4),
         "does not know how 'in_proj' is shared by 2",
     )
-    refused(server, layouts[0], one("transformer.h.0.attn.c_attn.weight", 4, 4), "layers=LAYERS")
+    refused(server, layouts[0], one("transformer.h.0.attn.c_attn.weight", 4, 4), "layers=")
     refused(server, layouts[0], one("model.layers.0.self_attn.q_proj.weight", 12, 16), "has 12 rows; 4 heads")
     refused(
         server, layouts[0], one("model.layers.0.self_attn.o_proj.weight", 16, 15), "has 15 columns, which 2 ranks"
@@ -521,7 +521,8 @@ def test_names_of_wrapper_models_and_other_engines() -> None:
     )
     assert (up.parameter, up.row, gate.row) == ("language_model.model.layers.0.mlp.experts.w3_w1_weight", 8, 12)
     more = replace(
-        layout, layers=LAYERS | {"in_proj": Layer("column"), "out_proj": Layer("row"), "x_proj": Layer("whole")}
+        layout,
+        layers={"in_proj": ServerLayer("column"), "out_proj": ServerLayer("row"), "x_proj": ServerLayer("whole")},
     )
     assert [(4, 16), (4, 8), (4, 16)] == [
         more.place(f"mixer.{name}.weight", shape).blocks[0].shape
