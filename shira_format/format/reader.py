@@ -143,10 +143,12 @@ class AdapterFile:
         """
         entry = self.manifest.tensors[name]
         try:
-            found = self._index_ranges(entry, ranges)
+            found = self._index_ranges(entry, ranges) if ranges else []
             indices = np.concatenate([np.empty(0, np.int64), *(part.indices for part in found)])
 
             def of_range(role: str) -> Array:
+                if not found:  # a stream that is not used is not read
+                    return np.empty(0, FLOATS[self.streams[stream_name(name, role)].dtype])
                 stream = self._read(entry, role)
                 return np.concatenate([stream[:0], *(stream[part.first : part.last] for part in found)])
 

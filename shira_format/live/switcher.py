@@ -65,7 +65,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """An adapter that is to be applied, at a strength that is not 0, and how its names become the model's."""
+    """An adapter that is to be applied, and how its names become the model's."""
 
     adapter: LoadedAdapter
     alpha: float
@@ -274,8 +274,12 @@ class Switcher:
         live = self._weights.tensors()
         weights = {name: self._changed_weight(name, live) for name in self._state}
         first = _first_names(live)
-        fitted = [self._fit(adapter, alpha, live, first) for adapter, alpha in wanted if alpha != 0]
-        parts, dense = self._by_name(fitted, first)
+        fitted = [self._fit(adapter, alpha, live, first) for adapter, alpha in wanted]
+        parts, dense = self._by_name([one for one in fitted if one.alpha != 0], first)
+        # An adapter at strength 0 does nothing, but one of another model is refused all the same.
+        idle, _ = self._by_name([one for one in fitted if one.alpha == 0], first)
+        for name, found in idle.items():
+            check_frames(name, found, live_weight(name, live[name]) if name in live else None)
         for name in (*parts, *dense):
             if name not in weights:
                 weights[name] = live_weight(name, live[name]) if name in live else None
@@ -287,9 +291,8 @@ class Switcher:
         if not all(known):
             self._threads.map(lambda name: self._check_base(name, parts[name], weights[name]), list(parts))
         self._state = self._write(weights, parts, planned)
-        on_model = iter(fitted)
-        self._active = [(next(on_model).adapter if alpha != 0 else adapter, alpha) for adapter, alpha in wanted]
-        self._checked.update(adapter.key for adapter, alpha in wanted if adapter.key is not None and alpha != 0)
+        self._active = [(one.adapter, one.alpha) for one in fitted]
+        self._checked.update(one.adapter.key for one in fitted if one.adapter.key is not None and one.alpha != 0)
         return self.report
 
     def _changed_weight(self, name: str, live: Mapping[str, Any]) -> LiveWeight | None:
