@@ -51,11 +51,12 @@ class FullConversion:
         for checkpoint in () if self.exact else (base, tuned):
             refuse_quantised(checkpoint, filter(chosen, checkpoint))
         pairs = pair(base, tuned, chosen, exact=self.exact)
+        view = pairs.tuned  # under the base's names, where it holds the same tensors in another form
 
         def copy(name: str, tuned_name: str) -> DenseCopy:
-            kind = tuned.dtype(tuned_name), tuned.shape(tuned_name)
+            kind = view.dtype(tuned_name), view.shape(tuned_name)
             replaces = name in base and (base.dtype(name), base.shape(name)) == kind
-            return DenseCopy(name, tuned, tuned_name, base if replaces else None)
+            return DenseCopy(name, view, tuned_name, base if replaces else None)
 
         return ConversionInputs(
             base=base,

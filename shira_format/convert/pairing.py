@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,17 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.wrapped import unwrapped_names
 from shira_format.entries.changes import CheckpointChange
 from shira_format.errors import SourceError
-from shira_format.names.prefixes import AmbiguousNames, Renaming, leading_parts_by_name, only_one, renamings
+from shira_format.names.located import LocatedCheckpoint
+from shira_format.names.prefixes import (
+    AmbiguousNames,
+    Renaming,
+    leading_parts_by_name,
+    match_names,
+    only_one,
+    renamings,
+)
+from shira_format.names.row_blocks import Location
+from shira_format.names.spaces import other_names
 from shira_format.tensors import numel
 
 _RUNS, _RUN = 16, 256  # where and how much of two tensors is compared to tell whether one comes from the other
@@ -54,11 +64,23 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     Raises:
         SourceError: the checkpoints do not belong together, or one has a weight that cannot be paired.
     """
+    elsewhere = _elsewhere(base, tuned)
+    form = []
+    if elsewhere and not exact:
+        tuned = _as_base(base, tuned, elsewhere)
+    if elsewhere:
+        name, location = next(iter(elsewhere.items()))
+        form = [f"{len(elsewhere)} tensors of the base are in others of the fine-tune, {name!r} in {location.blocks[0].name!r} for example"]  # fmt: skip
+        form = (
+            [f"{form[0]}: these are stored whole, as new tensors; for a small patch save both in one form"]
+            if exact
+            else form
+        )
     origins = {name: name for name in tuned if name in base and chosen(name)}
     new = [name for name in tuned if name not in base and chosen(name)]
     taken = set(origins.values())
     gone = [name for name in base if name not in taken and name not in tuned and chosen(name)]
-    pairs = Pairs(base, tuned)
+    pairs = Pairs(base, tuned, notices=form)
     if not origins and not new and not gone:
         raise SourceError(f"{tuned.path}: no tensor is left by the choice of names")
     if new and exact and (found := _by_words(new, gone, base, tuned)):
@@ -98,6 +120,53 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
         # What was only renamed still has to go under its old name.
         pairs.removed += [o for o in dict.fromkeys(origins.values()) if o not in tuned and chosen(o)]
     return pairs
+
+
+def _elsewhere(base: Checkpoint, tuned: Checkpoint) -> dict[str, Location]:
+    """The tensors of the base that the fine-tune has in tensors of other names, such as single experts in 3-D tensors."""
+    lacking = [name for name in base if name not in tuned]
+    if not lacking or all(name in base for name in tuned):
+        return {}
+    known = other_names(tuned, tuned.shape)
+    rename = Renaming()
+    if known and not any(name in known for name in lacking):  # the prefix may differ, too
+        try:
+            rename = match_names(lacking, {*tuned, *known}, tuned.path)
+        except SourceError:
+            return {}
+    found = {name: known[new] for name in lacking if (new := rename(name)) in known and new not in tuned}
+    return {
+        name: location
+        for name, location in found.items()
+        if not any(block.name in base for block in location.blocks)
+    }
+
+
+def _as_base(base: Checkpoint, tuned: Checkpoint, elsewhere: Mapping[str, Location]) -> Checkpoint:
+    """The fine-tune with the base's tensors in place of those that hold them.
+
+    Raises:
+        SourceError: rows are left over, or are in two tensors of the base.
+    """
+    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    columns: dict[str, int] = {}
+    for location in elsewhere.values():
+        height = sum(block.height for block in location.blocks)
+        for block in location.blocks:
+            rows[block.name].append((block.start, block.start + block.height))
+            columns[block.name] = numel(location.shape) // height
+    for name, ranges in rows.items():
+        end = 0
+        for start, stop in sorted(ranges):
+            if start != end:
+                break
+            end = stop
+        if end * columns[name] != numel(tuned.shape(name)):
+            raise SourceError(
+                f"{tuned.path}: tensor {name!r} of shape {list(tuned.shape(name))} holds tensors of the base in its rows, but not "
+                f"in all of them and each in one place: the base {base.path} has another number of experts"
+            )
+    return LocatedCheckpoint(tuned, elsewhere, hidden=rows)
 
 
 def _add_pair(pairs: Pairs, name: str, origin: str, *, exact: bool) -> None:
@@ -188,6 +257,8 @@ def _renaming(
             ways, most = {}, hits
         if hits == most and hits > len(new) / 2:
             ways.setdefault(names, rename)
+    if most < len(new) and (several := _in_groups(new, missing, base, tuned)) is not None:
+        return several
     if not ways:
         return None
     found = [rename for rename in ways.values() if rename == Renaming()] or list(ways.values())
@@ -201,6 +272,16 @@ def _renaming(
         if exact:
             return None
         raise AmbiguousNames(f"{error}; to compare contents instead, take every difference (exact)") from None
+
+
+def _in_groups(new: list[str], missing: set[str], base: Checkpoint, tuned: Checkpoint) -> Renaming | None:
+    """The renaming of each tower or other group of names that brings all new names to names of the base, if there is one."""
+    try:
+        return match_names(
+            new, missing, tuned.path, fits=lambda name, origin: base.shape(origin) == tuned.shape(name)
+        )
+    except SourceError:
+        return None
 
 
 def _by_words(new: list[str], gone: list[str], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:

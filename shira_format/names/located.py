@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +32,10 @@ class LocatedCheckpoint(Checkpoint):
         locations: where the further tensors are, by name.
     """
 
-    def __init__(self, base: Checkpoint, locations: Mapping[str, Location]) -> None:
-        """Args: ``locations``: those of a tensor with several dtypes are left out."""
+    def __init__(self, base: Checkpoint, locations: Mapping[str, Location], hidden: Collection[str] = ()) -> None:
+        """Args: ``locations``: those of a tensor with several dtypes are left out; ``hidden``: tensors of ``base`` to leave out."""
         self.base = base
+        self._hidden = set(hidden)
         self.locations = {
             name: location
             for name, location in locations.items()
@@ -52,14 +53,14 @@ class LocatedCheckpoint(Checkpoint):
         return found
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.base
+        yield from (name for name in self.base if name not in self._hidden)
         yield from self.locations
 
     def __len__(self) -> int:
-        return len(self.base) + len(self.locations)
+        return len(self.base) - len(self._hidden) + len(self.locations)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.base or name in self.locations
+        return (name in self.base and name not in self._hidden) or name in self.locations
 
     def shape(self, name: str) -> tuple[int, ...]:
         location = self.locations.get(name)

@@ -39,14 +39,17 @@ def experts(names: Collection[str], shape: Shape) -> Mapping[str, Location]:
     """
     found: dict[str, Location] = {}
     modules = _modules(names)
+    homes: set[str | None] = set()
     for module, singles in modules.singles.items():
-        fused = dict(_fused(module, singles, shape))
-        found.update((name, way) for name, way in fused.items() if isinstance(way, Location))
+        ways = dict(_fused(module, singles, shape)).items()
+        if fused := {name: way for name, way in ways if isinstance(way, Location)}:
+            found |= fused
+            homes.add(_home(module))
     for module, parts in modules.fused.items():
         if _why(module, parts, shape) is None:
             found.update(_singles(module, parts, shape))
-    homes = {home for module in (*modules.singles, *modules.fused) if (home := _home(module))}
-    found.update((new, _whole(name, shape)) for name, new in _renamed(names, homes))
+            homes.add(_home(module))
+    found.update((new, _whole(name, shape)) for name, new in _renamed(names, homes - {None}))
     return {name: location for name, location in found.items() if name not in names}
 
 
@@ -191,7 +194,7 @@ def _home(module: str) -> str | None:
     return None
 
 
-def _renamed(names: Collection[str], homes: Collection[str]) -> Iterator[tuple[str, str]]:
+def _renamed(names: Collection[str], homes: Collection[str | None]) -> Iterator[tuple[str, str]]:
     """Names beside experts, such as the router's, and what they are called elsewhere."""
     if not homes:
         return
