@@ -361,3 +361,88 @@ def test_tied_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [9, 8] == fused(model).reshape(-1)[[5, 30]].tolist()
         switcher.revert()
         assert_same(state(model), before)
+
+
+# A model of diffusers, an adapter of its authors' single file
+
+
+SD3 = {
+    "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12, "sample_size": 8,
+    "caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 8, "qk_norm": "rms_norm",
+    "dual_attention_layers": (0, 1),
+}  # fmt: skip
+
+
+def random_authors(model: torch.nn.Module) -> Weights:
+    """Weights by the names of the authors' file: the table has names and shapes, diffusers' conversion says what they become."""
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    others = spaces.other_names(shapes, shapes.__getitem__)
+    claimed = {block.name for location in others.values() for block in location.blocks}
+    same = {name: shape for name, shape in shapes.items() if name not in claimed}
+    return {
+        name: torch.randn(shape) for name, shape in {**same, **{n: o.shape for n, o in others.items()}}.items()
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_an_adapter_of_the_authors_file_on_a_pipeline_of_diffusers(prefix: str, tmp_path: Path) -> None:
+    """What diffusers' own conversion makes of the patched file is what the live model becomes."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(**SD3)
+    authors = random_authors(model)
+    assert any("attn.qkv" in name for name in authors)
+    tuned = {name: weight.clone() for name, weight in authors.items()}
+    for weight in tuned.values():
+        weight[torch.rand(weight.shape) < 0.2] += 1
+
+    def on_disk(weights: Weights, name: str) -> Path:
+        save_file({prefix + key: weight for key, weight in weights.items()}, tmp_path / name)
+        return tmp_path / name
+
+    def converted(weights: Weights) -> Weights:
+        return convert_sd3_transformer_checkpoint_to_diffusers(dict(weights))
+
+    full_to_shira(
+        on_disk(tuned, "tuned.safetensors"), on_disk(authors, "base.safetensors"), tmp_path / "a.st", exact=True
+    )
+    model.load_state_dict(converted(authors), strict=True)
+    before = state(model)
+    for live in (model, Pipeline(transformer=model, text_encoder=torch.nn.Linear(2, 2))):
+        switcher = Switcher(live)
+        switcher.load(tmp_path / "a.st")
+        assert_same(state(model), converted(tuned))
+        assert switcher.report.notices
+        switcher.revert()
+        assert_same(state(model), before)
+
+
+def test_an_adapter_of_diffusers_on_the_authors_weights(tmp_path: Path) -> None:
+    import diffusers
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(**SD3)
+    authors = random_authors(model)
+    before = {name: weight.clone() for name, weight in authors.items()}
+    base = convert_sd3_transformer_checkpoint_to_diffusers(dict(before))
+    tuned = {name: weight + (torch.rand(weight.shape) < 0.2) for name, weight in base.items()}
+    save_file({name: weight.contiguous() for name, weight in base.items()}, tmp_path / "base.safetensors")
+    save_file({name: weight.contiguous() for name, weight in tuned.items()}, tmp_path / "tuned.safetensors")
+    full_to_shira(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", tmp_path / "a.st", exact=True)
+    switcher = Switcher(authors)
+    switcher.load(tmp_path / "a.st")
+    found = convert_sd3_transformer_checkpoint_to_diffusers(dict(authors))
+    assert_same(found, tuned)
+    switcher.revert()
+    assert_same(authors, before)
+
+
+def test_at_strength_zero_another_model_is_refused() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+    for name, shape in (("x.y.weight", (2, 2)), ("a.weight", (2, 3))):
+        adapter = Adapter([SparseTensor(name, shape, [1], np.float32([1]), base=np.float32([0]))])
+        with pytest.raises(BaseMismatch, match=f"tensor '{name}'"):
+            Switcher(model).load(adapter, 0)
