@@ -185,6 +185,7 @@ class Switcher:
 
         Raises:
             BaseMismatch: the model is not the adapter's base; no weight was changed.
+            BaseRequired: a rank has a part of a tensor whose base values are not known; no weight was changed.
             FormatError: the file is damaged; no weight was changed.
             OSError: it cannot be read.
         """
