@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from shira_format.live import AdapterPool as AdapterPool
     from shira_format.live import Switcher as Switcher
     from shira_format.live import apply as apply
+    from shira_format.live import place_adapter as place_adapter
     from shira_format.merging.diff import diff as diff
     from shira_format.merging.verbs import compose as compose
     from shira_format.merging.verbs import intersect as intersect
     from shira_format.merging.verbs import invert as invert
     from shira_format.merging.verbs import merge as merge
     from shira_format.merging.verbs import subtract as subtract
+    from shira_format.names.servers import ServerLayer as ServerLayer
+    from shira_format.names.servers import ServerLayout as ServerLayout
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
 
@@ -47,6 +50,8 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterPool": "live",
     "DenseTensor": "tensors",
+    "ServerLayer": "names.servers",
+    "ServerLayout": "names.servers",
     "SparseTensor": "tensors",
     "Switcher": "live",
     "apply": "live",
@@ -62,6 +67,7 @@ _HOMES = {
     "merge": "merging.verbs",
     "open_checkpoint": "checkpoints",
     "peft_to_shira": "convert.peft_shira",
+    "place_adapter": "live",
     "save": "format",
     "shira_to_csr": "export.csr",
     "shira_to_full": "export.full",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from shira_format._core.arrays import Indices
-from shira_format.format.codecs.base import Encoded, IndexCodec
+from shira_format.format.codecs.base import Encoded, IndexCodec, IndexRange, cut
 from shira_format.format.codecs.flat import Flat
 from shira_format.format.codecs.gaps import Gap8, Varint
 from shira_format.format.codecs.structured import Structured
@@ -21,7 +21,7 @@ BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 
 _WRITTEN: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured())
 CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat())}
 
-__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "encode_smallest", "stored_bytes"]
+__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "IndexRange", "cut", "encode_smallest", "stored_bytes"]
 
 
 def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> Encoded:
