@@ -39,14 +39,17 @@ class LoraConversion:
     exclude: tuple[str, ...] = ()
     prefix: str | None = None
     allow_unused: bool = False
+    rank: int | None = None
+    alpha: float | None = None
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the LoRA, and the base if it is not open yet."""
         base = open_checkpoint(self.base) if base is None else base
         with quantised_named(base):
-            lora = filtered(
-                open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix), self.include, self.exclude
+            lora = open_lora(
+                self.lora, base, dialect=self.dialect, prefix=self.prefix, rank=self.rank, alpha=self.alpha
             )
+            lora = filtered(lora, self.include, self.exclude)
         if not self.allow_unused:
             refuse_unused(resolve_path(self.lora), lora.files)
         return lora_inputs(lora, base, hub_identity(self.base))
@@ -101,6 +104,8 @@ def lora_to_shira(
     scope: str = "tensor",
     dialect: str | None = None,
     prefix: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
@@ -126,6 +131,8 @@ def lora_to_shira(
         scope: ``"tensor"`` for the largest entries of each tensor, ``"global"`` for the largest of all tensors.
         dialect: of the LoRA; detected from its files by default.
         prefix: what the base's names of the adapted weights start with, if several are possible.
+        rank: of PEFT's weights without ``adapter_config.json``; all others state their own.
+        alpha: likewise; the scale is ``alpha / rank``.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         allow_unused: convert a folder that has weight files beside those that are read.
@@ -144,7 +151,15 @@ def lora_to_shira(
     """
     rule = selection_rule(density, top_k, energy, min_change, scope)
     conversion = LoraConversion(
-        os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude), prefix, allow_unused
+        os.fspath(lora),
+        location(base, dask),
+        dialect,
+        tuple(include),
+        tuple(exclude),
+        prefix,
+        allow_unused,
+        rank,
+        alpha,
     )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(

@@ -15,7 +15,8 @@ from shira_format.errors import SourceError
 from shira_format.lora.base import Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer
-from shira_format.lora.peft.config import CONFIG, Config
+from shira_format.lora.peft.config import MERGE_FIRST, Config
+from shira_format.lora.peft.resized import is_resized
 from shira_format.lora.products import LowRank, common_dtype, low_rank, scale_factor, transposed
 
 
@@ -91,19 +92,23 @@ class ModuleLayers:
             )
         if a.shape[0] != rank or b.shape[1] != rank:
             raise SourceError(
-                f"{self.where}: {layer.module!r} should have rank {rank} by {CONFIG}, "
+                f"{self.where}: {layer.module!r} should have rank {rank} by {self.config.stated_by}, "
                 f"lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}"
             )
 
     def _matrix(self, layer: PeftLayer, name: str, a: Array, b: Array, *, is_transposed: bool = False) -> LowRank:
         shape = self.base.shape(name)
         where = f"{self.where}: {layer.module!r}"
+        if is_resized(name, shape, (b.shape[0], *a.shape[1:])):
+            raise self._of_resized(layer, (b.shape[0], a.shape[1]), name)
         update = low_rank(name, shape[::-1] if is_transposed else shape, b, a, self.scale(layer), where)
         return transposed(update, shape) if is_transposed else update
 
     def _embedding(self, layer: PeftLayer, name: str, a: Array, b: Array) -> LowRank:
         """``(B @ A).T``: ``lora_embedding_A`` is ``[r, rows]``, ``lora_embedding_B`` is ``[columns, r]``."""
         shape, made = self.base.shape(name), (a.shape[1], b.shape[0])
+        if is_resized(name, shape, made):
+            raise self._of_resized(layer, made, name)
         if shape != made:
             raise SourceError(
                 f"{self.where}: {layer.module!r} updates a weight of shape {list(made)}, the base's {name!r} has {list(shape)}"
@@ -111,6 +116,12 @@ class ModuleLayers:
         dtype = common_dtype(a, b)
         up = scale_factor(a.T, self.scale(layer), dtype)
         return LowRank(name, shape, np.ascontiguousarray(up), np.ascontiguousarray(b.T.astype(dtype)))
+
+    def _of_resized(self, layer: PeftLayer, made: tuple[int, ...], name: str) -> SourceError:
+        return SourceError(
+            f"{self.where}: {layer.module!r} updates a weight of shape {list(made)}, the base's {name!r} has "
+            f"{list(self.base.shape(name))} (a resized vocabulary): {MERGE_FIRST}"
+        )
 
     def _decomposed(self, layer: PeftLayer, update: LowRank, by_column: bool) -> Update:
         """DoRA: a norm for each output of a linear layer or a convolution, and for each column of an embedding.

@@ -6,6 +6,7 @@ sqrt(r)`` under rslora; ``rank_pattern`` and ``alpha_pattern`` are regexes on mo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from shira_format._core.arrays import Array
@@ -15,6 +16,7 @@ from shira_format.errors import FormatError, SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.diffusers_keys import parse
 from shira_format.lora.files import open_tensors, read_tensors
+from shira_format.lora.peft.bare import bare_weights, config_by_hand, missing_config, notice_of
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.config import (
     CONFIG,
@@ -47,8 +49,18 @@ class Peft:
     def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
         if found is None:
+            if weights := bare_weights(path, base):
+                raise missing_config(weights)
             raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
-        return read(*found, base, prefix)
+        weights, config = found
+        return read(weights, read_config(config), base, prefix, [weights, config])
+
+
+def read_by_hand(path: Path, base: Checkpoint, prefix: str | None, rank: int | None, alpha: float | None) -> Lora:
+    """Read weights without a configuration; see :func:`shira_format.lora.open_lora`."""
+    weights, config = config_by_hand(path, base, rank, alpha)
+    lora = read(weights, config, base, prefix, [weights])
+    return replace(lora, notices=[notice_of(config), *lora.notices])
 
 
 def _is_of_diffusers(weights: Path) -> bool:
@@ -67,9 +79,8 @@ def _find(path: Path) -> tuple[Path, Path] | None:
     return find_peft_files(path)
 
 
-def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
-    """The LoRA in a pair of files; see :func:`shira_format.lora.open_lora`."""
-    config = read_config(config_path)
+def read(weights: Path, config: Config, base: Checkpoint, prefix: str | None, files: list[Path]) -> Lora:
+    """The LoRA in a file of weights, under these options; see :func:`shira_format.lora.open_lora`."""
     keys = sort_keys(read_tensors(weights, base)[0], config, weights)
     replicated = replicate_layers(config, base) if config.replication else Replication()
     if config.replication:
@@ -100,7 +111,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
         )
     return Lora(
         updates=updates, whole=whole, additions=additions, copies=replicated.copies, removed=replicated.removed,
-        source=source_of(config), base_model=base_model_of(config), files=[weights, config_path],
+        source=source_of(config), base_model=base_model_of(config), files=files,
         notices=notices + replacements.notices,
     )  # fmt: skip
 

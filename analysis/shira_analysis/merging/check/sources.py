@@ -134,11 +134,18 @@ class Source:
 
 
 def open_source(
-    path: str | os.PathLike[str], base: Checkpoint, *, dialect: str | None = None, prefix: str | None = None
+    path: str | os.PathLike[str],
+    base: Checkpoint,
+    *,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
 ) -> Source:
     """Open a LoRA of any dialect, or an adapter file.
 
-    ``prefix``: what the base's names of the adapted weights start with, if several are possible.
+    ``prefix``: what the base's names of the adapted weights start with, if several are possible. ``rank`` and ``alpha``: of PEFT's
+    weights without their configuration.
 
     Raises:
         SourceError: neither, or it does not fit the base.
@@ -146,9 +153,11 @@ def open_source(
         BaseMismatch: an adapter was made for another base.
     """
     if dialect is None and _is_adapter(path):
+        if rank is not None or alpha is not None:
+            raise SourceError(f"{path}: an adapter file has no rank: leave out rank and alpha")
         return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base)
     with quantised_named(base):
-        lora = open_lora(path, base, dialect=dialect, prefix=prefix)
+        lora = open_lora(path, base, dialect=dialect, prefix=prefix, rank=rank, alpha=alpha)
     changes = [
         ExpectedChange("weight", update, lora.copies.get(update.name, update.name)) for update in lora.updates
     ]
