@@ -68,10 +68,8 @@ def place_adapter(
     loaded = load_placed(adapter, layout, base=base)
     where = loaded.where
     if loaded.spread:
-        raise BaseRequired(
-            f"{where}tensor {loaded.spread[0].tensor!r} lies among others in {loaded.spread[0].parts[0].of.name!r}, and the "
-            "base's values at its entries are not known: pass base=, or convert with --self-contained"
-        )
+        spread = loaded.spread[0]
+        raise _base_required(where, f"tensor {spread.tensor!r}", spread.parts[0].of.name)
     if loaded.replaced and loaded.alpha != 1:
         raise SourceError(
             f"{where}tensor {loaded.replaced[0].name!r}: a part of it is replaced, which entries at the adapter's strength of "
@@ -437,15 +435,25 @@ def _empty(parameter: str, shape: Shape, like: SparseTensor, *, has_base: bool) 
     )  # fmt: skip
 
 
+def _base_required(where: str, what: str, parameter: str) -> BaseRequired:
+    return BaseRequired(
+        f"{where}{what} among others in {parameter!r}: the base's values at the entries are not known: pass base=, or convert "
+        "with --self-contained"
+    )
+
+
 def _only(where: str, group: list[SparseTensor]) -> SparseTensor:
     """The entries of one parameter as one tensor.
 
     Raises:
         SourceError: targets and deltas, or several dtypes.
+        BaseRequired: the base's values are known by several digests.
     """
     first = group[0]
     if len(group) == 1:
         return first
+    if any(tensor.base is None and tensor.base_digest is not None for tensor in group):
+        raise _base_required(where, "tensors", first.name)
     kinds = {(tensor.value_kind, tensor.dtype, tensor.values.dtype, tensor.base is None) for tensor in group}
     if len(kinds) > 1:
         raise SourceError(

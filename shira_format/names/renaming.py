@@ -113,6 +113,31 @@ def grouped(groups: Sequence[tuple[Sequence[str], Renaming]], known: Collection[
     )
 
 
+@dataclass(frozen=True)
+class RenamingWithOthers(Renaming):
+    """A renaming, and what it does not tell of some names.
+
+    Attributes:
+        rename: of all other names.
+        others: new names of some.
+    """
+
+    rename: Renaming = field(default_factory=Renaming)
+    others: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __call__(self, name: str) -> str:
+        """The new name."""
+        return self.others[name] if name in self.others else self.rename(name)
+
+    @property
+    def words(self) -> str:
+        """What it does, for messages."""
+        found = [self.rename.words] if self.rename.words else []
+        found += [f"{name!r} is {new!r}" for name, new in list(self.others.items())[:_MOST_WORDS]]
+        more = [] if len(self.others) <= _MOST_WORDS else [f"and {len(self.others) - _MOST_WORDS} others likewise"]
+        return ", ".join(found + more)
+
+
 def leading(name: str) -> tuple[str, ...]:
     """The first parts of a name before its first number and without its last part, at most three."""
     found: list[str] = []
