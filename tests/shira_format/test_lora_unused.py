@@ -203,5 +203,5 @@ def test_tied_and_renamed_names_of_a_fine_tune_are_in_the_summary(
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert f"left out, tied to model.{WEIGHT}: model.head.weight" in out
-    assert "\nnames: " in out and "'model.'" in out
+    assert "names: " in out and "'model.'" in out
     assert "without the words of wrappers" in out
