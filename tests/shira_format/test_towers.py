@@ -300,3 +300,30 @@ def test_a_whole_tensor_that_could_be_two_is_refused(tmp_path: Path) -> None:
     save_file(load_file(path) | {"base_model.model.head.weight": torch.randn(16, 16)}, path)
     with pytest.raises(AmbiguousNames, match=r"--prefix b\. or --prefix c\."):
         lora_to_shira(folder, save(state, tmp_path / "base"), None)
+
+
+PREFIXES = {
+    "text": ["language_model.", "model.language_model.", "language_model.model.", "text_model.", "model.text_model.", "model.", ""],
+    "vision": ["visual.", "model.visual.", "vision_tower.", "vision_tower.vision_model.", "model.vision_tower.", "vision_model."],
+    "audio": ["audio_tower.", "model.audio_tower."],
+}  # fmt: skip
+HEADS = ["lm_head.weight", "language_model.lm_head.weight"]
+
+
+@given(data=st.data())
+@settings(max_examples=600, deadline=None)
+def test_towers_of_the_same_layers_are_never_confused(data: st.DataObject) -> None:
+    """Each name finds the tensor of its tower, or the whole is refused, whatever the prefixes of adapter and base."""
+    towers = data.draw(st.lists(st.sampled_from(list(PREFIXES)), min_size=1, max_size=3, unique=True))
+    adapted = data.draw(st.lists(st.sampled_from(towers), min_size=1, max_size=3, unique=True))
+    here, there = ({tower: data.draw(st.sampled_from(PREFIXES[tower])) for tower in towers} for _ in range(2))
+    modules = [f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.fc1")]
+    base = {there[tower] + module: (tower, module) for tower in towers for module in modules}
+    needed = {here[tower] + module: (tower, module) for tower in adapted for module in modules}
+    if data.draw(st.booleans()):
+        base[data.draw(st.sampled_from(HEADS))] = needed[data.draw(st.sampled_from(HEADS))] = ("text", "head")
+    try:
+        rename = match_names(list(needed), list(base), "it")
+    except SourceError:
+        return
+    assert {name: base[rename(name)] for name in needed} == needed
