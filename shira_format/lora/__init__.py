@@ -16,8 +16,10 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, unwrapping_notices
+from shira_format.lora.keyed import dialect_of
 from shira_format.lora.peft.config import CONFIG
 from shira_format.lora.products import LowRank
+from shira_format.lora.refusals import why_unknown
 from shira_format.storage.paths import resolve_path
 
 
@@ -53,6 +55,8 @@ DIALECTS: Mapping[str, Dialect] = _Dialects(
     }
 )
 
+# Those with files of their own; the others have one grammar, and are told apart by a single look at the keys.
+_OWN_FILES = ("mlx", "peft", "gguf", "torchtune")
 # What a file of a dialect is called, where its name must match.
 _FILES = {"mlx": "*adapters.safetensors"}
 # Dialects whose files state their scales, or have none.
@@ -83,10 +87,15 @@ def open_lora(
     if dialect is not None:
         return _checked(dialect, DIALECTS[dialect].read(path, base, prefix), base)
     files = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
-    for name in DIALECTS:
+    for name in _OWN_FILES:
         # Looked at by name first, so that no module is imported for files that it cannot read.
         if fnmatch.filter(files, _FILES.get(name, "*")) and (candidate := DIALECTS[name]).recognises(path):
             return _checked(name, candidate.read(path, base, prefix), base)
+    if (by_keys := dialect_of(path)) is not None:
+        return _checked(by_keys, DIALECTS[by_keys].read(path, base, prefix), base)
+    why = why_unknown(path)
+    if why is not None:
+        raise SourceError(f"{path}: not a LoRA that can be converted: {why}")
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
 
 
