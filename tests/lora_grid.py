@@ -599,7 +599,8 @@ def make(combination: Combination, layout: Layout) -> Case:
         for module in modules:
             _apply(module, rule, layout.state, expected)
     keys = {key: tensor for found in spelled.values() for key, tensor in found.items()}
-    if combination.defect:
+    has_factors = any({"up", "hada_w1_a", "lokr_w1", "lokr_w1_a"} & module.parts.keys() for module in modules)
+    if combination.defect and (has_factors or combination.defect != "a partner is missing"):
         _damage(combination.defect, modules, spelled, keys, chooser)
         reasons = [*reasons, DEFECTS[combination.defect], "known dialect|be converted"]
     return Case(keys, None if reasons else expected, reasons)
@@ -832,9 +833,9 @@ def _damage(
 
 def _stem(key: str) -> str:
     match = re.match(
-        r"(.+?)(?:\.processor\.\w+_lora)?\.(?:lora_[ABud]|lora\.|lora_linear_layer|hada|lokr|diff|[wb]_norm|dora|weight|set_weight|alpha)",
-        key,
-    )
+        r"(.+?)(?:\.processor\.\w+_lora)?\.(?:lora_[ABudm]|lora\.|lora_linear_layer|hada_|lokr_|(?:diff|diff_b|[wb]_norm|dora_scale|"
+        r"weight|set_weight|alpha)\Z)", key,
+    )  # fmt: skip
     assert match is not None
     return match[1]
 
@@ -935,8 +936,8 @@ def main(step: int = 1, seed: int = 0) -> None:
             if (fault := grid.run(combination)) is not None:
                 wrong += 1
                 sys.stdout.write(f"{combination}\n    {fault}\n")
-        print(
-            f"{total} combinations: {grid.counts['equal']} equal, {grid.counts['refused']} refused, {wrong} wrong"
+        sys.stdout.write(
+            f"{total} combinations: {grid.counts['equal']} equal, {grid.counts['refused']} refused, {wrong} wrong\n"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.lora_grid import DEFECTS, FORMS, PREFIXES, Combination, Grid, combinations, delta, layouts
 
 # Of all combinations, every so many; ``python -m tests.lora_grid`` runs all.
-STEP, PARTS = 11, 8
+STEP, PARTS = 17, 8
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def test_a_sample(part: int, grid: Grid) -> None:
 def test_the_sample_is_not_empty(grid: Grid) -> None:
     """Runs after the others; a part alone has an eighth of the counts."""
     sample = [*islice(combinations(), 0, None, STEP)]
-    assert len(sample) > 2000
+    assert len(sample) > 1300
     assert {combination.layout for combination in sample} == layouts().keys()
     assert {combination.form for combination in sample} == FORMS.keys()
     assert {combination.defect for combination in sample} == {"", *DEFECTS}
     assert {prefix for combination in sample for prefix in combination.prefixes} == PREFIXES.keys()
     assert grid.counts.total() in (0, len(sample))
     if grid.counts:
-        assert min(grid.counts["equal"], grid.counts["refused"]) > 700
+        assert min(grid.counts["equal"], grid.counts["refused"]) > 400
 
 
 def test_a_wrong_weight_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
