@@ -10,7 +10,7 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -24,7 +24,7 @@ from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import apply
 from tests.lora_grid import Parts, delta, hada, lora
-from tests.shira_format.test_names_models import CASES, Case, assembled, other_spaces, shapes_of, table_of
+from tests.shira_format.test_names_models import CASES, other_spaces, shapes_of
 
 State = dict[str, torch.Tensor]
 RANK = 2
@@ -42,7 +42,7 @@ class Model:
         generator = torch.Generator().manual_seed(1)
         shapes = shapes_of(self.case)
         self.ours: State = {key: randn(generator, *shape) for key, shape in shapes.items()}
-        located = {key: found for key, found in other_spaces(self.case, shapes).items()}
+        located = other_spaces(self.case, shapes)
         self.theirs: State = {}
         for key, location in located.items():
             whole = torch.empty(location.shape, dtype=torch.float64)
@@ -58,7 +58,9 @@ class Model:
 
     def in_diffusers(self, theirs: State) -> State:
         """The authors' tensors by diffusers' own conversion."""
-        return self.case.convert({**theirs, **{key: tensor for key, tensor in self.more.items() if key not in theirs}})
+        return self.case.convert(
+            {**theirs, **{key: tensor for key, tensor in self.more.items() if key not in theirs}}
+        )
 
 
 _MODELS: dict[str, Model] = {}
@@ -75,7 +77,9 @@ def converted(keys: State, base: State, folder: Path) -> State:
     folder.mkdir(exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in base.items()}, folder / "base.safetensors")
     save_file({key: tensor.clone().contiguous() for key, tensor in keys.items()}, folder / "lora.safetensors")
-    lora_to_shira(folder / "lora.safetensors", folder / "base.safetensors", folder / "x.st", density=1.0, threads=1)
+    lora_to_shira(
+        folder / "lora.safetensors", folder / "base.safetensors", folder / "x.st", density=1.0, threads=1
+    )
     weights = {key: tensor.clone() for key, tensor in base.items()}
     apply(load(folder / "x.st"), weights)
     return weights
@@ -84,7 +88,9 @@ def converted(keys: State, base: State, folder: Path) -> State:
 def assert_close(found: State, expected: State, base: State | None = None) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            found[key], tensor, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
+        )
     if base is not None:
         assert any(not torch.equal(found[key], base[key]) for key in expected)
 
@@ -239,8 +245,16 @@ def by_peer(keys: State, convert: Callable[[State], State], base: State) -> Stat
     return expected
 
 
+def flux2_of_fal(keys: State) -> State:
+    """Its pipeline changes the prefix first."""
+    return peers._convert_non_diffusers_flux2_lora_to_diffusers(
+        {key.replace("base_model.model.", "diffusion_model."): tensor for key, tensor in keys.items()}
+    )
+
+
 AB, DOWN = ("lora_B", "lora_A"), ("lora_up", "lora_down")
 WAN_BLOCKS = r"\Ablocks\.\d+\.(?:self_attn|cross_attn|ffn)\.(?:[qkvo]|[kv]_img|0|2)\.weight"
+# Of FLUX.2's last modulation, diffusers exchanges the halves when it converts a checkpoint, but not in a LoRA: there it is wrong.
 # Model, converter, modules by their authors' names, prefix, flat, spelling, alpha, biases.
 READ = {
     "Wan, A and B": ("Wan, text to video", peers._convert_non_diffusers_wan_lora_to_diffusers, WAN_BLOCKS, "diffusion_model.", False, AB, None, False),
@@ -253,8 +267,8 @@ READ = {
     "LTX": ("LTX-Video", peers._convert_non_diffusers_ltxv_lora_to_diffusers, r"transformer_blocks", "diffusion_model.", False, AB, None, False),
     "LTX 2": ("LTX-2", peers._convert_non_diffusers_ltx2_lora_to_diffusers, r"transformer_blocks|adaln_single|patchify_proj", "diffusion_model.", False, AB, None, False),
     "Z-Image": ("Z-Image", peers._convert_non_diffusers_z_image_lora_to_diffusers, r"feed_forward|adaLN_modulation\.0|attention\.out", "diffusion_model.", False, DOWN, 1.0, False),
-    "FLUX.2": ("FLUX.2", peers._convert_non_diffusers_flux2_lora_to_diffusers, r"(?:double|single)_blocks|_in\.|modulation", "diffusion_model.", False, AB, None, False),
-    "FLUX.2, fal": ("FLUX.2", peers._convert_non_diffusers_flux2_lora_to_diffusers, r"(?:double|single)_blocks", "base_model.model.", False, AB, None, False),
+    "FLUX.2": ("FLUX.2", peers._convert_non_diffusers_flux2_lora_to_diffusers, r"(?:double|single)_blocks|_in\.|stream_modulation", "diffusion_model.", False, AB, None, False),
+    "FLUX.2, fal": ("FLUX.2", flux2_of_fal, r"(?:double|single)_blocks", "base_model.model.", False, AB, None, False),
     "FLUX.2, kohya": ("FLUX.2", peers._convert_kohya_flux2_lora_to_diffusers, r"(?:double|single)_blocks", "lora_unet_", True, DOWN, 1.0, False),
     "Krea 2": ("Krea 2", peers._convert_non_diffusers_krea2_lora_to_diffusers, r"blocks", "diffusion_model.", False, AB, None, False),
 }  # fmt: skip
@@ -270,3 +284,100 @@ def test_what_diffusers_reads(name: str, tmp_path: Path) -> None:
     expected = by_peer(keys, convert, model.ours)
     assert_close(converted(keys, model.ours, tmp_path), expected, model.ours)
     assert_close(model.in_diffusers(converted(keys, model.theirs, tmp_path)), expected)
+
+
+# --- Models with diffusers' names alone --------------------------------------------------------------------------------------
+
+TINY = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+OWN: dict[str, tuple[str, dict[str, object]]] = {
+    "Qwen-Image": ("QwenImageTransformer2DModel", TINY | {"in_channels": 4, "out_channels": 4, "joint_attention_dim": 6, "axes_dims_rope": (2, 2, 4)}),
+    "FLUX": ("FluxTransformer2DModel", TINY | {"num_single_layers": 2, "in_channels": 4, "joint_attention_dim": 6, "pooled_projection_dim": 5, "guidance_embeds": True}),
+    "Chroma": ("ChromaTransformer2DModel", TINY | {"num_single_layers": 2, "in_channels": 4, "joint_attention_dim": 6, "approximator_layers": 2, "approximator_num_channels": 8, "approximator_hidden_dim": 8}),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", TINY | {"num_single_layers": 2, "num_refiner_layers": 1, "in_channels": 4, "text_embed_dim": 6, "pooled_projection_dim": 5}),
+    "PixArt": ("PixArtTransformer2DModel", TINY | {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 16, "caption_channels": 6, "sample_size": 8}),
+}  # fmt: skip
+
+
+def own_state(name: str) -> State:
+    cls, options = OWN[name]
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(diffusers, cls)(**options)
+    generator = torch.Generator().manual_seed(2)
+    return {key: randn(generator, *tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", OWN)
+def test_formats_with_names_of_diffusers(name: str, form: str, tmp_path: Path) -> None:
+    base = own_state(name)
+    for number, kind in enumerate(KINDS):
+        generator = torch.Generator().manual_seed(number)
+        keys, tuned = written(kind, form, some_modules(base, 8, number), base, generator)
+        assert_close(converted(keys, base, tmp_path), base | tuned, base)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "lora_unet_"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lightning(prefix: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Qwen-Image Lightning: factors and an alpha of 1 in bf16, no prefix; as diffusers reads it."""
+    base = own_state("Qwen-Image")
+    keys = lora_file(
+        linear(base, "transformer_blocks"), base, prefix, DOWN, alpha=1.0, is_flat=prefix == "lora_unet_"
+    )
+    keys = {key: tensor.to(dtype) for key, tensor in keys.items()}
+    wide = {key: tensor.double() for key, tensor in keys.items()}
+    named = {
+        key if prefix == "lora_unet_" else key.removeprefix("transformer."): tensor for key, tensor in wide.items()
+    }
+    expected = by_peer(named, peers._convert_non_diffusers_qwen_lora_to_diffusers, base)
+    found = converted(keys, base, tmp_path)
+    for key, tensor in expected.items():  # our update of factors that are no float64 is in float32
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_and_biases_of_wan(tmp_path: Path) -> None:
+    """LoRAs that ComfyUI extracts have norms and modulations as ``diff``, and biases as ``diff_b``."""
+    model = model_of("Wan, text to video")
+    generator = torch.Generator().manual_seed(6)
+    keys = lora_file(
+        linear(model.theirs, WAN_BLOCKS), model.theirs, "diffusion_model.", DOWN, alpha=None, diff_b=True
+    )
+    expected = {key: tensor.clone() for key, tensor in model.theirs.items()}
+    for module in linear(model.theirs, WAN_BLOCKS):
+        stem = f"diffusion_model.{module}"
+        expected[f"{module}.weight"] += keys[f"{stem}.lora_up.weight"] @ keys[f"{stem}.lora_down.weight"]
+        expected[f"{module}.bias"] += keys[f"{stem}.diff_b"]
+    for name in (
+        "blocks.0.self_attn.norm_q.weight",
+        "blocks.1.norm3.weight",
+        "blocks.0.modulation",
+        "head.modulation",
+    ):
+        change = randn(generator, *model.theirs[name].shape)
+        keys[f"diffusion_model.{name.removesuffix('.weight')}.diff"] = change
+        expected[name] = expected[name] + change
+    change = randn(generator, *model.theirs["blocks.1.norm3.bias"].shape)
+    keys["diffusion_model.blocks.1.norm3.diff_b"] = change
+    expected["blocks.1.norm3.bias"] = expected["blocks.1.norm3.bias"] + change
+    assert_close(converted(keys, model.theirs, tmp_path), expected, model.theirs)
+    assert_close(converted(keys, model.ours, tmp_path), model.in_diffusers(expected), model.ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("PixArt", "blocks.0.attn.qkv"), ("Qwen-Image", "blocks.0.attn.qkv"), ("FLUX", "transformer.single_blocks.0.attn.qkv_proj"),
+        ("Qwen-Image", "transformer_blocks.7.attn.to_q"), ("HunyuanVideo", "double_blocks.2.img_attn_qkv"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["kohya", "comfy"])
+def test_modules_that_the_base_has_not(name: str, module: str, form: str, tmp_path: Path) -> None:
+    base = own_state(name)
+    keys, _ = written("LoRA", form, [module], {f"{module}.weight": torch.zeros(48, 16)}, torch.Generator())
+    with pytest.raises(
+        SourceError,
+        match=r"lora\.safetensors.*(?:are not in the base|no module).*"
+        + re.escape(module.replace(".", "_") if form == "kohya" else module),
+    ):
+        converted(keys, base, tmp_path)
