@@ -21,6 +21,7 @@ from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
 from shira_format.lora.fits import fits
 from shira_format.lora.groups import Group, Layer
 from shira_format.lora.keys import ALPHA, DOWN, UP, WHOLE, Key, parse_key
+from shira_format.lora.refusals import check_input, kind_of, unmatched
 from shira_format.lora.row_stack import Piece, stack_rows, take_update_rows
 from shira_format.names.components import component_names, component_of
 from shira_format.names.located import LocatedCheckpoint, check_location
@@ -32,6 +33,7 @@ _MOST_SHOWN = 80  # different ranks or alphas in the provenance
 # The name of a file that is taken from a folder with others.
 NAMED = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
+PEFT = "base_model.model"  # the prefix of PEFT's keys
 OPTIONS = "lora_adapter_metadata"  # PEFT's options in a header, as diffusers writes them
 
 Groups = Mapping[Key, Group]  # by module
@@ -71,6 +73,16 @@ def dialect_of(path: Path) -> str | None:
     styles = {key.style for key in keys}
     if "xlabs" in styles:
         return "xlabs"
+    flux = any(key.module.startswith(("double_blocks.", "single_blocks.")) for key in keys)
+    scaled = {key.module for key in keys if key.part == ALPHA}
+    # PEFT's LoHa and LoKr have their parts' names from LyCORIS, and their scale in the configuration.
+    of_peft = (
+        key
+        for key in keys
+        if key.prefix == PEFT and (key.style == "peft" or key.part.startswith(("hada_", "lokr_")))
+    )
+    if not flux and any(key.module not in scaled for key in of_peft):
+        return None
     if "lycoris" in styles or (any(key.prefix == "lycoris" for key in keys) and _has_factors(keys)):
         return "lycoris"
     if not _has_factors(keys):
@@ -80,10 +92,8 @@ def dialect_of(path: Path) -> str | None:
     # PEFT's parts without a component are not enough: they may be from another library, and their scale in a configuration
     # file that is lost. Those of FLUX's authors behind PEFT's prefix are ai-toolkit's and fal's, which write none.
     ours = file.name in NAMED or OPTIONS in tensors.metadata(file.name) or "diffusers" in styles
-    flux = any(key.module.startswith(("double_blocks.", "single_blocks.")) for key in keys)
-    if ours or any(key.prefix not in ("", "base_model.model") or (key.prefix and flux) for key in keys):
+    if ours or any(key.prefix not in ("", PEFT) or (key.prefix and flux) for key in keys):
         return "diffusers"
-    scaled = {key.module for key in keys if key.part == ALPHA}
     return "kohya" if all(key.module in scaled for key in keys if key.part in (DOWN, UP)) else None
 
 
@@ -165,6 +175,7 @@ class _Reader:
         for component, groups in components.items():
             for group, location, bias in self._located(component, groups, alone=len(components) == 1):
                 group.scale_of = scales[component]
+                check_input(group, group.key.module, location.shape)
                 name, view = self._view(location, group.where)
                 made = layer(group, name, location.shape, view)
                 if made.update is not None:
@@ -190,12 +201,14 @@ class _Reader:
 
     def _components(self) -> dict[str, dict[Key, Group]]:
         """The groups by component and module."""
+        if (kind := kind_of(self.tensors)) is not None:
+            raise SourceError(f"{self.path}: not a LoRA that can be converted: {kind}")
         parsed = {name: parse_key(name) for name in self.tensors}
         prefixes = {key.prefix for key in parsed.values() if key is not None}
         found: dict[str, dict[Key, Group]] = {}
         for name, key in parsed.items():
             if key is None:
-                raise SourceError(f"{self.path}: unmatched key {name!r}: {unmatched(name)}")
+                raise SourceError(f"{self.path}: unmatched key {name!r}: {unmatched(name, self.tensors)}")
             component = component_of(key.prefix, prefixes, self.base, self.path)
             module = Key("", key.module, "", key.is_flat)
             group = found.setdefault(component, {}).setdefault(module, Group(self.path, key, self.tensors))
@@ -347,10 +360,3 @@ def _biases(modules: Modules, known: list[str]) -> Location | None:
     found = [modules.tensor(f"{module}.bias") for module in known]
     there = [location for location in found if location is not None]
     return _stack(there) if there and len(there) == len(found) else None
-
-
-def unmatched(key: str) -> str:
-    """Why a key has no place in the grammar, for messages."""
-    if key.startswith("bundle_emb."):
-        return "the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights"
-    return "it ends in no known part of a LoRA"
