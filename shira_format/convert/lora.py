@@ -180,7 +180,7 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     Raises:
         SourceError: a bad regex, or nothing is left.
     """
-    if source.updates and not include and not exclude:
+    if not include and not exclude and (source.updates or source.whole or source.additions):
         return source
     match = name_filter(include, exclude)
     updates = [update for update in source.updates if match(update.name)]

@@ -73,15 +73,10 @@ def dialect_of(path: Path) -> str | None:
     styles = {key.style for key in keys}
     if "xlabs" in styles:
         return "xlabs"
+    ours = file.name in NAMED or OPTIONS in tensors.metadata(file.name) or "diffusers" in styles
     flux = any(key.module.startswith(("double_blocks.", "single_blocks.")) for key in keys)
     scaled = {key.module for key in keys if key.part == ALPHA}
-    # PEFT's LoHa and LoKr have their parts' names from LyCORIS, and their scale in the configuration.
-    of_peft = (
-        key
-        for key in keys
-        if key.prefix == PEFT and (key.style == "peft" or key.part.startswith(("hada_", "lokr_")))
-    )
-    if not flux and any(key.module not in scaled for key in of_peft):
+    if not flux and any(key.module not in scaled for key in keys if _is_of_peft(key, ours=ours)):
         return None
     if "lycoris" in styles or (any(key.prefix == "lycoris" for key in keys) and _has_factors(keys)):
         return "lycoris"
@@ -91,10 +86,14 @@ def dialect_of(path: Path) -> str | None:
         return "kohya"
     # PEFT's parts without a component are not enough: they may be from another library, and their scale in a configuration
     # file that is lost. Those of FLUX's authors behind PEFT's prefix are ai-toolkit's and fal's, which write none.
-    ours = file.name in NAMED or OPTIONS in tensors.metadata(file.name) or "diffusers" in styles
     if ours or any(key.prefix not in ("", PEFT) or (key.prefix and flux) for key in keys):
         return "diffusers"
     return "kohya" if all(key.module in scaled for key in keys if key.part in (DOWN, UP)) else None
+
+
+def _is_of_peft(key: Key, *, ours: bool) -> bool:
+    """Whether PEFT wrote it, with the scale in its configuration: LoHa and LoKr have their parts' names from LyCORIS."""
+    return key.prefix == PEFT and (key.part.startswith(("hada_", "lokr_")) or (key.style == "peft" and not ours))
 
 
 def _has_factors(keys: Iterable[Key]) -> bool:
@@ -168,6 +167,7 @@ class _Reader:
         self._owners: dict[str, str] = {}
 
     def read(self) -> Lora:
+        self._refuse_transposed()
         components = self._components()
         scales = self.scaling.of_components(components, self.tensors, self.path)
         ranks: set[int] = set()
@@ -198,6 +198,17 @@ class _Reader:
             files=[self.path, *self.scaling.files()],
             notices=[*self.scaling.notices(), *self.notices],
         )
+
+    def _refuse_transposed(self) -> None:
+        """Refuse GPT-2, whose weights are ``[in, out]``, as is seen of its fused queries, keys and values; square ones look alike."""
+        for name in self.base:
+            if name.endswith(".attn.c_attn.weight") and self.base.shape(name)[1:] == (
+                3 * self.base.shape(name)[0],
+            ):
+                raise SourceError(
+                    f"{self.path}: the base's {name!r} is stored as [in, out], as GPT-2's layers are, and a LoRA of {self.dialect} "
+                    "is of layers that are stored as [out, in]: it is read as PEFT's with its adapter_config.json"
+                )
 
     def _components(self) -> dict[str, dict[Key, Group]]:
         """The groups by component and module."""

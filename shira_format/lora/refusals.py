@@ -198,7 +198,7 @@ def why_keys(tensors: Checkpoint) -> str | None:
 def unmatched(key: str, tensors: Checkpoint) -> str:
     """Why a key of a LoRA file has no place in the grammar, for messages."""
     if key.startswith("bundle_emb."):
-        return f"the LoRA is bundled with an embedding: {_TOKENS}"
+        return "the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights"
     if found := kind_of([key]):
         return f"it is of {found}"
     if quantised := any_quantised(tensors):

@@ -10,8 +10,8 @@ import torch
 
 from tests.lora_grid import DEFECTS, FORMS, PREFIXES, Combination, Grid, combinations, delta, layouts
 
-# Of all combinations, every so many; ``python -m tests.lora_grid`` runs all.
-STEP, PARTS = 17, 8
+# Of all combinations, every so many, which no number of layouts, prefixes or forms is a multiple of; ``python -m tests.lora_grid`` runs all.
+STEP, PARTS = 19, 8
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_a_sample(part: int, grid: Grid) -> None:
 def test_the_sample_is_not_empty(grid: Grid) -> None:
     """Runs after the others; a part alone has an eighth of the counts."""
     sample = [*islice(combinations(), 0, None, STEP)]
-    assert len(sample) > 1300
+    assert len(sample) > 1200
     assert {combination.layout for combination in sample} == layouts().keys()
     assert {combination.form for combination in sample} == FORMS.keys()
     assert {combination.defect for combination in sample} == {"", *DEFECTS}

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from shira_format.checkpoints import open_checkpoint
+from shira_format.convert import lora_to_shira
 from shira_format.errors import FormatError, SourceError
+from shira_format.format import load
 from shira_format.lora import DIALECTS, open_lora
 from shira_format.lora.refusals import KINDS, kind_of
 
@@ -182,3 +184,41 @@ def test_a_lora_is_none_of_these() -> None:
     assert len({kind.name for kind in KINDS}) == len(KINDS)
     assert kind_of(["transformer.x_embedder.lora_A.weight"]) is None
     assert set(DIALECTS) >= {"kohya", "lycoris", "diffusers", "xlabs"}
+
+
+@pytest.mark.parametrize("how", ["beside", "header", "none"])
+def test_weights_stored_as_in_by_out(how: str, tmp_path: Path) -> None:
+    """PEFT's keys of a GPT-2 without PEFT's prefix begin as those of a pipeline's transformer."""
+    base = {
+        "transformer.h.0.attn.c_attn.weight": torch.ones(4, 12),
+        "transformer.h.0.attn.c_proj.weight": torch.ones(4, 4),
+    }
+    if how != "none":  # seen from the options alone
+        del base["transformer.h.0.attn.c_attn.weight"]
+    save_file(base, tmp_path / "base.safetensors")
+    options = {"r": 2, "lora_alpha": 4, "fan_in_fan_out": True}
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in options.items()})}
+    (tmp_path / "lora").mkdir()
+    save_file(
+        ab("transformer.h.0.attn.c_proj"), tmp_path / "lora" / "x.safetensors", header if how == "header" else None
+    )
+    if how == "beside":
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **options}))
+    with pytest.raises(SourceError, match=r"fan_in_fan_out is set|stored as \[in, out\]"):
+        open_lora(tmp_path / "lora" / "x.safetensors", open_checkpoint(tmp_path / "base.safetensors"))
+
+
+@pytest.mark.parametrize("keys", [{"diffusion_model.l.diff_b": torch.ones(4)}, {"lora_unet_l.lora_down.weight": torch.ones(2, 4), "lora_unet_l.lora_up.weight": torch.ones(4, 2), "lora_unet_l.alpha": torch.tensor(0.0)}])  # fmt: skip
+def test_what_is_no_reason(keys: State, base: Any, tmp_path: Path) -> None:
+    """Biases alone are a change, and a kohya alpha of 0 means the rank."""
+    save_file(keys, tmp_path / "x.safetensors")
+    lora_to_shira(tmp_path / "x.safetensors", base, tmp_path / "x.st", density=1.0)
+    adapter = load(tmp_path / "x.st")
+    assert len(adapter) + len(adapter.dense) == 1
+
+
+def test_an_alpha_of_0_for_diffusers_has_two_readings(base: Any, tmp_path: Path) -> None:
+    save_file(ab("diffusion_model.l") | {"diffusion_model.l.alpha": torch.tensor(0.0)}, tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match="'diffusion_model.l.alpha' is 0.*--dialect kohya"):
+        open_lora(tmp_path / "x.safetensors", base)
+    assert open_lora(tmp_path / "x.safetensors", base, dialect="kohya").updates
