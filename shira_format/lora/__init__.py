@@ -16,7 +16,7 @@ from pathlib import Path
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
-from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, unwrapping_notices
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
 from shira_format.lora.peft.bare import bare_weights, missing_config
 from shira_format.lora.peft.config import CONFIG
 from shira_format.lora.products import LowRank
@@ -106,6 +106,7 @@ def open_lora(
         raise missing_config(weights)
     if (why := why_unknown(path)) is not None:
         raise SourceError(f"{path}: not a LoRA that can be converted: {why}")
+    _check_readable(path, base)
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
 
 
@@ -118,6 +119,14 @@ def _detected(path: Path) -> str | None:
     from shira_format.lora.keyed import dialect_of
 
     return dialect_of(path)
+
+
+def _check_readable(path: Path, base: Checkpoint) -> None:
+    """Raise why the file at ``path`` cannot be read as one of tensors, which is why no dialect recognises it."""
+    files = [path] if path.is_file() else [one for one in path.iterdir() if one.is_file()]
+    weights = [file for file in files if file.suffix in (SAFETENSORS, *PICKLES)]
+    if len(weights) == 1:
+        open_tensors(weights[0], base)
 
 
 def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:
@@ -133,5 +142,5 @@ def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:
             "another adapter"
         )
     weights = [file for file in lora.files if file.suffix in (SAFETENSORS, *PICKLES)]
-    found = [notice for file in weights for notice in unwrapping_notices(open_tensors(file, base))]
+    found = [notice for file in weights for notice in open_tensors(file, base).notices]
     return replace(lora, notices=found + lora.notices) if found else lora

@@ -174,8 +174,9 @@ def _check(config: Mapping[str, Any], groups: Collection[Group], where: str, pat
     for group in groups:
         if ALPHA in group.keys:
             raise SourceError(f"{where}{beside}: sets alphas, and the file has keys of alphas as well")
-        if config.get("use_dora") and DOWN in group.keys and MAGNITUDE not in group.keys:
-            raise SourceError(f"{path}: {group.keys[DOWN]!r} has no {MAGNITUDE}, which DoRA needs")
+        for part, option in ((MAGNITUDE, "use_dora"), (BIAS, "lora_bias")):
+            if config.get(option) and DOWN in group.keys and part not in group.keys:
+                raise SourceError(f"{path}: {group.keys[DOWN]!r} has no {part}, and {option} is set")
 
 
 def _check_alike(part: str, why: str, groups: Collection[Group], path: Path) -> None:

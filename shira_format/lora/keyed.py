@@ -17,7 +17,7 @@ from shira_format.errors import FormatError, SourceError
 from shira_format.lora.algorithms import STORED, layer
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
-from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, refuse_scale_beside
 from shira_format.lora.fits import fits
 from shira_format.lora.groups import Group, Layer
 from shira_format.lora.keys import ALPHA, DOWN, UP, WHOLE, Key, parse_key
@@ -158,6 +158,7 @@ class _Reader:
         self.path, self.base, self.dialect, self.prefix = path, base, dialect, prefix
         self.scaling, self.modules_of = scaling, modules_of
         self.tensors = open_tensors(path, base)
+        refuse_scale_beside(self.tensors)
         self.notices: list[str] = []
         # By the base's tensor.
         self._updates: dict[str, Update] = {}

@@ -27,7 +27,7 @@ from shira_format.entries.changes import Entries, UpdateChange
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
-from shira_format.lora.files import checked, open_tensors, unwrapping_notices
+from shira_format.lora.files import checked, open_tensors
 from shira_format.lora.peft.resized import is_resized, resized_notices
 from shira_format.lora.peft.stated import statements
 from shira_format.names.filters import name_filter
@@ -239,7 +239,7 @@ class _Reader:
             files=[self.path, self.config_path],
             left_out={reason: names for reason, names in left_out.items() if names},
             notices=[
-                *unwrapping_notices(tensors),
+                *tensors.notices,
                 *rename.notices("the adapter"),
                 *self._notices(keys),
                 *resized_notices(whole, self.base, self.path),
