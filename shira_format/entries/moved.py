@@ -103,7 +103,8 @@ def _layout(source: AdapterFile, base: Checkpoint, chosen: Chosen) -> Layout | N
     entries = {name: entry for name, entry in manifest.tensors.items() if chosen(name)}
     if any(map(chosen, manifest.removed)) or any(e.is_patch or e.values == "none" for e in entries.values()):
         return None
-    needed: dict[str, Shape] = {name: entry.shape for name, entry in entries.items()}
+    # A tensor without entries changes nothing, and may be one that other programs leave out.
+    needed: dict[str, Shape] = {name: entry.shape for name, entry in entries.items() if entry.nnz}
     wholes = [name for name in manifest.whole if chosen(name)]
     needed |= {name: source.streams[name].shape for name in wholes if "base" in manifest.whole[name].digests}
     lacking = [name for name in needed if name not in base]
@@ -179,7 +180,7 @@ class _Mover:
     ) -> None:
         self._source, self._base, self._layout, self._strength = source, base, layout, strength
         manifest = source.manifest
-        shapes = {name: entry.shape for name, entry in manifest.tensors.items() if chosen(name)}
+        shapes = {name: entry.shape for name, entry in manifest.tensors.items() if entry.nnz and chosen(name)}
         shapes |= {name: source.streams[name].shape for name in manifest.whole if chosen(name)}
         self._placements = {name: self._place(name, shape) for name, shape in shapes.items()}
 
@@ -232,8 +233,7 @@ class _Mover:
             raise BaseMismatch(f"{source.path}: {error}") from None
         except SourceError as error:
             raise SourceError(f"{source.path}: {error}") from None
-        has_entries = any(one.nnz for one in sparse)
-        kept = [one for one in placed.values() if one.nnz or not has_entries]
+        kept = [one for one in placed.values() if one.nnz]
         if any(manifest.tensors[one.name].base_values for one in sparse) or any(
             manifest.whole[one.name].base_values for one in dense
         ):

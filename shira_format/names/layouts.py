@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from shira_format.errors import SourceError
+from shira_format.names.components import part_of
 from shira_format.names.placement import Layout, ModelLayout, Placement, Shape, in_place
 from shira_format.names.row_blocks import Location
 from shira_format.names.spaces import other_names
@@ -38,8 +39,8 @@ def find_layout(
     """The layout of a model or checkpoint for an adapter's names; None if neither its names nor a known model's have them.
 
     Args:
-        names: the tensors of the model, by the names that an adapter may have for them; those in a part of a pipeline start with
-            ``PART/``.
+        names: the tensors of the model, by the names that an adapter may have for them; those of a part of a pipeline start
+            with it (:func:`shira_format.names.components.part_of`).
         shapes: of these tensors; one without a shape is left out.
         match: finds the renaming.
         new: the adapter's tensors that are new to its base.
@@ -63,8 +64,8 @@ def _spaces(names: Mapping[str, str], shapes: Mapping[str, Shape]) -> Iterator[t
     parts: dict[str, dict[str, str]] = {}
     for name, target in names.items():
         if target in shapes:
-            part, slash, rest = name.rpartition("/")
-            parts.setdefault(part + slash, {})[rest] = target
+            part = part_of(name)
+            parts.setdefault(part, {})[name.removeprefix(part)] = target
     found = {part: _locations(inner, shapes) for part, inner in parts.items()}
     together = {part + name: location for part, locations in found.items() for name, location in locations.items()}
     yield "", ModelLayout(shapes, {name: target for name, target in names.items() if target in shapes}, together)
