@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array
+from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.algorithms import STORED, layer
@@ -268,7 +269,8 @@ class _Reader:
                 yield group, _stack([modules.weight(name) for name in known]), _biases(modules, known)
         if others:
             of = f" of {component}" if component else ""
-            self.notices.append(f"{others} names{of} in the LoRA are those of another program for this model")
+            told = f"{others} names{of} in the LoRA are those of another program for this model"
+            self.notices.append(NamesNotice(told))
 
     def _apply(self, group: Group, made: Layer, location: Location, bias: Location | None) -> None:
         """Add what a module's LoRA adds to small tensors, or replaces."""

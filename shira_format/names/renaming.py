@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from shira_format._core.notices import NamesNotice
+
 DEPTH = 3  # parts of a name that a prefix may have
 _MOST_WORDS = 8  # groups in a message
 
@@ -48,7 +50,8 @@ class Renaming:
             component: of a pipeline, if only its names are.
         """
         words = [component, self.words] if component else [self.words]
-        return [f"names of {source} are not those of the base: {', '.join(words)}"] if self.words else []
+        told = f"names of {source} are not those of the base: {', '.join(words)}"
+        return [NamesNotice(told)] if self.words else []
 
     def reasoned(self, because: str) -> Renaming:
         """The same with a reason."""

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import shira_format as shira
 from shira_format.adapter import Adapter
+from shira_format.entries.placed import load_placed
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError, SourceError
 from shira_format.format import save
 from shira_format.format.codecs import gaps
 from shira_format.live import AdapterPool, Switcher, apply, place_adapter
-from shira_format.live.placed import load_placed
 from shira_format.names.placement import Block, Placement
 from shira_format.names.servers import VISION_LANGUAGE, ServerLayer, ServerLayout
 from shira_format.tensors import DenseTensor, SparseTensor

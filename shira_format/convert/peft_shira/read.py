@@ -16,7 +16,7 @@ from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named
 from shira_format.convert.effect import refuse_lost
-from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs
+from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
@@ -30,7 +30,7 @@ from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
 from shira_format.lora.peft.resized import is_resized, resized_notices
 from shira_format.lora.peft.stated import statements
-from shira_format.names.filters import name_filter
+from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.names.prefixes import match_names, match_others
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor, numel
