@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,14 @@ class ChosenLayers:
     unknown: list[str]
 
 
+def names_in_files(model: Any, names: Collection[str]) -> Callable[[str], str | None]:
+    """What gives the checkpoint's name of a model's parameter, which may lack a prefix such as ``bert.`` or have it in addition;
+    None if the checkpoint has neither.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    return lambda name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
+
+
 def choose_layers(
     model: Any, names: Collection[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> ChosenLayers:
@@ -214,14 +222,13 @@ def choose_layers(
     """
     from shira_format.calibration.layers import can_watch
 
-    wanted = name_filter(include, exclude)
-    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    wanted, in_files = name_filter(include, exclude), names_in_files(model, names)
     found = ChosenLayers([], {}, [])
     for module, layer in model.named_modules():
         if not can_watch(layer):
             continue
         weight = f"{module}.weight"
-        known = next((n for n in (weight, weight.removeprefix(prefix), prefix + weight) if n in names), None)
+        known = in_files(weight)
         if known is None or known in found.weights.values():
             found.unknown.append(weight)
         elif wanted(known):

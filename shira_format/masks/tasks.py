@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shira_format._core.arrays import file_digest
-from shira_format.calibration.texts import LoadedModel, batches, load_model, read_texts
+from shira_format.calibration.texts import LoadedModel, batches, load_model, names_in_files, read_texts
+from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.masks.gradients import Loss
 from shira_format.masks.make import Calibration
+from shira_format.masks.weights import Weight, weights_of_model
+from shira_format.names.filters import name_filter
 
 TASKS = ("causal", "classify")
 _HEAD_STEPS = 100  # of the quasi-Newton method that fits the classifier
@@ -86,7 +89,9 @@ def text_task(
         raise SourceError(f"{data}: {texts.empty} lines have no text, only a label")
     loaded = load_model(model, causal=task == "causal")
     if loaded.random and task == "causal":
-        raise SourceError(f"{model}: {len(loaded.random)} weights are missing, such as {loaded.random[0]!r}: its loss is meaningless")
+        raise SourceError(
+            f"{model}: {len(loaded.random)} weights are missing, such as {loaded.random[0]!r}: its loss is meaningless"
+        )
     length = min(max_length, loaded.longest or max_length)
     tokens = list(batches(loaded.tokenizer, texts.texts, batch=batch, length=length))
     digest = file_digest(data)
@@ -105,6 +110,42 @@ def text_task(
         for start, one in zip(starts, tokens, strict=True)
     ]
     return TextTask(loaded, labelled, loss, digest, len(texts.texts), names)
+
+
+def weights_in_files(
+    model: Any, checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[Weight], list[str]]:
+    """The weights of a live model that can be masked, under their names in the checkpoint that it comes from.
+
+    Args:
+        model: of transformers.
+        checkpoint: its files.
+        include: regexes on the checkpoint's names.
+        exclude: likewise.
+
+    Returns:
+        The weights, and the model's names of those that the checkpoint does not have, such as a head that is not in it.
+
+    Raises:
+        SourceError: none is left, or one has another shape in the checkpoint.
+    """
+    wanted, in_files = name_filter(include, exclude), names_in_files(model, set(checkpoint))
+    found: dict[str, Weight] = {}
+    unknown = []
+    for weight in weights_of_model(model):
+        name = in_files(weight.name)
+        if name is None or name in found:
+            unknown.append(weight.name)
+        elif wanted(name):
+            if checkpoint.shape(name) != weight.shape:
+                raise SourceError(
+                    f"{checkpoint.path}: tensor {name!r} has the shape {list(checkpoint.shape(name))}, and {list(weight.shape)} "
+                    "in the model that transformers makes of it"
+                )
+            found[name] = replace(weight, name=name)
+    if not found:
+        raise SourceError("no weight of two dimensions or more is left by include and exclude")
+    return list(found.values()), unknown
 
 
 def _labels(data: Path, limit: int | None) -> list[str]:
@@ -200,9 +241,9 @@ def _classifier(
         pooled = _pooled(model, batch)
         inner, outer = (part.to(pooled) for part in head)
         logits = pooled @ inner.T + outer
-        labels = _drawn(logits, _draws(seed)) if own_outputs else torch.tensor(batch["classes"], device=logits.device)
+        labels = (
+            _drawn(logits, _draws(seed)) if own_outputs else torch.tensor(batch["classes"], device=logits.device)
+        )
         return torch.nn.functional.cross_entropy(logits, labels)
 
     return loss
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,10 +143,3 @@ def _of_parameter(name: str, parameter: Any, *, stacked: bool = False, inputs_fi
         name, tuple(parameter.shape), as_array(flat[:0]).dtype, part,
         stacked=stacked, inputs_first=inputs_first, parameter=parameter,
     )  # fmt: skip
-
-
-def renamed(weights: Sequence[Weight], names: Mapping[str, str]) -> list[Weight]:
-    """The weights that ``names`` has, under the names that it gives them."""
-    from dataclasses import replace
-
-    return [replace(weight, name=names[weight.name]) for weight in weights if weight.name in names]
