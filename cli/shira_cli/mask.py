@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shira_cli import app, options
+from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
 from shira_format.storage.output_folder import check_output_file
 
@@ -112,11 +113,9 @@ def command(
     from shira_format.masks.size import Size
 
     chosen = _rule(rule, settings)
-    try:
+    with usage_errors():
         size = Size(settings["density"], settings["top_k"], settings["rank"], settings["scope"])
         plan = MaskPlan(chosen, size, settings["runs"], settings["band"])
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     if bool(chosen.gradients) != (settings["data"] is not None):
         needs = "needs --data" if chosen.gradients else "needs no --data"
         raise click.UsageError(f"--rule {rule} {needs}")
@@ -145,7 +144,7 @@ def _rule(name: str, settings: dict[str, Any]) -> Rule:
             raise click.UsageError(f"--{option.replace('_', '-')} has no meaning with --rule {name}")
     if settings["no_diagonal"] and settings["diagonal"] is not None:
         raise click.UsageError("--diagonal and --no-diagonal exclude each other")
-    try:
+    with usage_errors():
         if name == "rand":
             return Rand(settings["seed"] or 0)
         if name == "lift":
@@ -153,8 +152,6 @@ def _rule(name: str, settings: dict[str, Any]) -> Rule:
         if name == "struct":
             diagonal = None if settings["no_diagonal"] else settings["diagonal"] or 0
             return Struct(settings["lines"] or "rows", settings["step"], settings["offset"] or 0, diagonal)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     return CLASSES[name]()
 
 

@@ -160,6 +160,11 @@ def _silent(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def by_length(texts: Sequence[str]) -> list[int]:
+    """The positions of texts in the order in which :func:`batches` takes them: the shortest first."""
+    return sorted(range(len(texts)), key=lambda i: len(texts[i]))
+
+
 def batches(tokenizer: Any, texts: Sequence[str], *, batch: int, length: int) -> Iterator[Any]:
     """The tokenized texts, grouped by similar length and truncated to ``length`` tokens.
 
@@ -172,7 +177,7 @@ def batches(tokenizer: Any, texts: Sequence[str], *, batch: int, length: int) ->
         if tokenizer.eos_token is None:
             raise SourceError("the tokenizer has no token to pad with: use a batch size of 1")
         tokenizer.pad_token = tokenizer.eos_token
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = by_length(texts)
     for start in range(0, len(order), batch):
         yield tokenizer(
             [texts[i] for i in order[start : start + batch]],

@@ -195,7 +195,7 @@ def _run(model: Any, batches: Iterable[Any], loss: Loss, progress: Progress) -> 
             if not bool(torch.isfinite(value).all()):
                 raise SourceError(f"batch {number}: the loss is {float(value.detach())}")
             if value.requires_grad:
-                value.reshape(()).backward()
+                value.reshape(()).backward()  # type: ignore[no-untyped-call]
         progress(1)
     if not number:
         raise SourceError("there are no batches to compute gradients on")

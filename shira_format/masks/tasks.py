@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shira_format._core.arrays import file_digest
-from shira_format.calibration.texts import LoadedModel, batches, load_model, names_in_files, read_texts
+from shira_format.calibration.texts import LoadedModel, batches, by_length, load_model, names_in_files, read_texts
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.masks.gradients import Loss
@@ -97,12 +97,10 @@ def text_task(
     digest = file_digest(data)
     if task == "causal":
         return TextTask(loaded, tokens, _causal(own_outputs, seed), digest, len(texts.texts), empty=texts.empty)
-    # The order in which `batches` takes the texts.
-    order = sorted(range(len(texts.texts)), key=lambda i: len(texts.texts[i]))
     names = tuple(sorted(set(labels)))
     if len(names) < 2:
         raise SourceError(f"{data}: all labels are {names[0]!r}; a classifier needs two or more")
-    classes = [names.index(labels[i]) for i in order]
+    classes = [names.index(labels[i]) for i in by_length(texts.texts)]
     loss = _classifier(loaded.model, tokens, classes, len(names), own_outputs=own_outputs, seed=seed)
     starts = [sum(len(one["input_ids"]) for one in tokens[:number]) for number in range(len(tokens))]
     labelled = [
@@ -234,7 +232,7 @@ def _classifier(
         return value
 
     with torch.enable_grad():
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     head = ((weight / spread).detach(), (bias - (weight / spread) @ middle).detach())
 
     def loss(model: Any, batch: Any) -> Any:
