@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoModel,
-    AutoTokenizer,
     BertConfig,
     BertModel,
     BertTokenizerFast,
@@ -21,7 +19,7 @@ from transformers import (
 )
 
 import shira_format as shira
-from shira_cli import mask
+from shira_cli import inspect, mask
 from shira_format.errors import SourceError
 from shira_format.masks import make_mask
 from shira_format.masks.tasks import text_task, weights_in_files
@@ -75,6 +73,19 @@ def test_a_mask_of_a_checkpoint(folder: Path, capsys: Capture) -> None:
     found = json.loads(capsys.readouterr().out)
     assert {"rule": "struct", "lines": "columns", "offset": 1, "step": 4, "diagonal": -1} == found["mask"]
     assert found["totals"]["nnz"] == sum(tensor.nnz for tensor in shira.load(out).values())
+
+
+def test_inspect_shows_the_mask(folder: Path, capsys: Capture) -> None:
+    out = folder / "m.st"
+    assert 0 == run(
+        "--base", folder / "bert", "--rule", "rand", "--rank", "1", "--runs", "8", "--seed", "3", "-o", out
+    )
+    assert 0 == inspect.main([str(out), "--verify", "--base", str(folder / "bert")])
+    shown = capsys.readouterr().out
+    assert "mask           rand, seed 3, runs 8\n" in shown
+    assert "as many as a LoRA of rank 1, per tensor" in shown
+    assert "fits the base  yes" in shown
+    assert " none " in shown
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(folder: Path, capsys: Capture) -> None:
