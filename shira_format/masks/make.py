@@ -242,7 +242,7 @@ class Calibration:
 
 
 def make_mask(
-    source: Source | Any,
+    base: Source | Any,
     rule: str | Rule = "wm",
     *,
     density: float | None = None,
@@ -266,7 +266,7 @@ def make_mask(
     weight. The result does not depend on the number of threads. In memory are the mask, and a few tiles of the weights.
 
     Args:
-        source: a checkpoint (a path or an open one), or a torch module, which rules that need gradients take.
+        base: a checkpoint (a path or an open one), or a torch module, which rules that need gradients take.
         rule: a name (``wm``, ``rand``, ``struct``, ``grad``, ``snip``, ``lift``, ``gallop``, ``talos``, ``neuroada``), or a rule of
             :mod:`shira_format.masks` with settings of its own, such as ``Struct("columns", offset=1)`` or ``Given(scores)``.
         density: share of the elements, in (0, 1]; 0.01 by default.
@@ -300,15 +300,15 @@ def make_mask(
     """
     chosen = rule_of(rule, seed)
     plan = MaskPlan(chosen, Size(density, top_k, rank, scope), runs, band)
-    calibration = _calibration(source, chosen, batches, loss, at_once)
-    weights = weights_of(source, include, exclude)
+    calibration = _calibration(base, chosen, batches, loss, at_once)
+    weights = weights_of(base, include, exclude)
     report = MaskReport()
     found = list(mask_tensors(plan, weights, calibration, report, threads=threads, progress=progress))
-    return Adapter(found, manifest=provenance(plan, source, include, exclude, calibration))
+    return Adapter(found, manifest=provenance(plan, base, include, exclude, calibration))
 
 
 def _calibration(
-    source: Any, rule: Rule, batches: Iterable[Any] | None, loss: Loss | None, at_once: int | None
+    base: Any, rule: Rule, batches: Iterable[Any] | None, loss: Loss | None, at_once: int | None
 ) -> Calibration | None:
     if not rule.gradients:
         if batches is not None or loss is not None or at_once is not None:
@@ -316,9 +316,9 @@ def _calibration(
                 f"the rule {rule.name!r} needs no gradients: batches, loss and at_once have no meaning with it"
             )
         return None
-    if batches is None or loss is None or not hasattr(source, "named_modules"):
+    if batches is None or loss is None or not hasattr(base, "named_modules"):
         raise ValueError(f"the rule {rule.name!r} needs gradients: give a torch module, batches and a loss")
-    return Calibration(source, batches, loss, at_once)
+    return Calibration(base, batches, loss, at_once)
 
 
 def mask_tensors(
