@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shira_format.live import Switcher as Switcher
     from shira_format.live import apply as apply
     from shira_format.live import place_adapter as place_adapter
+    from shira_format.masks.make import make_mask as make_mask
     from shira_format.merging.diff import diff as diff
     from shira_format.merging.verbs import compose as compose
     from shira_format.merging.verbs import intersect as intersect
@@ -64,6 +65,7 @@ _HOMES = {
     "invert": "merging.verbs",
     "load": "format",
     "lora_to_shira": "convert.lora",
+    "make_mask": "masks.make",
     "merge": "merging.verbs",
     "open_checkpoint": "checkpoints",
     "peft_to_shira": "convert.peft_shira",

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
-import scipy.sparse
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from shira_format.adapter import Adapter
-from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import full_to_shira
-from shira_format.convert.peft_shira import peft_to_shira
-from shira_format.errors import BaseMismatch, SourceError
-from shira_format.export.csr import shira_to_csr
 from shira_format.export.full import shira_to_full
-from shira_format.export.lora import shira_to_lora
-from shira_format.export.peft_shira import shira_to_peft
-from shira_format.format import load, save
-from shira_format.tensors import DenseTensor, SparseTensor
 from tests.shira_format.test_experts import FULL, JOINED, forms, in_memory, on_disk, tuned, under
 from tests.shira_format.test_names_models import CASES, Case, other_spaces
 
