@@ -5,7 +5,7 @@ What tells these dialects apart is in their modules: which files are theirs, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ class _Reader:
         prefix, names = component_names(self.base, component, self.path, alone=alone)
         modules = Modules(self.base, prefix, names)
         chosen = prefix_of(self.prefix, prefix if self.base.components else "")
-        others = 0
+        others: list[tuple[str, Location]] = []
         for is_flat in (False, True):
             members = {key.module: group for key, group in groups.items() if key.is_flat == is_flat}
             if not members:
@@ -263,14 +263,16 @@ class _Reader:
                 is_flat=is_flat,
             )
             self.notices += rename.notices("the LoRA", component)
-            others += sum(modules.is_other(found[module]) for module in members if module in found)
+            others += [
+                (members[module].name, modules.weight(found[module]))
+                for module in members
+                if module in found and modules.is_other(found[module])
+            ]
             for module, group in members.items():
                 known = [found[part] for part in parts[module]]
                 yield group, _stack([modules.weight(name) for name in known]), _biases(modules, known)
         if others:
-            of = f" of {component}" if component else ""
-            told = f"{others} names{of} in the LoRA are those of another program for this model"
-            self.notices.append(NamesNotice(told))
+            self.notices.append(NamesNotice(_told(others)))
 
     def _apply(self, group: Group, made: Layer, location: Location, bias: Location | None) -> None:
         """Add what a module's LoRA adds to small tensors, or replaces."""
@@ -344,6 +346,15 @@ class _Reader:
 
 
 _BIASES = ("lora_bias", "diff_b", "b_norm")
+
+
+def _told(others: Sequence[tuple[str, Location]]) -> str:
+    """A notice of modules that the base has under other names: how many, and where one is."""
+    name, location = others[0]
+    tensors = list(dict.fromkeys(block.name for block in location.blocks))
+    what = " and ".join(map(repr, tensors[:2])) + (f" and {len(tensors) - 2} more" if len(tensors) > 2 else "")
+    modules = "1 module of the LoRA has" if len(others) == 1 else f"{len(others)} modules of the LoRA have"
+    return f"{modules} another program's name for this model: {name!r} is in the base's {what}"
 
 
 def _key(group: Group, parts: Collection[str]) -> str:

@@ -32,10 +32,10 @@ def command(lora: str, base: str, dialect: str | None, scope: str | None, **sett
 
     \b
       peft       adapter_config.json with adapter_model.safetensors or .bin: LoRA, DoRA,
-                 embeddings, convolutions, experts
+                 embeddings, convolutions, experts; OFT, (IA)^3 and other tuners
       diffusers  pytorch_lora_weights.safetensors, current and older key names
-      kohya      lora_unet_..., lora_te_...: files of sd-scripts
-      lycoris    LoCon, LoHa, LoKr, full differences, with or without dora_scale
+      kohya      lora_down and lora_up, under any prefix: sd-scripts, OneTrainer, ComfyUI
+      lycoris    LoCon, LoHa, LoKr, full differences, dora_scale, OFT, BOFT, (IA)^3
       xlabs      FLUX LoRAs of x-flux
       mlx        mlx-lm's adapters.safetensors
       gguf       llama.cpp's adapters
