@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shira_format._core.dtypes import dtype_name
 from shira_format._core.threads import Progress, Workers
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
@@ -30,7 +31,7 @@ class MaskedTensor:
     Attributes:
         name: the weight.
         shape: its shape.
-        dtype: its dtype's name.
+        dtype: its dtype, as in the file.
         nnz: number of entries.
     """
 
@@ -55,7 +56,7 @@ class MaskReport(Totals):
     """What a mask is.
 
     Attributes:
-        tensors: of each weight that has entries.
+        tensors: of each weight that was ranked; one without entries is not in the mask.
         notes: ``mask`` and ``selection`` as in the manifest.
         unreached: weights that are left out because the loss does not depend on them.
         file_bytes: size of the file; None for a dry run.
@@ -214,11 +215,9 @@ def mask_tensors(
         on_start(plan.passes() * sum(weight.size for weight in weights))
         workers = stack.enter_context(Workers(threads))
         for weight, indices in plan.masks(weights, gradients, workers, progress):
-            if not indices.size:
-                continue
-            tensor = SparseTensor(weight.name, weight.shape, indices, value_kind="none", dtype=weight.dtype)
-            report.tensors.append(MaskedTensor(weight.name, weight.shape, str(weight.dtype), tensor.nnz))
-            yield tensor
+            report.tensors.append(MaskedTensor(weight.name, weight.shape, dtype_name(weight.dtype), indices.size))
+            if indices.size:
+                yield SparseTensor(weight.name, weight.shape, indices, value_kind="none", dtype=weight.dtype)
 
 
 def provenance(
