@@ -1,7 +1,7 @@
 """Hooks of MkDocs: parts of pages that are generated from the repository, each where a page has its marker.
 
 ``<!-- benchmarks -->``: all rows of benchmarks/results/*.json; ``<!-- api: PACKAGE -->``: the public names of a package;
-``<!-- schemas -->``: the schemas of JSON outputs in docs/schemas; ``<!-- commands -->``: the help of all commands.
+``<!-- schemas -->``: the schemas of JSON outputs in docs/schemas; ``<!-- commands -->``: the help of all commands; ``<!-- quantised -->``: the schemes of quantised weights.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     del page, config, files
     markdown = markdown.replace("<!-- benchmarks -->", "\n\n".join(benchmarks(path) for path in results()))
     markdown = markdown.replace("<!-- schemas -->", "\n".join(map(schema_line, sorted(SCHEMAS.glob("*.json")))))
+    if "<!-- quantised -->" in markdown:
+        markdown = markdown.replace("<!-- quantised -->", quantised())
     if "<!-- commands -->" in markdown:
         shira = importlib.import_module("shira_cli.main").command
         markdown = markdown.replace("<!-- commands -->", "\n\n".join(commands(shira, "shira")))
@@ -78,6 +80,17 @@ def benchmarks(path: Path) -> str:
             f"{row['ours']:.4g}", f"{row['peer']:.4g}", row["unit"], ratio, row["peer_is"], required,
         )  # fmt: skip
         lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def quantised() -> str:
+    """The schemes of quantised weights that are known by their tensors, and the way out of each."""
+    schemes = importlib.import_module("shira_format.checkpoints.quantised").SCHEMES
+    lines = ["| scheme | the codes' name ends in | one of these is beside | way out |", "|---|---|---|---|"]
+    for scheme in schemes:
+        codes = f"`{scheme.codes}`" if scheme.codes else "(any)"
+        beside = ", ".join(f"`{end}`" for end in scheme.beside)
+        lines.append(f"| {escaped(scheme.name)} | {codes} | {beside} | {escaped(scheme.way_out)} |")
     return "\n".join(lines)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shira_format.live import AdapterPool as AdapterPool
     from shira_format.live import Switcher as Switcher
     from shira_format.live import apply as apply
+    from shira_format.live import place_adapter as place_adapter
     from shira_format.masks.make import make_mask as make_mask
     from shira_format.merging.diff import diff as diff
     from shira_format.merging.verbs import compose as compose
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from shira_format.merging.verbs import invert as invert
     from shira_format.merging.verbs import merge as merge
     from shira_format.merging.verbs import subtract as subtract
+    from shira_format.names.servers import ServerLayer as ServerLayer
+    from shira_format.names.servers import ServerLayout as ServerLayout
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
 
@@ -48,6 +51,8 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterPool": "live",
     "DenseTensor": "tensors",
+    "ServerLayer": "names.servers",
+    "ServerLayout": "names.servers",
     "SparseTensor": "tensors",
     "Switcher": "live",
     "apply": "live",
@@ -64,6 +69,7 @@ _HOMES = {
     "merge": "merging.verbs",
     "open_checkpoint": "checkpoints",
     "peft_to_shira": "convert.peft_shira",
+    "place_adapter": "live",
     "save": "format",
     "shira_to_csr": "export.csr",
     "shira_to_full": "export.full",

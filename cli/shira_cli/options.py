@@ -114,6 +114,12 @@ base_prefix_option = click.option("--prefix", metavar="TEXT", help="What the bas
 dialect_option = click.option("--dialect", metavar="NAME", help="The LoRA's dialect (default: detected from the file's keys).")  # fmt: skip
 
 
+def scale_options(command: _F) -> _F:
+    """``--rank`` and ``--alpha`` of a LoRA that lacks its configuration."""
+    command = click.option("--alpha", type=float, metavar="A", help="With --rank: alpha; the scale is alpha / rank.")(command)  # fmt: skip
+    return click.option("--rank", type=click.IntRange(min=1), metavar="R", help="Rank of a LoRA of PEFT whose adapter_config.json is missing.")(command)  # fmt: skip
+
+
 def quick_option(text: str) -> Callable[[_F], _F]:
     """``--quick``: less work, in seconds."""
     return click.option("--quick", is_flag=True, help=f"A smaller run of a few seconds: {text}.")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from shira_format.checkpoints.index import some
+from shira_format.storage.weight_files import TRAINING
 
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
-# Files that trainers save next to the weights, and folders of earlier states.
-TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+# Folders of a trainer's earlier states, and mlx-lm's files of them.
 _NUMBERED = re.compile(r"\d+_(?P<name>.+)")
 _EARLIER = re.compile(r"checkpoint-\d+|global_step\d+|epoch[-_]?\d+")
 

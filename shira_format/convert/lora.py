@@ -16,7 +16,7 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named, refuse_quantised
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.convert.effect import Effect
-from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs, DenseCopy, DenseSum
+from shira_format.convert.inputs import ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.convert.unused import check_all_used, opened_files
@@ -24,7 +24,7 @@ from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.base import Update
-from shira_format.names.filters import name_filter
+from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
 
@@ -40,14 +40,17 @@ class LoraConversion:
     exclude: tuple[str, ...] = ()
     prefix: str | None = None
     allow_unused: bool = False
+    rank: int | None = None
+    alpha: float | None = None
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the LoRA, and the base if it is not open yet."""
         base = open_checkpoint(self.base) if base is None else base
         with quantised_named(base):
-            lora = filtered(
-                open_lora(self.lora, base, dialect=self.dialect, prefix=self.prefix), self.include, self.exclude
+            lora = open_lora(
+                self.lora, base, dialect=self.dialect, prefix=self.prefix, rank=self.rank, alpha=self.alpha
             )
+            lora = filtered(lora, self.include, self.exclude)
         notices = check_all_used(
             resolve_path(self.lora), [*lora.files, *base.files], opened_files(lora.files), allow=self.allow_unused
         )
@@ -104,6 +107,8 @@ def lora_to_shira(
     scope: str = "tensor",
     dialect: str | None = None,
     prefix: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
@@ -130,6 +135,8 @@ def lora_to_shira(
         scope: ``"tensor"`` for the largest entries of each tensor, ``"global"`` for the largest of all tensors.
         dialect: of the LoRA; detected from its files by default.
         prefix: what the base's names of the adapted weights start with, if several are possible.
+        rank: of PEFT's weights without ``adapter_config.json``; all others state their own.
+        alpha: likewise; the scale is ``alpha / rank``.
         include: regexes; a tensor is converted only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         allow_unused: convert a source although it has weights that are not used, such as other weight files in its folder.
@@ -150,7 +157,15 @@ def lora_to_shira(
     """
     rule = selection_rule(density, top_k, energy, min_change, scope)
     conversion = LoraConversion(
-        os.fspath(lora), location(base, dask), dialect, tuple(include), tuple(exclude), prefix, allow_unused
+        os.fspath(lora),
+        location(base, dask),
+        dialect,
+        tuple(include),
+        tuple(exclude),
+        prefix,
+        allow_unused,
+        rank,
+        alpha,
     )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
@@ -165,7 +180,7 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     Raises:
         SourceError: a bad regex, or nothing is left.
     """
-    if source.updates and not include and not exclude:
+    if not include and not exclude and (source.updates or source.whole or source.additions):
         return source
     match = name_filter(include, exclude)
     updates = [update for update in source.updates if match(update.name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from shira_format._core.notices import NamesNotice
 from shira_format.convert.effect import Effect, lost, words
 from shira_format.tensors import Totals, density, numel
 
@@ -120,6 +121,11 @@ class ConversionReport(Totals):
     def relative_error(self) -> float:
         """Relative error of all updates together."""
         return self._total().relative_error
+
+    @property
+    def names(self) -> list[str]:
+        """The notices of what was done with names."""
+        return [notice for notice in self.notices if isinstance(notice, NamesNotice)]
 
     @property
     def effects(self) -> list[Effect]:

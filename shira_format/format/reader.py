@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from shira_format._core.arrays import Array, Indices, array_digest, file_digest, read_only
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import FormatError
-from shira_format.format.codecs import CODECS, Encoded
+from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.manifest import (
     METADATA_KEY,
     DenseEntry,
@@ -20,7 +24,7 @@ from shira_format.format.manifest import (
     stream_name,
 )
 from shira_format.storage.safetensors_file import SafetensorsFile
-from shira_format.tensors import DenseTensor, SparseTensor, numel
+from shira_format.tensors import DenseTensor, SparseTensor, check_increasing, numel
 
 
 def load(
@@ -121,6 +125,48 @@ class AdapterFile:
         except FormatError as error:
             raise error.at(file=self.path, tensor=name) from None
 
+    def within(self, name: str, ranges: Sequence[tuple[int, int]]) -> tuple[SparseTensor, int]:
+        """The entries of a sparse tensor within ranges of its flat indices, decoded with the block directory.
+
+        Digests of the streams are checked as for :meth:`sparse`; of a tensor without a directory all entries are decoded.
+
+        Args:
+            name: of the tensor, which is not a patch.
+            ranges: ``(start, stop)``, in order and apart.
+
+        Returns:
+            A tensor of these entries, whose digest of base values is known if they are all, or if their base values are in
+            the file; and the number of entries that were decoded.
+
+        Raises:
+            FormatError: a rule of the tensor is broken.
+        """
+        entry = self.manifest.tensors[name]
+        try:
+            found = self._index_ranges(entry, ranges) if ranges else []
+            indices = np.concatenate([np.empty(0, np.int64), *(part.indices for part in found)])
+
+            def of_range(role: str) -> Array:
+                if not found:  # a stream that is not used is not read
+                    return np.empty(0, FLOATS[self.streams[stream_name(name, role)].dtype])
+                stream = self._read(entry, role)
+                return np.concatenate([stream[:0], *(stream[part.first : part.last] for part in found)])
+
+            is_all = indices.size == entry.nnz
+            tensor = SparseTensor(
+                name,
+                entry.shape,
+                indices,
+                of_range("values") if entry.values != "none" else None,
+                value_kind=entry.values,
+                dtype=FLOATS[entry.dtype],
+                base=of_range("base") if entry.base_values else None,
+                base_digest=entry.digests.get("base") if is_all else None,
+            )
+        except FormatError as error:
+            raise error.at(file=self.path, tensor=name) from None
+        return tensor, sum(part.decoded for part in found)
+
     def dense(self, name: str) -> DenseTensor:
         """Read and check a dense tensor."""
         entry = self.manifest.whole[name]
@@ -140,23 +186,39 @@ class AdapterFile:
 
     def indices(self, entry: SparseEntry) -> Indices:
         """The decoded indices of a tensor; :class:`SparseTensor` checks their order and range."""
-        if entry.codec == "shared":
-            return self._shared_indices(entry)
-        codec = CODECS[entry.codec]
-        streams = {role: self._read(entry, role) for role in entry.index_streams()}
-        stored = Encoded(dict(entry.indices), streams.get("indices"), streams.get("blocks"))
-        return codec.decode(stored, entry.shape, entry.nnz)
+        file, own = self.holder(entry)
+        return CODECS[own.codec].decode(file.encoded(own), own.shape, own.nnz)
 
-    def _shared_indices(self, entry: SparseEntry) -> Indices:
+    def _index_ranges(self, entry: SparseEntry, ranges: Sequence[tuple[int, int]]) -> list[IndexRange]:
+        """The entries within each of the ranges."""
+        file, own = self.holder(entry)
+        codec, stored = CODECS[own.codec], file.encoded(own)
+        found = [codec.decode_range(stored, own.shape, own.nnz, *one) for one in ranges]
+        if all(part is not None for part in found):
+            return [part for part in found if part is not None]
+        indices = codec.decode(stored, own.shape, own.nnz)
+        check_increasing(indices, numel(own.shape))
+        parts = [cut(indices, *one) for one in ranges]
+        return [replace(part, decoded=0 if number else part.decoded) for number, part in enumerate(parts)]
+
+    def encoded(self, entry: SparseEntry) -> Encoded:
+        """The encoded indices of a tensor that does not share another's."""
+        streams = {role: self._read(entry, role) for role in entry.index_streams()}
+        return Encoded(dict(entry.indices), streams.get("indices"), streams.get("blocks"))
+
+    def holder(self, entry: SparseEntry) -> tuple[AdapterFile, SparseEntry]:
+        """The file and the tensor that hold the indices of a tensor, which may share another's."""
+        if entry.codec != "shared":
+            return self, entry
         target, file = entry.indices["tensor"], entry.indices.get("file")
         if file is None:
-            return self.indices(self.manifest.tensors[target])
+            return self.holder(self.manifest.tensors[target])
         masks = self._mask_file(file)
         other = masks.manifest.tensors.get(target)
         if other is None:
             raise FormatError("shared-target", f"the mask file {file!r} has no tensor {target!r}")
         check_shared_target(entry, other)
-        return masks.indices(other)
+        return masks.holder(other)
 
     def _mask_file(self, name: str) -> AdapterFile:
         if name not in self._mask_files:

@@ -9,6 +9,7 @@ import numpy as np
 
 from shira_format._core import fits
 from shira_format._core.arrays import Array, array_digest
+from shira_format._core.compiled import union
 from shira_format.entries.aligned import AlignedEntries, Contribution
 from shira_format.errors import BaseMismatch
 from shira_format.live.weights import LiveWeight
@@ -54,9 +55,37 @@ def check_replacement(name: str, new: Replacement, base: Array | None) -> None:
     fits.check_dense(what, new.tensor.base_digest, array_digest(base) if alike else None)
 
 
+def check_replaced(name: str, replaced: Parts, changed: Parts) -> list[Contribution]:
+    """All contributions to one weight, each of the replaced parts once.
+
+    Raises:
+        BaseMismatch: a part that is replaced, and not by the same values, has entries in common with another contribution.
+    """
+    found: list[Contribution] = []
+    for part in replaced:
+        if not any(_is_same(part.tensor, other.tensor) for other in found):
+            found.append(part)
+    if _meet(found):
+        raise BaseMismatch(f"{found[-1].about(name)}: another adapter replaces it by other values")
+    for part in changed:
+        if any(_meet([part, other]) for other in found):
+            raise BaseMismatch(f"{part.about(name)}: one adapter changes entries of it, another one replaces it")
+    return [*changed, *found]
+
+
+def _is_same(one: SparseTensor, other: SparseTensor) -> bool:
+    return np.array_equal(one.indices, other.indices) and same_bits(one.values, other.values)
+
+
+def _meet(parts: Parts) -> bool:
+    """Whether two of them have an entry in common."""
+    together, _ = union([part.tensor.indices for part in parts])
+    return int(together.size) < sum(part.tensor.nnz for part in parts)
+
+
 def check_same(where: str, one: SparseTensor, other: SparseTensor) -> None:
     """Raise BaseMismatch unless two tensors of an adapter do the same to weights that are tied in the model."""
-    if not (np.array_equal(one.indices, other.indices) and same_bits(one.values, other.values)):
+    if not _is_same(one, other):
         raise BaseMismatch(
             f"{where}tensors {one.name!r} and {other.name!r} are tied in the model, and the adapter changes them "
             "differently"

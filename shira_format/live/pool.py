@@ -11,7 +11,10 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shira_format.live.loaded import LoadedAdapter, load_adapter
+from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.entries.loaded import LoadedAdapter, load_adapter
+from shira_format.entries.placed import load_placed
+from shira_format.names.placement import Layout
 
 _ENDINGS = (".st", ".safetensors")
 
@@ -57,6 +60,8 @@ class AdapterPool(Mapping[str, Path]):
     Args:
         folder: whose ``.st`` and ``.safetensors`` files are adapters; or a mapping from names to paths.
         budget: bytes of decoded adapters that are kept. A larger adapter is read, used and not kept.
+        layout: where a server's rank has the adapters' tensors: only what the rank has is decoded and kept.
+        base: see :class:`shira_format.live.Switcher`.
 
     Example:
         >>> pool = AdapterPool("adapters/", budget=2 << 30)
@@ -66,14 +71,23 @@ class AdapterPool(Mapping[str, Path]):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]], *, budget: int = 1 << 30
+        self,
+        folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+        *,
+        budget: int = 1 << 30,
+        layout: Layout | None = None,
+        base: str | os.PathLike[str] | Checkpoint | None = None,
     ) -> None:
-        """Raises: NotADirectoryError, FileNotFoundError; ValueError if two files have one name."""
+        """Raises: NotADirectoryError, FileNotFoundError; ValueError if two files have one name; TypeError: ``base`` without ``layout``."""
         if budget < 0:
             raise ValueError(f"budget {budget} is negative")
         self._folder = None if isinstance(folder, Mapping) else Path(folder)
         self._paths = {name: Path(path) for name, path in folder.items()} if isinstance(folder, Mapping) else {}
         self._budget = budget
+        if base is not None and layout is None:
+            raise TypeError("base is for a layout")
+        self._layout = layout
+        self._base = None if base is None else open_checkpoint(base)
         self._lock = threading.Lock()
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._reading: dict[str, Future[_Held]] = {}
@@ -118,7 +132,7 @@ class AdapterPool(Mapping[str, Path]):
 
         Raises:
             KeyError: the pool has none of this name.
-            FormatError, BaseMismatch, OSError: see :func:`shira_format.live.loaded.load_adapter`.
+            FormatError, BaseMismatch, OSError: see :func:`shira_format.entries.loaded.load_adapter`.
         """
         return self._get(name, executor, ahead=False)
 
@@ -177,7 +191,7 @@ class AdapterPool(Mapping[str, Path]):
     ) -> None:
         start = time.perf_counter()
         try:
-            held = _Held(load_adapter(path, executor), version)
+            held = _Held(self._decoded(path, executor), version)
         except BaseException as error:  # others may wait for it
             with self._lock:
                 del self._reading[name]
@@ -194,6 +208,11 @@ class AdapterPool(Mapping[str, Path]):
                 size -= self._held.popitem(last=False)[1].adapter.nbytes
                 self._count(evicted=1)
         future.set_result(held)
+
+    def _decoded(self, path: Path, executor: Executor | None) -> LoadedAdapter:
+        if self._layout is None:
+            return load_adapter(path, executor)
+        return load_placed(path, self._layout, executor, base=self._base)
 
     def _count(self, **more: float) -> None:
         self._counts = replace(self._counts, **{key: getattr(self._counts, key) + n for key, n in more.items()})

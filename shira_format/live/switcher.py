@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -14,16 +15,28 @@ from shira_format._core import compiled
 from shira_format._core.arrays import Array, Indices
 from shira_format._core.threads import Threads
 from shira_format.adapter import Adapter
+from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.aligned import AlignedEntries, Contribution
+from shira_format.entries.loaded import LoadedAdapter, load_adapter
 from shira_format.entries.mixing import mix_values
+from shira_format.entries.placed import compare_spread, load_placed, on_parameters
 from shira_format.errors import BaseMismatch
-from shira_format.live.checks import Parts, Replacement, check_digests, check_frames, check_replacement, check_same
-from shira_format.live.loaded import LoadedAdapter, load_adapter
+from shira_format.live.checks import (
+    Parts,
+    Replacement,
+    check_digests,
+    check_frames,
+    check_replaced,
+    check_replacement,
+    check_same,
+)
 from shira_format.live.lock import ReadWriteLock
 from shira_format.live.models import weights_of
-from shira_format.live.names import Rename, renaming
+from shira_format.live.names import Fit, Names
 from shira_format.live.pool import AdapterPool
 from shira_format.live.weights import LiveWeight, live_weight, memory_of
+from shira_format.names.layouts import Rename
+from shira_format.names.placement import Layout
 from shira_format.tensors import SparseTensor, same_bits
 
 # An adapter, the path of its file, or its name in the pool.
@@ -40,6 +53,7 @@ class Report:
         entries: number of changed entries.
         overlapping: number of these that several adapters change.
         whole: number of tensors that are replaced as a whole.
+        notices: what to know of the adapters, such as that their tensors lie otherwise in this model.
     """
 
     adapters: tuple[tuple[str, float], ...] = ()
@@ -47,6 +61,16 @@ class Report:
     entries: int = 0
     overlapping: int = 0
     whole: int = 0
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """An adapter that is to be applied, and how its names become the model's."""
+
+    adapter: LoadedAdapter
+    alpha: float
+    rename: Rename
 
 
 @dataclass(frozen=True)
@@ -105,8 +129,13 @@ class Switcher:
     Args:
         model: a ``torch.nn.Module``, also compiled or wrapped by PEFT; a diffusers pipeline, whose adapters name tensors
             ``COMPONENT/NAME``; or a dictionary of torch tensors or numpy arrays.
-        prefix: prepended to the adapter's names, such as ``"bert."``; by default the one prefix that makes all names fit.
+        prefix: prepended to the adapter's names, such as ``"bert."``; by default the one prefix that makes all names fit; or, if
+            the model has the tensors of another program, such as a fused one for several, those that they are in there
+            (:attr:`Report.notices` says so).
         rename: instead of a prefix, a function from a name in an adapter to one in the model.
+        layout: instead of a prefix, where a server's rank has the adapters' tensors; only what the rank has is decoded.
+        base: with ``layout``, the checkpoint that adapters were made for: needed for those without the base's values of which
+            the rank has slices. They are compared with the model's bit for bit.
         pool: where :meth:`load`, :meth:`switch` and :meth:`set` look up adapters by name.
         threads: at most this many; all cores by default.
 
@@ -123,13 +152,23 @@ class Switcher:
         *,
         prefix: str | None = None,
         rename: Callable[[str], str] | None = None,
+        layout: Layout | None = None,
+        base: str | os.PathLike[str] | Checkpoint | None = None,
         pool: AdapterPool | None = None,
         threads: int | None = None,
     ) -> None:
         if prefix is not None and rename is not None:
             raise TypeError("prefix or rename, not both")
+        if layout is not None and (prefix is not None or rename is not None):
+            raise TypeError("a layout has names of its own: leave out prefix and rename")
+        if base is not None and layout is None:
+            raise TypeError("base is for a layout")
         self._weights = weights_of(model)
-        self._rename: Rename = renaming(prefix, rename)
+        self._names = Names(prefix, rename)
+        self._layout = layout
+        self._base = None if base is None else open_checkpoint(base)
+        # Adapters on the model's parameters, while someone holds the adapter that they were made of.
+        self._placed: WeakKeyDictionary[LoadedAdapter, LoadedAdapter] = WeakKeyDictionary()
         self._pool = pool
         self._threads = Threads(threads)
         self._lock = ReadWriteLock()
@@ -147,6 +186,7 @@ class Switcher:
 
         Raises:
             BaseMismatch: the model is not the adapter's base; no weight was changed.
+            BaseRequired: a rank has a part of a tensor whose base values are not known; no weight was changed.
             FormatError: the file is damaged; no weight was changed.
             OSError: it cannot be read.
         """
@@ -171,9 +211,12 @@ class Switcher:
         """
         with self._lock.writing():
             wanted = adapter if isinstance(adapter, (LoadedAdapter, Adapter)) else os.fspath(adapter)
+            if self._pool is not None and isinstance(wanted, str) and wanted in self._pool:
+                wanted = os.fspath(self._pool[wanted])
             for at in reversed(range(len(self._active))):
                 found = self._active[at][0]
-                if found is wanted or found.source is wanted or found.label == wanted:
+                same = isinstance(wanted, LoadedAdapter) and found.source is wanted.source
+                if same or found is wanted or found.source is wanted or found.label == wanted:
                     return self._change_to(self._active[:at] + self._active[at + 1 :])
             raise KeyError(f"{wanted} is not on the model")
 
@@ -213,11 +256,14 @@ class Switcher:
             sum(step.indices.size for step in entries),
             sum(step.overlapping for step in entries),
             len(self._state) - len(entries),
+            tuple(notice for adapter, _ in self._active for notice in adapter.notices),
         )
 
     def _load(self, adapter: Source, alpha: float | None) -> tuple[LoadedAdapter, float]:
         if self._pool is not None and isinstance(adapter, str):
             found = self._pool.get_adapter(adapter, self._threads.executor)
+        elif self._layout is not None:
+            found = load_placed(adapter, self._layout, self._threads.executor, base=self._base)
         else:
             found = load_adapter(adapter, self._threads.executor)
         strength = found.alpha if alpha is None else float(alpha)
@@ -229,7 +275,13 @@ class Switcher:
         """Check everything that can be checked first, then change one weight after the other; undo this if one fails."""
         live = self._weights.tensors()
         weights = {name: self._changed_weight(name, live) for name in self._state}
-        parts, dense = self._by_name(wanted, live)
+        first = _first_names(live)
+        fitted = [self._fit(adapter, alpha, live, first) for adapter, alpha in wanted]
+        parts, dense = self._by_name([one for one in fitted if one.alpha != 0], first)
+        # An adapter at strength 0 does nothing, but one of another model is refused all the same.
+        idle, _ = self._by_name([one for one in fitted if one.alpha == 0], first)
+        for name, found in idle.items():
+            check_frames(name, found, live_weight(name, live[name]) if name in live else None)
         for name in (*parts, *dense):
             if name not in weights:
                 weights[name] = live_weight(name, live[name]) if name in live else None
@@ -241,8 +293,8 @@ class Switcher:
         if not all(known):
             self._threads.map(lambda name: self._check_base(name, parts[name], weights[name]), list(parts))
         self._state = self._write(weights, parts, planned)
-        self._active = list(wanted)
-        self._checked.update(adapter.key for adapter, alpha in wanted if adapter.key is not None and alpha != 0)
+        self._active = [(one.adapter, one.alpha) for one in fitted]
+        self._checked.update(one.adapter.key for one in fitted if one.adapter.key is not None and one.alpha != 0)
         return self.report
 
     def _changed_weight(self, name: str, live: Mapping[str, Any]) -> LiveWeight | None:
@@ -260,34 +312,51 @@ class Switcher:
             )
         return weight
 
+    def _fit(
+        self, adapter: LoadedAdapter, alpha: float, live: Mapping[str, Any], first: Mapping[str, str]
+    ) -> _Wanted:
+        """The adapter and its names in the model; on the model's parameters, unless each tensor is one of them."""
+        placed = self._placed.get(adapter, adapter)
+        if not placed.is_placed:
+            fit = self._names.fit(placed, live) if self._layout is None else Fit(layout=self._layout)
+            if fit.layout is None:
+                return _Wanted(adapter, alpha, fit.rename)
+            placed = on_parameters(placed, fit.layout, self._base, tell=self._layout is None)
+        if placed.spread:
+
+            def base_of(tensor: SparseTensor) -> Array:
+                name = first.get(tensor.name, tensor.name)
+                weight = live_weight(name, live[name]) if name in live else None
+                check_frames(name, [Contribution(tensor, alpha, placed.path)], weight)
+                return self._base_values(name, tensor.indices, weight)
+
+            placed = compare_spread(placed, base_of)
+        if placed is not adapter:
+            self._placed[adapter] = placed
+        return _Wanted(placed, alpha, str)
+
     def _by_name(
-        self, wanted: Sequence[tuple[LoadedAdapter, float]], live: Mapping[str, Any]
+        self, wanted: Sequence[_Wanted], first: Mapping[str, str]
     ) -> tuple[dict[str, list[Contribution]], dict[str, Replacement]]:
         """What the adapters change, by the name in the model; for tied weights, their first name."""
-        first: dict[object, str] = {}
-        alias = {name: first.setdefault(memory_of(weight, name), name) for name, weight in live.items()}
         parts: dict[str, list[Contribution]] = {}
+        replaced: dict[str, list[Contribution]] = {}
         dense: dict[str, Replacement] = {}
-        for adapter, alpha in wanted:
-            if alpha == 0:
-                continue
-            rename = self._rename(adapter, live)
-            own: dict[str, SparseTensor] = {}
-            for tensor in adapter.tensors:
-                name = rename(tensor.name)
-                name = alias.get(name, name)
-                if (tied := own.setdefault(name, tensor)) is not tensor:
-                    check_same(adapter.where, tied, tensor)
-                    continue
-                parts.setdefault(name, []).append(Contribution(tensor, alpha, adapter.path))
-            for replaced in adapter.dense:
-                name = rename(replaced.name)
-                name = alias.get(name, name)
-                if name in dense and not same_bits(dense[name].tensor.values, replaced.values):
+        for one in wanted:
+            adapter, alpha, rename = one.adapter, one.alpha, one.rename
+            for into, tensors, weight in ((parts, adapter.tensors, alpha), (replaced, adapter.replaced, 1.0)):
+                for name, tensor in _untied(adapter, tensors, rename, first):
+                    into.setdefault(name, []).append(Contribution(tensor, weight, adapter.path))
+            for whole in adapter.dense:
+                name = rename(whole.name)
+                name = first.get(name, name)
+                if name in dense and not same_bits(dense[name].tensor.values, whole.values):
                     raise BaseMismatch(
                         f"{adapter.where}tensor {name!r}: another adapter replaces it by other values"
                     )
-                dense[name] = Replacement(replaced, adapter.where)
+                dense[name] = Replacement(whole, adapter.where)
+        for name, found in replaced.items():
+            parts[name] = check_replaced(name, found, parts.get(name, []))
         if both := parts.keys() & dense.keys():
             raise BaseMismatch(f"tensor {min(both)!r}: one adapter changes entries of it, another one replaces it")
         return parts, dense
@@ -295,14 +364,18 @@ class Switcher:
     def _check_base(self, name: str, parts: Parts, weight: Any) -> None:
         """Compare the base's values at the entries of one weight with the digests, without writing."""
         aligned = AlignedEntries.of(parts)
-        base = weight.get(aligned.indices)
+        check_digests(name, aligned, self._base_values(name, aligned.indices, weight))
+
+    def _base_values(self, name: str, indices: Indices, weight: Any) -> Array:
+        """The values at entries of one weight as they are without adapters."""
+        base: Array = weight.get(indices)
         before = self._state.get(name)
         if isinstance(before, _EntryChange):
-            compiled.overlay(base, aligned.indices, before.indices, before.base)
+            compiled.overlay(base, indices, before.indices, before.base)
         elif before is not None:
             assert before.base is not None
-            base = before.base.reshape(-1)[aligned.indices]
-        check_digests(name, aligned, base)
+            base = before.base.reshape(-1)[indices]
+        return base
 
     def _dense_change(self, name: str, new: Replacement, weight: LiveWeight | None) -> _DenseChange:
         if weight is None:
@@ -368,6 +441,37 @@ class Switcher:
             self._weights.drop(name)
         else:
             change.undo(weight)
+
+
+def _first_names(live: Mapping[str, Any]) -> dict[str, str]:
+    """For each name the first one of the same weight: another one if weights are tied."""
+    first: dict[object, str] = {}
+    return {name: first.setdefault(memory_of(weight, name), name) for name, weight in live.items()}
+
+
+def _untied(
+    adapter: LoadedAdapter, tensors: Sequence[SparseTensor], rename: Rename, first: Mapping[str, str]
+) -> Iterator[tuple[str, SparseTensor]]:
+    """Tensors by the first name of their weight in the model; of tied ones, which must be the same, one.
+
+    Raises:
+        BaseMismatch: they are not the same.
+    """
+    found: dict[str, dict[str, list[SparseTensor]]] = {}  # by the weight's first name, and by its own
+    for tensor in tensors:
+        name = rename(tensor.name)
+        own = name if adapter.is_placed else tensor.name  # of a parameter there may be entries of several kinds
+        found.setdefault(first.get(name, name), {}).setdefault(own, []).append(tensor)
+    for name, tied in found.items():
+        kept, *others = tied.values()
+        for other in others:
+            if len(other) != len(kept):
+                raise BaseMismatch(
+                    f"{adapter.where}tensors {' and '.join(map(repr, tied))} are tied in the model, and differ"
+                )
+            for one, same in zip(kept, other, strict=True):
+                check_same(adapter.where, one, same)
+        yield from ((name, tensor) for tensor in kept)
 
 
 def _exchange(

@@ -5,6 +5,7 @@
 * LoRA: ``s * up @ down``; LyCORIS' LoCon also with a Tucker core: ``s * einsum("i j ..., i p, j r -> p r ...", mid, up.T, down)``.
 * LoHa: ``s * (w1_a @ w1_b) * (w2_a @ w2_b)``; with Tucker each half is such a product, with cores ``t1`` and ``t2``.
 * LoKr: ``s * kron(w1, w2)``; a factor is whole or ``a @ b``, ``w2`` also with a core. No scale if both are whole.
+* OFT, BOFT: :mod:`shira_format.lora.rotations`; (IA)^3: :mod:`shira_format.lora.scalings`; GLoRA: :mod:`shira_format.lora.glora`.
 * full: ``diff`` is added unscaled, and so are ``w_norm`` and ``b_norm`` to a norm's weight and bias.
 * whole: a tensor of the model's own name, or ComfyUI's ``set_weight``, replaces the base's.
 
@@ -32,6 +33,7 @@ from shira_format._core.dtypes import upcast, working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
+from shira_format.lora.glora import GLORA_PARTS, glora
 from shira_format.lora.groups import Group, Layer
 from shira_format.lora.keys import ALPHA, BIAS, DORA, DOWN, MAGNITUDE, MID, UP, WHOLE
 from shira_format.lora.products import (
@@ -44,6 +46,8 @@ from shira_format.lora.products import (
     scale_factor,
     without_unit_kernel,
 )
+from shira_format.lora.rotations import OFT_PARTS, rotation
+from shira_format.lora.scalings import IA3_PARTS, ia3
 from shira_format.tensors import numel
 
 _SCALAR = "scalar"
@@ -51,17 +55,16 @@ _ALGORITHMS = {
     "LoRA": frozenset((DOWN, UP, MID)),
     "LoHa": frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")),
     "LoKr": frozenset(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
+    "OFT": frozenset((*OFT_PARTS, "oft_diag")) - {ALPHA},
+    "(IA)^3": IA3_PARTS,
+    "GLoRA": GLORA_PARTS - {ALPHA},
     "full": frozenset(("diff",)),
     "norm": frozenset(("w_norm", "b_norm")),
     "whole": frozenset((WHOLE,)),
 }
 _COMMON = frozenset((ALPHA, DORA, MAGNITUDE, _SCALAR, BIAS, "diff_b"))
-_WAY_OUT = "merge it with the program that trained it and convert the full checkpoint (full_to_shira)"
 # Parts that are no change of one weight by a rule that is known here.
 UNSUPPORTED = {
-    "oft_blocks": f"OFT and BOFT rotate the weight; {_WAY_OUT}",
-    "on_input": f"(IA)^3 scales the weight; {_WAY_OUT}",
-    "a1.weight": f"GLoRA multiplies the weight; {_WAY_OUT}",
     "lambda_layer": "T-LoRA depends on the sampling step, and is no change of weights",
     "lokr_t1": "no version of LyCORIS gives it a meaning",
     "bias_indices": "LoCons with a sparse part beside the factors are not supported",
@@ -73,13 +76,14 @@ STORED = frozenset(("diff",))
 _MOST = 1 << 26  # elements of a product of small factors, if the weight has fewer
 
 
-def layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
+def layer(group: Group, name: str, shape: tuple[int, ...], base: Checkpoint) -> Layer:
     """What a module's LoRA does.
 
     Args:
         group: its parts.
-        name: the weight that it adapts, for messages and as the update's name.
+        name: the weight that it adapts.
         shape: of the module's weight.
+        base: a checkpoint that has it under this name.
 
     Raises:
         SourceError: the parts do not belong together, or do not fit the weight.
@@ -90,7 +94,8 @@ def layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
     kinds = [kind for kind, known in _ALGORITHMS.items() if parts & known]
     if not kinds and "diff_b" not in parts:
         raise SourceError(f"{group.path}: {group.keys[min(parts)]!r} has no partner: {', '.join(sorted(parts))} alone change nothing")  # fmt: skip
-    kind = kinds[0] if kinds else "full"
+    # Numbers by which (IA)^3 scales have the name of a whole weight.
+    kind = "(IA)^3" if "on_input" in parts else next((kind for kind in kinds if kind != "(IA)^3"), "full")
     if strange := parts - _ALGORITHMS[kind] - _COMMON:
         raise SourceError(f"{group.path}: unmatched key {group.keys[min(strange)]!r}: {kind} has no such part")
     if _SCALAR in parts and group.number(_SCALAR) != 1:
@@ -107,8 +112,19 @@ def layer(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
     else:
         if len(shape) < 2 or not numel(shape):
             raise SourceError(f"{group.where}: {kind} of the base's {name!r}, whose shape is {list(shape)}")
-        made = {"LoRA": _locon, "LoHa": _loha, "LoKr": _lokr}[kind](group, name, shape)
+        if kind in ("OFT", "(IA)^3", "GLoRA"):
+            made = Layer(_from_base(group, kind, name, shape, base))
+        else:
+            made = {"LoRA": _locon, "LoHa": _loha, "LoKr": _lokr}[kind](group, name, shape)
     return _with_magnitude(group, _with_bias(group, made), shape)
+
+
+def _from_base(group: Group, kind: str, name: str, shape: tuple[int, ...], base: Checkpoint) -> Update:
+    """An update that depends on the base's weight."""
+    parts = {part: array for part, array in group.parts.items() if part != "diff_b"}
+    if kind == "OFT":
+        return rotation(parts, name, shape, base, group.where, kohya=group.key.prefix == "oft_unet")
+    return (ia3 if kind == "(IA)^3" else glora)(parts, name, shape, base, group.where)
 
 
 def _with_bias(group: Group, made: Layer) -> Layer:

@@ -31,7 +31,6 @@ class Decomposed:
         by_column: whether norms are over columns (``[in, out]`` weights; LyCORIS if it scales inputs), not over rows.
         kernel: number of consecutive columns that share a norm: the size of a convolution's kernel.
         eps: added to each norm.
-        first_row: where in the weight the update's rows begin, if they are a part of it.
     """
 
     update: Update
@@ -40,7 +39,6 @@ class Decomposed:
     by_column: bool = False
     kernel: int = 1
     eps: float = 0.0
-    first_row: int = 0
     _norms: list[Array] = field(default_factory=list, init=False, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
@@ -73,8 +71,7 @@ class Decomposed:
     def _sum(self, start: int, stop: int, out: Array) -> Array:
         """Fill ``out`` with rows of ``W + U``; returns those of ``W``, in a buffer of this thread."""
         self.update.tile(start, stop, out)
-        first, last = self.first_row + start, self.first_row + stop
-        weight = read_rows(self.base, self.name, self.columns, first, last, out.dtype)
+        weight = read_rows(self.base, self.name, self.columns, start, stop, out.dtype)
         out += weight
         return weight
 

@@ -85,7 +85,7 @@ class _Options(Scaling):
         if config is None:
             _check_alike(ALPHA, "whether its alpha is its rank or theirs is unknown", groups, path)
             _check_alike(MAGNITUDE, "whether it is a DoRA is unknown", groups, path)
-            return lambda group, rank: group.number(ALPHA) / rank if ALPHA in group.keys else 1.0
+            return _by_alpha
         where = f"{path}: {OPTIONS}" + (f" of {component}" if component else "")
         _check(config, groups, where, path, "" if self._config is None else f" and {self._config}")
         scales = read_scales(config, where)
@@ -100,6 +100,17 @@ class _Options(Scaling):
             return scales.scale(group.key.module)
 
         return scale
+
+
+def _by_alpha(group: Group, rank: int) -> float:
+    if ALPHA not in group.keys:
+        return 1.0
+    if not (alpha := group.number(ALPHA)):
+        raise SourceError(
+            f"{group.path}: {group.keys[ALPHA]!r} is 0: for diffusers the LoRA changes nothing, for kohya's trainer 0 means the "
+            "rank; choose with the dialect (--dialect kohya)"
+        )
+    return alpha / rank
 
 
 def _in_header(header: Mapping[str, str], components: Iterable[str], path: Path, *, unnamed: bool) -> Options:
@@ -146,6 +157,11 @@ def _check(config: Mapping[str, Any], groups: Collection[Group], where: str, pat
     for option in _UNSUPPORTED:
         if config.get(option):
             raise SourceError(f"{where}: {option} is set, which is not supported: merge the LoRA with diffusers and convert the full checkpoint")  # fmt: skip
+    if config.get("fan_in_fan_out"):
+        raise SourceError(
+            f"{where}{beside}: fan_in_fan_out is set, and layers of diffusers are never stored as [in, out]: if it is a LoRA of PEFT, "
+            "its keys need PEFT's prefix (base_model.model.)"
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and CHANGES_BASE.match(start):
         raise SourceError(
@@ -158,8 +174,9 @@ def _check(config: Mapping[str, Any], groups: Collection[Group], where: str, pat
     for group in groups:
         if ALPHA in group.keys:
             raise SourceError(f"{where}{beside}: sets alphas, and the file has keys of alphas as well")
-        if config.get("use_dora") and DOWN in group.keys and MAGNITUDE not in group.keys:
-            raise SourceError(f"{path}: {group.keys[DOWN]!r} has no {MAGNITUDE}, which DoRA needs")
+        for part, option in ((MAGNITUDE, "use_dora"), (BIAS, "lora_bias")):
+            if config.get(option) and DOWN in group.keys and part not in group.keys:
+                raise SourceError(f"{path}: {group.keys[DOWN]!r} has no {part}, and {option} is set")
 
 
 def _check_alike(part: str, why: str, groups: Collection[Group], path: Path) -> None:

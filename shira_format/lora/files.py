@@ -27,6 +27,7 @@ from shira_format.checkpoints.wrapped import (
     unwrapped_names,
 )
 from shira_format.errors import SourceError
+from shira_format.lora.keys import FLAT
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -49,9 +50,21 @@ def open_tensors(path: Path, base: Collection[str] | None = None) -> Checkpoint:
     return unwrapped_adapter(open_checkpoint(path, wrapped=True), base)
 
 
-def unwrapping_notices(tensors: Checkpoint) -> list[str]:
-    """What was left out of keys, for the user."""
-    return [tensors.notice] if isinstance(tensors, UnwrappedCheckpoint) else []
+# Entries that state a LoRA's scale, by the last part of their path: lora_alpha, network_alphas, rank, r.
+_OF_SCALE = re.compile(r"(?:\A|[/._])(?:\w*alphas?|(?:lora_|network_)?(?:rank|dim|scale)|lora_r|r|scaling)\Z")
+
+
+def refuse_scale_beside(tensors: Checkpoint) -> None:
+    """Refuse a file of ``torch.save`` with a scale beside its tensors, for which each program has another place and rule.
+
+    Raises:
+        SourceError: there is one; the message names it.
+    """
+    if (stated := next(filter(_OF_SCALE.search, tensors.beside), None)) is not None:
+        raise SourceError(
+            f"{tensors.path}: {stated!r} lies beside the tensors, and may change their scale: save the tensors alone, with a tensor "
+            "MODULE.alpha for each module if the scale is not that of a file without alphas"
+        )
 
 
 def read_tensors(path: Path, base: Collection[str]) -> tuple[dict[str, Array], dict[str, str]]:
@@ -129,18 +142,15 @@ def number_in(array: Array, key: str, path: Path) -> float:
     return float(array.reshape(()).astype(np.float64))
 
 
-_FLAT = re.compile(
-    r"(?P<prefix>(?:lora_(?:unet|transformer|te[123]?)|oft_unet|lycoris)_)(?P<module>[^.]+)(?P<rest>\..+)"
-)
 _FLAT_WORD = re.compile(rf"(?:(?<=_)|\A)(?:{'|'.join(CERTAIN)})_")
 # A part of PEFT's with the name of an adapter in it.
 _NAMED = re.compile(
     r"\.(?:lora_[AB]\.([^.]+)(?=\.(?:weight|bias)\Z)|lora_magnitude_vector\.(?!weight\Z)([^.]+)(?=\.weight\Z|\Z)"
     r"|(?:lora_embedding_[AB]|trainable_tokens_delta|shira_(?:indices|weight)|supertuning_(?:indices|values))\.([^.]+)\Z"
     # Those of its other tuners.
-    r"|(?:oft_R|oft_embedding_R|gralora_[AB]_general)\.([^.]+)(?=\.weight\Z)|ln_tuning_layers\.([^.]+)(?=\.(?:weight|bias)\Z)"
+    r"|(?:oft_R|oft_embedding_R|gralora_[AB]_general)\.([^.]+)(?=\.weight\Z)|ln_tuning_layers\.([^.]+)(?=\.(?:weight|bias)\Z)|glora_[A-E]\.([^.]+)(?=\.(?:X[du]?|zeros)\Z)"
     r"|lora_[ABE]\.(?!(?:weight|bias)\Z)([^.]+)\Z|(?:boft_[Rs]|hra_u|road_(?:theta|alpha)|ia3_l|beft_bias|hada_(?:w[12]_[ab]|t[12])"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)|hira_(?:embedding_)?[AB]|delora_(?:[AB]|lambda|w_norm)|gralora_[AB]|vera_(?:lambda_[bd]|[AB])"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|hira_(?:embedding_)?[AB]|delora_(?:[AB]|lambda|w_norm)|gralora_[AB]|vera_(?:lambda_[bd]|[AB])|randlora_(?:lambda|gamma|[AB])"
     r"|vblora_(?:logits_[AB](?:_topk_(?:indices|weights))?|vector_bank)|miss_block|c3a_kernel|fourierft_spectrum)\.([^.]+)\Z)"
 )
 _BARE = re.compile(r"\.lora_[AB]\.weight\Z")
@@ -173,12 +183,12 @@ def unwrapped_keys(keys: Collection[str], base: Collection[str] | None, where: o
 
 
 def _without_flat(key: str, base: Iterable[str]) -> str:
-    if (match := _FLAT.fullmatch(key)) is None:
+    if (match := FLAT.match(key)) is None or "." not in key:
         return key
     module = _FLAT_WORD.sub("", match["module"])
     if module.startswith(f"{MODULE}_") and not any(name.rpartition("/")[2].startswith(MODULE) for name in base):
         module = module.removeprefix(f"{MODULE}_")
-    return match["prefix"] + module + match["rest"]
+    return f"{match['prefix']}_{module}{key[match.end() :]}"
 
 
 def _without_adapter_name(keys: Mapping[str, str], base: Iterable[str], where: object) -> dict[str, str]:

@@ -50,7 +50,9 @@ class Group:
             raise SourceError(f"{self.path}: {other!r} and {key!r} are the same part of one LoRA")
         if stored:
             _check_stored(self.tensors, key, self.path)
-        elif part == ALPHA and self.tensors.dtype(key).kind in "iu":  # as some trainers save it
+        elif (
+            part in (ALPHA, "on_input") and self.tensors.dtype(key).kind in "iub"
+        ):  # a number, as some trainers save it
             self.parts[part] = self.tensors[key].astype(np.float64)
         else:
             self.parts[part] = checked(self.path, key, self.tensors[key])

@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array
+from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.algorithms import STORED, layer
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
-from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, refuse_scale_beside
+from shira_format.lora.fits import fits
 from shira_format.lora.groups import Group, Layer
-from shira_format.lora.keys import ALPHA, DOWN, MID, UP, WHOLE, Key, parse_key
-from shira_format.lora.products import fits_factors
+from shira_format.lora.keys import ALPHA, DOWN, UP, WHOLE, Key, parse_key
+from shira_format.lora.refusals import check_input, kind_of, unmatched
 from shira_format.lora.row_stack import Piece, stack_rows, take_update_rows
 from shira_format.names.components import component_names, component_of
+from shira_format.names.located import LocatedCheckpoint, check_location
 from shira_format.names.modules import Modules
 from shira_format.names.prefixes import prefix_of
 from shira_format.names.row_blocks import Location, RowBlock
@@ -31,6 +34,7 @@ _MOST_SHOWN = 80  # different ranks or alphas in the provenance
 # The name of a file that is taken from a folder with others.
 NAMED = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
+PEFT = "base_model.model"  # the prefix of PEFT's keys
 OPTIONS = "lora_adapter_metadata"  # PEFT's options in a header, as diffusers writes them
 
 Groups = Mapping[Key, Group]  # by module
@@ -70,6 +74,11 @@ def dialect_of(path: Path) -> str | None:
     styles = {key.style for key in keys}
     if "xlabs" in styles:
         return "xlabs"
+    ours = file.name in NAMED or OPTIONS in tensors.metadata(file.name) or "diffusers" in styles
+    flux = any(key.module.startswith(("double_blocks.", "single_blocks.")) for key in keys)
+    scaled = {key.module for key in keys if key.part == ALPHA}
+    if not flux and any(key.module not in scaled for key in keys if _is_of_peft(key, ours=ours)):
+        return None
     if "lycoris" in styles or (any(key.prefix == "lycoris" for key in keys) and _has_factors(keys)):
         return "lycoris"
     if not _has_factors(keys):
@@ -78,12 +87,14 @@ def dialect_of(path: Path) -> str | None:
         return "kohya"
     # PEFT's parts without a component are not enough: they may be from another library, and their scale in a configuration
     # file that is lost. Those of FLUX's authors behind PEFT's prefix are ai-toolkit's and fal's, which write none.
-    ours = file.name in NAMED or OPTIONS in tensors.metadata(file.name) or "diffusers" in styles
-    flux = any(key.module.startswith(("double_blocks.", "single_blocks.")) for key in keys)
-    if ours or any(key.prefix not in ("", "base_model.model") or (key.prefix and flux) for key in keys):
+    if ours or any(key.prefix not in ("", PEFT) or (key.prefix and flux) for key in keys):
         return "diffusers"
-    scaled = {key.module for key in keys if key.part == ALPHA}
     return "kohya" if all(key.module in scaled for key in keys if key.part in (DOWN, UP)) else None
+
+
+def _is_of_peft(key: Key, *, ours: bool) -> bool:
+    """Whether PEFT wrote it, with the scale in its configuration: LoHa and LoKr have their parts' names from LyCORIS."""
+    return key.prefix == PEFT and (key.part.startswith(("hada_", "lokr_")) or (key.style == "peft" and not ours))
 
 
 def _has_factors(keys: Iterable[Key]) -> bool:
@@ -148,6 +159,7 @@ class _Reader:
         self.path, self.base, self.dialect, self.prefix = path, base, dialect, prefix
         self.scaling, self.modules_of = scaling, modules_of
         self.tensors = open_tensors(path, base)
+        refuse_scale_beside(self.tensors)
         self.notices: list[str] = []
         # By the base's tensor.
         self._updates: dict[str, Update] = {}
@@ -157,6 +169,7 @@ class _Reader:
         self._owners: dict[str, str] = {}
 
     def read(self) -> Lora:
+        self._refuse_transposed()
         components = self._components()
         scales = self.scaling.of_components(components, self.tensors, self.path)
         ranks: set[int] = set()
@@ -164,7 +177,11 @@ class _Reader:
         for component, groups in components.items():
             for group, location, bias in self._located(component, groups, alone=len(components) == 1):
                 group.scale_of = scales[component]
-                made = layer(group, _shown(location), location.shape)
+                check_input(group, group.key.module, location.shape)
+                name, view = self._view(location, group.where)
+                made = layer(group, name, location.shape, view)
+                if made.update is not None:
+                    self._add_update(self._decomposed(made, name, view), location, group.name)
                 self._apply(group, made, location, bias)
                 if made.rank is not None and made.scale is not None:
                     ranks.add(made.rank)
@@ -184,14 +201,27 @@ class _Reader:
             notices=[*self.scaling.notices(), *self.notices],
         )
 
+    def _refuse_transposed(self) -> None:
+        """Refuse GPT-2, whose weights are ``[in, out]``, as is seen of its fused queries, keys and values; square ones look alike."""
+        for name in self.base:
+            if name.endswith(".attn.c_attn.weight") and self.base.shape(name)[1:] == (
+                3 * self.base.shape(name)[0],
+            ):
+                raise SourceError(
+                    f"{self.path}: the base's {name!r} is stored as [in, out], as GPT-2's layers are, and a LoRA of {self.dialect} "
+                    "is of layers that are stored as [out, in]: it is read as PEFT's with its adapter_config.json"
+                )
+
     def _components(self) -> dict[str, dict[Key, Group]]:
         """The groups by component and module."""
+        if (kind := kind_of(self.tensors)) is not None:
+            raise SourceError(f"{self.path}: not a LoRA that can be converted: {kind}")
         parsed = {name: parse_key(name) for name in self.tensors}
         prefixes = {key.prefix for key in parsed.values() if key is not None}
         found: dict[str, dict[Key, Group]] = {}
         for name, key in parsed.items():
             if key is None:
-                raise SourceError(f"{self.path}: unmatched key {name!r}: {unmatched(name)}")
+                raise SourceError(f"{self.path}: unmatched key {name!r}: {unmatched(name, self.tensors)}")
             component = component_of(key.prefix, prefixes, self.base, self.path)
             module = Key("", key.module, "", key.is_flat)
             group = found.setdefault(component, {}).setdefault(module, Group(self.path, key, self.tensors))
@@ -222,13 +252,13 @@ class _Reader:
                 part: members[module] for module, found in parts.items() for part in found if len(found) == 1
             }
 
-            def fits(part: str, location: Location, owners: Mapping[str, Group] = owners) -> bool:
-                return part not in owners or _fits(owners[part], location)
+            def fits_owner(part: str, location: Location, owners: Mapping[str, Group] = owners) -> bool:
+                return part not in owners or fits(owners[part], location.shape)
 
             found, rename = modules.resolve(
                 [part for names in parts.values() for part in names],
                 where,
-                fits=fits,
+                fits=fits_owner,
                 prefix=chosen,
                 is_flat=is_flat,
             )
@@ -239,13 +269,12 @@ class _Reader:
                 yield group, _stack([modules.weight(name) for name in known]), _biases(modules, known)
         if others:
             of = f" of {component}" if component else ""
-            self.notices.append(f"{others} names{of} in the LoRA are those of another program for this model")
+            told = f"{others} names{of} in the LoRA are those of another program for this model"
+            self.notices.append(NamesNotice(told))
 
     def _apply(self, group: Group, made: Layer, location: Location, bias: Location | None) -> None:
-        """Add what a module's LoRA does to the base's tensors."""
+        """Add what a module's LoRA adds to small tensors, or replaces."""
         first = location.blocks[0].name
-        if made.update is not None:
-            self._add_update(group, made, location)
         if made.weight is not None:
             self._add(group, made.weight, location, ("diff", "w_norm"))
         if made.bias is not None:
@@ -263,37 +292,38 @@ class _Reader:
             self._claim(first, group.name)
             self._whole[first] = made.whole
 
+    def _view(self, location: Location, where: str) -> tuple[str, Checkpoint]:
+        """A name for the tensor at a location, and a checkpoint that has it under this name."""
+        if _is_whole(location, self.base):
+            return location.blocks[0].name, self.base
+        check_location(self.base, location, where)
+        names = list(dict.fromkeys(block.name for block in location.blocks))
+        # A name that no tensor has, and that shows where this one is.
+        name = f"{'rows of ' if len(names) == 1 else ''}{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        return name, LocatedCheckpoint(self.base, {name: location})
+
     def _claim(self, what: str, owner: str) -> None:
         """Refuse a tensor of the base that is adapted twice."""
         if (other := self._owners.setdefault(what, owner)) != owner:
             raise SourceError(f"{self.path}: {other!r} and {owner!r} both adapt the base's {what!r}")
 
-    def _add_update(self, group: Group, made: Layer, location: Location) -> None:
-        update = made.update
-        assert update is not None
+    def _add_update(self, update: Update, location: Location, owner: str) -> None:
         if _is_whole(location, self.base):
-            name = location.blocks[0].name
-            self._claim(name, group.name)
-            self._updates[name] = self._decomposed(update, made, ((0, location.shape[0]),))
+            self._claim(update.name, owner)
+            self._updates[update.name] = update
             return
-        if made.kernel:
-            raise SourceError(
-                f"{group.where}: DoRA by columns of a module that the base holds in parts, or within a larger weight, is not "
-                "supported; take a base that has this module as one weight, such as one in the layout that was trained"
-            )
         for block in location.blocks:
             part = take_update_rows(update, block.name, block.rows)
-            part = self._decomposed(part, made, block.rows, block.start)
-            self._pieces.setdefault(block.name, []).append(Piece(block.start, part, group.name))
+            self._pieces.setdefault(block.name, []).append(Piece(block.start, part, owner))
 
-    def _decomposed(
-        self, update: Update, made: Layer, rows: tuple[tuple[int, int], ...], first_row: int = 0
-    ) -> Update:
-        if made.magnitude is None:
+    def _decomposed(self, made: Layer, name: str, base: Checkpoint) -> Update:
+        """The update, brought to the norms of DoRA."""
+        update, magnitude = made.update, made.magnitude
+        assert update is not None
+        if magnitude is None:
             return update
-        whole = made.magnitude.astype(update.dtype)
-        magnitude = whole if made.kernel else np.concatenate([whole[start:stop] for start, stop in rows])
-        return Decomposed(update, self.base, magnitude, bool(made.kernel), made.kernel or 1, made.eps, first_row)
+        magnitude = magnitude.astype(update.dtype)
+        return Decomposed(update, base, magnitude, bool(made.kernel), made.kernel or 1, made.eps)
 
     def _add(self, group: Group, array: Array, location: Location, parts: Collection[str]) -> None:
         """Add to 1-D tensors of the base."""
@@ -320,19 +350,6 @@ def _key(group: Group, parts: Collection[str]) -> str:
     return next(group.keys[part] for part in parts if part in group.keys)
 
 
-def _shown(location: Location) -> str:
-    """The base's tensors at a location: one name for a whole one, several in messages."""
-    names = list(dict.fromkeys(block.name for block in location.blocks))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
-
-
-def _fits(group: Group, location: Location) -> bool:
-    up, down = (group.parts.get(part) for part in (UP, DOWN))
-    if up is None or down is None or MID in group.parts:
-        return True
-    return fits_factors(location.shape, up, down)
-
-
 def _is_whole(location: Location, base: Checkpoint) -> bool:
     """Whether it is exactly one tensor of the base."""
     block, *more = location.blocks
@@ -357,10 +374,3 @@ def _biases(modules: Modules, known: list[str]) -> Location | None:
     found = [modules.tensor(f"{module}.bias") for module in known]
     there = [location for location in found if location is not None]
     return _stack(there) if there and len(there) == len(found) else None
-
-
-def unmatched(key: str) -> str:
-    """Why a key has no place in the grammar, for messages."""
-    if key.startswith("bundle_emb."):
-        return "the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights"
-    return "it ends in no known part of a LoRA"

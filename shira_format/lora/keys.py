@@ -37,9 +37,9 @@ class Key(NamedTuple):
     style: str = ""
 
 
-# lora_transformer is OneTrainer's, lycoris that of LyCORIS' wrapper for any model.
-_FLAT = re.compile(
-    r"(?P<prefix>lora_(?:unet|transformer|prior_unet|prior_te|prior|te[123]?)|lycoris)_(?P<module>[^.]+)"
+# lora_transformer is OneTrainer's, lycoris that of LyCORIS' wrapper for any model, oft_unet that of kohya's OFT.
+FLAT = re.compile(
+    r"(?P<prefix>lora_(?:unet|transformer|prior_unet|prior_te|prior|te[123]?)|oft_unet|lycoris)_(?P<module>[^.]+)"
 )
 # Of diffusers' pipelines; of ComfyUI, which other trainers adopted; of PEFT; of OneTrainer and ComfyUI for text encoders.
 _DOTTED = re.compile(
@@ -88,7 +88,7 @@ def parse_key(key: str) -> Key | None:
     prefix, rest, is_flat = "", key, False
     if match := _DOTTED.fullmatch(key):
         prefix, rest = match.groups()
-    elif (match := _FLAT.match(key)) and key[match.end() : match.end() + 1] == ".":
+    elif (match := FLAT.match(key)) and key[match.end() : match.end() + 1] == ".":
         prefix, rest, is_flat = match["prefix"], key[match.start("module") :], True
     if match := _XLABS.fullmatch(rest):
         return Key(prefix, match["module"], _SIDES[match["part"]], is_flat, "xlabs")

@@ -27,9 +27,18 @@ _WORDS = {
 }  # fmt: skip
 # What they call whatever model is denoised by.
 _ANY_DENOISER = (
-    "", "lora_unet", "lora_transformer", "lora_prior_unet", "lora_prior", "lycoris", "diffusion_model",
+    "", "lora_unet", "oft_unet", "lora_transformer", "lora_prior_unet", "lora_prior", "lycoris", "diffusion_model",
     "model.diffusion_model", "base_model.model",
 )  # fmt: skip
+
+
+_PARTS = (_DENOISER, *(prefix for prefixes in _TEXT.values() for prefix in prefixes))
+
+
+def part_of(name: str) -> str:
+    """What the name of a tensor starts with that says which part of a pipeline it is of: ``"unet/"``, ``"model.diffusion_model."``."""
+    component, slash, _ = name.rpartition("/")
+    return component + slash or next((prefix for prefix in _PARTS if name.startswith(prefix)), "")
 
 
 def component_of(prefix: str, prefixes: Collection[str], base: Checkpoint, where: object) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
 from shira_format.names.row_blocks import Location
 
 
@@ -108,3 +109,23 @@ class LocatedCheckpoint(Checkpoint):
                     start += stop - first
             self._runs[name] = sorted(runs)
         return self._runs[name]
+
+
+def check_location(base: Checkpoint, location: Location, where: object) -> None:
+    """Check that the blocks have all rows of the tensor once, and are of tensors with as many columns and one dtype.
+
+    Raises:
+        SourceError: they do not; the message begins with ``where``.
+    """
+    ranges = sorted(rows for block in location.blocks for rows in block.rows)
+    end = 0
+    for start, stop in ranges:
+        if start != end or stop <= start:
+            raise SourceError(f"{where}: the base does not have all rows of the module once")
+        end = stop
+    columns = math.prod(location.shape) // end if end else 0
+    names = dict.fromkeys(block.name for block in location.blocks)
+    shapes = [base.shape(name) for name in names]
+    fit = all(columns in (math.prod(shape[1:]), shape[-1] if shape else 0) for shape in shapes)
+    if columns * end != math.prod(location.shape) or not fit or len({base.dtype(name) for name in names}) > 1:
+        raise SourceError(f"{where}: the base's {', '.join(map(repr, names))} differ in columns or dtype")

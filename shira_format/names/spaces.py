@@ -30,6 +30,7 @@ Table = Callable[[Collection[str], Callable[[str], tuple[int, ...]]], Mapping[st
 
 # A known model is one module in :mod:`shira_format.names.models` and one entry here.
 TABLES: tuple[Table, ...] = (
+    experts,
     flux,
     chroma,
     flux2,

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.storage.paths import one_line
-from shira_format.storage.weight_files import find_weights, is_index
+from shira_format.storage.weight_files import TRAINING, find_weights, is_index
 
 _SYNTAX = "hf://OWNER/NAME[@REVISION][/PATH]"
 _LOCATION = re.compile(
@@ -27,6 +27,7 @@ _LOCATION = re.compile(
 )
 # Files of a model other than weights: configs, vocabularies, templates.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_OF_ADAPTERS = (".safetensors", ".bin", ".pt", ".pth")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=(?:\.[\w-]+)?\.\w+$)")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -50,7 +51,7 @@ def download(text: str) -> Path:
 
     For a folder these are its weights (safetensors if there are any, else PyTorch's, else GGUF or a distributed
     checkpoint) and its small files; for a diffusers pipeline the same of every component; for a file that file and the
-    shards that it lists. Without a connection: the files in the cache.
+    shards that it lists. Shards without an index are read together. Without a connection: the files in the cache.
 
     Raises:
         SourceError: a malformed location; no such repository, revision or path; no access; neither online nor in the cache.
@@ -152,8 +153,10 @@ def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
         return [usual.name, *_shards(usual.name, here, folder, peek)]
     if ".metadata" in here:  # torch.distributed.checkpoint
         return [name for name in here if name == ".metadata" or name.endswith(".distcp")]
-    for ending in (".safetensors.index.json", ".safetensors", "adapter_model.bin", ".gguf"):
-        found = [name for name in here if name.endswith(ending)]
+    if "adapter_config.json" in here:  # all, so that what is not used is found
+        return [name for name in here if name.endswith(_OF_ADAPTERS) and not name.startswith(TRAINING)]
+    for ending in (".safetensors.index.json", ".safetensors", "adapter_model.bin", ".bin", ".gguf"):
+        found = [name for name in here if name.endswith(ending) and (ending != ".bin" or _SHARD.search(name))]
         heads = {_SHARD.sub("", name) for name in found}
         if len(heads) > 1:
             first, second = sorted(heads)[:2]

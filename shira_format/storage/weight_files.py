@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+# How the names of files begin that trainers save next to the weights.
+TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 STEMS = {
     ".safetensors": ("model", "diffusion_pytorch_model"),
     ".bin": ("pytorch_model", "diffusion_pytorch_model"),

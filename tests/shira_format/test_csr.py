@@ -888,3 +888,30 @@ def test_an_original_that_does_not_fit(tmp_path: Path) -> None:
     (folder / "original.st").write_bytes(b"\0" * 9)
     with pytest.raises(ShiraError, match=r"original\.st"):
         back(folder)
+
+
+def test_matrices_that_are_not_listed_and_tensors_that_are_left_out(tmp_path: Path, base: Path) -> None:
+    folder = export(tmp_path, targets(), base=base)
+    sparse.save_npz(folder / "other.npz", sparse.load_npz(folder / "w.npz"))
+    with pytest.raises(SourceError, match=r"other\.npz.*--allow-unused"):
+        csr_to_shira(folder, tmp_path / "b.st")
+    assert not (tmp_path / "b.st").exists()
+    assert ["csr: not read: other.npz"] == csr_to_shira(folder, None, allow_unused=True).notices
+    (tmp_path / "two").mkdir()
+    folder = export(tmp_path / "two", targets(), dense=[DenseTensor("d", f32(1))], base=base)
+    assert ["left out, by --include and --exclude: d"] == csr_to_shira(folder, None, exclude=["d"]).notices
+    edit_index(folder, lambda index: index.update(whole=[]))
+    assert ["left out, in original.st, and not in index.json: d"] == csr_to_shira(folder, None).notices
+
+
+def test_a_change_that_rounding_takes_away_is_refused(tmp_path: Path) -> None:
+    start = np.full(3, 1, BF16)
+    tensor = SparseTensor("w", (3, 4), np.array([1, 6, 11]), np.full(3, 2, BF16), base=start)
+    folder = export(tmp_path, tensor)
+    edit_matrix(folder, lambda matrix: matrix * np.float32(1e-4))
+    with pytest.raises(SourceError, match="less than a thousandth of what the update asks for: 'w'"):
+        csr_to_shira(folder, tmp_path / "b.st")
+    assert not (tmp_path / "b.st").exists()
+    report = csr_to_shira(folder, tmp_path / "b.st", force=True)
+    assert any("'w'" in notice for notice in report.notices)
+    assert same_bits(start, load(tmp_path / "b.st")["w"].values)

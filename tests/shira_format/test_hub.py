@@ -360,6 +360,16 @@ def never(name: str) -> Any:
             "",
             ["adapter_config.json", "adapter_model.safetensors"],
         ),
+        (
+            ["adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin", "optimizer.pt"],
+            "",
+            ["adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin"],
+        ),
+        (
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "training_args.bin"],
+            "",
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+        ),
         (["diffusion_pytorch_model.bin", "model.gguf"], "", ["diffusion_pytorch_model.bin"]),
         (["m.gguf", "README.md"], "", ["m.gguf"]),
         (

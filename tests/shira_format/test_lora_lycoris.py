@@ -12,7 +12,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from lycoris import LycorisNetwork, create_lycoris
 from lycoris.modules.base import LycorisBaseModule
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -374,7 +378,7 @@ def save_state(state: Mapping[str, torch.Tensor], folder: Path) -> Path:
 
 @pytest.mark.parametrize("on_out", [True, False])
 def test_dora_of_modules_in_parts(on_out: bool, tmp_path: Path) -> None:
-    """FLUX's fused weights in diffusers' parts: a norm of each row goes with it, norms of columns do not."""
+    """FLUX's fused weights in diffusers' parts: norms are those of the whole module."""
     with torch.no_grad():
         torch.manual_seed(44)
         model = FluxTransformer2DModel(
@@ -393,10 +397,6 @@ def test_dora_of_modules_in_parts(on_out: bool, tmp_path: Path) -> None:
         {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": tensor for part, tensor in lora.state_dict().items()},
         tmp_path,
     )
-    if not on_out:
-        with pytest.raises(SourceError, match="DoRA by columns of a module that the base holds in parts"):
-            open_lora(path, open_checkpoint(tmp_path / "base.safetensors"))
-        return
     lora.merge_to(1.0)
     lora_to_shira(path, tmp_path / "base.safetensors", path.with_name("a.st"), density=1.0)
     weights = load_file(tmp_path / "base.safetensors")
@@ -405,8 +405,9 @@ def test_dora_of_modules_in_parts(on_out: bool, tmp_path: Path) -> None:
         close(weights[name], expected, 1e-12)
 
 
-def test_dora_of_rows_of_a_fused_weight(tmp_path: Path) -> None:
-    """Norms are those of the module's rows; by columns they would need the rows of others."""
+@pytest.mark.parametrize("by_row", [True, False])
+def test_dora_of_rows_of_a_fused_weight(by_row: bool, tmp_path: Path) -> None:
+    """Norms are those of the module's own rows, not of all."""
     generator = torch.Generator().manual_seed(3)
     fused = torch.randn(6, 2, generator=generator, dtype=torch.float64)
     tensor = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
@@ -415,24 +416,61 @@ def test_dora_of_rows_of_a_fused_weight(tmp_path: Path) -> None:
         f"conditioner.embedders.1.model.{end}": torch.ones(size, dtype=torch.float64) for end, size in ends.items()
     }
     save_file(base | {"model.diffusion_model.out.2.weight": torch.zeros(2, 2)}, tmp_path / "base.safetensors")
+    shapes = ((2, 1), (1, 2), (2, 1) if by_row else (1, 2))
+    up, down, norms = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
     name = "lora_te2_text_model_encoder_layers_0_self_attn_k_proj"
-    up, down, norms = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 1), (1, 2), (2, 1))
-    )
     parts = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": norms}
     path = save_state({f"{name}.{part}": array for part, array in parts.items()}, tmp_path)
     expected = fused.clone()
     summed = fused[2:4] + up @ down
-    expected[2:4] = summed * norms / (summed.norm(dim=1, keepdim=True) + torch.finfo(torch.float64).eps)
+    expected[2:4] = summed * norms / (summed.norm(dim=int(by_row), keepdim=True) + torch.finfo(torch.float64).eps)
     lora_to_shira(path, tmp_path / "base.safetensors", tmp_path / "a.st", density=1.0)
     weights = load_file(tmp_path / "base.safetensors")
     apply(load(tmp_path / "a.st"), weights)
     close(weights[tensor], expected, 1e-12)
-    path = save_state(
-        {f"{name}.{part}": array for part, array in (parts | {"dora_scale": torch.ones(1, 2)}).items()}, tmp_path
-    )
-    with pytest.raises(SourceError, match="DoRA by columns of a module that the base holds in parts, or within"):
-        open_lora(path, open_checkpoint(tmp_path / "base.safetensors"))
+
+
+OTHERS: dict[str, tuple[type[LycorisBaseModule], dict[str, Any]]] = {
+    "OFT": (DiagOFTModule, {"lora_dim": 4}),
+    "OFT, bounded and rescaled": (DiagOFTModule, {"lora_dim": 4, "constraint": 0.01, "rescaled": True}),
+    "BOFT": (ButterflyOFTModule, {"lora_dim": 4}),
+    "(IA)^3 of outputs": (IA3Module, {"train_on_input": False}),
+    "(IA)^3 of inputs": (IA3Module, {"train_on_input": True}),
+    "GLoRA": (GLoRAModule, {"lora_dim": 2, "alpha": 1.0}),
+}
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("case", OTHERS)
+def test_changes_that_depend_on_the_weight(case: str, in_parts: bool, tmp_path: Path) -> None:
+    """Also of a module that is rows of a larger weight. LyCORIS computes rotations in float32."""
+    kind, options = OTHERS[case]
+    torch.manual_seed(45)
+    linear = nn.Linear(16, 8, bias=False)
+    made = kind("x", linear, 1.0, **options)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        made.apply_to()
+        expected = linear(torch.eye(16)).T  # the trained model's own
+    name, module, base = "fc.weight", "lycoris_fc", {"fc.weight": linear.weight.detach().clone()}
+    if in_parts:
+        prefix = "conditioner.embedders.1.model."
+        name, module = (
+            f"{prefix}transformer.resblocks.0.attn.in_proj_weight",
+            "lora_te2_text_model_encoder_layers_0_self_attn_k_proj",
+        )
+        base = {name: torch.cat([torch.ones(8, 16), base["fc.weight"], torch.ones(8, 16)])} | {
+            f"{prefix}{end}": torch.ones(16) for end in ("transformer.resblocks.0.ln_1.weight", "token_embedding.weight", "ln_final.weight")
+        } | {"model.diffusion_model.out.2.weight": torch.zeros(2, 2)}  # fmt: skip
+        expected = torch.cat([torch.ones(8, 16), expected, torch.ones(8, 16)])
+    save_file(base, tmp_path / "base.safetensors")
+    path = save_state({f"{module}.{part}": tensor for part, tensor in made.state_dict().items()}, tmp_path)
+    lora_to_shira(path, tmp_path / "base.safetensors", tmp_path / "a.st", density=1.0)
+    weights = load_file(tmp_path / "base.safetensors")
+    apply(load(tmp_path / "a.st"), weights)
+    close(weights[name], expected.detach(), 2e-6)
+    assert (weights[name] - base[name]).norm() > 0.01 * linear.weight.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -529,9 +567,6 @@ BAD = {
     "LoKr of numbers": ("lokr_w1; lokr_w2 4,6,3,3", "a factor has no dimensions"),
     "DoRA of nothing": (LOCON + "; dora_scale 4,6,1,1", "dora_scale has shape [4, 6, 1, 1], neither one number per output nor one per input of a weight of shape [4, 6, 3, 3]"),
     "DoRA of inputs, flat": (LOCON + "; dora_scale 6", "dora_scale has shape [6], neither one number per output nor one per input of a weight of shape [4, 6, 3, 3]"),
-    "OFT": ("oft_blocks 2,2,2; alpha", "OFT and BOFT rotate the weight"),
-    "IA3": ("weight 4; on_input", "(IA)^3 scales the weight"),
-    "GLoRA": ("a1.weight 4,2; a2.weight 2,4; b1.weight 4,2; b2.weight 2,4", "GLoRA multiplies the weight"),
     "T-LoRA": ("lambda_layer 1,2; q_layer.weight 2,6; p_layer.weight 4,2", "T-LoRA depends on the sampling step"),
     "t1": ("lokr_w1 2,2; lokr_w2 2,3,3,3; lokr_t1 1,1,3,3", "no version of LyCORIS gives it a meaning"),
 }  # fmt: skip

@@ -298,6 +298,9 @@ def test_a_prefix_becomes_another(tmp_path: Path) -> None:
         n.replace("model.", f"{stack}.", 1): t.clone() for n, t in state.items() for stack in ("text", "vision")
     }
     save_file(stacks, path)
+    notice = "the prefix 'model.' becomes 'text.' (as base_model_class 'LlamaForCausalLM' says)"
+    assert open_lora(lora, open_checkpoint(base)).notices[0].endswith(notice)
+    models.edit_config(lora, auto_mapping=None)
     with pytest.raises(SourceError, match=r"choose with --prefix text\. or --prefix vision\."):
         open_lora(lora, open_checkpoint(base))  # either of two
 
@@ -342,7 +345,7 @@ def refused(saved: Saved, reason: str, path: Path | None = None) -> None:
             {"beta": 1},
             (
                 "KaSA truncates the base's weights before it adapts them, so B @ A is not an update of the base; "
-                "merge it with PEFT and convert the full checkpoint"
+                "merge the LoRA with PEFT and convert the full checkpoint (full_to_shira)"
             ),
         ),
         ("monteclora_config", {"num_samples": 8}, "MonteCLoRA is not supported"),
@@ -412,7 +415,7 @@ BAD_WEIGHTS: dict[str, tuple[Edit, str]] = {
     "integers": (lambda s: s | {B: s[B].to(torch.int8)}, f"{{path}}: {B!r} is of dtype int8, not a float"),
     "replacement": (
         lambda s: s | {"base_model.model.head.weight": torch.ones(6, 41)},
-        "{path}: 'head.weight' has shape [6, 41], the base's 'head.weight' has [6, 40]",
+        "{path}: 'head.weight' has shape [6, 41], the base's 'head.weight' has [6, 40]: merge the LoRA with PEFT and convert the full checkpoint (full_to_shira)",
     ),
     "no_lora": (
         lambda s: {"base_model.model.head.weight": torch.ones(6, 40)},
@@ -514,6 +517,12 @@ def test_paths_that_are_no_lora(net: Saved, tmp_path: Path) -> None:
             open_lora(path, base)
         assert f"{path}: {reason}" == str(caught.value)
     (net.lora / "adapter_config.json").unlink()
+    with pytest.raises(SourceError) as caught:
+        open_lora(net.lora, base, dialect="peft")
+    assert str(caught.value).startswith(
+        f"{net.lora / 'adapter_model.safetensors'}: PEFT's weights, and adapter_config.json is missing"
+    )
+    (net.lora / "adapter_model.safetensors").unlink()
     with pytest.raises(SourceError) as caught:
         open_lora(net.lora, base, dialect="peft")
     need = "no PEFT adapter: need adapter_config.json beside adapter_model.safetensors or adapter_model.bin"
@@ -629,7 +638,7 @@ def test_the_head_under_a_lora_must_be_that_of_the_base(tmp_path: Path) -> None:
     models.edit_weights(saved.lora, lambda state: state | {key: state[key] * 2})
     reason = (
         "'lm_head.weight' lies below its LoRA and is not the base's 'lm_head.weight' (resized or trained): "
-        "merge the LoRA with PEFT and convert the full checkpoint"
+        "merge the LoRA with PEFT and convert the full checkpoint (full_to_shira)"
     )
     refused(saved, reason, saved.lora / "adapter_model.safetensors")
     models.edit_weights(saved.lora, lambda state: state | {key: torch.ones(51, 32)})

@@ -150,7 +150,12 @@ def test_embeddings_that_are_saved_beside(tmp_path: Path) -> None:
     models.edit_weights(adapted.lora, lambda s: s | {key: s[key].float() * 2})
     assert set(adapted.read().whole) == {EMBED}
     models.edit_weights(adapted.lora, lambda s: s | {key: torch.ones(52, 32)})
-    refused(adapted, f"{EMBED!r} has shape [52, 32], the base's {EMBED!r} has [50, 32]")
+    refused(
+        adapted,
+        f"{EMBED!r} has 52 rows, the base 50 (a resized vocabulary), but {HEAD!r} has 50: merge the adapter",
+    )
+    models.edit_weights(adapted.lora, lambda s: s | {key: torch.ones(50, 31)})
+    refused(adapted, f"{EMBED!r} has shape [50, 31], the base's {EMBED!r} has [50, 32]: merge the LoRA with PEFT")
 
 
 def test_the_embeddings_under_a_lora_must_be_those_of_the_base(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_what_fits_two_ways_is_not_guessed(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{adapted.lora / 'adapter_model.safetensors'}: which parameter each LoRA of 'mix.experts' adapts, and whether it "
         "is transposed, is ambiguous: by their shapes they fit 'mix.experts.down_proj' [3, 4, 6] of rank 2, 'mix.experts.up_proj' "
-        "[3, 6, 4] of rank 2 in several ways; merge the LoRA with PEFT and convert the full checkpoint"
+        "[3, 6, 4] of rank 2 in several ways; merge the LoRA with PEFT and convert the full checkpoint (full_to_shira)"
     )
 
 

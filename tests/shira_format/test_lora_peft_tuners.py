@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.boft.layer import BOFTLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,7 +26,9 @@ from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import apply
 from shira_format.lora import open_lora
+from shira_format.lora.peft.config import HARMLESS
 from shira_format.lora.peft.tuners import REFUSED, TUNERS, tuner
+from shira_format.lora.peft.tuners.reader import COMMON
 from tests import models
 from tests.updates import dense
 
@@ -180,9 +184,18 @@ CASES: dict[str, tuple[Any, int, bool]] = {
         lambda: peft.HiraConfig(target_modules=["embed", "line", *LINEAR, "plane", "dot"], r=3, rank_pattern={"dot": 2}), 7, True,
     ),
     "delora": (lambda: peft.DeloraConfig(target_modules=LINEAR, r=3, delora_lambda=1, rank_pattern={"wide": 2}), 3, True),
+    "glora": (lambda: peft.GloraConfig(target_modules=LINEAR, r=2), 5, True),
+    "glora_vectors": (
+        lambda: peft.GloraConfig(target_modules=LINEAR, config_A_B="vector", config_C="vector", config_D_E="vector"), 5, True,
+    ),
+    "glora_numbers": (
+        lambda: peft.GloraConfig(target_modules=LINEAR, config_A_B="constant", config_C="none", config_D_E="constant"), 5, True,
+    ),
     "gralora": (lambda: peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=3, gralora_k=2), 3, True),
     "gralora_hybrid": (lambda: peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=3, gralora_k=4, hybrid_r=2), 3, True),
     "vera": (lambda: peft.VeraConfig(target_modules=LINEAR, r=3), 3, True),
+    "randlora": (lambda: peft.RandLoraConfig(target_modules=LINEAR, r=3, randlora_alpha=30), 3, True),
+    "randlora_sparse": (lambda: peft.RandLoraConfig(target_modules=LINEAR, r=2, randlora_alpha=20, sparse=True), 3, True),
     "vblora": (lambda: peft.VBLoRAConfig(target_modules=LINEAR, r=2, num_vectors=6, vector_length=4, topk=2), 3, True),
     "vblora_small": (
         lambda: peft.VBLoRAConfig(
@@ -218,6 +231,7 @@ TURNED: dict[str, tuple[Any, int, bool]] = {
     "hira": (lambda: peft.HiraConfig(target_modules=["up", "square", "down"], r=3, fan_in_fan_out=True), 3, True),
     "gralora": (lambda: peft.GraloraConfig(target_modules=["up", "square", "down"], r=4, alpha=3, hybrid_r=1), 3, True),
     "vera": (lambda: peft.VeraConfig(target_modules=["up", "square", "down"], r=3), 3, True),
+    "randlora": (lambda: peft.RandLoraConfig(target_modules=["up", "square", "down"], r=3, randlora_alpha=30), 3, True),
     "vblora": (lambda: peft.VBLoRAConfig(target_modules=["up", "square", "down"], r=2, num_vectors=6, vector_length=4), 3, True),
     "fourierft": (lambda: peft.FourierFTConfig(target_modules=["up", "square", "down"], n_frequency=30, scaling=20.0), 3, False),
 }  # fmt: skip
@@ -236,6 +250,16 @@ def test_every_tuner_of_peft_is_read_or_refused_by_name() -> None:
     assert not TUNERS.keys() & REFUSED.keys()
     assert {kind for kind in TUNERS if kind not in known} == set()
     assert all(tuner(kind).parts for kind in TUNERS)
+
+
+@pytest.mark.parametrize("kind", TUNERS)
+def test_every_option_of_peft_is_known(kind: str) -> None:
+    """A new one in a later version is looked at before it is called harmless."""
+    fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]])}
+    found = tuner(kind)
+    named = found.options | found.harmless | found.refused.keys()
+    assert fields - named <= COMMON | (HARMLESS if kind == "ADALORA" else set())
+    assert (found.options | found.harmless) <= fields
 
 
 def boft_matrix(free: torch.Tensor) -> torch.Tensor:
@@ -383,12 +407,33 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "DELORA", {"delora_A": zeros(2, 12), "delora_B": zeros(8, 2), "delora_lambda": zeros(1), "delora_w_norm": zeros(9)}, {"r": 2},
         "delora_w_norm [9]",
     ),
+    "glora": ("GLORA", {"glora_A.Xd": zeros(8, 2), "glora_A.Xu": zeros(2, 11)}, {}, "does not fit 8 x 12"),
+    "glora zeros": ("GLORA", {"glora_A.X": zeros(1), "glora_B.zeros": torch.ones(8, 12)}, {}, "glora_B.zeros is not 0"),
     "gralora": ("GRALORA", {"gralora_A": zeros(2, 6, 4), "gralora_B": zeros(2, 4, 4)}, {"r": 4, "alpha": 1, "gralora_k": 4}, "gralora_k"),
     "gralora hybrid": (
         "GRALORA", {"gralora_A": zeros(2, 6, 4), "gralora_B": zeros(2, 4, 4)},
         {"r": 4, "alpha": 1, "gralora_k": 2, "hybrid_r": 1}, "without gralora_A_general",
     ),
     "vera projections": ("VERA", {"vera_lambda_b": zeros(8), "vera_lambda_d": zeros(2)}, {"r": 2}, "save_projection"),
+    "randlora bases": (
+        "RANDLORA", {"randlora_lambda": zeros(3, 3), "randlora_gamma": zeros(3, 8)}, {"r": 3, "randlora_alpha": 1}, "save_projection",
+    ),
+    "randlora differs": (
+        "RANDLORA",
+        {
+            "randlora_lambda": zeros(3, 3), "randlora_gamma": zeros(3, 8), "base_model.randlora_A": zeros(3, 1, 8),
+            "randlora_A": torch.ones(3, 1, 8),
+        },
+        {"r": 3, "randlora_alpha": 1}, "which all should share",
+    ),
+    "randlora size": (
+        "RANDLORA",
+        {
+            "randlora_lambda": zeros(3, 3), "randlora_gamma": zeros(3, 8), "base_model.randlora_A": zeros(3, 1, 8),
+            "base_model.randlora_B": zeros(11, 3, 3),
+        },
+        {"r": 3, "randlora_alpha": 1}, "do not fit a weight of shape [8, 12]",
+    ),
     "vera outputs": (
         "VERA",
         {"vera_lambda_b": zeros(9), "vera_lambda_d": zeros(2), "base_model.vera_A": zeros(2, 12), "base_model.vera_B": zeros(9, 2)},
@@ -527,7 +572,14 @@ def test_keys_with_the_name_of_the_adapter(case: str, tmp_path: Path) -> None:
     named = {
         key: tensor
         for key, tensor in named.items()
-        if not ("vera_A" in key or "vera_B" in key or "vector_bank" in key) or key.count(".") == 2
+        if not (
+            "vera_A" in key
+            or "vera_B" in key
+            or "randlora_A" in key
+            or "randlora_B" in key
+            or "vector_bank" in key
+        )
+        or key.count(".") == 2
     }
     assert len(named) == len(plain)
     assert named.keys() != plain.keys()

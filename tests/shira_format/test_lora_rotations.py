@@ -21,11 +21,11 @@ from shira_format.errors import SourceError
 from shira_format.lora import from_base
 from shira_format.lora.cayley import cayley, cayley_neumann, skew_symmetric
 from shira_format.lora.from_base import StoredBlocks, input_map, output_map
-from shira_format.lora.gathered import GatheredRows
 from shira_format.lora.glora import glora
 from shira_format.lora.rotations import rotation
-from shira_format.lora.row_stack import stack_rows
-from shira_format.names.row_blocks import RowBlock
+from shira_format.lora.row_stack import Piece, stack_rows, take_update_rows
+from shira_format.names.located import LocatedCheckpoint, check_location
+from shira_format.names.row_blocks import Location, RowBlock
 from tests import models
 from tests.updates import dense
 
@@ -258,18 +258,25 @@ def test_a_module_that_the_base_holds_in_parts(tmp_path: Path) -> None:
     blocks = [
         RowBlock("c", 0, ((10, 12), (8, 10))), RowBlock("a", 0, ((0, 4),)), RowBlock("large", 2, ((4, 8),)),
     ]  # fmt: skip
-    gathered = GatheredRows(base, "w", blocks, "f")
+    location = Location(weight.shape, tuple(blocks))
+    check_location(base, location, "f")
+    gathered = LocatedCheckpoint(base, {"w": location})
     np.testing.assert_array_equal(gathered["w"], weight)
-    assert (list(gathered), len(gathered), gathered.shape("w")) == (["w"], 1, weight.shape)
     for start, stop in ((0, 72), (5, 61), (30, 31), (23, 25)):
         np.testing.assert_array_equal(gathered.part("w", start, stop), weight.reshape(-1)[start:stop])
-    with pytest.raises(KeyError):
-        gathered.dtype("a")
     parts = {"oft_blocks": rng.standard_normal((3, 4, 4))}
     wanted = dense(rotation(parts, "w", weight.shape, base_of(tmp_path, weight), "f"))
     update = rotation(parts, "w", weight.shape, gathered, "f")
     for block in blocks:
-        found = dense(stack_rows(block.name, base.shape(block.name), [(block, update)], "f"), 3)
+        found = dense(
+            stack_rows(
+                block.name,
+                base.shape(block.name),
+                [Piece(block.start, take_update_rows(update, block.name, block.rows), "w")],
+                "f",
+            ),
+            3,
+        )
         np.testing.assert_allclose(found[block.start : block.start + block.height], block.take(wanted), rtol=1e-12)
         assert not found[: block.start].any()
 
@@ -286,4 +293,4 @@ def test_rows_that_are_no_module(blocks: list[RowBlock], message: str, tmp_path:
     arrays = {"a": np.ones((4, 3)), "b": np.ones((4, 2)), "c": np.ones((4, 3))}
     base = open_checkpoint(models.save_arrays(tmp_path / "parts.safetensors", arrays))
     with pytest.raises(SourceError, match=message):
-        GatheredRows(base, "w", blocks, "f: 'm'")
+        check_location(base, Location((8, 3), tuple(blocks)), "f: 'm'")

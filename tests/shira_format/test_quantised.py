@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from shira_analysis.measures.adapter import measure
 from shira_cli.convert import main
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import open_checkpoint
+from shira_format.checkpoints.quantised import SCHEMES as SCHEMES_OF_PROGRAMS
 from shira_format.checkpoints.quantised import any_quantised, find_quantised
 from shira_format.convert import full_to_shira, lora_to_shira
+from shira_format.convert.peft_shira import peft_to_shira
 from shira_format.errors import SourceError
 from tests.models import save_arrays
 
@@ -143,3 +146,34 @@ def test_three_dimensional_experts(tmp_path: Path) -> None:
     assert found is not None and "block scales" in found.scheme.name
     found = find_quantised(checkpoint, "experts.down_proj")
     assert found is not None and found.scheme.name == "MXFP4"
+
+
+def test_the_guide_has_the_table() -> None:
+    place = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("hooks", place / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert "<!-- quantised -->" in (place / "guides" / "refused.md").read_text("utf-8")
+    rows = hooks.quantised().splitlines()[2:]
+    assert len(rows) == len(SCHEMES_OF_PROGRAMS)
+    for row, scheme in zip(rows, SCHEMES_OF_PROGRAMS, strict=True):
+        assert all(words in row.replace("\\", "") for words in (scheme.name, scheme.codes, *scheme.beside, scheme.way_out))  # fmt: skip
+
+
+@EVERY
+def test_peft_to_shira_refuses_it(scheme: str, tmp_path: Path) -> None:
+    name, arrays = SCHEMES[scheme]
+    folder, flat = tmp_path / "shira", np.arange(32)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "SHIRA", "r": 1}))
+    key = f"base_model.model.{X}.shira_"
+    state = {f"{key}indices": np.stack([flat // 16, flat % 16]).astype(np.int32), f"{key}weight": np.ones(32, np.float32)}  # fmt: skip
+    save_arrays(folder / "adapter_model.safetensors", state)
+    base = save(tmp_path / "base", arrays)
+    with pytest.raises(SourceError, match=name):
+        peft_to_shira(folder, base, tmp_path / "out.st")
+    assert (
+        main(["peft_to_shira", str(folder), "--base", str(base), "-o", str(tmp_path / "out.st"), "--force"]) == 1
+    )
+    assert not (tmp_path / "out.st").exists()

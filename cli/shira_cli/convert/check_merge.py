@@ -30,6 +30,7 @@ example:
 @options.filters("Check")
 @options.dialect_option
 @options.base_prefix_option
+@options.scale_options
 @click.option("--merged-prefix", metavar="TEXT", help="What the names of the merged checkpoint start with, if several parts of it could be the base.")  # fmt: skip
 @options.allow_unused_option
 @options.threads_option
@@ -45,6 +46,8 @@ def command(
     dialect: str | None,
     prefix: str | None,
     merged_prefix: str | None,
+    rank: int | None,
+    alpha: float | None,
     allow_unused: bool,
     threads: int | None,
     printer: Printer,
@@ -74,7 +77,7 @@ def command(
     with printer.bar("entries", scale=True) as bar:
         report = check_merge(
             merged, base, lora=lora, strength=strength, layers_only=layers_only, dialect=dialect, prefix=prefix,
-            merged_prefix=merged_prefix, include=include, exclude=exclude, allow_unused=allow_unused, threads=threads, progress=bar.update, on_start=bar.reset,
+            merged_prefix=merged_prefix, rank=rank, alpha=alpha, include=include, exclude=exclude, allow_unused=allow_unused, threads=threads, progress=bar.update, on_start=bar.reset,
         )  # fmt: skip
     printer.notes(report.notices)
     code = EXIT_CODES[report.answer]

@@ -24,6 +24,7 @@ example:
 @options.output_file()
 @options.self_contained_option
 @options.filters("Convert")
+@options.allow_unused_option
 @options.force_adapter_option
 @options.dry_run_option
 @options.printing

@@ -22,6 +22,7 @@ example:
 @options.filters("Convert")
 @options.dialect_option
 @options.base_prefix_option
+@options.scale_options
 @options.allow_unused_option
 @running.work_options
 def command(lora: str, base: str, dialect: str | None, scope: str | None, **settings: Any) -> int:

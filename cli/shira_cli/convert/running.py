@@ -76,10 +76,9 @@ def convert(
 
 
 def show(report: ConversionReport, output: Path | None, printer: Printer) -> None:
-    """Print the report on stdout, which has the notices; of JSON these are on stderr as well, as warnings always are."""
+    """Print the report on stdout, notices and warnings on stderr."""
     from shira_analysis.reports.text import conversion
 
-    if printer.json:
-        printer.notes(report.notices)
+    printer.notes(report.notices)
     printer.result(lambda: conversion.as_json(report, output), lambda: conversion.as_text(report, output))
     printer.warnings(report.warnings())

@@ -15,14 +15,24 @@ from shira_format._core.arrays import array_digest
 from shira_format._core.dtypes import dtype_name
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.checkpoints.index import some
 from shira_format.convert.csr.changed import ChangedMatrix, exactly
-from shira_format.convert.csr.folder import ORIGINAL, Index, Item, inside, provenance, read_index
+from shira_format.convert.csr.folder import (
+    INDEX,
+    ORIGINAL,
+    Index,
+    Item,
+    file_names,
+    inside,
+    provenance,
+    read_index,
+)
 from shira_format.convert.csr.matrix import read_matrix
 from shira_format.convert.effect import Effect, lost, refuse_lost, words
 from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import FormatError, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
-from shira_format.names.filters import name_filter
+from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
@@ -67,6 +77,7 @@ def csr_to_shira(
     self_contained: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_unused: bool = False,
     force: bool = False,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
@@ -84,6 +95,7 @@ def csr_to_shira(
             has them and they are known of all entries.
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
+        allow_unused: go on although the folder has matrices that ``index.json`` does not list.
         force: write the adapter even if the targets of changed matrices change the base by less than a thousandth of what their
             deltas ask for (in norm).
         progress: called with 1 after each matrix.
@@ -108,6 +120,7 @@ def csr_to_shira(
         inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
         check_not_input(Path(out), inputs)
     report = FromCsrReport(whole=whole, notices=list(checkpoint.notices if checkpoint is not None else ()))
+    report.notices += _left_out(index, original, chosen)
     on_start(len(items))
     folder_reader = _Folder(source, index, chosen, original, checkpoint, self_contained)
     with ExitStack() as stack:
@@ -115,6 +128,7 @@ def csr_to_shira(
             stack.callback(original.streams.close)
         writer = stack.enter_context(AdapterWriter(out)) if out is not None else None
         effects = folder_reader.write(items, whole, writer, report, progress)
+        report.notices += _check_all_used(source, index, original, allow=allow_unused)
         if not force:
             try:
                 refuse_lost(effects)
@@ -131,6 +145,33 @@ def csr_to_shira(
             "the base's values at their entries are not available (--base)"
         )
     return report
+
+
+def _check_all_used(folder: Path, index: Index, original: AdapterFile | None, *, allow: bool) -> list[str]:
+    """A notice of matrices that ``index.json`` does not list, which are refused unless ``allow``.
+
+    Those of the original's tensors were taken out of the list by the user.
+    """
+    known = index.files() | ({*file_names(original.manifest.tensors).values()} if original is not None else set())
+    if not (unused := sorted(path.name for path in folder.glob("*.npz") if path.name not in known)):
+        return []
+    if not allow:
+        raise SourceError(
+            f"{folder}: matrices that {INDEX} does not list: {some(unused)}; list them, remove them, or allow unused files "
+            "(--allow-unused)"
+        )
+    return [f"{folder.name}: not read: {some(unused)}"]
+
+
+def _left_out(index: Index, original: AdapterFile | None, chosen: Callable[[str], bool]) -> list[str]:
+    """Notices of tensors of the original that the adapter lacks: taken out of ``index.json``, or not chosen."""
+    listed = [*(item.name for item in index.items), *index.whole]
+    gone = [] if original is None else [
+        name for name in (*original.manifest.tensors, *original.manifest.whole) if name not in set(listed)
+    ]  # fmt: skip
+    unchosen = [name for name in listed if not chosen(name)]
+    reasons = ((f"in {ORIGINAL}, and not in {INDEX}", gone), (NOT_CHOSEN, unchosen))
+    return [f"left out, {why}: {some(names)}" for why, names in reasons if names]
 
 
 @dataclass

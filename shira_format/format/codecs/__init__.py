@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from shira_format._core.arrays import Indices
-from shira_format.format.codecs.base import Encoded, IndexCodec
+from shira_format.format.codecs.base import Encoded, IndexCodec, IndexRange, cut
 from shira_format.format.codecs.flat import Flat
 from shira_format.format.codecs.gaps import Gap8, Varint
 from shira_format.format.codecs.runs import Runs
@@ -24,7 +24,7 @@ _WRITTEN: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured())
 _RUNS, _WORTH_A_FEATURE = Runs(), 256
 CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat(), _RUNS)}
 
-__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "encode_smallest", "stored_bytes"]
+__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "IndexRange", "cut", "encode_smallest", "stored_bytes"]
 
 
 def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> Encoded:

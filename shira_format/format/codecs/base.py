@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from shira_format._core.arrays import Array, Indices
 
 # Of each stream, safetensors dtype and shape; None is one dimension of any size.
@@ -25,6 +27,32 @@ class Encoded:
     def stream_bytes(self) -> int:
         """Bytes in the streams, without the manifest."""
         return sum(array.nbytes for array in (self.stream, self.blocks) if array is not None)
+
+
+@dataclass(frozen=True)
+class IndexRange:
+    """The entries of one tensor within a range of flat indices.
+
+    Attributes:
+        first: the number of the first of them among all entries.
+        indices: int64 ``[n]``.
+        decoded: entries that were decoded to find them.
+    """
+
+    first: int
+    indices: Indices
+    decoded: int
+
+    @property
+    def last(self) -> int:
+        """The number of the entry after the last."""
+        return self.first + int(self.indices.size)
+
+
+def cut(indices: Indices, start: int, stop: int, *, before: int = 0) -> IndexRange:
+    """The entries from flat index ``start`` to ``stop`` of decoded ones, ahead of which there are ``before`` others."""
+    first, last = (int(at) for at in np.searchsorted(indices, [start, stop]))
+    return IndexRange(before + first, indices[first:last], int(indices.size))
 
 
 class IndexCodec(ABC):
@@ -66,3 +94,15 @@ class IndexCodec(ABC):
         Raises:
             FormatError: the stream breaks a rule.
         """
+
+    def decode_range(
+        self, stored: Encoded, shape: tuple[int, ...], nnz: int, start: int, stop: int
+    ) -> IndexRange | None:
+        """The entries from flat index ``start`` to ``stop``, without the others; None if all have to be decoded.
+
+        The caller checks their order and range.
+
+        Raises:
+            FormatError: the stream breaks a rule in the part that is decoded.
+        """
+        return None

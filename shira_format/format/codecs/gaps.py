@@ -12,7 +12,7 @@ import numpy.typing as npt
 from shira_format._core.arrays import Array, Indices
 from shira_format._core.compiled import loaded
 from shira_format.errors import FormatError
-from shira_format.format.codecs.base import Encoded, IndexCodec, Streams
+from shira_format.format.codecs.base import Encoded, IndexCodec, IndexRange, Streams, cut
 from shira_format.format.fields import need
 from shira_format.tensors import numel
 
@@ -116,6 +116,36 @@ class GapCodec(IndexCodec):
         if blocks is not None:
             check_blocks(blocks, indices, is_end, block_size)
         return indices
+
+    def decode_range(
+        self, stored: Encoded, shape: tuple[int, ...], nnz: int, start: int, stop: int
+    ) -> IndexRange | None:
+        stream, blocks = stored.stream, stored.blocks
+        if blocks is None:
+            return None
+        assert stream is not None
+        check_offsets(blocks, stream.size)
+        firsts, size = blocks[:, 0], int(stored.params["block_size"])
+        if firsts[0] < 0 or (firsts[1:] <= firsts[:-1]).any() or firsts[-1] >= numel(shape):
+            raise FormatError("block-directory", "the first indices do not increase within the tensor")
+        # The block before the first one that begins within the range may have entries of it.
+        one = max(int(np.searchsorted(firsts, start, "right")) - 1, 0)
+        end = max(int(np.searchsorted(firsts, stop, "left")), one + 1)
+        part = blocks[one:end].copy()
+        bytes_before = int(part[0, 1])
+        part[:, 1] -= bytes_before
+        codes = stream[bytes_before : int(blocks[end, 1]) if end < len(blocks) else stream.size]
+        count = min(end * size, nnz) - one * size
+        # As if these were all; the directory has the first index, in which the codes before end.
+        whole = Encoded(stored.params, codes)
+        indices = self.decode(whole, shape, count)
+        if one == 0 and indices[0] != part[0, 0]:
+            raise FormatError("block-directory", f"row 0 has first index {part[0, 0]}, decoded {indices[0]}")
+        indices = indices + (part[0, 0] - indices[0])
+        check_blocks(part, indices, codes < self.end_below, size)
+        if indices[-1] >= (firsts[end] if end < len(blocks) else numel(shape)):
+            raise FormatError("block-directory", f"row {end - 1} leads to index {indices[-1]}, past where it ends")
+        return cut(indices, start, stop, before=one * size)
 
     @abstractmethod
     def decode_compiled(self, kernels: Any, stream: Array, indices: Indices, elements: int) -> bool:

@@ -16,10 +16,11 @@ from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import PREFIX, Config
+from shira_format.lora.peft.resized import is_resized
 from shira_format.lora.products import fits_factors
 from shira_format.names.located import LocatedCheckpoint
 from shira_format.names.models.experts import why_not
-from shira_format.names.prefixes import AmbiguousNames, Statement, match_names
+from shira_format.names.prefixes import AmbiguousNames, Statement, match_names, match_others
 from shira_format.names.row_blocks import Location
 from shira_format.names.spaces import other_names
 
@@ -176,6 +177,7 @@ class BaseNames:
             for name, location in located.locations.items()
             if location == Location(base.shape(location.blocks[0].name), location.blocks[:1])
         }
+        self._targets = targets
         attentions = {layer.parent for layer in keys.layers if layer.parent}
         self._wanted = {layer.module: self._names(layer.module, targets, attentions) for layer in keys.layers} | {
             module: [f"{module}.weight"] for module in keys.tokens
@@ -184,6 +186,9 @@ class BaseNames:
         modules = {layer.module: layer for layer in keys.layers}
 
         def fits(name: str, found: str) -> bool:
+            if name in keys.plain:
+                shape = keys.plain[name].shape
+                return located.shape(found) == shape or is_resized(found, located.shape(found), shape)
             layer = modules.get(name.removesuffix(".weight"))
             if layer is None or (len(located.shape(found)) == 3 and found in located.locations):
                 return True
@@ -192,6 +197,15 @@ class BaseNames:
         try:
             self.rename = match_names(
                 needed.keys(), located, where, fits=fits, prefix=prefix, statements=statements
+            )
+            self.rename = match_others(
+                self.rename,
+                needed.keys(),
+                keys.plain.keys() - needed.keys(),
+                located,
+                where,
+                fits=fits,
+                prefix=prefix,
             )
         except AmbiguousNames:
             raise
@@ -207,6 +221,12 @@ class BaseNames:
     def is_attention(self, module: str) -> bool:
         """Whether it is a ``MultiheadAttention``."""
         return self._wanted.get(module) == [f"{module}.in_proj_weight"]
+
+    def why_lacking(self, module: str) -> str:
+        """Why the base lacks parameters of experts that ``module`` may mean, for messages; "" if it does not."""
+        names = [self.rename(f"{module}.{parameter}") for parameter in candidates(module, self._targets)]
+        reasons = (why_not(name, self.base.base, self.base.base.shape) for name in names if name not in self.base)
+        return next((f"; of the base's experts, {reason}" for reason in reasons if reason), "")
 
     def is_joined(self, name: str) -> bool:
         """Whether the base has a tensor in parts, as experts that transformers joins when it loads them."""

@@ -16,6 +16,8 @@ from shira_format.lora.files import is_number, is_rank, read_json
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
+# The way out of what cannot be converted as an adapter.
+MERGE_FIRST = "merge the LoRA with PEFT and convert the full checkpoint (full_to_shira)"
 
 # Options that are read.
 READ = frozenset(
@@ -39,8 +41,7 @@ HARMLESS = frozenset(
 REFUSED = {
     "use_qalora": "QALoRA pools the inputs of its layers",
     "use_bdlora": "block-diagonal LoRA is not supported",
-    "kasa_config": "KaSA truncates the base's weights before it adapts them, so B @ A is not an update of the base; "
-    "merge it with PEFT and convert the full checkpoint",
+    "kasa_config": f"KaSA truncates the base's weights before it adapts them, so B @ A is not an update of the base; {MERGE_FIRST}",
     "monteclora_config": "MonteCLoRA is not supported",
     "arrow_config": "an Arrow router selects among several LoRAs at run time",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only, and is no change of weights",
@@ -111,14 +112,24 @@ class Scales:
         return float(self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank))
 
     def _by_pattern(self, key: str, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start; first hit wins."""
+        """PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start; first hit wins.
+
+        PEFT and diffusers sort the patterns when they save, so that the first hit in the file need not be that in training.
+        """
+        hits: dict[str, float] = {}
         for pattern, value in patterns.items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
+                    hits[pattern] = value
             except re.error as error:
                 raise SourceError(f"{self.where}: {key} {pattern!r}: {error}") from None
-        return default
+        if key == "alpha_pattern" and len(set(hits.values())) > 1 and list(patterns) == sorted(patterns):
+            found = " and ".join(f"{pattern!r} ({value:g})" for pattern, value in hits.items())
+            raise SourceError(
+                f"{self.where}: {module!r} is matched by several patterns of {key}, {found}: the first one counted in training, and the "
+                "file has them sorted; leave only the one that counted, or write the patterns so that one matches"
+            )
+        return next(iter(hits.values()), default)
 
 
 def read_scales(config: Mapping[str, Any], where: object) -> Scales:
@@ -154,6 +165,7 @@ class Config:
         tokens: ``trainable_token_indices``: trained rows by the end of a module's name, or one list for the input
             embeddings.
         replication: ``layer_replication``: ranges of layers of the base.
+        stated_by: what states rank and alpha, for messages.
     """
 
     path: Path
@@ -163,6 +175,7 @@ class Config:
     parameters: list[str]
     tokens: Mapping[str, list[int]] | list[int]
     replication: list[tuple[int, int]]
+    stated_by: str = CONFIG
 
     def __getitem__(self, option: str) -> Any:
         return self.raw.get(option)
@@ -180,7 +193,11 @@ def read_config(path: Path) -> Config:
     Raises:
         SourceError: not a LoRA, or an option is invalid or not supported; the message names it.
     """
-    raw = read_json(path)
+    return checked_config(path, read_json(path))
+
+
+def checked_config(path: Path, raw: Mapping[str, Any], stated_by: str = CONFIG) -> Config:
+    """The options ``raw`` of the file ``path``, checked as in :func:`read_config`."""
     if raw.get("peft_type") != "LORA":
         raise SourceError(f"{path}: not a LoRA (peft_type is {raw.get('peft_type')!r})")
     _check_options(path, raw)
@@ -191,7 +208,7 @@ def read_config(path: Path) -> Config:
             raise SourceError(f"{path}: {option} must be a list of names")
     if raw.get("bias") not in (None, "none", "all", "lora_only"):
         raise SourceError(f"{path}: bias must be 'none', 'all' or 'lora_only', not {raw['bias']!r}")
-    config = Config(path, raw, scales, saved, parameters, _tokens(path, raw), _replication(path, raw))
+    config = Config(path, raw, scales, saved, parameters, _tokens(path, raw), _replication(path, raw), stated_by)
     try:  # what goes into the adapter's manifest must be JSON and UTF-8, on which Python's reader does not insist
         json.dumps([source_of(config), base_model_of(config)], ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:

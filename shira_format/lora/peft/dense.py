@@ -13,11 +13,12 @@ from shira_format._core.dtypes import is_float
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer
-from shira_format.lora.peft.config import Config
+from shira_format.lora.peft.config import MERGE_FIRST, Config
+from shira_format.lora.peft.resized import EMBEDDINGS, HEAD, is_resized, resized_notices
 from shira_format.lora.peft.stated import base_config
 
-_EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
-_HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_layer)\.weight")
+# The embeddings of T5, BART and their like, which encoder and decoder share whatever config.json says of the head.
+_SHARED = re.compile(r"(?:.*\.)?shared\.weight")
 _UNTIE = "untie them first (a base that has the head's weight, and tie_word_embeddings false in its config.json)"
 
 
@@ -62,6 +63,7 @@ class DenseReplacements:
                 self.equal.append(name)
             else:
                 found[target if target in self.base else name] = self._checked(name, array, target)
+        self.notices += resized_notices(found, self.base, self.where)
         self._check_tied(found)
         return found
 
@@ -70,16 +72,16 @@ class DenseReplacements:
         if not self._equal(array, target):
             raise SourceError(
                 f"{self.where}: {name!r} lies below its LoRA and is not the base's {target!r} (resized or trained): "
-                "merge the LoRA with PEFT and convert the full checkpoint"
+                f"{MERGE_FIRST}"
             )
 
     def _is_copy(self, name: str, array: Array, target: str) -> bool:
         """Whether it only repeats a tensor of the base (``save_embedding_layers``), or embeddings that a head is tied to."""
-        if target not in self.base and _HEAD.fullmatch(name):
-            saved = [other for other in self.plain if _EMBEDDINGS.fullmatch(other)]
+        if target not in self.base and HEAD.fullmatch(name):
+            saved = [other for other in self.plain if EMBEDDINGS.fullmatch(other)]
             if any(np.array_equal(array, self.plain[other]) for other in saved):
                 return True
-            return any(self._equal(array, other) for other in self.base if _EMBEDDINGS.fullmatch(other))
+            return any(self._equal(array, other) for other in self.base if EMBEDDINGS.fullmatch(other))
         return not self._is_saved(name) and self._equal(array, target)
 
     def _equal(self, array: Array, target: str) -> bool:
@@ -99,10 +101,17 @@ class DenseReplacements:
                 raise SourceError(
                     f"{self.where}: unmatched key {name!r}: neither in the base nor in modules_to_save"
                 )
-        elif self.base.shape(target) != array.shape:
+        elif self.base.shape(target) != array.shape and not is_resized(
+            target, self.base.shape(target), array.shape
+        ):
             raise SourceError(
                 f"{self.where}: {name!r} has shape {list(array.shape)}, "
-                f"the base's {target!r} has {list(self.base.shape(target))}"
+                f"the base's {target!r} has {list(self.base.shape(target))}: {MERGE_FIRST}"
+            )
+        if target in self.names.base.locations:
+            raise SourceError(
+                f"{self.where}: {name!r} is saved whole, and is rows of the base's {self.names.base.locations[target].blocks[0].name!r}: "
+                f"{MERGE_FIRST}"
             )
         return array
 
@@ -112,14 +121,23 @@ class DenseReplacements:
         Merged models and our results change the head, too. PEFT's model does not, unless ``ensure_weight_tying`` is set:
         there a LoRA or a copy of the embeddings changes the input only. Trained rows are tied wherever the weights are.
         """
-        new_heads = [name for name in found if _HEAD.fullmatch(name) and name not in self.base]
+        new_heads = [name for name in found if HEAD.fullmatch(name) and name not in self.base]
         for head in new_heads:
             self.notices.append(
                 f"tensor {head!r} is new: if the base's model ties its head to its embeddings, set tie_word_embeddings to false "
                 "in config.json of the result"
             )
-        changed = [name for name in (*self.layers, *found) if _EMBEDDINGS.fullmatch(name)]
-        has_head = new_heads or any(_HEAD.fullmatch(name) for name in self.base)
+        # PEFT also saves the embeddings of a resized vocabulary as the model has them, tied or not.
+        trained = (
+            n for n in found if n not in self.base or found[n].shape == self.base.shape(n) or self._is_saved(n)
+        )
+        changed = sorted(name for name in (*self.layers, *trained) if self._is_vocabulary(name))
+        has_head = new_heads or any(HEAD.fullmatch(name) for name in self.base)
+        if shared := next(filter(_SHARED.fullmatch, changed), None):
+            raise SourceError(
+                f"{self.where}: changes {shared!r}, which the encoder's and the decoder's embeddings share: PEFT's model does not change "
+                f"all of these, and its merged model does; if that is wanted, {MERGE_FIRST}"
+            )
         if self.config["ensure_weight_tying"] or not changed or (has_head and not self._tied):
             return
         if self._tied:
@@ -131,6 +149,14 @@ class DenseReplacements:
             f"{changed[0]!r} changes: if the base's model ties its head to it, the head changes as well, as when PEFT merges "
             f"the LoRA; in PEFT's own model it does not. To keep the head, {_UNTIE}"
         )
+
+    def _is_vocabulary(self, name: str) -> bool:
+        """Whether a tensor is the embeddings of the vocabulary, by its name or by as many rows as ``config.json`` says."""
+        target = self.names.tensor(name)
+        if EMBEDDINGS.fullmatch(name) or target not in self.base or HEAD.fullmatch(name):
+            return EMBEDDINGS.fullmatch(name) is not None
+        shape = self.base.shape(target)
+        return self._tied and len(shape) == 2 and shape[0] == base_config(self.base).get("vocab_size")
 
     @cached_property
     def _tied(self) -> bool:
@@ -152,14 +178,14 @@ def drop_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config, wh
     Raises:
         SourceError: the head has a LoRA of its own.
     """
-    if any(_HEAD.fullmatch(name) for name in base):
+    if any(HEAD.fullmatch(name) for name in base):
         return layers
     embeddings = [
-        layer for layer in layers if layer.is_embedding and _EMBEDDINGS.fullmatch(f"{layer.module}.weight")
+        layer for layer in layers if layer.is_embedding and EMBEDDINGS.fullmatch(f"{layer.module}.weight")
     ]
     kept = []
     for layer in layers:
-        if not _HEAD.fullmatch(f"{layer.module}.weight"):
+        if not HEAD.fullmatch(f"{layer.module}.weight"):
             kept.append(layer)
         elif not any(_is_transposed(layer, other, config, where) for other in embeddings):
             raise SourceError(

@@ -17,7 +17,7 @@ from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer
-from shira_format.lora.peft.config import Config
+from shira_format.lora.peft.config import MERGE_FIRST, Config
 from shira_format.lora.products import LowRank, Stacked, common_dtype, scale_factor
 
 _MOST = 4  # parameters of one module; the search is over their permutations
@@ -88,6 +88,7 @@ class ParameterLayers:
             if not found:
                 raise SourceError(
                     f"{self.where}: {self._shapes(layer)}, which fits none of {', '.join(map(self._named, names))}"
+                    + self.names.why_lacking(module)
                 )
         return list(_combined(matches))
 
@@ -118,7 +119,7 @@ class ParameterLayers:
         names = ", ".join(map(self._named, self.names.parameters(found[0][0].layer))) if found else ""
         raise SourceError(
             f"{self.where}: which parameter each LoRA of {module!r} adapts, and whether it is transposed, is ambiguous: by "
-            f"their shapes they fit {names} in several ways; merge the LoRA with PEFT and convert the full checkpoint"
+            f"their shapes they fit {names} in several ways; {MERGE_FIRST}"
         )
 
     def _known_order(self, found: list[_Assignment], of_all: Collection[list[_Assignment]]) -> bool | None:

@@ -15,7 +15,8 @@ from shira_format.errors import SourceError
 from shira_format.lora.base import Update
 from shira_format.lora.decomposed import Decomposed
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer
-from shira_format.lora.peft.config import CONFIG, Config
+from shira_format.lora.peft.config import MERGE_FIRST, Config
+from shira_format.lora.peft.resized import is_resized
 from shira_format.lora.products import LowRank, common_dtype, low_rank, scale_factor, transposed
 
 
@@ -47,9 +48,11 @@ class ModuleLayers:
     def bias(self, layer: PeftLayer) -> tuple[str, Array] | None:
         """The name of the layer's bias and what ``lora_bias`` adds to it, or None if it adds nothing."""
         bias = layer.parts.get("lora_B.bias")
-        if bias is None:
-            return None
         module = layer.module
+        if bias is None:
+            if self.config["lora_bias"] and not layer.is_embedding:
+                raise SourceError(f"{self.where}: {module!r} has no lora_B.bias, and lora_bias is set")
+            return None
         name = self.names.tensor(f"{module}.bias")
         if layer.is_embedding or self.names.is_attention(module) or self.config["use_dora"]:
             raise SourceError(
@@ -91,19 +94,23 @@ class ModuleLayers:
             )
         if a.shape[0] != rank or b.shape[1] != rank:
             raise SourceError(
-                f"{self.where}: {layer.module!r} should have rank {rank} by {CONFIG}, "
+                f"{self.where}: {layer.module!r} should have rank {rank} by {self.config.stated_by}, "
                 f"lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}"
             )
 
     def _matrix(self, layer: PeftLayer, name: str, a: Array, b: Array, *, is_transposed: bool = False) -> LowRank:
         shape = self.base.shape(name)
         where = f"{self.where}: {layer.module!r}"
+        if is_resized(name, shape, (b.shape[0], *a.shape[1:])):
+            raise self._of_resized(layer, (b.shape[0], a.shape[1]), name)
         update = low_rank(name, shape[::-1] if is_transposed else shape, b, a, self.scale(layer), where)
         return transposed(update, shape) if is_transposed else update
 
     def _embedding(self, layer: PeftLayer, name: str, a: Array, b: Array) -> LowRank:
         """``(B @ A).T``: ``lora_embedding_A`` is ``[r, rows]``, ``lora_embedding_B`` is ``[columns, r]``."""
         shape, made = self.base.shape(name), (a.shape[1], b.shape[0])
+        if is_resized(name, shape, made):
+            raise self._of_resized(layer, made, name)
         if shape != made:
             raise SourceError(
                 f"{self.where}: {layer.module!r} updates a weight of shape {list(made)}, the base's {name!r} has {list(shape)}"
@@ -111,6 +118,12 @@ class ModuleLayers:
         dtype = common_dtype(a, b)
         up = scale_factor(a.T, self.scale(layer), dtype)
         return LowRank(name, shape, np.ascontiguousarray(up), np.ascontiguousarray(b.T.astype(dtype)))
+
+    def _of_resized(self, layer: PeftLayer, made: tuple[int, ...], name: str) -> SourceError:
+        return SourceError(
+            f"{self.where}: {layer.module!r} updates a weight of shape {list(made)}, the base's {name!r} has "
+            f"{list(self.base.shape(name))} (a resized vocabulary): {MERGE_FIRST}"
+        )
 
     def _decomposed(self, layer: PeftLayer, update: LowRank, by_column: bool) -> Update:
         """DoRA: a norm for each output of a linear layer or a convolution, and for each column of an embedding.
@@ -141,10 +154,12 @@ class ModuleLayers:
         shape = self.base.shape(name)
         if shape == update == update[::-1]:
             stored = bool(self.config["fan_in_fan_out"])
-            # PEFT saves the option as corrected for the last adapted layer, so other layers may contradict it.
-            if (not stored) in self._orientations:
+            # PEFT saves the option as corrected for the last adapted layer, so other layers may contradict it. A model with
+            # Conv1D has layers that show it, since these have biases; none in a model of linear layers need.
+            if (not stored) in self._orientations or (stored and True not in self._orientations):
                 raise SourceError(
-                    f"{self.where}: {module!r} updates a square weight, and other layers contradict fan_in_fan_out={stored} "
+                    f"{self.where}: {module!r} updates a square weight, and other layers "
+                    f"{'contradict' if (not stored) in self._orientations else 'do not show'} fan_in_fan_out={stored} "
                     "(Conv1D or Linear): how this one is stored is unknown"
                 )
             return stored

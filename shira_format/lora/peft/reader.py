@@ -6,6 +6,7 @@ sqrt(r)`` under rslora; ``rank_pattern`` and ``alpha_pattern`` are regexes on mo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from shira_format._core.arrays import Array
@@ -15,6 +16,7 @@ from shira_format.errors import FormatError, SourceError
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.files import open_tensors, read_json, read_tensors
 from shira_format.lora.keys import parse_key
+from shira_format.lora.peft.bare import bare_weights, config_by_hand, missing_config, notice_of
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer, candidates, sort_keys
 from shira_format.lora.peft.config import (
     CONFIG,
@@ -30,6 +32,7 @@ from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
 from shira_format.lora.peft.experts import ParameterLayers
 from shira_format.lora.peft.layers import ModuleLayers
 from shira_format.lora.peft.placed import placed
+from shira_format.lora.peft.promised import check_promised
 from shira_format.lora.peft.replication import Replication, replicate_layers
 from shira_format.lora.peft.stated import statements
 from shira_format.lora.peft.tokens import row_replacement
@@ -48,8 +51,20 @@ class Peft:
     def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
         if found is None:
+            if weights := bare_weights(path, base):
+                raise missing_config(weights)
             raise SourceError(f"{path}: no PEFT adapter: need {CONFIG} beside {' or '.join(WEIGHTS)}")
-        return read(*found, base, prefix)
+        weights, config = found
+        if (raw := read_json(config)).get("peft_type") != "LORA":
+            return read_tuner(raw, weights, config, base, prefix)
+        return read(weights, read_config(config), base, prefix, [weights, config])
+
+
+def read_by_hand(path: Path, base: Checkpoint, prefix: str | None, rank: int | None, alpha: float | None) -> Lora:
+    """Read weights without a configuration; see :func:`shira_format.lora.open_lora`."""
+    weights, config = config_by_hand(path, base, rank, alpha)
+    lora = read(weights, config, base, prefix, [weights])
+    return replace(lora, notices=[notice_of(config), *lora.notices])
 
 
 def _is_of_diffusers(weights: Path) -> bool:
@@ -68,11 +83,8 @@ def _find(path: Path) -> tuple[Path, Path] | None:
     return find_peft_files(path)
 
 
-def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
-    """The LoRA in a pair of files; see :func:`shira_format.lora.open_lora`."""
-    if (raw := read_json(config_path)).get("peft_type") != "LORA":
-        return read_tuner(raw, weights, config_path, base, prefix)
-    config = read_config(config_path)
+def read(weights: Path, config: Config, base: Checkpoint, prefix: str | None, files: list[Path]) -> Lora:
+    """The LoRA in a file of weights, under these options; see :func:`shira_format.lora.open_lora`."""
     keys = sort_keys(read_tensors(weights, base)[0], config, weights)
     replicated = replicate_layers(config, base) if config.replication else Replication()
     if config.replication:
@@ -81,6 +93,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
     keys.layers = drop_tied_head(keys.layers, base, config, weights)
     names = BaseNames(base, keys, config.parameters, weights, prefix, statements(config.raw, base))
     adapted = {name for layer in keys.layers for name in names.parameters(layer)}
+    check_promised(config, keys, names, weights)
     replacements = DenseReplacements(
         keys.plain, adapted, {f"{module}.weight" for module in keys.tokens}, names, config, weights
     )
@@ -111,7 +124,7 @@ def read(weights: Path, config_path: Path, base: Checkpoint, prefix: str | None 
         )
     return Lora(
         updates=updates, whole=whole, additions=additions, copies=replicated.copies, removed=replicated.removed,
-        source=source_of(config), base_model=base_model_of(config), files=[weights, config_path],
+        source=source_of(config), base_model=base_model_of(config), files=files,
         left_out={reason: found for reason, found in left_out.items() if found},
         notices=notices + replacements.notices,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from shira_format._core.arrays import Array
 from shira_format._core.dtypes import is_float, round_to, working_dtype
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
-from shira_format.lora.peft.config import Config
+from shira_format.lora.peft.config import MERGE_FIRST, Config
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def row_replacement(
     if rows and max(rows) >= shape[0]:
         raise SourceError(
             f"{config.path}: trainable_token_indices has row {max(rows)}, the base's {name!r} has {shape[0]} (was it resized?): "
-            "merge the LoRA with PEFT and convert the full checkpoint"
+            f"{MERGE_FIRST}"
         )
     if is_float(dtype):  # other dtypes are refused for all updates alike
         with np.errstate(over="ignore"):

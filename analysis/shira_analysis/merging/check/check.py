@@ -60,6 +60,8 @@ def check_merge(
     dialect: str | None = None,
     prefix: str | None = None,
     merged_prefix: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
@@ -79,6 +81,8 @@ def check_merge(
         dialect: of the LoRA (default: detected from its keys).
         prefix: of the base's names, if the LoRA or adapter could be for several parts of the base.
         merged_prefix: of the names in ``merged``, if several parts of it could be the base.
+        rank: of PEFT's weights without ``adapter_config.json``; all others state their own.
+        alpha: likewise; the scale is ``alpha / rank``.
         include: regexes; a tensor is checked only if one of them is found in its name.
         exclude: regexes; a tensor is not checked if one of them is found in its name.
         allow_unused: go on although the adapter's or the merged checkpoint's folder has weight files that are not used.
@@ -95,7 +99,9 @@ def check_merge(
     if update is None or (adapter is not None and lora is not None):
         raise SourceError("name what should have been merged: either adapter or lora")
     before, after = open_checkpoint(base), open_checkpoint(merged)
-    source = open_source(update, before, dialect=dialect, prefix=prefix, allow_unused=allow_unused)
+    source = open_source(
+        update, before, dialect=dialect, prefix=prefix, rank=rank, alpha=alpha, allow_unused=allow_unused
+    )
     if not isinstance(merged, Checkpoint):
         unused = check_all_used(resolve_path(merged), [*after.files, *before.files], [after], allow=allow_unused)
         source.notices.extend(notice for notice in unused if notice not in after.notices)

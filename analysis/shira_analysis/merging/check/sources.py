@@ -142,6 +142,8 @@ def open_source(
     *,
     dialect: str | None = None,
     prefix: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
     allow_unused: bool = False,
 ) -> Source:
     """Open a LoRA of any dialect, or an adapter file.
@@ -151,6 +153,8 @@ def open_source(
         base: the checkpoint that it adapts.
         dialect: of a LoRA; detected by default.
         prefix: what the base's names of the adapted weights start with, if several are possible.
+        rank: of PEFT's weights without their configuration.
+        alpha: likewise.
         allow_unused: open it although its folder has weight files that are not used.
 
     Raises:
@@ -159,9 +163,11 @@ def open_source(
         BaseMismatch: an adapter was made for another base.
     """
     if dialect is None and _is_adapter(path):
+        if rank is not None or alpha is not None:
+            raise SourceError(f"{path}: an adapter file has no rank: leave out rank and alpha")
         return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base, prefix)
     with quantised_named(base):
-        lora = open_lora(path, base, dialect=dialect, prefix=prefix)
+        lora = open_lora(path, base, dialect=dialect, prefix=prefix, rank=rank, alpha=alpha)
     notices = check_all_used(
         resolve_path(path), [*lora.files, *base.files], opened_files(lora.files), allow=allow_unused
     )

@@ -26,8 +26,10 @@ TUNERS = {
     "LOKR": "lokr",
     "HIRA": "hira",
     "DELORA": "delora",
+    "GLORA": "glora",
     "GRALORA": "gralora",
     "VERA": "vera",
+    "RANDLORA": "randlora",
     "VBLORA": "vblora",
     "MISS": "miss",
     "C3A": "c3a",
@@ -63,10 +65,8 @@ REFUSED = {
     "PSOFT": f"it needs the singular vectors of the base's weights, which are not in the files: {_MERGE}",
     "TINYLORA": f"it needs the singular vectors of the base's weights, which are not in the files: {_MERGE}",
     "UNILORA": f"its factors come from a random projection that is not supported: {_MERGE}",
-    "RANDLORA": f"its random bases are not supported: {_MERGE}",
     "WAVEFT": f"its wavelets are not supported: {_MERGE}",
     "DEFT": f"it projects the base's weights in a way that is not supported: {_MERGE}",
-    "GLORA": f"PEFT's GLoRA is not supported (that of LyCORIS is): {_MERGE}",
 }
 
 

@@ -74,7 +74,7 @@ TUNER = Tuner(
     ),
     refused=REFUSED
     | dict.fromkeys(
-        ("use_rslora", "use_dora", "lora_bias", "alpha_pattern", "trainable_token_indices", "layer_replication", "target_parameters"),
+        ("use_rslora", "use_dora", "lora_bias", "alpha_pattern", "trainable_token_indices", "layer_replication", "target_parameters", "ensure_weight_tying"),
         "PEFT's AdaLoRA does not support it",
     ),
     check=_check,

@@ -26,7 +26,7 @@ from shira_format.lora.peft.tuners.common import Effect, Options, Tuner, TunerLa
 from shira_format.names.prefixes import AmbiguousNames, match_names
 
 # Options of all kinds of adapters.
-_COMMON = frozenset(
+COMMON = frozenset(
     {
         "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode",
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
@@ -87,7 +87,7 @@ def _check_options(kind: Tuner, options: Options) -> None:
     for option, reason in kind.refused.items():
         if options[option]:
             raise SourceError(f"{options.path}: {option} is set: {reason}")
-    known = _COMMON | kind.options | kind.harmless | kind.refused.keys()
+    known = COMMON | kind.options | kind.harmless | kind.refused.keys()
     if kind.parts[0].startswith("lora_"):  # a subclass of LoRA's options
         known |= HARMLESS
     for option in options.raw.keys() - known:
@@ -148,8 +148,12 @@ def _sort(
             array = checked(weights, key, array)
         short = key.removeprefix(PREFIX)
         module, part = _split(short, kind.parts)
-        if key.removeprefix("base_model.") in kind.shared:
-            shared[key.removeprefix("base_model.")] = array
+        if (common := key.rpartition(".")[2]) in kind.shared:
+            # PEFT saves it once, or again in each layer.
+            if not np.array_equal(shared.setdefault(common, array), array):
+                raise SourceError(
+                    f"{weights}: {key!r} differs from another layer's {common}, which all should share"
+                )
         elif short == key:
             raise SourceError(f"{weights}: unmatched key {key!r}: it does not start with {PREFIX!r}")
         elif module is not None:

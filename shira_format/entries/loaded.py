@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shira_format.adapter import Adapter
 from shira_format.errors import BaseMismatch
 from shira_format.format import AdapterFile
+from shira_format.names.placement import Positions
 from shira_format.tensors import DenseTensor, SparseTensor
 
 _PATCH = (
@@ -20,6 +23,40 @@ _PATCH = (
 
 
 @dataclass(frozen=True)
+class SpreadPart:
+    """Which entries of a parameter are those of one of the adapter's tensors.
+
+    Attributes:
+        of: the entries of the parameter.
+        at: which of them.
+        places: which of the tensor's entries these are, in the same order.
+    """
+
+    of: SparseTensor
+    at: Positions
+    places: Positions
+
+
+@dataclass(frozen=True)
+class SpreadDigest:
+    """The digest of the base's values at the entries of one tensor, where these are in parameters with others or in several.
+
+    Attributes:
+        tensor: the tensor's name in the adapter.
+        nnz: the number of its entries.
+        dtype: of the base's values.
+        digest: of these, in the tensor's order.
+        parts: where they are.
+    """
+
+    tensor: str
+    nnz: int
+    dtype: np.dtype[Any]
+    digest: str
+    parts: list[SpreadPart] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
 class LoadedAdapter:
     """An adapter that can be applied to live weights.
 
@@ -29,6 +66,11 @@ class LoadedAdapter:
         dense: its dense tensors.
         alpha: its own strength.
         key: identifies its content: the digest of the manifest, which holds all other digests; None: not from a file.
+        replaced: entries that become their values at any strength but 0: dense tensors that are parts of parameters.
+        spread: digests of base values that are not yet compared; see :mod:`shira_format.entries.placed`.
+        is_placed: whether its tensors have the names and shapes of a model's parameters.
+        decoded: of an adapter that was read for a layout: entries that were decoded.
+        notices: what to tell of its place in the model.
         nbytes: the bytes of its arrays.
     """
 
@@ -37,6 +79,11 @@ class LoadedAdapter:
     dense: list[DenseTensor]
     alpha: float
     key: str | None = None
+    replaced: list[SparseTensor] = field(default_factory=list)
+    spread: list[SpreadDigest] = field(default_factory=list)
+    is_placed: bool = False
+    decoded: int = 0
+    notices: tuple[str, ...] = ()
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +95,8 @@ class LoadedAdapter:
                     f"{self.where}tensor {tensor.name!r}: the adapter renames or resizes it: {_PATCH}"
                 )
         sizes = (
-            t.indices.nbytes + t.values.nbytes + (0 if t.base is None else t.base.nbytes) for t in self.tensors
+            t.indices.nbytes + t.values.nbytes + (0 if t.base is None else t.base.nbytes)
+            for t in (*self.tensors, *self.replaced)
         )
         whole = (t.values.nbytes + (0 if t.base is None else t.base.nbytes) for t in self.dense)
         object.__setattr__(self, "nbytes", sum(sizes) + sum(whole))
@@ -89,12 +137,12 @@ def load_adapter(
     if isinstance(source, LoadedAdapter):
         return source
     if isinstance(source, Adapter):
-        _refuse_removed("", source.removed)
+        refuse_removed("", source.removed)
         return LoadedAdapter(source, list(source.values()), list(source.dense.values()), source.alpha)
     path = Path(source)
     file = AdapterFile(path, copy=True)
     try:
-        _refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
+        refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
         names = list(file.manifest.tensors)
         tensors: Iterable[SparseTensor] = map(file.sparse, names) if pool is None else pool.map(file.sparse, names)
         alpha = float(file.manifest.raw.get("alpha", 1.0))
@@ -105,6 +153,7 @@ def load_adapter(
         file.streams.close()
 
 
-def _refuse_removed(where: str, removed: Any) -> None:
+def refuse_removed(where: str, removed: Any) -> None:
+    """Raise BaseMismatch if an adapter, of which messages start with ``where``, removes tensors of its base."""
     if removed:
         raise BaseMismatch(f"{where}the adapter removes tensors, for example {removed[0]!r}: {_PATCH}")
