@@ -16,6 +16,8 @@ from transformers import (
     BertTokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import shira_format as shira
@@ -248,3 +250,22 @@ def test_errors_are_one_line(folder: Path, capsys: Capture) -> None:
     assert before == out.read_bytes()
     with pytest.raises(SourceError, match="its loss is meaningless"):
         text_task(folder / "bert", folder / "texts.jsonl", "causal")
+
+
+def test_experts_that_the_files_hold_one_by_one(folder: Path, capsys: Capture) -> None:
+    """Without gradients each expert is a matrix of its own; with them nothing is left out in silence."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "max_position_embeddings": 16, "num_key_value_heads": 1}
+    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=3)).save_pretrained(folder / "mixtral")
+    save_tokenizer(folder / "mixtral")
+    arguments = ("--base", folder / "mixtral", "-o", folder / "m.st", "--force")
+    stacked = [name for name in shira.open_checkpoint(folder / "mixtral") if "gate_up_proj" in name]
+    assert 0 == run(*arguments, "--density", "0.1")
+    experts = [name for name in shira.load(folder / "m.st") if "experts" in name]
+    assert (2 if stacked else 9) == len(experts)
+    capsys.readouterr()
+    with_data = (*arguments, "--rule", "snip", "--data", folder / "texts.jsonl", "--quiet")
+    assert (0 if stacked else 1) == run(*with_data)
+    assert stacked or "in which transformers stacks the experts" in capsys.readouterr().err
+    assert 0 == run(*with_data, "--exclude", "experts")

@@ -36,11 +36,9 @@ from shira_format.masks import (
     weights_of,
 )
 from shira_format.masks.lift import low_rank
-from shira_format.masks.make import MaskPlan
+from shira_format.masks.plan import MaskPlan
 from shira_format.tensors import SparseTensor, matrix_shape
 from tests import models
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def checkpoint(folder: Path, **arrays: Array) -> Path:
@@ -327,12 +325,22 @@ def test_rows_of_inputs_first_layers_are_outputs() -> None:
 def test_given_scores(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, a=some(1, 6, 8), b=some(2, 8, 4))
     scores = {"a.weight": np.abs(some(3, 6, 8)), "b.weight": torch.from_numpy(np.abs(some(4, 8, 4)))}
-    for tensors in (scores, scores.get):
+    calls: list[str] = []
+
+    def computed(name: str) -> Any:
+        calls.append(name)
+        return scores.get(name)
+
+    for tensors in (scores, computed):
         mask = make_mask(path, Given(tensors, "mine"), top_k=20, scope="global")
         every = np.concatenate([scores["a.weight"].reshape(-1), scores["b.weight"].numpy().reshape(-1)])
         chosen = np.sort(ranked(every)[:20])
         assert chosen[chosen < 48].tolist() == mask["a.weight"].indices.tolist()
         assert {"rule": "mine"} == mask.manifest["mask"]
+    assert {"a.weight", "b.weight"} == set(calls)
+    calls.clear()
+    make_mask(path, Given(computed), top_k=20)
+    assert ["a.weight", "b.weight"] == calls  # once for each, one after the other
     for bad, why in (
         ({"a.weight": scores["a.weight"]}, "no score is given for it"),
         (scores | {"b.weight": np.ones((4, 8))}, r"has the shape \[8, 4\], the score \[4, 8\]"),
