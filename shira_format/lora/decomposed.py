@@ -59,10 +59,12 @@ class Decomposed:
         return self.update.columns
 
     def tile(self, start: int, stop: int, out: Array) -> None:
+        # First, since computing them uses the buffer in which the rows of W are kept until the end.
+        columns = self._column_norms() + self.eps if self.by_column else None
         weight = self._sum(start, stop, out)
         with np.errstate(divide="ignore", invalid="ignore"):  # a norm of zero is reported later, as NaN or Inf
-            if self.by_column:
-                out *= np.repeat(self.magnitude / (self._column_norms() + self.eps), self.kernel).astype(out.dtype)
+            if columns is not None:
+                out *= np.repeat(self.magnitude / columns, self.kernel).astype(out.dtype)
             else:
                 norms = np.sqrt(np.einsum("ij,ij->i", out, out, dtype=np.float64)) + self.eps
                 out *= (self.magnitude[start:stop] / norms).astype(out.dtype)[:, None]
