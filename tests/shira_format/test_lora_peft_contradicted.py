@@ -101,6 +101,31 @@ def test_alphas_of_sorted_patterns(tmp_path: Path) -> None:
     check_merge(adapted, changed=2)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["^model.layers.1.self_attn.q_proj", "^_orig_mod.model.layers.1.self_attn.q_proj"]
+)
+def test_patterns_of_wrapped_names(pattern: str, tmp_path: Path) -> None:
+    """Of a compiled model, PEFT saves names with the wrapper's word, and has matched patterns with these or, if it was compiled later, not."""
+    adapted = Adapted(tmp_path, models.llama, r=2, lora_alpha=3, target_modules=["q_proj"])
+    models.edit_weights(
+        adapted.lora,
+        lambda state: {
+            key.replace("base_model.model.", "base_model.model._orig_mod."): found for key, found in state.items()
+        },
+    )
+    adapted.read()
+    models.edit_config(adapted.lora, alpha_pattern={"layers.1.self_attn.q_proj": 7})
+    assert len(adapted.read().updates) == 2
+    models.edit_config(adapted.lora, alpha_pattern={pattern: 7})
+    refused(adapted, "another scale than 'model.layers.1.self_attn.q_proj', the name without words of wrappers")
+
+
+def test_rslora_is_true_or_false(tmp_path: Path) -> None:
+    adapted = Adapted(tmp_path, models.llama, r=2, target_modules=["q_proj"])
+    models.edit_config(adapted.lora, use_rslora="false")
+    refused(adapted, "use_rslora must be true or false, not 'false'")
+
+
 # Layouts that nothing in the base shows.
 
 

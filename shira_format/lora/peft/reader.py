@@ -37,6 +37,7 @@ from shira_format.lora.peft.replication import Replication, replicate_layers
 from shira_format.lora.peft.stated import statements
 from shira_format.lora.peft.tokens import row_replacement
 from shira_format.lora.peft.tuners.reader import read_tuner
+from shira_format.lora.peft.wrapped import check_patterns
 
 
 class Peft:
@@ -86,6 +87,7 @@ def _find(path: Path) -> tuple[Path, Path] | None:
 def read(weights: Path, config: Config, base: Checkpoint, prefix: str | None, files: list[Path]) -> Lora:
     """The LoRA in a file of weights, under these options; see :func:`shira_format.lora.open_lora`."""
     keys = sort_keys(read_tensors(weights, base)[0], config, weights)
+    check_patterns(config.scales, open_tensors(weights, base), PREFIX)
     replicated = replicate_layers(config, base) if config.replication else Replication()
     if config.replication:
         base = rearranged(base, replicated.copies, replicated.removed)
