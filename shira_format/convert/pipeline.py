@@ -134,7 +134,8 @@ def _write(
             report.sums.append(made.effect)
         dense = made.tensor if isinstance(made, DenseSum) else made
         report.whole.append(dense.name)
-        if isinstance(dense, DenseTensor) and dense.base_digest is None:
+        # One that only has another number of rows than the base's is told of by who read it.
+        if isinstance(dense, DenseTensor) and dense.base_digest is None and dense.name not in inputs.base:
             report.notices.append(f"tensor {dense.name!r} is not in the base: stored whole, as a new tensor")
         if writer is not None:
             if isinstance(dense, DenseTensor):

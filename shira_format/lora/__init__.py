@@ -122,10 +122,17 @@ def _detected(path: Path) -> str | None:
 
 
 def _check_readable(path: Path, base: Checkpoint) -> None:
-    """Raise why the file at ``path`` cannot be read as one of tensors, which is why no dialect recognises it."""
-    files = [path] if path.is_file() else [one for one in path.iterdir() if one.is_file()]
+    """Raise why no dialect recognises the file at ``path``: it cannot be read as one of tensors, or is one of several."""
+    files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())
     weights = [file for file in files if file.suffix in (SAFETENSORS, *PICKLES)]
-    if len(weights) == 1:
+    names = ", ".join(file.name for file in weights)
+    if len(weights) > 1:
+        raise SourceError(f"{path}: several files ({names}); name one")
+    if weights and path.is_dir() and (path / CONFIG).is_file():
+        raise SourceError(
+            f"{path}: {CONFIG}, and no weights of the name that PEFT gives them, but {names}: name this file"
+        )
+    if weights:
         open_tensors(weights[0], base)
 
 

@@ -22,6 +22,7 @@ from shira_format.lora.groups import Group
 from shira_format.lora.keyed import OPTIONS, Groups, Scale, Scaling, dialect_of, read_keyed
 from shira_format.lora.keys import ALPHA, BIAS, DOWN, MAGNITUDE
 from shira_format.lora.peft.config import CHANGES_BASE, CONFIG, REFUSED, read_config, read_scales
+from shira_format.lora.peft.wrapped import check_patterns
 from shira_format.names.components import DENOISERS
 
 # Options under which B @ A is not the update.
@@ -89,6 +90,8 @@ class _Options(Scaling):
         where = f"{path}: {OPTIONS}" + (f" of {component}" if component else "")
         _check(config, groups, where, path, "" if self._config is None else f" and {self._config}")
         scales = read_scales(config, where)
+        for prefix, tensors in {group.key.prefix: group.tensors for group in groups}.items():
+            check_patterns(scales, tensors, f"{prefix}." if prefix else "")
 
         def scale(group: Group, rank: int) -> float:
             # Patterns match the names in training, which the file has; the base's names may lack a "text_model."

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, ShiraConfig, get_peft_model
 from torch import nn
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, T5Config, T5ForConditionalGeneration
 
+from shira_format.convert import lora_to_shira
+from shira_format.convert.peft_shira import peft_to_shira
 from shira_format.errors import SourceError
 from tests import models
 from tests.merges import Adapted, check_merge
@@ -41,6 +44,18 @@ def test_a_module_to_save_that_was_not_saved(tmp_path: Path) -> None:
     refused(adapted, "modules_to_save has 'lm_head', and no tensor of it is here")
     models.edit_config(adapted.lora, modules_to_save=["score"])
     adapted.read()
+
+
+@pytest.mark.parametrize("kind", [ShiraConfig, IA3Config])
+def test_a_module_to_save_of_other_adapters_that_was_not_saved(kind: Any, tmp_path: Path) -> None:
+    options = {"feedforward_modules": []} if kind is IA3Config else {"r": 2}
+    model = get_peft_model(models.llama(), kind(target_modules=["q_proj"], modules_to_save=["lm_head"], **options))
+    base, lora = models.save_base(models.llama(), tmp_path / "base"), models.save_lora(model, tmp_path / "lora")
+    convert = peft_to_shira if kind is ShiraConfig else lora_to_shira
+    convert(lora, base, None)
+    models.edit_weights(lora, lambda state: {key: found for key, found in state.items() if "lm_head" not in key})
+    with pytest.raises(SourceError, match="modules_to_save has 'lm_head', and no tensor of it is here"):
+        convert(lora, base, None)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -84,6 +99,31 @@ def test_alphas_of_sorted_patterns(tmp_path: Path) -> None:
     check_merge(adapted, changed=2)
     models.edit_config(adapted.lora, alpha_pattern=alphas)  # not sorted: as someone wrote it
     check_merge(adapted, changed=2)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^model.layers.1.self_attn.q_proj", "^_orig_mod.model.layers.1.self_attn.q_proj"]
+)
+def test_patterns_of_wrapped_names(pattern: str, tmp_path: Path) -> None:
+    """Of a compiled model, PEFT saves names with the wrapper's word, and has matched patterns with these or, if it was compiled later, not."""
+    adapted = Adapted(tmp_path, models.llama, r=2, lora_alpha=3, target_modules=["q_proj"])
+    models.edit_weights(
+        adapted.lora,
+        lambda state: {
+            key.replace("base_model.model.", "base_model.model._orig_mod."): found for key, found in state.items()
+        },
+    )
+    adapted.read()
+    models.edit_config(adapted.lora, alpha_pattern={"layers.1.self_attn.q_proj": 7})
+    assert len(adapted.read().updates) == 2
+    models.edit_config(adapted.lora, alpha_pattern={pattern: 7})
+    refused(adapted, "another scale than 'model.layers.1.self_attn.q_proj', the name without words of wrappers")
+
+
+def test_rslora_is_true_or_false(tmp_path: Path) -> None:
+    adapted = Adapted(tmp_path, models.llama, r=2, target_modules=["q_proj"])
+    models.edit_config(adapted.lora, use_rslora="false")
+    refused(adapted, "use_rslora must be true or false, not 'false'")
 
 
 # Layouts that nothing in the base shows.

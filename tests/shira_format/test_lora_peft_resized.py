@@ -48,6 +48,7 @@ def adapter(folder: Path, make: Any, rows: int, *, save_embedding_layers: bool =
 def check(base: Path, lora: Path, merged: dict[str, torch.Tensor], rows: int, folder: Path) -> None:
     report = lora_to_shira(lora, base, folder / "x.st", density=1.0)
     assert any(f"{rows} rows, the base has 50 (a resized vocabulary): replaced whole" in n for n in report.notices)
+    assert not any("is not in the base" in notice for notice in report.notices if EMBED in notice)
     shira_to_full(folder / "x.st", base, folder / "ours")
     found = load_file(folder / "ours" / "model.safetensors")
     for name, tensor in found.items():
@@ -128,5 +129,6 @@ def test_a_resized_vocabulary_in_a_sparse_adapter(tmp_path: Path) -> None:
     found = load_file(tmp_path / "ours" / "model.safetensors")
     assert all(torch.equal(found[name], both[f"base_model.model.{name}"]) for name in (EMBED, HEAD))
     save_file(state | {f"base_model.model.{EMBED}": torch.randn(57, 32)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["embed_tokens"]}))
     with pytest.raises(SourceError, match=WAY_OUT):
         peft_to_shira(folder, base, None)

@@ -246,3 +246,14 @@ def test_why_no_dialect_recognises_a_file_is_said(base: Path, tmp_path: Path) ->
     )
     with pytest.raises(SourceError, match="keys of several adapters, 'high' and 'low'"):
         lora_to_shira(tmp_path / "pair.safetensors", base, None)
+
+
+def test_several_files_and_files_of_other_names(base: Path, tmp_path: Path) -> None:
+    lora = save_lora(tmp_path / "lora")
+    (lora / "adapter_model.safetensors").rename(lora / "mine.safetensors")
+    with pytest.raises(SourceError, match=r"but mine\.safetensors: name this file"):
+        lora_to_shira(lora, base, None)
+    lora_to_shira(lora / "mine.safetensors", base, None)
+    shutil.copy(lora / "mine.safetensors", lora / "low.safetensors")
+    with pytest.raises(SourceError, match=r"several files \(low\.safetensors, mine\.safetensors\); name one"):
+        lora_to_shira(lora, base, None)

@@ -28,6 +28,7 @@ from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
+from shira_format.lora.peft.promised import check_saved
 from shira_format.lora.peft.resized import is_resized, resized_notices
 from shira_format.lora.peft.stated import statements
 from shira_format.names.filters import NOT_CHOSEN, name_filter
@@ -203,6 +204,7 @@ class _Reader:
     def read(self, chosen: Callable[[str], bool]) -> Lora:
         tensors = open_tensors(self.path, self.base)
         keys = sort_keys(tensors, self.kind, self.path)
+        check_saved(self.config.get("modules_to_save") or (), keys.plain, self.base, self.path)
         needed = {f"{module}.weight": module for module in keys.values}
         fits = self._fits(needed, keys, tensors)
         rename = match_names(

@@ -140,6 +140,8 @@ def read_scales(config: Mapping[str, Any], where: object) -> Scales:
     """
     if not is_rank(config.get("r")) or not is_number(config.get("lora_alpha")):
         raise SourceError(f"{where}: r and lora_alpha must be numbers, r a positive integer")
+    if config.get("use_rslora") not in (None, True, False):
+        raise SourceError(f"{where}: use_rslora must be true or false, not {config['use_rslora']!r}")
     patterns: dict[str, dict[str, Any]] = {}
     for key, good in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
         pattern = config.get(key) or {}

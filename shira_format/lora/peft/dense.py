@@ -14,6 +14,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft.base_names import BaseNames, PeftLayer
 from shira_format.lora.peft.config import MERGE_FIRST, Config
+from shira_format.lora.peft.promised import check_saved
 from shira_format.lora.peft.resized import EMBEDDINGS, HEAD, is_resized, resized_notices
 from shira_format.lora.peft.stated import base_config
 
@@ -51,8 +52,9 @@ class DenseReplacements:
         """The tensors by their names in the base.
 
         Raises:
-            SourceError: a tensor is neither in the base nor in ``modules_to_save``, or does not fit.
+            SourceError: a tensor is neither in the base nor in ``modules_to_save``, or does not fit; or one of these is lost.
         """
+        check_saved(self.config.saved, self.plain, self.base, self.where)
         found = {}
         for name, array in self.plain.items():
             target = self.names.tensor(name)

@@ -32,11 +32,12 @@ from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
 from shira_format.lora.peft.experts import ParameterLayers
 from shira_format.lora.peft.layers import ModuleLayers
 from shira_format.lora.peft.placed import placed
-from shira_format.lora.peft.promised import check_promised
+from shira_format.lora.peft.promised import check_biases
 from shira_format.lora.peft.replication import Replication, replicate_layers
 from shira_format.lora.peft.stated import statements
 from shira_format.lora.peft.tokens import row_replacement
 from shira_format.lora.peft.tuners.reader import read_tuner
+from shira_format.lora.peft.wrapped import check_patterns
 
 
 class Peft:
@@ -86,6 +87,7 @@ def _find(path: Path) -> tuple[Path, Path] | None:
 def read(weights: Path, config: Config, base: Checkpoint, prefix: str | None, files: list[Path]) -> Lora:
     """The LoRA in a file of weights, under these options; see :func:`shira_format.lora.open_lora`."""
     keys = sort_keys(read_tensors(weights, base)[0], config, weights)
+    check_patterns(config.scales, open_tensors(weights, base), PREFIX)
     replicated = replicate_layers(config, base) if config.replication else Replication()
     if config.replication:
         base = rearranged(base, replicated.copies, replicated.removed)
@@ -93,7 +95,7 @@ def read(weights: Path, config: Config, base: Checkpoint, prefix: str | None, fi
     keys.layers = drop_tied_head(keys.layers, base, config, weights)
     names = BaseNames(base, keys, config.parameters, weights, prefix, statements(config.raw, base))
     adapted = {name for layer in keys.layers for name in names.parameters(layer)}
-    check_promised(config, keys, names, weights)
+    check_biases(config, keys, names, weights)
     replacements = DenseReplacements(
         keys.plain, adapted, {f"{module}.weight" for module in keys.tokens}, names, config, weights
     )
