@@ -500,8 +500,8 @@ DEFECTS = {
     "another shape": "shape|do not fit|have no rank in common|not have the shape|ranks|in several ways",
     "not a number": "NaN or Inf",
     "an unknown part": "unmatched key",
-    "a module too many": "no module|not in the base|lacks|in several ways",
-    "a part twice": "same part|no such part|both|in several ways|no partner",
+    "a module too many": "no module|not in the base|lacks|in several ways|no known part",
+    "a part twice": "same part|no such part|both|in several ways|no partner|not in the base|adapter_config.json",
     "integers": "not a float",
 }
 
@@ -592,7 +592,6 @@ def make(combination: Combination, layout: Layout) -> Case:
     if reason := layout.refused(combination.is_flat):
         reasons.append(reason)
     rule = _scale_rule(combination, modules, reasons)
-    _check_alone(modules, layout, reasons)
     spelled = {id(module): _spelled(module, form.spelling, combination.wrapper) for module in modules}
     expected = dict(layout.state)
     if not reasons:
@@ -665,16 +664,6 @@ def _scale_rule(combination: Combination, modules: list[Module], reasons: list[s
     if combination.alpha == "zero":
         reasons.append("alpha")
     return "diffusers"
-
-
-def _check_alone(modules: list[Module], layout: Layout, reasons: list[str]) -> None:
-    """What cannot be decided, or has no place, in a base that holds a module in parts."""
-    for module in modules:
-        scale = module.parts.get("dora_scale")
-        name, start, count = module.rows[0]
-        is_whole = len(module.rows) == 1 and layout.state[f"{name}.weight"].shape[0] == count and not start
-        if scale is not None and scale.shape[0] == 1 and not is_whole:
-            reasons.append("DoRA by columns")
 
 
 def delta(parts: Parts, shape: Shape, alpha: torch.Tensor | None, rule: str) -> torch.Tensor | None:

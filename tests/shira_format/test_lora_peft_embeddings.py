@@ -194,6 +194,30 @@ def test_a_head_with_a_lora_of_its_own_needs_a_weight(tmp_path: Path) -> None:
     refused(Adapted(tmp_path / "alone", tied, r=2, target_modules=["lm_head"]), reason)
 
 
+@pytest.mark.parametrize(
+    ("config", "is_tied"),
+    [
+        ({"architectures": ["LlamaModel"]}, False),
+        ({"architectures": ["LlamaForSequenceClassification"]}, False),
+        ({"architectures": ["LlamaForCausalLM"]}, True),
+        ({"architectures": []}, True),
+    ],
+)
+def test_embeddings_of_a_model_without_a_head_are_tied_to_nothing(
+    config: dict[str, list[str]], is_tied: bool, tmp_path: Path
+) -> None:
+    adapted = Adapted(tmp_path, tied, r=2, target_modules=["embed_tokens"])
+    (adapted.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True} | config))
+    if is_tied:
+        refused(adapted, "changes 'model.embed_tokens.weight', to which the base's head is tied")
+    else:
+        refused(
+            adapted, "changes 'model.embed_tokens.weight', to which the base's head is tied"
+        )  # its own model had one
+        models.edit_config(adapted.lora, auto_mapping={"base_model_class": "LlamaForSequenceClassification"})
+        assert len(adapted.read().updates) == 1
+
+
 def test_embeddings_of_a_tied_head_cannot_change_alone(tmp_path: Path) -> None:
     """PEFT's model changes the input embeddings and keeps the head: one tensor cannot be both."""
     adapted = Adapted(tmp_path, tied, r=2, target_modules=["embed_tokens"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,8 @@ from shira_format.lora.peft.stated import base_config
 
 # The embeddings of T5, BART and their like, which encoder and decoder share whatever config.json says of the head.
 _SHARED = re.compile(r"(?:.*\.)?shared\.weight")
+# Classes of models that predict tokens.
+_WITH_HEAD = re.compile(r"LM|Causal|ConditionalGeneration|PreTraining|DoubleHeads")
 _UNTIE = "untie them first (a base that has the head's weight, and tie_word_embeddings false in its config.json)"
 
 
@@ -162,13 +164,25 @@ class DenseReplacements:
 
     @cached_property
     def _tied(self) -> bool:
-        """Whether the base's ``config.json`` ties head and embeddings."""
-        return is_tied(self.base)
+        """Whether the base's ``config.json`` ties head and embeddings, and there is a head."""
+        mapping = self.config.raw.get("auto_mapping")
+        trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return is_tied(self.base, [trained] if isinstance(trained, str) else [])
 
 
-def is_tied(base: Checkpoint) -> bool:
-    """Whether ``config.json`` in the base's folder ties head and embeddings; False if it is missing or unreadable."""
-    return base_config(base).get("tie_word_embeddings") is True
+def is_tied(base: Checkpoint, classes: Sequence[str] = ()) -> bool:
+    """Whether ``config.json`` in the base's folder ties head and embeddings; False if it is missing or unreadable.
+
+    Args:
+        base: the checkpoint.
+        classes: of models that are made of it, beside its own ``architectures``. If all are known to have no language model's
+            head (``BertModel``, ``BertForSequenceClassification``), nothing is tied.
+    """
+    config = base_config(base)
+    architectures = config.get("architectures")
+    known = [*(architectures if isinstance(architectures, list) else []), *classes]
+    headless = bool(known) and not any(_WITH_HEAD.search(str(name)) for name in known)
+    return config.get("tie_word_embeddings") is True and not headless
 
 
 def drop_tied_head(layers: list[PeftLayer], base: Checkpoint, config: Config, where: object) -> list[PeftLayer]:
