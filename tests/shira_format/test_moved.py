@@ -305,6 +305,20 @@ def test_whole_tensors(tmp_path: Path) -> None:
     assert base.exists()
 
 
+def test_a_new_tensor_that_is_a_part_of_one_of_the_base_is_refused(tmp_path: Path) -> None:
+    ours, theirs = fused()
+    single = saved(tmp_path / "theirs", theirs)
+    to_q, to_k = (f"layers.0.attention.to_{x}.weight" for x in "qk")
+    dense = [
+        DenseTensor(to_q, ours[to_q].numpy() + 1),
+        DenseTensor(to_k, ours[to_k].numpy() + 1, base=ours[to_k].numpy()),
+    ]
+    save(Adapter(dense=dense), tmp_path / "x.st")
+    with pytest.raises(SourceError, match=r"x\.st: .*(is new by the adapter|has targets and deltas)"):
+        shira_to_full(tmp_path / "x.st", single, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_part_of_a_pipeline_on_a_single_file(tmp_path: Path) -> None:
     """An adapter of a pipeline's transformer on its authors' file, and the other way round."""
     ours, theirs = fused()

@@ -100,26 +100,33 @@ class Scales:
         Raises:
             SourceError: a pattern is no regex.
         """
-        return int(self._by_pattern("rank_pattern", self.rank_pattern, module, self.r))
+        return int(by_pattern(self.where, "rank_pattern", self.rank_pattern, module, self.r))
 
     def alpha(self, module: str) -> float:
         """The alpha of a module; as :meth:`rank`."""
-        return self._by_pattern("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
+        return by_pattern(self.where, "alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
         """The factor of ``B @ A``; as :meth:`rank`."""
         rank = self.rank(module)
         return float(self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank))
 
-    def _by_pattern(self, key: str, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start; first hit wins."""
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
-                raise SourceError(f"{self.where}: {key} {pattern!r}: {error}") from None
-        return default
+
+def by_pattern(where: object, option: str, patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The number for a module in an option that maps the ends of names, as regexes, to numbers: the first that fits.
+
+    As PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start.
+
+    Raises:
+        SourceError: not a regular expression; the message begins with ``where``.
+    """
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise SourceError(f"{where}: {option} {pattern!r}: {error}") from None
+    return default
 
 
 def read_scales(config: Mapping[str, Any], where: object) -> Scales:
