@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira_format.adapter import Adapter
-from shira_format.convert import full_to_shira
+from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.convert.peft_shira import peft_to_shira
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.export.csr import shira_to_csr
@@ -360,3 +360,47 @@ def test_two_towers_are_told_apart_by_values_or_refused(tmp_path: Path) -> None:
         else:
             with pytest.raises(BaseMismatch, match=r"x\.st: .*text_model.*vision_model"):
                 shira_to_full(tmp_path / "x.st", base, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_of_mlx_on_3_d_tensors(name: str, tmp_path: Path) -> None:
+    """mlx-lm's LoRA of all experts changes the rows that transformers would join from changed single ones."""
+    disk, memory = forms(JOINED[name], tmp_path)
+    torch.manual_seed(5)
+    before = state(disk)
+    home, words = (
+        ("mlp", {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"})
+        if name == "qwen3_moe"
+        else ("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
+    )
+    factors = {}
+    for theirs, ours in words.items():
+        rows, columns = before[f"model.layers.1.{home}.experts.0.{ours}.weight"].shape
+        key = f"model.layers.1.{home}.switch_mlp.{theirs}"
+        factors |= {f"{key}.lora_a": torch.randn(3, 2, columns), f"{key}.lora_b": torch.randn(3, rows, 2)}
+    q = before["model.layers.0.self_attn.q_proj.weight"]
+    key = "model.layers.0.self_attn.q_proj"
+    factors |= {f"{key}.lora_a": torch.randn(q.shape[1], 2), f"{key}.lora_b": torch.randn(2, q.shape[0])}
+    (tmp_path / "lora").mkdir()
+    save_file(factors, tmp_path / "lora" / "adapters.safetensors")
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 2, "scale": 0.5, "dropout": 0.0},
+    }
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    lora_to_shira(tmp_path / "lora", disk, tmp_path / "disk.st", density=1.0)
+    report = lora_to_shira(tmp_path / "lora", memory, tmp_path / "memory.st", density=1.0)
+    assert any("another program" in notice for notice in report.names)
+    shira_to_full(tmp_path / "disk.st", disk, tmp_path / "wanted")
+    shira_to_full(tmp_path / "disk.st", memory, tmp_path / "moved")
+    shira_to_full(tmp_path / "memory.st", memory, tmp_path / "found")
+    same(state(tmp_path / "found"), state(tmp_path / "moved"))
+    after = state(tmp_path / "wanted")
+    for (theirs, ours), expert in ((word, e) for word in words.items() for e in range(3)):
+        key, weight = (
+            f"model.layers.1.{home}.switch_mlp.{theirs}",
+            f"model.layers.1.{home}.experts.{expert}.{ours}.weight",
+        )
+        delta = 0.5 * factors[f"{key}.lora_b"][expert].double() @ factors[f"{key}.lora_a"][expert].double()
+        torch.testing.assert_close(after[weight].double(), before[weight].double() + delta, rtol=0, atol=1e-5)

@@ -33,9 +33,8 @@ from shira_format.lora.files import checked, open_tensors, unwrapping_notices
 from shira_format.lora.peft.resized import is_resized, resized_notices
 from shira_format.lora.peft.stated import statements
 from shira_format.names.filters import NOT_CHOSEN, name_filter
-from shira_format.names.layouts import elsewhere
-from shira_format.names.located import LocatedCheckpoint
-from shira_format.names.prefixes import AmbiguousNames, match_names, match_others
+from shira_format.names.located import in_any_names
+from shira_format.names.prefixes import match_names, match_others
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 
@@ -91,7 +90,7 @@ def peft_to_shira(
     checkpoint = open_checkpoint(base)
     chosen = name_filter(include, exclude)
     with quantised_named(checkpoint):
-        read_from, source = _read(
+        read_from, source = in_any_names(
             lambda known: _Reader(weights, config_path, kind, config, known, prefix).read(chosen), checkpoint
         )
     notices = check_all_used(
@@ -153,29 +152,6 @@ def peft_to_shira(
             "file has them, and base + delta may differ from PEFT's in the last bit (--values target does not)"
         )
     return report
-
-
-def _read(read: Callable[[Checkpoint], Lora], base: Checkpoint) -> tuple[Checkpoint, Lora]:
-    """The adapter, and the base as it names it: if it has other programs' names, a view of the base by these.
-
-    Raises:
-        SourceError: it fits neither; the message is that of the base.
-    """
-    try:
-        return base, read(base)
-    except AmbiguousNames:
-        raise
-    except SourceError as error:
-        located = LocatedCheckpoint(base, elsewhere(base, base.shape))
-        if not located.locations:
-            raise
-        try:
-            found = read(located)
-        except AmbiguousNames:
-            raise
-        except SourceError:
-            raise error from None
-    return located, found
 
 
 @dataclass(frozen=True)
