@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,8 @@ from shira_format.checkpoints.same import same_bits
 from shira_format.checkpoints.wrapped import unwrapped_names
 from shira_format.entries.changes import CheckpointChange
 from shira_format.errors import SourceError
+from shira_format.names.components import part_of
+from shira_format.names.layouts import elsewhere
 from shira_format.names.located import LocatedCheckpoint
 from shira_format.names.prefixes import (
     AmbiguousNames,
@@ -26,7 +28,6 @@ from shira_format.names.prefixes import (
     renamings,
 )
 from shira_format.names.row_blocks import Location
-from shira_format.names.spaces import other_names
 from shira_format.tensors import numel
 
 _RUNS, _RUN = 16, 256  # where and how much of two tensors is compared to tell whether one comes from the other
@@ -68,18 +69,14 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     Raises:
         SourceError: the checkpoints do not belong together, or one has a weight that cannot be paired.
     """
-    elsewhere = _elsewhere(base, tuned)
-    form = []
-    if elsewhere and not exact:
-        tuned = _as_base(base, tuned, elsewhere)
-    if elsewhere:
-        name, location = next(iter(elsewhere.items()))
-        form = [f"{len(elsewhere)} tensors of the base are in others of the fine-tune, {name!r} in {location.blocks[0].name!r} for example"]  # fmt: skip
-        form = (
-            [f"{form[0]}: these are stored whole, as new tensors; for a small patch save both in one form"]
-            if exact
-            else form
-        )
+    form: list[str] = []
+    if moved := _elsewhere(base, tuned, chosen):
+        told = _words(moved, "the fine-tune")
+        if exact:
+            told += ": these are stored whole, as new tensors; for a small patch save both in one form"
+        else:
+            tuned = _as_base(base, tuned, moved)
+        form = [NamesNotice(told)]
     origins = {name: name for name in tuned if name in base and chosen(name)}
     new = [name for name in tuned if name not in base and chosen(name)]
     taken = set(origins.values())
@@ -127,14 +124,38 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     return pairs
 
 
-def _elsewhere(base: Checkpoint, tuned: Checkpoint) -> dict[str, Location]:
+def in_form_of(
+    base: Checkpoint, other: Checkpoint, what: str, chosen: Callable[[str], bool] = lambda _: True
+) -> tuple[Checkpoint, list[NamesNotice]]:
+    """``other``, which may have other programs' names for the base's tensors, with the base's, and notices of that.
+
+    Args:
+        base: the checkpoint whose names are wanted.
+        other: one of the same model.
+        what: the other is, for the notice.
+        chosen: which of the base's tensors are looked for, by name.
+
+    Raises:
+        SourceError: tensors of ``other`` hold only in a part of their rows what the base has.
+    """
+    moved = _elsewhere(base, other, chosen)
+    return (_as_base(base, other, moved), [NamesNotice(_words(moved, what))]) if moved else (other, [])
+
+
+def _words(moved: Mapping[str, Location], what: str) -> str:
+    name, location = next(iter(moved.items()))
+    where = location.blocks[0].name
+    return f"{len(moved)} tensors of the base are in others of {what}, {name!r} in {where!r} for example"
+
+
+def _elsewhere(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool]) -> dict[str, Location]:
     """The tensors of the base that the fine-tune has in tensors of other names, such as single experts in 3-D tensors."""
-    lacking = [name for name in base if name not in tuned]
+    lacking = [name for name in base if name not in tuned and chosen(name)]
     if not lacking or all(name in base for name in tuned):
         return {}
-    known = other_names(tuned, tuned.shape)
-    rename = Renaming()
-    if known and not any(name in known for name in lacking):  # the prefix may differ, too
+    known = elsewhere(tuned, tuned.shape)
+    rename = _of_parts(lacking, known, tuned)
+    if known and not any(rename(name) in known for name in lacking):  # another prefix may differ, too
         try:
             rename = match_names(lacking, {*tuned, *known}, tuned.path)
         except SourceError:
@@ -145,6 +166,13 @@ def _elsewhere(base: Checkpoint, tuned: Checkpoint) -> dict[str, Location]:
         for name, location in found.items()
         if not any(block.name in base for block in location.blocks)
     }
+
+
+def _of_parts(lacking: Collection[str], known: Collection[str], tuned: Checkpoint) -> Renaming:
+    """The change of the prefix that says which part of a pipeline a tensor is of under which most names are known."""
+    old, new = ({"", *map(part_of, names)} for names in (lacking, tuned))
+    ways = [Renaming(), *(Renaming(o, n) for o in sorted(old) for n in sorted(new))]
+    return max(ways, key=lambda rename: sum(rename(name) in known for name in lacking))
 
 
 def _as_base(base: Checkpoint, tuned: Checkpoint, elsewhere: Mapping[str, Location]) -> Checkpoint:

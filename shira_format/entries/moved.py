@@ -234,6 +234,12 @@ class _Mover:
         except SourceError as error:
             raise SourceError(f"{source.path}: {error}") from None
         kept = [one for one in placed.values() if one.nnz]
+        for one in kept:
+            if one.value_kind == "target" and one.base_digest is None:
+                raise SourceError(
+                    f"{source.path}: tensor {group[0]!r} or another is new by the adapter, and a part of {one.name!r} of the base "
+                    f"{self._base.path}: leave it out, or take a base in the adapter's own form"
+                )
         if any(manifest.tensors[one.name].base_values for one in sparse) or any(
             manifest.whole[one.name].base_values for one in dense
         ):

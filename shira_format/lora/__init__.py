@@ -13,14 +13,17 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
 from shira_format.lora.peft.bare import bare_weights, missing_config
 from shira_format.lora.peft.config import CONFIG
+from shira_format.lora.peft.placed import placed
 from shira_format.lora.products import LowRank
 from shira_format.lora.refusals import why_unknown
+from shira_format.names.located import LocatedCheckpoint, in_any_names
 from shira_format.storage.paths import resolve_path
 
 
@@ -60,6 +63,8 @@ DIALECTS: Mapping[str, Dialect] = _Dialects(
 _OWN_FILES = ("mlx", "peft", "gguf", "torchtune")
 # What a file of a dialect is called, where its name must match.
 _FILES = {"mlx": "*adapters.safetensors"}
+# Dialects that change weights only, by names that they look for in the base.
+_OF_ONE_BASE = ("mlx", "gguf", "torchtune")
 # Dialects whose files state their scales, or have none.
 _OWN_SCALES = ("xlabs", "kohya", "lycoris")
 
@@ -101,7 +106,7 @@ def open_lora(
 
         return _checked("peft", read_by_hand(path, base, prefix, rank, alpha), base)
     if dialect is not None:
-        return _checked(dialect, DIALECTS[dialect].read(path, base, prefix), base)
+        return _checked(dialect, _read(DIALECTS[dialect], path, base, prefix), base)
     if weights := bare_weights(path):
         raise missing_config(weights)
     if (why := why_unknown(path)) is not None:
@@ -134,6 +139,20 @@ def _check_readable(path: Path, base: Checkpoint) -> None:
         )
     if weights:
         open_tensors(weights[0], base)
+
+
+def _read(dialect: Dialect, path: Path, base: Checkpoint, prefix: str | None) -> Lora:
+    """The LoRA; of a dialect that looks for names in the base alone, also by other programs' names for its tensors."""
+    if dialect.name not in _OF_ONE_BASE:
+        return dialect.read(path, base, prefix)
+    located, lora = in_any_names(lambda known: dialect.read(path, known, prefix), base)
+    if not isinstance(located, LocatedCheckpoint):
+        return lora
+    names = [update.name for update in lora.updates if update.name in located.locations]
+    told = NamesNotice(
+        f"{len(names)} names in the LoRA are those of another program for this model, {names[0]!r} for example"
+    )
+    return replace(lora, updates=placed(lora.updates, located, path), notices=[told, *lora.notices])
 
 
 def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:

@@ -48,6 +48,7 @@ from shira_format.lora.products import (
 )
 from shira_format.lora.rotations import OFT_PARTS, rotation
 from shira_format.lora.scalings import IA3_PARTS, ia3
+from shira_format.lora.tucker import with_core
 from shira_format.tensors import numel
 
 _SCALAR = "scalar"
@@ -73,7 +74,6 @@ UNSUPPORTED = {
 }
 # Parts that may be as large as the base's weight, and are read in pieces.
 STORED = frozenset(("diff",))
-_MOST = 1 << 26  # elements of a product of small factors, if the weight has fewer
 
 
 def layer(group: Group, name: str, shape: tuple[int, ...], base: Checkpoint) -> Layer:
@@ -191,21 +191,8 @@ def _locon(group: Group, name: str, shape: tuple[int, ...]) -> Layer:
 
 
 def _tucker(group: Group, core: Array, down: Array, shape: tuple[int, ...]) -> Array:
-    """``einsum("i j ..., j r -> i r ...")``: ``core`` is ``[R, R, *kernel]``, ``down`` ``[R, in]``; gives ``[R, in, *kernel]``."""
-    if core.ndim < 3 or down.ndim != 2 or core.shape[:2] != (down.shape[0],) * 2:
-        raise SourceError(f"{group.where}: a core of shape {list(core.shape)} does not fit factors of shape {list(down.shape)}")  # fmt: skip
-    _check_size(group, down.size * math.prod(core.shape[2:]), shape)
-    dtype = common_dtype(core, down)
-    made = np.einsum("ij...,jr->ir...", core.astype(np.float64), down.astype(np.float64), optimize=True)
-    return np.asarray(made.astype(dtype))
-
-
-def _check_size(group: Group, elements: int, shape: tuple[int, ...]) -> None:
-    """Refuse small factors whose product would take excessive memory."""
-    if elements > max(_MOST, numel(shape)):
-        raise SourceError(
-            f"{group.where}: a product of its factors has {elements} elements, the weight has {numel(shape)}"
-        )
+    """``down`` with its core, in the type of both; see :func:`shira_format.lora.tucker.with_core`."""
+    return with_core(core, down, group.where, numel(shape)).astype(common_dtype(core, down))
 
 
 def _factors(group: Group, stem: str, core: str, shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -133,7 +133,7 @@ class _Reader:
         if experts and all(f"{module}.weight" in self.base for module in modules if module not in experts):
             raise SourceError(
                 f"{self.path}: the base has neither one weight per expert of {experts[0]!r} nor one for all of them, as "
-                "mlx-lm has: parts of fused experts (gate_up_proj) are not supported"
+                "mlx-lm has: and it has them in no 3-D tensors of which they are rows"
             )
         raise first
 

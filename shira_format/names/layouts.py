@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from shira_format.errors import SourceError
@@ -61,17 +61,33 @@ def find_layout(
 
 def _spaces(names: Mapping[str, str], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelLayout]]:
     """The names that tensors may have in other programs: of the whole model (""), and of each part of a pipeline alone."""
-    parts: dict[str, dict[str, str]] = {}
-    for name, target in names.items():
-        if target in shapes:
-            part = part_of(name)
-            parts.setdefault(part, {})[name.removeprefix(part)] = target
+    parts = _parts({name: target for name, target in names.items() if target in shapes})
     found = {part: _locations(inner, shapes) for part, inner in parts.items()}
     together = {part + name: location for part, locations in found.items() for name, location in locations.items()}
     yield "", ModelLayout(shapes, {name: target for name, target in names.items() if target in shapes}, together)
     for part, locations in found.items():
         if part:
             yield part, ModelLayout(shapes, parts[part], locations)
+
+
+def elsewhere(names: Collection[str], shape: Callable[[str], Shape]) -> dict[str, Location]:
+    """As :func:`shira_format.names.spaces.other_names` for a checkpoint that may hold parts of a pipeline; with their prefixes."""
+    shapes = {name: shape(name) for name in names}
+    parts = _parts({name: name for name in names})
+    return {
+        part + name: location
+        for part, inner in parts.items()
+        for name, location in _locations(inner, shapes).items()
+    }
+
+
+def _parts(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The names by what part of a pipeline they are of, without its prefix."""
+    parts: dict[str, dict[str, str]] = {}
+    for name, target in names.items():
+        part = part_of(name)
+        parts.setdefault(part, {})[name.removeprefix(part)] = target
+    return parts
 
 
 def _locations(names: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, Location]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.names.layouts import elsewhere
+from shira_format.names.prefixes import AmbiguousNames
 from shira_format.names.row_blocks import Location
+
+_T = TypeVar("_T")
 
 
 class _Run(NamedTuple):
@@ -109,6 +113,32 @@ class LocatedCheckpoint(Checkpoint):
                     start += stop - first
             self._runs[name] = sorted(runs)
         return self._runs[name]
+
+
+def in_any_names(read: Callable[[Checkpoint], _T], base: Checkpoint) -> tuple[Checkpoint, _T]:
+    """What ``read`` makes of the base or, if its names do not fit, of the base with other programs' names for its tensors.
+
+    Returns:
+        The base, or a :class:`LocatedCheckpoint` of it, and the result.
+
+    Raises:
+        AmbiguousNames: there are several ways.
+        SourceError: neither fits; the message is that of the base.
+    """
+    try:
+        return base, read(base)
+    except AmbiguousNames:
+        raise
+    except SourceError as error:
+        located = LocatedCheckpoint(base, elsewhere(base, base.shape))
+        if not located.locations:
+            raise
+        try:
+            return located, read(located)
+        except AmbiguousNames:
+            raise
+        except SourceError:
+            raise error from None
 
 
 def check_location(base: Checkpoint, location: Location, where: object) -> None:

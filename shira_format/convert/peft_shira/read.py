@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -24,14 +25,16 @@ from shira_format.convert.pipeline import sparse_target
 from shira_format.convert.report import ConversionReport, TensorReport
 from shira_format.convert.unused import check_all_used, opened_files
 from shira_format.entries.changes import Entries, UpdateChange
+from shira_format.entries.moved import on_base
 from shira_format.errors import SourceError
-from shira_format.format import AdapterWriter
+from shira_format.format import AdapterFile, AdapterWriter, save
 from shira_format.lora import Lora
 from shira_format.lora.files import checked, open_tensors
 from shira_format.lora.peft.promised import check_saved
 from shira_format.lora.peft.resized import is_resized, resized_notices
 from shira_format.lora.peft.stated import statements
 from shira_format.names.filters import NOT_CHOSEN, name_filter
+from shira_format.names.located import in_any_names
 from shira_format.names.prefixes import match_names, match_others
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor, numel
@@ -86,15 +89,16 @@ def peft_to_shira(
     weights, config_path = find(resolve_path(folder))
     kind, config = read_config(config_path)
     checkpoint = open_checkpoint(base)
+    chosen = name_filter(include, exclude)
     with quantised_named(checkpoint):
-        source = _Reader(weights, config_path, kind, config, checkpoint, prefix).read(
-            name_filter(include, exclude)
+        read_from, source = in_any_names(
+            lambda known: _Reader(weights, config_path, kind, config, known, prefix).read(chosen), checkpoint
         )
     notices = check_all_used(
         resolve_path(folder), [weights, *checkpoint.files], opened_files([weights]), allow=allow_unused
     )
     source = replace(source, notices=notices + source.notices)
-    job = lora_inputs(source, checkpoint, {} if isinstance(base, Checkpoint) else hub_identity(base))
+    job = lora_inputs(source, read_from, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
     if path is not None:
         check_not_input(path, job.files)
@@ -102,10 +106,14 @@ def peft_to_shira(
     given = rounded_first = 0
     on_start(len(source.updates))
     with ExitStack() as stack:
-        writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
+        written = path
+        if read_from is not checkpoint:
+            written = Path(stack.enter_context(TemporaryDirectory(prefix="shira-"))) / "by-peft.st"
+        writing = stack.enter_context(ExitStack())
+        writer = writing.enter_context(AdapterWriter(written)) if written is not None else None
         for layer in source.updates:
             assert isinstance(layer, ShiraLayer)
-            tensor, account, done = _convert_layer(layer, checkpoint, values, self_contained=self_contained)
+            tensor, account, done = _convert_layer(layer, read_from, values, self_contained=self_contained)
             given += done.entries
             rounded_first += done.rounded
             report.tensors.append(account)
@@ -126,6 +134,12 @@ def peft_to_shira(
             if include or exclude:
                 names = {"include": list(include), "exclude": list(exclude)}
                 writer.manifest["selection"] = {key: value for key, value in names.items() if value}
+        writing.close()
+        if written is not None and written is not path:
+            with on_base(AdapterFile(written), checkpoint, lambda _: True) as moved:
+                report.notices += moved.notices
+                if path is not None:
+                    save(moved.file.adapter(), path)
     if path is not None:
         report.file_bytes = path.stat().st_size
     if values == "target" and (lost := given - report.nnz):

@@ -100,36 +100,41 @@ class Scales:
         Raises:
             SourceError: a pattern is no regex.
         """
-        return int(self._by_pattern("rank_pattern", self.rank_pattern, module, self.r))
+        return int(by_pattern(self.where, "rank_pattern", self.rank_pattern, module, self.r))
 
     def alpha(self, module: str) -> float:
         """The alpha of a module; as :meth:`rank`."""
-        return self._by_pattern("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
+        return by_pattern(self.where, "alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
         """The factor of ``B @ A``; as :meth:`rank`."""
         rank = self.rank(module)
         return float(self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank))
 
-    def _by_pattern(self, key: str, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start; first hit wins.
 
-        PEFT and diffusers sort the patterns when they save, so that the first hit in the file need not be that in training.
-        """
-        hits: dict[str, float] = {}
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    hits[pattern] = value
-            except re.error as error:
-                raise SourceError(f"{self.where}: {key} {pattern!r}: {error}") from None
-        if key == "alpha_pattern" and len(set(hits.values())) > 1 and list(patterns) == sorted(patterns):
-            found = " and ".join(f"{pattern!r} ({value:g})" for pattern, value in hits.items())
-            raise SourceError(
-                f"{self.where}: {module!r} is matched by several patterns of {key}, {found}: the first one counted in training, and the "
-                "file has them sorted; leave only the one that counted, or write the patterns so that one matches"
-            )
-        return next(iter(hits.values()), default)
+def by_pattern(where: object, option: str, patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The number for a module in an option that maps the ends of names, as regexes, to numbers: the first that fits.
+
+    As PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start. PEFT and diffusers sort the
+    patterns when they save, so that the first hit in the file need not be that in training.
+
+    Raises:
+        SourceError: not a regular expression, or several alphas in an order that tells nothing; the message begins with ``where``.
+    """
+    hits: dict[str, float] = {}
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                hits[pattern] = value
+        except re.error as error:
+            raise SourceError(f"{where}: {option} {pattern!r}: {error}") from None
+    if option == "alpha_pattern" and len(set(hits.values())) > 1 and list(patterns) == sorted(patterns):
+        found = " and ".join(f"{pattern!r} ({value:g})" for pattern, value in hits.items())
+        raise SourceError(
+            f"{where}: {module!r} is matched by several patterns of {option}, {found}: the first one counted in training, and the "
+            "file has them sorted; leave only the one that counted, or write the patterns so that one matches"
+        )
+    return next(iter(hits.values()), default)
 
 
 def read_scales(config: Mapping[str, Any], where: object) -> Scales:

@@ -42,6 +42,7 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.peft_model import refuse_unmerged
 from shira_format.checkpoints.quantised import Quantised, any_quantised, belongs_to_quantised, find_quantised
 from shira_format.checkpoints.wrapped import unwrapped
+from shira_format.convert.pairing import in_form_of
 from shira_format.convert.unused import check_all_used
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
@@ -148,7 +149,7 @@ class MergeCheck:
             SourceError: no tensor is left, the checkpoints have no adapted name in common, or ``base`` is a PEFT model.
         """
         refuse_unmerged(base, merged)
-        merged = unwrapped(merged, base)
+        merged, self._form = in_form_of(base, unwrapped(merged, base), "the merged checkpoint")
         self.base, self.merged, self.source = base, merged, source
         self.expected = source.strength if strength is None else strength
         if not math.isfinite(self.expected) or self.expected == 0:
@@ -186,7 +187,13 @@ class MergeCheck:
             others = (
                 None if self._left_alone is None else self._others(self._left_alone, layers, workers, progress)
             )
-        notices = [*self.base.notices, *self.merged.notices, *self.source.notices, *self.names.notices]
+        notices = [
+            *self.base.notices,
+            *self.merged.notices,
+            *self._form,
+            *self.source.notices,
+            *self.names.notices,
+        ]
         answer, sentence, strength = conclude(layers, others, self.expected, self.names, self.source.facts)
         return MergeVerdict(answer, sentence, self.expected, strength, layers, others, notices)
 

@@ -13,6 +13,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
 from shira_format.lora.files import is_number, is_rank
+from shira_format.lora.peft.config import by_pattern
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ class Options:
         return int(value)  # type: ignore[arg-type]
 
     def by_pattern(self, option: str, module: str, default: float) -> float:
-        """The number for a module in an option that maps the ends of names, as regexes, to numbers: the first that fits.
-
-        As PEFT's ``get_pattern_key``.
+        """See :func:`shira_format.lora.peft.config.by_pattern`.
 
         Raises:
             SourceError: the option is no such map.
@@ -74,13 +73,7 @@ class Options:
         patterns = self.raw.get(option) or {}
         if not isinstance(patterns, dict) or not all(map(is_number, patterns.values())):
             raise SourceError(f"{self.path}: {option} must map module names to numbers")
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return float(value)
-            except re.error as error:
-                raise SourceError(f"{self.path}: {option} {pattern!r}: {error}") from None
-        return default
+        return float(by_pattern(self.path, option, patterns, module, default))
 
     @property
     def version(self) -> tuple[int, int] | None:

@@ -12,8 +12,8 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.peft.tuners.common import Effect, Tuner, TunerLayer
-from shira_format.lora.peft.tuners.tucker import with_core
 from shira_format.lora.products import Hadamard, LowRank, common_dtype
+from shira_format.lora.tucker import with_core
 from shira_format.tensors import numel
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -13,8 +13,8 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format.errors import SourceError
 from shira_format.lora.peft.tuners.common import Effect, Tuner, TunerLayer
-from shira_format.lora.peft.tuners.tucker import check_size, with_core
 from shira_format.lora.products import Dense, Kronecker, common_dtype
+from shira_format.lora.tucker import check_size, with_core
 from shira_format.tensors import numel
 
 
