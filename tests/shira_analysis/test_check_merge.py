@@ -274,6 +274,19 @@ def test_an_update_of_zero() -> None:
     assert made.layer(changed).verdict == "different"
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_a_row_of_zeros_that_does_not_change(dtype: np.dtype[Any]) -> None:
+    """Such as that of a padding token: there, neither rounding nor the update has any size."""
+    made = pair(0.01, dtype)
+    made.base[5] = 0
+    made.update.up[5] = 0
+    made = Pair(made.base, made.update)
+    assert made.layer(made.merged(dtype)).verdict == "verified"
+    moved = made.merged(dtype)
+    moved[5, 3] = 1e-2
+    assert made.layer(moved).verdict == "different"
+
+
 def test_rows_and_columns_of_other_sizes() -> None:
     """Massive columns and tiny rows keep the tolerance of other entries where it was."""
     rng = np.random.default_rng(3)

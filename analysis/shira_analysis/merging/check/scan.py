@@ -111,7 +111,7 @@ class Strengths:
     @property
     def fits(self) -> bool:
         """Whether a strength explains every entry."""
-        return self.low <= self.high and not self.not_finite
+        return self.low <= self.high and self.low < np.inf and not self.not_finite
 
     def includes(self, strength: float) -> bool:
         """Whether ``strength`` explains every entry."""
@@ -264,11 +264,12 @@ def _interval(update: Array, change: Array, half: Array, share: float, columns: 
     most, least = reach + slack, reach - slack
     near, far = change - half, change + half
     low = float(np.fmax.reduce(np.divide(near, most, out=near), initial=0))
+    # An entry whose update is within its own tolerance sets no upper limit, but may have moved the other way.
+    free = least <= 0
     if far.min(initial=0) < 0:
-        # An entry whose update is within its own tolerance sets no upper limit, but may have moved the other way.
-        against = (least <= 0) & (far < 0)
+        against = free & (far < 0)
         low = max(low, float((np.abs(far[against]) / np.abs(least[against])).max(initial=0)))
-        far[against] = np.inf
+    far[free] = np.inf
     np.maximum(least, np.finfo(least.dtype).tiny, out=least)
     return low, float(np.fmin.reduce(np.divide(far, least, out=far), initial=np.inf))
 
