@@ -69,11 +69,16 @@ class MaskedParameter:
     def shrink(self, optimizer: Any) -> None:
         """Before a step: the parameter becomes its entries."""
         parameter = self.of.parameter
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim != 1:
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.numel() == 1 or value.shape == self._index.shape:
+                continue
+            if value.shape != parameter.shape:
                 raise SourceError(
-                    f"the optimizer's {name} of {self.of.path} is as large as the weight: attach before its first step"
+                    f"the optimizer's {name} of {self.of.path} is neither one number nor one for each element of the weight: attach "
+                    "before its first step"
                 )
+            state[name] = self._at(value)  # made for the whole weight, before the mask was attached
         whole, grad = parameter.data, parameter.grad
         self._whole = whole, grad
         parameter.grad = None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shira_format.errors import SourceError
 from shira_format.training.pattern import MatrixPattern, gradient, gradient_at
 from shira_format.training.weight import SparseWeight, held_by, refresh
 
@@ -22,8 +21,6 @@ from shira_format.training.weight import SparseWeight, held_by, refresh
 def switch_class(module: nn.Module) -> None:
     """Make ``module`` train the entries of its weights that :func:`held_by` has."""
     attributes = tuple(held_by(module))
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise SourceError("an embedding with max_norm changes its weight as it reads it, and cannot be trained entry by entry")  # fmt: skip
     module.__class__ = _trained_class(type(module), attributes)
 
 
@@ -80,12 +77,7 @@ def _seen(attribute: str) -> property:
         found: Tensor = _Gathered.apply(held.values(), weight, held.pattern)
         return found
 
-    def write(self: nn.Module, value: Any) -> None:
-        raise AttributeError(
-            f"{attribute} is under training entry by entry, and cannot be replaced: call detach() first"
-        )
-
-    return property(read, write)
+    return property(read)
 
 
 class _Gathered(torch.autograd.Function):

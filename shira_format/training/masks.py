@@ -88,6 +88,7 @@ def masked_weights(model: nn.Module, mask: Mask, *, prefix: str | None = None) -
         parameter = holders[path][0][0]._parameters[holders[path][0][1]]  # noqa: SLF001
         assert parameter is not None
         _check_parameter(where, name, path, parameter)
+        _check_holders(where, name, path, holders[path])
         tensor = _tensor(where, name, found[name], parameter)
         if not tensor.nnz:
             continue
@@ -133,6 +134,11 @@ def _check_parameter(where: str, name: str, path: str, parameter: nn.Parameter) 
         raise BaseMismatch(f"{where}: tensor {name!r}: {path} is on the meta device, without data: load the model first")
     if parameter.dtype not in TRAINED_DTYPES:
         raise BaseMismatch(f"{where}: tensor {name!r}: {path} is {parameter.dtype}; trained are float32, bfloat16, float16 and float64")  # fmt: skip
+
+
+def _check_holders(where: str, name: str, path: str, places: list[tuple[nn.Module, str]]) -> None:
+    if any(getattr(module, "max_norm", None) is not None for module, _ in places):
+        raise SourceError(f"{where}: tensor {name!r}: {path} is of an embedding with max_norm, which changes its weight as it reads it")  # fmt: skip
 
 
 def _tensor(where: str, name: str, value: Any, parameter: nn.Parameter) -> SparseTensor:

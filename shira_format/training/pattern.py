@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -35,65 +33,43 @@ _numbers = itertools.count()
 _known: WeakValueDictionary[int, MatrixPattern] = WeakValueDictionary()
 
 
-@dataclass(frozen=True, eq=False)
 class MatrixPattern:
-    """The entries of one matrix, taken apart.
+    """The entries of one matrix, taken apart; it never changes.
 
     Attributes:
         shape: rows and columns.
         indices: ``[K]``, flat, strictly increasing.
         method: how the rest is computed; ``"auto"`` chooses by its density and the dtype.
         number: identifies it within the process.
+        rows: ``[R]``: rows that are whole.
+        columns: ``[C]``: columns of which all entries outside of whole rows are there.
+        inputs: columns that have entries, if they are few; None if all inputs are kept.
     """
 
-    shape: tuple[int, int]
-    indices: Indices
-    method: Method = "auto"
-    number: int = field(default_factory=lambda: next(_numbers))
-    _placed: dict[torch.device, _Placed] = field(default_factory=dict, init=False, repr=False)
-    _indices_on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Make it known under its number."""
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is none of {', '.join(METHODS)}")
+    def __init__(self, shape: tuple[int, int], indices: Indices, method: Method = "auto") -> None:
+        """Raises ValueError for an unknown method."""
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        self.shape, self.indices, self.method = shape, indices, method
+        self.number = next(_numbers)
         _known[self.number] = self
+        m, n = shape
+        row, column = self.row, self.column
+        self.rows: Array = np.flatnonzero(np.bincount(row, minlength=m) == n) if n else _NONE
+        outside = ~_among(row, self.rows, m)
+        counts = np.bincount(column[outside], minlength=n)
+        self.columns: Array = np.flatnonzero(counts == m - len(self.rows)) if len(self.rows) < m else _NONE
+        self.rest_size = int(np.count_nonzero(outside & ~_among(column, self.columns, n)))
+        used = np.flatnonzero(np.bincount(column, minlength=n))
+        self.inputs: Array | None = used if len(used) <= _NARROW * n else None
+        self._placed: dict[torch.device, _Placed] = {}
+        self._indices_on: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: Any) -> MatrixPattern:
-        return self  # it never changes
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MatrixPattern, (self.shape, self.indices, self.method)
-
-    @cached_property
-    def rows(self) -> Array:
-        """``[R]``: rows that are whole."""
-        m, n = self.shape
-        return np.flatnonzero(np.bincount(self.row, minlength=m) == n) if self.indices.size else _NONE
-
-    @cached_property
-    def columns(self) -> Array:
-        """``[C]``: columns of which all entries outside of whole rows are there."""
-        m, n = self.shape
-        if not self.indices.size or len(self.rows) == m:
-            return _NONE
-        outside = ~_among(self.row, self.rows, m)
-        counts = np.bincount(self.column[outside], minlength=n)
-        return np.flatnonzero(counts == m - len(self.rows))
-
-    @cached_property
-    def rest(self) -> Array:
-        """``[S]``: places in ``indices`` of the entries in no whole row or column."""
-        m, n = self.shape
-        return np.flatnonzero(~_among(self.row, self.rows, m) & ~_among(self.column, self.columns, n))
-
-    @cached_property
-    def inputs(self) -> Array | None:
-        """The columns that have entries, if they are few; None if all inputs are kept."""
-        if not self.indices.size:
-            return _NONE
-        found = np.unique(self.column)
-        return found if len(found) <= _NARROW * self.shape[1] else None
 
     @property
     def row(self) -> Array:
@@ -110,12 +86,12 @@ class MatrixPattern:
         if self.method != "auto":
             return self.method == "sampled"
         limit = _SAMPLED_BELOW.get(dtype, _SAMPLED_BELOW_HALF)
-        return len(self.rest) <= limit * self.shape[0] * self.shape[1]
+        return self.rest_size <= limit * self.shape[0] * self.shape[1]
 
     def describe(self) -> str:
         """In a few words, for people."""
         parts = [f"{len(self.rows)} rows"] * bool(len(self.rows)) + [f"{len(self.columns)} columns"] * bool(len(self.columns))
-        parts += [f"{len(self.rest)} entries"] * bool(len(self.rest))
+        parts += [f"{self.rest_size} entries"] * bool(self.rest_size)
         return ", ".join(parts) or "no entries"
 
     def kept_inputs(self, x: Tensor) -> Tensor:
@@ -171,9 +147,10 @@ class _Placed:
         def kept(columns: Array) -> Array:
             return columns if renumbered is None else np.asarray(renumbered[columns])
 
-        row, column, rest = pattern.row, pattern.column, pattern.rest
+        row, column = pattern.row, pattern.column
         in_rows = _among(row, pattern.rows, m)
         in_columns = ~in_rows & _among(column, pattern.columns, n)
+        rest = np.flatnonzero(~in_rows & ~in_columns)
         order = np.zeros(n, np.int64)
         order[pattern.columns] = np.arange(len(pattern.columns))
         self.only_rows = bool(in_rows.all()) and self.size > 0
