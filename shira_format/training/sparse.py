@@ -17,14 +17,20 @@ from shira_format._core.arrays import Array, as_array
 from shira_format.adapter import Adapter
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import load
-from shira_format.tensors import matrix_shape
+from shira_format.tensors import DenseTensor, matrix_shape
 from shira_format.training.dora import DoraWeight
 from shira_format.training.layers import is_switched, switch_back, switch_class
 from shira_format.training.masks import Mask, masked_weights, read_mask
 from shira_format.training.pattern import MatrixPattern, Method
 from shira_format.training.rounding import ROUNDINGS, Rounding
 from shira_format.training.state import drop_state, load_states, read_state, write_state
-from shira_format.training.trained import TrainedEntries, Training, freeze_others, whole_parameters
+from shira_format.training.trained import (
+    TrainedEntries,
+    Training,
+    WholeParameter,
+    freeze_others,
+    whole_parameters,
+)
 from shira_format.training.weight import SparseWeight
 
 
@@ -247,18 +253,45 @@ def resume(
         model, adapter, whole=_exactly(set(dense) - set(new)), new=_exactly(new), freeze=freeze, prefix=prefix, **options
     )  # fmt: skip
     try:
-        for name, weight in training.weights.items():
-            adapter[name].checked_base(weight.weight)
-        _take_whole(training, adapter)
+        take_adapter(training, adapter, state)
     except BaseException:
         training.detach(restore=True)
         raise
+    return training
+
+
+def take_adapter(training: SparseParameters, adapter: Adapter, state: Mapping[str, Any] | None) -> None:
+    """Go on from an adapter of the same mask.
+
+    Args:
+        training: the model under training.
+        adapter: as :meth:`SparseParameters.save` wrote it.
+        state: its state, or None.
+
+    Raises:
+        BaseMismatch: it is of another base.
+        SourceError: it is of another mask.
+    """
     for name, weight in training.weights.items():
-        weight.set_values(torch.as_tensor(_tensor_of(adapter[name].applied(weight.base), weight.weight)))
+        if name not in adapter or not np.array_equal(adapter[name].indices, weight.indices):
+            raise SourceError(f"the adapter has other entries of {name!r} than the mask")
+    wanted = {one.name for one in training.whole}
+    if extra := [*(adapter.keys() - training.weights.keys()), *(adapter.dense.keys() ^ wanted)]:
+        raise SourceError(f"{extra[0]!r} is not trained in both, the adapter and the model")
+    with training.base():
+        for name, weight in training.weights.items():
+            adapter[name].checked_base(weight.weight)
+        for one in training.whole:
+            _check_whole(one, adapter.dense[one.name], training.model.get_parameter(one.path))
+    for one in training.whole:
+        parameter = training.model.get_parameter(one.path)
+        with torch.no_grad():
+            parameter.copy_(_tensor_of(adapter.dense[one.name].values, parameter))
+    for name, weight in training.weights.items():
+        weight.set_values(_tensor_of(adapter[name].applied(weight.base), weight.weight))
     if state is not None:
         training.set_state(state)
         training.resumed = state["optimizer"]
-    return training
 
 
 def _check_resumable(path: str | os.PathLike[str], adapter: Adapter) -> None:
@@ -274,14 +307,11 @@ def _exactly(names: Iterable[str]) -> list[str]:
     return [rf"(^|\.){re.escape(name)}$" for name in sorted(names)]
 
 
-def _take_whole(training: SparseParameters, adapter: Adapter) -> None:
-    for one in training.whole:
-        saved, parameter = adapter.dense[one.name], training.model.get_parameter(one.path)
-        if tuple(parameter.shape) != saved.values.shape:
-            raise BaseMismatch(f"tensor {one.name!r}: shape {list(saved.values.shape)} for {list(parameter.shape)}")
-        saved.check_base(parameter, "the model")
-        with torch.no_grad():
-            parameter.copy_(_tensor_of(saved.values, parameter))
+def _check_whole(one: WholeParameter, saved: DenseTensor, parameter: torch.Tensor) -> None:
+    if tuple(parameter.shape) != saved.values.shape:
+        raise BaseMismatch(f"tensor {one.name!r}: shape {list(saved.values.shape)} for {list(parameter.shape)}")
+    if saved.base_digest != one.base_digest:
+        raise BaseMismatch(f"tensor {one.name!r}: the model had other values before it was trained than the adapter's base")
 
 
 def _tensor_of(values: Array, like: torch.Tensor) -> torch.Tensor:

@@ -183,7 +183,8 @@ def whole_parameters(
                     raise SourceError(f"{path} is masked, and cannot be trained whole too")
                 digest = None if is_new else array_digest(as_array(model.get_parameter(path)))
                 found[path] = WholeParameter(path if is_new else rename(path), path, digest)
-    return list(found.values())
+    # In the model's order, however they were asked for: optimizers know parameters by their number.
+    return [found[path] for path, _ in model.named_parameters() if path in found]
 
 
 def _common_renaming(masked: Mapping[str, str]) -> Any:

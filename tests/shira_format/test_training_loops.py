@@ -112,7 +112,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("kind", ["rand", "struct"])
+@pytest.mark.parametrize("kind", ["rand", "struct", "columns"])
 def test_compiled(kind: str) -> None:
     """The model is traced whole, and trains like the one that is not compiled."""
     found = []
