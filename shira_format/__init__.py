@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shira_format.live import Switcher as Switcher
     from shira_format.live import apply as apply
     from shira_format.live import place_adapter as place_adapter
+    from shira_format.masks.make import make_mask as make_mask
     from shira_format.merging.diff import diff as diff
     from shira_format.merging.verbs import compose as compose
     from shira_format.merging.verbs import intersect as intersect
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from shira_format.names.servers import ServerLayout as ServerLayout
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
+    from shira_format.training.hook import attach as attach
+    from shira_format.training.sparse import resume as resume
+    from shira_format.training.sparse import sparse_parameters as sparse_parameters
 
 # Where each public name lives; it is imported when it is first asked for.
 _HOMES = {
@@ -55,6 +59,7 @@ _HOMES = {
     "SparseTensor": "tensors",
     "Switcher": "live",
     "apply": "live",
+    "attach": "training.hook",
     "compose": "merging.verbs",
     "csr_to_shira": "convert.csr",
     "diff": "merging.diff",
@@ -64,15 +69,18 @@ _HOMES = {
     "invert": "merging.verbs",
     "load": "format",
     "lora_to_shira": "convert.lora",
+    "make_mask": "masks.make",
     "merge": "merging.verbs",
     "open_checkpoint": "checkpoints",
     "peft_to_shira": "convert.peft_shira",
     "place_adapter": "live",
+    "resume": "training.sparse",
     "save": "format",
     "shira_to_csr": "export.csr",
     "shira_to_full": "export.full",
     "shira_to_lora": "export.lora",
     "shira_to_peft": "export.peft_shira.export",
+    "sparse_parameters": "training.sparse",
     "subtract": "merging.verbs",
     "verify": "entries.inspection",
 }

@@ -1,4 +1,4 @@
-"""Write the conformance vectors of SHiRA adapter files 1.0.
+"""Write the conformance vectors of SHiRA adapter files 1.1.
 
     python make_vectors.py [FOLDER]        (default: vectors, beside this file)
 
@@ -108,6 +108,24 @@ def directory(indices: Sequence[int], codes: Sequence[bytes], block_size: int) -
     for code in codes:
         starts.append(starts[-1] + len(code))
     return [(indices[k], starts[k]) for k in range(0, len(indices), block_size)]
+
+
+def bits_to_bytes(bits: Sequence[int]) -> bytes:
+    """The first bit has the value 1 in its byte; the last byte is filled up with 0."""
+    filled = [*bits, *[0] * (-len(bits) % 8)]
+    return bytes(
+        sum(bit << place for place, bit in enumerate(filled[at : at + 8])) for at in range(0, len(filled), 8)
+    )
+
+
+def runs_code(gaps: Sequence[int], low: int) -> bytes:
+    lower = [gap >> place & 1 for gap in gaps for place in range(low)]
+    upper = [bit for gap in gaps for bit in [*[0] * (gap >> low), 1]]
+    return bits_to_bytes(lower) + bits_to_bytes(upper)
+
+
+def run_entries(shape: Sequence[int], length: int, runs: Sequence[int]) -> list[int]:
+    return [r * length + k for r in runs for k in range(length) if r * length + k < elements(shape)]
 
 
 def rows(step: int, offset: int) -> Json:
@@ -225,6 +243,26 @@ class Maker:
     def structured(self, name: str, shape: Sequence[int], *pattern: Json, **more: Any) -> Maker:
         indices = pattern_indices(shape, pattern)
         return self.sparse(name, shape, indices, "structured", more={"pattern": list(pattern)}, **more)
+
+    def runs(
+        self,
+        name: str,
+        shape: Sequence[int],
+        length: int,
+        low: int,
+        runs: Sequence[int],
+        data: bytes | None = None,
+        **more: Any,
+    ) -> Maker:
+        """The runs of these numbers; `data` in place of their code."""
+        if "runs" not in self.manifest["features"]:
+            self.manifest["features"].append("runs")
+            self.set(format_version="1.1")
+        indices = run_entries(shape, length, runs)
+        self.sparse(name, shape, indices, "runs", more={"length": length, "low": low}, **more)
+        code = runs_code(gaps_of(runs), low) if data is None else data
+        self.tensor(-1)["digests"]["indices"] = self.stream(name + "#indices", "U8", [len(code)], code)
+        return self
 
     def whole(
         self,
@@ -478,6 +516,28 @@ def good_structured() -> None:
     file.structured("no.rows", [0, 5], columns(2, 1), diagonal(3)).structured("no.columns", [3, 0], rows(1, 0))
     file.structured("base", [2, 2], diagonal(0), store_base=True)
     good("structured-mask").structured("w", [6, 6], rows(3, 0), columns(3, 0), values="none")
+
+
+def good_runs() -> None:
+    file = good("runs-of-page").runs("a", [4, 8], 4, 0, [0, 1, 7]).runs("b", [4, 8], 8, 1, [1])
+    file.runs("c", [3, 7], 2, 2, [3, 8, 10])
+    file = good("runs").runs("w", [16, 100], 16, 3, [0, 1, 9, 40, 41, 99]).runs("v", [4096], 256, 0, [2, 15])
+    file.runs("base", [64], 8, 2, [1, 6], dtype="BF16", store_base=True)
+    for low in (0, 1, 7, 8, 9, 45):
+        file.runs(f"low.{low}", [5000], 2, low, [0, 3, 5, 300, 301, 2499])
+    file = good("runs-counts").runs("none", [3, 4], 4, 3, []).runs("all", [4, 8], 16, 0, [0, 1])
+    file.runs("none.of.none", [0, 4], 4, 0, []).runs("cut", [3, 7], 4, 1, [0, 5]).runs("cut.alone", [5], 8, 0, [0])
+    file.runs("scalar", [], 2, 5, [0]).runs("scalar.none", [], 2, 0, [])
+    good("runs-far").runs("w", [MAX_NUMEL], 256, 45, [0, 2**44, MAX_NUMEL // 256])
+    file = good("runs-mask").runs("w", [6, 32], 32, 0, [1, 5], values="none")
+    file.sparse("v", [6, 32], run_entries([6, 32], 32, [1, 5]), "shared", more={"tensor": "w"})
+    file = good("runs-delta").runs("w", [6, 32], 8, 2, [3, 11], values="delta", value_dtype="F16", dtype="F16")
+    file.sparse("other", [40], [7])
+    good("runs-every-length").runs("2", [2048], 2, 4, [0, 700]).runs("4", [2048], 4, 4, [1, 511]).runs(
+        "8", [2048], 8, 4, [0, 255]
+    ).runs("32", [2048], 32, 4, [63]).runs("64", [2048], 64, 4, [0, 31]).runs("128", [2048], 128, 4, [3, 4])
+    file = good("runs-patch").runs("w", [8, 4], 4, 0, [0, 2]).resize(4)
+    file.runs("longer", [4, 4], 8, 0, [1]).resize(5)
 
 
 def good_shared() -> None:
@@ -1458,6 +1518,70 @@ def bad_codes() -> None:
     flat("duplicate--flat-zero", 0, 0)
 
 
+def bad_runs() -> None:
+    def code(name: str, text: str, runs: Sequence[int], length: int = 4, low: int = 0, numel: int = 32) -> None:
+        bad(name, Maker().runs("w", [numel], length, low, runs, bytes.fromhex(text)))
+
+    code("stream-truncated--runs-empty", "", [0])
+    code("stream-truncated--runs-too-few", "03", [0, 1, 2])
+    code("stream-truncated--runs-no-unary", "00", [0], low=1)
+    code("stream-truncated--runs-low-bits", "00", [0, 1, 2], low=3)
+    code("stream-truncated--runs-zeros", "00" * 40, [0])
+    code("stream-trailing--runs-one-more", "07", [0, 1])
+    code("stream-trailing--runs-byte", "0100", [0])
+    code("stream-trailing--runs-byte-of-ones", "0101", [0])
+    code("stream-trailing--runs-nnz-0", "00", [])
+    code("stream-trailing--runs-low-bits", "0201", [0], low=1)
+    code("out-of-range--runs", "0001", [0])
+    code("out-of-range--runs-just", "8080", [7, 7])
+    code("out-of-range--runs-first", "8001", [0], low=8, numel=512)
+    code("out-of-range--runs-largest-gap", "ffffffffff1f01", [0], low=45)
+    code("out-of-range--runs-beyond-2-to-53", "00" * 46 + "80", [0], low=45, numel=MAX_NUMEL)
+    code("count-mismatch--runs-not-cut", "01", [7], numel=30)
+    code("count-mismatch--runs-cut", "80", [0], numel=30)
+    bad("count-mismatch--runs-cut-too-few", cut(Maker().runs("w", [30], 4, 0, [7]), 1))
+    bad("count-mismatch--runs-part", cut(Maker().runs("w", [32], 4, 0, [1]), 3))
+    for key in ("length", "low"):
+        for what, value in {
+            "missing": None,
+            "negative": -1,
+            "float": 2.0,
+            "string": "2",
+            "true": True,
+            "large": 512,
+        }.items():
+            file = Maker().runs("w", [32], 2, 2, [0, 3])
+            if value is None:
+                del file.tensor()["indices"][key]
+            else:
+                file.tensor()["indices"][key] = value
+            bad(f"manifest-schema--runs-{key}-{what}", file)
+    for what, value in {"1": 1, "3": 3, "0": 0}.items():
+        file = Maker().runs("w", [32], 2, 2, [0, 3])
+        file.tensor()["indices"]["length"] = value
+        bad(f"manifest-schema--runs-length-{what}", file)
+    file = Maker().runs("w", [32], 2, 2, [0, 3])
+    file.tensor()["indices"]["low"] = 46
+    bad("manifest-schema--runs-low-46", file)
+    bad("manifest-schema--runs-no-feature", Maker().runs("w", [32], 2, 2, [0, 3]).set(features=[]))
+    file = Maker().runs("w", [32], 2, 2, [0, 3])
+    del file.tensor()["digests"]["indices"]
+    bad("manifest-schema--runs-no-digest", file)
+    file = Maker().runs("w", [32], 2, 2, [0, 3])
+    file.tensor()["digests"]["indices"] = sha(b"something else")
+    bad("digest-mismatch--runs", file)
+    bad("out-of-range--dropped-runs", Maker().runs("w", [8, 4], 4, 0, [0, 7]).resize(4))
+
+
+def cut(file: Maker, nnz: int) -> bytes:
+    """The only tensor with fewer entries than its runs have."""
+    item = file.tensor()
+    dtype, _, data = file.streams["w#values"]
+    item["nnz"] = nnz
+    item["digests"]["values"] = file.stream("w#values", dtype, [nnz], data[: nnz * SIZE[dtype]])
+    return file.file()
+
+
 def bad_directories() -> None:
     indices = [3 * k + 600 * (k // 16) for k in range(50)]
     for codec in ("gap8", "varint"):
@@ -1753,6 +1877,7 @@ def make() -> dict[str, bytes]:
         good_values,
         good_codecs,
         good_structured,
+        good_runs,
         good_shared,
         good_shapes,
         good_whole,
@@ -1774,6 +1899,7 @@ def make() -> dict[str, bytes]:
         bad_counts,
         bad_digests,
         bad_codes,
+        bad_runs,
         bad_directories,
         bad_patterns,
         bad_patches_schema,

@@ -1,4 +1,4 @@
-"""A reader of SHiRA adapter files 1.0 in plain Python, written from SPEC.md alone.
+"""A reader of SHiRA adapter files 1.1 in plain Python, written from SPEC.md alone.
 
     python reader.py FILE [--masks DIR]
 
@@ -32,8 +32,8 @@ HUGE = 10**400
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 SIZES = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-KNOWN_FEATURES = {"mask-file", "patch"}
-CODECS_WITH_STREAM = {"gap8", "varint", "flat"}
+KNOWN_FEATURES = {"mask-file", "patch", "runs"}
+CODECS_WITH_STREAM = {"gap8", "varint", "flat", "runs"}
 
 Item = dict[str, Any]
 
@@ -267,6 +267,11 @@ STRENGTH = (is_finite, "a finite number")
 DIGEST = (is_digest, "a SHA-256 digest")
 VALUES = (lambda value: value in ("target", "delta", "none"), "target, delta or none")
 BLOCK_SIZE = (lambda value: is_count(value) and 16 <= value < 2**31, "an integer from 16 to 2^31 - 1")
+LENGTH = (
+    lambda value: value in (2, 4, 8, 16, 32, 64, 128, 256) and is_count(value),
+    "a power of two from 2 to 256",
+)
+LOW = (lambda value: is_count(value) and value <= 45, "an integer from 0 to 45")
 KIND = (lambda value: value in ("rows", "columns", "diagonal"), "rows, columns or diagonal")
 
 FILES = [{"name": TEXT, "digest?": TEXT}]
@@ -312,6 +317,7 @@ PARAMETERS: dict[str, Form] = {
     "flat": {},
     "structured": {"pattern": [{"kind": KIND, "offset": INTEGER, "step?": INTEGER}]},
     "shared": {"tensor": TEXT, "file?": TEXT},
+    "runs": {"length": LENGTH, "low": LOW},
 }
 
 
@@ -412,6 +418,8 @@ def check_sparse(item: Item, manifest: Item) -> None:
     check_patch(item, manifest, where)
     check_digest_keys(item, where)
     check_mask_reference(item, manifest, where)
+    if item["indices"]["codec"] == "runs" and "runs" not in manifest["features"]:
+        raise schema_error(f"{where} needs the feature runs")
     if item["dtype"] not in FLOATS:
         raise Refused("sparse-dtype", f"{where} has the dtype {shown(item['dtype'])}")
     if item["nnz"] > count_elements(item["shape"], where):
@@ -617,6 +625,39 @@ def decode_flat(item: Item, stream: memoryview) -> list[int]:
     return indices
 
 
+def decode_runs(item: Item, stream: memoryview) -> list[int]:
+    data, nnz, length, low = bytes(stream), item["nnz"], item["indices"]["length"], item["indices"]["low"]
+    numel = count_elements(item["shape"], "")
+    count = -(-nnz // length)
+    plane = -(-count * low // 8)  # bytes of the low bits
+
+    def bit(at: int) -> int:
+        return data[at // 8] >> at % 8 & 1
+
+    if len(data) < plane:
+        raise Refused("stream-truncated", "ends within the low bits")
+    if any(bit(at) for at in range(count * low, 8 * plane)):
+        raise Refused("stream-trailing", "a bit follows the last low bit")
+    indices: list[int] = []
+    run, at = -1, 8 * plane
+    for number in range(count):
+        high = 0
+        while at < 8 * len(data) and not bit(at):
+            high, at = high + 1, at + 1
+        if at == 8 * len(data):
+            raise Refused("stream-truncated", f"ends after {number} of {count} runs")
+        at += 1
+        run += 1 + (high << low) + sum(bit(number * low + place) << place for place in range(low))
+        if run * length >= numel:
+            raise Refused("out-of-range", f"run {run} of {-(-numel // length)}")
+        indices.extend(range(run * length, min((run + 1) * length, numel)))
+    if any(bit(place) for place in range(at, 8 * len(data))) or len(data) > -(-at // 8):
+        raise Refused("stream-trailing", "bits follow the last run")
+    if len(indices) != nnz:
+        raise Refused("count-mismatch", f"the runs have {len(indices)} entries, nnz is {nnz}")
+    return indices
+
+
 def list_part(part: Item, rows: int, columns: int, nnz: int) -> Iterator[int]:
     """The flat indices of one part, of which there are at most nnz."""
     kind, offset, step = part["kind"], part["offset"], part.get("step", 1)
@@ -667,6 +708,8 @@ def own_indices(file: File, item: Item) -> list[int]:
             stream = file.bytes_of(name + "#indices", digests["indices"])
             if codec == "flat":
                 file.indices[name] = decode_flat(item, stream)
+            elif codec == "runs":
+                file.indices[name] = decode_runs(item, stream)
             else:
                 blocks = file.bytes_of(name + "#blocks", digests["blocks"]) if has_directory(item) else None
                 file.indices[name] = decode_gaps(item, stream, blocks)
@@ -711,11 +754,12 @@ def check_dropped(item: Item, indices: list[int]) -> None:
 
 
 def check_listing(manifest: Item) -> None:
-    """Nothing in the file bounds the nnz of a mask without a stream; a few bytes could ask for any memory."""
+    """Nothing in the file bounds the nnz of a mask without a stream, and little that of runs; a few bytes could ask for
+    any memory."""
     free = [
         item["nnz"]
         for item in manifest["tensors"]
-        if item["values"] == "none" and item["indices"]["codec"] not in CODECS_WITH_STREAM
+        if item["values"] == "none" and item["indices"]["codec"] not in CODECS_WITH_STREAM - {"runs"}
     ]
     if sum(free) > MAX_LISTED:
         raise TooLarge(f"the masks have {sum(free)} entries, this reader lists {MAX_LISTED}")

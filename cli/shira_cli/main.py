@@ -27,6 +27,7 @@ COMMANDS = {
     "diff": ("diff", "What differs between two adapters."),
     "merge": ("merge", "Merge adapters of one base into one."),
     "check-merge": ("convert.check_merge", "Does a merged checkpoint hold a LoRA?"),
+    "mask": ("mask", "Masks: which entries of a model's weights an adapter may change."),
     "measure": ("measure", "Norms, ranks and spread of adapters; overlap and interference of pairs."),
     "moments": ("moments", "Second moments of a model's layer inputs, for measures on real inputs."),
     "plot": ("plot", "Pictures of adapters."),

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,11 @@ def _silent(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def by_length(texts: Sequence[str]) -> list[int]:
+    """The positions of texts in the order in which :func:`batches` takes them: the shortest first."""
+    return sorted(range(len(texts)), key=lambda i: len(texts[i]))
+
+
 def batches(tokenizer: Any, texts: Sequence[str], *, batch: int, length: int) -> Iterator[Any]:
     """The tokenized texts, grouped by similar length and truncated to ``length`` tokens.
 
@@ -172,7 +177,7 @@ def batches(tokenizer: Any, texts: Sequence[str], *, batch: int, length: int) ->
         if tokenizer.eos_token is None:
             raise SourceError("the tokenizer has no token to pad with: use a batch size of 1")
         tokenizer.pad_token = tokenizer.eos_token
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = by_length(texts)
     for start in range(0, len(order), batch):
         yield tokenizer(
             [texts[i] for i in order[start : start + batch]],
@@ -196,6 +201,14 @@ class ChosenLayers:
     unknown: list[str]
 
 
+def names_in_files(model: Any, names: Collection[str]) -> Callable[[str], str | None]:
+    """What gives the checkpoint's name of a model's parameter, which may lack a prefix such as ``bert.`` or have it in addition;
+    None if the checkpoint has neither.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    return lambda name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
+
+
 def choose_layers(
     model: Any, names: Collection[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> ChosenLayers:
@@ -214,14 +227,13 @@ def choose_layers(
     """
     from shira_format.calibration.layers import can_watch
 
-    wanted = name_filter(include, exclude)
-    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    wanted, in_files = name_filter(include, exclude), names_in_files(model, names)
     found = ChosenLayers([], {}, [])
     for module, layer in model.named_modules():
         if not can_watch(layer):
             continue
         weight = f"{module}.weight"
-        known = next((n for n in (weight, weight.removeprefix(prefix), prefix + weight) if n in names), None)
+        known = in_files(weight)
         if known is None or known in found.weights.values():
             found.unknown.append(weight)
         elif wanted(known):

@@ -26,9 +26,10 @@ from shira_format.storage.safetensors_file import is_uint, parse_object
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, ValueKind, numel
 
 FORMAT_VERSION = "1.0"
+NEWER = {"runs": "1.1"}  # the version that brought a feature, of those that are not in FORMAT_VERSION
 MAJOR = 1
 METADATA_KEY = "shira"
-FEATURES = frozenset({"mask-file", "patch"})
+FEATURES = frozenset({"mask-file", "patch", *NEWER})
 DIGEST = "sha256"
 # What a writer derives from the tensors; all other keys of a manifest are copied.
 DERIVED = frozenset({"format_version", "features", "digest", "mask_files", "tensors", "whole"})
@@ -73,6 +74,12 @@ class SparseEntry:
     def codec(self) -> str:
         """The index codec's name."""
         return str(self.indices["codec"])
+
+    @property
+    def feature(self) -> str | None:
+        """The feature that the index codec needs."""
+        codec = CODECS.get(self.codec)
+        return None if codec is None else codec.feature
 
     def index_streams(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
         """The streams of the index codec, if it has any; see :meth:`IndexCodec.streams`."""
@@ -149,6 +156,8 @@ def parse_manifest(text: str) -> Manifest:
         raise FormatError("manifest-schema", "'from', 'rows' or 'removed' without the feature 'patch'")
     _check_distinct(manifest.stream_names(), "stream name")
     for entry in tensors:
+        if (feature := entry.feature) is not None and feature not in raw["features"]:
+            raise FormatError("manifest-schema", f"the codec {entry.codec!r} without the feature {feature!r}", tensor=entry.name)  # fmt: skip
         if entry.codec == "shared":
             _check_shared(entry, manifest)
     return manifest

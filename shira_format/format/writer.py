@@ -21,12 +21,13 @@ from shira_format._core.arrays import Array, array_digest, as_bytes, file_digest
 from shira_format._core.dtypes import dtype_name
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
-from shira_format.format.codecs import BLOCK_SIZE, Encoded, encode_smallest
+from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, encode_smallest
 from shira_format.format.manifest import (
     DERIVED,
     DIGEST,
     FORMAT_VERSION,
     METADATA_KEY,
+    NEWER,
     check_name,
     parse_manifest,
     stream_name,
@@ -255,7 +256,7 @@ class AdapterWriter:
         if self._masks is not None and self._in_mask_file(tensor):
             return {"codec": "shared", "tensor": tensor.name, "file": self._masks.path.name}
         if encoded.stream is not None:
-            key = (tensor.shape, encoded.params["codec"], prepared.digests["indices"])
+            key = (tensor.shape, *encoded.params.values(), prepared.digests["indices"])
             twin = self._seen.setdefault(key, tensor.name)
             if twin != tensor.name and encoded.stream_bytes > len(twin):
                 return {"codec": "shared", "tensor": twin}
@@ -335,6 +336,9 @@ class AdapterWriter:
             manifest["mask_files"] = {self._masks.path.name: file_digest(self._masks.path)}
         if manifest.get("removed") or any("from" in item or "rows" in item for item in self._tensors):
             manifest["features"].append("patch")
+        codecs = {item["indices"]["codec"] for item in self._tensors}
+        manifest["features"] += sorted({c.feature for c in CODECS.values() if c.feature and c.name in codecs})
+        manifest["format_version"] = max([FORMAT_VERSION, *(NEWER.get(f, "") for f in manifest["features"])])
         manifest["tensors"] = self._tensors
         if self._whole:
             manifest["whole"] = self._whole

@@ -224,7 +224,7 @@ def sparse_parameters(
 
 
 def resume(
-    model: nn.Module, path: str | os.PathLike[str], *, freeze: bool = True, prefix: str | None = None
+    model: nn.Module, adapter: str | os.PathLike[str], *, freeze: bool = True, prefix: str | None = None
 ) -> SparseParameters:
     """Go on with an adapter: exactly where :meth:`SparseParameters.save_state` left off, if ``PATH.state`` is there.
 
@@ -233,7 +233,7 @@ def resume(
 
     Args:
         model: the base, as it was before the training.
-        path: the adapter.
+        adapter: its file.
         freeze: see :func:`sparse_parameters`.
         prefix: see there.
 
@@ -241,19 +241,19 @@ def resume(
         BaseMismatch: the model is not the base of the adapter.
         SourceError: the adapter does not fit the model, or the state is not of this adapter.
     """
-    adapter, state = load(path), read_state(path)
-    _check_resumable(path, adapter)
-    dense = adapter.dense
+    found, state = load(adapter), read_state(adapter)
+    _check_resumable(adapter, found)
+    dense = found.dense
     new = [name for name in dense if dense[name].base_digest is None]
     options = {} if state is None else state["options"]
     if options:
         name = str(options["dtype"]).removeprefix("torch.")
         options = options | {"dtype": getattr(torch, name) if name else None}
     training = sparse_parameters(
-        model, adapter, whole=_exactly(set(dense) - set(new)), new=_exactly(new), freeze=freeze, prefix=prefix, **options
+        model, found, whole=_exactly(set(dense) - set(new)), new=_exactly(new), freeze=freeze, prefix=prefix, **options
     )  # fmt: skip
     try:
-        take_adapter(training, adapter, state)
+        take_adapter(training, found, state)
     except BaseException:
         training.detach(restore=True)
         raise

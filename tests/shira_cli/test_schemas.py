@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from shira_cli import convert, demo, diff, inspect, main, measure, merge, moments, plot, verify
+from shira_cli import convert, demo, diff, inspect, main, mask, measure, merge, moments, plot, verify
 from shira_cli.convert import COMMANDS
 from shira_format.calibration.moments import Moment, Moments
 from tests import models
@@ -148,6 +148,26 @@ def test_moments_and_lemmas(folder: Path, tmp_path: Path, capsys: Capture) -> No
     for extra in (("--dry-run",), ()):
         check("moments", run(moments.main, (*arguments, *extra), folder, capsys))
     check("lemmas", run(verify.main, ("@a.st", "--quick", "--lemma", "4.5"), folder, capsys))
+
+
+def test_masks(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    some = ("--base", "@base", "--include", r"layer\.0\.attention")
+    for number, extra in enumerate(
+        ((), ("--dry-run",), ("--rule", "rand", "--runs", "16", "--band", "1", "--rank", "2"))
+    ):
+        check("mask", run(mask.main, (*some, "-o", tmp_path / f"{number}.st", *extra), folder, capsys))
+    texts = (
+        "--rule",
+        "snip",
+        "--task",
+        "classify",
+        "--data",
+        models.LORAS.parent / "text" / "spam.jsonl",
+        "--limit",
+        "4",
+    )
+    check("mask", run(mask.main, (*some, *texts, "-o", tmp_path / "s.st", "--max-length", "16"), folder, capsys))
+    check("inspect", run(inspect.main, (tmp_path / "2.st", "--verify"), folder, capsys))
 
 
 def test_demo(folder: Path, capsys: Capture) -> None:

@@ -101,6 +101,26 @@ def test_examples_of_patterns(row: list[str]) -> None:
     assert indices == sorted(set(indices))
 
 
+RUN_EXAMPLES = rows(section("5.6"))
+
+
+@pytest.mark.parametrize("row", RUN_EXAMPLES)
+def test_examples_of_runs(row: list[str]) -> None:
+    shape, indices = tuple(numbers(row[0])), numbers(row[2])
+    length, low = numbers(row[1])
+    starts = np.array([index for index in indices if index % length == 0])
+    assert numbers(row[3]) == gaps_of(starts // length).tolist()
+    stream = np.frombuffer(bytes.fromhex(row[4].strip("`")), np.uint8)
+    params = {"codec": "runs", "length": length, "low": low}
+    assert indices == CODECS["runs"].decode(Encoded(params, stream), shape, len(indices)).tolist()
+    item = {"nnz": len(indices), "shape": list(shape), "indices": params}
+    assert indices == reader.decode_runs(item, memoryview(stream.tobytes()))
+
+
+def test_the_examples_of_runs_are_found() -> None:
+    assert 3 == len(RUN_EXAMPLES)
+
+
 def test_the_example_of_a_flat_index() -> None:
     assert "`[4, 300]` has element `(2, 5)` at flat index 605" in " ".join(section("1").split())
     assert 605 == np.ravel_multi_index((2, 5), (4, 300))

@@ -113,7 +113,8 @@ def test_good_vectors_can_be_written_again(file: Path, tmp_path: Path) -> None:
     """Another codec, alignment and order of the streams, but the same content, and the keys that nobody knows."""
     path = tmp_path / "again.st"
     save(load(file), path)
-    expected = run_vectors.expected_content(file) | {"format_version": "1.0"}
+    version = "1.1" if "runs" in load(path).manifest["features"] else "1.0"
+    expected = run_vectors.expected_content(file) | {"format_version": version}
     assert run_vectors.difference(reader.read(str(path)), expected) is None
     derived = {"format_version", "features", "digest", "tensors", "whole", "mask_files", "writer"}
     before, after = load(file).manifest, load(path).manifest

@@ -13,13 +13,16 @@ from shira_format._core.arrays import Indices
 from shira_format.format.codecs.base import Encoded, IndexCodec, IndexRange, cut
 from shira_format.format.codecs.flat import Flat
 from shira_format.format.codecs.gaps import Gap8, Varint
+from shira_format.format.codecs.runs import Runs
 from shira_format.format.codecs.structured import Structured
 
 BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 bits an entry
 
 # Those that our writer chooses from; flat is never smaller than varint.
 _WRITTEN: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured())
-CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat())}
+# One that readers of version 1.0 lack is written only where it takes half of the bytes, and this many fewer.
+_RUNS, _WORTH_A_FEATURE = Runs(), 256
+CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat(), _RUNS)}
 
 __all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "IndexRange", "cut", "encode_smallest", "stored_bytes"]
 
@@ -27,10 +30,14 @@ __all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "IndexRange", "cut",
 def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> Encoded:
     """Encode ``indices`` (int64 ``[nnz]``, strictly increasing) by the codec that takes the fewest bytes.
 
-    Ties go to the codec that is first in the registry. Sizes are computed first, and only the best codec encodes.
+    Ties go to the codec that is first in the registry. Sizes are computed first, and only the best codec encodes. ``runs`` is
+    chosen only where it saves half, because readers of version 1.0 refuse it.
     """
     sizes = [(codec.size(indices, shape), order) for order, codec in enumerate(_WRITTEN)]
-    _, best = min((size, order) for size, order in sizes if size is not None)
+    least, best = min((size, order) for size, order in sizes if size is not None)
+    in_runs = _RUNS.size(indices, shape)
+    if in_runs is not None and 2 * in_runs <= least and least - in_runs >= _WORTH_A_FEATURE:
+        return _RUNS.encode(indices, shape, block_size)
     return _WRITTEN[best].encode(indices, shape, block_size)
 
 

@@ -60,9 +60,11 @@ class IndexCodec(ABC):
 
     Attributes:
         name: as in the manifest.
+        feature: that a file with this codec must list; None: every reader knows the codec.
     """
 
     name: ClassVar[str]
+    feature: ClassVar[str | None] = None
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none
         """Check the manifest's ``indices`` object of the tensor named ``tensor``, as far as no stream is needed.

@@ -1,0 +1,435 @@
+"""From a model and a rule to a mask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shira_format._core.arrays import Indices
+from shira_format._core.threads import Progress, Workers
+from shira_format.adapter import Adapter
+from shira_format.errors import SourceError
+from shira_format.format import AdapterWriter
+from shira_format.format.codecs.runs import LENGTHS
+from shira_format.masks.base import Gradients, PlacedRule, Rule, ScoredRule
+from shira_format.masks.gradients import Loss, SummedGradients, reached, sum_gradients
+from shira_format.masks.registry import rule_of
+from shira_format.masks.rows import best_of_rows
+from shira_format.masks.scores import Ranking
+from shira_format.masks.size import Size
+from shira_format.masks.weights import Source, Weight, weights_of
+from shira_format.selection import LocalEngine, TopK, select
+from shira_format.storage.paths import check_not_input, hub_identity
+from shira_format.tensors import SparseTensor, Totals, density, numel
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """A mask to be made: which weights, by what rule, how large.
+
+    Attributes:
+        rule: see :class:`shira_format.masks.base.Rule`.
+        size: see :class:`Size`.
+        runs: entries of an aligned run; 1: single entries.
+        band: 0: the best entries, 1: the next so many, and so on.
+    """
+
+    rule: Rule
+    size: Size
+    runs: int = 1
+    band: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that cannot be meant."""
+        if self.runs != 1 and self.runs not in LENGTHS:
+            raise ValueError(f"runs of {self.runs} entries; known are {', '.join(map(str, LENGTHS))}")
+        if self.band < 0:
+            raise ValueError(f"band {self.band}; bands count from 0")
+        if isinstance(self.rule, PlacedRule) and (self.runs != 1 or self.band or self.size.scope != "tensor"):
+            raise ValueError(
+                f"the rule {self.rule.name!r} ranks nothing: runs, band and scope have no meaning with it"
+            )
+
+    @property
+    def scope(self) -> str:
+        """The scope, that of the rule if it has one."""
+        return self.rule.scope or self.size.scope
+
+    def masks(
+        self,
+        weights: Sequence[Weight],
+        gradients: Gradients | None,
+        workers: Workers,
+        progress: Progress = lambda _: None,
+    ) -> Iterator[tuple[Weight, Indices]]:
+        """Each weight with its entries: int64, flat, strictly increasing.
+
+        Args:
+            weights: to be masked.
+            gradients: if the rule needs them.
+            workers: the threads that compute; the result does not depend on their number.
+            progress: called with numbers of elements, :attr:`passes` times those of all weights.
+
+        Raises:
+            SourceError: see :func:`make_mask`.
+        """
+        if isinstance(self.rule, PlacedRule):
+            for weight in weights:
+                yield weight, self.rule.indices(weight, self.size.of(weight))
+                progress(weight.size)
+            return
+        assert isinstance(self.rule, ScoredRule)
+        rule = self.rule
+
+        def ranked(weight: Weight) -> Ranking:
+            return Ranking(rule.scores(weight, gradients), self.runs)
+
+        engine = LocalEngine(workers, lambda count: progress(count * self.runs))
+        if self.scope == "global":
+            found = self._global(
+                [ranked(weight) for weight in weights], self.size.of_all(weights), engine, workers
+            )
+        elif self.scope == "row":
+            found = (self._of_rows(ranked(weight), engine) for weight in weights)
+        else:
+            found = (self._of_one(ranked(weight), engine, workers) for weight in weights)
+        for weight, (ranking, places) in zip(weights, found, strict=True):
+            yield weight, ranking.entries(places)
+
+    def passes(self) -> int:
+        """How often each weight is read."""
+        return (2 if self.scope == "global" else 1) * (2 if self.band else 1)
+
+    def _of_one(self, ranking: Ranking, engine: LocalEngine, workers: Workers) -> tuple[Ranking, Indices]:
+        count = self._in_runs(self.size.of(ranking.scores.weight))
+        self._check_band(count, ranking.size, f"tensor {ranking.name!r}: ")
+        return ranking, self._band(
+            *(_first(_best([ranking], times * count, "tensor", engine, workers)) for times in self._ends())
+        )
+
+    def _of_rows(self, ranking: Ranking, engine: LocalEngine) -> tuple[Ranking, Indices]:
+        weight = ranking.scores.weight
+        count = self._in_runs(self.size.of_row(weight))
+        width = weight.matrices[1 if weight.inputs_first else 2] // self.runs
+        self._check_band(count, width, f"tensor {weight.name!r}: a row: ")
+        return ranking, self._band(
+            *(best_of_rows(ranking, times * count, engine.progress) for times in self._ends())
+        )
+
+    def _global(
+        self, rankings: list[Ranking], total: int, engine: LocalEngine, workers: Workers
+    ) -> Iterator[tuple[Ranking, Indices]]:
+        count = self._in_runs(total)
+        self._check_band(count, sum(ranking.size for ranking in rankings), "")
+        found = [_best(rankings, times * count, "global", engine, workers) for times in self._ends()]
+        for ranking, *parts in zip(rankings, *found, strict=True):
+            yield ranking, self._band(*parts)
+
+    def _in_runs(self, entries: int) -> int:
+        """The runs of so many entries, rounded to the nearest count, at least 1."""
+        return max(min(entries, 1), (2 * entries + self.runs) // (2 * self.runs))
+
+    def _ends(self) -> tuple[int, ...]:
+        """Up to which multiple of the count the ranking is taken, and from which on."""
+        return (self.band + 1, self.band) if self.band else (1,)
+
+    @staticmethod
+    def _band(upper: Indices, lower: Indices | None = None) -> Indices:
+        return upper if lower is None else np.setdiff1d(upper, lower, assume_unique=True)
+
+    def _check_band(self, count: int, size: int, where: str) -> None:
+        if self.band and (self.band + 1) * count > size:
+            what = "entries" if self.runs == 1 else "runs"
+            raise SourceError(
+                f"{where}band {self.band} of {count} {what} each ends at the rank {(self.band + 1) * count} of {size}"
+            )
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """For the manifest."""
+        mask = {"rule": self.rule.name} | self.rule.notes
+        mask |= {"runs": self.runs} if self.runs > 1 else {}
+        mask |= {"band": self.band} if self.band else {}
+        return {"mask": mask, "selection": {"rule": "mask"} | self.size.notes | {"scope": self.scope}}
+
+
+def _best(
+    rankings: list[Ranking], count: int, scope: str, engine: LocalEngine, workers: Workers
+) -> Iterator[Indices]:
+    if count == 0:
+        return repeat(np.empty(0, np.int64), len(rankings))
+    found = select(rankings, TopK(None, count, scope), engine, workers)
+    return (entries.indices for entries in workers.ahead(found))
+
+
+def _first(found: Iterator[Indices]) -> Indices:
+    (only,) = found
+    return only
+
+
+@dataclass(frozen=True)
+class MaskedTensor:
+    """The mask of one weight.
+
+    Attributes:
+        name: the weight.
+        shape: its shape.
+        dtype: its dtype's name.
+        nnz: number of entries.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nnz: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return numel(self.shape)
+
+    @property
+    def density(self) -> float:
+        """``nnz / numel``."""
+        return density(self.nnz, self.numel)
+
+
+@dataclass
+class MaskReport(Totals):
+    """What a mask is.
+
+    Attributes:
+        tensors: of each weight that has entries.
+        notes: ``mask`` and ``selection`` as in the manifest.
+        unreached: weights that are left out because the loss does not depend on them.
+        file_bytes: size of the file; None for a dry run.
+    """
+
+    tensors: list[MaskedTensor] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
+    file_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What gradients are computed on.
+
+    Attributes:
+        model: a torch module.
+        batches: what ``loss`` takes.
+        loss: from the model and a batch to a tensor of one element.
+        at_once: see :func:`shira_format.masks.gradients.sum_gradients`.
+        digest: SHA-256 of the data, for the mask's provenance.
+        leave_out: leave out weights that the loss does not depend on, instead of raising SourceError.
+        progress: called with numbers of batches.
+    """
+
+    model: Any
+    batches: Iterable[Any]
+    loss: Loss
+    at_once: int | None = None
+    digest: str | None = None
+    leave_out: bool = False
+    progress: Progress = lambda _: None
+
+
+def make_mask(
+    source: Source | Any,
+    rule: str | Rule = "wm",
+    *,
+    density: float | None = None,
+    top_k: int | None = None,
+    rank: int | None = None,
+    scope: str = "tensor",
+    runs: int = 1,
+    band: int = 0,
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    at_once: int | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+) -> Adapter:
+    """The mask of a model's weights: an adapter without values, for training, for :func:`save` and for other adapters to share.
+
+    The count is exact; of equal scores the entry of the lower index comes first, and under the global scope that of the earlier
+    weight. The result does not depend on the number of threads. In memory are the mask, and a few tiles of the weights.
+
+    Args:
+        source: a checkpoint (a path or an open one), or a torch module, which rules that need gradients take.
+        rule: a name (``wm``, ``rand``, ``struct``, ``grad``, ``snip``, ``lift``, ``gallop``, ``talos``, ``neuroada``), or a rule of
+            :mod:`shira_format.masks` with settings of its own, such as ``Struct("columns", offset=1)`` or ``Given(scores)``.
+        density: share of the elements, in (0, 1]; 0.01 by default.
+        top_k: instead, a count: for each weight, or in all under the global scope.
+        rank: instead, as many entries as a LoRA of this rank has parameters: ``rank (m + n)`` for a matrix ``[m, n]``.
+        scope: ``"tensor"``, ``"global"`` (the best of all weights together) or ``"row"`` (of each output the same number).
+        runs: take aligned runs of so many entries (2, 4, ... 256) by the sums of their scores; the count is rounded to whole runs.
+        band: 0: the best entries; 1: the next so many; and so on. Masks of different bands have no entry in common.
+        seed: of the rule ``rand``, if it is given by its name.
+        include: regexes; a weight is masked only if one of them is found in its name.
+        exclude: regexes; a weight is left out if one of them is found in its name.
+        batches: for gradients: what ``loss`` takes.
+        loss: for gradients: ``loss(model, batch)``, a tensor of one element.
+        at_once: for gradients: compute those of so many weights at a time, so that memory stays flat; the batches are run once for
+            each group.
+        threads: at most so many; all cores by default.
+        progress: called with numbers of elements.
+
+    Returns:
+        A mask with a tensor for each weight that has entries.
+
+    Raises:
+        ValueError: arguments that cannot be meant.
+        SourceError: no weight is left, a score is no number, a weight is too small, or the loss does not depend on a weight.
+        OSError: the checkpoint cannot be read.
+
+    Example:
+        >>> mask = make_mask("my-model", "wm", density=0.01, exclude=["embed"])
+        >>> mask["model.layers.0.mlp.up_proj.weight"].nnz
+        45089
+    """
+    chosen = rule_of(rule, seed)
+    plan = MaskPlan(chosen, Size(density, top_k, rank, scope), runs, band)
+    calibration = _calibration(source, chosen, batches, loss, at_once)
+    weights = weights_of(source, include, exclude)
+    report = MaskReport()
+    found = list(mask_tensors(plan, weights, calibration, report, threads=threads, progress=progress))
+    return Adapter(found, manifest=provenance(plan, source, include, exclude, calibration))
+
+
+def _calibration(
+    source: Any, rule: Rule, batches: Iterable[Any] | None, loss: Loss | None, at_once: int | None
+) -> Calibration | None:
+    if not rule.gradients:
+        if batches is not None or loss is not None or at_once is not None:
+            raise ValueError(
+                f"the rule {rule.name!r} needs no gradients: batches, loss and at_once have no meaning with it"
+            )
+        return None
+    if batches is None or loss is None or not hasattr(source, "named_modules"):
+        raise ValueError(f"the rule {rule.name!r} needs gradients: give a torch module, batches and a loss")
+    return Calibration(source, batches, loss, at_once)
+
+
+def mask_tensors(
+    plan: MaskPlan,
+    weights: Sequence[Weight],
+    calibration: Calibration | None,
+    report: MaskReport,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
+) -> Iterator[SparseTensor]:
+    """The mask's tensors one after the other; fills in the report.
+
+    Args:
+        plan: what to make.
+        weights: of a checkpoint, or of ``calibration.model``.
+        calibration: for rules that need gradients.
+        report: gets the tensors and what is left out.
+        threads: at most so many.
+        progress: called with numbers of elements.
+        on_start: called with what all calls of ``progress`` will add up to, when the gradients are there.
+
+    Raises:
+        SourceError: see :func:`make_mask`.
+    """
+    report.notes = plan.notes
+    with ExitStack() as stack:
+        gradients: SummedGradients | None = None
+        if calibration is not None:
+            gradients = stack.enter_context(
+                sum_gradients(
+                    calibration.model, weights, calibration.batches, calibration.loss,
+                    squares=plan.rule.gradients == "squares", at_once=calibration.at_once, progress=calibration.progress,
+                )
+            )  # fmt: skip
+            report.unreached = gradients.unreached
+            if gradients.unreached and not calibration.leave_out:
+                names = ", ".join(map(repr, gradients.unreached[:3]))
+                raise SourceError(
+                    f"the loss does not depend on {len(gradients.unreached)} weights, such as {names}: leave them out (exclude)"
+                )
+            weights = reached(weights, gradients)
+        on_start(plan.passes() * sum(weight.size for weight in weights))
+        workers = stack.enter_context(Workers(threads))
+        for weight, indices in plan.masks(weights, gradients, workers, progress):
+            if not indices.size:
+                continue
+            tensor = SparseTensor(weight.name, weight.shape, indices, value_kind="none", dtype=weight.dtype)
+            report.tensors.append(MaskedTensor(weight.name, weight.shape, str(weight.dtype), tensor.nnz))
+            yield tensor
+
+
+def provenance(
+    plan: MaskPlan,
+    source: Any,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    """What the manifest says of how a mask was made."""
+    manifest = plan.notes
+    if calibration is not None and calibration.digest is not None:
+        manifest["mask"]["calibration_digest"] = calibration.digest
+    manifest["selection"] |= {"include": list(include)} if include else {}
+    manifest["selection"] |= {"exclude": list(exclude)} if exclude else {}
+    if isinstance(source, str | os.PathLike) and (identity := hub_identity(os.fspath(source))):
+        manifest["base_model"] = identity
+    return manifest
+
+
+def write_mask(
+    source: Source,
+    out: Path | None,
+    plan: MaskPlan,
+    weights: Sequence[Weight],
+    *,
+    inputs: Sequence[Path] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+    on_start: Progress = lambda _: None,
+) -> MaskReport:
+    """Make a mask and write it tensor by tensor; see :func:`make_mask` and :func:`mask_tensors`.
+
+    Args:
+        source: the checkpoint, for the provenance.
+        out: the file, which is replaced if it exists; None for a dry run.
+        plan: what to make.
+        weights: to be masked.
+        inputs: files that must not be the output.
+        include: as given, for the provenance.
+        exclude: likewise.
+        calibration: for rules that need gradients.
+        threads: at most so many.
+        progress: called with numbers of elements.
+        on_start: see :func:`mask_tensors`.
+    """
+    report = MaskReport()
+    tensors = mask_tensors(
+        plan, weights, calibration, report, threads=threads, progress=progress, on_start=on_start
+    )
+    if out is None:
+        for _ in tensors:
+            pass
+        return report
+    check_not_input(out, list(inputs))
+    with AdapterWriter(out, provenance(plan, source, include, exclude, calibration)) as writer:
+        for tensor in tensors:
+            writer.add(tensor)
+    report.file_bytes = out.stat().st_size
+    return report
