@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from shira_format.errors import SourceError
 from shira_format.training.report import Quality, Run
 from shira_format.training.texts import Collator
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+# Where none is given. An entry of a weight moves by itself, and takes larger steps than the factors of a LoRA.
+DEFAULT_RATES = {"shira": 5e-3, "lora": 1e-3}
 _PILOT_TEXTS = 64  # validation texts of the search
 _EVALUATION_BATCH = 32
 
@@ -35,7 +37,8 @@ class Schedule:
         epochs: passes over the texts, if ``steps`` is None.
         batch: texts of a step.
         accumulate: parts in which a step's batch is computed.
-        learning_rate: None: searched among :data:`LEARNING_RATES` by short runs.
+        learning_rate: of AdamW; None: that of :data:`DEFAULT_RATES`; ``"auto"``: searched among :data:`LEARNING_RATES` by short
+            runs, for each method by itself.
         warmup: share of the steps in which the learning rate rises; then it falls linearly to 0.
         weight_decay: of AdamW.
         clip: the norm of all gradients at most.
@@ -45,10 +48,10 @@ class Schedule:
     """
 
     steps: int | None = None
-    epochs: float = 3.0
+    epochs: float = 8.0
     batch: int = 16
     accumulate: int = 1
-    learning_rate: float | None = 1e-3
+    learning_rate: float | Literal["auto"] | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -101,8 +104,8 @@ class Fitter:
         Raises:
             SourceError: the loss is no number.
         """
-        rate = self.schedule.learning_rate
-        if rate is None:
+        rate = self.schedule.learning_rate or DEFAULT_RATES[run.method]
+        if rate == "auto":
             rate = self._search(model, run, folder, trainer, on_step)
         run.learning_rate = rate
         start = time.perf_counter()
