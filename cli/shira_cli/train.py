@@ -35,7 +35,7 @@ RULES = ("wm", "rand", "struct", "grad", "snip", "lift", "gallop", "talos", "neu
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class LearningRate(click.ParamType):
+class LearningRate(click.types.FloatParamType):
     """A positive number, or ``auto``."""
 
     name = "rate"
@@ -176,19 +176,25 @@ def _plan(settings: dict[str, Any]) -> Plan:
 
     if settings["steps"] is not None and settings["epochs"] is not None:
         raise click.UsageError("--steps and --epochs exclude each other")
-    size = [settings[name] for name in ("density", "top_k", "rank")]
+    size = tuple(settings[name] for name in ("density", "top_k", "rank"))
     name, seed = settings["mask"], settings["seed"]
     mask: MaskPlan | Path
     with usage_errors():
         if name in RULES:
             rule = Rand(seed) if name == "rand" else CLASSES[name]()
-            mask = MaskPlan(rule, Size(*size, settings["scope"] or "tensor"), settings["runs"] or 1)
+            mask = MaskPlan(
+                rule,
+                Size(settings["density"], settings["top_k"], settings["rank"], settings["scope"] or "tensor"),
+                settings["runs"] or 1,
+            )
         else:
             mask = Path(name)
             if not mask.is_file():
                 raise click.UsageError(f"--mask {name} is neither a file nor one of {', '.join(RULES)}")
             if any(value is not None for value in (*size, settings["scope"], settings["runs"])):
-                raise click.UsageError("--density, --top-k, --rank, --scope and --runs have no meaning with a mask file")
+                raise click.UsageError(
+                    "--density, --top-k, --rank, --scope and --runs have no meaning with a mask file"
+                )
         schedule = Schedule(
             settings["steps"], settings["epochs"] or Schedule.epochs, settings["batch"], settings["accumulate"],
             settings["lr"], weight_decay=settings["weight_decay"], evaluations=settings["evaluations"],

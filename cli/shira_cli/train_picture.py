@@ -37,7 +37,9 @@ def draw(report: TrainingReport, path: Path) -> None:
             steps, losses = zip(*((step, quality.loss) for step, quality in run.validation), strict=True)
             axes.plot(steps, losses, color=colour, marker="o", markersize=4, label=f"{name}, validation")
         if run.quality is not None:
-            axes.plot([run.best_step], [run.quality.loss], color=colour, marker="*", markersize=12, linestyle="none")
+            axes.plot(
+                [run.best_step], [run.quality.loss], color=colour, marker="*", markersize=12, linestyle="none"
+            )
     if report.base is not None:
         axes.axhline(report.base.loss, color="gray", linestyle=":", label="base, validation")
     axes.set_xlabel("step")

@@ -48,15 +48,14 @@ def _run(run: Run) -> dict[str, Any]:
         "method": run.method,
         "parameters": run.parameters,
         "learning_rate": run.learning_rate,
-        "tried": [
-            {"learning_rate": rate, "loss": _finite(loss)} for rate, loss in run.tried.items()
-        ],
+        "tried": [{"learning_rate": rate, "loss": _finite(loss)} for rate, loss in run.tried.items()],
         "steps": run.steps,
         "best_step": run.best_step,
         "seconds": round(run.seconds, 3),
         "losses": [{"step": step, "loss": _finite(loss)} for step, loss in run.losses],
         "validations": [
-            {"step": step, "loss": _finite(quality.loss), "accuracy": quality.accuracy} for step, quality in run.validation
+            {"step": step, "loss": _finite(quality.loss), "accuracy": quality.accuracy}
+            for step, quality in run.validation
         ],
         "validation": _quality(run.quality),
         "test": _quality(run.test),
@@ -87,17 +86,22 @@ def as_text(report: TrainingReport, output: Path, *, dry_run: bool) -> str:
     tested = report.test > 0
     head += [f"{measure} on test"] if tested else []
     rows = [["base", "", "", "", "", "", *_measures(report.base, report.base_test, tested=tested)]]
-    for run in report.runs:
-        rows.append([
-            _NAMES[run.method], count(run.parameters), f"{run.learning_rate:g}", count(run.steps), count(run.best_step),
-            f"{run.seconds:.1f}", *_measures(run.quality, run.test, tested=tested),
-        ])  # fmt: skip
+    rows += [_row(run, tested=tested) for run in report.runs]
     lines = [table(head, rows)]
     if report.new:
         lines.append("The base is measured under the trained head.")
     assert report.file_bytes is not None
-    lines.append(f"{name}: {count(report.nnz)} entries ({percent(report.density)}), {file_size(report.file_bytes)}")
+    lines.append(
+        f"{name}: {count(report.nnz)} entries ({percent(report.density)}), {file_size(report.file_bytes)}"
+    )
     return "\n".join(lines)
+
+
+def _row(run: Run, *, tested: bool) -> list[str]:
+    return [
+        _NAMES[run.method], count(run.parameters), f"{run.learning_rate:g}", count(run.steps), count(run.best_step),
+        f"{run.seconds:.1f}", *_measures(run.quality, run.test, tested=tested),
+    ]  # fmt: skip
 
 
 def _measures(validation: Quality | None, test: Quality | None, *, tested: bool) -> list[str]:

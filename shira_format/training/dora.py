@@ -39,7 +39,9 @@ class DoraWeight(SparseWeight):
         """``[K]``: the entries of the masked result."""
         direction, magnitude = self.parameter("values"), self.parameter("magnitudes")
         lengths = self._lengths(direction.detach())
-        scale = (magnitude / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)).index_select(0, self._which(direction))
+        scale = (magnitude / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)).index_select(
+            0, self._which(direction)
+        )
         return (direction.to(scale.dtype) * scale).to(direction.dtype)
 
     def set_values(self, values: Tensor) -> None:
@@ -67,5 +69,5 @@ class DoraWeight(SparseWeight):
         wide = torch.promote_types(weight.dtype, torch.float32)
         matrix = weight.reshape(self.pattern.shape)
         dim = 0 if self._outputs_last else 1
-        norms = torch.linalg.vector_norm(matrix, dim=dim, dtype=wide)
+        norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=wide)
         return norms.square().index_select(0, torch.from_numpy(self._outputs).to(weight.device))

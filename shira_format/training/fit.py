@@ -110,13 +110,17 @@ class Fitter:
         run.learning_rate = rate
         start = time.perf_counter()
         with _quiet():
-            made = self._trainer(model, run, folder, trainer, rate, self.schedule.of(len(self.rows.train)), on_step)
+            made = self._trainer(
+                model, run, folder, trainer, rate, self.schedule.of(len(self.rows.train)), on_step
+            )
             made.train(resume_from_checkpoint=resume)
         run.seconds = time.perf_counter() - start
         run.steps = made.state.global_step
         run.best_step = made.state.best_global_step or run.steps
         if not all(math.isfinite(loss) for _, loss in run.losses):
-            raise SourceError(f"the loss is not a number with the learning rate {rate:g}: choose a lower one (--lr)")
+            raise SourceError(
+                f"the loss is not a number with the learning rate {rate:g}: choose a lower one (--lr)"
+            )
         run.quality = self.quality(model, self.rows.validation)
         if self.rows.test:
             run.test = self.quality(model, self.rows.test)
@@ -134,7 +138,9 @@ class Fitter:
                 logits = model(**batch).logits.float()
                 if self.causal:
                     logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-                loss += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+                loss += float(
+                    torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+                )
                 counted += int((labels != -100).sum())
                 right += int((logits.argmax(-1) == labels).sum())
         return Quality(len(rows), loss / max(counted, 1), None if self.causal else right / max(counted, 1))
@@ -143,7 +149,9 @@ class Fitter:
         """The learning rate whose short run ends with the lowest validation loss; the model ends as it was."""
         whole = self.schedule.of(len(self.rows.train))
         steps = min(whole, max(20, whole // 5))
-        chosen = np.linspace(0, len(self.rows.validation), min(_PILOT_TEXTS, len(self.rows.validation)), endpoint=False)
+        chosen = np.linspace(
+            0, len(self.rows.validation), min(_PILOT_TEXTS, len(self.rows.validation)), endpoint=False
+        )
         texts = [self.rows.validation[int(place)] for place in chosen]
         pilot = replace(self.schedule, evaluations=0, patience=None)
         fitter = Fitter(replace(self.rows, validation=texts), None, pilot, causal=self.causal)
@@ -151,7 +159,9 @@ class Fitter:
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         for rate in LEARNING_RATES:
             with _quiet():
-                made = fitter._trainer(model, Run(run.method, 0), folder / f"pilot-{rate:g}", trainer, rate, steps, on_step)
+                made = fitter._trainer(
+                    model, Run(run.method, 0), folder / f"pilot-{rate:g}", trainer, rate, steps, on_step
+                )
                 made.train()
             loss = fitter.quality(model, texts).loss
             run.tried[rate] = loss if math.isfinite(loss) else math.inf
@@ -161,7 +171,9 @@ class Fitter:
                         parameter.copy_(before[name])
         return min(run.tried, key=run.tried.__getitem__)
 
-    def _trainer(self, model: Any, run: Run, folder: Path, trainer: Any, rate: float, steps: int, on_step: OnStep) -> Any:
+    def _trainer(
+        self, model: Any, run: Run, folder: Path, trainer: Any, rate: float, steps: int, on_step: OnStep
+    ) -> Any:
         from transformers import EarlyStoppingCallback, TrainingArguments
 
         schedule = self.schedule
@@ -237,5 +249,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(level)
-
-

@@ -43,7 +43,7 @@ class MaskedParameter:
         self._whole: tuple[Tensor, Tensor | None] | None = None
         self._trained: Array | None = None
         parameter.requires_grad_(True)
-        self._hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)
+        self._hook: Any = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
         _live.add(self)
 
     def read(self) -> Tensor:
@@ -108,7 +108,9 @@ class MaskedParameter:
         if grad is None:
             return
         if grad.is_sparse:
-            raise SourceError(f"{self.of.path}: the gradient is a sparse tensor: make the embedding with sparse=False")
+            raise SourceError(
+                f"{self.of.path}: the gradient is a sparse tensor: make the embedding with sparse=False"
+            )
         flat = grad.reshape(-1)
         kept = flat.index_select(0, self._index_on(grad.device))
         grad.zero_()

@@ -21,7 +21,7 @@ from shira_format.training.weight import SparseWeight, held_by, refresh
 def switch_class(module: nn.Module) -> None:
     """Make ``module`` train the entries of its weights that :func:`held_by` has."""
     attributes = tuple(held_by(module))
-    module.__class__ = _trained_class(type(module), attributes)
+    module.__class__ = _trained_class(type(module), attributes)  # type: ignore[arg-type]
 
 
 def switch_back(module: nn.Module) -> None:
@@ -54,7 +54,7 @@ def _reduced(self: nn.Module, protocol: Any) -> Any:  # noqa: ARG001 - pickle's 
 
 
 def _rebuilt(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
-    made = _trained_class(original, attributes)
+    made = _trained_class(original, attributes)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -74,7 +74,7 @@ def _seen(attribute: str) -> property:
         refresh(held)
         if not torch.is_grad_enabled():
             return weight
-        found: Tensor = _Gathered.apply(held.values(), weight, held.pattern)
+        found: Tensor = _Gathered.apply(held.values(), weight, held.pattern)  # type: ignore[no-untyped-call]
         return found
 
     return property(read)
@@ -89,7 +89,7 @@ class _Gathered(torch.autograd.Function):
         return weight.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         at = ctx.pattern.index_on(grad.device)
         return grad.reshape(-1).index_select(0, at).to(ctx.dtype), None, None
 
@@ -118,7 +118,7 @@ class _Linear(torch.autograd.Function):
         return functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
@@ -144,7 +144,7 @@ class _Conv1D(torch.autograd.Function):
         return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
@@ -169,7 +169,7 @@ class _Embedding(torch.autograd.Function):
         return functional.embedding(tokens, weight, padding)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         found = _embedding_gradient(tokens, grad, ctx.pattern, ctx.padding, by_frequency=ctx.by_frequency)
         return None, found.to(ctx.dtype), None, None, None, None
@@ -183,7 +183,7 @@ def _embedding_gradient(
     index = pattern.index_on(grad.device)
     row = index // width
     wide = torch.promote_types(grad.dtype, torch.float32)
-    used, place, counts = tokens.reshape(-1).unique(return_inverse=True, return_counts=True)
+    used, place, counts = tokens.reshape(-1).unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
     sums = torch.zeros(len(used), width, dtype=wide, device=grad.device)
     sums.index_add_(0, place, grad.reshape(-1, width).to(wide))
     if by_frequency:
@@ -219,7 +219,7 @@ def _linear(self: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - torch's n
     held, weight = _held(self)
     if not torch.is_grad_enabled():
         return functional.linear(input, weight, self.bias)  # type: ignore[arg-type]
-    found: Tensor = _Linear.apply(input, held.values(), weight, self.bias, held.pattern)
+    found: Tensor = _Linear.apply(input, held.values(), weight, self.bias, held.pattern)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -229,7 +229,7 @@ def _conv1d(self: nn.Module, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)  # type: ignore[arg-type]
         return flat.view(*x.shape[:-1], weight.shape[1])
-    found: Tensor = _Conv1D.apply(x, held.values(), weight, self.bias, held.pattern)
+    found: Tensor = _Conv1D.apply(x, held.values(), weight, self.bias, held.pattern)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -238,7 +238,7 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:  # noqa: A002 - tor
     held, weight = _held(self)
     if not torch.is_grad_enabled():
         return functional.embedding(input, weight, self.padding_idx)
-    found: Tensor = _Embedding.apply(
+    found: Tensor = _Embedding.apply(  # type: ignore[no-untyped-call]
         input, held.values(), weight, held.pattern, self.padding_idx, self.scale_grad_by_freq
     )
     return found

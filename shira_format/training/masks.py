@@ -82,7 +82,8 @@ def masked_weights(model: nn.Module, mask: Mask, *, prefix: str | None = None) -
         list(found), list(holders), where, prefix=prefix, option="prefix=",
         fits=lambda name, other: _fits(found, name, holders[other]),
     )  # fmt: skip
-    weights, seen = [], {}
+    weights: list[MaskedWeight] = []
+    seen: dict[int, str] = {}
     for name in found:
         path = rename(name)
         parameter = holders[path][0][0]._parameters[holders[path][0][1]]  # noqa: SLF001
@@ -93,7 +94,9 @@ def masked_weights(model: nn.Module, mask: Mask, *, prefix: str | None = None) -
         if not tensor.nnz:
             continue
         if (other := seen.setdefault(id(parameter), name)) != name:
-            raise SourceError(f"{where}: {other!r} and {name!r} are one weight of the model, tied: leave one of them out")
+            raise SourceError(
+                f"{where}: {other!r} and {name!r} are one weight of the model, tied: leave one of them out"
+            )
         kept = tensor if isinstance(found, Adapter) else None
         weights.append(MaskedWeight(name, path, tuple(holders[path]), tensor.indices, kept))
     if not weights:
@@ -131,7 +134,9 @@ def _check_parameter(where: str, name: str, path: str, parameter: nn.Parameter) 
             "entry by entry; attach before the model is wrapped or sharded"
         )
     if parameter.device.type == "meta":
-        raise BaseMismatch(f"{where}: tensor {name!r}: {path} is on the meta device, without data: load the model first")
+        raise BaseMismatch(
+            f"{where}: tensor {name!r}: {path} is on the meta device, without data: load the model first"
+        )
     if parameter.dtype not in TRAINED_DTYPES:
         raise BaseMismatch(f"{where}: tensor {name!r}: {path} is {parameter.dtype}; trained are float32, bfloat16, float16 and float64")  # fmt: skip
 
@@ -146,13 +151,19 @@ def _tensor(where: str, name: str, value: Any, parameter: nn.Parameter) -> Spars
     shape = tuple(parameter.shape)
     if isinstance(value, SparseTensor):
         if value.shape != shape:
-            raise BaseMismatch(f"{where}: tensor {name!r}: shape {list(value.shape)} for a weight of {list(shape)}")
+            raise BaseMismatch(
+                f"{where}: tensor {name!r}: shape {list(value.shape)} for a weight of {list(shape)}"
+            )
         if value.is_patch:
-            raise SourceError(f"{where}: tensor {name!r} is of a patch, which renames or resizes it, and is no mask")
+            raise SourceError(
+                f"{where}: tensor {name!r} is of a patch, which renames or resizes it, and is no mask"
+            )
         return value
     array = as_array(value)
     if array.dtype == bool:
         if array.shape != shape:
-            raise BaseMismatch(f"{where}: tensor {name!r}: a mask of {list(array.shape)} for a weight of {list(shape)}")
+            raise BaseMismatch(
+                f"{where}: tensor {name!r}: a mask of {list(array.shape)} for a weight of {list(shape)}"
+            )
         array = np.flatnonzero(array)
     return SparseTensor(name, shape, array, None, value_kind="none")

@@ -70,7 +70,9 @@ def load_trained_model(base: Path, labels: Sequence[str], seed: int) -> TrainedM
     _pad(base, tokenizer, model)
     limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
-    return TrainedModel(model, tokenizer, open_checkpoint(folder / gguf if gguf else base), min(known, default=None), new)
+    return TrainedModel(
+        model, tokenizer, open_checkpoint(folder / gguf if gguf else base), min(known, default=None), new
+    )
 
 
 def _place(base: Path) -> tuple[Path, str | None]:

@@ -90,7 +90,9 @@ class MatrixPattern:
 
     def describe(self) -> str:
         """In a few words, for people."""
-        parts = [f"{len(self.rows)} rows"] * bool(len(self.rows)) + [f"{len(self.columns)} columns"] * bool(len(self.columns))
+        parts = [f"{len(self.rows)} rows"] * bool(len(self.rows)) + [f"{len(self.columns)} columns"] * bool(
+            len(self.columns)
+        )
         parts += [f"{self.rest_size} entries"] * bool(self.rest_size)
         return ", ".join(parts) or "no entries"
 
@@ -211,7 +213,8 @@ def _rest(outer: Tensor, inner: Tensor, at: _Placed, *, sampled: bool) -> Tensor
         wanted = torch.sparse_csr_tensor(
             at.starts, at.places, zeros, (outer.shape[1], at.width), check_invariants=False
         )
-    return torch.sparse.sampled_addmm(wanted, outer.to(dtype).t(), inner.to(dtype), beta=0.0).values()
+    found: Tensor = torch.sparse.sampled_addmm(wanted, outer.to(dtype).t(), inner.to(dtype), beta=0.0).values()
+    return found
 
 
 def _sampling(dtype: torch.dtype) -> torch.dtype:
@@ -219,7 +222,7 @@ def _sampling(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("shira_format::gradient_at_entries", mutates_args=())
-def _opaque(outer: Tensor, inner: Tensor, number: int, size: int) -> Tensor:
+def _opaque(outer: Tensor, inner: Tensor, number: int, size: int) -> Tensor:  # noqa: ARG001 - of the shape alone
     found = gradient(outer, inner, _known[number])
     return found.to(_gradient_dtype(outer.dtype)).contiguous()
 

@@ -86,7 +86,7 @@ def train_adapter(
     *,
     test: Path | None = None,
     checkpoints: Path | None = None,
-    events: Events = Events(),  # noqa: B008 - frozen
+    events: Events = Events(),
 ) -> TrainingReport:
     """Train a sparse adapter of ``base`` on ``data`` and write it.
 
@@ -147,7 +147,9 @@ def _rows(plan: Plan, texts: TextFile, tested: TextFile | None, loaded: TrainedM
 def _mask(base: Path, plan: Plan, loaded: TrainedModel, fitter: Fitter, report: TrainingReport) -> Adapter:
     if isinstance(plan.mask, Path):
         if plan.include or plan.exclude:
-            raise SourceError(f"{plan.mask}: a mask file says which weights are trained: leave out include and exclude")
+            raise SourceError(
+                f"{plan.mask}: a mask file says which weights are trained: leave out include and exclude"
+            )
         return load(plan.mask)
     include = plan.include or (BLOCKS,)
     weights, unknown = weights_in_files(loaded.model, loaded.checkpoint, include, plan.exclude)

@@ -297,7 +297,9 @@ def take_adapter(training: SparseParameters, adapter: Adapter, state: Mapping[st
 def _check_resumable(path: str | os.PathLike[str], adapter: Adapter) -> None:
     for name in adapter:
         if adapter[name].value_kind == "none":
-            raise SourceError(f"{path}: tensor {name!r} is a mask, without values to go on with: use sparse_parameters")
+            raise SourceError(
+                f"{path}: tensor {name!r} is a mask, without values to go on with: use sparse_parameters"
+            )
     if adapter.alpha != 1:
         raise SourceError(f"{path}: has strength {adapter.alpha:g}; only one of strength 1 can be trained on")
 
@@ -311,7 +313,9 @@ def _check_whole(one: WholeParameter, saved: DenseTensor, parameter: torch.Tenso
     if tuple(parameter.shape) != saved.values.shape:
         raise BaseMismatch(f"tensor {one.name!r}: shape {list(saved.values.shape)} for {list(parameter.shape)}")
     if saved.base_digest != one.base_digest:
-        raise BaseMismatch(f"tensor {one.name!r}: the model had other values before it was trained than the adapter's base")
+        raise BaseMismatch(
+            f"tensor {one.name!r}: the model had other values before it was trained than the adapter's base"
+        )
 
 
 def _tensor_of(values: Array, like: torch.Tensor) -> torch.Tensor:

@@ -59,12 +59,17 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(f"{where}: not a training state: {reason}") from error
-    if not isinstance(found, dict) or not {"version", "adapter", "options", "weights", "optimizer"} <= found.keys():
+    if (
+        not isinstance(found, dict)
+        or not {"version", "adapter", "options", "weights", "optimizer"} <= found.keys()
+    ):
         raise SourceError(f"{where}: not a training state")
     if found["version"] != _VERSION:
         raise SourceError(f"{where}: is of version {found['version']}; this reads version {_VERSION}")
     if found["adapter"] != file_digest(Path(path)):
-        raise SourceError(f"{where}: is not the state of {path}: save both together, or remove the state to go on without it")
+        raise SourceError(
+            f"{where}: is not the state of {path}: save both together, or remove the state to go on without it"
+        )
     return found
 
 

@@ -43,7 +43,7 @@ class TextFile:
         """The labels, numbers in order of size and others by the alphabet."""
         found = {one.label for one in self.texts if one.label is not None}
         numbers = all(label.lstrip("-").isdigit() for label in found)
-        return tuple(sorted(found, key=int if numbers else str))  # type: ignore[arg-type]
+        return tuple(sorted(found, key=int if numbers else str))
 
 
 def read_file(path: Path, task: Task, *, limit: int | None = None) -> TextFile:
@@ -119,7 +119,7 @@ class Collator:
     def __init__(self, tokenizer: Any, *, causal: bool) -> None:
         self._tokenizer, self._causal = tokenizer, causal
 
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
         """``input_ids``, ``attention_mask`` and ``labels``."""
         labels = [row["labels"] for row in rows if "labels" in row]
         inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]

@@ -191,7 +191,11 @@ def _common_renaming(masked: Mapping[str, str]) -> Any:
     """From paths in the model to names in the file, as the masked weights have them: one prefix goes or comes."""
     changes = set()
     for path, name in masked.items():
-        tail = os.path.commonprefix([path[::-1], name[::-1]])[::-1]
+        tail = ""  # what both end with, in whole words
+        for one, other in zip(reversed(path.split(".")), reversed(name.split(".")), strict=False):
+            if one != other:
+                break
+            tail = f"{one}.{tail}" if tail else one
         changes.add((path.removesuffix(tail), name.removesuffix(tail)))
     if len(changes) != 1:
         return str

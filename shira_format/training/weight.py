@@ -199,5 +199,3 @@ def _after_step(optimizer: Any, *_: object) -> None:
     for weight in list(_live):
         if any(id(parameter) in stepped for _, parameter in weight.trained()):
             weight.write()
-
-

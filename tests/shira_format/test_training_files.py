@@ -156,7 +156,13 @@ def test_the_adapter_is_one_like_any_other(dtype: torch.dtype, tmp_path: Path) -
     shira_to_full(tmp_path / "a.st", base, tmp_path / "full")
     whole = models.load_base(models.llama().to(dtype), tmp_path / "full")
     assert torch.equal(logits, whole(tokens()).logits)
-    merge([tmp_path / "a.st", tmp_path / "own.st"], tmp_path / "ab.st", base=base, method="linear", weights=[0.5, 0.5])
+    merge(
+        [tmp_path / "a.st", tmp_path / "own.st"],
+        tmp_path / "ab.st",
+        base=base,
+        method="linear",
+        weights=[0.5, 0.5],
+    )
     merged = load(tmp_path / "ab.st")
     assert merged.keys() == found.keys()
     shira_to_peft(tmp_path / "a.st", tmp_path / "peft", base=base, pad=True)

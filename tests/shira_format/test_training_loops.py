@@ -106,7 +106,9 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
             model.enable_input_require_grads()
         trained = sparse_parameters(model, mask(model, only="layers"))
         loss_of(model, tokens()).backward()
-        gradients.append([parameter.grad.clone() for parameter in trained.parameters() if parameter.grad is not None])
+        gradients.append(
+            [parameter.grad.clone() for parameter in trained.parameters() if parameter.grad is not None]
+        )
     assert len(gradients[0]) == len(gradients[1]) == 14
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
