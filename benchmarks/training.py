@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -49,7 +53,7 @@ def rows(*, quick: bool, methods: tuple[str, ...] = (*OURS, *PEERS)) -> Iterator
     small = {"hidden": 256, "layers": 2, "batch": 2, "tokens": 64, "steps": 2} if quick else {}
     for dtype in ("float32", "bfloat16"):
         for rank in (8,) if quick else (8, 32):
-            setting = Setting(**small, rank=rank, dtype=dtype)  # type: ignore[arg-type]
+            setting = Setting(**small, rank=rank, dtype=dtype)
             found = {method: apart("train", method=method, setting=asdict(setting)) for method in methods}
             where = f"{'fp32' if dtype == 'float32' else 'bf16'}, r {rank}"
             yield from _rows(found, where, quick=quick)
@@ -86,10 +90,19 @@ def train(clock: Any, method: str, setting: dict[str, Any]) -> None:
             optimizer.zero_grad(set_to_none=True)
 
         step()
+        _trim()
         with clock:
             for _ in range(of.steps):
                 step()
     clock.seconds /= of.steps
+
+
+def _trim() -> None:
+    """Give memory that making model and mask took back to the system, where it can be given back: it is not the step's."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def made(method: str, of: Setting) -> tuple[Any, list[torch.nn.Parameter]]:

@@ -49,6 +49,8 @@ class SparseWeight:
         if not weight.is_contiguous():
             weight.data = weight.data.contiguous()
         now = self.read()
+        if weight.ndim == 2:
+            pattern.on(weight.device)  # now, since torch.compile cannot trace it later
         self.base: Array = as_array(now).copy()
         module, attribute = self.places[0]
         self.parameters: dict[str, str] = {}
