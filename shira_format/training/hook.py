@@ -66,19 +66,26 @@ class MaskedParameter:
         """``[K]``: the trained entries."""
         return as_array(self.read()).copy() if self._trained is None else self._trained
 
-    def shrink(self, optimizer: Any) -> None:
-        """Before a step: the parameter becomes its entries."""
-        parameter = self.of.parameter
-        state = optimizer.state.get(parameter, {})
-        for name, value in state.items():
-            if not isinstance(value, Tensor) or value.numel() == 1 or value.shape == self._index.shape:
-                continue
-            if value.shape != parameter.shape:
+    def check_state(self, optimizer: Any) -> None:
+        """Raise SourceError if the optimizer has a state of the parameter that cannot be cut to the entries."""
+        shape = self.of.parameter.shape
+        for name, value in optimizer.state.get(self.of.parameter, {}).items():
+            if self._is_of_elements(value) and value.shape != shape:
                 raise SourceError(
                     f"the optimizer's {name} of {self.of.path} is neither one number nor one for each element of the weight: attach "
                     "before its first step"
                 )
-            state[name] = self._at(value)  # made for the whole weight, before the mask was attached
+
+    def _is_of_elements(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.numel() != 1 and value.shape != self._index.shape
+
+    def shrink(self, optimizer: Any) -> None:
+        """Before a step: the parameter becomes its entries, and so does what the optimizer holds for it."""
+        parameter = self.of.parameter
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if self._is_of_elements(value):  # made for the whole weight, before the mask was attached
+                state[name] = self._at(value)
         whole, grad = parameter.data, parameter.grad
         self._whole = whole, grad
         parameter.grad = None
@@ -229,7 +236,11 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
         return None
     if isinstance(optimizer, torch.optim.LBFGS):
         raise SourceError("LBFGS evaluates the model within a step, where masked parameters are not whole: use sparse_parameters")  # fmt: skip
+    for one in mine:
+        one.grow()  # if the last step failed half-way
     args, kwargs = _evaluated(args, kwargs)
+    for one in mine:
+        one.check_state(optimizer)
     for one in mine:
         one.shrink(optimizer)
     return args, kwargs

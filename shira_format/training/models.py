@@ -66,6 +66,8 @@ def load_trained_model(base: Path, labels: Sequence[str], seed: int) -> TrainedM
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise SourceError(f"{base}: transformers cannot load it: {reason}") from error
+    if gguf:
+        _dequantised(model)
     new = _new(base, model, info, classifier=bool(labels))
     _pad(base, tokenizer, model)
     limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
@@ -101,6 +103,15 @@ def _new(base: Path, model: Any, info: Any, *, classifier: bool) -> tuple[str, .
     if inner:
         raise SourceError(f"{base}: {len(inner)} weights are missing within the model, such as {inner[0]!r}")
     return tuple(missing)
+
+
+def _dequantised(model: Any) -> None:
+    """Weights of a GGUF file are floats once they are loaded; the model says that it is quantised nevertheless."""
+    assert all(parameter.is_floating_point() for parameter in model.parameters())
+    model.is_quantized = False
+    for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(holder, name):
+            delattr(holder, name)
 
 
 def _pad(base: Path, tokenizer: Any, model: Any) -> None:

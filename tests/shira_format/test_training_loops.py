@@ -169,6 +169,25 @@ def test_a_closure_and_an_optimizer_that_came_first() -> None:
     with pytest.raises(SourceError, match="attach before its first step"):
         early.step()
     assert factored.wide.weight.shape == (40, 24)
+
+    class Failing(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise RuntimeError("failed half-way")
+            return super().step(closure)
+
+    model = models.net()
+    before = copied(model)
+    attach(model, masked)
+    failing = Failing(model.parameters(), lr=0.1)
+    model(torch.ones(2, 24)).square().sum().backward()
+    with pytest.raises(RuntimeError, match="half-way"):
+        failing.step()
+    failing.fails = False
+    failing.step()
+    assert frozen_bits_are_kept(model, before, masked)
     lbfgs = torch.optim.LBFGS(model.parameters())
     with pytest.raises(SourceError, match="LBFGS"):
         lbfgs.step(lambda: torch.zeros(()))
