@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.errors import SourceError
 from shira_format.format import load
@@ -139,7 +140,9 @@ def layouts() -> dict[str, Layout]:
     found["two different towers, not named"] = denoiser(tensors(made, different), at(wide, "vision_model."))
     twins = {"a_b.c": (D, 4), "a.b_c": (D, 4), "d": (4, 4)}
     found["flat names that two modules share"] = denoiser(
-        tensors(made, with_biases(twins)), at(twins), refused=lambda flat: "could be any of" if flat else None
+        tensors(made, with_biases(twins)),
+        at(twins),
+        refused=lambda flat: "could be any of|are one name" if flat else None,
     )
     words = {"text_model." + name: shape for name, shape in TEXT.items()}
     for kind in ("unet", "transformer"):
@@ -596,9 +599,10 @@ def make(combination: Combination, layout: Layout) -> Case:
         for module in modules:
             _apply(module, rule, layout.state, expected)
     keys = {key: tensor for found in spelled.values() for key, tensor in found.items()}
-    if combination.defect:
+    has_factors = any({"up", "hada_w1_a", "lokr_w1", "lokr_w1_a"} & module.parts.keys() for module in modules)
+    if combination.defect and (has_factors or combination.defect != "a partner is missing"):
         _damage(combination.defect, modules, spelled, keys, chooser)
-        reasons = [*reasons, DEFECTS[combination.defect], "known dialect"]
+        reasons = [*reasons, DEFECTS[combination.defect], "known dialect|be converted"]
     return Case(keys, None if reasons else expected, reasons)
 
 
@@ -637,17 +641,23 @@ def _add_alphas(modules: list[Module], kind: str) -> None:
 def _scale_rule(combination: Combination, modules: list[Module], reasons: list[str]) -> str:
     """Whose rule scales: "kohya" (alpha is the rank if it is missing or 0) or "diffusers" (the scale is 1 if it is missing)."""
     form = FORMS[combination.form]
+    flux = any(module.name.startswith(("double_blocks", "single_blocks")) for module in modules)
+    for module in modules:  # as PEFT writes its LoHa and LoKr, with the scale elsewhere
+        of_peft = any(part.startswith(("hada_", "lokr_")) for part in module.parts) or (
+            form.spelling == "A" and module.parts.keys() & {"up", "down", "lora_magnitude_vector", "lora_B.bias"}
+        )
+        if module.prefix == "base_model.model." and of_peft and module.alpha is None and not flux:
+            reasons.append("adapter_config.json")
     parts = {part for module in modules for part in module.parts}
     low_rank = [module for module in modules if "down" in module.parts]
     if any(_PARTS_OF_LYCORIS.match(part) for part in parts) or combination.is_flat:
         return "kohya"
     if form.spelling == "down":
         return "kohya"
-    flux = any(module.name.startswith(("double_blocks", "single_blocks")) for module in modules)
     named = any(prefix not in ("", "base_model.model.") or (prefix and flux) for prefix in combination.prefixes)
     if form.spelling == "A" and not named:
         if not all(module.alpha is not None for module in low_rank):
-            reasons.append("adapter_config.json|known dialect")
+            reasons.append("adapter_config.json")
         return "kohya"
     with_alpha = [module.alpha is not None for module in low_rank]
     if any(with_alpha) and not all(with_alpha):
@@ -823,8 +833,9 @@ def _damage(
 
 def _stem(key: str) -> str:
     match = re.match(
-        r"(.+?)(?:\.processor\.\w+_lora)?\.(?:lora_[ABud]|lora\.|lora_linear_layer|hada|lokr|diff)", key
-    )
+        r"(.+?)(?:\.processor\.\w+_lora)?\.(?:lora_[ABudm]|lora\.|lora_linear_layer|hada_|lokr_|(?:diff|diff_b|[wb]_norm|dora_scale|"
+        r"weight|set_weight|alpha)\Z)", key,
+    )  # fmt: skip
     assert match is not None
     return match[1]
 
@@ -878,7 +889,7 @@ class Grid:
         self._folder = folder
         self._layouts = layouts()
         self._bases = {
-            name: save_base(layout, folder / f"base {place}")
+            name: open_checkpoint(save_base(layout, folder / f"base {place}"))
             for place, (name, layout) in enumerate(self._layouts.items())
         }
         self.counts: Counter[str] = Counter()
@@ -891,7 +902,7 @@ class Grid:
         save_file({key: tensor.clone() for key, tensor in case.keys.items()}, lora)
         out.unlink(missing_ok=True)
         try:
-            lora_to_shira(lora, self._bases[combination.layout], out, density=1.0, prefix=layout.option)
+            lora_to_shira(lora, self._bases[combination.layout], out, density=1.0, prefix=layout.option, threads=1)
         except SourceError as error:
             self.counts["refused"] += 1
             message = str(error)
@@ -925,8 +936,8 @@ def main(step: int = 1, seed: int = 0) -> None:
             if (fault := grid.run(combination)) is not None:
                 wrong += 1
                 sys.stdout.write(f"{combination}\n    {fault}\n")
-        print(
-            f"{total} combinations: {grid.counts['equal']} equal, {grid.counts['refused']} refused, {wrong} wrong"
+        sys.stdout.write(
+            f"{total} combinations: {grid.counts['equal']} equal, {grid.counts['refused']} refused, {wrong} wrong\n"
         )
 
 

@@ -17,6 +17,7 @@ from shira_format.storage.output_folder import check_output_file
 if TYPE_CHECKING:
     from shira_format.masks.base import Rule
     from shira_format.masks.make import Calibration, MaskReport
+    from shira_format.masks.plan import MaskPlan
     from shira_format.masks.weights import Weight
 
 PROG = "shira-mask"
@@ -109,7 +110,7 @@ def command(
     pip install 'shira-format[torch]'.
     """
     from shira_analysis.reports.text import mask
-    from shira_format.masks.make import MaskPlan
+    from shira_format.masks.plan import MaskPlan
     from shira_format.masks.size import Size
 
     chosen = _rule(rule, settings)
@@ -158,7 +159,7 @@ def _rule(name: str, settings: dict[str, Any]) -> Rule:
 def _made(
     base: str,
     out: Path | None,
-    plan: Any,
+    plan: MaskPlan,
     include: Sequence[str],
     exclude: Sequence[str],
     threads: int | None,

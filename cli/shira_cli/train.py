@@ -168,7 +168,7 @@ def _plan(settings: dict[str, Any]) -> Plan:
     """The options as a plan; a usage error for those that do not go together."""
     from shira_format.masks import RULES as CLASSES
     from shira_format.masks import Rand
-    from shira_format.masks.make import MaskPlan
+    from shira_format.masks.plan import MaskPlan
     from shira_format.masks.size import Size
     from shira_format.training.fit import Schedule
     from shira_format.training.run import Plan

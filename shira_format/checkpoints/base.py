@@ -25,6 +25,8 @@ class Checkpoint(Mapping[str, Array]):
         files: the files that hold the tensors.
         components: of a pipeline, whose tensors are all named ``COMPONENT/NAME``; else empty.
         unused: entries of the files with tensors that are not read, other than those of an optimizer and the like.
+        beside: entries that are not tensors beside those of a file of ``torch.save``, such as a trainer's settings, by the path of
+            keys (``hyper_parameters/lora_alpha``); without those of an optimizer and the like.
         notices: remarks for the user, such as that a quantised file was dequantised.
     """
 
@@ -32,6 +34,7 @@ class Checkpoint(Mapping[str, Array]):
     files: list[Path]
     components: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     @abstractmethod

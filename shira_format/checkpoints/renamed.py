@@ -22,6 +22,7 @@ class RenamedCheckpoint(Checkpoint):
         self.files = base.files
         self.components = base.components
         self.unused = base.unused
+        self.beside = base.beside
         self.notices = base.notices
 
     def __getitem__(self, name: str) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ _FILES = (".bin", ".pt", ".pth", ".ckpt")
 _OF_TRAINING = re.compile(
     r"optim|sched|scaler|rng|(^|_)(epoch|step|loops|args|config|hyper_parameters)", re.IGNORECASE
 )
+_OF_OPTIMIZER = re.compile(r"optim|sched|scaler|rng", re.IGNORECASE)
 _DEEPEST = 50
 _USUAL = ("pytorch_model", "diffusion_pytorch_model")
 
@@ -52,6 +53,7 @@ class TorchBinCheckpoint(IndexedCheckpoint["_File"]):
         self._where = {name: opened[file] for name, file in weight_map.items()}
         self.notices = tuple(found.notice for found in opened.values() if found.notice)
         self.unused = tuple(key for found in opened.values() for key in found.unused)
+        self.beside = tuple(key for found in opened.values() for key in found.beside)
 
     def __getitem__(self, name: str) -> Array:
         shape = self.shape(name)
@@ -85,6 +87,7 @@ class _File:
         self.path = path
         self.notice = ""
         self.unused: list[str] = []
+        self.beside: list[str] = []
         try:
             self._file = TorchFile(open_storage(path))
         except PickleError as error:
@@ -117,6 +120,11 @@ class _File:
         self.unused = [
             str(key) for key, value in root.items()
             if key != inner[0] and not _OF_TRAINING.search(str(key)) and _holds_tensors(value)
+        ]  # fmt: skip
+        self.beside = [
+            found for key, value in root.items()
+            if key != inner[0] and not _OF_OPTIMIZER.search(str(key))
+            for found in _paths(key, value)
         ]  # fmt: skip
         others = ", ".join(sorted(f"{key!r}" for key in root if key != inner[0]))
         self.notice = f"{self.path.name}: the tensors under {inner[0]!r} are read" + (
@@ -168,6 +176,14 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
         return getattr(value, "shape", None) not in ((), (1,))  # a number, such as a best score, is no weight
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return any(_holds_tensors(item, depth + 1) for item in inner)
+
+
+def _paths(key: Any, value: Any, depth: int = 0) -> Iterator[str]:
+    """The paths of keys of an entry and of those in it."""
+    yield str(key)
+    if isinstance(value, dict) and depth < _DEEPEST:
+        for inner, item in value.items():
+            yield from (f"{key}/{path}" for path in _paths(inner, item, depth + 1))
 
 
 def _kind(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints.base import Checkpoint
 from shira_format.checkpoints.renamed import RenamedCheckpoint
 from shira_format.errors import SourceError
@@ -47,7 +48,9 @@ def notice_of(names: Mapping[str, str], where: object) -> str:
     """A notice for the user of what names have become: an example."""
     changed = [(name, short) for short, name in names.items() if short != name]
     name, short = changed[0]
-    return f"{where}: {len(changed)} names are read without the words of wrappers: {name!r} is {short!r}"
+    return NamesNotice(
+        f"{where}: {len(changed)} names are read without the words of wrappers: {name!r} is {short!r}"
+    )
 
 
 def unwrapped_names(names: Collection[str], base: Collection[str] | None, where: object) -> dict[str, str]:

@@ -17,14 +17,14 @@ from shira_format.checkpoints.peft_model import refuse_unmerged
 from shira_format.checkpoints.quantised import refuse_quantised
 from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.convert.exact import Exact
-from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs, DenseCopy
+from shira_format.convert.inputs import ConversionInputs, DenseCopy
 from shira_format.convert.pairing import Pairs, pair
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.convert.unused import check_all_used
 from shira_format.entries.changes import Change, CheckpointChange
 from shira_format.errors import SourceError
-from shira_format.names.filters import name_filter
+from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.selection import TopK
 from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import numel

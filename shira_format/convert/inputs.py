@@ -12,8 +12,6 @@ from shira_format.convert.effect import Effect
 from shira_format.entries.changes import Change
 from shira_format.tensors import DenseTensor, SparseTensor
 
-NOT_CHOSEN = "by --include and --exclude"  # a reason to leave out names
-
 
 @dataclass(frozen=True)
 class DenseCopy:

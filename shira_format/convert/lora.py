@@ -16,7 +16,7 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named, refuse_quantised
 from shira_format.checkpoints.renamed import rearranged
 from shira_format.convert.effect import Effect
-from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs, DenseCopy, DenseSum
+from shira_format.convert.inputs import ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.pipeline import convert, location, selection_rule
 from shira_format.convert.report import ConversionReport
 from shira_format.convert.unused import check_all_used, opened_files
@@ -24,7 +24,7 @@ from shira_format.entries.changes import UpdateChange
 from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.base import Update
-from shira_format.names.filters import name_filter
+from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor
 
@@ -180,7 +180,7 @@ def filtered(source: Lora, include: Sequence[str], exclude: Sequence[str]) -> Lo
     Raises:
         SourceError: a bad regex, or nothing is left.
     """
-    if source.updates and not include and not exclude:
+    if not include and not exclude and (source.updates or source.whole or source.additions):
         return source
     match = name_filter(include, exclude)
     updates = [update for update in source.updates if match(update.name)]

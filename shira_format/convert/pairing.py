@@ -10,6 +10,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.dtypes import dtype_name, is_float
+from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.checkpoints.same import same_bits
 from shira_format.checkpoints.wrapped import unwrapped_names
@@ -87,14 +88,15 @@ def pair(base: Checkpoint, tuned: Checkpoint, chosen: Callable[[str], bool], *, 
     if not origins and not new and not gone:
         raise SourceError(f"{tuned.path}: no tensor is left by the choice of names")
     if new and exact and (found := _by_words(new, gone, base, tuned)):
-        pairs.notices.append(f"names: {next(iter(found))!r} is {next(iter(found.values()))!r} of the base but for the words of wrappers")  # fmt: skip
+        told = f"names: {next(iter(found))!r} is {next(iter(found.values()))!r} of the base but for the words of wrappers"
+        pairs.notices.append(NamesNotice(told))
         origins |= found
         taken = set(found.values())
         new, gone = [n for n in new if n not in found], [n for n in gone if n not in taken]
     if new and (rename := _renaming(new, gone, base, tuned, exact=exact)):
         missing = set(gone)
         found = {name: rename(name) for name in new if rename(name) in missing}
-        pairs.notices.append(f"names: {rename.words}")
+        pairs.notices.append(NamesNotice(f"names: {rename.words}"))
         origins |= found
         missing -= set(found.values())
         new, gone = [n for n in new if n not in found], [n for n in gone if n in missing]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 
+from shira_format._core.notices import NamesNotice
 from shira_format.convert.effect import Effect, lost, words
 from shira_format.tensors import Totals, density, numel
 
-_OF_NAMES = re.compile(r"\bnames\b")
 LOW_ENERGY = 0.5  # below this share of the update's energy, much of the source's effect is lost
 
 
@@ -125,8 +124,8 @@ class ConversionReport(Totals):
 
     @property
     def names(self) -> list[str]:
-        """The notices of what was done with names: prefixes, words of wrappers, names of other programs."""
-        return [notice for notice in self.notices if _OF_NAMES.search(notice)]
+        """The notices of what was done with names."""
+        return [notice for notice in self.notices if isinstance(notice, NamesNotice)]
 
     @property
     def effects(self) -> list[Effect]:

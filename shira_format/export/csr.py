@@ -18,6 +18,7 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.csr.folder import ORIGINAL, Index, Item, file_names, provenance, read_index, write_index
 from shira_format.convert.csr.matrix import check_rows, write_matrix
 from shira_format.entries.base_check import base_values
+from shira_format.entries.moved import Moved, left_out, on_base
 from shira_format.entries.values import difference, wide
 from shira_format.errors import SourceError
 from shira_format.format import AdapterFile, AdapterWriter
@@ -46,12 +47,14 @@ class CsrReport:
     Attributes:
         tensors: the matrices.
         whole: names of whole tensors, which are in ``original.st`` only.
+        left_out: the adapter's tensors that were not taken, by the reason.
         notices: what a user should know.
         folder_bytes: size of all files; None for a dry run.
     """
 
     tensors: list[CsrTensor] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     folder_bytes: int | None = None
 
@@ -76,7 +79,8 @@ def shira_to_csr(
         adapter: the adapter file.
         out: the folder to write; None for a dry run, which computes everything and writes nothing.
         base: the checkpoint that the adapter was made for, a path or an open checkpoint: needed for deltas of an adapter without
-            the base's values, and for targets of one that holds deltas.
+            the base's values, and for targets of one that holds deltas. If it has other programs' names for the adapter's tensors,
+            the matrices are of its own.
         values: what the matrices hold, ``"delta"`` or ``"target"``. Masks have ones in either case.
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
@@ -99,19 +103,34 @@ def shira_to_csr(
     check_output_folder(
         target, inputs, force=force, writer="shira_to_csr", own_files=lambda f: read_index(f).files()
     )
-    source = AdapterFile(path, separate_maps=True)
-    chosen = name_filter(include, exclude)
+    opened = AdapterFile(path, separate_maps=True)
+    with ExitStack() as stack:
+        stack.callback(opened.streams.close)
+        moved = stack.enter_context(on_base(opened, checkpoint, name_filter(include, exclude)))
+        return _export(moved, target, checkpoint, values, progress, on_start, filtered=bool(include or exclude))
+
+
+def _export(
+    moved: Moved,
+    target: Path | None,
+    checkpoint: Checkpoint | None,
+    values: ValueKind,
+    progress: Progress,
+    on_start: Progress,
+    *,
+    filtered: bool,
+) -> CsrReport:
+    source, chosen, path = moved.file, moved.chosen, moved.file.path
     entries = [entry for name, entry in source.manifest.tensors.items() if chosen(name)]
-    report = CsrReport(whole=[name for name in source.manifest.whole if chosen(name)])
-    if not (entries or report.whole or any(map(chosen, source.manifest.removed))) and (include or exclude):
+    report = CsrReport(whole=[name for name in source.manifest.whole if chosen(name)], left_out=left_out(moved))
+    if not (entries or report.whole or any(map(chosen, source.manifest.removed))) and filtered:
         raise SourceError(f"{path}: no tensor is left by the choice of names")
     for entry in entries:
-        _check(entry, path, values, has_base=base is not None)
+        _check(entry, path, values, has_base=checkpoint is not None)
     if checkpoint is not None:
-        report.notices += checkpoint.notices
+        report.notices += [*checkpoint.notices, *moved.notices]
     on_start(len(entries))
     with ExitStack() as stack:
-        stack.callback(source.streams.close)
         folder = stack.enter_context(output_folder(target))
         _write(source, entries, chosen, report, folder, checkpoint, values, progress)
         if folder is not None:

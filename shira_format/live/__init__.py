@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from shira_format.entries.loaded import LoadedAdapter
+from shira_format.entries.placed import place_adapter
 from shira_format.live.apply import Applied, apply
-from shira_format.live.loaded import LoadedAdapter
-from shira_format.live.placed import place_adapter
 from shira_format.live.pool import AdapterPool, PoolStatistics
 from shira_format.live.switcher import Report, Switcher
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shira_format.checkpoints.wrapped import unwrapped_names
+from shira_format.entries.loaded import LoadedAdapter
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.live.loaded import LoadedAdapter
-from shira_format.names.placement import Layout, ModelLayout, Placement, Shape, in_place
+from shira_format.names.layouts import Rename, find_layout
+from shira_format.names.placement import Layout, Shape
 from shira_format.names.prefixes import AmbiguousNames, match_names
-from shira_format.names.row_blocks import Location
-from shira_format.names.spaces import other_names
-
-Rename = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -98,20 +95,16 @@ class Names:
         Raises:
             BaseMismatch: several parts of a pipeline have them.
         """
+        shapes = {target: shape for target in names.values() if (shape := _shape(live[target])) is not None}
         new = frozenset(tensor.name for tensor in adapter.dense) - frozenset(needed)
-        found = []
-        for part, space in _spaces(live, names):
-            known = sorted({*space.names, *space.locations})
-            if (rename := self._match(adapter, needed, known, space.shape_of)) is not None:
-                found.append((part, _Renamed(space, rename, new)))
-                if not part:
-                    break  # all parts of a pipeline are in this one
-        if len(found) > 1:
-            parts = " and ".join(repr(part) for part, _ in found)
-            raise BaseMismatch(
-                f"{adapter.where}tensor {needed[0]!r} and the others may be those of {parts}: choose by prefix= or rename="
+        try:
+            return find_layout(
+                names, shapes, lambda space: self._match(adapter, needed, space.known, space.shape_of), new
             )
-        return found[0][1] if found else None
+        except SourceError as error:
+            raise BaseMismatch(
+                f"{adapter.where}tensor {needed[0]!r} and the others {error}: choose by prefix= or rename="
+            ) from None
 
     def _keeping_new_names(self, adapter: LoadedAdapter, live: Mapping[str, Any], rename: Rename) -> Rename:
         """As ``rename``, but tensors that are new to the base, such as a head, may keep their names in the model."""
@@ -121,53 +114,10 @@ class Names:
         return lambda name: name if name in new and rename(name) not in live else rename(name)
 
 
-@dataclass(frozen=True)
-class _Renamed:
-    """The layout ``inner`` for other names; tensors that are new to the base keep theirs."""
-
-    inner: ModelLayout
-    rename: Rename
-    new: frozenset[str]
-
-    def place(self, name: str, shape: Shape) -> Placement:
-        found = self.rename(name)
-        if name in self.new and found not in self.inner.names and found not in self.inner.locations:
-            return in_place(name, name, shape)
-        return replace(self.inner.place(found, shape), tensor=name)
-
-
 def _needed(adapter: LoadedAdapter) -> list[str]:
     """The names of the adapter's tensors that the model must have."""
     whole = [tensor.name for tensor in adapter.dense if tensor.base_digest is not None]
     return [*(tensor.name for tensor in adapter.tensors), *whole]
-
-
-def _spaces(live: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tuple[str, ModelLayout]]:
-    """The names that tensors may have in other programs: of the whole model (""), and of each part of a pipeline alone."""
-    shapes = {target: shape for target in names.values() if (shape := _shape(live[target])) is not None}
-    parts: dict[str, dict[str, str]] = {}
-    for name, target in names.items():
-        if target in shapes:
-            part, slash, rest = name.rpartition("/")
-            parts.setdefault(part + slash, {})[rest] = target
-    found = {part: _locations(inner, shapes) for part, inner in parts.items()}
-    together = {part + name: location for part, locations in found.items() for name, location in locations.items()}
-    yield (
-        "",
-        ModelLayout(shapes, {name: name_ for name, name_ in names.items() if name_ in shapes}, together),
-    )
-    for part, locations in found.items():
-        if part:
-            yield part, ModelLayout(shapes, parts[part], locations)
-
-
-def _locations(names: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, Location]:
-    """The tensors of other programs, and where they are in the live ones."""
-    found = other_names(names.keys(), lambda name: shapes[names[name]])
-    return {
-        name: Location(location.shape, tuple(replace(block, name=names[block.name]) for block in location.blocks))
-        for name, location in found.items()
-    }
 
 
 def _shape(weight: Any) -> Shape | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shira_format.checkpoints import Checkpoint, open_checkpoint
-from shira_format.live.loaded import LoadedAdapter, load_adapter
-from shira_format.live.placed import load_placed
+from shira_format.entries.loaded import LoadedAdapter, load_adapter
+from shira_format.entries.placed import load_placed
 from shira_format.names.placement import Layout
 
 _ENDINGS = (".st", ".safetensors")
@@ -132,7 +132,7 @@ class AdapterPool(Mapping[str, Path]):
 
         Raises:
             KeyError: the pool has none of this name.
-            FormatError, BaseMismatch, OSError: see :func:`shira_format.live.loaded.load_adapter`.
+            FormatError, BaseMismatch, OSError: see :func:`shira_format.entries.loaded.load_adapter`.
         """
         return self._get(name, executor, ahead=False)
 

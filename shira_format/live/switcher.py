@@ -17,7 +17,9 @@ from shira_format._core.threads import Threads
 from shira_format.adapter import Adapter
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.aligned import AlignedEntries, Contribution
+from shira_format.entries.loaded import LoadedAdapter, load_adapter
 from shira_format.entries.mixing import mix_values
+from shira_format.entries.placed import compare_spread, load_placed, on_parameters
 from shira_format.errors import BaseMismatch
 from shira_format.live.checks import (
     Parts,
@@ -28,13 +30,12 @@ from shira_format.live.checks import (
     check_replacement,
     check_same,
 )
-from shira_format.live.loaded import LoadedAdapter, load_adapter
 from shira_format.live.lock import ReadWriteLock
 from shira_format.live.models import weights_of
-from shira_format.live.names import Fit, Names, Rename
-from shira_format.live.placed import compare_spread, load_placed, on_parameters
+from shira_format.live.names import Fit, Names
 from shira_format.live.pool import AdapterPool
 from shira_format.live.weights import LiveWeight, live_weight, memory_of
+from shira_format.names.layouts import Rename
 from shira_format.names.placement import Layout
 from shira_format.tensors import SparseTensor, same_bits
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
-from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, unwrapping_notices
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
 from shira_format.lora.peft.bare import bare_weights, missing_config
 from shira_format.lora.peft.config import CONFIG
 from shira_format.lora.products import LowRank
+from shira_format.lora.refusals import why_unknown
 from shira_format.storage.paths import resolve_path
 
 
@@ -55,6 +56,8 @@ DIALECTS: Mapping[str, Dialect] = _Dialects(
     }
 )
 
+# Those with files of their own; the others have one grammar, and are told apart by a single look at the keys.
+_OWN_FILES = ("mlx", "peft", "gguf", "torchtune")
 # What a file of a dialect is called, where its name must match.
 _FILES = {"mlx": "*adapters.safetensors"}
 # Dialects whose files state their scales, or have none.
@@ -101,16 +104,29 @@ def open_lora(
         return _checked(dialect, DIALECTS[dialect].read(path, base, prefix), base)
     if weights := bare_weights(path):
         raise missing_config(weights)
+    if (why := why_unknown(path)) is not None:
+        raise SourceError(f"{path}: not a LoRA that can be converted: {why}")
+    _check_readable(path, base)
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
 
 
 def _detected(path: Path) -> str | None:
     files = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
-    for name in DIALECTS:
+    for name in _OWN_FILES:
         # Looked at by name first, so that no module is imported for files that it cannot read.
         if fnmatch.filter(files, _FILES.get(name, "*")) and DIALECTS[name].recognises(path):
             return name
-    return None
+    from shira_format.lora.keyed import dialect_of
+
+    return dialect_of(path)
+
+
+def _check_readable(path: Path, base: Checkpoint) -> None:
+    """Raise why the file at ``path`` cannot be read as one of tensors, which is why no dialect recognises it."""
+    files = [path] if path.is_file() else [one for one in path.iterdir() if one.is_file()]
+    weights = [file for file in files if file.suffix in (SAFETENSORS, *PICKLES)]
+    if len(weights) == 1:
+        open_tensors(weights[0], base)
 
 
 def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:
@@ -126,5 +142,5 @@ def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:
             "another adapter"
         )
     weights = [file for file in lora.files if file.suffix in (SAFETENSORS, *PICKLES)]
-    found = [notice for file in weights for notice in unwrapping_notices(open_tensors(file, base))]
+    found = [notice for file in weights for notice in open_tensors(file, base).notices]
     return replace(lora, notices=found + lora.notices) if found else lora

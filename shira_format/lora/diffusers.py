@@ -157,6 +157,11 @@ def _check(config: Mapping[str, Any], groups: Collection[Group], where: str, pat
     for option in _UNSUPPORTED:
         if config.get(option):
             raise SourceError(f"{where}: {option} is set, which is not supported: merge the LoRA with diffusers and convert the full checkpoint")  # fmt: skip
+    if config.get("fan_in_fan_out"):
+        raise SourceError(
+            f"{where}{beside}: fan_in_fan_out is set, and layers of diffusers are never stored as [in, out]: if it is a LoRA of PEFT, "
+            "its keys need PEFT's prefix (base_model.model.)"
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and CHANGES_BASE.match(start):
         raise SourceError(
@@ -169,8 +174,9 @@ def _check(config: Mapping[str, Any], groups: Collection[Group], where: str, pat
     for group in groups:
         if ALPHA in group.keys:
             raise SourceError(f"{where}{beside}: sets alphas, and the file has keys of alphas as well")
-        if config.get("use_dora") and DOWN in group.keys and MAGNITUDE not in group.keys:
-            raise SourceError(f"{path}: {group.keys[DOWN]!r} has no {MAGNITUDE}, which DoRA needs")
+        for part, option in ((MAGNITUDE, "use_dora"), (BIAS, "lora_bias")):
+            if config.get(option) and DOWN in group.keys and part not in group.keys:
+                raise SourceError(f"{path}: {group.keys[DOWN]!r} has no {part}, and {option} is set")
 
 
 def _check_alike(part: str, why: str, groups: Collection[Group], path: Path) -> None:

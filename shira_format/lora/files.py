@@ -50,9 +50,21 @@ def open_tensors(path: Path, base: Collection[str] | None = None) -> Checkpoint:
     return unwrapped_adapter(open_checkpoint(path, wrapped=True), base)
 
 
-def unwrapping_notices(tensors: Checkpoint) -> list[str]:
-    """What was left out of keys, for the user."""
-    return [tensors.notice] if isinstance(tensors, UnwrappedCheckpoint) else []
+# Entries that state a LoRA's scale, by the last part of their path: lora_alpha, network_alphas, rank, r.
+_OF_SCALE = re.compile(r"(?:\A|[/._])(?:\w*alphas?|(?:lora_|network_)?(?:rank|dim|scale)|lora_r|r|scaling)\Z")
+
+
+def refuse_scale_beside(tensors: Checkpoint) -> None:
+    """Refuse a file of ``torch.save`` with a scale beside its tensors, for which each program has another place and rule.
+
+    Raises:
+        SourceError: there is one; the message names it.
+    """
+    if (stated := next(filter(_OF_SCALE.search, tensors.beside), None)) is not None:
+        raise SourceError(
+            f"{tensors.path}: {stated!r} lies beside the tensors, and may change their scale: save the tensors alone, with a tensor "
+            "MODULE.alpha for each module if the scale is not that of a file without alphas"
+        )
 
 
 def read_tensors(path: Path, base: Collection[str]) -> tuple[dict[str, Array], dict[str, str]]:

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array
+from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.algorithms import STORED, layer
 from shira_format.lora.base import Lora, Update
 from shira_format.lora.decomposed import Decomposed
-from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
+from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors, refuse_scale_beside
 from shira_format.lora.fits import fits
 from shira_format.lora.groups import Group, Layer
 from shira_format.lora.keys import ALPHA, DOWN, UP, WHOLE, Key, parse_key
+from shira_format.lora.refusals import check_input, kind_of, unmatched
 from shira_format.lora.row_stack import Piece, stack_rows, take_update_rows
 from shira_format.names.components import component_names, component_of
 from shira_format.names.located import LocatedCheckpoint, check_location
@@ -32,6 +34,7 @@ _MOST_SHOWN = 80  # different ranks or alphas in the provenance
 # The name of a file that is taken from a folder with others.
 NAMED = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
+PEFT = "base_model.model"  # the prefix of PEFT's keys
 OPTIONS = "lora_adapter_metadata"  # PEFT's options in a header, as diffusers writes them
 
 Groups = Mapping[Key, Group]  # by module
@@ -71,6 +74,11 @@ def dialect_of(path: Path) -> str | None:
     styles = {key.style for key in keys}
     if "xlabs" in styles:
         return "xlabs"
+    ours = file.name in NAMED or OPTIONS in tensors.metadata(file.name) or "diffusers" in styles
+    flux = any(key.module.startswith(("double_blocks.", "single_blocks.")) for key in keys)
+    scaled = {key.module for key in keys if key.part == ALPHA}
+    if not flux and any(key.module not in scaled for key in keys if _is_of_peft(key, ours=ours)):
+        return None
     if "lycoris" in styles or (any(key.prefix == "lycoris" for key in keys) and _has_factors(keys)):
         return "lycoris"
     if not _has_factors(keys):
@@ -79,12 +87,14 @@ def dialect_of(path: Path) -> str | None:
         return "kohya"
     # PEFT's parts without a component are not enough: they may be from another library, and their scale in a configuration
     # file that is lost. Those of FLUX's authors behind PEFT's prefix are ai-toolkit's and fal's, which write none.
-    ours = file.name in NAMED or OPTIONS in tensors.metadata(file.name) or "diffusers" in styles
-    flux = any(key.module.startswith(("double_blocks.", "single_blocks.")) for key in keys)
-    if ours or any(key.prefix not in ("", "base_model.model") or (key.prefix and flux) for key in keys):
+    if ours or any(key.prefix not in ("", PEFT) or (key.prefix and flux) for key in keys):
         return "diffusers"
-    scaled = {key.module for key in keys if key.part == ALPHA}
     return "kohya" if all(key.module in scaled for key in keys if key.part in (DOWN, UP)) else None
+
+
+def _is_of_peft(key: Key, *, ours: bool) -> bool:
+    """Whether PEFT wrote it, with the scale in its configuration: LoHa and LoKr have their parts' names from LyCORIS."""
+    return key.prefix == PEFT and (key.part.startswith(("hada_", "lokr_")) or (key.style == "peft" and not ours))
 
 
 def _has_factors(keys: Iterable[Key]) -> bool:
@@ -149,6 +159,7 @@ class _Reader:
         self.path, self.base, self.dialect, self.prefix = path, base, dialect, prefix
         self.scaling, self.modules_of = scaling, modules_of
         self.tensors = open_tensors(path, base)
+        refuse_scale_beside(self.tensors)
         self.notices: list[str] = []
         # By the base's tensor.
         self._updates: dict[str, Update] = {}
@@ -158,6 +169,7 @@ class _Reader:
         self._owners: dict[str, str] = {}
 
     def read(self) -> Lora:
+        self._refuse_transposed()
         components = self._components()
         scales = self.scaling.of_components(components, self.tensors, self.path)
         ranks: set[int] = set()
@@ -165,6 +177,7 @@ class _Reader:
         for component, groups in components.items():
             for group, location, bias in self._located(component, groups, alone=len(components) == 1):
                 group.scale_of = scales[component]
+                check_input(group, group.key.module, location.shape)
                 name, view = self._view(location, group.where)
                 made = layer(group, name, location.shape, view)
                 if made.update is not None:
@@ -188,14 +201,27 @@ class _Reader:
             notices=[*self.scaling.notices(), *self.notices],
         )
 
+    def _refuse_transposed(self) -> None:
+        """Refuse GPT-2, whose weights are ``[in, out]``, as is seen of its fused queries, keys and values; square ones look alike."""
+        for name in self.base:
+            if name.endswith(".attn.c_attn.weight") and self.base.shape(name)[1:] == (
+                3 * self.base.shape(name)[0],
+            ):
+                raise SourceError(
+                    f"{self.path}: the base's {name!r} is stored as [in, out], as GPT-2's layers are, and a LoRA of {self.dialect} "
+                    "is of layers that are stored as [out, in]: it is read as PEFT's with its adapter_config.json"
+                )
+
     def _components(self) -> dict[str, dict[Key, Group]]:
         """The groups by component and module."""
+        if (kind := kind_of(self.tensors)) is not None:
+            raise SourceError(f"{self.path}: not a LoRA that can be converted: {kind}")
         parsed = {name: parse_key(name) for name in self.tensors}
         prefixes = {key.prefix for key in parsed.values() if key is not None}
         found: dict[str, dict[Key, Group]] = {}
         for name, key in parsed.items():
             if key is None:
-                raise SourceError(f"{self.path}: unmatched key {name!r}: {unmatched(name)}")
+                raise SourceError(f"{self.path}: unmatched key {name!r}: {unmatched(name, self.tensors)}")
             component = component_of(key.prefix, prefixes, self.base, self.path)
             module = Key("", key.module, "", key.is_flat)
             group = found.setdefault(component, {}).setdefault(module, Group(self.path, key, self.tensors))
@@ -243,7 +269,8 @@ class _Reader:
                 yield group, _stack([modules.weight(name) for name in known]), _biases(modules, known)
         if others:
             of = f" of {component}" if component else ""
-            self.notices.append(f"{others} names{of} in the LoRA are those of another program for this model")
+            told = f"{others} names{of} in the LoRA are those of another program for this model"
+            self.notices.append(NamesNotice(told))
 
     def _apply(self, group: Group, made: Layer, location: Location, bias: Location | None) -> None:
         """Add what a module's LoRA adds to small tensors, or replaces."""
@@ -347,10 +374,3 @@ def _biases(modules: Modules, known: list[str]) -> Location | None:
     found = [modules.tensor(f"{module}.bias") for module in known]
     there = [location for location in found if location is not None]
     return _stack(there) if there and len(there) == len(found) else None
-
-
-def unmatched(key: str) -> str:
-    """Why a key has no place in the grammar, for messages."""
-    if key.startswith("bundle_emb."):
-        return "the LoRA is bundled with an embedding of new tokens, which is no change of the base's weights"
-    return "it ends in no known part of a LoRA"

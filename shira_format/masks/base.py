@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from shira_format._core.arrays import Array, Indices
-from shira_format.errors import SourceError
 from shira_format.masks.scores import Scores
 from shira_format.masks.weights import Weight
 
@@ -15,7 +14,6 @@ from shira_format.masks.weights import Weight
 Gradients = Callable[[str], Callable[[int, int], Array]]
 
 
-@dataclass(frozen=True)
 class Rule:
     """A rule by which a mask is chosen; a subclass has :meth:`scores` or :meth:`indices`.
 
@@ -23,7 +21,6 @@ class Rule:
         name: as in the registry and the manifest.
         gradients: what it needs: ``""``, ``"sum"`` (of the batches' gradients) or ``"squares"`` (the sum of their squares).
         scope: the scope that the rule has by itself; None: any.
-        random: whether it has a seed.
     """
 
     name: ClassVar[str] = ""
@@ -36,23 +33,21 @@ class Rule:
         return {}
 
 
-@dataclass(frozen=True)
-class ScoredRule(Rule):
+class ScoredRule(Rule, ABC):
     """A rule that takes the entries of the best scores."""
 
+    @abstractmethod
     def scores(self, weight: Weight, gradients: Gradients | None) -> Scores:
         """The scores of a weight's entries; ``gradients`` is there if the rule needs it."""
-        raise SourceError(f"the rule {self.name!r} has no scores")
 
 
-@dataclass(frozen=True)
-class PlacedRule(Rule):
+class PlacedRule(Rule, ABC):
     """A rule that says where the entries are, whatever the weight holds."""
 
+    @abstractmethod
     def indices(self, weight: Weight, count: int) -> Indices:
         """Flat positions, int64, strictly increasing; at most ``count``.
 
         Raises:
             SourceError: the weight is too small for the rule.
         """
-        raise SourceError(f"the rule {self.name!r} places no entries")

@@ -1,4 +1,4 @@
-"""GaLLoP: large gradients on small weights (Choudhary et al., arXiv 2510.19778, section 3)."""
+"""GaLLoP: large gradients on small weights (Choudhary et al., arXiv 2510.19778)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +12,11 @@ from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import working_dtype
 from shira_format.errors import SourceError
 from shira_format.masks.base import Gradients, ScoredRule
+from shira_format.masks.last import LastOne
 from shira_format.masks.scores import Scores
 from shira_format.masks.weights import Weight
 
-# A tensor for each weight's name, numpy or torch, of the weight's shape.
+# A tensor for each weight's name, numpy or torch, of the weight's shape; a function is called anew for each reading of it.
 Tensors = Mapping[str, Any] | Callable[[str], Any]
 
 
@@ -32,6 +33,7 @@ class Given(ScoredRule):
     name: ClassVar[str] = "given"
     tensors: Tensors
     label: str = "given"
+    _kept: LastOne[Array] = field(default_factory=LastOne, compare=False, repr=False)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -40,12 +42,14 @@ class Given(ScoredRule):
 
     def scores(self, weight: Weight, gradients: Gradients | None) -> Scores:
         """The scores in float32, or in float64 if they are."""
-        found = flat_tensor(self.tensors, weight, "score")
+
+        def found() -> Array:
+            return self._kept.get(weight, lambda: flat_tensor(self.tensors, weight, "score"))
 
         def fill(start: int, stop: int, out: Array) -> None:
-            out[:] = found[start:stop]
+            out[:] = found()[start:stop]
 
-        return Scores(weight, fill, working_dtype(found.dtype))
+        return Scores(weight, fill, working_dtype(found().dtype))
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class GradUpdate(ScoredRule):
     name: ClassVar[str] = "grad-update"
     gradients: ClassVar[str] = "sum"
     updates: Tensors
+    _kept: LastOne[Array] = field(default_factory=LastOne, compare=False, repr=False)
 
     def scores(self, weight: Weight, gradients: Gradients | None) -> Scores:
         """``|g d|`` in float32."""
         assert gradients is not None
-        gradient, update = gradients(weight.name), flat_tensor(self.updates, weight, "update")
+        gradient = gradients(weight.name)
 
         def fill(start: int, stop: int, out: Array) -> None:
+            update = self._kept.get(weight, lambda: flat_tensor(self.updates, weight, "update"))
             np.multiply(gradient(start, stop), update[start:stop].astype(out.dtype), out=out)
             np.abs(out, out=out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from shira_format._core.arrays import Array
 from shira_format._core.threads import single_threaded_blas
 from shira_format.errors import SourceError
 from shira_format.masks.base import Gradients, ScoredRule
+from shira_format.masks.last import LastOne
 from shira_format.masks.scores import Scores
 from shira_format.masks.weights import Weight
 from shira_format.tensors import numel
@@ -32,7 +32,7 @@ class Lift(ScoredRule):
 
     name: ClassVar[str] = "lift"
     rank: int = 64
-    _kept: Any = field(default_factory=lambda: _Kept(), compare=False, repr=False)  # noqa: PLW0108 - defined below
+    _kept: LastOne[list[tuple[Array, Array]]] = field(default_factory=LastOne, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the rank is positive."""
@@ -46,10 +46,14 @@ class Lift(ScoredRule):
 
     def scores(self, weight: Weight, gradients: Gradients | None) -> Scores:
         """``|W_r|`` in float64, computed in tiles of whole rows."""
-        _, rows, columns = weight.matrices
+        count, rows, columns = weight.matrices
+
+        def approximations() -> list[tuple[Array, Array]]:
+            with single_threaded_blas():
+                return [low_rank(weight, at * rows * columns, rows, columns, self.rank) for at in range(count)]
 
         def fill(start: int, stop: int, out: Array) -> None:
-            factors = self._kept.factors(weight, self.rank)
+            factors = self._kept.get(weight, approximations)
             at = start
             while at < stop:
                 matrix, inside = divmod(at, rows * columns)
@@ -62,28 +66,6 @@ class Lift(ScoredRule):
             np.abs(out, out=out)
 
         return Scores(weight, fill, np.dtype(np.float64), max(columns, 1))
-
-
-class _Kept:
-    """The factors of the weight that was asked for last: all tiles of one weight come before those of the next."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of: Weight | None = None
-        self._factors: list[tuple[Array, Array]] = []
-
-    def factors(self, weight: Weight, rank: int) -> list[tuple[Array, Array]]:
-        """Of each matrix ``[m, r]`` and ``[r, n]``, float64, whose product is the approximation."""
-        with self._lock:
-            if self._of is not weight:
-                self._of, self._factors = None, []  # the memory of one weight is enough
-                count, rows, columns = weight.matrices
-                with single_threaded_blas():
-                    self._factors = [
-                        low_rank(weight, matrix * rows * columns, rows, columns, rank) for matrix in range(count)
-                    ]
-                self._of = weight
-            return self._factors
 
 
 def low_rank(weight: Weight, start: int, rows: int, columns: int, rank: int) -> tuple[Array, Array]:

@@ -6,172 +6,22 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from shira_format._core.arrays import Indices
+from shira_format._core.dtypes import dtype_name
 from shira_format._core.threads import Progress, Workers
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
-from shira_format.format.codecs.runs import LENGTHS
-from shira_format.masks.base import Gradients, PlacedRule, Rule, ScoredRule
+from shira_format.masks.base import Rule
 from shira_format.masks.gradients import Loss, SummedGradients, reached, sum_gradients
+from shira_format.masks.plan import MaskPlan
 from shira_format.masks.registry import rule_of
-from shira_format.masks.rows import best_of_rows
-from shira_format.masks.scores import Ranking
 from shira_format.masks.size import Size
 from shira_format.masks.weights import Source, Weight, weights_of
-from shira_format.selection import LocalEngine, TopK, select
 from shira_format.storage.paths import check_not_input, hub_identity
 from shira_format.tensors import SparseTensor, Totals, density, numel
-
-
-@dataclass(frozen=True)
-class MaskPlan:
-    """A mask to be made: which weights, by what rule, how large.
-
-    Attributes:
-        rule: see :class:`shira_format.masks.base.Rule`.
-        size: see :class:`Size`.
-        runs: entries of an aligned run; 1: single entries.
-        band: 0: the best entries, 1: the next so many, and so on.
-    """
-
-    rule: Rule
-    size: Size
-    runs: int = 1
-    band: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for values that cannot be meant."""
-        if self.runs != 1 and self.runs not in LENGTHS:
-            raise ValueError(f"runs of {self.runs} entries; known are {', '.join(map(str, LENGTHS))}")
-        if self.band < 0:
-            raise ValueError(f"band {self.band}; bands count from 0")
-        if isinstance(self.rule, PlacedRule) and (self.runs != 1 or self.band or self.size.scope != "tensor"):
-            raise ValueError(
-                f"the rule {self.rule.name!r} ranks nothing: runs, band and scope have no meaning with it"
-            )
-
-    @property
-    def scope(self) -> str:
-        """The scope, that of the rule if it has one."""
-        return self.rule.scope or self.size.scope
-
-    def masks(
-        self,
-        weights: Sequence[Weight],
-        gradients: Gradients | None,
-        workers: Workers,
-        progress: Progress = lambda _: None,
-    ) -> Iterator[tuple[Weight, Indices]]:
-        """Each weight with its entries: int64, flat, strictly increasing.
-
-        Args:
-            weights: to be masked.
-            gradients: if the rule needs them.
-            workers: the threads that compute; the result does not depend on their number.
-            progress: called with numbers of elements, :attr:`passes` times those of all weights.
-
-        Raises:
-            SourceError: see :func:`make_mask`.
-        """
-        if isinstance(self.rule, PlacedRule):
-            for weight in weights:
-                yield weight, self.rule.indices(weight, self.size.of(weight))
-                progress(weight.size)
-            return
-        assert isinstance(self.rule, ScoredRule)
-        rule = self.rule
-
-        def ranked(weight: Weight) -> Ranking:
-            return Ranking(rule.scores(weight, gradients), self.runs)
-
-        engine = LocalEngine(workers, lambda count: progress(count * self.runs))
-        if self.scope == "global":
-            found = self._global(
-                [ranked(weight) for weight in weights], self.size.of_all(weights), engine, workers
-            )
-        elif self.scope == "row":
-            found = (self._of_rows(ranked(weight), engine) for weight in weights)
-        else:
-            found = (self._of_one(ranked(weight), engine, workers) for weight in weights)
-        for weight, (ranking, places) in zip(weights, found, strict=True):
-            yield weight, ranking.entries(places)
-
-    def passes(self) -> int:
-        """How often each weight is read."""
-        return (2 if self.scope == "global" else 1) * (2 if self.band else 1)
-
-    def _of_one(self, ranking: Ranking, engine: LocalEngine, workers: Workers) -> tuple[Ranking, Indices]:
-        count = self._in_runs(self.size.of(ranking.scores.weight))
-        self._check_band(count, ranking.size, f"tensor {ranking.name!r}: ")
-        return ranking, self._band(
-            *(_first(_best([ranking], times * count, "tensor", engine, workers)) for times in self._ends())
-        )
-
-    def _of_rows(self, ranking: Ranking, engine: LocalEngine) -> tuple[Ranking, Indices]:
-        weight = ranking.scores.weight
-        count = self._in_runs(self.size.of_row(weight))
-        width = weight.matrices[1 if weight.inputs_first else 2] // self.runs
-        self._check_band(count, width, f"tensor {weight.name!r}: a row: ")
-        return ranking, self._band(
-            *(best_of_rows(ranking, times * count, engine.progress) for times in self._ends())
-        )
-
-    def _global(
-        self, rankings: list[Ranking], total: int, engine: LocalEngine, workers: Workers
-    ) -> Iterator[tuple[Ranking, Indices]]:
-        count = self._in_runs(total)
-        self._check_band(count, sum(ranking.size for ranking in rankings), "")
-        found = [_best(rankings, times * count, "global", engine, workers) for times in self._ends()]
-        for ranking, *parts in zip(rankings, *found, strict=True):
-            yield ranking, self._band(*parts)
-
-    def _in_runs(self, entries: int) -> int:
-        """The runs of so many entries, rounded to the nearest count, at least 1."""
-        return max(min(entries, 1), (2 * entries + self.runs) // (2 * self.runs))
-
-    def _ends(self) -> tuple[int, ...]:
-        """Up to which multiple of the count the ranking is taken, and from which on."""
-        return (self.band + 1, self.band) if self.band else (1,)
-
-    @staticmethod
-    def _band(upper: Indices, lower: Indices | None = None) -> Indices:
-        return upper if lower is None else np.setdiff1d(upper, lower, assume_unique=True)
-
-    def _check_band(self, count: int, size: int, where: str) -> None:
-        if self.band and (self.band + 1) * count > size:
-            what = "entries" if self.runs == 1 else "runs"
-            raise SourceError(
-                f"{where}band {self.band} of {count} {what} each ends at the rank {(self.band + 1) * count} of {size}"
-            )
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """For the manifest."""
-        mask = {"rule": self.rule.name} | self.rule.notes
-        mask |= {"runs": self.runs} if self.runs > 1 else {}
-        mask |= {"band": self.band} if self.band else {}
-        return {"mask": mask, "selection": {"rule": "mask"} | self.size.notes | {"scope": self.scope}}
-
-
-def _best(
-    rankings: list[Ranking], count: int, scope: str, engine: LocalEngine, workers: Workers
-) -> Iterator[Indices]:
-    if count == 0:
-        return repeat(np.empty(0, np.int64), len(rankings))
-    found = select(rankings, TopK(None, count, scope), engine, workers)
-    return (entries.indices for entries in workers.ahead(found))
-
-
-def _first(found: Iterator[Indices]) -> Indices:
-    (only,) = found
-    return only
 
 
 @dataclass(frozen=True)
@@ -181,7 +31,7 @@ class MaskedTensor:
     Attributes:
         name: the weight.
         shape: its shape.
-        dtype: its dtype's name.
+        dtype: its dtype, as in the file.
         nnz: number of entries.
     """
 
@@ -206,7 +56,7 @@ class MaskReport(Totals):
     """What a mask is.
 
     Attributes:
-        tensors: of each weight that has entries.
+        tensors: of each weight that was ranked; one without entries is not in the mask.
         notes: ``mask`` and ``selection`` as in the manifest.
         unreached: weights that are left out because the loss does not depend on them.
         file_bytes: size of the file; None for a dry run.
@@ -242,7 +92,7 @@ class Calibration:
 
 
 def make_mask(
-    source: Source | Any,
+    base: Source | Any,
     rule: str | Rule = "wm",
     *,
     density: float | None = None,
@@ -266,7 +116,7 @@ def make_mask(
     weight. The result does not depend on the number of threads. In memory are the mask, and a few tiles of the weights.
 
     Args:
-        source: a checkpoint (a path or an open one), or a torch module, which rules that need gradients take.
+        base: a checkpoint (a path or an open one), or a torch module, which rules that need gradients take.
         rule: a name (``wm``, ``rand``, ``struct``, ``grad``, ``snip``, ``lift``, ``gallop``, ``talos``, ``neuroada``), or a rule of
             :mod:`shira_format.masks` with settings of its own, such as ``Struct("columns", offset=1)`` or ``Given(scores)``.
         density: share of the elements, in (0, 1]; 0.01 by default.
@@ -300,15 +150,15 @@ def make_mask(
     """
     chosen = rule_of(rule, seed)
     plan = MaskPlan(chosen, Size(density, top_k, rank, scope), runs, band)
-    calibration = _calibration(source, chosen, batches, loss, at_once)
-    weights = weights_of(source, include, exclude)
+    calibration = _calibration(base, chosen, batches, loss, at_once)
+    weights = weights_of(base, include, exclude)
     report = MaskReport()
     found = list(mask_tensors(plan, weights, calibration, report, threads=threads, progress=progress))
-    return Adapter(found, manifest=provenance(plan, source, include, exclude, calibration))
+    return Adapter(found, manifest=provenance(plan, base, include, exclude, calibration))
 
 
 def _calibration(
-    source: Any, rule: Rule, batches: Iterable[Any] | None, loss: Loss | None, at_once: int | None
+    base: Any, rule: Rule, batches: Iterable[Any] | None, loss: Loss | None, at_once: int | None
 ) -> Calibration | None:
     if not rule.gradients:
         if batches is not None or loss is not None or at_once is not None:
@@ -316,9 +166,9 @@ def _calibration(
                 f"the rule {rule.name!r} needs no gradients: batches, loss and at_once have no meaning with it"
             )
         return None
-    if batches is None or loss is None or not hasattr(source, "named_modules"):
+    if batches is None or loss is None or not hasattr(base, "named_modules"):
         raise ValueError(f"the rule {rule.name!r} needs gradients: give a torch module, batches and a loss")
-    return Calibration(source, batches, loss, at_once)
+    return Calibration(base, batches, loss, at_once)
 
 
 def mask_tensors(
@@ -365,11 +215,9 @@ def mask_tensors(
         on_start(plan.passes() * sum(weight.size for weight in weights))
         workers = stack.enter_context(Workers(threads))
         for weight, indices in plan.masks(weights, gradients, workers, progress):
-            if not indices.size:
-                continue
-            tensor = SparseTensor(weight.name, weight.shape, indices, value_kind="none", dtype=weight.dtype)
-            report.tensors.append(MaskedTensor(weight.name, weight.shape, str(weight.dtype), tensor.nnz))
-            yield tensor
+            report.tensors.append(MaskedTensor(weight.name, weight.shape, dtype_name(weight.dtype), indices.size))
+            if indices.size:
+                yield SparseTensor(weight.name, weight.shape, indices, value_kind="none", dtype=weight.dtype)
 
 
 def provenance(

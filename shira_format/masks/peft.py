@@ -12,7 +12,7 @@ from shira_format._core.threads import Workers
 from shira_format.errors import SourceError
 from shira_format.masks.base import Rule
 from shira_format.masks.gradients import Loss, SummedGradients, sum_gradients
-from shira_format.masks.make import MaskPlan
+from shira_format.masks.plan import MaskPlan
 from shira_format.masks.rand import Rand
 from shira_format.masks.registry import rule_of
 from shira_format.masks.size import Size

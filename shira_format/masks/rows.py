@@ -28,9 +28,14 @@ def best_of_rows(ranking: Ranking, count: int, progress: Progress = lambda _: No
         int64, strictly increasing; positions of entries or runs, as :meth:`Ranking.entries` takes them.
 
     Raises:
-        SourceError: runs that cross from one row to the next.
+        SourceError: runs that cross from one row to the next, or it is not known which side is the output.
     """
     weight = ranking.scores.weight
+    if weight.inputs_first is None:
+        raise SourceError(
+            f"tensor {weight.name!r}: is square, and the checkpoint has layers that store [in, out] and layers that store [out, in]: "
+            "give the live model, or take another scope"
+        )
     matrices, rows, columns = weight.matrices
     if columns % ranking.length or (ranking.length > 1 and weight.inputs_first):
         raise SourceError(

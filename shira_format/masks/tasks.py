@@ -125,13 +125,18 @@ def weights_in_files(
         The weights, and the model's names of those that the checkpoint does not have, such as a head that is not in it.
 
     Raises:
-        SourceError: none is left, or one has another shape in the checkpoint.
+        SourceError: none is left, one has another shape in the checkpoint, or experts are stored in another way.
     """
     wanted, in_files = name_filter(include, exclude), names_in_files(model, set(checkpoint))
     found: dict[str, Weight] = {}
     unknown = []
     for weight in weights_of_model(model):
         name = in_files(weight.name)
+        if name is None and weight.stacked and wanted(weight.name):
+            raise SourceError(
+                f"{checkpoint.path}: has no tensor {weight.name!r}, in which transformers stacks the experts that the files hold one by "
+                "one: leave them out (--exclude experts), or make the mask of the live model in Python"
+            )
         if name is None or name in found:
             unknown.append(weight.name)
         elif wanted(name):

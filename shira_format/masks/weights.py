@@ -34,7 +34,8 @@ class Weight:
         dtype: its dtype, a float.
         part: ``part(start, stop)``: elements ``start`` to ``stop`` of the flat tensor, ``[stop - start]`` in ``dtype``.
         stacked: whether it is a stack of matrices along dimension 0, as the experts of a mixture are.
-        inputs_first: whether a row is an input and a column an output, as in transformers' ``Conv1D``.
+        inputs_first: whether a row is an input and a column an output, as in transformers' ``Conv1D``; None: a checkpoint has
+            layers of both kinds, and the weight is square.
         parameter: of a live model, else None.
     """
 
@@ -43,7 +44,7 @@ class Weight:
     dtype: np.dtype[Any]
     part: Callable[[int, int], Array]
     stacked: bool = False
-    inputs_first: bool = False
+    inputs_first: bool | None = False
     parameter: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -98,7 +99,7 @@ def weights_of(source: Any, include: Sequence[str] = (), exclude: Sequence[str] 
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> list[Weight]:
-    found = []
+    found, kinds = [], _kinds(checkpoint)
     for name in checkpoint:
         shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
         stacked = len(shape) == 3 and _EXPERTS.fullmatch(name) is not None
@@ -108,8 +109,27 @@ def _of_checkpoint(checkpoint: Checkpoint) -> list[Weight]:
         def part(start: int, stop: int, name: str = name) -> Array:
             return checkpoint.part(name, start, stop)
 
-        found.append(Weight(name, shape, dtype, part, stacked))
+        found.append(Weight(name, shape, dtype, part, stacked, kinds.get(name, False)))
     return found
+
+
+def _kinds(checkpoint: Checkpoint) -> dict[str, bool | None]:
+    """Of each matrix with a bias, whether its inputs come first, by the size of the bias; a square one is like the others.
+
+    A layer without a bias is never transformers' ``Conv1D``.
+    """
+    found: dict[str, bool | None] = {}
+    square = []
+    for name in checkpoint:
+        bias = f"{name.removesuffix('weight')}bias"
+        if not _WEIGHT.fullmatch(name) or bias not in checkpoint or len(shape := checkpoint.shape(name)) != 2:
+            continue
+        if shape[0] == shape[1]:
+            square.append(name)
+        else:
+            found[name] = checkpoint.shape(bias) == shape[1:]
+    seen = set(found.values())
+    return found | dict.fromkeys(square, None if len(seen) == 2 else seen == {True})
 
 
 def weights_of_model(model: Any) -> list[Weight]:

@@ -32,6 +32,15 @@ _ANY_DENOISER = (
 )  # fmt: skip
 
 
+_PARTS = (_DENOISER, *(prefix for prefixes in _TEXT.values() for prefix in prefixes))
+
+
+def part_of(name: str) -> str:
+    """What the name of a tensor starts with that says which part of a pipeline it is of: ``"unet/"``, ``"model.diffusion_model."``."""
+    component, slash, _ = name.rpartition("/")
+    return component + slash or next((prefix for prefix in _PARTS if name.startswith(prefix)), "")
+
+
 def component_of(prefix: str, prefixes: Collection[str], base: Checkpoint, where: object) -> str:
     """Diffusers' name of the component that a prefix of keys stands for; "" for the only model of a base without components.
 

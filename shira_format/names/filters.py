@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from shira_format.errors import SourceError
 
+NOT_CHOSEN = "by --include and --exclude"  # a reason to leave out names
+
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
     """A test for names: some regex of ``include`` is found in it (if there are any), and none of ``exclude``.

@@ -20,6 +20,7 @@ from shira_format.names.row_blocks import Location, RowBlock
 from shira_format.names.spaces import other_names
 
 _WEIGHT = ".weight"
+_MOST_LEADS = 64  # prefixes behind which known models are looked for
 
 # Whether a module of the base, at the second argument, has the shape that the LoRA needs for the first.
 Fits = Callable[[str, Location], bool]
@@ -86,18 +87,23 @@ class Modules:
         return _under(self._prefix, found)
 
     def _other_names(self) -> dict[str, Location]:
-        """The names in other programs, also if one prefix stands before the base's names of the model."""
-        for lead in ("", *self._leads()):
-            names = {name.removeprefix(lead): name for name in self._tensors if name.startswith(lead)}
-            found = other_names(names, lambda name, names=names: self._base.shape(self._prefix + names[name]))  # type: ignore[misc]
-            if found:
-                return {lead + name: _under(lead, location) for name, location in found.items()}
-        return {}
+        """The names in other programs; of several models with prefixes before their names, all of them."""
+        if found := self._other_names_behind(""):
+            return found
+        for lead in self._leads():
+            for name, location in self._other_names_behind(lead).items():
+                found.setdefault(name, location)
+        return found
+
+    def _other_names_behind(self, lead: str) -> dict[str, Location]:
+        names = {name.removeprefix(lead): name for name in self._tensors if name.startswith(lead)}
+        others = other_names(names, lambda name: self._base.shape(self._prefix + names[name]))
+        return {lead + name: _under(lead, location) for name, location in others.items()}
 
     def _leads(self) -> list[str]:
-        """The prefixes, without numbers, that most of the component's tensors share."""
-        counts = Counter(lead for name in self._tensors for lead in leading_parts([name]))
-        return [lead for lead, count in counts.items() if 2 * count > len(self._tensors) and not numbers(lead)]
+        """The most frequent prefixes, without numbers, of the component's tensors."""
+        counts = Counter(lead for name in self._tensors for lead in leading_parts([name]) if not numbers(lead))
+        return [lead for lead, _ in counts.most_common(_MOST_LEADS)]
 
     @cached_property
     def _names(self) -> Mapping[str, str]:

@@ -155,6 +155,11 @@ class ModelLayout:
     names: Mapping[str, str]
     locations: Mapping[str, Location]
 
+    @property
+    def known(self) -> list[str]:
+        """All names of tensors, sorted."""
+        return sorted({*self.names, *self.locations})
+
     def shape_of(self, name: str) -> Shape:
         """The shape that the model has for a tensor."""
         return self.shapes[self.names[name]] if name in self.names else self.locations[name].shape

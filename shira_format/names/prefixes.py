@@ -25,6 +25,7 @@ from shira_format.errors import SourceError
 from shira_format.names.renaming import (
     DEPTH,
     Renaming,
+    RenamingWithOthers,
     grouped,
     leading,
     leading_parts,
@@ -34,7 +35,7 @@ from shira_format.names.renaming import (
 from shira_format.names.towers import towers_in
 
 __all__ = [
-    "AmbiguousNames", "Fits", "Renaming", "Statement", "leading_parts", "leading_parts_by_name", "match_names", "numbers",
+    "AmbiguousNames", "Fits", "Renaming", "Statement", "leading_parts", "leading_parts_by_name", "match_names", "match_others", "numbers",
     "only_one", "prefix_of", "renamings",
 ]  # fmt: skip
 
@@ -135,6 +136,59 @@ def match_names(
         f"{where}: {len(missing)} of {len(needed)} adapted weights are not in the base{among}, for example "
         f"{missing[0]!r}; the base has names like {next(iter(base), 'none at all')!r}"
     )
+
+
+def match_others(
+    rename: Renaming,
+    needed: Collection[str],
+    others: Collection[str],
+    base: Collection[str],
+    where: object,
+    *,
+    fits: Fits,
+    prefix: str | None = None,
+) -> Renaming:
+    """``rename``, and for other names that it does not bring to the base's, the change that does, if there is one.
+
+    So a head that is saved whole beside the LoRA of a language model is found, although the base's name of it has changed in another
+    way; one that is new to the base is not.
+
+    Args:
+        rename: the renaming of ``needed``.
+        needed: the adapter's names that are in the base.
+        others: its names that may be new to the base.
+        base: the base's names.
+        where: the adapter, for messages.
+        fits: whether a tensor of the base, the second name, can be the first.
+        prefix: the user's, as in :func:`match_names`.
+
+    Raises:
+        AmbiguousNames: one of ``others`` could be several of the base's.
+    """
+    lacking = [name for name in others if rename(name) not in base]
+    if lacking:
+        tails = {".".join(name.split(".")[-2:]) for name in base}
+        lacking = [name for name in lacking if ".".join(name.split(".")[-2:]) in tails]
+    if len(lacking) > _MOST_GROUPS:
+        raise AmbiguousNames(
+            f"{where}: {len(lacking)} whole tensors are not in the base, {lacking[0]!r} for example, and many could be"
+        )
+    found = {}
+    for name in lacking:
+        try:
+            joint = match_names([*needed, name], base, where, fits=fits, prefix=prefix)
+        except AmbiguousNames:
+            raise
+        except SourceError:  # new to the base
+            continue
+        if fits(name, joint(name)):
+            found[name] = joint(name)
+    taken = {rename(name) for name in (*needed, *others)}
+    if twice := [name for name, new in found.items() if new in taken]:
+        raise AmbiguousNames(
+            f"{where}: {twice[0]!r} could be {found[twice[0]]!r} of the base, which another tensor is"
+        )
+    return RenamingWithOthers(rename=rename, others=found) if found else rename
 
 
 def prefix_of(prefix: str | None, component: str) -> str | None:

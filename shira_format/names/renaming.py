@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from shira_format._core.notices import NamesNotice
+
 DEPTH = 3  # parts of a name that a prefix may have
 _MOST_WORDS = 8  # groups in a message
 
@@ -48,7 +50,8 @@ class Renaming:
             component: of a pipeline, if only its names are.
         """
         words = [component, self.words] if component else [self.words]
-        return [f"names of {source} are not those of the base: {', '.join(words)}"] if self.words else []
+        told = f"names of {source} are not those of the base: {', '.join(words)}"
+        return [NamesNotice(told)] if self.words else []
 
     def reasoned(self, because: str) -> Renaming:
         """The same with a reason."""
@@ -111,6 +114,31 @@ def grouped(groups: Sequence[tuple[Sequence[str], Renaming]], known: Collection[
     return GroupedRenaming(
         groups=tuple((names[0], rename) for names, rename in groups), by_lead=certain, known=known
     )
+
+
+@dataclass(frozen=True)
+class RenamingWithOthers(Renaming):
+    """A renaming, and what it does not tell of some names.
+
+    Attributes:
+        rename: of all other names.
+        others: new names of some.
+    """
+
+    rename: Renaming = field(default_factory=Renaming)
+    others: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __call__(self, name: str) -> str:
+        """The new name."""
+        return self.others[name] if name in self.others else self.rename(name)
+
+    @property
+    def words(self) -> str:
+        """What it does, for messages."""
+        found = [self.rename.words] if self.rename.words else []
+        found += [f"{name!r} is {new!r}" for name, new in list(self.others.items())[:_MOST_WORDS]]
+        more = [] if len(self.others) <= _MOST_WORDS else [f"and {len(self.others) - _MOST_WORDS} others likewise"]
+        return ", ".join(found + more)
 
 
 def leading(name: str) -> tuple[str, ...]:

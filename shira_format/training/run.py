@@ -15,7 +15,8 @@ from shira_format._core.optional import optional_import
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.format import load
-from shira_format.masks.make import Calibration, MaskPlan, MaskReport, mask_tensors, provenance
+from shira_format.masks.make import Calibration, MaskReport, mask_tensors, provenance
+from shira_format.masks.plan import MaskPlan
 from shira_format.masks.tasks import weights_in_files
 from shira_format.storage.paths import hub_identity
 from shira_format.tensors import matrix_shape

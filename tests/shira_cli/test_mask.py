@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoModel,
-    AutoTokenizer,
     BertConfig,
     BertModel,
     BertTokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import shira_format as shira
-from shira_cli import mask
+from shira_cli import inspect, mask
 from shira_format.errors import SourceError
 from shira_format.masks import make_mask
 from shira_format.masks.tasks import text_task, weights_in_files
@@ -75,6 +75,19 @@ def test_a_mask_of_a_checkpoint(folder: Path, capsys: Capture) -> None:
     found = json.loads(capsys.readouterr().out)
     assert {"rule": "struct", "lines": "columns", "offset": 1, "step": 4, "diagonal": -1} == found["mask"]
     assert found["totals"]["nnz"] == sum(tensor.nnz for tensor in shira.load(out).values())
+
+
+def test_inspect_shows_the_mask(folder: Path, capsys: Capture) -> None:
+    out = folder / "m.st"
+    assert 0 == run(
+        "--base", folder / "bert", "--rule", "rand", "--rank", "1", "--runs", "8", "--seed", "3", "-o", out
+    )
+    assert 0 == inspect.main([str(out), "--verify", "--base", str(folder / "bert")])
+    shown = capsys.readouterr().out
+    assert "mask           rand, seed 3, runs 8\n" in shown
+    assert "as many as a LoRA of rank 1, per tensor" in shown
+    assert "fits the base  yes" in shown
+    assert " none " in shown
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(folder: Path, capsys: Capture) -> None:
@@ -237,3 +250,22 @@ def test_errors_are_one_line(folder: Path, capsys: Capture) -> None:
     assert before == out.read_bytes()
     with pytest.raises(SourceError, match="its loss is meaningless"):
         text_task(folder / "bert", folder / "texts.jsonl", "causal")
+
+
+def test_experts_that_the_files_hold_one_by_one(folder: Path, capsys: Capture) -> None:
+    """Without gradients each expert is a matrix of its own; with them nothing is left out in silence."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "max_position_embeddings": 16, "num_key_value_heads": 1}
+    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=3)).save_pretrained(folder / "mixtral")
+    save_tokenizer(folder / "mixtral")
+    arguments = ("--base", folder / "mixtral", "-o", folder / "m.st", "--force")
+    stacked = [name for name in shira.open_checkpoint(folder / "mixtral") if "gate_up_proj" in name]
+    assert 0 == run(*arguments, "--density", "0.1")
+    experts = [name for name in shira.load(folder / "m.st") if "experts" in name]
+    assert (2 if stacked else 9) == len(experts)
+    capsys.readouterr()
+    with_data = (*arguments, "--rule", "snip", "--data", folder / "texts.jsonl", "--quiet")
+    assert (0 if stacked else 1) == run(*with_data)
+    assert stacked or "in which transformers stacks the experts" in capsys.readouterr().err
+    assert 0 == run(*with_data, "--exclude", "experts")

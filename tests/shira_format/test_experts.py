@@ -15,10 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AriaTextConfig,
+    AriaTextForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     JambaConfig,
     JambaForCausalLM,
     Lfm2MoeConfig,
@@ -35,6 +39,8 @@ from transformers import (
     PhimoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from shira_format.checkpoints import open_checkpoint
@@ -324,6 +330,44 @@ def test_an_exact_patch_restores_the_other_form(base_form: str, tmp_path: Path) 
     wanted, found = state(other), state(tmp_path / "ours")
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+RENAMED = {
+    "granitemoe": _made(GraniteMoeForCausalLM, GraniteMoeConfig, num_local_experts=3, num_experts_per_tok=2),
+    "aria_text": _made(
+        AriaTextForCausalLM, AriaTextConfig, moe_num_experts=3, moe_topk=2, moe_num_shared_experts=1
+    ),
+}  # fmt: skip
+VISION = {
+    "depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "intermediate_size": 20, "out_hidden_size": 16,
+    "deepstack_visual_indexes": [0], "num_position_embeddings": 4,
+}  # fmt: skip
+
+
+def qwen3_vl() -> nn.Module:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    torch.manual_seed(3)
+    config = Qwen3VLMoeConfig(text_config=SMALL | THREE | {"rope_parameters": rope}, vision_config=VISION)
+    return Qwen3VLMoeForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "aria_text", "qwen3_vl_moe"])
+def test_3_d_tensors_that_disk_names_or_turns_otherwise(name: str, tmp_path: Path) -> None:
+    """PEFT's LoRA of the tensors in memory, on the base as transformers saves it, is what PEFT merges and transformers saves."""
+    make = qwen3_vl if name == "qwen3_vl_moe" else RENAMED[name]
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted = Adapted(tmp_path, make, r=2, target_modules=[], target_parameters=targets)
+    disk = on_disk(adapted.make(), tmp_path / "disk")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = state(on_disk(adapted.peft().merge_and_unload(), tmp_path / "merged"))
+    lora_to_shira(adapted.lora, disk, tmp_path / "x.st", density=1.0)
+    shira_to_full(tmp_path / "x.st", disk, tmp_path / "ours")
+    found = state(tmp_path / "ours")
+    assert found.keys() == wanted.keys()
+    for tensor in wanted:
+        torch.testing.assert_close(found[tensor], wanted[tensor], rtol=1e-6, atol=1e-6, msg=tensor)
+    assert len(load(tmp_path / "x.st")) == 4
 
 
 def test_a_fine_tune_with_another_number_of_experts(tmp_path: Path) -> None:

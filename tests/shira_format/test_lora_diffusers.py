@@ -463,6 +463,7 @@ REFUSED: dict[str, tuple[Change, dict[str, str] | None, str]] = {
     "bias of a layer without": (lambda s: s.update({f"{TO_Q}.lora_B.bias": torch.ones(8)}), None, r"to_q\.lora_B\.bias': the base has no 'unet/.*to_q\.bias'"),
     "dora without option": (lambda s: s.update({f"{TO_Q}.lora_magnitude_vector": torch.ones(8)}), options(), "use_dora is not set"),
     "dora without magnitude": (lambda s: None, options(use_dora=True), r"to_q\.lora_A\.weight' has no lora_magnitude_vector"),
+    "bias that was not saved": (lambda s: None, options(lora_bias=True), r"to_q\.lora_A\.weight' has no lora_bias, and lora_bias is set"),
     "dora of another size": (lambda s: s.update({f"{TO_Q}.lora_magnitude_vector": torch.ones(7)}), None, r"magnitude_vector' has shape \[7\], not one number for each of 8 rows"),
     "dora and bias": (lambda s: s.update({f"{TO_Q}.lora_magnitude_vector": torch.ones(8), f"{TO_Q}.lora_B.bias": torch.ones(8)}), None, "DoRA with a bias"),
     "nothing": (lambda s: s.clear(), None, "it holds no tensors"),

@@ -203,5 +203,46 @@ def test_tied_and_renamed_names_of_a_fine_tune_are_in_the_summary(
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert f"left out, tied to model.{WEIGHT}: model.head.weight" in out
-    assert "\nnames: " in out and "'model.'" in out
+    assert "names: " in out and "'model.'" in out
     assert "without the words of wrappers" in out
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"alpha": 4.0, "rank": 2}, {"network_alphas": {"blocks.alpha": 4.0}}, {"hyper_parameters": {"lora": {"lora_alpha": 4}}}],
+    ids=["at the top", "of layers", "among settings"],
+)  # fmt: skip
+def test_a_scale_beside_the_tensors_of_a_file_of_torch(
+    base: Path, tmp_path: Path, beside: dict[str, object]
+) -> None:
+    state = {
+        f"transformer.{X}.lora_A.weight": torch.ones(2, 16),
+        f"transformer.{X}.lora_B.weight": torch.ones(16, 2),
+    }
+    file = tmp_path / "lora.pt"
+    training = {"epoch": 3, "optimizer": {"param_groups": [{"alpha": 0.99}], "alpha": 0.9}}
+    torch.save({"state_dict": state, **training}, file)
+    notice = "the tensors under 'state_dict' are read; left out: 'epoch', 'optimizer'"
+    assert any(notice in found for found in lora_to_shira(file, base, None).notices)
+    torch.save({"state_dict": state, **training, **beside}, file)
+    with pytest.raises(SourceError, match="lies beside the tensors, and may change their scale"):
+        lora_to_shira(file, base, None)
+
+
+def test_why_no_dialect_recognises_a_file_is_said(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lora.pt"
+    torch.save([torch.ones(2, 16), torch.ones(16, 2)], file)
+    with pytest.raises(SourceError, match="contains a list, not a dict of tensors"):
+        lora_to_shira(file, base, None)
+    file.unlink()
+    parts = {"lora_A": np.ones((2, 16), np.float32), "lora_B": np.ones((16, 2), np.float32)}
+    save_arrays(
+        tmp_path / "pair.safetensors",
+        {
+            f"transformer.{X}.{part}.{name}.weight": array
+            for part, array in parts.items()
+            for name in ("high", "low")
+        },
+    )
+    with pytest.raises(SourceError, match="keys of several adapters, 'high' and 'low'"):
+        lora_to_shira(tmp_path / "pair.safetensors", base, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from torch import nn
 
 import shira_format as shira
 from shira_format._core.arrays import Array
+from shira_format._core.threads import Workers
 from shira_format.errors import SourceError
 from shira_format.masks import (
     RULES,
+    WM,
     Given,
     Lift,
     NeuroAda,
     Rand,
+    Size,
     Struct,
     Weight,
     difference,
@@ -32,10 +36,9 @@ from shira_format.masks import (
     weights_of,
 )
 from shira_format.masks.lift import low_rank
+from shira_format.masks.plan import MaskPlan
 from shira_format.tensors import SparseTensor, matrix_shape
 from tests import models
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def checkpoint(folder: Path, **arrays: Array) -> Path:
@@ -322,12 +325,22 @@ def test_rows_of_inputs_first_layers_are_outputs() -> None:
 def test_given_scores(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, a=some(1, 6, 8), b=some(2, 8, 4))
     scores = {"a.weight": np.abs(some(3, 6, 8)), "b.weight": torch.from_numpy(np.abs(some(4, 8, 4)))}
-    for tensors in (scores, scores.get):
+    calls: list[str] = []
+
+    def computed(name: str) -> Any:
+        calls.append(name)
+        return scores.get(name)
+
+    for tensors in (scores, computed):
         mask = make_mask(path, Given(tensors, "mine"), top_k=20, scope="global")
         every = np.concatenate([scores["a.weight"].reshape(-1), scores["b.weight"].numpy().reshape(-1)])
         chosen = np.sort(ranked(every)[:20])
         assert chosen[chosen < 48].tolist() == mask["a.weight"].indices.tolist()
         assert {"rule": "mine"} == mask.manifest["mask"]
+    assert {"a.weight", "b.weight"} == set(calls)
+    calls.clear()
+    make_mask(path, Given(computed), top_k=20)
+    assert ["a.weight", "b.weight"] == calls  # once for each, one after the other
     for bad, why in (
         ({"a.weight": scores["a.weight"]}, "no score is given for it"),
         (scores | {"b.weight": np.ones((4, 8))}, r"has the shape \[8, 4\], the score \[4, 8\]"),
@@ -543,3 +556,46 @@ def test_rules_by_name() -> None:
     for name, rule in RULES.items():
         assert name == rule.name
         assert rule.__doc__
+
+
+def test_outputs_of_a_file_are_known_by_its_biases(tmp_path: Path) -> None:
+    model = models.gpt2()
+    models.save_base(model.transformer, tmp_path / "gpt2")
+    assert make_mask(model.transformer, "neuroada", density=0.1) == make_mask(
+        tmp_path / "gpt2", "neuroada", density=0.1
+    )
+    bert = models.bert()
+    models.save_base(bert, tmp_path / "bert")
+    assert make_mask(bert, "neuroada", density=0.1) == make_mask(tmp_path / "bert", "neuroada", density=0.1)
+    arrays = {
+        "a.weight": some(1, 4, 6), "a.bias": some(2, 6), "b.weight": some(3, 4, 6), "b.bias": some(4, 4),
+        "c.weight": some(5, 4, 4), "c.bias": some(6, 4),
+    }  # fmt: skip
+    both = models.save_arrays(tmp_path / "both" / "model.safetensors", arrays)
+    assert ["a.weight", "b.weight"] == list(make_mask(both, "neuroada", exclude=["c"]))
+    with pytest.raises(SourceError, match=r"tensor 'c.weight': is square, and the checkpoint has layers"):
+        make_mask(both, "neuroada")
+    assert 3 == len(make_mask(both, "wm"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"scope": "row"}, {"runs": 16}, {"rule": Rand()}])
+def test_a_weight_is_never_whole_in_memory(settings: dict[str, Any]) -> None:
+    size = 1 << 23  # 32 MiB
+
+    def part(start: int, stop: int) -> Array:
+        mixed = np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (mixed >> np.uint64(40)).astype(np.float32)
+
+    weight = Weight("w", (1 << 11, 1 << 12), np.dtype(np.float32), part)
+    rule = settings.get("rule", WM())
+    plan = MaskPlan(rule, Size(scope=settings.get("scope", "tensor")), settings.get("runs", 1))
+    with Workers(1) as workers:
+        ((_, found),) = plan.masks([weight], None, workers)  # what buffers are kept
+        tracemalloc.start()
+        ((_, again),) = plan.masks([weight], None, workers)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert found.tolist() == again.tolist()
+    assert peak < 4 * size * 0.75
+    if rule == WM() and plan.scope == "tensor" and plan.runs == 1:
+        assert sorted(ranked(part(0, size))[: len(found)].tolist()) == found.tolist()

@@ -403,3 +403,22 @@ def test_content_of_large_tensors_is_seen_all_over() -> None:
     tuned = {f"m{n}": base[f"l{n}"] for n in reversed(range(3))} | {"keep": COUNT}
     pairs = paired(base | {"keep": COUNT}, tuned, exact=True)
     assert {f"m{n}": f"l{n}" for n in range(3)} == {k: v[0] for k, v in origins(pairs).items() if k != "keep"}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("back", [False, True])
+def test_two_towers_with_two_prefixes(exact: bool, back: bool) -> None:
+    """A vision-language model as transformers 5 has it in memory, and as it is on disk; heads of both as they are."""
+    names = {
+        "model.visual.blocks.0.q.w": "visual.blocks.0.q.w", "model.visual.merger.w": "visual.merger.w",
+        "model.language_model.layers.0.q.w": "model.layers.0.q.w", "model.language_model.norm.w": "model.norm.w",
+        "lm_head.w": "lm_head.w",
+    }  # fmt: skip
+    # All of one content, so that it is names that decide.
+    base = {(theirs if back else ours): COUNT for ours, theirs in names.items()}
+    tuned = {(ours if back else theirs): COUNT + 1 for ours, theirs in names.items()}
+    pairs = paired(base, tuned, exact=exact)
+    wanted = {theirs: ours for ours, theirs in names.items()} if not back else names
+    assert {change.tuned_name: change.base_name for change in pairs.sparse} == wanted
+    assert not pairs.whole
+    assert any("names: of names like" in notice for notice in pairs.notices)

@@ -55,6 +55,7 @@ OTHERS: dict[str, tuple[Callable[[Pairs, Path], Path], list[str], str]] = {
     "torchtune": (torchtune, [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)], "model."),
     "xlabs": (xlabs, [f"double_blocks.{i}.img_attn.qkv" for i in (0, 1)], ""),
 }
+ROWS = {"xlabs": 48}  # queries, keys and values
 DIALECTS = {name: (write, MODULES, "") for name, write in WRITERS.items()} | OTHERS
 
 
@@ -95,8 +96,9 @@ def check(adapter: Adapter, base: Base, wanted: dict[str, Pair]) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_two_towers_alike_are_refused_and_the_user_chooses(dialect: str, tmp_path: Path) -> None:
     write, modules, own = DIALECTS[dialect]
-    state = towers(modules, own, text_model=(16, 16), vision_model=(16, 16))
-    base, lora = save(state, tmp_path / "base"), write(pairs(modules), tmp_path)
+    rows = ROWS.get(dialect, 16)
+    state = towers(modules, own, text_model=(rows, 16), vision_model=(rows, 16))
+    base, lora = save(state, tmp_path / "base"), write(pairs(modules, rows), tmp_path)
     with pytest.raises(
         SourceError, match=r"text_model\..*vision_model\..*--prefix text_model\. or --prefix vision_model\."
     ):
@@ -122,7 +124,9 @@ def test_two_towers_alike_are_refused_and_the_user_chooses(dialect: str, tmp_pat
             == 0
         )
         check(
-            load(out), state, {tower + module.removeprefix(own): pair for module, pair in pairs(modules).items()}
+            load(out),
+            state,
+            {tower + module.removeprefix(own): pair for module, pair in pairs(modules, rows).items()},
         )
     with pytest.raises(SourceError, match="the base.* under --prefix audio"):
         lora_to_shira(lora, base, None, prefix="audio.")
@@ -144,8 +148,9 @@ def test_shapes_choose_the_tower(dialect: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_layer_that_the_base_lacks_is_refused_by_name(dialect: str, tmp_path: Path) -> None:
     write, modules, own = DIALECTS[dialect]
-    base = save(towers(modules[:1], "", top=(16, 16)), tmp_path / "base")
-    lora = write(pairs(modules), tmp_path)
+    rows = ROWS.get(dialect, 16)
+    base = save(towers(modules[:1], "", top=(rows, 16)), tmp_path / "base")
+    lora = write(pairs(modules, rows), tmp_path)
     with pytest.raises(SourceError, match=r"[._]1[._]"):
         lora_to_shira(lora, base, None)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from shira_format.convert import lora_to_shira
 from shira_format.convert.peft_shira import peft_to_shira
@@ -237,3 +237,93 @@ def test_a_head_in_a_wrapper_keeps_its_rows(tmp_path: Path) -> None:
     adapter = load(tmp_path / "x.st")
     assert "language_model.lm_head.weight" in adapter.dense
     np.testing.assert_array_equal(adapter.dense["language_model.lm_head.weight"].values, head.numpy())
+
+
+HEAD_AND_PROJECTOR = {
+    "llava": (
+        [f"model.language_model.{LAYER.format(0)}"],
+        {"lm_head": "language_model.lm_head", "model.multi_modal_projector.linear_1": "multi_modal_projector.linear_1"},
+        {f"model.language_model.{LAYER.format(0)}": f"language_model.model.{LAYER.format(0)}"},
+    ),
+    "causal_lm": (
+        [f"model.{LAYER.format(0)}"], {"lm_head": "language_model.lm_head"},
+        {f"model.{LAYER.format(0)}": f"language_model.model.{LAYER.format(0)}"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lora", "shira"])
+@pytest.mark.parametrize("case", HEAD_AND_PROJECTOR)
+def test_what_is_saved_whole_is_found_under_its_own_change(case: str, kind: str, tmp_path: Path) -> None:
+    """And does not become a new tensor beside the base's own."""
+    adapted, saved, names = HEAD_AND_PROJECTOR[case]
+    state = {f"{name}.weight": torch.randn(16, 16) for name in [*names.values(), *saved.values()]}
+    base = save(state, tmp_path / "base")
+    whole = {f"base_model.model.{name}.weight": torch.randn(16, 16) for name in saved}
+    if kind == "shira":
+        folder = sparse(tmp_path / "a", adapted, 16, 16)
+    else:
+        folder = tmp_path / "a"
+        folder.mkdir()
+        WRITERS["peft"](pairs(adapted), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    new = {"base_model.model.score.weight": torch.randn(3, 16)}
+    options = {"modules_to_save": [*(name.rpartition(".")[2] for name in saved), "score"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | options))
+    path = next(folder.glob("*.safetensors"))
+    save_file(load_file(path) | whole | new, path)
+    if kind == "shira":
+        report = peft_to_shira(folder, base, tmp_path / "x.st")
+    else:
+        report = lora_to_shira(folder, base, tmp_path / "x.st", density=1.0)
+    adapter = load(tmp_path / "x.st")
+    assert set(adapter) == {f"{names[name]}.weight" for name in adapted}
+    assert set(adapter.dense) == {*(f"{name}.weight" for name in saved.values()), "score.weight"}
+    for name, other in saved.items():
+        found = adapter.dense[f"{other}.weight"].values
+        np.testing.assert_array_equal(found, whole[f"base_model.model.{name}.weight"].numpy())
+        assert any(f"'{other}.weight'" in notice for notice in report.notices) or case == "causal_lm"
+
+
+def test_a_whole_tensor_that_could_be_two_is_refused(tmp_path: Path) -> None:
+    state = {
+        f"a.{LAYER.format(0)}.weight": torch.randn(16, 16),
+        "b.head.weight": torch.randn(16, 16),
+        "c.head.weight": torch.randn(16, 16),
+    }
+    folder = tmp_path / "a"
+    folder.mkdir()
+    WRITERS["peft"](pairs([f"model.{LAYER.format(0)}"]), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["head"]}))
+    path = next(folder.glob("*.safetensors"))
+    save_file(load_file(path) | {"base_model.model.head.weight": torch.randn(16, 16)}, path)
+    with pytest.raises(AmbiguousNames, match=r"--prefix b\. or --prefix c\."):
+        lora_to_shira(folder, save(state, tmp_path / "base"), None)
+
+
+PREFIXES = {
+    "text": ["language_model.", "model.language_model.", "language_model.model.", "text_model.", "model.text_model.", "model.", ""],
+    "vision": ["visual.", "model.visual.", "vision_tower.", "vision_tower.vision_model.", "model.vision_tower.", "vision_model."],
+    "audio": ["audio_tower.", "model.audio_tower."],
+}  # fmt: skip
+HEADS = ["lm_head.weight", "language_model.lm_head.weight"]
+
+
+@given(data=st.data())
+@settings(max_examples=600, deadline=None)
+def test_towers_of_the_same_layers_are_never_confused(data: st.DataObject) -> None:
+    """Each name finds the tensor of its tower, or the whole is refused, whatever the prefixes of adapter and base."""
+    towers = data.draw(st.lists(st.sampled_from(list(PREFIXES)), min_size=1, max_size=3, unique=True))
+    adapted = data.draw(st.lists(st.sampled_from(towers), min_size=1, max_size=3, unique=True))
+    here, there = ({tower: data.draw(st.sampled_from(PREFIXES[tower])) for tower in towers} for _ in range(2))
+    modules = [f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.fc1")]
+    base = {there[tower] + module: (tower, module) for tower in towers for module in modules}
+    needed = {here[tower] + module: (tower, module) for tower in adapted for module in modules}
+    if data.draw(st.booleans()):
+        base[data.draw(st.sampled_from(HEADS))] = needed[data.draw(st.sampled_from(HEADS))] = ("text", "head")
+    try:
+        rename = match_names(list(needed), list(base), "it")
+    except SourceError:
+        return
+    assert {name: base[rename(name)] for name in needed} == needed

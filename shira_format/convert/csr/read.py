@@ -29,11 +29,10 @@ from shira_format.convert.csr.folder import (
 )
 from shira_format.convert.csr.matrix import read_matrix
 from shira_format.convert.effect import Effect, lost, refuse_lost, words
-from shira_format.convert.inputs import NOT_CHOSEN
 from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import FormatError, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
-from shira_format.names.filters import name_filter
+from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.storage.paths import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 

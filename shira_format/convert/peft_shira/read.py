@@ -16,7 +16,7 @@ from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.checkpoints.quantised import quantised_named
 from shira_format.convert.effect import refuse_lost
-from shira_format.convert.inputs import NOT_CHOSEN, ConversionInputs
+from shira_format.convert.inputs import ConversionInputs
 from shira_format.convert.lora import lora_inputs
 from shira_format.convert.peft_shira.files import SHIRA, Kind, ShiraKeys, find, read_config, sort_keys
 from shira_format.convert.peft_shira.layers import ShiraLayer
@@ -27,11 +27,11 @@ from shira_format.entries.changes import Entries, UpdateChange
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.lora import Lora
-from shira_format.lora.files import checked, open_tensors, unwrapping_notices
+from shira_format.lora.files import checked, open_tensors
 from shira_format.lora.peft.resized import is_resized, resized_notices
 from shira_format.lora.peft.stated import statements
-from shira_format.names.filters import name_filter
-from shira_format.names.prefixes import match_names
+from shira_format.names.filters import NOT_CHOSEN, name_filter
+from shira_format.names.prefixes import match_names, match_others
 from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 
@@ -204,10 +204,16 @@ class _Reader:
         tensors = open_tensors(self.path, self.base)
         keys = sort_keys(tensors, self.kind, self.path)
         needed = {f"{module}.weight": module for module in keys.values}
+        fits = self._fits(needed, keys, tensors)
         rename = match_names(
-            needed, self.base, self.path, prefix=self.prefix, fits=self._fits(needed, keys, tensors),
+            needed,
+            self.base,
+            self.path,
+            prefix=self.prefix,
+            fits=fits,
             statements=statements(self.config, self.base),
-        )  # fmt: skip
+        )
+        rename = match_others(rename, needed, keys.plain, self.base, self.path, prefix=self.prefix, fits=fits)
         rank = self.config["r"] if self.kind is SHIRA else None
         layers = []
         for weight, module in needed.items():
@@ -233,7 +239,7 @@ class _Reader:
             files=[self.path, self.config_path],
             left_out={reason: names for reason, names in left_out.items() if names},
             notices=[
-                *unwrapping_notices(tensors),
+                *tensors.notices,
                 *rename.notices("the adapter"),
                 *self._notices(keys),
                 *resized_notices(whole, self.base, self.path),
@@ -244,6 +250,9 @@ class _Reader:
         """Whether a tensor of the base has room for a layer's largest index."""
 
         def fits(name: str, found: str) -> bool:
+            if name in keys.plain:
+                whole = tensors.shape(keys.plain[name])
+                return self.base.shape(found) == whole or is_resized(found, self.base.shape(found), whole)
             shape, indices = self.base.shape(found), tensors[keys.indices[needed[name]]]
             if self.kind is not SHIRA:
                 return not indices.size or int(indices.max()) < numel(shape)

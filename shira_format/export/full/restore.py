@@ -18,6 +18,7 @@ from shira_format._core.fits import check_dense, check_values
 from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.changes import TILE
+from shira_format.entries.moved import Moved, left_out, on_base
 from shira_format.errors import BaseMismatch, FormatError
 from shira_format.export.full.layout import Layout, Piece
 from shira_format.export.full.other_files import component_prefix, copy_model_files, write_indexes
@@ -38,6 +39,7 @@ class RestoreReport:
         copied: names of the other files, copied from the model's folder.
         patched: number of sparse tensors applied; ``whole``: of tensors replaced or added; ``removed``: of tensors left out.
         verified: number of tensors whose whole content was compared with the digest in the adapter.
+        left_out: the adapter's tensors that were not taken, by the reason.
         notices: what a user should know.
     """
 
@@ -47,6 +49,7 @@ class RestoreReport:
     whole: int = 0
     removed: int = 0
     verified: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
@@ -70,7 +73,8 @@ def shira_to_full(
 
     Args:
         adapter: the adapter file.
-        base: the checkpoint that it was made for, in any layout: a path or an open checkpoint.
+        base: the checkpoint that it was made for, in any layout, and under the names of other programs too: a path or an open
+            checkpoint. The result has the base's names.
         out: the folder to write; None to check everything only. A folder that holds an input is never replaced.
         alpha: strength; the adapter's own by default.
         files_from: a model's folder to copy config and tokenizer from; the base's by default.
@@ -90,13 +94,14 @@ def shira_to_full(
     path = None if out is None else Path(out)
     checkpoint = open_checkpoint(base)
     source = AdapterFile(adapter, separate_maps=True)
-    layout = Layout(source, checkpoint, alpha, name_filter(include, exclude))
-    check_output_folder(path, [source.path, checkpoint.path, *checkpoint.files], force=force)
-    on_start(layout.nbytes)
     with ExitStack() as stack:
+        moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude), alpha=alpha))
+        layout = Layout(moved.file, checkpoint, alpha, moved.chosen)
+        check_output_folder(path, [source.path, checkpoint.path, *checkpoint.files], force=force)
+        on_start(layout.nbytes)
         workers = stack.enter_context(Workers(threads))
         hashing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="shira-hash"))
-        restore = _Restore(source, checkpoint, layout, workers, hashing)
+        restore = _Restore(moved, checkpoint, layout, workers, hashing)
         folder = stack.enter_context(output_folder(path))
         for shard, pieces in layout.shards.items():
             restore.write(folder, shard, pieces, progress)
@@ -110,13 +115,13 @@ class _Restore:
     """The work of one call."""
 
     def __init__(
-        self, adapter: AdapterFile, base: Checkpoint, layout: Layout, workers: Workers, hashing: ThreadPoolExecutor
+        self, moved: Moved, base: Checkpoint, layout: Layout, workers: Workers, hashing: ThreadPoolExecutor
     ) -> None:
-        self._adapter, self._base, self._layout = adapter, base, layout
+        self._adapter, self._base, self._layout = moved.file, base, layout
         self._workers, self._hashing = workers, hashing
         self.report = RestoreReport(
             patched=len(layout.sparse), whole=len(layout.dense), removed=len(layout.removed),
-            notices=list(base.notices),
+            left_out=left_out(moved), notices=[*base.notices, *moved.notices],
         )  # fmt: skip
 
     def write(self, folder: Path | None, shard: str, pieces: list[Piece], progress: Progress) -> None:

@@ -15,6 +15,7 @@ from shira_format._core.dtypes import DTYPES
 from shira_format._core.threads import Progress, single_threaded_blas
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.base_check import check_dense
+from shira_format.entries.moved import Moved, left_out, on_base
 from shira_format.errors import SourceError
 from shira_format.export.lora.factors import Factors, best_factors, check_amount
 from shira_format.export.lora.folder import (
@@ -28,7 +29,7 @@ from shira_format.export.lora.folder import (
     own_files,
 )
 from shira_format.export.lora.plan import EMBEDDING, LayerPlan, LoraPlan, Planner, Saved
-from shira_format.export.lora.report import LayerReport, LoraReport
+from shira_format.export.lora.report import ZERO, LayerReport, LoraReport
 from shira_format.format import AdapterFile
 from shira_format.lora.peft.config import CONFIG, PREFIX
 from shira_format.names.filters import name_filter
@@ -61,7 +62,8 @@ def shira_to_lora(
     Args:
         adapter: the adapter file.
         base: the checkpoint that the adapter was made for, a path or an open checkpoint. It is needed for targets without base
-            values and for dense tensors, and shows how weights are stored. None if it is not available.
+            values and for dense tensors, and shows how weights are stored. If it has other programs' names for the adapter's
+            tensors, the LoRA is for its own. None if it is not available.
         out: the folder to write; None for a dry run, which computes everything and writes nothing.
         rank: the rank of every layer, or less where a layer has no more. Give either this or ``energy``.
         energy: keep this share, in (0, 1], of each layer's energy (the sum of squares) with as small a rank as possible.
@@ -89,12 +91,13 @@ def shira_to_lora(
     source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
+        moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude)))
         plan = Planner(
-            path, source.manifest, checkpoint, name_filter(include, exclude),
+            path, moved.file.manifest, checkpoint, moved.chosen,
             prefix=prefix, embedding=embedding, fan_in_fan_out=fan_in_fan_out,
         ).plan()  # fmt: skip
         on_start(len(plan.layers))
-        export = _Export(source, checkpoint, plan, rank, energy, progress)
+        export = _Export(moved, checkpoint, plan, rank, energy, progress)
         export.report.adapter_bytes = path.stat().st_size
         # So that the bytes do not depend on the number of threads.
         stack.enter_context(single_threaded_blas())
@@ -107,17 +110,20 @@ class _Export:
 
     def __init__(
         self,
-        source: AdapterFile,
+        moved: Moved,
         base: Checkpoint | None,
         plan: LoraPlan,
         rank: int | None,
         energy: float | None,
         progress: Progress,
     ) -> None:
-        self._source, self._base, self._plan = source, base, plan
+        self._source, self._base, self._plan = moved.file, base, plan
         self._rank, self._energy, self._progress = rank, energy, progress
-        self._alpha = float(source.manifest.raw.get("alpha", 1.0))
-        self.report = LoraReport(notices=[*(base.notices if base is not None else ()), *plan.notices])
+        self._alpha = float(self._source.manifest.raw.get("alpha", 1.0))
+        self.report = LoraReport(
+            left_out=left_out(moved),
+            notices=[*(base.notices if base is not None else ()), *moved.notices, *plan.notices],
+        )
         if self._alpha != 1:
             self.report.notices.append(f"the adapter's strength of {self._alpha:g} is part of the factors")
 
@@ -135,7 +141,9 @@ class _Export:
         report = self.report
         if not report.layers:
             reason = (
-                "all updates are zero" if report.left_out else "it changes no weight of two or more dimensions"
+                "all updates are zero"
+                if ZERO in report.left_out
+                else "it changes no weight of two or more dimensions"
             )
             raise SourceError(f"{self._source.path}: {reason}: PEFT has no LoRA without an adapted module")
         self._add_notices()
@@ -186,7 +194,7 @@ class _Export:
             at = tensor.indices[np.flatnonzero(~np.isfinite(values))[0]]
             raise self._error(entry.name, f"its update is not finite at flat index {at}")
         if not values.any():
-            report.left_out.append(entry.name)
+            report.left_out.setdefault(ZERO, []).append(entry.name)
             return {}
         shape = matrix_shape(entry.shape)
         try:
@@ -224,8 +232,8 @@ class _Export:
 
     def _add_notices(self) -> None:
         report = self.report
-        if report.left_out:
-            report.notices.append(f"left out, since their updates are zero: {', '.join(report.left_out)}")
+        if zero := report.left_out.get(ZERO):
+            report.notices.append(f"left out, {ZERO}: {', '.join(zero)}")
         if self._rank is not None and (low := [layer for layer in report.layers if layer.rank < self._rank]):
             report.notices.append(
                 f"{len(low)} of {len(report.layers)} updates have a lower rank than {self._rank} and are held exactly, "

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from shira_format.convert.report import LOW_ENERGY
 from shira_format.tensors import numel
 
+ZERO = "since their updates are zero"  # a reason to leave out tensors
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -64,7 +66,7 @@ class LoraReport:
     Attributes:
         layers: the weights that the LoRA adapts.
         saved: names of the tensors in ``modules_to_save``.
-        left_out: names of the tensors whose update is zero.
+        left_out: names of the adapter's tensors that are not in the LoRA, by the reason.
         notices: what a user should know.
         adapter_bytes: size of the adapter's file.
         folder_bytes: size of the LoRA's files; None for a dry run.
@@ -72,7 +74,7 @@ class LoraReport:
 
     layers: list[LayerReport] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     adapter_bytes: int = 0
     folder_bytes: int | None = None

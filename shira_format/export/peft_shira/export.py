@@ -17,6 +17,7 @@ from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.convert.peft_shira.files import SHIRA
 from shira_format.entries.base_check import base_values, check_dense
+from shira_format.entries.moved import left_out, on_base
 from shira_format.entries.values import difference, wide
 from shira_format.errors import SourceError
 from shira_format.export.peft_shira.config import own_files, peft_config
@@ -70,6 +71,7 @@ class PeftReport:
         modules_to_save: modules that are saved whole.
         whole: names of the tensors of these.
         filled: those of them that come from the base.
+        left_out: the adapter's tensors that were not taken, by the reason.
         notices: what a user should know.
         folder_bytes: size of all files; None for a dry run.
     """
@@ -79,6 +81,7 @@ class PeftReport:
     modules_to_save: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     filled: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     folder_bytes: int | None = None
 
@@ -105,7 +108,8 @@ def shira_to_peft(
         adapter: the adapter file.
         out: the folder to write; None for a dry run, which computes everything and writes nothing.
         base: the checkpoint that the adapter was made for, a path or an open checkpoint: needed for targets of an adapter without
-            the base's values, and for tensors of ``modules_to_save`` that the adapter does not change. It is checked.
+            the base's values, and for tensors of ``modules_to_save`` that the adapter does not change. It is checked. If it has other
+            programs' names for the adapter's tensors, the result is for its own.
         prefix: what the names of PEFT's model have before those of the adapter: a base of a bare model calls its weights
             ``encoder...``, where a model with a head on top says ``bert.encoder...``.
         pad: fill layers up with zeros where PEFT requires more entries.
@@ -127,10 +131,13 @@ def shira_to_peft(
     source = AdapterFile(path, separate_maps=True)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
-        plan = make_plan(source, name_filter(include, exclude), checkpoint, prefix, pad=pad)
+        moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude)))
+        source = moved.file
+        plan = make_plan(source, moved.chosen, checkpoint, prefix, pad=pad)
         report = PeftReport(
             plan.rank, modules_to_save=plan.saved, whole=list(plan.whole), filled=list(plan.filled),
-            notices=[*(checkpoint.notices if checkpoint is not None else ()), *plan.notices],
+            left_out=left_out(moved),
+            notices=[*(checkpoint.notices if checkpoint is not None else ()), *moved.notices, *plan.notices],
         )  # fmt: skip
         on_start(len(plan.targets))
         export = _Export(source, plan, checkpoint)

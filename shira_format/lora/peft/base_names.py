@@ -16,10 +16,11 @@ from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import PREFIX, Config
+from shira_format.lora.peft.resized import is_resized
 from shira_format.lora.products import fits_factors
 from shira_format.names.located import LocatedCheckpoint
 from shira_format.names.models.experts import why_not
-from shira_format.names.prefixes import AmbiguousNames, Statement, match_names
+from shira_format.names.prefixes import AmbiguousNames, Statement, match_names, match_others
 from shira_format.names.row_blocks import Location
 from shira_format.names.spaces import other_names
 
@@ -185,6 +186,9 @@ class BaseNames:
         modules = {layer.module: layer for layer in keys.layers}
 
         def fits(name: str, found: str) -> bool:
+            if name in keys.plain:
+                shape = keys.plain[name].shape
+                return located.shape(found) == shape or is_resized(found, located.shape(found), shape)
             layer = modules.get(name.removesuffix(".weight"))
             if layer is None or (len(located.shape(found)) == 3 and found in located.locations):
                 return True
@@ -193,6 +197,15 @@ class BaseNames:
         try:
             self.rename = match_names(
                 needed.keys(), located, where, fits=fits, prefix=prefix, statements=statements
+            )
+            self.rename = match_others(
+                self.rename,
+                needed.keys(),
+                keys.plain.keys() - needed.keys(),
+                located,
+                where,
+                fits=fits,
+                prefix=prefix,
             )
         except AmbiguousNames:
             raise

@@ -112,14 +112,24 @@ class Scales:
         return float(self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank))
 
     def _by_pattern(self, key: str, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start; first hit wins."""
+        """PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start; first hit wins.
+
+        PEFT and diffusers sort the patterns when they save, so that the first hit in the file need not be that in training.
+        """
+        hits: dict[str, float] = {}
         for pattern, value in patterns.items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
+                    hits[pattern] = value
             except re.error as error:
                 raise SourceError(f"{self.where}: {key} {pattern!r}: {error}") from None
-        return default
+        if key == "alpha_pattern" and len(set(hits.values())) > 1 and list(patterns) == sorted(patterns):
+            found = " and ".join(f"{pattern!r} ({value:g})" for pattern, value in hits.items())
+            raise SourceError(
+                f"{self.where}: {module!r} is matched by several patterns of {key}, {found}: the first one counted in training, and the "
+                "file has them sorted; leave only the one that counted, or write the patterns so that one matches"
+            )
+        return next(iter(hits.values()), default)
 
 
 def read_scales(config: Mapping[str, Any], where: object) -> Scales:

@@ -17,6 +17,8 @@ from shira_format.lora.peft.config import MERGE_FIRST, Config
 from shira_format.lora.peft.resized import EMBEDDINGS, HEAD, is_resized, resized_notices
 from shira_format.lora.peft.stated import base_config
 
+# The embeddings of T5, BART and their like, which encoder and decoder share whatever config.json says of the head.
+_SHARED = re.compile(r"(?:.*\.)?shared\.weight")
 _UNTIE = "untie them first (a base that has the head's weight, and tie_word_embeddings false in its config.json)"
 
 
@@ -129,8 +131,13 @@ class DenseReplacements:
         trained = (
             n for n in found if n not in self.base or found[n].shape == self.base.shape(n) or self._is_saved(n)
         )
-        changed = [name for name in (*self.layers, *trained) if EMBEDDINGS.fullmatch(name)]
+        changed = sorted(name for name in (*self.layers, *trained) if self._is_vocabulary(name))
         has_head = new_heads or any(HEAD.fullmatch(name) for name in self.base)
+        if shared := next(filter(_SHARED.fullmatch, changed), None):
+            raise SourceError(
+                f"{self.where}: changes {shared!r}, which the encoder's and the decoder's embeddings share: PEFT's model does not change "
+                f"all of these, and its merged model does; if that is wanted, {MERGE_FIRST}"
+            )
         if self.config["ensure_weight_tying"] or not changed or (has_head and not self._tied):
             return
         if self._tied:
@@ -142,6 +149,14 @@ class DenseReplacements:
             f"{changed[0]!r} changes: if the base's model ties its head to it, the head changes as well, as when PEFT merges "
             f"the LoRA; in PEFT's own model it does not. To keep the head, {_UNTIE}"
         )
+
+    def _is_vocabulary(self, name: str) -> bool:
+        """Whether a tensor is the embeddings of the vocabulary, by its name or by as many rows as ``config.json`` says."""
+        target = self.names.tensor(name)
+        if EMBEDDINGS.fullmatch(name) or target not in self.base or HEAD.fullmatch(name):
+            return EMBEDDINGS.fullmatch(name) is not None
+        shape = self.base.shape(target)
+        return self._tied and len(shape) == 2 and shape[0] == base_config(self.base).get("vocab_size")
 
     @cached_property
     def _tied(self) -> bool:

@@ -48,9 +48,11 @@ class ModuleLayers:
     def bias(self, layer: PeftLayer) -> tuple[str, Array] | None:
         """The name of the layer's bias and what ``lora_bias`` adds to it, or None if it adds nothing."""
         bias = layer.parts.get("lora_B.bias")
-        if bias is None:
-            return None
         module = layer.module
+        if bias is None:
+            if self.config["lora_bias"] and not layer.is_embedding:
+                raise SourceError(f"{self.where}: {module!r} has no lora_B.bias, and lora_bias is set")
+            return None
         name = self.names.tensor(f"{module}.bias")
         if layer.is_embedding or self.names.is_attention(module) or self.config["use_dora"]:
             raise SourceError(
@@ -152,10 +154,12 @@ class ModuleLayers:
         shape = self.base.shape(name)
         if shape == update == update[::-1]:
             stored = bool(self.config["fan_in_fan_out"])
-            # PEFT saves the option as corrected for the last adapted layer, so other layers may contradict it.
-            if (not stored) in self._orientations:
+            # PEFT saves the option as corrected for the last adapted layer, so other layers may contradict it. A model with
+            # Conv1D has layers that show it, since these have biases; none in a model of linear layers need.
+            if (not stored) in self._orientations or (stored and True not in self._orientations):
                 raise SourceError(
-                    f"{self.where}: {module!r} updates a square weight, and other layers contradict fan_in_fan_out={stored} "
+                    f"{self.where}: {module!r} updates a square weight, and other layers "
+                    f"{'contradict' if (not stored) in self._orientations else 'do not show'} fan_in_fan_out={stored} "
                     "(Conv1D or Linear): how this one is stored is unknown"
                 )
             return stored

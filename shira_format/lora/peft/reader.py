@@ -32,6 +32,7 @@ from shira_format.lora.peft.dense import DenseReplacements, drop_tied_head
 from shira_format.lora.peft.experts import ParameterLayers
 from shira_format.lora.peft.layers import ModuleLayers
 from shira_format.lora.peft.placed import placed
+from shira_format.lora.peft.promised import check_promised
 from shira_format.lora.peft.replication import Replication, replicate_layers
 from shira_format.lora.peft.stated import statements
 from shira_format.lora.peft.tokens import row_replacement
@@ -92,6 +93,7 @@ def read(weights: Path, config: Config, base: Checkpoint, prefix: str | None, fi
     keys.layers = drop_tied_head(keys.layers, base, config, weights)
     names = BaseNames(base, keys, config.parameters, weights, prefix, statements(config.raw, base))
     adapted = {name for layer in keys.layers for name in names.parameters(layer)}
+    check_promised(config, keys, names, weights)
     replacements = DenseReplacements(
         keys.plain, adapted, {f"{module}.weight" for module in keys.tokens}, names, config, weights
     )

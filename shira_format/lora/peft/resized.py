@@ -9,7 +9,9 @@ from shira_format._core.arrays import Array
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 
-EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
+EMBEDDINGS = re.compile(
+    r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|tokens_embed|embeddings|shared)\.weight"
+)
 HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_layer)\.weight")
 
 

@@ -27,6 +27,15 @@ _FUSED = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<part>gate_up_proj|up_pro
 _PROJ, _W, _FC = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("fc1", "fc3", "fc2")
 _ON_DISK, _IN_MEMORY = ".block_sparse_moe.", ".mlp."
 _ROUTERS = {"gate.": "router."}  # on disk, in memory: Phi-MoE
+# Other tensors that only change their names, on disk and in memory: Granite-MoE's and Aria's.
+_OTHERS = {
+    "block_sparse_moe.input_linear.weight": "block_sparse_moe.experts.gate_up_proj",
+    "block_sparse_moe.output_linear.weight": "block_sparse_moe.experts.down_proj",
+    "block_sparse_moe.router.layer.weight": "block_sparse_moe.router.weight",
+    "mlp.experts.fc1.weight": "mlp.experts.gate_up_proj",
+    "mlp.experts.fc2.weight": "mlp.experts.down_proj",
+}
+_BOTH_WAYS = _OTHERS | {new: old for old, new in _OTHERS.items() if old.startswith("block")}
 _UNGATED = re.compile(r".*\bmixer\.experts")  # Nemotron-H
 
 
@@ -49,7 +58,7 @@ def experts(names: Collection[str], shape: Shape) -> Mapping[str, Location]:
         if _why(module, parts, shape) is None:
             found.update(_singles(module, parts, shape))
             homes.add(_home(module))
-    found.update((new, _whole(name, shape)) for name, new in _renamed(names, homes - {None}))
+    found.update((new, _whole(name, shape)) for name, new in (*_renamed(names, homes - {None}), *_others(names)))
     return {name: location for name, location in found.items() if name not in names}
 
 
@@ -210,6 +219,17 @@ def _renamed(names: Collection[str], homes: Collection[str | None]) -> Iterator[
             for old, new in routers.items():
                 if rest.startswith(old):
                     yield name, f"{start}{there}{new}{rest.removeprefix(old)}"[1:]
+
+
+def _others(names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Names of single tensors of mixtures, and what they are called elsewhere."""
+    for name in names:
+        if "experts." not in name and "block_sparse_moe." not in name:
+            continue
+        for depth in (3, 4):
+            tail = ".".join(name.split(".")[-depth:])
+            if new := _BOTH_WAYS.get(tail):
+                yield name, name.removesuffix(tail) + new
 
 
 def _whole(name: str, shape: Shape) -> Location:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_analysis.reports.text.parts import path_or_none, shape, some, written
+from shira_analysis.reports.text.parts import about_names, path_or_none, shape, some, written
 from shira_format._core.text import count, percent, printable, table
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def as_text(report: ConversionReport, output: Path | None) -> str:
         accounts = [(t.energy_kept, t.relative_error) for t in report.tensors]
         accounts.append((report.energy_kept, report.relative_error))
         rows = [(*row, f"{kept:.1%}", f"{error:.3f}") for row, (kept, error) in zip(rows, accounts, strict=True)]
-    lines = [table(head, rows)]
+    lines = [*about_names(report), table(head, rows)]
     if report.whole:
         lines.append(f"stored whole: {some(report.whole, noun=' tensors')}")
     by_kind: dict[str, list[str]] = {}
@@ -69,9 +69,5 @@ def as_text(report: ConversionReport, output: Path | None) -> str:
     lines += [f"{printable(what)}: {some(names, noun=' tensors')}" for what, names in by_kind.items()]
     if report.unchanged:
         lines.append(f"unchanged: {report.unchanged} tensors")
-    lines += [
-        f"left out, {printable(why)}: {some(names, noun=' tensors')}" for why, names in report.left_out.items()
-    ]
-    lines += [printable(notice) for notice in report.names]
     lines.append(written(output, report.file_bytes))
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_analysis.reports.text.parts import path_or_none, shape, written
+from shira_analysis.reports.text.parts import about_names, path_or_none, shape, written
 from shira_format._core.text import count, table
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def as_json(report: CsrReport | FromCsrReport, output: Path | None) -> dict[str,
 def matrices_text(report: CsrReport, output: Path | None) -> str:
     """The matrices that were written."""
     rows = [(t.name, shape(t.shape), count(t.nnz), t.values, t.file) for t in report.tensors]
-    lines = [table(("tensor", "shape", "entries", "data", "file"), rows)]
+    lines = [*about_names(report), table(("tensor", "shape", "entries", "data", "file"), rows)]
     return "\n".join([*lines, *_whole(report.whole), written(output, report.folder_bytes)])
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_analysis.reports.text.parts import path_or_none, written
+from shira_analysis.reports.text.parts import about_names, path_or_none, written
 
 if TYPE_CHECKING:
     from shira_format.export.full import RestoreReport
@@ -20,7 +20,7 @@ def as_json(report: RestoreReport, output: Path | None) -> dict[str, Any]:
 def as_text(report: RestoreReport, output: Path | None) -> str:
     """What was applied, and the files."""
     applied = f"{report.patched} tensors patched, {report.whole} stored whole, {report.removed} removed"
-    lines = [f"{applied}; {report.verified} compared with the digest of the whole result"]
+    lines = [*about_names(report), f"{applied}; {report.verified} compared with the digest of the whole result"]
     if output is None:
         lines.append(written(None, None))
     else:

@@ -18,6 +18,7 @@ def as_text(info: dict[str, Any]) -> str:
         *((f"  {name}", _model(part.get("base_model"))) for name, part in (info["components"] or {}).items()),
         ("made from", _made_from(info["source"])),
         ("selection", _selection(info["selection"])),
+        *(("mask", line) for line in _mask(info["mask"])),
         ("strength", f"{info['alpha']:g}"),
         *_needs(info),
         ("entries", _entries(totals)),
@@ -112,6 +113,8 @@ def _selection(selection: dict[str, Any] | None) -> str:
         amount = f"{selection['energy']:.1%} of the energy"
     elif "density" in selection:
         amount = f"density {selection['density']:g}"
+    elif "lora_rank" in selection:
+        amount = f"as many as a LoRA of rank {selection['lora_rank']}"
     else:
         amount = f"{selection.get('top_k', '?')} entries"
     if selection.get("min_change"):
@@ -124,6 +127,14 @@ def _selection(selection: dict[str, Any] | None) -> str:
     if "relative_error" in selection:
         line += f", relative error {selection['relative_error']:.3f}"
     return line
+
+
+def _mask(mask: Any) -> list[str]:
+    """The rule and its settings; a digest says nothing to people."""
+    if not isinstance(mask, dict) or "rule" not in mask:
+        return []
+    settings = (f"{key} {value}" for key, value in mask.items() if key not in ("rule", "calibration_digest"))
+    return [", ".join([str(mask["rule"]), *settings])]
 
 
 def _entries(totals: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_analysis.reports.text.parts import path_or_none, shape, written
+from shira_analysis.reports.text.parts import about_names, path_or_none, shape, written
 from shira_format._core.text import count, file_size, printable, table
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def as_text(report: LoraReport, output: Path | None) -> str:
             f"{report.relative_error:.4g}", f"{_share(report.bound, report.norm):.4g}", "", "",
         )
     )  # fmt: skip
-    lines = [table(HEAD, rows)]
+    lines = [*about_names(report), table(HEAD, rows)]
     if report.saved:
         lines.append(f"replaced with their modules: {', '.join(map(printable, report.saved))}")
     size = "" if output is None else f"; the adapter: {file_size(report.adapter_bytes)}"

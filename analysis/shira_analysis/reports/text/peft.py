@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira_analysis.reports.text.parts import path_or_none, shape, written
+from shira_analysis.reports.text.parts import about_names, path_or_none, shape, written
 from shira_format._core.text import count, printable, table
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ def as_text(report: PeftReport, output: Path | None) -> str:
         (t.module, shape(t.shape), count(t.nnz), count(t.zeros), "unknown" if t.inexact is None else count(t.inexact))
         for t in report.tensors
     ]  # fmt: skip
-    lines = [table(("module", "shape", "entries", "of them zeros", "inexact"), rows), f"r = {report.rank}"]
+    lines = [
+        *about_names(report),
+        table(("module", "shape", "entries", "of them zeros", "inexact"), rows),
+        f"r = {report.rank}",
+    ]
     if report.modules_to_save:
         lines.append(f"saved whole: {', '.join(map(printable, report.modules_to_save))}")
     return "\n".join([*lines, written(output, report.folder_bytes)])

@@ -67,7 +67,7 @@ class LoadedAdapter:
         alpha: its own strength.
         key: identifies its content: the digest of the manifest, which holds all other digests; None: not from a file.
         replaced: entries that become their values at any strength but 0: dense tensors that are parts of parameters.
-        spread: digests of base values that are not yet compared; see :mod:`shira_format.live.placed`.
+        spread: digests of base values that are not yet compared; see :mod:`shira_format.entries.placed`.
         is_placed: whether its tensors have the names and shapes of a model's parameters.
         decoded: of an adapter that was read for a layout: entries that were decoded.
         notices: what to tell of its place in the model.
