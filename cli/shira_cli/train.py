@@ -30,7 +30,7 @@ examples:
   shira-train --base model.gguf --data texts.jsonl --task causal --mask mask.st --checkpoints run/ -o adapter.st
 """
 
-RULES = ("wm", "rand", "struct", "grad", "snip", "lift", "gallop", "talos", "neuroada")
+RULES = ("wm", "rand", "struct", "grad", "snip", "lift", "gallop", "neuroada")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

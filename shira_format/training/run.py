@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,47 @@ def _mask(base: Path, plan: Plan, loaded: TrainedModel, fitter: Fitter, report: 
     weights, unknown = weights_in_files(loaded.model, loaded.checkpoint, include, plan.exclude)
     if unknown and plan.include:
         report.notices.append(f"not masked, because no tensor in the files has the name: {unknown[0]}")
-    calibration = None
+    calibration, stack = None, ExitStack()
     if plan.mask.rule.gradients:
         size = plan.schedule.batch
         chosen = [fitter.rows.train[at : at + size] for at in range(0, len(fitter.rows.train), size)]
         batches = [fitter.collate(rows) for rows in chosen[: plan.calibration]]
+        if plan.mask.rule.gradients == "squares":
+            raise SourceError(
+                f"the rule {plan.mask.rule.name!r} needs one text at a time and labels of the model's own: make a mask file (shira-mask), and "
+                "give that"
+            )
+        stack.enter_context(_fitted_head(loaded, batches))
         calibration = Calibration(loaded.model, batches, lambda model, batch: model(**batch).loss, leave_out=True)
-    found = list(mask_tensors(plan.mask, weights, calibration, MaskReport()))
+    with stack:
+        found = list(mask_tensors(plan.mask, weights, calibration, MaskReport()))
     return Adapter(found, manifest=provenance(plan.mask, base, plan.include, plan.exclude, calibration))
+
+
+_HEAD_PASSES, _HEAD_RATE = 4, 1e-2
+
+
+@contextmanager
+def _fitted_head(loaded: TrainedModel, batches: Sequence[Any]) -> Iterator[None]:
+    """A new head is fitted to the unchanged model in this block: the gradients that a random one passes on are noise."""
+    model, names = loaded.model, loaded.new
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    parameters = [model.get_parameter(name) for name in names]
+    model.eval()
+    if parameters:
+        optimizer = torch.optim.AdamW(parameters, lr=_HEAD_RATE, weight_decay=0.0)
+        for batch in [*batches] * _HEAD_PASSES:
+            grads = torch.autograd.grad(model(**batch).loss, parameters)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+            optimizer.step()
+        optimizer.zero_grad()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                model.get_parameter(name).copy_(value)
 
 
 def _attached(plan: Plan, loaded: TrainedModel, mask: Adapter, report: TrainingReport) -> SparseParameters:

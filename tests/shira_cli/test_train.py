@@ -171,6 +171,7 @@ def test_errors_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path, cap
     for extra, reason in (
         (("--lr", "fast"), "neither a positive number nor auto"),
         (("--mask", "best"), "neither a file nor one of"),
+        (("--mask", "talos"), "neither a file nor one of"),
         (("--steps", "1", "--epochs", "1"), "exclude each other"),
     ):
         with pytest.raises(SystemExit, match="2"):
