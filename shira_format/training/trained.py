@@ -175,7 +175,7 @@ def whole_parameters(
     for patterns, is_new in ((whole, False), (new, True)):
         for pattern in patterns:
             chosen = name_filter([pattern], [])
-            paths = [path for path, _ in model.named_parameters() if chosen(path) and not path.endswith("_values")]
+            paths = [path for path, _ in model.named_parameters() if chosen(path)]
             if not paths:
                 raise SourceError(f"no parameter of the model has a name in which {pattern!r} is found")
             for path in paths:
