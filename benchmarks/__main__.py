@@ -25,6 +25,7 @@ from benchmarks import (
     sizes,
     switching,
     tasks,
+    training,
 )
 from benchmarks.model import LARGE, SMALL, make_base, make_lora
 from benchmarks.table import Row, as_text, machine
@@ -42,6 +43,7 @@ GROUPS = (
     "ranks",
     "merging",
     "tasks",
+    "training",
 )
 
 
@@ -110,6 +112,9 @@ def _rows(folder: Path, only: re.Pattern[str], pictures: Path | None, *, quick: 
     if only.search("tasks"):
         _say("merging on real tasks ...")
         yield from tasks.rows(folder, embeddings.shipped(*embeddings.BASE), texts=40 if quick else None)
+    if only.search("training"):
+        _say("training steps ...")
+        yield from training.rows(quick=quick)
     if not any(map(only.search, ("sizes", "reading"))):
         return
     uniform = sizes.uniform_adapter(shape, folder / "uniform.st")

@@ -218,6 +218,12 @@ def _check_equal(weights: dict[str, Any], files: list[str]) -> None:
     assert names == set(weights)
 
 
+def _train(clock: _Clock, method: str, setting: dict[str, Any]) -> None:
+    from benchmarks.training import train
+
+    train(clock, method, setting)
+
+
 _TASKS: dict[str, Callable[..., None]] = {
     "read": _read,
     "read again": _read_again,
@@ -229,6 +235,7 @@ _TASKS: dict[str, Callable[..., None]] = {
     "arc encode": _arc_encode,
     "arc decode": _arc_decode,
     "arc in place": _arc_in_place,
+    "train": _train,
 }
 
 

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from shira_format.names.servers import ServerLayout as ServerLayout
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
+    from shira_format.training.hook import attach as attach
+    from shira_format.training.sparse import resume as resume
+    from shira_format.training.sparse import sparse_parameters as sparse_parameters
 
 # Where each public name lives; it is imported when it is first asked for.
 _HOMES = {
@@ -56,6 +59,7 @@ _HOMES = {
     "SparseTensor": "tensors",
     "Switcher": "live",
     "apply": "live",
+    "attach": "training.hook",
     "compose": "merging.verbs",
     "csr_to_shira": "convert.csr",
     "diff": "merging.diff",
@@ -70,11 +74,13 @@ _HOMES = {
     "open_checkpoint": "checkpoints",
     "peft_to_shira": "convert.peft_shira",
     "place_adapter": "live",
+    "resume": "training.sparse",
     "save": "format",
     "shira_to_csr": "export.csr",
     "shira_to_full": "export.full",
     "shira_to_lora": "export.lora",
     "shira_to_peft": "export.peft_shira.export",
+    "sparse_parameters": "training.sparse",
     "subtract": "merging.verbs",
     "verify": "entries.inspection",
 }

@@ -23,6 +23,7 @@ completion of commands and options in the shell:
 
 COMMANDS = {
     "convert": ("convert", "From LoRAs, fine-tunes and other formats to adapter files, and back."),
+    "train": ("train", "Train a sparse adapter on texts."),
     "inspect": ("inspect", "What adapter files are, and whether they fit a base."),
     "diff": ("diff", "What differs between two adapters."),
     "merge": ("merge", "Merge adapters of one base into one."),

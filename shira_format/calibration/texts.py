@@ -109,7 +109,7 @@ def load_model(folder: Path, *, causal: bool = False) -> LoadedModel:
         import transformers
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder")
-    with _silent(transformers):
+    with silent(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             made = _class(transformers, config, causal=causal)
@@ -143,7 +143,7 @@ def _class(transformers: Any, config: Any, *, causal: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _silent(transformers: Any) -> Iterator[None]:
+def silent(transformers: Any) -> Iterator[None]:
     """Suppress transformers' reports and progress bars."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging = transformers.logging

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from shira_cli import convert, demo, diff, inspect, main, mask, measure, merge, moments, plot, verify
+from shira_cli import convert, demo, diff, inspect, main, mask, measure, merge, moments, plot, train, verify
 from shira_cli.convert import COMMANDS
 from shira_format.calibration.moments import Moment, Moments
 from tests import models
@@ -172,3 +172,21 @@ def test_masks(folder: Path, tmp_path: Path, capsys: Capture) -> None:
 
 def test_demo(folder: Path, capsys: Capture) -> None:
     check("demo", run(demo.main, ("--task", "spam", "--density", "0.01", "--base", "@base"), folder, capsys))
+
+
+def test_train(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    texts = [{"text": f"{word} text", "label": word} for word in ("good", "bad") for _ in range(6)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
+    few = (
+        "--include",
+        r"layer\.0\.attention\.self\.query",
+        "--steps",
+        "2",
+        "--evaluations",
+        "1",
+        "--compare",
+        "lora",
+    )
+    arguments = ("--base", "@base", "--data", tmp_path / "texts.jsonl", "--task", "classify", *few)
+    for extra in (("--dry-run",), ()):
+        check("train", run(train.main, (*arguments, "-o", tmp_path / "a.st", *extra), folder, capsys))

@@ -1,0 +1,179 @@
+"""``shira-train`` as people call it, on tiny models, and once on a real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from shira_cli import mask, train
+from shira_format.format import load
+from shira_format.live import Switcher
+
+Capture = pytest.CaptureFixture[str]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "four", "five", "six"]
+
+
+def run(*arguments: object) -> int:
+    return train.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT and a tiny Llama with a tokenizer, and texts whose labels are their first words."""
+    found = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=16)).save_pretrained(found / "bert")  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=16)).bfloat16().save_pretrained(found / "llama")  # fmt: skip
+    for name in ("bert", "llama"):
+        (found / name / "vocab.txt").write_text("\n".join(WORDS))
+        BertTokenizerFast(str(found / name / "vocab.txt")).save_pretrained(found / name)
+    draw = np.random.default_rng(0)
+    lines = []
+    for number in range(40):
+        rest = " ".join(draw.choice(WORDS[7:], 3))
+        lines.append({"text": f"{'one' if number % 2 else 'two'} {rest}", "label": number % 2})
+    (found / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (found / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:7]))
+    return found
+
+
+def classify(folder: Path, out: Path) -> list[object]:
+    return ["--base", folder / "bert", "--data", folder / "texts.jsonl", "--task", "classify", "-o", out]
+
+
+def test_a_classifier(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out, picture = tmp_path / "a.st", tmp_path / "a.png"
+    options = (
+        "--density",
+        "0.1",
+        "--steps",
+        "30",
+        "--lr",
+        "0.05",
+        "--test",
+        folder / "test.jsonl",
+        "--compare",
+        "lora",
+    )
+    assert 0 == run(*classify(folder, out), *options, "--picture", picture)
+    text, err = capsys.readouterr()
+    assert "are trained on 32 texts; 8 are held out" in err
+    assert "accuracy on test" in text
+    assert {"base", "sparse adapter", "LoRA"} <= {line.split("  ")[0] for line in text.splitlines()}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = load(out)
+    assert "training" == found.manifest["source"]["kind"]
+    assert ["0", "1"] == found.manifest["source"]["labels"]
+    assert "wm" == found.manifest["mask"]["rule"]
+    assert {"classifier.weight", "classifier.bias"} == set(found.dense)
+    assert all(name.startswith("encoder.layer.") for name in found)
+    # The file alone makes of the base what was measured.
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=2).eval()
+    Switcher(model).load(out)
+    tokenizer = BertTokenizerFast.from_pretrained(folder / "bert")
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = model(**tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")).logits
+    accuracy = float((logits.argmax(-1) == torch.tensor([row["label"] for row in rows])).float().mean())
+    (line,) = [line for line in text.splitlines() if line.startswith("sparse adapter")]
+    assert f"{100 * accuracy:.2f} %" == " ".join(line.split()[-2:])
+
+
+def test_a_causal_model_with_a_mask_file(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    masked, out = tmp_path / "mask.st", tmp_path / "a.st"
+    assert 0 == mask.main(["--base", str(folder / "llama"), "--rule", "rand", "--density", "0.2", "--include", "layers", "-o", str(masked), "--quiet"])  # fmt: skip
+    capsys.readouterr()
+    arguments = ("--base", folder / "llama", "--data", folder / "texts.jsonl", "--task", "causal", "--steps", "20", "--lr", "0.02", "-o", out)  # fmt: skip
+    assert 0 == run(*arguments, "--mask", masked, "--json", "--quiet")
+    told, err = capsys.readouterr()
+    found = json.loads(told)
+    assert "" == err
+    (one,) = found["runs"]
+    assert one["validation"]["perplexity"] < found["base"]["validation"]["perplexity"]
+    assert one["validation"]["loss"] == pytest.approx(min(v["loss"] for v in one["validations"]), rel=0.05)
+    adapter, entries = load(out), load(masked)
+    assert adapter.keys() == entries.keys()
+    assert all(np.array_equal(adapter[name].indices, entries[name].indices) for name in adapter)
+    assert {"bfloat16"} == {str(tensor.dtype) for tensor in adapter.values()}
+    assert found["nnz"] == sum(tensor.nnz for tensor in adapter.values())
+
+
+@pytest.mark.parametrize("rule", ["grad", "struct", "neuroada"])
+def test_other_masks_dora_and_the_learning_rate_search(
+    rule: str, folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "a.st"
+    extra = {"grad": ("--scope", "global"), "struct": ("--dora",), "neuroada": ("--lr", "auto")}[rule]
+    assert 0 == run(*classify(folder, out), "--mask", rule, "--density", "0.2", "--steps", "6", *extra, "--json", "--quiet")  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert rule == found["mask"]["rule"] == load(out).manifest["mask"]["rule"]
+    assert (5 if rule == "neuroada" else 0) == len(found["runs"][0]["tried"])
+    if rule == "neuroada":
+        best = min(found["runs"][0]["tried"], key=lambda one: one["loss"])
+        assert best["learning_rate"] == found["runs"][0]["learning_rate"]
+
+
+def test_a_run_goes_on_from_its_checkpoints(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    common: tuple[Any, ...] = ("--density", "0.1", "--lr", "0.02", "--evaluations", "2", "--quiet")
+    assert 0 == run(
+        *classify(folder, tmp_path / "whole.st"), *common, "--steps", "8", "--checkpoints", tmp_path / "run"
+    )
+    kept = tmp_path / "run" / "checkpoint-8"
+    assert kept.is_dir()
+    early = tmp_path / "run" / "checkpoint-4"
+    if early.is_dir():  # as if the run had been stopped there
+        for path in sorted(kept.rglob("*"), reverse=True):
+            path.unlink()
+        kept.rmdir()
+        assert 0 == run(
+            *classify(folder, tmp_path / "again.st"), *common, "--steps", "8", "--checkpoints", tmp_path / "run"
+        )
+        assert load(tmp_path / "whole.st") == load(tmp_path / "again.st")
+
+
+def test_errors_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 1}\n')
+    (tmp_path / "none.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "few.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "a", "label": 5}\n{"text": "b", "label": 6}\n')
+    (tmp_path / "empty").mkdir()
+    before, out = set(tmp_path.iterdir()), tmp_path / "a.st"
+    for changes, reason in (
+        ({"--data": tmp_path / "one.jsonl"}, "a classifier needs two or more"),
+        ({"--data": tmp_path / "none.jsonl"}, "line 1 has no 'label'"),
+        ({"--data": tmp_path / "few.jsonl"}, "nothing can be held out"),
+        ({"--base": tmp_path / "empty"}, "has neither config.json nor a GGUF file"),
+        ({"--base": tmp_path / "nothing"}, "no such folder"),
+        ({"--test": tmp_path / "other.jsonl"}, "is not among those to train"),
+        ({"--include": "nothing"}, "no weight of two dimensions or more is left"),
+        ({"--task": "causal"}, "weights are missing"),
+        ({"-o": folder / "bert" / "a.st"}, "is in the folder of the model"),
+    ):
+        arguments = dict(zip(*[iter(classify(folder, out))] * 2, strict=True)) | changes  # type: ignore[call-overload]
+        assert 1 == run(*(word for pair in arguments.items() for word in pair), "--steps", "1"), reason
+        told, err = capsys.readouterr()
+        assert "" == told
+        assert reason in err.splitlines()[-1]
+    assert before == set(tmp_path.iterdir())
+    for extra, reason in (
+        (("--lr", "fast"), "neither a positive number nor auto"),
+        (("--mask", "best"), "neither a file nor one of"),
+        (("--mask", "talos"), "neither a file nor one of"),
+        (("--steps", "1", "--epochs", "1"), "exclude each other"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(*classify(folder, out), *extra)
+        assert reason in capsys.readouterr().err
