@@ -51,13 +51,13 @@ def _size_options(command: _F) -> _F:
 
 def _rule_options(command: _F) -> _F:
     for option in (
-        click.option("--lift-rank", type=options.COUNT, metavar="R", help="lift: the rank of the approximation (default: 64)."),
-        click.option("--no-diagonal", is_flag=True, help="struct: leave out the diagonal."),
-        click.option("--diagonal", type=int, metavar="K", help="struct: the K-th diagonal above the main one (default: 0)."),
-        click.option("--offset", type=click.IntRange(min=0), metavar="N", help="struct: the first row or column (default: 0)."),
-        click.option("--step", type=options.COUNT, metavar="F", help="struct: every F-th row or column (default: as the size allows)."),
-        click.option("--lines", type=click.Choice(["rows", "columns"]), help="struct: rows (default) or columns."),
-        click.option("--seed", type=click.IntRange(min=0), metavar="N", help="rand and talos: the seed (default: 0)."),
+        click.option("--lift-rank", type=options.COUNT, metavar="R", help="With --rule lift: the rank of the approximation (default: 64)."),
+        click.option("--no-diagonal", is_flag=True, help="With --rule struct: leave out the diagonal."),
+        click.option("--diagonal", type=int, metavar="K", help="With --rule struct: the K-th diagonal above the main one (default: 0)."),
+        click.option("--offset", type=click.IntRange(min=0), metavar="N", help="With --rule struct: the first row or column (default: 0)."),
+        click.option("--step", type=options.COUNT, metavar="F", help="With --rule struct: every F-th row or column (default: as the size allows)."),
+        click.option("--lines", type=click.Choice(["rows", "columns"]), help="With --rule struct: rows (default) or columns."),
+        click.option("--seed", type=click.IntRange(min=0), metavar="N", help="With --rule rand and talos: the seed (default: 0)."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -70,7 +70,7 @@ def _data_options(command: _F) -> _F:
         click.option("--batch", type=options.COUNT, metavar="N", help="Texts per batch (default: 16; talos: 1)."),
         click.option("--limit", type=options.COUNT, metavar="N", help="Use only the first N texts."),
         click.option("--task", type=click.Choice(["causal", "classify"]), default="causal", help="The loss: of next tokens (default), or of a linear classifier on the mean of the last hidden states, which is fitted to the unchanged model first."),
-        click.option("--data", type=options.PATH, metavar="FILE", help="grad, snip, gallop and talos: .jsonl with 'text', and 'label' for --task classify; or one text a line."),
+        click.option("--data", type=options.PATH, metavar="FILE", help="With --rule grad, snip, gallop and talos: a .jsonl file whose objects have 'text', and 'label' for --task classify; or a file with one text a line."),
     ):  # fmt: skip
         command = option(command)
     return command
