@@ -107,11 +107,13 @@ def open_lora(
         return _checked("peft", read_by_hand(path, base, prefix, rank, alpha), base)
     if dialect is not None:
         return _checked(dialect, _read(DIALECTS[dialect], path, base, prefix), base)
-    if weights := bare_weights(path):
-        raise missing_config(weights)
+    if bare := bare_weights(path):
+        raise missing_config(bare)
+    weights = _only_weights(path)
     if (why := why_unknown(path)) is not None:
         raise SourceError(f"{path}: not a LoRA that can be converted: {why}")
-    _check_readable(path, base)
+    if weights is not None:
+        open_tensors(weights, base)  # raises why it cannot be read, if that is the reason
     raise SourceError(f"{path}: not a LoRA of a known dialect ({', '.join(DIALECTS)})")
 
 
@@ -126,8 +128,12 @@ def _detected(path: Path) -> str | None:
     return dialect_of(path)
 
 
-def _check_readable(path: Path, base: Checkpoint) -> None:
-    """Raise why no dialect recognises the file at ``path``: it cannot be read as one of tensors, or is one of several."""
+def _only_weights(path: Path) -> Path | None:
+    """The file of weights at ``path``, or None.
+
+    Raises:
+        SourceError: there are several, or it lies beside PEFT's configuration under a name that PEFT does not give it.
+    """
     files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())
     weights = [file for file in files if file.suffix in (SAFETENSORS, *PICKLES)]
     names = ", ".join(file.name for file in weights)
@@ -137,8 +143,7 @@ def _check_readable(path: Path, base: Checkpoint) -> None:
         raise SourceError(
             f"{path}: {CONFIG}, and no weights of the name that PEFT gives them, but {names}: name this file"
         )
-    if weights:
-        open_tensors(weights[0], base)
+    return weights[0] if weights else None
 
 
 def _read(dialect: Dialect, path: Path, base: Checkpoint, prefix: str | None) -> Lora:

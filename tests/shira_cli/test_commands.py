@@ -115,7 +115,7 @@ def test_options_out_of_range_exit_with_2(options: tuple[str, ...], tmp_path: Pa
     [
         ("none", None, "a.st", "none: no such file or folder"),
         (None, "none", "a.st", "none: no such file or folder"),
-        ("empty", None, "a.st", "not a LoRA of a known dialect"),
+        ("empty", None, "a.st", "not a LoRA that can be converted: the folder has no file that ends in"),
         (None, None, "none/a.st", "does not exist"),
         (None, None, "empty", "is a folder"),
         ("bad", None, "a.st", "unreadable JSON"),

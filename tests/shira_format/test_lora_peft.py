@@ -21,7 +21,7 @@ from shira_format.convert import lora_to_shira
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import load
 from shira_format.live import apply
-from shira_format.lora import DIALECTS, Lora, open_lora
+from shira_format.lora import Lora, open_lora
 from shira_format.selection import TopK
 from tests import models
 
@@ -507,11 +507,13 @@ def test_paths_that_are_no_lora(net: Saved, tmp_path: Path) -> None:
     base = open_checkpoint(net.base)
     nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
     empty.mkdir()
+    not_one = "not a LoRA that can be converted:"
+    weights = "whole weights of a model, such as a full checkpoint, which full_to_shira converts"
     for path, reason in (
         (nowhere, "no such file or folder"),
-        (empty, f"not a LoRA of a known dialect ({', '.join(DIALECTS)})"),
-        (net.base, f"not a LoRA of a known dialect ({', '.join(DIALECTS)})"),
-        (net.base / "model.safetensors", f"not a LoRA of a known dialect ({', '.join(DIALECTS)})"),
+        (empty, f"{not_one} the folder has no file that ends in .safetensors or .bin, .pt, .pth, .ckpt"),
+        (net.base, f"{not_one} model.safetensors: {weights}"),
+        (net.base / "model.safetensors", f"{not_one} {weights}"),
     ):
         with pytest.raises(SourceError) as caught:
             open_lora(path, base)

@@ -65,7 +65,6 @@ FILES: dict[str, tuple[State, str]] = {
     "a bundle": (ab("diffusion_model.l") | {"bundle_emb.cat.clip_l": torch.ones(2, 4)}, "bundled with an embedding"),
     "a control LoRA in diffusers' names": (ab("transformer.x_embedder", 4, 8), r"'transformer.x_embedder.lora_A.weight' has shape \[2, 8\].*\[4, 4\]: a control LoRA"),
     "ComfyUI's control LoRA": (ab("diffusion_model.l") | {"diffusion_model.l.reshape_weight": torch.tensor([4.0, 8.0])}, "shape of the base's weight.*control LoRAs"),
-    "GLoRA": ({"lora_unet_l.a1.weight": torch.ones(2, 2), "lora_unet_l.lora_down.weight": torch.ones(2, 4)}, "GLoRA multiplies the weight"),
     "nothing": ({}, "it holds no tensors"),
 }  # fmt: skip
 
