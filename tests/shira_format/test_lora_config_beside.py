@@ -63,9 +63,10 @@ def test_a_wrong_rank_or_an_alpha_as_well_is_refused(tmp_path: Path) -> None:
     assert file in str(caught.value)
 
 
-def test_a_dialect_that_has_no_use_for_it_refuses_it(tmp_path: Path) -> None:
-    name = "lora_unet_" + T.replace(".", "_")
+@pytest.mark.parametrize("file", ["kohya.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["lora_unet_" + T.replace(".", "_"), f"transformer.{T}"])
+def test_a_dialect_that_has_no_use_for_it_refuses_it(name: str, file: str, tmp_path: Path) -> None:
     tensors = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
-    folder, base = saved(tmp_path, "kohya.safetensors", tensors)
-    with pytest.raises(SourceError, match=r"kohya.safetensors and .*adapter_config.json"):
+    folder, base = saved(tmp_path, file, tensors)
+    with pytest.raises(SourceError, match=rf"{file} and .*adapter_config.json: a LoRA of kohya has no such"):
         update(folder, base)

@@ -47,7 +47,7 @@ class Peft:
 
     def recognises(self, path: Path) -> bool:
         found = _find(path)
-        return found is not None and not _is_of_diffusers(found[0])
+        return found is not None and not _names_components(found[0])
 
     def read(self, path: Path, base: Checkpoint, prefix: str | None = None) -> Lora:
         found = _find(path)
@@ -68,14 +68,14 @@ def read_by_hand(path: Path, base: Checkpoint, prefix: str | None, rank: int | N
     return replace(lora, notices=[notice_of(config), *lora.notices])
 
 
-def _is_of_diffusers(weights: Path) -> bool:
-    """Whether all keys name a component as diffusers does, with PEFT's configuration beside."""
+def _names_components(weights: Path) -> bool:
+    """Whether all keys name a component as diffusers or kohya do, with PEFT's configuration beside."""
     try:
         keys = list(open_tensors(weights))
     except (FormatError, SourceError):  # reported when it is read
         return False
     parsed = [None if key.startswith(PREFIX) else parse_key(key) for key in keys]
-    return bool(parsed) and all(key is not None and key.prefix and not key.is_flat for key in parsed)
+    return bool(parsed) and all(key is not None and key.prefix for key in parsed)
 
 
 def _find(path: Path) -> tuple[Path, Path] | None:
