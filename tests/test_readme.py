@@ -155,3 +155,9 @@ def test_the_merges_are_those_of_the_benchmark() -> None:
     tables = tasks.table(STORED).split("\n\n")
     assert len(tables) == 2
     assert all(table in BENCHMARKS for table in tables)
+
+
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md"])
+def test_the_number_of_vectors(page: str) -> None:
+    count = len([*(ROOT / "spec" / "vectors").glob("*/*.st")])
+    assert f"{count} test vectors" in (ROOT / page).read_text(encoding="utf-8")
