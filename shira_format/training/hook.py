@@ -8,7 +8,7 @@ and what is frozen is not read or written by the optimizer, and keeps its bits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -50,12 +50,12 @@ class MaskedParameter:
         """The entries now, ``[K]``."""
         return self._at(self.of.parameter.detach())
 
-    def show_base(self) -> None:
+    def write_base(self) -> None:
         """Put the base's values into the weight."""
         self._trained = as_array(self.read()).copy()
         self._put(self.base)
 
-    def show_trained(self) -> None:
+    def write(self) -> None:
         """Put back what :meth:`show_base` replaced."""
         if self._trained is not None:
             self._put(self._trained)
@@ -162,15 +162,8 @@ class MaskedGradients(Training):
             yield one.of.path, one.of.parameter
         yield from self.whole_parameters()
 
-    def show_base(self) -> None:
-        """Put the base's values into the weights."""
-        for one in self.weights.values():
-            one.show_base()
-
-    def show_trained(self) -> None:
-        """Put the trained values into the weights."""
-        for one in self.weights.values():
-            one.show_trained()
+    def _written(self) -> Iterable[MaskedParameter]:
+        return self.weights.values()
 
     def detach(self, *, restore: bool = False) -> None:
         """End the training; see :meth:`shira_format.training.sparse.SparseParameters.detach`."""

@@ -109,15 +109,8 @@ class SparseParameters(Training):
         """Trained entries of masked weights."""
         return sum(weight.indices.size for weight in self.weights.values())
 
-    def show_base(self) -> None:
-        """Put the base's values into the weights."""
-        for weight in self.weights.values():
-            weight.write_base()
-
-    def show_trained(self) -> None:
-        """Put the trained values into the weights."""
-        for weight in self.weights.values():
-            weight.write()
+    def _written(self) -> Iterable[SparseWeight]:
+        return self.weights.values()
 
     def detach(self, *, restore: bool = False) -> None:
         """End the training: modules are what they were, and the weights keep their trained values.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -55,6 +55,16 @@ class TrainedEntries:
     base: Array
 
 
+class Written(Protocol):
+    """A weight that holds the base's entries or the trained ones."""
+
+    def write_base(self) -> None:
+        """Put the base's values into the weight."""
+
+    def write(self) -> None:
+        """Put the trained values into the weight."""
+
+
 class Training(ABC):
     """A model under training, entry by entry.
 
@@ -78,13 +88,19 @@ class Training(ABC):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters for the optimizer."""
 
-    @abstractmethod
     def show_base(self) -> None:
         """Put the base's values into the weights."""
+        for weight in self._written():
+            weight.write_base()
 
-    @abstractmethod
     def show_trained(self) -> None:
         """Put the trained values into the weights."""
+        for weight in self._written():
+            weight.write()
+
+    @abstractmethod
+    def _written(self) -> Iterable[Written]:
+        """The weights with entries of the base and of the training."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters for the optimizer."""
