@@ -241,7 +241,10 @@ def test_the_trainer_of_transformers(way: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_accelerate(way: str) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # There is one in a process, which refuses other options; a Trainer in an earlier test makes one, too.
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model = models.bert().train()
     before, masked = copied(model), mask(model)
