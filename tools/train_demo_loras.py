@@ -18,9 +18,10 @@ tokenizer.json)::
     python tools/train_demo_loras.py --spam spam --brown brown --base MODEL_DIR --out cli/shira_cli/data
     python tools/train_demo_loras.py --check --base MODEL_DIR --out cli/shira_cli/data
 
-The first writes ``OUT/loras/TASK/`` (a PEFT adapter and metrics.json) and ``OUT/text/TASK.jsonl`` (held-out
-text); the second reloads what was written and compares its accuracy with metrics.json. Needs torch,
-transformers, peft and safetensors; takes about ten minutes on two CPU cores.
+The first writes ``OUT/loras/TASK/`` (a PEFT adapter and metrics.json), ``OUT/text/TASK.jsonl`` (held-out
+text) and ``OUT/text/TASK-train.jsonl`` (some of the text that was trained on; with ``--texts`` these two alone);
+the second reloads what was written and compares its accuracy with metrics.json. Needs torch, transformers, peft
+and safetensors; takes about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_LENGTH = 128
 BATCH = 16
 LORA_LR = 5e-4
+SHIPPED_TO_TRAIN = 512  # texts of each task, of those that its LoRA was trained on
 # "output.dense" covers both attention.output.dense and output.dense. A bare "dense" would also take the
 # pooler, which must stay as it is in the base model.
 TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
@@ -548,6 +550,9 @@ def make(name: str, args: argparse.Namespace) -> None:
     )
     text_path = args.out / "text" / f"{name}.jsonl"
     write_jsonl(text_path, test_set)
+    write_jsonl(args.out / "text" / f"{name}-train.jsonl", train_set[:SHIPPED_TO_TRAIN])
+    if args.texts:
+        return
     test_set = read_jsonl(text_path)  # measure on exactly what is shipped
 
     head_only = measure_head_only(args.base, list(task.labels), tokenizer, train_set, test_set)
@@ -613,6 +618,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", choices=[*TASKS, "all"], default="all", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of split, head and batches (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument(
+        "--texts", action="store_true", help="train nothing: write the texts alone, as they were split"
+    )
     parser.add_argument(
         "--check",
         action="store_true",
