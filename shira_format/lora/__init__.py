@@ -13,7 +13,6 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Dialect, Lora
@@ -23,7 +22,7 @@ from shira_format.lora.peft.config import CONFIG
 from shira_format.lora.peft.placed import placed
 from shira_format.lora.products import LowRank
 from shira_format.lora.refusals import why_unknown
-from shira_format.names.located import LocatedCheckpoint, in_any_names
+from shira_format.names.located import LocatedCheckpoint, in_any_names, other_names
 from shira_format.storage.paths import resolve_path
 
 
@@ -153,11 +152,12 @@ def _read(dialect: Dialect, path: Path, base: Checkpoint, prefix: str | None) ->
     located, lora = in_any_names(lambda known: dialect.read(path, known, prefix), base)
     if not isinstance(located, LocatedCheckpoint):
         return lora
-    names = [update.name for update in lora.updates if update.name in located.locations]
-    told = NamesNotice(
-        f"{len(names)} names in the LoRA are those of another program for this model, {names[0]!r} for example"
-    )
-    return replace(lora, updates=placed(lora.updates, located, path), notices=[told, *lora.notices])
+    places = [
+        (update.name, located.locations[update.name])
+        for update in lora.updates
+        if update.name in located.locations
+    ]
+    return replace(lora, updates=placed(lora.updates, located, path), notices=[other_names(places), *lora.notices])
 
 
 def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:

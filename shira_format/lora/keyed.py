@@ -5,14 +5,13 @@ What tells these dialects apart is in their modules: which files are theirs, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shira_format._core.arrays import Array
-from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.algorithms import STORED, layer
@@ -25,7 +24,7 @@ from shira_format.lora.keys import ALPHA, DOWN, UP, WHOLE, Key, parse_key
 from shira_format.lora.refusals import check_input, kind_of, unmatched
 from shira_format.lora.row_stack import Piece, stack_rows, take_update_rows
 from shira_format.names.components import component_names, component_of
-from shira_format.names.located import LocatedCheckpoint, check_location
+from shira_format.names.located import LocatedCheckpoint, check_location, other_names
 from shira_format.names.modules import Modules
 from shira_format.names.prefixes import prefix_of
 from shira_format.names.row_blocks import Location, RowBlock
@@ -272,7 +271,7 @@ class _Reader:
                 known = [found[part] for part in parts[module]]
                 yield group, _stack([modules.weight(name) for name in known]), _biases(modules, known)
         if others:
-            self.notices.append(NamesNotice(_told(others)))
+            self.notices.append(other_names(others))
 
     def _apply(self, group: Group, made: Layer, location: Location, bias: Location | None) -> None:
         """Add what a module's LoRA adds to small tensors, or replaces."""
@@ -346,15 +345,6 @@ class _Reader:
 
 
 _BIASES = ("lora_bias", "diff_b", "b_norm")
-
-
-def _told(others: Sequence[tuple[str, Location]]) -> str:
-    """A notice of modules that the base has under other names: how many, and where one is."""
-    name, location = others[0]
-    tensors = list(dict.fromkeys(block.name for block in location.blocks))
-    what = " and ".join(map(repr, tensors[:2])) + (f" and {len(tensors) - 2} more" if len(tensors) > 2 else "")
-    modules = "1 module of the LoRA has" if len(others) == 1 else f"{len(others)} modules of the LoRA have"
-    return f"{modules} another program's name for this model: {name!r} is in the base's {what}"
 
 
 def _key(group: Group, parts: Collection[str]) -> str:

@@ -15,9 +15,10 @@ from shira_format.errors import FormatError, SourceError
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
 from shira_format.lora.groups import Group
 from shira_format.lora.keys import DOWN
+from shira_format.lora.peft.tuners import REFUSED
 from shira_format.storage.paths import open_storage
 
-_MERGE = "merge it with the program that trained it and convert the full checkpoint (full_to_shira)"
+_NEEDS_CONFIG = "PEFT's adapter_config.json, which has its options, is missing: put it beside the file"
 _NETWORK = "a network of its own that acts beside the model, and no change of the base's weights"
 _TOKENS = "vectors of new tokens, which change no weight of the base"
 
@@ -86,22 +87,17 @@ KINDS = (
     _kind("SHiRA of PEFT", "it is converted by peft_to_shira", r"\.(?:shira|supertuning)_(?:weight|indices|values)\Z"),
 )  # fmt: skip
 
-# Methods of PEFT by the first word of their parts: ``prefix`` in peft/tuners/*/model.py.
+# Methods of PEFT by the first word of their parts (``prefix`` in peft/tuners/*/model.py): name and peft_type.
 _METHODS = {
-    "lora_E": ("AdaLoRA", f"its update has singular values between the factors; {_MERGE}"),
-    "lora_ranknum": ("AdaLoRA", f"its update has singular values between the factors; {_MERGE}"),
-    "vera_lambda_": ("VeRA", f"its projections are random and shared, and not in the file; {_MERGE}"),
-    "pvera_lambda_": ("PVeRA", f"its projections are random and shared, and not in the file; {_MERGE}"),
-    **{
-        word: (name, f"this method of PEFT is not read; {_MERGE}")
-        for word, name in {
-            "vblora_": "VB-LoRA", "randlora_": "RandLoRA", "fourierft_": "FourierFT", "waveft_": "WaveFT", "c3a_": "C3A",
-            "bone_": "Bone", "miss_": "MiSS", "hra_": "HRA", "hira_": "HiRA", "road_": "RoAd", "delora_": "DeLoRA",
-            "gralora_": "GraLoRA", "unilora_": "UniLoRA", "psoft_": "PSOFT", "peanut_": "PEANuT", "lily_": "Lily", "deft_": "DEFT",
-            "beft_": "BEFT", "adamss_": "AdaMSS", "tinylora_": "TinyLoRA", "osf_": "OSF", "frod_": "FRoD", "shadow_": "Shadow",
-            "poly_": "Poly", "ln_tuning_": "LN tuning", "glora_": "GLoRA",
-        }.items()
-    },
+    "lora_E": ("AdaLoRA", "ADALORA"), "lora_ranknum": ("AdaLoRA", "ADALORA"),
+    "vera_lambda_": ("VeRA", "VERA"), "pvera_lambda_": ("PVeRA", "PVERA"), "vblora_": ("VB-LoRA", "VBLORA"),
+    "randlora_": ("RandLoRA", "RANDLORA"), "fourierft_": ("FourierFT", "FOURIERFT"), "waveft_": ("WaveFT", "WAVEFT"),
+    "c3a_": ("C3A", "C3A"), "bone_": ("Bone", "BONE"), "miss_": ("MiSS", "MISS"), "hra_": ("HRA", "HRA"), "hira_": ("HiRA", "HIRA"),
+    "road_": ("RoAd", "ROAD"), "delora_": ("DeLoRA", "DELORA"), "gralora_": ("GraLoRA", "GRALORA"), "unilora_": ("UniLoRA", "UNILORA"),
+    "psoft_": ("PSOFT", "PSOFT"), "peanut_": ("PEANuT", "PEANUT"), "lily_": ("Lily", "LILY"), "deft_": ("DEFT", "DEFT"),
+    "beft_": ("BEFT", "BEFT"), "adamss_": ("AdaMSS", "ADAMSS"), "tinylora_": ("TinyLoRA", "TINYLORA"), "osf_": ("OSF", "OSF"),
+    "frod_": ("FRoD", "FROD"), "shadow_": ("Shadow", "SHADOW"), "poly_": ("Poly", "POLY"), "ln_tuning_": ("LN tuning", "LN_TUNING"),
+    "glora_": ("GLoRA", "GLORA"),
 }  # fmt: skip
 _METHOD = re.compile(rf"\.(?P<word>{'|'.join(sorted(_METHODS, key=len, reverse=True))})\w*(?=\.|\Z)")
 _PEFT = re.compile(
@@ -119,8 +115,8 @@ def kind_of(keys: Collection[str]) -> str | None:
         if any(kind.any_key.search(key) for key in keys) and all(kind.all_keys.fullmatch(key) for key in keys):
             return f"{kind.name}: {kind.why}"
     if found := next(filter(None, map(_METHOD.search, keys)), None):
-        name, why = _METHODS[found["word"]]
-        return f"an adapter of {name}: {why}"
+        name, peft_type = _METHODS[found["word"]]
+        return f"an adapter of {name}: {REFUSED.get(peft_type, _NEEDS_CONFIG)}"
     return None
 
 

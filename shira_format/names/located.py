@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from shira_format._core.arrays import Array
+from shira_format._core.notices import NamesNotice
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.names.layouts import elsewhere
@@ -159,3 +160,12 @@ def check_location(base: Checkpoint, location: Location, where: object) -> None:
     fit = all(columns in (math.prod(shape[1:]), shape[-1] if shape else 0) for shape in shapes)
     if columns * end != math.prod(location.shape) or not fit or len({base.dtype(name) for name in names}) > 1:
         raise SourceError(f"{where}: the base's {', '.join(map(repr, names))} differ in columns or dtype")
+
+
+def other_names(places: Sequence[tuple[str, Location]]) -> NamesNotice:
+    """The notice that a source has another program's names for what the base has: how many, and where one is."""
+    name, location = places[0]
+    tensors = list(dict.fromkeys(block.name for block in location.blocks))
+    what = " and ".join(map(repr, tensors[:2])) + (f" and {len(tensors) - 2} more" if len(tensors) > 2 else "")
+    count = "1 name in the LoRA is" if len(places) == 1 else f"{len(places)} names in the LoRA are"
+    return NamesNotice(f"{count} another program's for this model: {name!r} is in the base's {what}")

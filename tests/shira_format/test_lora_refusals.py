@@ -16,7 +16,8 @@ from shira_format.checkpoints import open_checkpoint
 from shira_format.convert import lora_to_shira
 from shira_format.errors import FormatError, SourceError
 from shira_format.format import load
-from shira_format.lora import DIALECTS, open_lora
+from shira_format.lora import DIALECTS, open_lora, refusals
+from shira_format.lora.peft.tuners import REFUSED, TUNERS
 from shira_format.lora.refusals import KINDS, kind_of
 
 State = dict[str, torch.Tensor]
@@ -221,3 +222,13 @@ def test_an_alpha_of_0_for_diffusers_has_two_readings(base: Any, tmp_path: Path)
     with pytest.raises(SourceError, match="'diffusion_model.l.alpha' is 0.*--dialect kohya"):
         open_lora(tmp_path / "x.safetensors", base)
     assert open_lora(tmp_path / "x.safetensors", base, dialect="kohya").updates
+
+
+def test_a_method_of_peft_without_its_configuration_says_what_is_missing_or_why_it_is_never_read() -> None:
+    """Each method that has parts of its own is read with its configuration or refused by its type."""
+    for word, (name, kind) in refusals._METHODS.items():
+        told = refusals.kind_of([f"base_model.model.layer.{word}x"])
+        assert told is not None
+        assert told.startswith(f"an adapter of {name}: ")
+        assert ("adapter_config.json" in told) == (kind in TUNERS)
+        assert (kind in TUNERS) != (kind in REFUSED)
