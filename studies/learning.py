@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH = 16
-HEAD_STEPS, HEAD_RATE = 300, 1e-2  # on all features at once
+HEAD_STEPS, HEAD_RATE = 100, 1e-2  # on all features at once
 HEAD_LATER = 1e-3  # while the encoder is trained too
 PIECE = 10  # steps of which the mean loss is kept
 

@@ -34,6 +34,8 @@ from studies.masks import ALPHAS, CALIBRATION, LENGTH, LORAS, MATRICES, METHODS,
 
 HEAD_TEXTS = 512
 WATCHED = 64  # texts
+# What is added to a run's seed, so that the texts for gradients and the first steps are not those that the head was fitted to.
+ORDER, GRADIENTS = 1000, 2000
 
 
 @dataclass
@@ -103,7 +105,7 @@ def work(run: MaskRun) -> dict[str, Any]:
     prepared = time.perf_counter()
     watched = tokens["validation"][slice(0, WATCHED)]
     course = train(
-        model, attached.parameters, tokens["train"], watched, steps=run.steps, rate=run.rate, seed=run.seed
+        model, attached.parameters, tokens["train"], watched, steps=run.steps, rate=run.rate, seed=run.seed + ORDER
     )
     trained = time.perf_counter()
     result = _result(score(model, tokens[run.part]))
@@ -181,7 +183,7 @@ def mask_of(model: nn.Module, method: Method, run: MaskRun) -> Adapter:
         rule = Struct("rows", diagonal=0 if method.rule == "struct" else None, exact=True)
     options = method.mask_options(run.size) | {"threads": 1}
     if method.rule in ("grad", "snip", "gallop", "talos"):
-        chosen = _some(_tokens(run.task)["train"], CALIBRATION, run.seed)
+        chosen = _some(_tokens(run.task)["train"], CALIBRATION, run.seed + GRADIENTS)
         own = method.rule == "talos"  # the Fisher information: text by text, labels of the model's own
         options |= {
             "batches": list(chosen.batches(1 if own else BATCH)),
