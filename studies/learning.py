@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH = 16
+BATCH = 8
 HEAD_STEPS, HEAD_RATE = 100, 1e-2  # on all features at once
 HEAD_LATER = 1e-3  # while the encoder is trained too
-PIECE = 10  # steps of which the mean loss is kept
+_EVALUATED = 50  # texts at a time
+PIECE = 8  # steps of which the mean loss is kept
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Tokens:
         longest = int(mask.sum(1).max())
         return Tokens(self.ids[at][:, :longest], mask[:, :longest], self.labels[at])
 
-    def batches(self, size: int = BATCH) -> Iterator[Tokens]:
+    def batches(self, size: int) -> Iterator[Tokens]:
         """All texts, in order."""
         for start in range(0, len(self), size):
             yield self[slice(start, start + size)]
@@ -106,7 +107,7 @@ def with_head(model: nn.Module, tokens: Tokens, seed: int) -> nn.Module:
     with torch.no_grad():
         head.weight.normal_(0, 0.02, generator=draws)
         head.bias.zero_()
-        for batch in tokens.batches():
+        for batch in tokens.batches(_EVALUATED):
             logits_of(made, batch)
     handle.remove()
     features = torch.cat(inputs)
@@ -199,7 +200,7 @@ class Score:
 @torch.no_grad()
 def score(model: nn.Module, tokens: Tokens) -> Score:
     """Loss and accuracy on texts."""
-    logits = torch.cat([logits_of(model, batch) for batch in tokens.batches(50)])
+    logits = torch.cat([logits_of(model, batch) for batch in tokens.batches(_EVALUATED)])
     loss = float(nn.functional.cross_entropy(logits, tokens.labels))
     return Score(round(loss, 5) if math.isfinite(loss) else None, (logits.argmax(-1) == tokens.labels).tolist())
 

@@ -18,7 +18,6 @@ from shira_format.masks import Rule, Struct, make_mask
 from shira_format.training.sparse import sparse_parameters
 from studies import texts
 from studies.learning import (
-    BATCH,
     Score,
     Tokens,
     drawn_loss,
@@ -33,9 +32,11 @@ from studies.learning import (
 from studies.masks import ALPHAS, CALIBRATION, LENGTH, LORAS, MATRICES, METHODS, SCALED, MaskRun, Method
 
 HEAD_TEXTS = 512
-WATCHED = 64  # texts
+WATCHED = 32  # validation texts
+SCALED_TEXTS = 150  # held-out texts on which the strengths are compared
 # What is added to a run's seed, so that the texts for gradients and the first steps are not those that the head was fitted to.
 ORDER, GRADIENTS = 1000, 2000
+GRADIENT_BATCH = 16
 
 
 @dataclass
@@ -112,9 +113,10 @@ def work(run: MaskRun) -> dict[str, Any]:
     if run.method in SCALED and run.size == "large" and run.part == "test":
         assert attached.scale is not None
         result["alphas"] = {}
+        some = tokens[run.part][slice(0, SCALED_TEXTS)]
         for alpha in ALPHAS:
             attached.scale(alpha)
-            result["alphas"][str(alpha)] = round(score(model, tokens[run.part]).accuracy, 5)
+            result["alphas"][str(alpha)] = round(score(model, some).accuracy, 5)
     return result | {
         "trained": sum(one.numel() for one in attached.parameters), "entries": attached.entries,
         "course": course.train, "watched": course.watched, "mask_seconds": round(prepared - begin, 2),
@@ -186,7 +188,7 @@ def mask_of(model: nn.Module, method: Method, run: MaskRun) -> Adapter:
         chosen = _some(_tokens(run.task)["train"], CALIBRATION, run.seed + GRADIENTS)
         own = method.rule == "talos"  # the Fisher information: text by text, labels of the model's own
         options |= {
-            "batches": list(chosen.batches(1 if own else BATCH)),
+            "batches": list(chosen.batches(1 if own else GRADIENT_BATCH)),
             "loss": drawn_loss(run.seed) if own else loss_of,
         }
     return make_mask(model, rule, seed=run.seed if rule == "rand" else 0, **options)

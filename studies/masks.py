@@ -18,7 +18,7 @@ TASKS = ("genre", "spam")
 PILOT_TASK = "genre"
 PILOT_SEED = 0
 SEEDS = (1, 2, 3)
-STEPS, PILOT_STEPS = 64, 24  # 1024 texts: once through the smaller training part
+STEPS, PILOT_STEPS = 64, 24
 LENGTH = 48  # tokens
 CALIBRATION = 64  # texts for gradients
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -97,7 +97,7 @@ class MaskRun(Run):
         size: of :data:`SIZES`, ``"all"`` or ``"none"``.
         seed: of the head, the order of texts, calibration texts, and what the method draws.
         rate: at the peak; 0 if nothing but the head is trained.
-        steps: of 16 texts.
+        steps: of :data:`studies.learning.BATCH` texts.
     """
 
     part: str
