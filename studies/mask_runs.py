@@ -16,6 +16,7 @@ from torch import nn
 from shira_format.adapter import Adapter
 from shira_format.masks import Rule, Struct, make_mask
 from shira_format.training.sparse import sparse_parameters
+from shira_format.training.trained import TrainedEntries
 from studies import texts
 from studies.learning import (
     Score,
@@ -135,7 +136,7 @@ def attach(model: nn.Module, run: MaskRun) -> Attached:
         return Attached([], 0)
     if run.method == "lora":
         return _lora(model, run)
-    if run.method == "full":
+    if run.method.startswith("full"):
         import re
 
         found = [one for name, one in model.named_parameters() if re.search(MATRICES, name)]
@@ -168,14 +169,21 @@ def _lora(model: nn.Module, run: MaskRun) -> Attached:
 def _sparse(model: nn.Module, run: MaskRun) -> Attached:
     method = METHODS[run.method]
     training = sparse_parameters(model, mask_of(model, method, run), dora=method.dora)
+    nnz, entries = training.nnz, list[TrainedEntries]()
+
+    trained = training.parameters()
 
     def scale(alpha: float) -> None:
-        with torch.no_grad():
-            for weight in training.weights.values():
-                start, end = torch.from_numpy(weight.base), weight.rounded()
-                weight.weight.view(-1)[torch.from_numpy(weight.indices)] = start + alpha * (end - start)
+        # Weights under training are written anew before each forward pass.
+        if not entries:
+            entries.extend(training.entries())
+            training.detach()
+        for one in entries:
+            start, end = torch.from_numpy(one.base), torch.from_numpy(one.values)
+            weight = model.get_parameter(one.name).data
+            weight.view(-1)[torch.from_numpy(one.indices)] = start + alpha * (end - start)
 
-    return Attached(training.parameters(), training.nnz, scale)
+    return Attached(trained, nnz, scale)
 
 
 def mask_of(model: nn.Module, method: Method, run: MaskRun) -> Adapter:

@@ -46,6 +46,7 @@ class Method:
         lines: the mask has one entry or more in each row, so that the small size is placed on query and value alone, where the small
             LoRA is: spread over all matrices it would be less than that.
         sizes: in which it is run.
+        rate: that is given; None: it is searched.
     """
 
     label: str
@@ -55,6 +56,7 @@ class Method:
     dora: bool = False
     lines: bool = False
     sizes: tuple[str, ...] = SIZES
+    rate: float | None = None
 
     def mask_options(self, size: str) -> dict[str, Any]:
         """What ``make_mask`` takes."""
@@ -71,7 +73,8 @@ METHODS = {
     "rand": Method("SHiRA-Rand", "rand"),
     "struct": Method("SHiRA-Struct", "struct", lines=True),
     "full": Method("full fine-tuning", sizes=("all",)),
-    "head": Method("head only", sizes=("none",)),
+    "full-customary": Method("full fine-tuning at 0.0001", sizes=("all",), rate=1e-4),
+    "head": Method("head only", sizes=("none",), rate=0.0),
     "snip-global": Method("SNIP, global", "snip", "global"),
     "grad-global": Method("Grad, global", "grad", "global"),
     "wm-runs": Method("WM, runs of 16", "wm", runs=16),
@@ -145,8 +148,8 @@ class Plan:
 
         All methods go the same way: from the two rates in the middle on towards the better one, for as long as it gets better.
         """
-        if method == "head":
-            return 0.0
+        if (given := METHODS[method].rate) is not None:
+            return given
         low, high = (RATES.index(rate) for rate in FIRST_RATES)
         while True:
             pilots = [self.pilot(method, size, rate) for rate in RATES[low : high + 1]]
