@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from studies.learning import BATCH
 from studies.masks import LENGTH, METHODS, SCALED, SIZES, TASKS
 from studies.runs import Result, Store
 
@@ -164,7 +165,7 @@ def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
         "model": "all-MiniLM-L6-v2, float32, without dropout; a head of two classes",
         "tasks": "genre: news or romance; spam: ham or spam",
         "texts": f"{some['texts']} held out for each task, cut to {LENGTH} tokens",
-        "training": f"{some['steps']} steps of 16 texts, AdamW without decay, gradients clipped to 1",
+        "training": f"{some['steps']} steps of {BATCH} texts, AdamW without decay, gradients clipped to 1",
         "seeds": ", ".join(map(str, seeds)),
         "trainings": f"{len(results)}, {sum(one['seconds'] for one in results) / 3600:.1f} hours on one core",
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; Python {machine['python']}; {packages}",

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from studies import __main__ as studies
-from studies import masks, report
-from studies.learning import order
-from studies.masks import FIRST_RATES, RATES, Plan
+from studies import mask_runs, masks, report, texts
+from studies.learning import BATCH, load_model, logits_of, order, tokenize
+from studies.masks import FIRST_RATES, RATES, MaskRun, Plan
 from studies.runs import Run, Store, run_all
+from tests import models
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ def test_results_wait_for_their_rate_and_seeds_come_one_after_the_other(tmp_path
 
 
 def test_texts_come_in_a_new_order_each_time_round() -> None:
-    steps = list(order(40, 4, seed=1))
-    assert [len(step) for step in steps] == [16] * 4
-    assert len(set(torch.cat(steps[:2]).tolist())) == 32
-    assert torch.equal(torch.cat(steps), torch.cat(list(order(40, 4, seed=1))))
+    steps = list(order(5 * BATCH // 2, 4, seed=1))
+    assert [len(step) for step in steps] == [BATCH] * 4
+    assert len(set(torch.cat(steps[:2]).tolist())) == 2 * BATCH
+    assert torch.equal(torch.cat(steps), torch.cat(list(order(5 * BATCH // 2, 4, seed=1))))
     assert not torch.equal(steps[0], next(order(40, 1, seed=2)))
 
 
@@ -137,3 +139,30 @@ def test_a_few_texts_go_through(quick: Path) -> None:
     before = (quick / "runs.jsonl").read_bytes()
     assert studies.main(["masks", "--quick", "--out", str(quick), "--workers", "0", "--only", "large|none"]) == 0
     assert (quick / "runs.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["lora", "wm"])
+def test_strength_goes_from_the_base_to_what_was_trained(method: str, tmp_path: Path) -> None:
+    for task in masks.TASKS:
+        texts.write(texts.few_texts(task, studies.QUICK_TEXTS), tmp_path / f"{task}.json")
+    mask_runs.start(tmp_path, models.minilm())
+    model = load_model(models.minilm())
+    name, tokenizer = "genre", AutoTokenizer.from_pretrained(models.minilm())
+    tokens = tokenize(tokenizer, texts.read(tmp_path / f"{name}.json")["test"], masks.LENGTH)
+    with torch.no_grad():
+        base = logits_of(model, tokens)
+    attached = mask_runs.attach(model, MaskRun("test", name, method, "large", 1, 0.001, 2))
+    with torch.no_grad():
+        for parameter in attached.parameters:
+            parameter.add_(0.05)
+        trained = logits_of(model, tokens)
+        assert attached.scale is not None
+        seen = {}
+        for alpha in (0, 0.5, 1.0):
+            attached.scale(alpha)
+            seen[alpha] = logits_of(model, tokens)
+    torch.testing.assert_close(seen[0], base)
+    torch.testing.assert_close(seen[1.0], trained)
+    assert (trained - base).abs().max() > 1e-3
+    assert not torch.equal(seen[0.5], base)
+    assert not torch.equal(seen[0.5], trained)
