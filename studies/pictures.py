@@ -10,6 +10,8 @@ from shira_analysis.figures.style import BLUE, GREEN, GREY, ORANGE, RED, figure,
 from studies.masks import METHODS, TASKS
 
 _OF_SIZE = {"large": (BLUE, "o", "82 944 entries, 0.78 %"), "small": (ORANGE, "s", "9 216 entries, 0.087 %")}
+# Methods without a size that are lines; full fine-tuning at the rate of the pilot fails in some seeds.
+LINES = ("full-customary", "head")
 _OF_METHOD = {"lora": (GREEN, "^"), "wm": (BLUE, "o"), "grad": (RED, "s")}
 
 

@@ -128,13 +128,16 @@ def table(found: Sequence[Row], results: Sequence[Result], sizes: Sequence[str])
         cells = [METHODS[method].label, f"{both[0].trained:,}".replace(",", " ")]
         cells += [f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_sd:.1f}" for row in both]
         cells += [f"{row.loss:.3f} ± {row.loss_sd:.3f}" for row in both]
-        cells += ["0" if (method, size) == reference else f"{100 * gain:+.1f} ± {100 * error:.1f}", _rate(both[0])]
+        cells += [
+            "0 ± 0" if (method, size) == reference else f"{100 * gain:+.1f} ± {100 * error:.1f}",
+            _rate(both[0]),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _rate(row: Row) -> str:
-    return f"{row.rate:g}" if row.rate else "–"
+    return f"{row.rate:g}"
 
 
 def _pairs(found: Sequence[Row], sizes: Sequence[str]) -> list[tuple[float, str, str, list[Row]]]:
@@ -216,6 +219,6 @@ def write(folder: Path, page: Path = PAGE) -> None:
     found = rows(results)
     write_csv(found, folder / "masks.csv")
     page.write_text(filled(page.read_text("utf-8"), parts(store, machine)), "utf-8")
-    whole = {method: both for _, method, _, both in _pairs(found, ("all", "none"))}
+    whole = {method: both for _, method, _, both in _pairs(found, ("all", "none")) if method in pictures.LINES}
     (page.parent / "masks-accuracy.png").write_bytes(pictures.accuracies(_pairs(found, SIZES), whole))
     (page.parent / "masks-alpha.png").write_bytes(pictures.strengths(alphas(results)))
