@@ -1,6 +1,6 @@
 """``python -m studies masks``: run a study, or go on with it, and report from what is stored.
 
-The full study of masks takes about three hours on two cores. It may be stopped at any time and goes on where it was.
+The full study of masks takes about an hour and a half on two cores. It may be stopped at any time and goes on where it was.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
         "texts": f"{some['texts']} held out for each task, cut to {LENGTH} tokens",
         "training": f"{some['steps']} steps of {BATCH} texts, AdamW without decay, gradients clipped to 1",
         "seeds": ", ".join(map(str, seeds)),
-        "trainings": f"{len(results)}, {sum(one['seconds'] for one in results) / 3600:.1f} hours on one core",
+        "trainings": f"{len(results)}, {sum(one['seconds'] for one in results) / 3600:.1f} hours of one thread on a shared machine",
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; Python {machine['python']}; {packages}",
     }  # fmt: skip
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())])
