@@ -1,0 +1,1 @@
+"""Studies: trainings and measurements that take hours, resumable, whose results are stored beside them: ``python -m studies``."""
