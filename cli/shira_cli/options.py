@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +42,27 @@ class Count(click.types.IntParamType):
         return number
 
 
+class Bytes(click.ParamType):
+    """A number of bytes such as 200k, 1.5M or 1MiB: k, M and G are powers of 1000, Ki, Mi and Gi of 1024; a B may follow."""
+
+    name = "bytes"
+    _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmg])(i)?)?b?", re.IGNORECASE)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; a usage error for others."""
+        if isinstance(value, int):
+            return value
+        found = self._SIZE.fullmatch(str(value).strip())
+        size = 0
+        if found is not None:
+            number, prefix, binary = found.groups()
+            power = 0 if prefix is None else "kmg".index(prefix.lower()) + 1
+            size = int(Fraction(number) * (1024 if binary else 1000) ** power)
+        if size < 1:
+            self.fail(f"{_flag(param)} {value} is no number of bytes such as 200k, 1.5M or 1MiB", param, ctx)
+        return size
+
+
 def _flag(param: click.Parameter | None) -> str:
     return "" if param is None else param.opts[-1]
 
@@ -48,6 +71,8 @@ PATH = click.Path(path_type=Path)
 COUNT = Count()
 
 SHARE = Share()
+
+BYTES = Bytes()
 
 
 def base_option(text: str, *, required: bool = False) -> Callable[[_F], _F]:

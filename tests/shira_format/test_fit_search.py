@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shira_format.convert.fit.quality import Effect
 from shira_format.convert.fit.search import NEAR, ROOM, Search, Trial, fewest_entries, fullest_file, halved
 from shira_format.convert.fit.task import Entries
 from shira_format.errors import SourceError
@@ -22,9 +23,8 @@ def search(*, half: float = 1000.0, numel: int = NUMEL, per_entry: float = 3.0, 
     def attempt(budget: int, start: Entries | None) -> Trial:
         began = 0 if start is None else int(start["w"][0][0])
         found = {"w": (torch.tensor([budget, began]), torch.zeros(2))}
-        return Trial(
-            budget, budget / numel, budget / (budget + half), fixed + math.ceil(per_entry * budget), found
-        )
+        kept = Effect(budget / (budget + half), 0.0, 1.0, None, None, None)
+        return Trial(budget, budget / numel, kept, kept, fixed + math.ceil(per_entry * budget), found)
 
     return Search(numel, attempt)
 

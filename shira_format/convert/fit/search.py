@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from shira_format._core.text import count, file_size, percent
+from shira_format.convert.fit.quality import Effect
 from shira_format.convert.fit.task import Entries
 from shira_format.errors import SourceError
 
@@ -28,16 +30,25 @@ class Trial:
     Attributes:
         budget: how many entries.
         density: share of the entries of all weights.
-        r2: effect kept, on the inputs that the choice is made by.
+        effect: what is kept of the effect, on the inputs that the density is chosen by.
+        plain: what the plain cut to as many entries keeps there.
         file_bytes: size of the adapter file.
         entries: what was fitted.
+        path: the adapter file; None if none was written.
     """
 
     budget: int
     density: float
-    r2: float
+    effect: Effect
+    plain: Effect
     file_bytes: int
     entries: Entries = field(repr=False)
+    path: Path | None = None
+
+    @property
+    def r2(self) -> float:
+        """Effect kept."""
+        return self.effect.r2
 
     def reaches(self, keep: float) -> bool:
         """Whether so much of the effect is kept; an R^2 that is no number keeps nothing."""
@@ -45,9 +56,10 @@ class Trial:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
+        effect, plain = self.effect.as_dict(), self.plain.as_dict()
         return {
-            "nnz": self.budget, "density": self.density, "r2": float(f"{self.r2:.6g}") if math.isfinite(self.r2) else None,
-            "file_bytes": self.file_bytes,
+            "nnz": self.budget, "density": self.density, "r2": effect["r2"], "low": effect["low"], "high": effect["high"],
+            "plain_r2": plain["r2"], "file_bytes": self.file_bytes,
         }  # fmt: skip
 
 
