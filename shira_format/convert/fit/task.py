@@ -67,6 +67,13 @@ class Task:
         """A parameter by name."""
         return self.model.get_parameter(name)
 
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer by name."""
+        module, _, attribute = name.rpartition(".")
+        found = getattr(self.model.get_submodule(module), attribute)
+        assert isinstance(found, Tensor)
+        return found
+
     def rounded(self, name: str, values: Tensor) -> Tensor:
         """Values as a file gives them back: rounded to the stored dtype, to nearest with ties to even, in the parameter's dtype."""
         parameter = self.parameter(name)
@@ -104,9 +111,9 @@ def _replaced(task: Task, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Parameters with other data for a while: their memory is exchanged, not copied."""
     with ExitStack() as stack:
         for name, weight in weights.items():
-            parameter = task.parameter(name)
-            stack.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = weight.to(parameter.device, parameter.dtype).view(parameter.shape)
+            tensor = task.tensor(name)
+            stack.callback(setattr, tensor, "data", tensor.data)
+            tensor.data = weight.to(tensor.device, tensor.dtype).view(tensor.shape)
         yield
 
 
