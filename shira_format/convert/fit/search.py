@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -30,24 +29,32 @@ class Trial:
     Attributes:
         budget: how many entries.
         density: share of the entries of all weights.
-        effect: what is kept of the effect, on the inputs that the density is chosen by.
-        plain: what the plain cut to as many entries keeps there.
-        file_bytes: size of the adapter file.
+        fit: how near the fitted entries are to the source, on the inputs that the density is chosen by.
+        plain: the same of the plain cut to as many entries.
+        file_bytes: size of the adapter file with the nearer of the two; 0 if it is not known.
         entries: what was fitted.
-        path: the adapter file; None if none was written.
     """
 
     budget: int
     density: float
-    effect: Effect
+    fit: Effect
     plain: Effect
     file_bytes: int
     entries: Entries = field(repr=False)
-    path: Path | None = None
+
+    @property
+    def kept(self) -> Literal["fit", "plain"]:
+        """Which of the two a file holds: the nearer one."""
+        return "fit" if self.fit.r2 >= self.plain.r2 else "plain"
+
+    @property
+    def effect(self) -> Effect:
+        """How near to the source a file is."""
+        return self.fit if self.kept == "fit" else self.plain
 
     @property
     def r2(self) -> float:
-        """Effect kept."""
+        """How much of the effect a file keeps."""
         return self.effect.r2
 
     def reaches(self, keep: float) -> bool:
@@ -56,10 +63,12 @@ class Trial:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        effect, plain = self.effect.as_dict(), self.plain.as_dict()
+        fit, plain = (
+            {key: one[key] for key in ("r2", "low", "high")} for one in (self.fit.as_dict(), self.plain.as_dict())
+        )
         return {
-            "nnz": self.budget, "density": self.density, "r2": effect["r2"], "low": effect["low"], "high": effect["high"],
-            "plain_r2": plain["r2"], "file_bytes": self.file_bytes,
+            "budget": self.budget, "density": self.density, "kept": self.kept, "fit": fit, "plain": plain,
+            "file_bytes": self.file_bytes or None,
         }  # fmt: skip
 
 
@@ -227,6 +236,11 @@ def halved(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             "a single input is held out: a search needs two, one to choose the density by and one to measure it on; give more inputs"
         )
     return parts
+
+
+def input_count(batches: Sequence[Any]) -> int:
+    """How many inputs batches have; one that cannot be divided counts as one."""
+    return sum(_rows(batch) or 1 for batch in batches)
 
 
 def _rows(batch: Any) -> int | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shira_format._core.text import count, counted, file_size, number, percent, printable, table
 
+if TYPE_CHECKING:
+    from shira_format.convert.fit.report import FitReport
+
 # What the manifest calls a way of fitting, and what people call it.
-METHODS = {"distill": "distillation", "moments": "moments of the layers' inputs", "cut": "plain cut"}
+METHODS = {"distill": "distillation", "moments": "moments of the layers' inputs"}
 
 
 def facts(fit: Any) -> list[tuple[str, str]]:
@@ -26,15 +29,14 @@ def facts(fit: Any) -> list[tuple[str, str]]:
 
 
 def _how(fit: dict[str, Any]) -> str:
-    method = fit.get("method", "?")
-    parts = [str(METHODS.get(method, method) if isinstance(method, str) else method)]
-    if isinstance(steps := fit.get("steps"), int):
+    method, options, inputs = (fit.get(key) for key in ("method", "options", "inputs"))
+    parts = [METHODS.get(method, method) if isinstance(method, str) else "?"]
+    if fit.get("kept") == "plain":
+        parts = [f"the plain cut, as {parts[0]} was no better"]
+    elif isinstance(options, dict) and isinstance(steps := options.get("steps"), int):
         parts.append(counted(steps, "step"))
-    inputs = fit.get("inputs")
-    if isinstance(inputs, dict):
-        train, held = inputs.get("train"), inputs.get("held")
-        if isinstance(train, int) and isinstance(held, int):
-            parts.append(f"on {counted(train, 'input')} ({inputs.get('name', '?')}); {count(held)} held out")
+    if isinstance(inputs, dict) and isinstance(fitted := inputs.get("fitted"), int):
+        parts.append(f"on {counted(fitted, 'input')} ({inputs.get('name', '?')})")
     return ", ".join(parts)
 
 
@@ -87,29 +89,43 @@ def layer_table(effect: Any, plain: Any = None) -> str:
     found, cut = layers(effect), layers(plain)
     if not found:
         return ""
-    rows = [(name, f"{error:.3f}", *([number(cut.get(name), ".3f")] if cut else [])) for name, error in found.items()]
+    rows = [
+        (name, f"{error:.3f}", *([number(cut.get(name), ".3f")] if cut else [])) for name, error in found.items()
+    ]
     return table(("layer", "error", *(["plain cut"] if cut else [])), rows)
 
 
-def trials_table(trials: list[dict[str, Any]], chosen: int | None) -> str:
-    """The fits of a search, the densest first; ``chosen`` is the number of entries of the one that is written."""
+def as_json(report: FitReport) -> dict[str, Any]:
+    """The report as plain JSON values, without that on the file."""
+    found = report.as_dict()
+    del found["conversion"], found["warnings"]
+    return found
+
+
+def as_text(report: FitReport) -> str:
+    """The report for the summary of a conversion."""
+    fit = report.provenance()
+    lines = []
+    if found := layer_table(fit.get("effect"), fit.get("plain")):
+        lines += ["", "error of each layer's output, as a share of the base's:", found]
+    if report.goal:
+        by = counted(report.inputs["choosing"], "input")
+        lines += ["", f"effect kept (R²) by each fit, on the {by} that the density is chosen by:", _trials(report)]
+    named = [(key, line) for key, line in facts(fit) if key != "error by layer"]
+    width = max(len(key) for key, _ in named)
+    return "\n".join([*lines, "", *(f"{key.ljust(width)}  {printable(line)}" for key, line in named)])
+
+
+def _trials(report: FitReport) -> str:
+    """The fits of a search, the densest first."""
     rows = [
         (
-            percent(one["density"]), count(one["nnz"]), number(_number(one, "r2"), ".3f"), number(_number(one, "plain_r2"), ".3f"),
-            file_size(one["file_bytes"]), "<- written" if one["nnz"] == chosen else "",
+            percent(one.density), count(one.budget), f"{one.fit.r2:.3f}", f"{one.plain.r2:.3f}", file_size(one.file_bytes),
+            "written" if one.budget == report.budget else "",
         )
-        for one in sorted(trials, key=lambda one: -one["nnz"])
+        for one in sorted(report.trials, key=lambda one: -one.budget)
     ]  # fmt: skip
-    return table(("density", "entries", "R²", "plain cut", "file", ""), rows)
-
-
-def as_text(fit: dict[str, Any]) -> str:
-    """The account for the summary of a conversion."""
-    effect, plain = fit.get("effect"), fit.get("plain")
-    lines = [f"{key}: {printable(line)}" for key, line in facts(fit) if key != "error by layer"]
-    if found := layer_table(effect, plain):
-        lines += ["", "error of each layer's output, as a share of the base's:", found]
-    return "\n".join(lines)
+    return table(("density", "entries", "fitted", "plain cut", "file", ""), rows)
 
 
 def _number(of: Any, key: str) -> float | None:
