@@ -372,7 +372,8 @@ class _Fit:
     def _task(self, live: LiveModel, source: SourceWeights) -> tuple[Task, Inputs]:
         split = self.options.split(live.longest)
         task = Task(
-            live.model, source.sparse, source.whole, [], [], live.outputs, live.is_logits, blocks_of(live.model), source.dtypes
+            live.model, source.sparse, source.whole, [], [], live.outputs, live.is_logits, live.is_causal, blocks_of(live.model),
+            source.dtypes,
         )  # fmt: skip
         if self.data is None:
             given = self._sampled(task, live, split)
