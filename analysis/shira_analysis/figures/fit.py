@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shira_format.convert.fit.search import Trial
 
 _MOST_NAMED = 40  # layers whose names have room
-_APART = 1.7  # factor between densities whose ticks do not overlap
+_APART = 2.0  # factor between densities whose ticks do not overlap
 _FLOOR = -0.25  # of the axis of R²: what is worse is drawn there
 _CUT: dict[str, Any] = {"color": GREY, "ls": ":", "marker": "s", "label": "plain cut"}
 

@@ -56,6 +56,11 @@ def kept(effect: Any, plain: Any = None) -> str:
     return text if cut is None else f"{text}; the plain cut keeps {cut:.3f}"
 
 
+def effect_kept(fit: Any) -> float | None:
+    """The R² that an account of a fit states; None if it states none."""
+    return _number(fit.get("effect") if isinstance(fit, dict) else None, "r2")
+
+
 def choices(effect: Any) -> str:
     """KL divergence and first choices of logits, or the cosine of embeddings."""
     kl, agreement, cosine = (_number(effect, key) for key in ("kl", "agreement", "cosine"))
