@@ -171,7 +171,10 @@ def test_masks(folder: Path, tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_demo(folder: Path, capsys: Capture) -> None:
-    check("demo", run(demo.main, ("--task", "spam", "--density", "0.01", "--base", "@base"), folder, capsys))
+    check(
+        "demo",
+        run(demo.main, ("--task", "spam", "--density", "0.01", "--base", "@base", "--cut-only"), folder, capsys),
+    )
 
 
 def test_train(folder: Path, tmp_path: Path, capsys: Capture) -> None:
