@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, array_digest, read_only
+from shira_format._core.arrays import Array, Indices, array_digest, frozen
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import FormatError, SourceError
@@ -33,8 +33,8 @@ def load(
 ) -> Adapter:
     """Open an adapter file.
 
-    The header, the manifest and all sizes are checked now; a tensor is mapped, decoded and checked at each access, and
-    not kept.
+    The header, the manifest and all sizes are checked now; a tensor is read into memory, decoded and checked at each access,
+    and not kept.
 
     Args:
         path: the file.
@@ -64,18 +64,12 @@ class AdapterFile:
         *,
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
-        separate_maps: bool = False,
-        copy: bool = False,
         content: bytes | None = None,
     ) -> None:
         """Open it; see :func:`load`.
 
-        With ``separate_maps`` every tensor has a memory map of its own, which is freed with the tensor. With ``copy`` tensors
-        are read into memory, so that later changes of the file do not reach them. ``content`` are the file's bytes, if they have
-        been read; then nothing else is.
+        ``content`` are the file's bytes, if they have been read; then nothing else is.
         """
-        self._separate_maps = separate_maps
-        self._copy = copy
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
@@ -108,13 +102,14 @@ class AdapterFile:
         """
         entry = self.manifest.tensors[name]
         try:
+            indices = self.indices(entry)  # first: most of what can be wrong shows here
             values = self._read(entry, "values") if entry.values != "none" else None
             base = self._read(entry, "base") if entry.base_values else None
             rows = self._read(entry, "rows") if entry.new_rows else None
             return SparseTensor(
                 name,
                 entry.shape,
-                self.indices(entry),
+                indices,
                 values,
                 value_kind=entry.values,
                 dtype=FLOATS[entry.dtype],
@@ -188,9 +183,9 @@ class AdapterFile:
             self.dense(name)
 
     def indices(self, entry: SparseEntry) -> Indices:
-        """The decoded indices of a tensor; :class:`SparseTensor` checks their order and range."""
+        """The decoded indices of a tensor, read-only; :class:`SparseTensor` checks their order and range."""
         file, own = self.holder(entry)
-        return CODECS[own.codec].decode(file.encoded(own), own.shape, own.nnz)
+        return frozen(CODECS[own.codec].decode(file.encoded(own), own.shape, own.nnz))
 
     def _index_ranges(self, entry: SparseEntry, ranges: Sequence[tuple[int, int]]) -> list[IndexRange]:
         """The entries within each of the ranges."""
@@ -242,11 +237,7 @@ class AdapterFile:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        if self._copy:
-            shape = self.streams[stream].shape
-            array = read_only(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
-        else:
-            array = self.streams.read_separately(stream) if self._separate_maps else self.streams.read(stream)
+        array = self.streams.read(stream)
         if self._verify and array_digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array
