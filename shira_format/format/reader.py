@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, array_digest, file_digest, read_only
+from shira_format._core.arrays import Array, Indices, array_digest, frozen
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, LazyMapping
-from shira_format.errors import FormatError
+from shira_format.errors import FormatError, SourceError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.manifest import (
     METADATA_KEY,
@@ -23,6 +23,7 @@ from shira_format.format.manifest import (
     parse_manifest,
     stream_name,
 )
+from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import DenseTensor, SparseTensor, check_increasing, numel
 
@@ -32,8 +33,8 @@ def load(
 ) -> Adapter:
     """Open an adapter file.
 
-    The header, the manifest and all sizes are checked now; a tensor is mapped, decoded and checked at each access, and
-    not kept.
+    The header, the manifest and all sizes are checked now; a tensor is read into memory, decoded and checked at each access,
+    and not kept.
 
     Args:
         path: the file.
@@ -63,21 +64,17 @@ class AdapterFile:
         *,
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
-        separate_maps: bool = False,
-        copy: bool = False,
+        content: bytes | None = None,
     ) -> None:
         """Open it; see :func:`load`.
 
-        With ``separate_maps`` every tensor has a memory map of its own, which is freed with the tensor. With ``copy`` tensors
-        are read into memory, so that later changes of the file do not reach them.
+        ``content`` are the file's bytes, if they have been read; then nothing else is.
         """
-        self._separate_maps = separate_maps
-        self._copy = copy
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
         self._mask_files: dict[str, AdapterFile] = {}
-        self.streams = SafetensorsFile(self.path)
+        self.streams = SafetensorsFile(self.path, content)
         try:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
@@ -105,13 +102,14 @@ class AdapterFile:
         """
         entry = self.manifest.tensors[name]
         try:
+            indices = self.indices(entry)  # first: most of what can be wrong shows here
             values = self._read(entry, "values") if entry.values != "none" else None
             base = self._read(entry, "base") if entry.base_values else None
             rows = self._read(entry, "rows") if entry.new_rows else None
             return SparseTensor(
                 name,
                 entry.shape,
-                self.indices(entry),
+                indices,
                 values,
                 value_kind=entry.values,
                 dtype=FLOATS[entry.dtype],
@@ -185,9 +183,9 @@ class AdapterFile:
             self.dense(name)
 
     def indices(self, entry: SparseEntry) -> Indices:
-        """The decoded indices of a tensor; :class:`SparseTensor` checks their order and range."""
+        """The decoded indices of a tensor, read-only; :class:`SparseTensor` checks their order and range."""
         file, own = self.holder(entry)
-        return CODECS[own.codec].decode(file.encoded(own), own.shape, own.nnz)
+        return frozen(CODECS[own.codec].decode(file.encoded(own), own.shape, own.nnz))
 
     def _index_ranges(self, entry: SparseEntry, ranges: Sequence[tuple[int, int]]) -> list[IndexRange]:
         """The entries within each of the ranges."""
@@ -224,26 +222,22 @@ class AdapterFile:
         if name not in self._mask_files:
             path = self._masks / name
             try:
-                found = file_digest(path)
-            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                content = read_file(path)
+            except (OSError, SourceError, ValueError) as error:  # ValueError: a NUL in the name
                 raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
-            if found != self.manifest.raw["mask_files"][name]:
+            if hashlib.sha256(content).hexdigest() != self.manifest.raw["mask_files"][name]:
                 raise FormatError(
                     "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
                 )
-            # Its digest covers every byte.
-            self._mask_files[name] = AdapterFile(path, verify=False)
+            # The digest covers every byte; what it covers is what is used, whatever becomes of the file.
+            self._mask_files[name] = AdapterFile(path, verify=False, content=content)
         return self._mask_files[name]
 
     def _read(self, entry: SparseEntry, role: str) -> Array:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        if self._copy:
-            shape = self.streams[stream].shape
-            array = read_only(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
-        else:
-            array = self.streams.read_separately(stream) if self._separate_maps else self.streams.read(stream)
+        array = self.streams.read(stream)
         if self._verify and array_digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array
