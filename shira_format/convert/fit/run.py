@@ -297,7 +297,7 @@ class _Fit:
         name, method, notes = self.options.resolved()
         rule = self._rule()
         with self._timed("load"):
-            live = self.live or load_base(inputs.base.path, inputs, self.options.kind)
+            live = self.live or load_base(inputs, self.options.kind)
             source = source_weights(
                 inputs,
                 live.model,
