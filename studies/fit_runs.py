@@ -92,7 +92,7 @@ def _source(name: str) -> _Source:
     else:
         inputs = LoraConversion(str(DATA / "loras" / name), str(_place.base)).open()
         file = DATA / "loras" / name
-    live = load_base(_place.base, inputs)
+    live = load_base(inputs)
     source = source_weights(inputs, live.model, vectors=True)
     parts = LORAS if name == TUNED else (name,)
     train = [
