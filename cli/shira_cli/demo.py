@@ -15,6 +15,7 @@ import click
 from shira_cli import app, options
 from shira_cli.output import Printer, print_json
 from shira_cli.shipped import BASE_PACKAGE, DATA, TASKS, find_base
+from shira_format.storage.outputs import check_output_files
 
 __all__ = ["DATA", "TASKS", "command", "find_base", "main"]
 
@@ -33,6 +34,7 @@ examples:
 @click.option("--scope", type=click.Choice(["tensor", "global"]), default="tensor", help="Select the largest changes of each tensor (default) or of all tensors together.")  # fmt: skip
 @options.base_option(f": a folder of all-MiniLM-L6-v2 (default: the package {BASE_PACKAGE})")
 @click.option("--keep", type=options.PATH, metavar="DIR", help="Keep the adapter files in this folder.")
+@options.force_option("Replace adapter files in that folder.")
 @options.printing
 @app.version_option
 def command(
@@ -41,6 +43,7 @@ def command(
     scope: str,
     base: str | None,
     keep: Path | None,
+    force: bool,
     printer: Printer,
 ) -> int:
     """Try the whole pipeline on a real model.
@@ -59,6 +62,8 @@ def command(
     with _folder(keep) as folder, warnings.catch_warnings():
         # What transformers and PEFT deprecate in each other tells our users nothing.
         warnings.simplefilter("ignore")
+        paths = [adapter_path(folder, task, density) for task in tasks or TASKS for density in densities]
+        check_output_files(*paths, inputs=[found], force=force)
         for task in tasks or TASKS:
             held_out = LabelledTexts.read(DATA / "text" / f"{task}.jsonl")
             printer.notice(f"{task}: {len(held_out.texts)} held-out texts through base, LoRA and {len(densities)} adapters ...")  # fmt: skip
