@@ -27,7 +27,7 @@ class Adapters:
 
     Attributes:
         cut: densities at which the LoRA's largest changes are kept as they are.
-        trained: densities at which the largest weights are trained instead, without the LoRA.
+        trained: densities at which rows, columns and diagonals of the weights are trained instead, without the LoRA; at most that much.
         scope: of the cuts: ``"tensor"`` or ``"global"``.
     """
 
@@ -121,9 +121,10 @@ def _trained(base: Path, train: Path, path: Path, density: float) -> dict[str, A
     from shira_format.training.fit import Schedule
     from shira_format.training.run import Plan, train_adapter
 
-    mask = MaskPlan(rule_of("wm"), Size(density=density))
+    mask = MaskPlan(rule_of("struct"), Size(density=density))
     plan = Plan("classify", mask, schedule=Schedule(epochs=EPOCHS, evaluations=3), max_length=TOKENS)
-    return {"nnz": train_adapter(base, train, path, plan).nnz, "energy_kept": None}
+    report = train_adapter(base, train, path, plan)
+    return {"density": report.nnz / report.numel, "nnz": report.nnz, "energy_kept": None}
 
 
 class _Classifier:
