@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, array_digest, file_digest, read_only
+from shira_format._core.arrays import Array, Indices, array_digest, read_only
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, LazyMapping
-from shira_format.errors import FormatError
+from shira_format.errors import FormatError, SourceError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.manifest import (
     METADATA_KEY,
@@ -23,6 +23,7 @@ from shira_format.format.manifest import (
     parse_manifest,
     stream_name,
 )
+from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import DenseTensor, SparseTensor, check_increasing, numel
 
@@ -65,11 +66,13 @@ class AdapterFile:
         masks: str | os.PathLike[str] | None = None,
         separate_maps: bool = False,
         copy: bool = False,
+        content: bytes | None = None,
     ) -> None:
         """Open it; see :func:`load`.
 
         With ``separate_maps`` every tensor has a memory map of its own, which is freed with the tensor. With ``copy`` tensors
-        are read into memory, so that later changes of the file do not reach them.
+        are read into memory, so that later changes of the file do not reach them. ``content`` are the file's bytes, if they have
+        been read; then nothing else is.
         """
         self._separate_maps = separate_maps
         self._copy = copy
@@ -77,7 +80,7 @@ class AdapterFile:
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
         self._mask_files: dict[str, AdapterFile] = {}
-        self.streams = SafetensorsFile(self.path)
+        self.streams = SafetensorsFile(self.path, content)
         try:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
@@ -224,15 +227,15 @@ class AdapterFile:
         if name not in self._mask_files:
             path = self._masks / name
             try:
-                found = file_digest(path)
-            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                content = read_file(path)
+            except (OSError, SourceError, ValueError) as error:  # ValueError: a NUL in the name
                 raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
-            if found != self.manifest.raw["mask_files"][name]:
+            if hashlib.sha256(content).hexdigest() != self.manifest.raw["mask_files"][name]:
                 raise FormatError(
                     "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
                 )
-            # Its digest covers every byte.
-            self._mask_files[name] = AdapterFile(path, verify=False)
+            # The digest covers every byte; what it covers is what is used, whatever becomes of the file.
+            self._mask_files[name] = AdapterFile(path, verify=False, content=content)
         return self._mask_files[name]
 
     def _read(self, entry: SparseEntry, role: str) -> Array:

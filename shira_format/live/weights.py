@@ -60,18 +60,7 @@ class LiveWeight(Protocol):
         """All elements, ``[*shape]``, as a copy."""
 
     def fill(self, values: Array) -> None:
-        """Set all elements to ``[*shape]`` values of :attr:`dtype`."""
-
-
-def memory_of(weight: Any, name: str) -> object:
-    """Identifies the memory of an array or a tensor: equal for tied weights; ``name`` for tensors without memory."""
-    if isinstance(weight, np.ndarray):
-        return weight.__array_interface__["data"][0], weight.strides, weight.shape
-    try:
-        pointer = weight.data_ptr()
-        return (str(weight.device), pointer, weight.stride(), tuple(weight.shape)) if pointer else name
-    except (AttributeError, RuntimeError):  # not a tensor, or a subclass without its own memory
-        return name
+        """Set all elements to ``[*shape]`` values of :attr:`dtype`; another shape is a BaseMismatch."""
 
 
 def live_weight(name: str, weight: Any) -> LiveWeight:
@@ -103,7 +92,18 @@ def live_weight(name: str, weight: Any) -> LiveWeight:
         )
     if weight.layout != torch.strided or str(weight.dtype) not in _TORCH:
         raise BaseMismatch(f"tensor {name!r}: the weight is {weight.layout} of {weight.dtype}")
+    if not _has_memory(weight):
+        raise BaseMismatch(
+            f"tensor {name!r}: the memory of the weight was released, as sharding and offloading do: load the weight first"
+        )
     return ArrayWeight(as_array(weight), weight) if weight.device.type == "cpu" else DeviceWeight(weight)
+
+
+def _has_memory(tensor: Any) -> bool:
+    """Whether the storage of a torch tensor has all elements: ``resize_`` of a storage does not tell its tensors."""
+    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + sum(steps) + 1) * tensor.element_size()
+    return not tensor.numel() or bool(tensor.untyped_storage().nbytes() >= end)
 
 
 class ArrayWeight:
@@ -152,6 +152,7 @@ class ArrayWeight:
         return self._array.copy()
 
     def fill(self, values: Array) -> None:
+        _check_fills(values, self.shape)
         self._array[...] = values
         self._written()
 
@@ -159,6 +160,11 @@ class ArrayWeight:
         """Tell autograd, so that a backward pass through the old values raises instead of giving wrong gradients."""
         if self._tensor is not None and not self._tensor.is_inference():
             sys.modules["torch"].autograd.graph.increment_version(self._tensor)
+
+
+def _check_fills(values: Array, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:  # assignment would repeat them
+        raise BaseMismatch(f"values of shape {list(values.shape)} for a weight of {list(shape)}")
 
 
 class DeviceWeight:
@@ -204,6 +210,7 @@ class DeviceWeight:
         return np.asarray(self._bits().cpu().numpy().view(self.dtype))
 
     def fill(self, values: Array) -> None:
+        _check_fills(values, self.shape)
         self._bits().copy_(self._to_device(np.ascontiguousarray(values).view(self._carrier)))
 
     @property

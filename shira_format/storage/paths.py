@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import re
+import stat
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -52,11 +53,16 @@ class LocalFile:
     """A local file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError if it cannot be opened."""
+        """Raises OSError if it cannot be opened, or is a pipe or a device."""
         self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the object
+        # lives as long as the object
+        self._file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-        self.size = os.fstat(self._file.fileno()).st_size
+        status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            self._file.close()
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        self.size = status.st_size
         self._lock = threading.Lock()
 
     def read_into(self, start: int, out: memoryview) -> None:
@@ -91,6 +97,28 @@ class LocalFile:
 
     def _shorter(self) -> OSError:
         return OSError(errno.EIO, "the file has become shorter", str(self._path))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe without waiting for a writer. Has no effect on reading a regular file."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+class MemoryFile:
+    """The content of a file in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.size = len(content)
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        out[:] = self.view(start, start + len(out))
+
+    def view(self, start: int, stop: int) -> Any:
+        return memoryview(self._content)[start:stop]
+
+    def close(self) -> None:
+        """Memory needs none."""
 
 
 class RemoteFile:
@@ -159,6 +187,29 @@ def open_storage(path: Path) -> Storage:
         SourceError: the same for a remote file.
     """
     return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
+
+
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """The bytes of a file that :func:`resolve_path` returned, as it is now.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have; by default any number.
+
+    Raises:
+        OSError: it cannot be read, is a pipe or a device, or becomes shorter meanwhile.
+        SourceError: the same for a remote file; it is larger than ``limit``.
+        ValueError: the name holds a NUL.
+    """
+    storage = open_storage(path)
+    try:
+        if limit is not None and storage.size > limit:
+            raise SourceError(f"{path}: has {storage.size} bytes; at most {limit} are read")
+        content = bytearray(storage.size)
+        storage.read_into(0, memoryview(content))
+        return bytes(content)
+    finally:
+        storage.close()
 
 
 def resolve_path(path: str | os.PathLike[str]) -> Path:

@@ -22,7 +22,7 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes, read_only
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
-from shira_format.storage.paths import open_storage
+from shira_format.storage.paths import MemoryFile, open_storage
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
 
 MAX_HEADER = 100_000_000
@@ -57,10 +57,11 @@ class SafetensorsFile(Mapping[str, Stream]):
         OSError: the file cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
+        """Args: ``content``: the file's bytes, if they have been read; then nothing else is."""
         # A UPath, of a remote file, is not a Path and stays a UPath.
         self.path = Path(path) if isinstance(path, str) else path
-        self._storage = open_storage(self.path)
+        self._storage = open_storage(self.path) if content is None else MemoryFile(content)
         try:
             self.size = self._storage.size
             self._start, header = self._read_header()
@@ -77,7 +78,7 @@ class SafetensorsFile(Mapping[str, Stream]):
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self.size < 8:
             raise FormatError("file-truncated", f"not a safetensors file: it has only {self.size} bytes")
-        prefix = bytes(self._storage.view(0, 8))
+        prefix = self._read(0, 8)
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
             # The first 8 bytes of a file of another kind make an absurd length.
@@ -86,13 +87,19 @@ class SafetensorsFile(Mapping[str, Stream]):
             raise FormatError("header-too-large", reason)
         if 8 + length > self.size:
             raise FormatError("file-truncated", f"a header of {length} bytes in a file of {self.size}")
-        text = bytes(self._storage.view(8, 8 + length))
+        text = self._read(8, length)
         if not text.startswith(b"{"):
             raise FormatError("header-json", "the header does not start with '{'")
         text = text.rstrip(b" ")
         if not text.endswith(b"}"):
             raise FormatError("header-json", "the header's object is followed by something other than spaces")
         return 8 + length, parse_object(text, "header-json")
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Read, not mapped: the file may be cut meanwhile."""
+        found = bytearray(size)
+        self._storage.read_into(start, memoryview(found))
+        return bytes(found)
 
     def __getitem__(self, name: str) -> Stream:
         return self._streams[name]

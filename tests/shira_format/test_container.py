@@ -30,6 +30,7 @@ from shira_format.format import AdapterFile, AdapterWriter, load, save
 from shira_format.format import writer as writer_module
 from shira_format.format.codecs import CODECS, encode_smallest
 from shira_format.format.manifest import METADATA_KEY
+from shira_format.storage.paths import LocalFile
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import DenseTensor, SparseTensor
 from tests.strategies import adapters, any_bits, json_values, sparse_tensors
@@ -549,6 +550,65 @@ def test_a_mask_file_is_needed_and_checked(masked: Path, tmp_path: Path) -> None
         load(masked)["a"]
     assert "mask-file" == caught.value.rule
     assert same_entries("a")[0] == load(masked, masks=elsewhere)["a"]
+
+
+def test_a_mask_file_that_is_overwritten_after_its_digest_was_checked(masked: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "style.masks"
+    found = load(masked)
+    assert same_entries("a")[0] == found["a"]
+    with open(masks, "r+b") as file:  # in place, as a mapped file would show it
+        file.seek(-500, 2)
+        file.write(b"\xff" * 500)
+    assert same_entries("a")[0] == found["a"]
+    with open(masks, "r+b") as file:
+        file.truncate(100)
+    assert same_entries("a")[0] == found["a"]
+    with pytest.raises(FormatError, match="not the one that the adapter needs"):
+        load(masked)["a"]
+
+
+def test_a_mask_file_that_is_swapped_while_it_is_read(
+    masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = [SparseTensor(t.name, t.shape, t.indices + 1, value_kind="none") for t in same_entries("a", "b")]
+    save(Adapter(other), tmp_path / "other.masks")
+    masks, reads = tmp_path / "style.masks", []
+    real = LocalFile.close
+
+    def swapping(self: LocalFile) -> None:
+        real(self)
+        if self._path == masks:
+            reads.append(masks)
+            os.replace(tmp_path / "other.masks", masks)
+
+    monkeypatch.setattr(LocalFile, "close", swapping)
+    found = load(masked)
+    assert same_entries("a")[0] == found["a"]  # what was hashed, not what is there now
+    assert [masks] == reads
+
+
+def test_a_mask_file_that_is_swapped_while_an_adapter_is_written(masked: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "style.masks"
+    before, digest = masks.read_bytes(), hashlib.sha256(masks.read_bytes()).hexdigest()
+    with AdapterWriter(tmp_path / "new.st", masks=masks) as writer:
+        masks.write_bytes(b"x" * len(before))
+        writer.add(same_entries("a")[0])
+    masks.write_bytes(before)
+    found = load(tmp_path / "new.st")
+    assert {"style.masks": digest} == found.manifest["mask_files"]
+    assert same_entries("a")[0] == found["a"]
+
+
+def test_a_mask_file_that_is_a_pipe_or_a_device_is_not_read(masked: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "style.masks"
+    masks.unlink()
+    os.mkfifo(masks)
+    with pytest.raises(FormatError, match="not a regular file"):
+        load(masked)["a"]
+    masks.unlink()
+    masks.symlink_to("/dev/zero")
+    with pytest.raises(FormatError, match="not a regular file"):
+        load(masked)["a"]
 
 
 def test_a_mask_file_that_fits_nothing_is_not_named(tmp_path: Path) -> None:
