@@ -15,8 +15,9 @@ from shira_format.checkpoints.base import IndexedCheckpoint
 from shira_format.convert.exact import tensor_digest
 from shira_format.convert.unused import check_all_used
 from shira_format.errors import SourceError
+from shira_format.live.memory import Places
 from shira_format.live.models import weights_of
-from shira_format.live.weights import ArrayWeight, LiveWeight, live_weight, memory_of
+from shira_format.live.weights import ArrayWeight, LiveWeight, live_weight
 from shira_format.storage.paths import resolve_path
 from shira_format.tensors import numel
 
@@ -71,9 +72,7 @@ def open_source(model: Model) -> tuple[Checkpoint, dict[str, str]]:
     if isinstance(model, (str, os.PathLike, Checkpoint)):
         return _stored(model), {}
     weights = weights_of(model).saved()
-    first: dict[object, str] = {}
-    names = {name: first.setdefault(memory_of(weight, name), name) for name, weight in weights.items()}
-    tied = {name: one for name, one in names.items() if one != name}
+    tied = {name: first for name, first in Places(weights).first.items() if first != name}
     return LiveCheckpoint({name: weight for name, weight in weights.items() if name not in tied}), tied
 
 

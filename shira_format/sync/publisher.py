@@ -173,6 +173,10 @@ class Publisher:
                 raise SourceError(
                     f"{self._place.label}: no steps to compose from version {base_version} to {self.version}"
                 )
+            if (self.version, base_version) in self._index.lines:
+                raise SourceError(
+                    f"{self._place.label}: a patch from version {base_version} to {self.version} is there already"
+                )
             with tempfile.TemporaryDirectory(prefix="shira-") as folder:
                 before = mapped(Path(folder) / "base.safetensors", self._structure)
                 Subscriber(before, self._place, verify="all", threads=self._threads).update(base_version)

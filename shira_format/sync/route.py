@@ -74,7 +74,8 @@ def no_route(where: str, lines: Collection[Line], target: int, here: int | None)
     after = max(
         (line.version for line in lines if line.snapshot is not None and line.version <= target), default=None
     )
-    first = (here if here is not None else after if after is not None else -1) + 1
+    start = here if here is not None and here < target else after
+    first = 0 if start is None else start + 1
     missing = next((version for version in range(first, target) if version not in known), None)
     lost = "" if missing is None else f": version {missing} is missing"
     held = "a model of none of these versions" if here is None else f"version {here}"

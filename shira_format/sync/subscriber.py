@@ -17,9 +17,10 @@ from shira_format.checkpoints.same import same_tensor
 from shira_format.entries.loaded import LoadedAdapter, load_adapter
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.live.lock import ReadWriteLock
+from shira_format.live.memory import Places
 from shira_format.live.models import weights_of
 from shira_format.live.switcher import Switcher
-from shira_format.live.weights import live_weight, memory_of
+from shira_format.live.weights import live_weight
 from shira_format.names.layouts import Rename
 from shira_format.names.prefixes import match_names
 from shira_format.storage.places import Place, open_place
@@ -102,7 +103,8 @@ class Subscriber:
         rename: instead of a prefix, a function from a published name to one in the model.
         version: that the model holds, if it is known: the model is then not compared.
         history: number of updates that can be undone without reading anything; each is held in memory.
-        verify: ``"entries"``: those that a patch changes, before it; ``"all"``: the digest of all tensors after each update, too.
+        verify: ``"entries"``: those that a patch changes, before it; ``"all"``: the digest of all tensors after each update, too, which
+            is always checked after a snapshot.
         threads: at most this many; all cores by default.
 
     Example:
@@ -228,11 +230,9 @@ class Subscriber:
         if self._structure is None:
             self._structure = Structure.read(self._place)
         structure, live = self._structure, self._weights.tensors()
-        first: dict[object, str] = {}
-        one = {name: first.setdefault(memory_of(weight, name), name) for name, weight in live.items()}
-        rename = self._names(structure, live)
+        first, rename = Places(live).first, self._names(structure, live)
         names = {
-            name: list(dict.fromkeys(one[new] for new in map(rename, structure.names_of(name)) if new in live))
+            name: list(dict.fromkeys(first[new] for new in map(rename, structure.names_of(name)) if new in live))
             for name in structure.tensors
         }
         structure.check("the model", self._live(names))
@@ -301,15 +301,15 @@ class Subscriber:
             elif route.start == "undo":
                 held.enter_context(self._lock.writing())
                 undone = self._undo_to(route.version, rollback)
-            patch = (
-                composed((self._read(line, structure) for line in route.patches), base) if route.patches else None
-            )
+            patch = None
+            if route.patches:
+                patch = renamed(composed((self._read(line, structure) for line in route.patches), base), names)
             held.enter_context(self._lock.writing())
             if whole is not None:
                 rollback.callback(self._lose)
                 self._fill(base, whole, names)
-            applied = None if patch is None else self._apply(renamed(patch, names), route.patches, rollback)
-            if self._verify == "all":
+            applied = None if patch is None else self._apply(patch, route.patches, rollback)
+            if whole is not None or self._verify == "all":
                 self._check_all(structure, names)
             rollback.pop_all()
             if applied is not None:
