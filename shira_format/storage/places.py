@@ -150,11 +150,13 @@ class RemoteFolder:
     def create(self, name: str, data: bytes) -> None:
         self._make_folder(name)
         with self._errors(name):
-            self._fs.invalidate_cache()
-            if self._fs.exists(self._path(name)):
-                raise FileExistsError(f"{self.label}/{name}")
-            # Stores that can, such as S3, refuse a second writer in the same instant; others have just the line above.
-            self._fs.pipe_file(self._path(name), data, mode="create")
+            self._refuse_existing(name)
+            try:
+                # Stores that can, such as S3, refuse a second writer in the same instant; others have just the line above.
+                self._fs.pipe_file(self._path(name), data, mode="create")
+            except Exception:
+                self._refuse_existing(name)  # which not every store's refusal says
+                raise
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -179,6 +181,11 @@ class RemoteFolder:
                 self._fs.rm_file(self._path(name))
             except FileNotFoundError:
                 return
+
+    def _refuse_existing(self, name: str) -> None:
+        self._fs.invalidate_cache()
+        if self._fs.exists(self._path(name)):
+            raise FileExistsError(name)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -804,3 +804,29 @@ def test_a_folder_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(FileExistsError):
         place.create("a/b", b"two")
     assert ["b"] == [path.name for path in (tmp_path / "a").iterdir()]
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_store_that_refuses_in_words_of_its_own(written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or loses the connection: if the file is there, that is what is told, and the publisher looks whose it is."""
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    weights = some_weights()
+    publisher = Publisher(weights, "memory://run")
+    pipe = type(memory).pipe_file
+
+    def failing(self: Any, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        if written:
+            pipe(self, path, value, mode)
+        raise TimeoutError("412")
+
+    monkeypatch.setattr(type(memory), "pipe_file", failing)
+    if written:
+        assert 1 == publisher.publish().version
+    else:
+        with pytest.raises(SourceError, match=r"memory://run/index/0000000001\.json: 412"):
+            publisher.publish()
+    monkeypatch.undo()
+    assert (2 if written else 1) == publisher.publish().version
+    Subscriber(model := like(weights), "memory://run").update()
+    assert bits(weights) == bits(model)
