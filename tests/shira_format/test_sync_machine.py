@@ -104,9 +104,8 @@ class Machine(RuleBasedStateMachine):
     def one_that_was_thought_dead(self, of: st.DataObject) -> None:
         dead = of.draw(st.sampled_from(self.dead))
         before = self.lines().lines
-        if dead.version == max(
-            self.published
-        ):  # nobody published since: it may go on, and the other one is refused
+        later = {line.publisher for line in before.values() if line.version > dead.version}
+        if later <= {dead._token}:  # nobody else published since: it goes on, and the other one is refused
             self.published[dead.publish().version] = bits(self.weights)
             if self.publisher is not None:
                 self.dead.append(self.publisher)
