@@ -155,3 +155,14 @@ def in_two_processes(rank: int, folder: str) -> None:
         if rank == 0:
             trained.save(f"{folder}/{way}.st")
     torch.distributed.destroy_process_group()
+
+
+def word_tokenizer(size: int) -> Any:
+    """A tokenizer of ``size`` words, for trainers that ask for one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(size)}
+    made = Tokenizer(WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w1", eos_token="w2", unk_token="w0")

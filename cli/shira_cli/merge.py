@@ -218,7 +218,7 @@ def _settings(method: str, adapters: Sequence[Path], given: dict[str, Any]) -> d
 
 
 def _parsed(method: str, count: int, given: dict[str, Any]) -> dict[str, Any]:
-    weights = None if given["weights"] is None else _numbers("--weights", given["weights"])
+    weights = None if given["weights"] is None else options.numbers("--weights", given["weights"])
     if weights is not None and len(weights) != count:
         raise click.UsageError(f"--weights: {len(weights)} for {count} adapters")
     pairs = [_pair(method, "--option", text, text) for text in given["option"]]
@@ -232,13 +232,6 @@ def _parsed(method: str, count: int, given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, tuple | list) and len(value) != count:
             raise click.UsageError(f"{key}: {len(value)} values for {count} adapters")
     return {"weights": weights, "option": dict(pairs), "layer": layers}
-
-
-def _numbers(flag: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"{flag} {text}: not numbers with commas between") from None
 
 
 def _pair(method: str, flag: str, text: str, given: str) -> tuple[str, Any]:
@@ -260,7 +253,9 @@ def _layer(method: str, text: str) -> tuple[str, dict[str, Any]]:
     if found is None:
         raise click.UsageError(f"--layer {text}: not REGEX:KEY=VALUE")
     if found["key"] == "weights":
-        return found["pattern"], {"weights": _numbers(f"--layer {found['pattern']}:weights", found["value"])}
+        return found["pattern"], {
+            "weights": options.numbers(f"--layer {found['pattern']}:weights", found["value"])
+        }
     key, value = _pair(method, "--layer", f"{found['key']}={found['value']}", text)
     return found["pattern"], {key: value}
 

@@ -103,7 +103,7 @@ def shira_to_csr(
     check_output_folder(
         target, inputs, force=force, writer="shira_to_csr", own_files=lambda f: read_index(f).files()
     )
-    opened = AdapterFile(path, separate_maps=True)
+    opened = AdapterFile(path)
     with ExitStack() as stack:
         stack.callback(opened.streams.close)
         moved = stack.enter_context(on_base(opened, checkpoint, name_filter(include, exclude)))

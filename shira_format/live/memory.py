@@ -1,15 +1,18 @@
-"""Where in memory live weights are: which are tied, and whether one is still the one that an adapter was applied to."""
+"""Where in memory live weights are: which are tied, whether one is still the one that was written, whether two overlap."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from shira_format.errors import BaseMismatch
+
+# Candidates that are looked at to tell whether two weights overlap; slices of matrices need a few.
+_MOST_WORK: Any = 10_000
 
 
 class Memory(NamedTuple):
@@ -28,6 +31,42 @@ class Memory(NamedTuple):
     strides: tuple[int, ...]
     shape: tuple[int, ...]
     itemsize: int
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The address of its first byte, and the one after its last."""
+        steps = [(n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)]
+        first = self.start + sum(step for step in steps if step < 0)
+        return first, self.start + sum(step for step in steps if step > 0) + self.itemsize
+
+    @property
+    def repeats(self) -> bool:
+        """Whether several elements may be in one place, as in an expanded tensor."""
+        room = self.itemsize
+        for stride, n in sorted((abs(s), n) for s, n in zip(self.strides, self.shape, strict=True) if n > 1):
+            if stride < room:
+                return True
+            room += (n - 1) * stride
+        return False
+
+    def meets(self, other: Memory) -> bool:
+        """Whether the two have a byte in common; if that is too hard to say, yes."""
+        try:
+            return np.shares_memory(
+                np.asarray(_Addressed(self)), np.asarray(_Addressed(other)), max_work=_MOST_WORK
+            )
+        except np.exceptions.TooHardError:
+            return True
+
+
+class _Addressed:
+    """A weight's addresses as an array of bytes, for numpy to compare; nothing is ever read there."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.__array_interface__ = {
+            "version": 3, "typestr": f"|V{memory.itemsize}", "data": (memory.start, True),
+            "shape": memory.shape, "strides": memory.strides,
+        }  # fmt: skip
 
 
 def memory_of(weight: Any) -> Memory | None:
@@ -89,6 +128,29 @@ class Places:
         stays = self._memory[name] == frame.memory and frame.holds(self._live[name])
         if not stays and not holds_applied():
             raise BaseMismatch(f"{what} weight was replaced by one with other values {before} that")
+
+    def check_apart(self, names: Iterable[str]) -> None:
+        """Check that writing one of these weights leaves all others of them as they are.
+
+        Raises:
+            BaseMismatch: two overlap in memory, or elements of one do; the message names them.
+        """
+        placed = [(memory, name) for name in names if (memory := self._memory.get(name)) is not None]
+        for memory, name in placed:
+            if memory.repeats:
+                raise BaseMismatch(
+                    f"tensor {name!r}: several elements share one place in memory, as in an expanded tensor: make it contiguous"
+                )
+        reaching: list[tuple[str, int, Memory, str]] = []  # those before it, in order, that end after one begins
+        for device, begin, end, memory, name in sorted((m.device, *m.extent, m, name) for m, name in placed):
+            reaching = [one for one in reaching if one[0] == device and one[1] > begin]
+            for _, _, other, other_name in reaching:
+                if memory.meets(other):
+                    raise BaseMismatch(
+                        f"tensors {other_name!r} and {name!r} overlap in memory without being the same: adapters cannot change "
+                        "both"
+                    )
+            reaching.append((device, end, memory, name))
 
 
 @dataclass(frozen=True)

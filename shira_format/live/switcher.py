@@ -296,6 +296,7 @@ class Switcher:
         for name in (*parts, *dense):
             if name not in weights:
                 weights[name] = live_weight(name, live[name]) if name in live else None
+        places.check_apart(weights)
         for name, found in parts.items():
             check_frames(name, found, weights[name])
         planned = {name: self._dense_change(name, found, weights[name]) for name, found in dense.items()}
@@ -430,7 +431,7 @@ class Switcher:
                 self._apply(name, weight, dense[name])
 
         def undo() -> None:
-            for name in started:
+            for name in reversed(started):
                 if name in state:
                     self._undo(name, weights[name], state[name])
                 if name in self._state:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shira_format._core.arrays import Array, Indices, as_array, read_only
-from shira_format._core.compiled import exchange, put, take
+from shira_format._core.compiled import check_count, check_within, exchange, put, take
 from shira_format._core.dtypes import DTYPES
 from shira_format.errors import BaseMismatch
 from shira_format.live.models import UnusedOriginal
@@ -130,6 +130,7 @@ class ArrayWeight:
     def get(self, indices: Indices) -> Array:
         if self._flat is not None:
             return take(self._flat, indices)
+        check_within(indices, self._array.size)
         return np.asarray(self._array[np.unravel_index(indices, self.shape)])
 
     def part(self, start: int, stop: int) -> Array:
@@ -139,6 +140,8 @@ class ArrayWeight:
         if self._flat is not None:
             put(self._flat, indices, values)
         else:
+            check_within(indices, self._array.size)
+            check_count(indices.size, values)
             self._array[np.unravel_index(indices, self.shape)] = values
         self._written()
 
@@ -185,6 +188,7 @@ class DeviceWeight:
         return DTYPES[_TORCH[str(self._tensor.dtype)]]
 
     def get(self, indices: Indices) -> Array:
+        check_within(indices, self._tensor.numel())
         bits, at = self._bits(), self._to_device(indices)
         if bits.is_contiguous():
             found = self._torch.index_select(bits.view(-1), 0, at)
@@ -196,6 +200,8 @@ class DeviceWeight:
         return read_only(self._bits().reshape(-1)[start:stop].cpu().numpy().view(self.dtype))
 
     def put(self, indices: Indices, values: Array) -> None:
+        check_within(indices, self._tensor.numel())
+        check_count(indices.size, values)
         bits, at = self._bits(), self._to_device(indices)
         sent = self._to_device(np.ascontiguousarray(values).view(self._carrier))
         if bits.is_contiguous():

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shira_format._core.arrays import Array, as_bytes, read_only
+from shira_format._core.arrays import Array, as_bytes, frozen, read_only
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
 from shira_format.storage.paths import MemoryFile, open_storage
@@ -73,7 +73,6 @@ class SafetensorsFile(Mapping[str, Stream]):
         except BaseException:
             self._storage.close()
             raise
-        self._map: Any = None
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self.size < 8:
@@ -111,23 +110,15 @@ class SafetensorsFile(Mapping[str, Stream]):
         return len(self._streams)
 
     def read(self, name: str) -> Array:
-        """The array ``name``, read-only, from one memory map of the file that all arrays share.
-
-        Only pages that are accessed are read. The map lives as long as any of its arrays.
-        """
+        """The array ``name``, read-only, read into memory of its own: later changes of the file do not reach it."""
         stream = self._streams[name]
-        if stream.nbytes == 0:
-            return _array(b"", 0, stream)
-        if not isinstance(self.path, Path):
-            return self.read_separately(name)
-        if self._map is None:
-            self._map = self._storage.view(0, self.size)
-        return _array(self._map, self._start + stream.begin, stream)
+        return frozen(_shaped(self.read_part(name, 0, numel(stream.shape)), stream))
 
-    def read_separately(self, name: str) -> Array:
+    def mapped(self, name: str) -> Array:
         """The array ``name``, read-only, from a memory map of its own, which is freed with the array.
 
-        For checkpoints: memory stays at one tensor, however large the file.
+        For checkpoints: memory stays at one tensor, however large the file. If the file is cut meanwhile, access kills the
+        process; if it is overwritten, the array changes.
         """
         stream = self._streams[name]
         return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
@@ -152,14 +143,16 @@ class SafetensorsFile(Mapping[str, Stream]):
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
-        self._map = None
         self._storage.close()
 
 
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:
-    flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
+    return read_only(_shaped(np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset), stream))
+
+
+def _shaped(flat: Array, stream: Stream) -> Array:
     try:
-        return read_only(flat.reshape(stream.shape))
+        return flat.reshape(stream.shape)
     except ValueError as error:  # no elements, but a shape that numpy cannot hold
         raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
 

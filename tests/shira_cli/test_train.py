@@ -20,8 +20,11 @@ from transformers import (
 )
 
 from shira_cli import mask, train
+from shira_cli.train_picture import draw, running_mean
+from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import Switcher
+from shira_format.training.report import Quality, Run, TrainingReport
 
 Capture = pytest.CaptureFixture[str]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "four", "five", "six"]
@@ -219,3 +222,20 @@ def test_errors_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path, cap
         with pytest.raises(SystemExit, match="2"):
             run(*classify(folder, out), *extra)
         assert reason in capsys.readouterr().err
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    losses = [1.0, 2.0, 6.0, 3.0]
+    assert losses == running_mean(losses).tolist()
+    many = np.arange(100.0)
+    assert [1.0, 1.5, 2.0, *range(3, 97)] == running_mean(many)[:97].tolist()
+    made = Run("shira", 5, steps=4, best_step=2, losses=list(enumerate(losses, 1)), quality=Quality(1, 1.0, None))
+    report = TrainingReport("causal", runs=[made])
+    for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        draw(report, tmp_path / f"a.{form}")
+        first = (tmp_path / f"a.{form}").read_bytes()
+        assert first.startswith(start)
+        draw(report, tmp_path / f"a.{form}")
+        assert first == (tmp_path / f"a.{form}").read_bytes()
+    with pytest.raises(SourceError, match="pictures are written as png, svg, pdf"):
+        draw(report, tmp_path / "a.gif")

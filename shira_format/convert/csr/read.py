@@ -115,7 +115,7 @@ def csr_to_shira(
     if not (items or whole or any(map(chosen, index.manifest.get("removed", ())))) and (include or exclude):
         raise SourceError(f"{source}: no tensor is left by the choice of names")
     checkpoint = None if base is None else open_checkpoint(base)
-    original = AdapterFile(inside(source, ORIGINAL), separate_maps=True) if index.original else None
+    original = AdapterFile(inside(source, ORIGINAL)) if index.original else None
     if out is not None:
         inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
         check_not_input(Path(out), inputs)

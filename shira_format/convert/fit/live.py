@@ -37,7 +37,7 @@ class LiveModel:
         tokenizer: for texts; None: batches or arrays are given.
         outputs: what counts of an output.
         is_logits: whether these are logits.
-        is_causal: whether it can write texts of its own.
+        is_causal: whether these are a language model's, of the next token: it can write texts of its own.
         longest: tokens of a text at most; None if it is not known.
     """
 

@@ -93,7 +93,7 @@ def shira_to_full(
     """
     path = None if out is None else Path(out)
     checkpoint = open_checkpoint(base)
-    source = AdapterFile(adapter, separate_maps=True)
+    source = AdapterFile(adapter)
     with ExitStack() as stack:
         moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude), alpha=alpha))
         layout = Layout(moved.file, checkpoint, alpha, moved.chosen)

@@ -88,7 +88,7 @@ def shira_to_lora(
     checkpoint = None if base is None else open_checkpoint(base)
     inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
     check_output_folder(target, inputs, force=force, writer=WRITER, own_files=own_files)
-    source = AdapterFile(path, separate_maps=True)
+    source = AdapterFile(path)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude)))

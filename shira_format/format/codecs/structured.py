@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Indices
+from shira_format._core.arrays import Array, Indices
 from shira_format.errors import FormatError
 from shira_format.format.codecs.base import Encoded, IndexCodec
 from shira_format.format.fields import need
@@ -41,7 +41,7 @@ class Structured(IndexCodec):
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         return Encoded({"codec": self.name, "pattern": find_pattern(indices, shape)})
 
-    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int, base: Array | None = None) -> Indices:
         return list_pattern(stored.params["pattern"], shape, nnz)
 
 
