@@ -360,7 +360,7 @@ class Subscriber:
         """Write all tensors of a version to the model, one at a time."""
         live = self._weights.tensors()
         self._check_one(found, names)
-        Places(live).check_apart(one for several in names.values() for one in several)
+        Places(live).check_apart({one for several in names.values() for one in several})
         weights = {name: [live_weight(one, live[one]) for one in several] for name, several in names.items()}
         self._lose()
         for name, several in weights.items():
