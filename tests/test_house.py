@@ -16,7 +16,7 @@ PACKAGES = {"shira_cli": ROOT / "cli", "shira_analysis": ROOT / "analysis", "shi
 # A room may import from itself and from the rooms before it.
 ROOMS = (
     "version", "errors", "_core", "tensors", "adapter", "storage", "format", "checkpoints", "names", "lora",
-    "entries", "selection", "convert", "export", "live", "merging", "calibration", "masks", "training", "convert.fit",
+    "entries", "selection", "convert", "export", "live", "merging", "calibration", "masks", "training", "convert.fit", "sync",
 )  # fmt: skip
 HEAVY = {
     "torch",

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, as_array
+from shira_format._core.arrays import Array, Indices, as_array, read_only
 from shira_format._core.compiled import check_count, check_within, exchange, put, take
 from shira_format._core.dtypes import DTYPES
 from shira_format.errors import BaseMismatch
@@ -43,6 +43,9 @@ class LiveWeight(Protocol):
 
     def get(self, indices: Indices) -> Array:
         """The elements at flat indices within the weight, ``[n]``, as a copy."""
+
+    def part(self, start: int, stop: int) -> Array:
+        """The elements from flat index ``start`` to ``stop``, ``[stop - start]``, read-only: the weight's memory if possible."""
 
     def put(self, indices: Indices, values: Array) -> None:
         """Set these elements to values of :attr:`dtype`."""
@@ -130,6 +133,9 @@ class ArrayWeight:
         check_within(indices, self._array.size)
         return np.asarray(self._array[np.unravel_index(indices, self.shape)])
 
+    def part(self, start: int, stop: int) -> Array:
+        return read_only(self._array.flat[start:stop] if self._flat is None else self._flat[start:stop])
+
     def put(self, indices: Indices, values: Array) -> None:
         if self._flat is not None:
             put(self._flat, indices, values)
@@ -189,6 +195,9 @@ class DeviceWeight:
         else:
             found = bits[self._torch.unravel_index(at, bits.shape)]
         return np.asarray(found.cpu().numpy().view(self.dtype))
+
+    def part(self, start: int, stop: int) -> Array:
+        return read_only(self._bits().reshape(-1)[start:stop].cpu().numpy().view(self.dtype))
 
     def put(self, indices: Indices, values: Array) -> None:
         check_within(indices, self._tensor.numel())

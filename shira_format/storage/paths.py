@@ -127,9 +127,8 @@ class RemoteFile:
     def __init__(self, path: Any) -> None:
         """Args: ``path`` is a ``UPath``. Raises SourceError if there is no such file."""
         self._url, self._fs, self._path = str(path), path.fs, path.path
-        # Asynchronous filesystems run requests in a loop of their own, so any thread may send one.
-        self._turn: Any = nullcontext() if self._fs.async_impl else _ONE_AT_A_TIME
-        with _named(self._url), self._turn:
+        self._turn: Any = one_at_a_time(self._fs)
+        with naming(self._url), self._turn:
             size = self._fs.size(self._path)
         if size is None:
             raise SourceError(f"{self._url}: its size is not known, so parts of it cannot be read")
@@ -141,7 +140,7 @@ class RemoteFile:
     def view(self, start: int, stop: int) -> Any:
         if start == stop:
             return b""
-        with _named(self._url), self._turn:
+        with naming(self._url), self._turn:
             found = self._fs.cat_file(self._path, start=start, end=stop)
         if len(found) != stop - start:
             raise SourceError(
@@ -154,8 +153,14 @@ class RemoteFile:
         """Nothing stays open between reads."""
 
 
+def one_at_a_time(filesystem: Any) -> Any:
+    """What threads hold while they use a filesystem of fsspec."""
+    # Asynchronous filesystems run requests in a loop of their own, so any thread may send one.
+    return nullcontext() if filesystem.async_impl else _ONE_AT_A_TIME
+
+
 @contextmanager
-def _named(url: str) -> Iterator[None]:
+def naming(url: str) -> Iterator[None]:
     """Turn any exception into a SourceError that names ``url``: every filesystem raises exceptions of its own."""
     try:
         yield
@@ -225,16 +230,29 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
         return download(text)
     if _URL.match(text) is None:
         return Path(text)
-    with optional_import(f"{text}: URLs need fsspec", "remote"):
-        from upath import UPath
-    with _named(text):
-        found: Any = UPath(text)
-        if found.protocol in ("file", "local"):
-            return Path(found.path)
+    found: Any = unresolved(text)
+    if isinstance(found, Path):
+        return found
+    with naming(text):
         # Most filesystems say "does not exist" whatever the failure; stat raises the reason.
         if not found.exists():
             found.stat()
     return cast(Path, found)
+
+
+def unresolved(text: str) -> Any:
+    """A local path, or the ``UPath`` of a URL of fsspec at which there may be nothing yet.
+
+    Raises:
+        SourceError: the URL cannot be meant, or it needs a package that is not installed.
+    """
+    if _URL.match(text) is None:
+        return Path(text)
+    with optional_import(f"{text}: URLs need fsspec", "remote"):
+        from upath import UPath
+    with naming(text):
+        found: Any = UPath(text)
+        return Path(found.path) if found.protocol in ("file", "local") else found
 
 
 def hub_identity(path: str | os.PathLike[str]) -> dict[str, str]:
