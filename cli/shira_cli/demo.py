@@ -72,7 +72,7 @@ def command(
     with _folder(keep) as folder, warnings.catch_warnings():
         # What transformers and PEFT deprecate in each other tells our users nothing.
         warnings.simplefilter("ignore")
-        paths = [adapter_path(folder, task, density) for task in tasks or TASKS for density in densities]
+        paths = [adapter_path(folder, task, *one) for task in tasks or TASKS for one in adapters.all()]
         check_output_files(*paths, inputs=[found], force=force)
         for task in tasks or TASKS:
             texts = DATA / "text"
