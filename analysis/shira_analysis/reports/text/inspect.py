@@ -25,11 +25,14 @@ def as_text(info: dict[str, Any]) -> str:
         *_needs(info),
         ("entries", _entries(totals)),
         ("bits an entry", _bits(totals)),
+        *([("to read it", _untold(info["needs_base"]))] if info["needs_base"] else []),
         *(("patch", line) for line in _patch(info)),
         *((key, str(info[key])) for key in ("license", "description") if info[key]),
     ]  # fmt: skip
     if info.get("verified"):
         facts.append(("verified", "all digests and rules"))
+    elif info.get("unverified"):
+        facts.append(("verified", f"all digests of the file; {_untold(len(info['unverified']))}: give --base"))
     if "base" in info:
         reasons = info["base"]["reasons"]
         verdict = (
@@ -86,6 +89,10 @@ def _patch(info: dict[str, Any]) -> list[str]:
         if names
     ]
     return found + ([f"{vouched} tensors with the digest of the whole result"] if vouched else [])
+
+
+def _untold(tensors: int) -> str:
+    return f"the entries of {counted(tensors, 'tensor')} follow from the base's values"
 
 
 def _shape(sizes: list[int]) -> str:
