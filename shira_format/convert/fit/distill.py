@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shira_format.convert.fit.quality import kl_divergence
 from shira_format.convert.fit.support import Rule, largest, scores
-from shira_format.convert.fit.task import Entries, OnStep, Seen, Task, see, showing_base, showing_source
+from shira_format.convert.fit.task import Entries, OnStep, SourceOutputs, Task, see, showing_base
 from shira_format.errors import SourceError
 from shira_format.training.sparse import SparseParameters, sparse_parameters
 
@@ -241,15 +241,14 @@ class Teacher:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._kept: dict[int, Seen] | None = {}
-        self._bytes = 0
+        self.source = SourceOutputs(task, task.train, KEPT)
         self._outputs, self._hidden = 1.0, [1.0] * len(task.layers)
 
     def measure_base(self) -> None:
         """Set the scale of the loss: what it is for the model as it is now, the base."""
         outputs, hidden, rows = 0.0, [0.0] * len(self.task.layers), 0
         for number in range(0, len(self.task.train), max(1, len(self.task.train) // 8)):
-            want = self.seen(number)
+            want = self.source[number]
             with torch.no_grad():
                 here = see(self.task, self.task.train[number])
             rows += 1
@@ -263,22 +262,9 @@ class Teacher:
         if not self._outputs > 0:
             raise SourceError("the source does on these inputs what the base does: there is nothing to fit")
 
-    def seen(self, number: int) -> Seen:
-        """What the source does with one batch."""
-        if self._kept is not None and number in self._kept:
-            return self._kept[number]
-        with torch.no_grad(), showing_source(self.task):
-            found = see(self.task, self.task.train[number])
-        self._bytes += sum(one.nbytes for one in (found.outputs, *found.hidden))
-        if self._bytes > KEPT:
-            self._kept = None
-        if self._kept is not None:
-            self._kept[number] = found
-        return found
-
     def loss(self, number: int, hidden: float) -> Tensor:
         """The loss of one batch, with its graph; 1 plus ``hidden`` for the base, on average."""
-        want = self.seen(number)
+        want = self.source[number]
         here = see(self.task, self.task.train[number], hidden=hidden > 0)
         loss = self._apart(here.outputs, want.outputs) / self._outputs
         layers = [
