@@ -157,7 +157,7 @@ def _taught(task: Task) -> Teacher:
     teacher = Teacher(task)
     teacher.measure_base()
     for number in range(len(task.train)):
-        teacher.seen(number)
+        _ = teacher.source[number]
     return teacher
 
 

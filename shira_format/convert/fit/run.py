@@ -64,7 +64,7 @@ class FitOptions:
     method: str | Method = "distill"
     distillation: Distillation = field(default_factory=Distillation)
     held: float = 0.2
-    batch: int = 16
+    batch: int = 8
     length: int = 64
     limit: int | None = None
     seed: int = 0
