@@ -28,11 +28,11 @@ def kernel() -> Any:
     with _loading:
         if _kernel is None:
             try:
-                from shira_format._core import sampled
+                from shira_format.training import sampled_kernel
             except ImportError:
                 _kernel = False
             else:
-                _kernel = sampled if sampled.is_supported() else False
+                _kernel = sampled_kernel if sampled_kernel.is_supported() else False
     return _kernel
 
 

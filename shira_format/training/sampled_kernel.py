@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from shira_format._core.transposing import SIDE, transpose
+from shira_format.training.transposing import SIDE, transpose
 
 TOKENS = 128  # of a part, a multiple of SIDE
 _ROWS = 256  # of the transposed outer factor, which are used up before the next ones
