@@ -16,6 +16,7 @@ from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter
 from shira_format.masks.base import Rule
 from shira_format.masks.gradients import Loss, SummedGradients, reached, sum_gradients
+from shira_format.masks.limits import Limits, MaskSource
 from shira_format.masks.plan import MaskPlan
 from shira_format.masks.registry import rule_of
 from shira_format.masks.size import Size
@@ -104,6 +105,8 @@ def make_mask(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    within: Sequence[MaskSource] = (),
+    without: Sequence[MaskSource] = (),
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
     at_once: int | None = None,
@@ -128,6 +131,9 @@ def make_mask(
         seed: of the rule ``rand``, if it is given by its name.
         include: regexes; a weight is masked only if one of them is found in its name.
         exclude: regexes; a weight is left out if one of them is found in its name.
+        within: masks, adapters or files of them; an entry is chosen only if all of these have it, and a weight that one of them
+            lacks is left out.
+        without: likewise; an entry is chosen only if none of these has it.
         batches: for gradients: what ``loss`` takes.
         loss: for gradients: ``loss(model, batch)``, a tensor of one element.
         at_once: for gradients: compute those of so many weights at a time, so that memory stays flat; the batches are run once for
@@ -149,7 +155,10 @@ def make_mask(
         45089
     """
     chosen = rule_of(rule, seed)
-    plan = MaskPlan(chosen, Size(density, top_k, rank, scope), runs, band)
+    limits = None
+    if within or without:
+        limits = Limits(within, without, [weight.name for weight in weights_of(base)])
+    plan = MaskPlan(chosen, Size(density, top_k, rank, scope), runs, band, limits)
     calibration = _calibration(base, chosen, batches, loss, at_once)
     weights = weights_of(base, include, exclude)
     report = MaskReport()
@@ -196,6 +205,7 @@ def mask_tensors(
         SourceError: see :func:`make_mask`.
     """
     report.notes = plan.notes
+    weights = plan.taken(weights)
     with ExitStack() as stack:
         gradients: SummedGradients | None = None
         if calibration is not None:
