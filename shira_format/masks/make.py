@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ from shira_format._core.dtypes import dtype_name
 from shira_format._core.threads import Progress, Workers
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
-from shira_format.format import AdapterWriter
+from shira_format.format import AdapterWriter, load, save
+from shira_format.masks.algebra import difference, intersection, union
 from shira_format.masks.base import Rule
 from shira_format.masks.gradients import Loss, SummedGradients, reached, sum_gradients
 from shira_format.masks.limits import Limits, MaskSource
@@ -290,4 +291,44 @@ def write_mask(
         for tensor in tensors:
             writer.add(tensor)
     report.file_bytes = out.stat().st_size
+    return report
+
+
+def write_combination(how: str, files: Sequence[Path], out: Path | None) -> MaskReport:
+    """Combine mask files, or the entries of adapters, and write the result tensor by tensor.
+
+    Args:
+        how: ``"union"``, ``"intersection"`` or ``"difference"``: see :mod:`shira_format.masks.algebra`.
+        files: masks or adapters of one base.
+        out: the file, which is replaced if it exists; None for a dry run.
+
+    Raises:
+        SourceError: a tensor has several shapes, masks have no tensor in common, or no entry is left.
+        FormatError: a file is not an adapter.
+        OSError: a file cannot be read or written.
+    """
+    ways: dict[str, Callable[..., Adapter]] = {
+        "union": union,
+        "intersection": intersection,
+        "difference": difference,
+    }
+    masks = [load(path) for path in files]
+    for path, mask in zip(files[1:], masks[1:], strict=True):
+        if how != "union" and not masks[0].keys() & mask.keys():
+            raise SourceError(
+                f"{path}: has no tensor that {files[0]} has: masks of different models, or under other names"
+            )
+    combined = ways[how](*masks)
+    report = MaskReport(notes={"mask": dict(combined.manifest["mask"]), "selection": {"rule": "mask"}})
+    found = []
+    for tensor in combined.values():
+        if tensor.nnz:
+            found.append(tensor)
+            report.tensors.append(MaskedTensor(tensor.name, tensor.shape, dtype_name(tensor.dtype), tensor.nnz))
+    if not found:
+        raise SourceError(f"the {how} of these masks has no entries")
+    if out is not None:
+        check_not_input(out, list(files))
+        save(Adapter(found, manifest=report.notes), out)
+        report.file_bytes = out.stat().st_size
     return report
