@@ -48,6 +48,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     ``path`` is unchanged. Both change places at once, where the system can do that.
     """
     restore(path)
+    if os.path.lexists(path):  # then what a killed writer had moved away has been replaced
+        for old in owners.left_of(path, "old"):
+            owners.remove(old)
     owners.clean(path.absolute().parent)
     hidden = owners.hidden(path)
     try:
