@@ -138,7 +138,7 @@ def command(
     if bool(chosen.gradients) != (settings["data"] is not None):
         needs = "needs --data" if chosen.gradients else "needs no --data"
         raise click.UsageError(f"--rule {rule} {needs}")
-    check_output_files(output, inputs=[base, settings["data"]], force=force)
+    check_output_files(output, inputs=[base, settings["data"], *settings["within"], *settings["without"]], force=force)
     report = _made(base, None if dry_run else output, plan, include, exclude, threads, printer, settings)
     if report.unreached:
         printer.notes([f"left out, because the loss does not depend on them: {_some(report.unreached)}"])
@@ -169,8 +169,7 @@ def _combined(masks: tuple[Path, ...], how: str | None, out: Path | None, *, for
         given = context.get_parameter_source(parameter.name or "")
         if given is click.core.ParameterSource.COMMANDLINE and parameter.name not in kept:
             raise click.UsageError(f"{parameter.opts[0]} has no meaning with --combine")
-    if out is not None:
-        check_output_file(out, force=force)
+    check_output_files(out, inputs=masks, force=force)
     return write_combination(how, masks, out)
 
 
