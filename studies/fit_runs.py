@@ -118,28 +118,32 @@ def _source(name: str) -> _Source:
 def work(run: FitRun) -> dict[str, Any]:
     """Do one run."""
     source, method = _source(run.source), METHODS[run.method]
+    if source.task.reference is None:
+        effect(source.task, {})  # what source and base do, for all runs
     task = _fewer(source.task, run.texts, run.seed)
     budget = round(run.density * task.numel)
+    found: Found
     begin = time.perf_counter()
     with ExitStack() as stack:
-        if method.kind == "low-rank":
+        if method.kind in ("base", "source"):
+            weights = task.source if method.kind == "source" else {}
+            shown, found, took = Task(**(vars(task) | {"whole": task.whole | weights})), {}, 0.0
+            written = source.bytes if weights else 0
+            measured = effect(shown, found)
+        elif method.kind == "low-rank":
             # As many bytes as the adapter has: an entry takes its value and about as much as an index.
             weights, size = fit_rivals.low_rank(
                 task, _bytes(source, _cut(task, budget, "global")) // 4, run.seed, run.steps
             )
             took = time.perf_counter() - begin
-            shown = Task(**(vars(task) | {"whole": task.whole | weights}))
-            found: Found = {}
+            shown, found = Task(**(vars(task) | {"whole": task.whole | weights})), {}
             written = 4 * size + sum(one.nbytes for one in task.whole.values())
-            if source.task.reference is None:
-                effect(source.task, {})
             measured = effect(shown, found)
         else:
             shown, found = task, _entries(task, budget, run, method)
             took = time.perf_counter() - begin
             written = _bytes(source, found)
             measured = effect(task, found)
-        source.task.reference = task.reference
         stack.enter_context(showing(shown, found))
         result = measured.as_dict() | {
             "budget": budget, "bytes": written, "source_bytes": source.bytes, "fit_seconds": round(took, 2),

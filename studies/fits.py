@@ -31,7 +31,7 @@ class Method:
 
     Attributes:
         label: in tables.
-        kind: ``"cut"``, ``"moments"``, ``"distill"``, or what :mod:`studies.fit_rivals` has.
+        kind: ``"base"`` or ``"source"`` alone, ``"cut"``, ``"moments"``, ``"distill"``, or what :mod:`studies.fit_rivals` has.
         support: by which entries are chosen.
         run: entries in a row.
         drawn: it depends on the seed.
@@ -49,6 +49,8 @@ class Method:
 
 
 METHODS = {
+    "base": Method("base", "base", densities=(0.0,), sources=SOURCES),
+    "source": Method("source", "source", densities=(1.0,), sources=SOURCES),
     "cut": Method("plain cut, per tensor", "cut", "tensor", densities=DENSITIES, sources=SOURCES),
     "cut-global": Method("plain cut, all tensors together", "cut", "global", densities=DENSITIES, sources=SOURCES),
     "moments": Method("moments", "moments", densities=MAIN, sources=SOURCES),

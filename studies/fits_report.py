@@ -103,7 +103,7 @@ def table(found: Sequence[Row], methods: Sequence[str], densities: Sequence[floa
             }
             if any(source not in here for source in sources):
                 continue
-            cells = [METHODS[method].label, f"{100 * density:g}"]
+            cells = [METHODS[method].label, f"{100 * density:g}" if 0 < density < 1 else ""]
             for source in sources:
                 cells += _cells(here[source])
             lines.append(f"| {' | '.join(cells)} |")
@@ -148,7 +148,7 @@ def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())])
 
 
-FITS = ("cut", "cut-global", "moments", "distill")
+FITS = ("base", "source", "cut", "cut-global", "moments", "distill")
 SUPPORTS = ("distill", "magnitude", "gradient", "fisher", "wm", "random", "runs")
 RIVALS = ("distill", "low-rank", "dare", "darex", "learned")
 
@@ -158,8 +158,8 @@ def parts(results: Sequence[Result], machine: dict[str, Any]) -> dict[str, str]:
     found = rows(results)
     return {
         "settings": settings(results, machine),
-        "fits": table(found, FITS, DENSITIES, LORAS),
-        "tuned": table(found, FITS, DENSITIES, (TUNED,)),
+        "fits": table(found, FITS, (0.0, *DENSITIES, 1.0), LORAS),
+        "tuned": table(found, FITS, (0.0, *DENSITIES, 1.0), (TUNED,)),
         "supports": table(found, SUPPORTS, (SUPPORTED, 0.01), LORAS),
         "rivals": table(found, RIVALS, (SUPPORTED, 0.01, 0.05), LORAS),
         "texts": counts(found),
