@@ -15,14 +15,14 @@ from studies.runs import Run, Store
 LORAS = ("spam", "genre")
 TUNED = "sre"
 SOURCES = (*LORAS, TUNED)
-DENSITIES = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+DENSITIES = (0.0001, 0.0005, 0.002, 0.01, 0.05)
 MAIN = (0.0005, 0.002, 0.01)  # with all seeds, and for the fine-tune
 SUPPORTED = 0.002  # the density at which supports and rivals are compared
-SEEDS = (0, 1, 2)
-STEPS = 150
-TOKENS, BATCH = 64, 16
+SEEDS = (0, 1)
+STEPS = 300
+TOKENS, BATCH = 64, 8
 # Of how many texts to fit on; None: all.
-COUNTS = (16, 64, 128, 256, None)
+COUNTS = (16, 64, 128, None)
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,18 @@ METHODS = {
     "cut-global": Method("plain cut, all tensors together", "cut", "global", densities=DENSITIES, sources=SOURCES),
     "moments": Method("moments", "moments", densities=MAIN, sources=SOURCES),
     "distill": Method("distill", "distill", "product", drawn=True, densities=DENSITIES, sources=SOURCES),
-    "magnitude": Method("distill, largest updates", "distill", "magnitude"),
-    "gradient": Method("distill, largest gradients", "distill", "gradient"),
-    "fisher": Method("distill, Fisher information", "distill", "fisher"),
-    "wm": Method("distill, largest weights", "distill", "wm"),
-    "random": Method("distill, random entries", "distill", "random"),
-    "runs": Method("distill, runs of 16", "distill", "product", run=16, densities=(0.002, 0.01)),
+    "magnitude": Method("distill, largest updates", "distill", "magnitude", sources=("spam",)),
+    "gradient": Method("distill, largest gradients", "distill", "gradient", sources=("spam",)),
+    "fisher": Method("distill, Fisher information", "distill", "fisher", sources=("spam",)),
+    "wm": Method("distill, largest weights", "distill", "wm", sources=("spam",)),
+    "random": Method("distill, random entries", "distill", "random", sources=("spam",)),
+    "runs": Method(
+        "distill, runs of 16", "distill", "product", run=16, densities=(0.002, 0.01), sources=("spam",)
+    ),
     "low-rank": Method("LoRA of lower rank, distilled", "low-rank", densities=(0.002, 0.01)),
-    "dare": Method("DARE", "dare", densities=(0.002, 0.01, 0.05)),
-    "darex": Method("DAREx-q", "darex", densities=(0.002, 0.01, 0.05)),
-    "learned": Method("learned mask (Localize-and-Stitch)", "learned", densities=(0.002, 0.01)),
+    "dare": Method("DARE", "dare", densities=(0.002, 0.01, 0.05), sources=("spam",)),
+    "darex": Method("DAREx-q", "darex", densities=(0.002, 0.01, 0.05), sources=("spam",)),
+    "learned": Method("learned mask (Localize-and-Stitch)", "learned", densities=(0.002, 0.01), sources=("spam",)),
 }
 
 

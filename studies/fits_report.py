@@ -160,8 +160,8 @@ def parts(results: Sequence[Result], machine: dict[str, Any]) -> dict[str, str]:
         "settings": settings(results, machine),
         "fits": table(found, FITS, (0.0, *DENSITIES, 1.0), LORAS),
         "tuned": table(found, FITS, (0.0, *DENSITIES, 1.0), (TUNED,)),
-        "supports": table(found, SUPPORTS, (SUPPORTED, 0.01), LORAS),
-        "rivals": table(found, RIVALS, (SUPPORTED, 0.01, 0.05), LORAS),
+        "supports": table(found, SUPPORTS, (SUPPORTED, 0.01), ("spam",)),
+        "rivals": table(found, RIVALS, (SUPPORTED, 0.01, 0.05), ("spam",)),
         "texts": counts(found),
     }
 
