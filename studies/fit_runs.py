@@ -123,7 +123,7 @@ def work(run: FitRun) -> dict[str, Any]:
     task = _fewer(source.task, run.texts, run.seed)
     budget = round(run.density * task.numel)
     found: Found
-    begin = time.perf_counter()
+    begin, spent = time.perf_counter(), time.process_time()
     with ExitStack() as stack:
         if method.kind in ("base", "source"):
             weights = task.source if method.kind == "source" else {}
@@ -135,13 +135,13 @@ def work(run: FitRun) -> dict[str, Any]:
             weights, size = fit_rivals.low_rank(
                 task, _bytes(source, _cut(task, budget, "global")) // 4, run.seed, run.steps
             )
-            took = time.perf_counter() - begin
+            took = time.process_time() - spent
             shown, found = Task(**(vars(task) | {"whole": task.whole | weights})), {}
             written = 4 * size + sum(one.nbytes for one in task.whole.values())
             measured = effect(shown, found)
         else:
             shown, found = task, _entries(task, budget, run, method)
-            took = time.perf_counter() - begin
+            took = time.process_time() - spent
             written = _bytes(source, found)
             measured = effect(task, found)
         stack.enter_context(showing(shown, found))

@@ -35,7 +35,7 @@ class Row:
         cosine: of embeddings to the source's, likewise.
         share: of the file's bytes in the source's.
         bytes: of the file.
-        seconds: to fit, with one thread.
+        seconds: of one core, to fit.
     """
 
     source: str
