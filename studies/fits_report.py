@@ -116,6 +116,28 @@ def _cells(row: Row) -> list[str]:
     return [kept, quality, f"{100 * row.share:.1f} %", f"{row.seconds:.0f}"]
 
 
+_README = (
+    ("base", 0.0), ("cut", 0.01), ("cut", 0.05), ("distill", 0.0005), ("distill", 0.002), ("distill", 0.01), ("low-rank", 0.002),
+    ("source", 1.0),
+)  # fmt: skip
+_NAMES = {"base": "base, LoRA's head", "cut": "cut to the largest", "distill": "fitted,", "low-rank": "lower rank, distilled", "source": "LoRA"}
+
+
+def short(found: Sequence[Row]) -> str:
+    """The table of the README: what is left of the two LoRAs, with their accuracies, by size of file."""
+    lines = [f"| | {' | '.join(f'{source}: file | R² | accuracy' for source in LORAS)} |", "|---|" + "--:|" * 6]
+    for method, density in _README:
+        here = {row.source: row for row in found if (row.method, row.density, row.texts) == (method, density, 0)}
+        name = _NAMES[method] + (f" {100 * density:g} %" if method in ("cut", "distill") else "")
+        cells = []
+        for source in LORAS:
+            row = here[source]
+            size = f"{row.bytes / 1000:.0f} kB" if row.bytes else ""
+            cells += [size, f"{row.r2:.3f}", f"{100 * (row.accuracy or 0):.1f} %"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def counts(found: Sequence[Row]) -> str:
     """What fewer texts cost."""
     some = [row for row in found if row.method == "distill" and row.density == SUPPORTED and row.source in LORAS]
