@@ -161,9 +161,9 @@ def _entries(task: Task, budget: int, run: FitRun, method: Method) -> Found:
     if method.kind == "cut":
         return _cut(task, budget, method.support)
     if method.kind == "moments":
-        from shira_format.convert.fit.moments import fit_moments
+        from shira_format.convert.fit.moments import moments
 
-        return dict(fit_moments(task, budget, seed=run.seed))
+        return dict(moments(task, budget, seed=run.seed))
     if method.kind == "dare":
         return fit_rivals.dare(task, budget, run.seed)
     if method.kind == "darex":

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from shira_format.errors import ShiraError, SourceError
-from shira_format.storage.atomic import LITTER
+from shira_format.storage.atomic import LITTER, restore
 from shira_format.storage.weight_files import is_index
 
 # Endings of what commands write and no program reads as a part of a model: these may be replaced in an input's folder.
@@ -92,6 +92,7 @@ def check_output_folder(
     if path is None:
         return
     _check_parent(path)
+    restore(path)
     if not os.path.lexists(path):
         return
     if not force:

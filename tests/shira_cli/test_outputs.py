@@ -23,8 +23,11 @@ Capture = pytest.CaptureFixture[str]
 
 # Each command with all its inputs, relative to a folder that has them; and the options that name what it writes.
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "convert lora_to_shira": ("lora/adapter_model.safetensors --base model", ("-o",)),
-    "convert full_to_shira": ("--tuned tuned/model.safetensors --base model", ("-o",)),
+    "convert lora_to_shira": ("lora/adapter_model.safetensors --base model --fit distill --texts texts.jsonl --test test.jsonl", ("-o", "--picture")),
+    "convert full_to_shira": (
+        "--tuned tuned/model.safetensors --base model --fit distill --texts texts.jsonl --test test.jsonl", ("-o", "--picture"),
+    ),
+    "convert refit": ("a.st b.st --base model --texts texts.jsonl --test test.jsonl", ("-o", "--picture")),
     "convert peft_to_shira": ("lora/adapter_model.safetensors --base model", ("-o",)),
     "convert csr_to_shira": ("csr --base model", ("-o",)),
     "convert shira_to_full": ("a.st --base model --files-from tuned", ("-o",)),

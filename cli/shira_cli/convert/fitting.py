@@ -12,6 +12,7 @@ import click
 from shira_cli import options
 from shira_cli.convert.running import one_amount, usage_errors
 from shira_cli.output import Printer
+from shira_format._core.optional import optional_import
 from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
@@ -113,16 +114,18 @@ def _flag(name: str) -> str:
 
 
 def run(
-    verb: Callable[..., FitReport], *inputs: Any, method: str, given: dict[str, Any], output: Path, force: bool, dry_run: bool,
+    verb: str, *inputs: Any, method: str, given: dict[str, Any], output: Path, force: bool, dry_run: bool,
     printer: Printer, **settings: Any,
 ) -> int:  # fmt: skip
-    """Fit by a verb such as ``fit_lora``, with progress on stderr, and print its report."""
+    """Fit by a verb of :mod:`shira_format.convert.fit.run`, such as ``"fit_lora"``, with progress on stderr, and print its report."""
     found = DEFAULTS | {name: value for name, value in given.items() if value is not None}
     target, picture = None if dry_run else output, None if dry_run else found["picture"]
     read = [found["texts"], found["test"]]
     for one in inputs:
         read += one if isinstance(one, list | tuple) else [one]
     check_output_files(target, picture, inputs=read, force=force)
+    with optional_import("a fit runs the model, for which it needs torch and transformers", "torch"):
+        from shira_format.convert.fit import run as fits
     with printer.bar("steps") as bar, usage_errors():
 
         def stage(text: str) -> None:
@@ -136,7 +139,7 @@ def run(
             if math.isfinite(loss):
                 bar.set_postfix(loss=f"{loss:.4f}")
 
-        report = verb(
+        report = getattr(fits, verb)(
             *inputs, target, found["texts"], held=found["test"], keep=found["keep"], max_bytes=found["max_bytes"],
             options=_options(method, found), force=force, on_step=step, on_stage=stage, **settings,
         )  # fmt: skip
@@ -159,7 +162,6 @@ def _options(method: str, found: dict[str, Any]) -> FitOptions:
 
 def _draw(report: FitReport, path: Path) -> None:
     from shira_analysis.figures.fit import fit_picture
-    from shira_format._core.optional import optional_import
     from shira_format.storage.atomic import atomic_file
 
     with optional_import("pictures need matplotlib", "figures"):
