@@ -20,10 +20,6 @@ PILOT_SEED = 0
 SEEDS = (1, 2, 3)
 STEPS, PILOT_STEPS = 64, 24
 LENGTH = 48  # tokens
-CHANGES, SUMMED = (
-    8,
-    5,
-)  # of entries in a training that regrows them, and the steps at most whose gradients tell which
 CALIBRATION = 64  # texts for gradients
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATES = (1e-3, 3e-3)
@@ -47,11 +43,11 @@ class Method:
         scope: of the mask's size.
         runs: entries in a row.
         dora: magnitudes beside the entries.
-        regrown: entries are dropped and grown :data:`CHANGES` times in a training.
         lines: the mask has one entry or more in each row, so that the small size is placed on query and value alone, where the small
             LoRA is: spread over all matrices it would be less than that.
         sizes: in which it is run.
         rate: that is given; None: it is searched.
+        regrow: how often entries are dropped and grown in the course of a training; 0: never.
     """
 
     label: str
@@ -59,10 +55,10 @@ class Method:
     scope: str = "tensor"
     runs: int = 1
     dora: bool = False
-    regrown: bool = False
     lines: bool = False
     sizes: tuple[str, ...] = SIZES
     rate: float | None = None
+    regrow: int = 0
 
     def mask_options(self, size: str) -> dict[str, Any]:
         """What ``make_mask`` takes."""
@@ -90,8 +86,8 @@ METHODS = {
     "lift": Method("LIFT", "lift"),
     "gallop": Method("GaLLoP", "gallop"),
     "talos": Method("TaLoS, global", "talos", "global"),
-    "spiel": Method("SpIEL", "rand", regrown=True),
     "neuroada": Method("NeuroAda", "neuroada", "row", lines=True),
+    "spiel": Method("SpIEL, from a random mask", "rand", regrow=8),
 }
 SCALED = ("lora", "wm", "grad")  # at the strengths of ALPHAS
 

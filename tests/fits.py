@@ -53,7 +53,7 @@ def model_task(kind: str, scale: float = 0.05) -> Task:
         for name, parameter in model.named_parameters()
         if parameter.ndim > 1 and name.startswith(blocks)
     }
-    return Task(model, source, {}, tokens(6), tokens(3, 1), logits, True, blocks)
+    return Task(model, source, {}, tokens(6), tokens(3, 1), logits, True, kind != "bert", blocks)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -236,5 +236,5 @@ def sampled(
     ids = torch.cat(found)
     return [
         {"input_ids": some, "attention_mask": torch.ones_like(some)}
-        for some in ids.tensor_split(range(batch, count, batch))
+        for some in ids.tensor_split(tuple(range(batch, count, batch)))
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shira_format.convert.fit.quality import kl_divergence
 from shira_format.convert.fit.support import Rule, largest, scores
 from shira_format.convert.fit.task import Entries, OnStep, Seen, Task, see, showing_base, showing_source
 from shira_format.errors import SourceError
@@ -65,7 +66,7 @@ def distill(
     """Fit ``budget`` entries of all weights together by training them; see :class:`Distillation`.
 
     The loss of a batch is ``|z - z_source|^2`` of the outputs, plus the mean of ``|h - h_source|^2`` over the layers, each divided
-    by what it is for the base. Of logits over a vocabulary the KL divergence takes the place of the squares (Hinton, Vinyals and
+    by what it is for the base. Of a language model's logits the KL divergence takes the place of the squares (Hinton, Vinyals and
     Dean 2015, arXiv 1503.02531). Training starts at the source's values; if more entries are trained at first than are kept, those
     are dropped whose change matters least, by ``(w - w_base)^2`` times Adam's mean square of the gradient.
 
@@ -246,7 +247,7 @@ class Teacher:
             with torch.no_grad():
                 here = see(self.task, self.task.train[number])
             rows += 1
-            outputs += float(_distance(here.outputs, want.outputs))
+            outputs += float(self._apart(here.outputs, want.outputs))
             hidden = [
                 total + float(_distance(one, other))
                 for total, one, other in zip(hidden, here.hidden, want.hidden, strict=True)
@@ -273,13 +274,18 @@ class Teacher:
         """The loss of one batch, with its graph; 1 plus ``hidden`` for the base, on average."""
         want = self.seen(number)
         here = see(self.task, self.task.train[number], hidden=hidden > 0)
-        loss = _distance(here.outputs, want.outputs) / self._outputs
+        loss = self._apart(here.outputs, want.outputs) / self._outputs
         layers = [
             _distance(one, other) / scale
             for one, other, scale in zip(here.hidden, want.hidden, self._hidden, strict=False)
             if scale > 0
         ]
         return loss + hidden * torch.stack(layers).mean() if layers else loss
+
+    def _apart(self, here: Tensor, want: Tensor) -> Tensor:
+        if self.task.is_causal:
+            return kl_divergence(here.float(), want.float()).mean()
+        return _distance(here, want)
 
 
 def _distance(here: Tensor, want: Tensor) -> Tensor:

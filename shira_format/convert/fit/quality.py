@@ -125,7 +125,7 @@ class _Distances:
         self.squares.append(np.bincount(where, each))
         self.rows += len(each)
         if self._task.is_logits:
-            self.kl += float(_kl(found, want).sum())
+            self.kl += float(kl_divergence(found, want).sum(dtype=torch.float64))
             self.same += int((found.argmax(1) == want.argmax(1)).sum())
         else:
             self.cosine += float(torch.cosine_similarity(found, want, dim=1).double().sum())
@@ -133,10 +133,10 @@ class _Distances:
             self.layers[number] += float((one.float() - other.float()).square().sum(dtype=torch.float64))
 
 
-def _kl(found: Tensor, want: Tensor) -> Tensor:
+def kl_divergence(found: Tensor, want: Tensor) -> Tensor:
     """``[rows]``: KL divergence of ``softmax(found)`` from ``softmax(want)``, in nats."""
     target = want.log_softmax(1)
-    return (target.exp() * (target - found.log_softmax(1))).sum(1).double()
+    return (target.exp() * (target - found.log_softmax(1))).sum(1)
 
 
 def _compared(reference: _Reference, task: Task) -> Effect:

@@ -37,6 +37,7 @@ class Task:
         held: batches to measure on.
         outputs: what counts of an output; see :mod:`shira_format.convert.fit.outputs`.
         is_logits: whether outputs are logits, so that a KL divergence and the first choice mean something.
+        is_causal: whether these are a language model's, of the next token: in training their KL divergence is matched.
         layers: modules whose outputs are matched and measured too, by the model's names.
         dtypes: by parameter, the dtype that its values are stored in, where it is not the parameter's own.
         reference: what :func:`shira_format.convert.fit.quality.effect` keeps about the source from one call to the next.
@@ -49,6 +50,7 @@ class Task:
     held: Sequence[Any]
     outputs: Outputs
     is_logits: bool = False
+    is_causal: bool = False
     layers: tuple[str, ...] = ()
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     reference: Any = None
