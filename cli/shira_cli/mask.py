@@ -124,7 +124,7 @@ def command(
     from shira_format.masks.size import Size
 
     if combine is not None or masks:
-        report = _combined(masks, combine, None if dry_run else output, force=force)
+        report = _combined(masks, combine, output, force=force, dry_run=dry_run)
         _print(report, output, printer, dry_run=dry_run)
         return 0
     if base is None:
@@ -138,7 +138,9 @@ def command(
     if bool(chosen.gradients) != (settings["data"] is not None):
         needs = "needs --data" if chosen.gradients else "needs no --data"
         raise click.UsageError(f"--rule {rule} {needs}")
-    check_output_files(output, inputs=[base, settings["data"], *settings["within"], *settings["without"]], force=force)
+    check_output_files(
+        output, inputs=[base, settings["data"], *settings["within"], *settings["without"]], force=force
+    )
     report = _made(base, None if dry_run else output, plan, include, exclude, threads, printer, settings)
     if report.unreached:
         printer.notes([f"left out, because the loss does not depend on them: {_some(report.unreached)}"])
@@ -155,7 +157,7 @@ def _print(report: MaskReport, output: Path, printer: Printer, *, dry_run: bool)
     )
 
 
-def _combined(masks: tuple[Path, ...], how: str | None, out: Path | None, *, force: bool) -> MaskReport:
+def _combined(masks: tuple[Path, ...], how: str | None, output: Path, *, force: bool, dry_run: bool) -> MaskReport:
     """Combine files; a usage error for options that are about a new mask."""
     from shira_format.masks.make import write_combination
 
@@ -169,8 +171,8 @@ def _combined(masks: tuple[Path, ...], how: str | None, out: Path | None, *, for
         given = context.get_parameter_source(parameter.name or "")
         if given is click.core.ParameterSource.COMMANDLINE and parameter.name not in kept:
             raise click.UsageError(f"{parameter.opts[0]} has no meaning with --combine")
-    check_output_files(out, inputs=masks, force=force)
-    return write_combination(how, masks, out)
+    check_output_files(output, inputs=masks, force=force)
+    return write_combination(how, masks, None if dry_run else output)
 
 
 def _rule(name: str, settings: dict[str, Any]) -> Rule:

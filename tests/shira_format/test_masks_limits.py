@@ -82,3 +82,15 @@ def test_files_names_and_weights_that_are_left_out(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="combine its mask with these"):
         make_mask(base, "struct", within=[tmp_path / "inner.st"])
+
+
+def test_random_ones_without_others_are_stored_as_they_are(tmp_path: Path) -> None:
+    """A file stores a random mask by its seed: one that was limited is no such mask."""
+    base = save_arrays(tmp_path / "model.safetensors", {"a.weight": np.ones((40, 50), np.float32)})
+    first = make_mask(base, "rand", density=0.2, seed=3)
+    second = make_mask(base, "rand", density=0.2, seed=3, without=[first])
+    for name, mask in (("first", first), ("second", second)):
+        shira.save(mask, tmp_path / f"{name}.st")
+        assert np.array_equal(shira.load(tmp_path / f"{name}.st")["a.weight"].indices, mask["a.weight"].indices)
+    assert not np.intersect1d(first["a.weight"].indices, second["a.weight"].indices).size
+    assert first["a.weight"].nnz == second["a.weight"].nnz == 400
