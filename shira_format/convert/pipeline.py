@@ -63,6 +63,7 @@ def convert(
     rule: Rule,
     inputs: ConversionInputs | None = None,
     self_contained: bool = False,
+    compact: bool = False,
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
@@ -72,7 +73,8 @@ def convert(
 ) -> ConversionReport:
     """Run a conversion; see :func:`shira_format.convert.lora.lora_to_shira` for the arguments.
 
-    ``inputs`` is what ``conversion.open()`` gave, if the caller has it already.
+    ``inputs`` is what ``conversion.open()`` gave, if the caller has it already. ``compact``: see
+    :class:`shira_format.format.AdapterWriter`; the base is then needed to read the file.
     """
     inputs = inputs or conversion.open()
     report = ConversionReport(
@@ -95,7 +97,8 @@ def convert(
 
             engine = stack.enter_context(ResumableEngine(engine, path, conversion, rule, inputs, progress))
         # Opened last: the adapter file is in place before the parts kept for resuming are deleted.
-        writer = stack.enter_context(AdapterWriter(path)) if path is not None else None
+        base = inputs.base if compact else None
+        writer = stack.enter_context(AdapterWriter(path, compact=compact, base=base)) if path is not None else None
         with _named(inputs.source_file):
             _write(inputs, rule, engine, workers, report, writer, self_contained=self_contained)
             if not force:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +118,10 @@ class LoadedAdapter:
 
 
 def load_adapter(
-    source: LoadedAdapter | Adapter | str | os.PathLike[str], pool: Executor | None = None
+    source: LoadedAdapter | Adapter | str | os.PathLike[str],
+    pool: Executor | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
 ) -> LoadedAdapter:
     """Read, decode and check an adapter.
 
@@ -128,6 +131,7 @@ def load_adapter(
     Args:
         source: an adapter, or the path of one.
         pool: threads that decode.
+        base: see :func:`shira_format.format.load`.
 
     Raises:
         FormatError: the file breaks a rule of the format.
@@ -140,7 +144,7 @@ def load_adapter(
         refuse_removed("", source.removed)
         return LoadedAdapter(source, list(source.values()), list(source.dense.values()), source.alpha)
     path = Path(source)
-    file = AdapterFile(path)
+    file = AdapterFile(path, base=base)
     try:
         refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
         names = list(file.manifest.tensors)

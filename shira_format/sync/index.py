@@ -67,7 +67,7 @@ class Line:
         base_version: the version that :attr:`patch` is for; None if there is no patch, as of version 0.
         base_state: digest of all tensors of that version.
         patch: what changes.
-        encoding: how the patch is encoded: ``"plain"``.
+        encoding: how the patch is encoded: ``"plain"`` or ``"compact"``.
         snapshot: all tensors; None for most versions.
     """
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shira_format._core.arrays import array_digest
+import numpy as np
+
+from shira_format._core.arrays import Array, array_digest
 from shira_format._core.dtypes import is_float
 from shira_format.adapter import Adapter
 from shira_format.checkpoints import Checkpoint
@@ -21,11 +23,12 @@ from shira_format.entries.changes import CheckpointChange
 from shira_format.entries.loaded import LoadedAdapter, load_adapter
 from shira_format.errors import BaseMismatch
 from shira_format.merging.algebra import compose
+from shira_format.sync.index import Line
 from shira_format.sync.structure import Structure
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 
 # By name: what the writer is told.
-ENCODINGS: Mapping[str, Mapping[str, Any]] = {"plain": {}}
+ENCODINGS: Mapping[str, Mapping[str, Any]] = {"plain": {}, "compact": {"compact": True}}
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,54 @@ def write_patch(
     return convert(step, path, rule=rule, inputs=step.open(), threads=threads, **ENCODINGS[encoding])
 
 
-def composed(patches: Iterator[LoadedAdapter], base: Checkpoint) -> LoadedAdapter:
+class Patched(Checkpoint):
+    """A checkpoint with a patch applied; a tensor that the patch changes is computed at each access."""
+
+    def __init__(self, base: Checkpoint, patch: LoadedAdapter) -> None:
+        self.path, self.files, self._base = base.path, base.files, base
+        self._sparse = {tensor.name: tensor for tensor in patch.tensors}
+        self._dense = {tensor.name: tensor for tensor in patch.dense}
+
+    def __getitem__(self, name: str) -> Array:
+        if (whole := self._dense.get(name)) is not None:
+            return whole.values
+        found = self._base[name]
+        if (tensor := self._sparse.get(name)) is not None:
+            found = found.copy()
+            found.reshape(-1)[tensor.indices] = tensor.values
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self._base.dtype(name)
+
+
+def composed(
+    lines: Iterable[Line], read: Callable[[Line, Checkpoint], LoadedAdapter], base: Checkpoint
+) -> LoadedAdapter:
     """One patch that does what several do one after the other, in memory; each is checked against the result of those before.
 
     Args:
-        patches: in order; one after the other is read.
+        lines: of the patches, in order.
+        read: reads a patch, given what it is for.
         base: what the first of them is for.
 
     Raises:
         BaseMismatch: a patch is for something else.
     """
-    together = next(patches)
-    for patch in patches:
-        found = compose(_in_memory(together), _in_memory(patch), base=base)
-        together = load_adapter(found)
+    first, *others = lines
+    together = read(first, base)
+    for line in others:
+        patch = read(line, Patched(base, together))
+        together = load_adapter(compose(_in_memory(together), _in_memory(patch), base=base))
     return together
 
 

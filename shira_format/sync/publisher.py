@@ -64,7 +64,7 @@ class Publisher:
             each :meth:`publish`. If the place is empty, it is published as version 0, with a snapshot.
         where: a folder, a URL of fsspec, or a ``UPath``.
         snapshot_every: write all tensors, too, at versions that this divides; None: at version 0 alone.
-        encoding: of patches: ``"plain"``.
+        encoding: of patches: ``"plain"``, or ``"compact"``: as few bytes as possible, given what is there before.
         copy: a local file for the copy, which may be there from an earlier run; by default the copy is in memory.
         threads: at most this many; all cores by default.
 
@@ -284,7 +284,7 @@ class Publisher:
 
     def _apply(self, path: Path, undo: ExitStack) -> None:
         switcher = Switcher(self._copy, rename=str, threads=self._threads)
-        switcher.load(load_adapter(path, self._pool.executor))
+        switcher.load(load_adapter(path, self._pool.executor, base=self._held()))
         undo.callback(switcher.revert)
 
     def _write_snapshot(self, version: int, written: ExitStack) -> Stored:

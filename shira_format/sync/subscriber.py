@@ -303,7 +303,8 @@ class Subscriber:
                 undone = self._undo_to(route.version, rollback)
             patch = None
             if route.patches:
-                patch = renamed(composed((self._read(line, structure) for line in route.patches), base), names)
+                patch = composed(route.patches, lambda line, before: self._read(line, before, structure), base)
+                patch = renamed(patch, names)
             held.enter_context(self._lock.writing())
             if whole is not None:
                 rollback.callback(self._lose)
@@ -326,11 +327,11 @@ class Subscriber:
             sum(one.nbytes for one in read if one is not None),
         )
 
-    def _read(self, line: Line, structure: Structure) -> LoadedAdapter:
-        """A patch, whole and checked, in memory."""
+    def _read(self, line: Line, before: Checkpoint, structure: Structure) -> LoadedAdapter:
+        """A patch for ``before``, whole and checked, in memory."""
         assert line.patch is not None
         with self._file(line.patch) as path:
-            found = load_adapter(path, self._threads.executor)
+            found = load_adapter(path, self._threads.executor, base=before)
         patch = LoadedAdapter(f"{self._place.label}/{line.patch.file}", found.tensors, found.dense, found.alpha)
         check_patch(patch, structure)
         return patch

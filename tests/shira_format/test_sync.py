@@ -830,3 +830,30 @@ def test_a_store_that_refuses_in_words_of_its_own(written: bool, monkeypatch: py
     assert (2 if written else 1) == publisher.publish().version
     Subscriber(model := like(weights), "memory://run").update()
     assert bits(weights) == bits(model)
+
+
+def test_compact_patches(tmp_path: Path) -> None:
+    """Entries that follow from what was there before are not stored; late servers tell them from each patch's own base."""
+    weights = {"w": np.random.default_rng(0).standard_normal((200, 100)).astype(np.float32)}
+    start = copied(weights)
+    plain, compact = Publisher(weights, tmp_path / "a"), Publisher(weights, tmp_path / "b", encoding="compact")
+    states = [bits(weights)]
+    for _ in range(3):
+        flat = weights["w"].reshape(-1)
+        flat[np.argsort(-np.abs(flat))[:700]] *= -0.5  # the largest, which are others after each step
+        done = [publisher.publish() for publisher in (plain, compact)]
+        assert done[0].nbytes > done[1].nbytes + 500
+        states.append(bits(weights))
+    lines = [json.loads(path.read_bytes()) for path in files(tmp_path, "b/index/*.json")]
+    assert ["compact"] * 3 == [line["patch"]["encoding"] for line in lines[1:]]
+    model = copied(start)
+    server = Subscriber(model, tmp_path / "b")
+    server.update(1)
+    assert states[1] == bits(model)
+    assert (3, 2) == ((found := server.update()).version, found.patches)
+    assert states[3] == bits(model)
+    server.back()
+    assert states[1] == bits(model)
+    assert 3 == Publisher(weights, tmp_path / "b", encoding="compact").version
+    assert 1 == restore(tmp_path / "b", tmp_path / "out", version=1)
+    assert states[1] == bits(shira.open_checkpoint(tmp_path / "out"))
