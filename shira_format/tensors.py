@@ -18,11 +18,18 @@ ValueKind = Literal["target", "delta", "none"]
 
 MAX_NUMEL = 2**53 - 1  # every index stays exact in a JSON number and in a float64
 MAX_RANK = 64
+TOO_LARGE = "the product of its dimensions, zeros left out, is above 2^53 - 1"  # of a shape, in messages
 
 
 def numel(shape: tuple[int, ...]) -> int:
     """The number of elements of ``shape``: the product of its dimensions, exact at any size."""
     return math.prod(shape)
+
+
+def is_too_large(shape: tuple[int, ...]) -> bool:
+    """Whether the product of the dimensions, zeros left out, is above 2^53 - 1 (rule ``shape-overflow``)."""
+    size = math.prod(shape)
+    return size > MAX_NUMEL or (size == 0 and math.prod(filter(None, shape)) > MAX_NUMEL)
 
 
 def density(nnz: int, elements: int) -> float:
@@ -204,10 +211,8 @@ class SparseTensor(_Immutable):
             return
         if not self.shape or self.rows < 0 or self.value_kind == "none":
             raise FormatError("manifest-schema", f"rows {self.rows} of a {self.value_kind} tensor of shape {list(self.shape)}", tensor=self.name)  # fmt: skip
-        if numel(self.result_shape) > MAX_NUMEL:
-            raise FormatError(
-                "shape-overflow", f"a result of {self.rows} rows has more than 2^53 - 1 elements", tensor=self.name
-            )
+        if is_too_large(self.result_shape):
+            raise FormatError("shape-overflow", f"a result of {self.rows} rows: {TOO_LARGE}", tensor=self.name)
         more = self.rows - self.shape[0]
         if (more > 0) != (self.new_rows is not None):
             rule = "missing-stream" if more > 0 else "stray-stream"
@@ -431,15 +436,15 @@ def same_bits(a: Array | None, b: Array | None) -> bool:
 def _checked_indices(name: str, shape: tuple[int, ...], indices: Any) -> npt.NDArray[np.int64]:
     if len(shape) > MAX_RANK or any(n < 0 for n in shape):
         raise FormatError("manifest-schema", f"shape {list(shape)} is not a shape", tensor=name)
-    if (size := numel(shape)) > MAX_NUMEL:
-        raise FormatError("shape-overflow", f"shape {list(shape)} has more than 2^53 - 1 elements", tensor=name)
+    if is_too_large(shape):
+        raise FormatError("shape-overflow", f"shape {list(shape)}: {TOO_LARGE}", tensor=name)
     found = as_array(indices)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise FormatError("stream-dtype", f"indices are {found.dtype}{list(found.shape)}, not [nnz] integers", tensor=name)  # fmt: skip
     if found.dtype == np.uint64 and found.size and int(found.max()) > MAX_NUMEL:
         raise FormatError("out-of-range", "an index above 2^53", tensor=name)
     found = found.astype(np.int64, copy=False)
-    check_increasing(found, size, name)
+    check_increasing(found, numel(shape), name)
     return found
 
 

@@ -16,6 +16,9 @@ from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import FormatError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.manifest import (
+    DIGEST_KEY,
+    ENTRIES_PER_BYTE,
+    FREE_ENTRIES,
     METADATA_KEY,
     DenseEntry,
     SparseEntry,
@@ -82,7 +85,7 @@ class AdapterFile:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
                 raise FormatError("no-manifest", "a safetensors file without a SHiRA manifest, so not an adapter")
-            self.manifest = parse_manifest(text)
+            self.manifest = parse_manifest(text, self.streams.metadata.get(DIGEST_KEY, ""))
             self.key = hashlib.sha256(text.encode()).hexdigest()
             self._check_streams()
         except FormatError as error:
@@ -105,13 +108,14 @@ class AdapterFile:
         """
         entry = self.manifest.tensors[name]
         try:
+            indices = self.indices(entry)
             values = self._read(entry, "values") if entry.values != "none" else None
             base = self._read(entry, "base") if entry.base_values else None
             rows = self._read(entry, "rows") if entry.new_rows else None
             return SparseTensor(
                 name,
                 entry.shape,
-                self.indices(entry),
+                indices,
                 values,
                 value_kind=entry.values,
                 dtype=FLOATS[entry.dtype],
@@ -223,6 +227,8 @@ class AdapterFile:
     def _mask_file(self, name: str) -> AdapterFile:
         if name not in self._mask_files:
             path = self._masks / name
+            if not path.is_file():  # a pipe would never end
+                raise FormatError("mask-file", f"the mask file {path} does not exist, or is no regular file")
             try:
                 found = file_digest(path)
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -231,8 +237,11 @@ class AdapterFile:
                 raise FormatError(
                     "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
                 )
-            # Its digest covers every byte.
-            self._mask_files[name] = AdapterFile(path, verify=False)
+            try:
+                self._mask_files[name] = AdapterFile(path, verify=self._verify)
+            except FormatError as error:
+                of_tensor = f"tensor {error.tensor!r}: " if error.tensor else ""
+                raise FormatError(error.rule, f"the mask file {path}: {of_tensor}{error.reason}") from None
         return self._mask_files[name]
 
     def _read(self, entry: SparseEntry, role: str) -> Array:
@@ -246,7 +255,8 @@ class AdapterFile:
             array = self.streams.read_separately(stream) if self._separate_maps else self.streams.read(stream)
         if self._verify and array_digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
-        return array
+        # Streams lie one behind the other, whatever their element sizes.
+        return array if array.flags.aligned else read_only(array.copy())
 
     def _check_streams(self) -> None:
         for entry in self.manifest.tensors.values():
@@ -256,6 +266,9 @@ class AdapterFile:
             self._check_whole(whole)
         if stray := sorted(set(self.streams) - set(self.manifest.stream_names())):
             raise FormatError("stray-stream", "the manifest does not list it", tensor=stray[0])
+        entries = sum(entry.nnz for entry in self.manifest.tensors.values())
+        if entries > (most := FREE_ENTRIES + ENTRIES_PER_BYTE * self.streams.buffer_size):
+            raise FormatError("limit", f"{entries} entries; a file of this size may have {most}")
 
     def _check_stream(self, entry: SparseEntry, role: str) -> None:
         name = stream_name(entry.name, role)
@@ -286,8 +299,6 @@ class AdapterFile:
             raise FormatError(rule, f"shape {list(stream.shape)}, expected {list(shape)}", tensor=name)
 
     def _check_whole(self, entry: DenseEntry) -> None:
-        if entry.name not in self.streams:
-            raise FormatError("missing-stream", "the manifest lists it, but the file lacks it", tensor=entry.name)
+        self._check_shape(entry.name, {entry.dtype}, entry.shape)
         if entry.base_values:
-            stream = self.streams[entry.name]
-            self._check_shape(stream_name(entry.name, "base"), {stream.dtype}, stream.shape)
+            self._check_shape(stream_name(entry.name, "base"), {entry.dtype}, entry.shape)

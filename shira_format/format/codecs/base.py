@@ -61,10 +61,12 @@ class IndexCodec(ABC):
     Attributes:
         name: as in the manifest.
         feature: that a file with this codec must list; None: every reader knows the codec.
+        bytewise: whether an entry takes at least a byte.
     """
 
     name: ClassVar[str]
     feature: ClassVar[str | None] = None
+    bytewise: ClassVar[bool] = False
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none
         """Check the manifest's ``indices`` object of the tensor named ``tensor``, as far as no stream is needed.
