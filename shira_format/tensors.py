@@ -11,7 +11,7 @@ import numpy.typing as npt
 from shira_format._core import fits
 from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, read_only
 from shira_format._core.compiled import is_strictly_increasing, mixed
-from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.dtypes import dtype_name, is_float, with_one_nan, working_dtype
 from shira_format.errors import FormatError
 
 ValueKind = Literal["target", "delta", "none"]
@@ -329,7 +329,7 @@ class SparseTensor(_Immutable):
                 return base.copy()
             if self.value_kind == "target":
                 return mixed(values, base, strength)
-            return np.asarray((base.astype(work) + strength * values.astype(work)).astype(base.dtype))
+            return with_one_nan((base.astype(work) + strength * values.astype(work)).astype(base.dtype))
 
     def __eq__(self, other: object) -> bool:
         """Equal content: names, shapes, dtypes, indices and the bits of all values."""

@@ -750,7 +750,7 @@ def test_a_mask_that_would_pass_the_limit_is_stored_entry_by_entry(
         entry.codec for entry in file.manifest.tensors.values()
     ]
     assert Adapter(masks) == load(path)
-    monkeypatch.setattr(reader_module, "FREE_ENTRIES", 0)
+    monkeypatch.setattr(reader_module, "ENTRIES_PER_BYTE", 1)
     with pytest.raises(FormatError) as caught:
         load(path)
     assert "limit" == caught.value.rule
