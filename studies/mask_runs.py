@@ -38,6 +38,7 @@ SCALED_TEXTS = 150  # held-out texts on which the strengths are compared
 # What is added to a run's seed, so that the texts for gradients and the first steps are not those that the head was fitted to.
 ORDER, GRADIENTS = 1000, 2000
 GRADIENT_BATCH = 16
+SUMMED = 5  # steps before a change of entries whose gradients tell which are grown
 
 
 @dataclass
@@ -169,6 +170,9 @@ def _lora(model: nn.Module, run: MaskRun) -> Attached:
 def _sparse(model: nn.Module, run: MaskRun) -> Attached:
     method = METHODS[run.method]
     training = sparse_parameters(model, mask_of(model, method, run), dora=method.dora)
+    if method.regrow:
+        every = max(1, run.steps // method.regrow)
+        training.regrow(run.steps, every=every, summed=min(every, SUMMED))
     nnz, entries = training.nnz, list[TrainedEntries]()
 
     trained = training.parameters()

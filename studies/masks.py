@@ -47,6 +47,7 @@ class Method:
             LoRA is: spread over all matrices it would be less than that.
         sizes: in which it is run.
         rate: that is given; None: it is searched.
+        regrow: how often entries are dropped and grown in the course of a training; 0: never.
     """
 
     label: str
@@ -57,6 +58,7 @@ class Method:
     lines: bool = False
     sizes: tuple[str, ...] = SIZES
     rate: float | None = None
+    regrow: int = 0
 
     def mask_options(self, size: str) -> dict[str, Any]:
         """What ``make_mask`` takes."""
@@ -85,6 +87,7 @@ METHODS = {
     "gallop": Method("GaLLoP", "gallop"),
     "talos": Method("TaLoS, global", "talos", "global"),
     "neuroada": Method("NeuroAda", "neuroada", "row", lines=True),
+    "spiel": Method("SpIEL, from a random mask", "rand", regrow=8),
 }
 SCALED = ("lora", "wm", "grad")  # at the strengths of ALPHAS
 

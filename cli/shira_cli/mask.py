@@ -12,7 +12,7 @@ import click
 from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_format.masks.base import Rule
@@ -120,7 +120,7 @@ def command(
     if bool(chosen.gradients) != (settings["data"] is not None):
         needs = "needs --data" if chosen.gradients else "needs no --data"
         raise click.UsageError(f"--rule {rule} {needs}")
-    check_output_file(output, force=force)
+    check_output_files(output, inputs=[base, settings["data"]], force=force)
     report = _made(base, None if dry_run else output, plan, include, exclude, threads, printer, settings)
     if report.unreached:
         printer.notes([f"left out, because the loss does not depend on them: {_some(report.unreached)}"])

@@ -82,7 +82,14 @@ def with_one_nan(values: Array) -> Array:
 @cache
 def _nan(dtype: np.dtype[Any]) -> Any:
     """Positive and quiet, without a payload."""
-    bits = {"F64": 0x7FF8 << 48, "F32": 0x7FC0 << 16, "F16": 0x7E00, "BF16": 0x7FC0, "F8_E4M3": 0x7F, "F8_E5M2": 0x7E}
+    bits = {
+        "F64": 0x7FF8 << 48,
+        "F32": 0x7FC0 << 16,
+        "F16": 0x7E00,
+        "BF16": 0x7FC0,
+        "F8_E4M3": 0x7F,
+        "F8_E5M2": 0x7E,
+    }
     return np.array([bits[dtype_name(dtype)]], f"<u{dtype.itemsize}").view(dtype)[0]
 
 

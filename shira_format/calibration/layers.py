@@ -189,8 +189,8 @@ class Watch:
             with torch.no_grad():
                 for batch in data:
                     batches += 1
-                    mask = _mask(batch)
-                    _call(self._model, batch, device)
+                    mask = attention_mask(batch)
+                    run_model(self._model, batch, device)
         finally:
             for handle in handles:
                 handle.remove()
@@ -213,21 +213,23 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
-def _mask(batch: Any) -> torch.Tensor | None:
+def attention_mask(batch: Any) -> torch.Tensor | None:
+    """The ``attention_mask`` of a batch, ``[texts, tokens]``; None if it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
-def _call(model: Any, batch: Any, device: torch.device) -> None:
+def run_model(model: Any, batch: Any, device: torch.device) -> Any:
+    """The output for a batch: keyword arguments as a mapping, positional ones as a sequence, or one argument."""
+
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     if isinstance(batch, Mapping):
-        model(**{key: moved(value) for key, value in batch.items()})
-    elif isinstance(batch, Sequence):
-        model(*map(moved, batch))
-    else:
-        model(moved(batch))
+        return model(**{key: moved(value) for key, value in batch.items()})
+    if isinstance(batch, Sequence):
+        return model(*map(moved, batch))
+    return model(moved(batch))
 
 
 def _patches(module: Any, images: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format._core.threads import Progress
 from shira_format.convert.exact import DifferingEntries, Exact
+from shira_format.convert.given import Given
 from shira_format.convert.inputs import Conversion, ConversionInputs
 from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
@@ -51,7 +52,7 @@ class ResumableEngine:
         engine: Engine,
         out: Path,
         conversion: Conversion,
-        rule: TopK | Exact,
+        rule: TopK | Exact | Given,
         inputs: ConversionInputs,
         progress: Progress,
     ) -> None:
@@ -114,7 +115,7 @@ def _keep(path: Path, result: Callable[[], _R]) -> _R:
     return found
 
 
-def _fingerprint(conversion: Conversion, rule: TopK | Exact, inputs: ConversionInputs) -> str:
+def _fingerprint(conversion: Conversion, rule: TopK | Exact | Given, inputs: ConversionInputs) -> str:
     """A digest of the inputs, the rule and the writer's version."""
     files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in inputs.files]
     changes = [(change.name, list(change.shape), change.size) for change in inputs.changes]

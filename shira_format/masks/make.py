@@ -20,7 +20,8 @@ from shira_format.masks.plan import MaskPlan
 from shira_format.masks.registry import rule_of
 from shira_format.masks.size import Size
 from shira_format.masks.weights import Source, Weight, weights_of
-from shira_format.storage.paths import check_not_input, hub_identity
+from shira_format.storage.outputs import check_not_input
+from shira_format.storage.paths import hub_identity
 from shira_format.tensors import SparseTensor, Totals, density, numel
 
 

@@ -14,6 +14,7 @@ from shira_format._core.threads import Progress, Workers
 from shira_format.errors import SourceError
 from shira_format.format.codecs.runs import LENGTHS
 from shira_format.masks.base import Gradients, PlacedRule, Rule, ScoredRule
+from shira_format.masks.rand import Rand
 from shira_format.masks.rows import best_of_rows
 from shira_format.masks.scores import Ranking
 from shira_format.masks.size import Size
@@ -101,6 +102,10 @@ class MaskPlan:
     def _of_one(self, ranking: Ranking, engine: LocalEngine, workers: Workers) -> tuple[Ranking, Indices]:
         count = self._in_runs(self.size.of(ranking.scores.weight))
         self._check_band(count, ranking.size, f"tensor {ranking.name!r}: ")
+        if isinstance(self.rule, Rand):
+            for _ in self._ends():
+                engine.progress(ranking.size)
+            return ranking, self.rule.drawn(ranking.scores.weight, ranking.size, count, self.band)
         return ranking, self._band(
             *(_first(_best([ranking], times * count, "tensor", engine, workers)) for times in self._ends())
         )

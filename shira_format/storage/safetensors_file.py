@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shira_format._core.arrays import Array, as_bytes, read_only
+from shira_format._core.arrays import Array, as_bytes, frozen, read_only
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.errors import FormatError
-from shira_format.storage.paths import open_storage
+from shira_format.storage.paths import MemoryFile, open_storage
 from shira_format.tensors import MAX_RANK, TOO_LARGE, is_too_large, numel
 
 MAX_HEADER = 100_000_000
@@ -58,10 +58,11 @@ class SafetensorsFile(Mapping[str, Stream]):
         OSError: the file cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
+        """Args: ``content``: the file's bytes, if they have been read; then nothing else is."""
         # A UPath, of a remote file, is not a Path and stays a UPath.
         self.path = Path(path) if isinstance(path, str) else path
-        self._storage = open_storage(self.path)
+        self._storage = open_storage(self.path) if content is None else MemoryFile(content)
         try:
             self.size = self._storage.size
             self._start, header = self._read_header()
@@ -74,12 +75,11 @@ class SafetensorsFile(Mapping[str, Stream]):
         except BaseException:
             self._storage.close()
             raise
-        self._map: Any = None
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self.size < 8:
             raise FormatError("file-truncated", f"not a safetensors file: it has only {self.size} bytes")
-        prefix = bytes(self._storage.view(0, 8))
+        prefix = self._read(0, 8)
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
             # The first 8 bytes of a file of another kind make an absurd length.
@@ -88,7 +88,13 @@ class SafetensorsFile(Mapping[str, Stream]):
             raise FormatError("header-too-large", reason)
         if 8 + length > self.size:
             raise FormatError("file-truncated", f"a header of {length} bytes in a file of {self.size}")
-        return 8 + length, parse_object(bytes(self._storage.view(8, 8 + length)), "header-json")
+        return 8 + length, parse_object(self._read(8, length), "header-json")
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Read, not mapped: the file may be cut meanwhile."""
+        found = bytearray(size)
+        self._storage.read_into(start, memoryview(found))
+        return bytes(found)
 
     def __getitem__(self, name: str) -> Stream:
         return self._streams[name]
@@ -100,23 +106,15 @@ class SafetensorsFile(Mapping[str, Stream]):
         return len(self._streams)
 
     def read(self, name: str) -> Array:
-        """The array ``name``, read-only, from one memory map of the file that all arrays share.
-
-        Only pages that are accessed are read. The map lives as long as any of its arrays.
-        """
+        """The array ``name``, read-only, read into memory of its own: later changes of the file do not reach it."""
         stream = self._streams[name]
-        if stream.nbytes == 0:
-            return _array(b"", 0, stream)
-        if not isinstance(self.path, Path):
-            return self.read_separately(name)
-        if self._map is None:
-            self._map = self._storage.view(0, self.size)
-        return _array(self._map, self._start + stream.begin, stream)
+        return frozen(self.read_part(name, 0, numel(stream.shape)).reshape(stream.shape))
 
-    def read_separately(self, name: str) -> Array:
+    def mapped(self, name: str) -> Array:
         """The array ``name``, read-only, from a memory map of its own, which is freed with the array.
 
-        For checkpoints: memory stays at one tensor, however large the file.
+        For checkpoints: memory stays at one tensor, however large the file. If the file is cut meanwhile, access kills the
+        process; if it is overwritten, the array changes.
         """
         stream = self._streams[name]
         return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
@@ -141,13 +139,13 @@ class SafetensorsFile(Mapping[str, Stream]):
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
-        self._map = None
         self._storage.close()
 
 
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:
-    flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
-    return read_only(flat.reshape(stream.shape))
+    return read_only(
+        np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset).reshape(stream.shape)
+    )
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
