@@ -17,7 +17,7 @@ from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints.pickles import MAX_PICKLE, PickleError, load, ordered_dict
 from shira_format.checkpoints.strided import boxes, extent, gather, is_contiguous
 from shira_format.storage.paths import Storage
-from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
+from shira_format.tensors import MAX_RANK, is_too_large, numel
 
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of the sequence
 
@@ -104,7 +104,7 @@ class TorchFile:
         shape, strides = tensor.shape, tensor.strides
         if len(shape) != len(strides) or len(shape) > MAX_RANK or not _are_counts(tensor.offset, *shape, *strides):
             raise PickleError("its shape, strides or offset are invalid")
-        if numel(tuple(n for n in shape if n)) > MAX_NUMEL:
+        if is_too_large(shape):
             raise PickleError(f"shape {list(shape)} has more than 2^53 - 1 elements")
         size = TORCH_DTYPES[tensor.dtype].itemsize
         # An expanded tensor may be larger than its storage; without a limit, a small file could fill the memory.

@@ -12,11 +12,10 @@ from shira_format._core.arrays import Array, Indices, distinct, distinct_counts
 from shira_format.errors import FormatError
 from shira_format.format.codecs.base import Encoded, IndexCodec
 from shira_format.format.fields import need
-from shira_format.tensors import matrix_shape
+from shira_format.tensors import MAX_NUMEL, matrix_shape
 
 KINDS = ("rows", "columns", "diagonal")
 MAX_PARTS = 8
-MAX_LISTED = 2**31  # most entries of a mask for which the file has no bytes
 
 Part = dict[str, Any]
 
@@ -61,8 +60,6 @@ def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indic
             raise FormatError("count-mismatch", f"the part {part} has {size} entries, the tensor {nnz}")
         if size:  # rows or columns without elements can be many
             sized.append(part)
-    if nnz > MAX_LISTED:
-        raise FormatError("count-mismatch", f"a pattern of {nnz} entries; this reader's limit is {MAX_LISTED}")
     union = _NONE
     for part in sized:  # one after the other, so that memory stays at twice the union
         one = _list_part(part, rows, columns)
@@ -82,7 +79,9 @@ def _check_part(part: Part, rows: int, columns: int) -> None:
     if kind == "diagonal":
         good = -rows < offset < columns
     else:
-        good = part["step"] >= 1 and 0 <= offset < min(part["step"], rows if kind == "rows" else columns)
+        good = 1 <= part["step"] <= MAX_NUMEL and 0 <= offset < min(
+            part["step"], rows if kind == "rows" else columns
+        )
     if not good:
         raise FormatError("pattern", f"the part {part} does not fit a matrix of {rows} x {columns}")
 
