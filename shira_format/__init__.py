@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from shira_format.merging.verbs import subtract as subtract
     from shira_format.names.servers import ServerLayer as ServerLayer
     from shira_format.names.servers import ServerLayout as ServerLayout
+    from shira_format.sync import Publisher as Publisher
+    from shira_format.sync import Subscriber as Subscriber
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
     from shira_format.training.hook import attach as attach
@@ -63,9 +65,11 @@ _HOMES = {
     "Distillation": "convert.fit.distill",
     "FitOptions": "convert.fit.run",
     "LiveModel": "convert.fit.live",
+    "Publisher": "sync",
     "ServerLayer": "names.servers",
     "ServerLayout": "names.servers",
     "SparseTensor": "tensors",
+    "Subscriber": "sync",
     "Switcher": "live",
     "apply": "live",
     "attach": "training.hook",

@@ -47,7 +47,13 @@ class WorkError(ShiraError):
 
 
 class BaseMismatch(ShiraError):
-    """The base is not the one that the adapter was made for; no weight was changed."""
+    """The base is not the one that the adapter was made for; no weight was changed.
+
+    Attributes:
+        rule: as for :class:`FormatError`.
+    """
+
+    rule = "base-mismatch"
 
 
 class BaseRequired(ShiraError):

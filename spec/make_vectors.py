@@ -401,6 +401,7 @@ def assemble(header: str | bytes, buffer: bytes, spaces: int | None = None) -> b
 
 
 GOOD: dict[str, Maker] = {}
+BASES: dict[str, bytes] = {}  # safetensors files with the base's tensors, by the vector's name
 BAD: dict[str, bytes] = {}
 MASKS: dict[str, bytes] = {}  # mask files of bad files; they are good themselves, so no `.st`
 
@@ -1861,6 +1862,181 @@ def bad_patches_indices() -> None:
 # Writing
 
 
+# Indices that something else implies (sections 5.7 and 5.8)
+
+
+def permutation(seed: str, numel: int, count: int) -> list[int]:
+    """Where the numbers below `count` go."""
+    digest, word = hashlib.sha256(seed.encode()).digest(), 2**64 - 1
+    bits = max(2, len(f"{numel - 1:b}"))
+    narrow = bits // 2
+
+    def mix(z: int) -> int:
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+        return z ^ (z >> 31)
+
+    def step(x: int) -> int:
+        halves = [x >> narrow, x & ((1 << narrow) - 1)]
+        for r in range(4):
+            width = bits - narrow if r % 2 == 0 else narrow
+            key = int.from_bytes(digest[8 * r : 8 * r + 8], "little")
+            halves = [halves[1], halves[0] ^ (mix((halves[1] + key) & word) >> (64 - width))]
+        return (halves[0] << narrow) + halves[1]
+
+    found = []
+    for number in range(count):
+        y = step(number)
+        while y >= numel:
+            y = step(y)
+        found.append(y)
+    return found
+
+
+def base_file(name: str, **tensors: tuple[str, Sequence[int], bytes]) -> None:
+    """The base beside a vector."""
+    header: Json = {}
+    buffer = b""
+    for tensor, (dtype, shape, data) in tensors.items():
+        offsets = [len(buffer), len(buffer) + len(data)]
+        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        buffer += data
+    BASES[name] = assemble(json.dumps(header), buffer)
+
+
+def at_entries(data: bytes, dtype: str, indices: Iterable[int]) -> bytes:
+    width = SIZE[dtype]
+    return b"".join(data[k * width : (k + 1) * width] for k in indices)
+
+
+def by_magnitude(data: bytes, dtype: str) -> list[int]:
+    """The flat indices, those of the largest magnitudes first."""
+    width = SIZE[dtype]
+    count = len(data) // width
+    sizes = [
+        int.from_bytes(data[k * width : (k + 1) * width], "little") % (1 << (8 * width - 1)) for k in range(count)
+    ]
+    return sorted(range(count), key=lambda k: (-sizes[k], k))
+
+
+def add_implied(
+    file: Maker, name: str, shape: Sequence[int], indices: Sequence[int], codec: str, more: Json, **rest: Any
+) -> Maker:
+    if codec not in file.manifest["features"]:
+        file.manifest["features"].append(codec)
+        file.set(format_version="1.1")
+    file.sparse(name, shape, indices, codec, more=more, **rest)
+    file.tensor(-1)["digests"]["entries"] = sha(i64(*indices))
+    return file
+
+
+def add_random(
+    file: Maker, name: str, shape: Sequence[int], seed: str, count: int, band: int | None = None, **rest: Any
+) -> Maker:
+    first = count * (band or 0)
+    indices = sorted(permutation(seed, elements(shape), first + count)[first:])
+    more: Json = {"seed": seed} if band is None else {"seed": seed, "band": band}
+    return add_implied(file, name, shape, indices, "random", more, **rest)
+
+
+def add_largest(
+    file: Maker, name: str, shape: Sequence[int], data: bytes, dtype: str, count: int, band: int | None = None, **rest: Any
+) -> Maker:  # fmt: skip
+    first = count * (band or 0)
+    indices = sorted(by_magnitude(data, dtype)[first : first + count])
+    more: Json = {} if band is None else {"band": band}
+    if rest.get("values", "target") != "none":
+        rest["base"] = at_entries(data, dtype, indices)
+    return add_implied(file, name, shape, indices, "magnitude", more, dtype=dtype, **rest)
+
+
+def good_implied() -> None:
+    file = add_random(good("random"), "w", [30, 40], "0 w", 12)
+    add_random(file, "next", [30, 40], "0 w", 12, 1, values="delta", base_digest=False)
+    add_random(file, "last", [30, 40], "0 w", 400, 2, dtype="BF16", store_base=True)
+    for numel in (1, 2, 3, 4, 5, 16, 17, 1023):
+        add_random(file, f"size.{numel}", [numel], f"\U0001f3b2 {numel}", (numel + 1) // 2, 0)
+    add_random(file, "none", [3, 0], "x", 0)
+    add_random(file, "all", [3, 5], "x", 15)
+    add_random(file, "scalar", [], "", 1)
+    add_random(file, "far", [MAX_NUMEL], "1 far", 5, 1000)
+    add_random(file, "long", [7], "s" * 4096, 2)
+    add_random(file, "patched", [6, 4], "0 patched", 3).resize(9)
+    file = add_random(good("random-mask"), "w", [64], "0 w", 9, values="none")
+    indices = file.content["tensors"][0]["indices"]
+    file.sparse("v", [64], indices, "shared", more={"tensor": "w"})
+    page = bytes.fromhex("803f40c000004040c07f0080")
+    file = add_largest(good("magnitude"), "w", [2, 3], page, "BF16", 3)
+    add_largest(file, "next", [2, 3], page, "BF16", 2, 1)
+    add_largest(file, "mask", [2, 3], page, "BF16", 2, 2, values="none")
+    tensors = {"w": ("BF16", [2, 3], page), "next": ("BF16", [2, 3], page), "mask": ("BF16", [2, 3], page)}
+    for dtype in FLOATS:
+        data = noise(f"magnitudes in {dtype}", 48 * SIZE[dtype])
+        add_largest(file, dtype, [6, 8], data, dtype, 7)
+        add_largest(file, f"{dtype}.2", [6, 8], data, dtype, 10, 2, values="delta")
+        tensors |= {dtype: (dtype, [6, 8], data), f"{dtype}.2": (dtype, [6, 8], data)}
+    zeros = bytes.fromhex("00000080") * 10
+    add_largest(file, "zeros", [20], zeros, "BF16", 6, 1)
+    add_largest(file, "scalar", [], page[2:4], "BF16", 1)
+    add_largest(file, "empty", [0, 7], b"", "F16", 0)
+    add_largest(file, "moved", [2, 3], page, "BF16", 2).origin("w").resize(4)
+    tensors |= {"zeros": ("BF16", [20], zeros), "scalar": ("BF16", [], page[2:4]), "empty": ("F16", [0, 7], b"")}
+    base_file("magnitude", **tensors)
+
+
+def bad_implied() -> None:
+    page = bytes.fromhex("803f40c000004040c07f0080")
+
+    def largest() -> Maker:
+        return add_largest(Maker(), "w", [2, 3], page, "BF16", 2)
+
+    def drawn() -> Maker:
+        return add_random(Maker(), "w", [50], "0 w", 4)
+
+    for codec, one in (("random", drawn), ("magnitude", largest)):
+        for what, value in {"negative": -1, "float": 1.0, "string": "1", "true": True, "null": None}.items():
+            file = one()
+            file.tensor()["indices"]["band"] = value
+            bad(f"manifest-schema--{codec}-band-{what}", file)
+        bad(f"manifest-schema--{codec}-no-feature", one().set(features=[]))
+        file = one()
+        del file.tensor()["digests"]["entries"]
+        bad(f"manifest-schema--{codec}-no-digest", file)
+        file = one()
+        file.tensor()["digests"]["entries"] = "0"
+        bad(f"manifest-schema--{codec}-digest-short", file)
+        for what, value in {"just": 12 if codec == "random" else 2, "far": 2**53 - 1}.items():
+            file = one()
+            file.tensor()["indices"]["band"] = value + (what == "just" and codec == "magnitude")
+            bad(f"count-mismatch--{codec}-band-{what}", file)
+    for what, seed in {"missing": None, "number": 1, "long": "s" * 4097, "long-utf-8": "\u00e9" * 2049}.items():
+        file = drawn()
+        file.tensor()["indices"]["seed"] = seed
+        if seed is None:
+            del file.tensor()["indices"]["seed"]
+        bad(f"manifest-schema--random-seed-{what}", file)
+    file = drawn()
+    file.tensor()["indices"]["seed"] = "1 w"
+    bad("digest-mismatch--random-other-seed", file)
+    file = drawn()
+    file.tensor()["digests"]["entries"] = sha(b"")
+    bad("digest-mismatch--random-entries", file)
+    wide = add_random(Maker(), "w", [10, 5], "0 w", 10).resize(3)
+    bad("out-of-range--dropped-random", wide)
+    bases = {
+        "other-values": {"w": ("BF16", [2, 3], page[2:] + page[:2])},
+        "other-shape": {"w": ("BF16", [6], page)},
+        "other-dtype": {"w": ("F16", [2, 3], page)},
+        "other-name": {"v": ("BF16", [2, 3], page)},
+    }
+    for what, tensors in bases.items():
+        bad(f"base-mismatch--magnitude-{what}", largest())
+        base_file(f"base-mismatch--magnitude-{what}", **tensors)
+    for name in list(BAD):
+        if name.startswith("count-mismatch--magnitude"):
+            base_file(name, w=("BF16", [2, 3], page))
+
+
 def enlarge(data: bytes) -> bytes:
     """Put a number of 5000 digits in place of HUGE, and mend the header's length."""
     small, large = str(HUGE).encode(), b"9" * 5000
@@ -1906,6 +2082,8 @@ def make() -> dict[str, bytes]:
         bad_patches_names,
         bad_patches_streams,
         bad_patches_indices,
+        good_implied,
+        bad_implied,
     ):
         part()
     files: dict[str, bytes] = {}
@@ -1916,13 +2094,15 @@ def make() -> dict[str, bytes]:
         files[f"bad/{name}.st"] = enlarge(data)
     for name, data in MASKS.items():
         files[f"bad/{name}"] = data
+    for name, data in BASES.items():
+        files[f"base/{name}.safetensors"] = data
     return files
 
 
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "vectors"
     files = make()
-    for old in [*folder.glob("good/*"), *folder.glob("bad/*")]:
+    for old in [*folder.glob("good/*"), *folder.glob("bad/*"), *folder.glob("base/*")]:
         if old.relative_to(folder).as_posix() not in files:
             old.unlink()
     for name, data in files.items():

@@ -32,8 +32,9 @@ HUGE = 10**400
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 SIZES = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-KNOWN_FEATURES = {"mask-file", "patch", "runs"}
+KNOWN_FEATURES = {"magnitude", "mask-file", "patch", "random", "runs"}
 CODECS_WITH_STREAM = {"gap8", "varint", "flat", "runs"}
+IMPLIED_CODECS = {"random", "magnitude"}
 
 Item = dict[str, Any]
 
@@ -51,6 +52,10 @@ class TooLarge(Exception):
     """The file breaks no rule, but asks for more than this reader lists."""
 
 
+class BaseNeeded(Exception):
+    """The file breaks no rule, but the base is needed to read it."""
+
+
 def shown(name: str) -> str:
     """A name for people: strangers choose names, so no control characters, surrogates or endless lines."""
     return ascii(name if len(name) <= 80 else name[:77] + "...")
@@ -64,6 +69,9 @@ class Stream:
     end: int
 
 
+Base = dict[str, tuple[str, list[int], memoryview]]  # tensors of the base by name: dtype, shape, bytes
+
+
 @dataclass
 class File:
     """An open file that keeps all rules of the file."""
@@ -72,6 +80,7 @@ class File:
     streams: dict[str, Stream]
     manifest: Item
     tensors: dict[str, Item]
+    base: Base | None = None
     indices: dict[str, list[int]] = field(default_factory=dict)  # what has been decoded so far
 
     def bytes_of(self, name: str, digest: str) -> memoryview:
@@ -255,6 +264,13 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
+def is_seed(text: str) -> bool:
+    try:
+        return len(text.encode("utf-8")) <= 4096
+    except UnicodeEncodeError:
+        return False
+
+
 OBJECT = (lambda value: isinstance(value, dict), "an object")
 LIST = (lambda value: isinstance(value, list), "a list")
 TEXT = (lambda value: isinstance(value, str), "a string")
@@ -272,6 +288,7 @@ LENGTH = (
     "a power of two from 2 to 256",
 )
 LOW = (lambda value: is_count(value) and value <= 45, "an integer from 0 to 45")
+SEED = (lambda value: isinstance(value, str) and is_seed(value), "a string of at most 4096 bytes of UTF-8")
 KIND = (lambda value: value in ("rows", "columns", "diagonal"), "rows, columns or diagonal")
 
 FILES = [{"name": TEXT, "digest?": TEXT}]
@@ -280,7 +297,7 @@ SELECTION_TEXTS = {"rule?": TEXT, "scope?": TEXT, "include?": [TEXT], "exclude?"
 SELECTION_NUMBERS = {"density?": NUMBER, "top_k?": NATURAL, "energy?": NUMBER, "min_change?": NUMBER}
 SELECTION_NUMBERS |= {"energy_kept?": NUMBER, "relative_error?": NUMBER}
 SPARSE_DIGESTS = {"indices?": DIGEST, "blocks?": DIGEST, "values?": DIGEST, "base?": DIGEST}
-SPARSE_DIGESTS |= {"rows?": DIGEST, "result?": DIGEST}
+SPARSE_DIGESTS |= {"rows?": DIGEST, "result?": DIGEST, "entries?": DIGEST}
 SPARSE = {
     "name": TEXT,
     "shape": SHAPE,
@@ -318,6 +335,8 @@ PARAMETERS: dict[str, Form] = {
     "structured": {"pattern": [{"kind": KIND, "offset": INTEGER, "step?": INTEGER}]},
     "shared": {"tensor": TEXT, "file?": TEXT},
     "runs": {"length": LENGTH, "low": LOW},
+    "random": {"seed": SEED, "band?": NATURAL},
+    "magnitude": {"band?": NATURAL},
 }
 
 
@@ -382,6 +401,7 @@ def check_digest_keys(item: Item, where: str) -> None:
         "values": kind != "none",
         "base": kind == "target" or with_base,
         "rows": further_rows(item) > 0,
+        "entries": item["indices"]["codec"] in IMPLIED_CODECS,
     }
     for role, wanted in needed.items():
         if wanted and role not in digests:
@@ -418,8 +438,9 @@ def check_sparse(item: Item, manifest: Item) -> None:
     check_patch(item, manifest, where)
     check_digest_keys(item, where)
     check_mask_reference(item, manifest, where)
-    if item["indices"]["codec"] == "runs" and "runs" not in manifest["features"]:
-        raise schema_error(f"{where} needs the feature runs")
+    codec = item["indices"]["codec"]
+    if codec in ("runs", "random", "magnitude") and codec not in manifest["features"]:
+        raise schema_error(f"{where} needs the feature {codec}")
     if item["dtype"] not in FLOATS:
         raise Refused("sparse-dtype", f"{where} has the dtype {shown(item['dtype'])}")
     if item["nnz"] > count_elements(item["shape"], where):
@@ -546,7 +567,7 @@ def check_streams(manifest: Item, streams: dict[str, Stream]) -> None:
             raise Refused("stray-stream", f"stream {shown(name)} belongs to nothing in the manifest")
 
 
-def open_file(data: memoryview) -> File:
+def open_file(data: memoryview, base: Base | None = None) -> File:
     """Check all rules of the file."""
     streams, metadata, buffer = read_container(data)
     manifest = read_manifest(metadata)
@@ -555,7 +576,7 @@ def open_file(data: memoryview) -> File:
         if item["indices"]["codec"] == "shared" and "file" not in item["indices"]:
             check_shared_target(item, tensors)
     check_streams(manifest, streams)
-    return File(buffer, streams, manifest, tensors)
+    return File(buffer, streams, manifest, tensors, base)
 
 
 # Indices (section 5)
@@ -698,12 +719,75 @@ def list_pattern(item: Item) -> list[int]:
     return sorted(union)
 
 
+def mixed(word: int) -> int:
+    """The finaliser of SplitMix64, on 64 bits."""
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def permuted(seed: str, size: int, number: int) -> int:
+    """Where the permutation of section 5.7 takes a number below `size`."""
+    keys = struct.unpack("<4Q", hashlib.sha256(seed.encode("utf-8")).digest())
+    bits = max(2, (size - 1).bit_length())
+    b = bits // 2
+    a = bits - b
+    while True:
+        left, right = number >> b, number % 2**b
+        for key, width in zip(keys, (a, b, a, b), strict=True):
+            left, right = right, left ^ mixed((right + key) % 2**64) >> 64 - width
+        number = left << b | right
+        if number < size:
+            return number
+
+
+def magnitude(bits: bytes) -> int:
+    """The bits of a float without the sign, as an integer."""
+    return int.from_bytes(bits, "little") & (1 << 8 * len(bits) - 1) - 1
+
+
+def implied_indices(file: File, item: Item) -> list[int]:
+    numel, nnz, reference = count_elements(item["shape"], ""), item["nnz"], item["indices"]
+    first = reference.get("band", 0) * nnz
+    if first + nnz > numel:
+        raise Refused("count-mismatch", f"the band ends at {first + nnz} of {numel}")
+    if reference["codec"] == "random":
+        indices = sorted(permuted(reference["seed"], numel, number) for number in range(first, first + nnz))
+        rule = "digest-mismatch"
+    else:
+        values = base_tensor(file, item)
+        ranked = sorted(range(numel), key=lambda index: (-magnitude(values[index]), index))
+        indices = sorted(ranked[first : first + nnz])
+        rule = "base-mismatch"
+    if hashlib.sha256(struct.pack(f"<{nnz}q", *indices)).hexdigest() != item["digests"]["entries"]:
+        raise Refused(rule, "the entries are not those of the digest")
+    return indices
+
+
+def base_tensor(file: File, item: Item) -> list[bytes]:
+    """The elements of the base's tensor that the item is about."""
+    if file.base is None:
+        raise BaseNeeded(f"tensor {shown(item['name'])}: its entries follow from the base: give --base")
+    found = file.base.get(str(item.get("from", item["name"])))
+    if found is None or (found[0], found[1]) != (item["dtype"], item["shape"]):
+        raise Refused("base-mismatch", "the base has no such tensor, or of another dtype or shape")
+    width = SIZES[item["dtype"]]
+    return [bytes(found[2][at : at + width]) for at in range(0, len(found[2]), width)]
+
+
+def open_base(path: str) -> Base:
+    streams, _, buffer = read_container(map_file(path))
+    return {name: (one.dtype, one.shape, buffer[one.begin : one.end]) for name, one in streams.items()}
+
+
 def own_indices(file: File, item: Item) -> list[int]:
     """The indices of a tensor that is not `shared`; each tensor is decoded once."""
     name, codec, digests = item["name"], item["indices"]["codec"], item["digests"]
     if name not in file.indices:
         if codec == "structured":
             file.indices[name] = list_pattern(item)
+        elif codec in IMPLIED_CODECS:
+            file.indices[name] = implied_indices(file, item)
         else:
             stream = file.bytes_of(name + "#indices", digests["indices"])
             if codec == "flat":
@@ -725,7 +809,7 @@ def open_mask_file(file: File, name: str, folder: str) -> File:
     if hashlib.sha256(data).hexdigest() != file.manifest["mask_files"][name]:
         raise Refused("mask-file", f"{where} has another digest")
     try:
-        return open_file(data)
+        return open_file(data, file.base)
     except Refused as refused:
         raise Refused(refused.rule, f"{where}: {refused.message}") from None
 
@@ -816,13 +900,14 @@ def whole_content(file: File, item: Item) -> Item:
     }
 
 
-def read(path: str, masks: str | None = None) -> Item:
-    """The content of the file, after all rules; `masks` is the folder of its mask files, if not its own."""
+def read(path: str, masks: str | None = None, base: str | None = None) -> Item:
+    """The content of the file, after all rules; `masks` is the folder of its mask files, if not its own, and `base` a
+    safetensors file with the tensors that it was made for."""
     folder = os.path.dirname(path) if masks is None else masks
     opened: dict[str, File] = {}
     data = map_file(path)
     try:
-        file = open_file(data)
+        file = open_file(data, None if base is None else open_base(base))
         check_listing(file.manifest)
         content = {
             "format_version": file.manifest["format_version"],
@@ -840,14 +925,15 @@ def read(path: str, masks: str | None = None) -> Item:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Print the content of a SHiRA adapter file as JSON.")
     parser.add_argument("file")
+    parser.add_argument("--base", metavar="FILE", help="safetensors file of the base, if it is needed")
     parser.add_argument("--masks", metavar="DIR", help="where the mask files are; default: beside FILE")
     arguments = parser.parse_args()
     try:
-        content = read(arguments.file, arguments.masks)
+        content = read(arguments.file, arguments.masks, arguments.base)
     except Refused as refused:
         print(f"refused: {refused}", file=sys.stderr)
         return 1
-    except (OSError, TooLarge) as error:
+    except (OSError, TooLarge, BaseNeeded) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(content))

@@ -70,11 +70,23 @@ def refused_rule(stderr: str) -> str | None:
     return match[1] if match else None
 
 
+def base_of(file: Path) -> Path | None:
+    """The safetensors file with the base's tensors, of a vector that needs them."""
+    path = file.parents[1] / "base" / f"{file.stem}.safetensors"
+    return path if path.exists() else None
+
+
 def check(command: Sequence[str], file: Path, timeout: float = TIMEOUT) -> str | None:
     """What is wrong with the command's answer for a vector; None if it passed."""
+    base = base_of(file)
+    more = [] if base is None else ["--base", str(base)]
     try:
         done = subprocess.run(
-            [*command, str(file)], check=False, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL
+            [*command, *more, str(file)],
+            check=False,
+            capture_output=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {timeout:g} s"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shira_format.entries.base_check import base_values, check_dense
-from shira_format.errors import BaseMismatch
+from shira_format.errors import BaseMismatch, BaseRequired
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry, stream_name
 from shira_format.names.filters import name_filter
@@ -55,14 +55,14 @@ def inspect(
         1475
     """
     keep = name_filter(include, exclude)
-    file = AdapterFile(adapter)
+    file = AdapterFile(adapter, base=None if base is None else _opened(base))
     info = describe(file)
     info["tensors"] = [row for row in info["tensors"] if keep(row["name"])]
     if order != "file":
         info["tensors"].sort(key=ORDERS[order])
     if verify:
-        file.verify()
-        info["verified"] = True
+        info["verified"] = not (untold := file.verify())
+        info["unverified"] = untold
     if base is not None:
         misfits = misfits_with(file, _opened(base))
         info["base"] = {"path": str(getattr(base, "path", base)), "fits": not misfits, "reasons": misfits}
@@ -74,12 +74,16 @@ def verify(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | Check
 
     Raises:
         FormatError: the file is no adapter, or is damaged.
+        BaseRequired: the entries follow from the base's values, and no base is given.
         BaseMismatch: ``base`` is not the checkpoint that the adapter was made for; names the first tensor that differs.
         SourceError: ``base`` is no checkpoint.
         OSError: the file cannot be read.
     """
-    file = AdapterFile(adapter)
-    file.verify()
+    file = AdapterFile(adapter, base=None if base is None else _opened(base))
+    if untold := file.verify():
+        raise BaseRequired(
+            f"{file.path}: tensor {untold[0]!r}: its entries follow from the base's values: pass the base (--base)"
+        )
     if base is not None and (misfits := misfits_with(file, _opened(base))):
         raise BaseMismatch(f"{file.path}: {misfits[0]}")
 
@@ -108,6 +112,7 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         "components": raw.get("components"),
         "source": raw.get("source"),
         "selection": raw.get("selection"),
+        "fit": raw.get("fit"),
         "mask": raw.get("mask"),
         "alpha": raw.get("alpha", 1.0),
         "license": raw.get("license"),
@@ -116,6 +121,7 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         "self_contained": bool(rows) and all(row["base_values"] for row in rows),
         "undo": "file" if _undone(file, rows) else "base",
         "deltas": _deltas(rows),
+        "needs_base": sum(row["needs_base"] for row in rows),
         "totals": {
             "tensors": len(rows),
             "nnz": nnz,
@@ -134,7 +140,9 @@ def describe(file: AdapterFile) -> dict[str, Any]:
 
 def _undone(file: AdapterFile, rows: list[dict[str, Any]]) -> bool:
     """Whether the file holds every value that it overwrites; a dense tensor without a digest of the base's is new."""
-    held = all(row["base_values"] or not row["nnz"] for row in rows if row["values"] != "none")
+    held = all(
+        (row["base_values"] and not row["needs_base"]) or not row["nnz"] for row in rows if row["values"] != "none"
+    )
     wholes = all(one.base_values or "base" not in one.digests for one in file.manifest.whole.values())
     dropped = any(row["result_shape"][:1] < row["shape"][:1] for row in rows)  # the file does not hold these rows
     return held and wholes and not dropped and not file.manifest.removed
@@ -145,7 +153,8 @@ def _deltas(rows: list[dict[str, Any]]) -> str | None:
     valued = [row for row in rows if row["values"] != "none"]
     if not valued:
         return None
-    return "file" if all(row["base_values"] or row["values"] == "delta" for row in valued) else "base"
+    known = ((row["base_values"] or row["values"] == "delta") and not row["needs_base"] for row in valued)
+    return "file" if all(known) else "base"
 
 
 def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:
@@ -157,6 +166,7 @@ def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:
         "nnz": entry.nnz,
         "density": density(entry.nnz, numel(entry.shape)),
         "index_codec": entry.codec,
+        "needs_base": entry.needs_base,
         "values": entry.values,
         "base_values": entry.base_values,
         "base_digest": entry.digests.get("base"),

@@ -26,7 +26,11 @@ from shira_format.storage.safetensors_file import is_uint, parse_object
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, ValueKind, numel
 
 FORMAT_VERSION = "1.0"
-NEWER = {"runs": "1.1"}  # the version that brought a feature, of those that are not in FORMAT_VERSION
+NEWER = {
+    "magnitude": "1.1",
+    "random": "1.1",
+    "runs": "1.1",
+}  # the version that brought a feature, of those that are not in FORMAT_VERSION
 MAJOR = 1
 METADATA_KEY = "shira"
 FEATURES = frozenset({"mask-file", "patch", *NEWER})
@@ -34,6 +38,7 @@ DIGEST = "sha256"
 # What a writer derives from the tensors; all other keys of a manifest are copied.
 DERIVED = frozenset({"format_version", "features", "digest", "mask_files", "tensors", "whole"})
 ROLES = ("indices", "blocks", "values", "base", "rows")
+DIGESTS = (*ROLES, "entries", "result")
 
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -76,10 +81,22 @@ class SparseEntry:
         return str(self.indices["codec"])
 
     @property
+    def needs_base(self) -> bool:
+        """Whether its own indices follow from the base's values; those that it shares are not looked at."""
+        codec = CODECS.get(self.codec)
+        return codec is not None and codec.needs_base(self.indices)
+
+    @property
     def feature(self) -> str | None:
         """The feature that the index codec needs."""
         codec = CODECS.get(self.codec)
         return None if codec is None else codec.feature
+
+    @property
+    def is_implied(self) -> bool:
+        """Whether something else than the file says what the indices are; see :class:`IndexCodec`."""
+        codec = CODECS.get(self.codec)
+        return codec is not None and codec.is_implied
 
     def index_streams(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
         """The streams of the index codec, if it has any; see :meth:`IndexCodec.streams`."""
@@ -222,7 +239,7 @@ def _sparse(item: Any) -> SparseEntry:
     _check_indices(indices, name)
     entry = SparseEntry(
         name, tuple(shape), dtype, nnz, cast(ValueKind, values), indices,
-        digests(item, name, (*ROLES, "result")), flag(item, "base_values", name),
+        digests(item, name, DIGESTS), flag(item, "base_values", name),
         need(item, "from", str, name) if "from" in item else name, _rows(item, tuple(shape)), item,
     )  # fmt: skip
     _check_digests(entry)
@@ -255,6 +272,8 @@ def _check_digests(entry: SparseEntry) -> None:
     needed = set(entry.streams())
     if entry.values == "target":
         needed.add("base")
+    if entry.is_implied:
+        needed.add("entries")
     if missing := needed - entry.digests.keys():
         raise FormatError("manifest-schema", f"digests lack {', '.join(sorted(missing))}", tensor=entry.name)
     if entry.values == "none" and (entry.base_values or {"values", "base"} & entry.digests.keys()):

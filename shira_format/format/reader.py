@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, array_digest, file_digest, read_only
+from shira_format._core import fits
+from shira_format._core.arrays import Array, Indices, array_digest, as_array, frozen
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, LazyMapping
-from shira_format.errors import FormatError
+from shira_format.errors import BaseMismatch, BaseRequired, FormatError, SourceError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.manifest import (
     METADATA_KEY,
@@ -23,28 +25,35 @@ from shira_format.format.manifest import (
     parse_manifest,
     stream_name,
 )
+from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import DenseTensor, SparseTensor, check_increasing, numel
 
 
 def load(
-    path: str | os.PathLike[str], *, verify: bool = True, masks: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    masks: str | os.PathLike[str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Open an adapter file.
 
-    The header, the manifest and all sizes are checked now; a tensor is mapped, decoded and checked at each access, and
-    not kept.
+    The header, the manifest and all sizes are checked now; a tensor is read into memory, decoded and checked at each access,
+    and not kept.
 
     Args:
         path: the file.
         verify: check each stream's digest when it is read. Order, range and counts of indices are always checked.
         masks: folder of mask files, by default that of ``path``.
+        base: the weights that the adapter was made for, by name: an open checkpoint or a state dict. Files whose entries follow
+            from the base's values need it.
 
     Raises:
         FormatError: the file breaks a rule of the format.
         OSError: it cannot be read.
     """
-    return AdapterFile(path, verify=verify, masks=masks).adapter()
+    return AdapterFile(path, verify=verify, masks=masks, base=base).adapter()
 
 
 class AdapterFile:
@@ -55,6 +64,7 @@ class AdapterFile:
         manifest: the checked manifest.
         streams: the checked safetensors header.
         key: SHA-256 of the manifest's text, which has the digests of everything else.
+        base: the base's weights by name, for tensors whose entries follow from them; None: these cannot be read.
     """
 
     def __init__(
@@ -63,21 +73,19 @@ class AdapterFile:
         *,
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
-        separate_maps: bool = False,
-        copy: bool = False,
+        content: bytes | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
         """Open it; see :func:`load`.
 
-        With ``separate_maps`` every tensor has a memory map of its own, which is freed with the tensor. With ``copy`` tensors
-        are read into memory, so that later changes of the file do not reach them.
+        ``content`` are the file's bytes, if they have been read; then nothing else is.
         """
-        self._separate_maps = separate_maps
-        self._copy = copy
+        self.base = base
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
         self._mask_files: dict[str, AdapterFile] = {}
-        self.streams = SafetensorsFile(self.path)
+        self.streams = SafetensorsFile(self.path, content)
         try:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
@@ -102,16 +110,19 @@ class AdapterFile:
 
         Raises:
             FormatError: a rule of the tensor is broken.
+            BaseRequired: its entries follow from the base's values, and there is no :attr:`base`.
+            BaseMismatch: they are not those of :attr:`base`.
         """
         entry = self.manifest.tensors[name]
         try:
+            indices = self.indices(entry)  # first: most of what can be wrong shows here
             values = self._read(entry, "values") if entry.values != "none" else None
             base = self._read(entry, "base") if entry.base_values else None
             rows = self._read(entry, "rows") if entry.new_rows else None
             return SparseTensor(
                 name,
                 entry.shape,
-                self.indices(entry),
+                indices,
                 values,
                 value_kind=entry.values,
                 dtype=FLOATS[entry.dtype],
@@ -177,17 +188,75 @@ class AdapterFile:
         except FormatError as error:
             raise error.at(file=self.path, tensor=name) from None
 
-    def verify(self) -> None:
-        """Read every tensor; raises FormatError at the first broken rule."""
-        for name in self.manifest.tensors:
-            self.sparse(name)
+    def values(self, name: str) -> Array | None:
+        """The values of a sparse tensor, ``[nnz]``, whether or not its entries can be told; None for a mask.
+
+        Raises:
+            FormatError: a rule of the stream is broken.
+        """
+        entry = self.manifest.tensors[name]
+        try:
+            return self._read(entry, "values") if entry.values != "none" else None
+        except FormatError as error:
+            raise error.at(file=self.path, tensor=name) from None
+
+    def verify(self) -> list[str]:
+        """Read every tensor; raises FormatError at the first broken rule.
+
+        Returns:
+            The tensors of which only the streams were checked, because :attr:`base` is needed to tell their entries.
+        """
+        untold = []
+        for name, entry in self.manifest.tensors.items():
+            if self.base is None and self.needs_base(name):
+                untold.append(name)
+                for role in entry.streams():
+                    self._read(entry, role)
+            else:
+                self.sparse(name)
         for name in self.manifest.whole:
             self.dense(name)
+        return untold
+
+    def needs_base(self, name: str) -> bool:
+        """Whether the entries of a sparse tensor follow from the base's values.
+
+        Raises:
+            FormatError: its indices are in a mask file that is not there.
+        """
+        return self.holder(self.manifest.tensors[name])[1].needs_base
 
     def indices(self, entry: SparseEntry) -> Indices:
-        """The decoded indices of a tensor; :class:`SparseTensor` checks their order and range."""
+        """The decoded indices of a tensor, read-only; :class:`SparseTensor` checks their order and range."""
         file, own = self.holder(entry)
-        return CODECS[own.codec].decode(file.encoded(own), own.shape, own.nnz)
+        return frozen(file.own_indices(own))
+
+    def own_indices(self, entry: SparseEntry) -> Indices:
+        """The decoded indices of a tensor that does not share another's."""
+        codec = CODECS[entry.codec]
+        needs_base = codec.needs_base(entry.indices)
+        base = self._base_of(entry) if needs_base else None
+        found = codec.decode(self.encoded(entry), entry.shape, entry.nnz, base)
+        # What a base says is checked for every base, also if the file was checked before.
+        if codec.is_implied and (needs_base or self._verify) and array_digest(found) != entry.digests["entries"]:
+            if not needs_base:
+                raise FormatError("digest-mismatch", "the entries are others than those of the digest")
+            raise BaseMismatch(
+                f"{self.path}: tensor {entry.name!r}: the adapter's entries do not follow from this base's values (digest differs)"
+            )
+        return found
+
+    def _base_of(self, entry: SparseEntry) -> Array:
+        """The base's tensor that an item of the manifest is about, flat."""
+        what = f"{self.path}: tensor {entry.name!r}"
+        if self.base is None:
+            raise BaseRequired(f"{what}: its entries follow from the base's values: pass the base (--base)")
+        if entry.base_name not in self.base:
+            raise fits.missing(what, entry.base_name)
+        weight = as_array(self.base[entry.base_name])
+        fits.check_shape(what, entry.shape, weight.shape)
+        fits.check_dtype(what, FLOATS[entry.dtype], weight.dtype, any_float=False)
+        return weight.reshape(-1)
 
     def _index_ranges(self, entry: SparseEntry, ranges: Sequence[tuple[int, int]]) -> list[IndexRange]:
         """The entries within each of the ranges."""
@@ -196,7 +265,7 @@ class AdapterFile:
         found = [codec.decode_range(stored, own.shape, own.nnz, *one) for one in ranges]
         if all(part is not None for part in found):
             return [part for part in found if part is not None]
-        indices = codec.decode(stored, own.shape, own.nnz)
+        indices = file.own_indices(own)
         check_increasing(indices, numel(own.shape))
         parts = [cut(indices, *one) for one in ranges]
         return [replace(part, decoded=0 if number else part.decoded) for number, part in enumerate(parts)]
@@ -224,26 +293,22 @@ class AdapterFile:
         if name not in self._mask_files:
             path = self._masks / name
             try:
-                found = file_digest(path)
-            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                content = read_file(path)
+            except (OSError, SourceError, ValueError) as error:  # ValueError: a NUL in the name
                 raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
-            if found != self.manifest.raw["mask_files"][name]:
+            if hashlib.sha256(content).hexdigest() != self.manifest.raw["mask_files"][name]:
                 raise FormatError(
                     "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
                 )
-            # Its digest covers every byte.
-            self._mask_files[name] = AdapterFile(path, verify=False)
+            # The digest covers every byte; what it covers is what is used, whatever becomes of the file.
+            self._mask_files[name] = AdapterFile(path, verify=False, content=content, base=self.base)
         return self._mask_files[name]
 
     def _read(self, entry: SparseEntry, role: str) -> Array:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        if self._copy:
-            shape = self.streams[stream].shape
-            array = read_only(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
-        else:
-            array = self.streams.read_separately(stream) if self._separate_maps else self.streams.read(stream)
+        array = self.streams.read(stream)
         if self._verify and array_digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array

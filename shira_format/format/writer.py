@@ -17,11 +17,12 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from shira_format._core.arrays import Array, array_digest, as_bytes, file_digest
+from shira_format._core import fits
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
 from shira_format._core.dtypes import dtype_name
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
-from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, encode_smallest
+from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, Hints, encode_with, seed_of
 from shira_format.format.manifest import (
     DERIVED,
     DIGEST,
@@ -34,6 +35,7 @@ from shira_format.format.manifest import (
 )
 from shira_format.format.reader import AdapterFile
 from shira_format.storage.atomic import atomic_file
+from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import MAX_HEADER, Stream, file_header
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 from shira_format.version import __version__
@@ -50,6 +52,8 @@ def save(
     *,
     masks: str | os.PathLike[str] | None = None,
     block_size: int = BLOCK_SIZE,
+    compact: bool = False,
+    base: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter to ``path``, replacing what is there; one tensor is in memory at a time.
 
@@ -61,13 +65,18 @@ def save(
         masks: a mask file that is, or will be, in the same folder: a tensor whose indices equal those of the mask file's
             tensor of the same name stores none of its own.
         block_size: entries per block of the block directory.
+        compact: see :class:`AdapterWriter`.
+        base: likewise.
 
     Raises:
         FormatError: the adapter breaks a rule of the format.
+        BaseMismatch: ``base`` is not the one that the adapter was made for.
         OSError: it cannot be written; nothing is left behind.
     """
     notes = {item["name"]: item for key in ("tensors", "whole") for item in adapter.manifest.get(key, ())}
-    with AdapterWriter(path, adapter.manifest, masks=masks, block_size=block_size) as writer:
+    with AdapterWriter(
+        path, adapter.manifest, masks=masks, block_size=block_size, compact=compact, base=base
+    ) as writer:
         for name in adapter:
             writer.add(adapter[name], notes.get(name, {}))
         for name in adapter.dense:
@@ -101,11 +110,28 @@ class AdapterWriter:
         *,
         masks: str | os.PathLike[str] | None = None,
         block_size: int = BLOCK_SIZE,
+        compact: bool = False,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
-        """Args: see :func:`save`; ``manifest`` holds provenance; keys may be added until the block ends."""
+        """Open it.
+
+        Args:
+            path: see :func:`save`.
+            manifest: provenance; keys may be added until the block ends.
+            masks: see :func:`save`.
+            block_size: likewise.
+            compact: take as few bytes as possible; with ``base``, of what a reader finds in the base nothing is stored, and the
+                base is needed to read the file.
+            base: with ``compact``: the weights that the adapter was made for, by name: an open checkpoint or a state dict.
+        """
+        self._compact = compact
+        self._base = base if compact else None
         self.path = Path(path)
         self.manifest = dict(manifest or {})
-        self._masks = AdapterFile(masks) if masks is not None else None
+        # Read once: the digest that is written is that of the bytes whose indices are shared.
+        content = None if masks is None else read_file(Path(masks))
+        self._masks = None if masks is None else AdapterFile(masks, content=content, base=base)
+        self._masks_digest = None if content is None else hashlib.sha256(content).hexdigest()
         self._open = ExitStack()
         self._block_size = block_size
         self._spools: dict[int, IO[bytes]] = {}
@@ -133,11 +159,38 @@ class AdapterWriter:
 
     def prepared(self, tensor: SparseTensor) -> Prepared:
         """Encode and hash a tensor's streams; may run on any thread before :meth:`add`."""
-        encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size)
+        encoded = encode_with(tensor.indices, tensor.shape, self._block_size, self._hints(tensor))
         streams = {"indices": encoded.stream, "blocks": encoded.blocks, "rows": tensor.new_rows}
         if tensor.value_kind != "none":
             streams["values"] = tensor.values
-        return Prepared(tensor, encoded, {role: array_digest(s) for role, s in streams.items() if s is not None})
+        digests = {role: array_digest(s) for role, s in streams.items() if s is not None}
+        if CODECS[encoded.params["codec"]].is_implied:
+            digests["entries"] = array_digest(tensor.indices)
+        return Prepared(tensor, encoded, digests)
+
+    def _hints(self, tensor: SparseTensor) -> Hints:
+        mask = self.manifest.get("mask", {})
+        seed = seed_of(mask, tensor.name) if mask.get("rule") == "rand" else None
+        return Hints(seed, mask.get("band", 0), self._flat_base(tensor))
+
+    def _flat_base(self, tensor: SparseTensor) -> Array | None:
+        """The base's tensor, flat; None if a reader is not to need it.
+
+        Raises:
+            BaseMismatch: the base has none, or one of another shape, dtype or with other values at the entries.
+        """
+        if (
+            self._base is None or tensor.base is not None
+        ):  # a file that holds the base's values is to be read without it
+            return None
+        what = f"tensor {tensor.name!r}"
+        if tensor.base_name not in self._base:
+            raise fits.missing(what, tensor.base_name)
+        weight = as_array(self._base[tensor.base_name])
+        if tensor.value_kind != "none":
+            tensor.checked_base(weight)
+        fits.check_shape(what, tensor.shape, weight.shape)
+        return weight.reshape(-1) if weight.dtype == tensor.dtype else None
 
     def add(self, tensor: SparseTensor | Prepared, notes: Mapping[str, Any] | None = None) -> int:
         """Write a sparse tensor; returns the bytes of its streams.
@@ -263,6 +316,8 @@ class AdapterWriter:
             self._spool_digest(tensor, "indices", encoded.stream, prepared, digests)
         if encoded.blocks is not None:
             self._spool_digest(tensor, "blocks", encoded.blocks, prepared, digests)
+        if "entries" in prepared.digests:
+            digests["entries"] = prepared.digests["entries"]
         return encoded.params
 
     def _in_mask_file(self, tensor: SparseTensor) -> bool:
@@ -333,7 +388,7 @@ class AdapterWriter:
         if any("file" in item["indices"] for item in self._tensors):
             assert self._masks is not None
             manifest["features"].append("mask-file")
-            manifest["mask_files"] = {self._masks.path.name: file_digest(self._masks.path)}
+            manifest["mask_files"] = {self._masks.path.name: self._masks_digest}
         if manifest.get("removed") or any("from" in item or "rows" in item for item in self._tensors):
             manifest["features"].append("patch")
         codecs = {item["indices"]["codec"] for item in self._tensors}

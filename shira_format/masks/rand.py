@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, Indices
+from shira_format.format.codecs import seed_of
+from shira_format.format.codecs.seeded import Permutation, drawn
 from shira_format.masks.base import Gradients, ScoredRule
 from shira_format.masks.scores import Scores
 from shira_format.masks.weights import Weight
 
-_WORDS = 4  # that the generator makes at a time
-
 
 @dataclass(frozen=True)
 class Rand(ScoredRule):
-    """Random scores: the entry at position ``i`` has the ``i``-th number of a Philox generator.
+    """The first entries of a random permutation, that of the format's codec ``random`` (spec, section 5.7).
 
-    Its key is the first 16 bytes of the SHA-256 of ``"SEED NAME"``, so that neither the number of threads nor the order of the
-    weights matters, bands are disjoint random masks, and runs are random runs.
+    The text that determines it is ``"SEED NAME"``, so that neither the number of threads nor the order of the weights matters,
+    and bands are disjoint. A file stores the text in place of the entries.
 
     Attributes:
         seed: an integer of at least 0.
@@ -35,15 +34,16 @@ class Rand(ScoredRule):
         """The seed."""
         return {"seed": self.seed}
 
+    def drawn(self, weight: Weight, size: int, count: int, band: int) -> Indices:
+        """``count`` of ``size`` entries (or runs) of a weight: those of the best scores, in time proportional to their number."""
+        return drawn(seed_of(self.notes, weight.name), size, count, band)
+
     def scores(self, weight: Weight, gradients: Gradients | None) -> Scores:
-        """Uniform in [0, 1), float64: 53 random bits."""
-        digest = hashlib.sha256(f"{self.seed} {weight.name}".encode()).digest()
-        key = np.frombuffer(digest[:16], "<u8").astype(np.uint64)
+        """Equally spaced in (0, 1], float64: 1 for the entry that the permutation gives first."""
+        permutation = Permutation(seed_of(self.notes, weight.name), max(1, weight.size))
 
         def fill(start: int, stop: int, out: Array) -> None:
-            generator = np.random.Philox(key=key)
-            generator.advance(start // _WORDS)
-            words = generator.random_raw(stop - start)
-            np.multiply(words >> np.uint64(11), 2.0**-53, out=out)
+            np.subtract(weight.size, permutation.back(np.arange(start, stop, dtype=np.int64)), out=out)
+            out /= weight.size
 
-        return Scores(weight, fill, np.dtype(np.float64), _WORDS)
+        return Scores(weight, fill, np.dtype(np.float64))

@@ -39,7 +39,7 @@ def test_bounds(base: np.ndarray, source: np.ndarray, adapter: np.ndarray) -> No
 def test_a_part_of_the_way(base: np.ndarray, source: np.ndarray, share: float) -> None:
     base, source = base.astype(np.float64), source.astype(np.float64)
     if np.linalg.norm(source - base) > 1:
-        assert pytest.approx(share) == effect(base, source, base + share * (source - base)).kept
+        assert pytest.approx(1 - (1 - share) ** 2) == effect(base, source, base + share * (source - base)).kept
 
 
 def test_accuracy() -> None:

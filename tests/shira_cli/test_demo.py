@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 import shira_format
+from shira_analysis.measures import ways
 from shira_cli import demo
 from tests import models
 
 
 def test_the_demo_tells_what_survives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0 == demo.main(["--task", "spam", "--density", "0.02", "--json", "--quiet", "--keep", str(tmp_path)])
+    options = ["--task", "spam", "--density", "0.02", "--cut-only", "--json", "--quiet"]
+    assert 0 == demo.main([*options, "--keep", str(tmp_path)])
     (result,) = json.loads(capsys.readouterr().out)
     recorded = json.loads((models.LORAS / "spam" / "metrics.json").read_text())
     # The figures that were recorded when the LoRA was trained; another machine may round one text differently.
@@ -22,7 +24,24 @@ def test_the_demo_tells_what_survives(tmp_path: Path, capsys: pytest.CaptureFixt
     (row,) = result["adapters"]
     assert result["accuracy_base"] < row["accuracy"] < result["accuracy_lora"]
     assert 0 < row["effect_kept"] < 0.5 < row["effect_cosine"]
-    assert 36 == len(shira_format.load(tmp_path / "spam-0.02.st"))
+    assert 36 == len(shira_format.load(tmp_path / "spam-cut-0.02.st"))
+
+
+def test_adapters_are_fitted_and_trained_beside_the_cut_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models.few_held_out_texts(monkeypatch)
+    monkeypatch.setattr(ways, "EPOCHS", 0.1)
+    monkeypatch.setattr(ways, "STEPS", 4)
+    monkeypatch.setattr(ways, "TOKENS", 16)
+    assert 0 == demo.main(["--task", "genre", "--density", "0.01", "--quiet", "--keep", str(tmp_path)])
+    out = capsys.readouterr().out
+    for row in ("LoRA cut to 1 %", "LoRA fitted at 1 %", "trained sparse at 0.867 %"):
+        assert row in out
+    assert "classifier.weight" in shira_format.load(tmp_path / "genre-trained-0.01.st").dense
+    cut, fitted = (shira_format.load(tmp_path / f"genre-{way}-0.01.st") for way in ("cut", "fitted"))
+    assert sum(one.nnz for one in cut.values()) == sum(one.nnz for one in fitted.values())
+    assert cut != fitted
 
 
 def test_a_density_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:

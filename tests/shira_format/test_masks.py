@@ -38,6 +38,7 @@ from shira_format.masks import (
 from shira_format.masks.lift import low_rank
 from shira_format.masks.plan import MaskPlan
 from shira_format.tensors import SparseTensor, matrix_shape
+from spec import reader
 from tests import models
 
 
@@ -182,18 +183,23 @@ def test_rand_differs_by_name_and_seed_and_is_stable(tmp_path: Path) -> None:
             assert len(supports[i] & supports[j]) < 40  # 9 are expected
     rows = np.bincount(mask["a.weight"].indices // 300, minlength=300)
     assert rows.max() < 15
-    assert [56, 312, 370, 438] == mask["a.weight"].indices[:4].tolist()  # the very entries: others rest on them
+    assert [302, 507, 548, 573] == mask["a.weight"].indices[:4].tolist()  # the very entries: others rest on them
     only = make_mask(path, "rand", top_k=900, include=["^a"])
     assert only["a.weight"] == mask["a.weight"]
 
 
 def test_rand_is_what_it_says(tmp_path: Path) -> None:
-    import hashlib
-
-    mask = make_mask(checkpoint(tmp_path, a=np.zeros((40, 50), np.float32)), "rand", top_k=30, seed=5)
-    key = np.frombuffer(hashlib.sha256(b"5 a.weight").digest()[:16], "<u8")
-    scores = (np.random.Philox(key=key).random_raw(2000) >> np.uint64(11)) * 2.0**-53
-    assert sorted(ranked(scores)[:30].tolist()) == one(mask)
+    path = checkpoint(tmp_path, a=np.zeros((40, 50), np.float32))
+    order = [reader.permuted("5 a.weight", 2000, number) for number in range(2000)]
+    assert sorted(order) == list(range(2000))
+    for band in (0, 1, 3):
+        mask = make_mask(path, "rand", top_k=30, seed=5, band=band)
+        assert sorted(order[30 * band : 30 * band + 30]) == one(mask)
+        for scope in ("tensor", "global"):  # drawn at once, and ranked by scores
+            assert one(make_mask(path, "rand", top_k=30, seed=5, band=band, scope=scope)) == one(mask)
+    runs = [reader.permuted("5 a.weight", 250, number) for number in range(3)]
+    expected = sorted(8 * run + place for run in runs for place in range(8))
+    assert expected == one(make_mask(path, "rand", top_k=24, seed=5, runs=8))
 
 
 def test_rand_reads_far_tiles_alike() -> None:

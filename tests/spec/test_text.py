@@ -16,6 +16,8 @@ import shira_format
 from shira_format._core.dtypes import DTYPES, FLOATS
 from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded
 from shira_format.format.codecs.gaps import gaps_of
+from shira_format.format.codecs.magnitude import largest
+from shira_format.format.codecs.seeded import Permutation
 from shira_format.format.codecs.structured import list_pattern
 from shira_format.format.manifest import FEATURES
 from spec import reader, run_vectors
@@ -119,6 +121,31 @@ def test_examples_of_runs(row: list[str]) -> None:
 
 def test_the_examples_of_runs_are_found() -> None:
     assert 3 == len(RUN_EXAMPLES)
+
+
+DRAWN = rows(section("5.7"))
+
+
+@pytest.mark.parametrize("row", DRAWN)
+def test_examples_of_permutations(row: list[str]) -> None:
+    seed, size, expected = row[0].strip("`"), int(row[1]), numbers(row[2])
+    assert expected == [reader.permuted(seed, size, number) for number in range(len(expected))]
+    assert expected == Permutation(seed, size).of(np.arange(len(expected))).tolist()
+
+
+RANKED = rows(section("5.8"))
+
+
+@pytest.mark.parametrize("row", RANKED)
+def test_examples_of_magnitudes(row: list[str]) -> None:
+    base = np.frombuffer(bytes.fromhex(row[1].strip("`")), FLOATS["BF16"])
+    assert ["1", "-3", "0", "3", "nan", "-0"] == [f"{value:g}" for value in base.astype(float)]
+    nnz, band = numbers(row[2])
+    assert numbers(row[3]) == largest(base, nnz, band).tolist()
+
+
+def test_the_examples_of_implied_indices_are_found() -> None:
+    assert (3, 2) == (len(DRAWN), len(RANKED))
 
 
 def test_the_example_of_a_flat_index() -> None:
@@ -263,7 +290,7 @@ def test_the_schema_refuses_most_vectors_that_are_bad_by_it() -> None:
     files = run_vectors.vectors(only="^bad/manifest-schema--")
     left = [file.stem.split("--")[1] for file in files if validator.is_valid(manifest_of(file))]
     assert len(files) - len(left) > 100, left
-    known = r"-float|-line-feed|version-1\.0n|no-digest-(blocks|rows)|mask-files-of-another-name"
+    known = r"-float|-line-feed|version-1\.0n|no-digest-(blocks|rows)|mask-files-of-another-name|seed-long-utf-8"
     assert [] == [name for name in left if not re.search(known, name)]
     for file in run_vectors.vectors(only="^bad/(digest-mismatch|unsorted|varint|out-of-range)--"):
         validator.validate(manifest_of(file))

@@ -16,7 +16,7 @@ class Effect:
     """An adapter's outputs compared with those of the base and of the source it was made from.
 
     Attributes:
-        kept: ``1 - ||adapter - source|| / ||base - source||`` over all outputs: 1 if the outputs equal the source's,
+        kept: R², ``1 - ||adapter - source||² / ||base - source||²`` over all outputs: 1 if the outputs equal the source's,
             0 if they are no closer than the base's, negative if they are farther. For a source without effect, 1 if the
             outputs are equal, else 0.
         cosine: the cosine between ``adapter - base`` and ``source - base``: whether the outputs move in the same direction,
@@ -34,7 +34,7 @@ def effect(base: Floats, source: Floats, adapter: Floats) -> Effect:
     wanted, moved = source - base, adapter - base
     norm, missed = float(np.linalg.norm(wanted)), float(np.linalg.norm(adapter - source))
     both = norm * float(np.linalg.norm(moved))
-    kept = 1.0 - missed / norm if norm else float(missed == 0)
+    kept = 1.0 - (missed / norm) ** 2 if norm else float(missed == 0)
     return Effect(kept=kept, cosine=float(wanted @ moved) / both if both else 0.0)
 
 

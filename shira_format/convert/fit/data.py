@@ -55,7 +55,7 @@ class Split:
 
     held: float = 0.2
     seed: int = 0
-    batch: int = 16
+    batch: int = 8
     length: int = 64
     limit: int | None = None
 

@@ -7,23 +7,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
-from shira_format._core.arrays import as_array
-from shira_format.adapter import Adapter
 from shira_format.checkpoints import Checkpoint
+from shira_format.convert.fit.attempts import Amount, Attempts, Made
 from shira_format.convert.fit.data import Data, Inputs, Split, read_inputs, sampled
 from shira_format.convert.fit.distill import Distillation, distill
 from shira_format.convert.fit.live import Kind, LiveModel, load_base
 from shira_format.convert.fit.quality import effect
 from shira_format.convert.fit.report import FitReport
-from shira_format.convert.fit.sources import SourceWeights, source_weights, tensor_of
+from shira_format.convert.fit.search import Trial, halved, input_count
+from shira_format.convert.fit.sources import SourceWeights, source_weights
 from shira_format.convert.fit.task import Entries, OnStep, Task, blocks_of, showing_source
 from shira_format.convert.full import FullConversion
 from shira_format.convert.given import Given
@@ -33,8 +32,6 @@ from shira_format.convert.pipeline import convert, location
 from shira_format.convert.refit import AdapterConversion
 from shira_format.convert.report import ConversionReport
 from shira_format.errors import SourceError
-from shira_format.format import load
-from shira_format.selection import TopK
 
 SAMPLED = 160  # texts that a causal language model writes, where none are given
 
@@ -67,7 +64,7 @@ class FitOptions:
     method: str | Method = "distill"
     distillation: Distillation = field(default_factory=Distillation)
     held: float = 0.2
-    batch: int = 16
+    batch: int = 8
     length: int = 64
     limit: int | None = None
     seed: int = 0
@@ -108,6 +105,8 @@ def fit_lora(
     *,
     density: float | None = None,
     top_k: int | None = None,
+    keep: float | None = None,
+    max_bytes: int | None = None,
     held: Data | None = None,
     model: LiveModel | None = None,
     options: FitOptions = FitOptions(),
@@ -135,8 +134,12 @@ def fit_lora(
         out: the adapter file to write; None: only the report.
         data: inputs to fit on, without labels: a file of texts (a text a line, or ``.jsonl`` with ``text``) or of arrays (``.npy``,
             ``.npz``), texts, arrays, or batches as the model takes them. None: a causal language model writes its own.
-        density: share of the entries to keep, of all tensors together; 0.01 by default. Give at most one of ``density`` and ``top_k``.
+        density: share of the entries to keep, of all tensors together; 0.01 by default. Give at most one of these four.
         top_k: number of entries to keep, likewise.
+        keep: the fewest entries that keep this share of the effect (R^2), in (0, 1), found by several fits: see
+            :func:`shira_format.convert.fit.search.fewest_entries`.
+        max_bytes: as many entries as a file of so many bytes has room for, found likewise: see
+            :func:`shira_format.convert.fit.search.fullest_file`.
         held: inputs to measure on; by default a share of ``data``.
         model: the live base; loaded from ``base`` by default, in float32. It is as before when this returns.
         options: of the fit.
@@ -162,7 +165,8 @@ def fit_lora(
     conversion = LoraConversion(
         os.fspath(lora), location(base, None), dialect, tuple(include), tuple(exclude), prefix, allow_unused, rank, alpha
     )  # fmt: skip
-    fit = _Fit(data, held, model, options, density, top_k, self_contained, threads, force, on_step, on_stage)
+    amount = Amount(density, top_k, keep, max_bytes)
+    fit = _Fit(data, held, model, options, amount, self_contained, threads, force, on_step, on_stage)
     return fit.run(conversion, conversion.open(base if isinstance(base, Checkpoint) else None), out)
 
 
@@ -174,6 +178,8 @@ def fit_full(
     *,
     density: float | None = None,
     top_k: int | None = None,
+    keep: float | None = None,
+    max_bytes: int | None = None,
     held: Data | None = None,
     model: LiveModel | None = None,
     options: FitOptions = FitOptions(),
@@ -197,6 +203,8 @@ def fit_full(
         data: see there.
         density: see there.
         top_k: see there.
+        keep: see there.
+        max_bytes: see there.
         held: see there.
         model: see there.
         options: see there.
@@ -215,7 +223,8 @@ def fit_full(
     conversion = FullConversion(
         os.fspath(tuned), location(base, None), include=tuple(include), exclude=tuple(exclude), allow_unused=allow_unused
     )  # fmt: skip
-    fit = _Fit(data, held, model, options, density, top_k, self_contained, threads, force, on_step, on_stage)
+    amount = Amount(density, top_k, keep, max_bytes)
+    fit = _Fit(data, held, model, options, amount, self_contained, threads, force, on_step, on_stage)
     return fit.run(conversion, conversion.open(base if isinstance(base, Checkpoint) else None), out)
 
 
@@ -228,6 +237,8 @@ def fit_adapter(
     strengths: Sequence[float] = (),
     density: float | None = None,
     top_k: int | None = None,
+    keep: float | None = None,
+    max_bytes: int | None = None,
     held: Data | None = None,
     model: LiveModel | None = None,
     options: FitOptions = FitOptions(),
@@ -252,6 +263,8 @@ def fit_adapter(
         strengths: of each adapter, beside its own alpha; 1 by default.
         density: see there.
         top_k: see there.
+        keep: see there.
+        max_bytes: see there.
         held: see there.
         model: see there.
         options: see there.
@@ -270,7 +283,8 @@ def fit_adapter(
     conversion = AdapterConversion(
         tuple(os.fspath(path) for path in paths), location(base, None), tuple(map(float, strengths)), tuple(include), tuple(exclude)
     )  # fmt: skip
-    fit = _Fit(data, held, model, options, density, top_k, self_contained, threads, force, on_step, on_stage)
+    amount = Amount(density, top_k, keep, max_bytes)
+    fit = _Fit(data, held, model, options, amount, self_contained, threads, force, on_step, on_stage)
     return fit.run(conversion, conversion.open(base if isinstance(base, Checkpoint) else None), out)
 
 
@@ -282,8 +296,7 @@ class _Fit:
     held: Data | None
     live: LiveModel | None
     options: FitOptions
-    density: float | None
-    top_k: int | None
+    amount: Amount
     self_contained: bool
     threads: int | None
     force: bool
@@ -294,8 +307,7 @@ class _Fit:
     def run(
         self, conversion: Conversion, inputs: ConversionInputs, out: str | os.PathLike[str] | None
     ) -> FitReport:
-        name, method, notes = self.options.resolved()
-        rule = self._rule()
+        name, _, notes = self.options.resolved()
         with self._timed("load"):
             live = self.live or load_base(inputs, self.options.kind)
             source = source_weights(
@@ -307,54 +319,55 @@ class _Fit:
             )
         with self._timed("inputs"):
             task, given = self._task(live, source)
-        budget = _budget(rule, task)
-        self.on_stage(f"fitting {budget} of {task.numel} entries")
-        with self._timed("fit"):
-            found = method(task, budget, seed=self.options.seed, on_step=self.on_step)
-        entries = _by_adapter_name(found, source)
+        task, measured, counts = self._divided(task, given)
+        options = notes | asdict(self.options.split())
+        where = given.source | counts
         write = partial(
-            convert,
-            conversion,
-            inputs=source.inputs,
-            self_contained=self.self_contained,
-            threads=self.threads,
-            force=self.force,
-        )
-        self.on_stage("measuring on the inputs that were held out")
-        with self._timed("measure"), tempfile.TemporaryDirectory(prefix="shira-fit-") as folder:
-            base = effect(task, {})
-            cut = Path(folder) / "plain.st"
-            write(cut, rule=rule)
-            plain = effect(task, _entries(load(cut), source))
-            fitted = Path(folder) / "fit.st"
-            write(fitted, rule=Given(entries))
-            fit = effect(task, _entries(load(fitted), source))
-            kept = "fit" if fit.r2 >= plain.r2 else "plain"
-            if kept == "plain":
-                entries = {key: (one.indices, one.values) for key, one in load(cut).items()}
-        report = FitReport(
-            name, ConversionReport(), fit, plain, base, kept, budget,
-            options=notes | asdict(self.options.split()),
-            inputs=given.source | {"fitted": given.counts[0], "held": given.counts[1]},
-            seconds=self.seconds, notices=list(given.notices),
+            convert, conversion, inputs=source.inputs, self_contained=self.self_contained, threads=self.threads, force=self.force
         )  # fmt: skip
-        if kept == "plain":
-            report.notices.append(
-                f"the plain cut is nearer to the source on held-out inputs (R^2 {plain.r2:.3f}, fitted {fit.r2:.3f}), and is what was written"
-            )
-        selection: dict[str, Any] = {
-            "rule": "fit" if kept == "fit" else "top-k",
-            "scope": "global" if kept == "fit" else rule.scope,
-        }
-        selection |= {"density": rule.density} if rule.top_k is None else {"top_k": rule.top_k}
-        report.conversion = write(out, rule=Given(entries, selection, {"fit": report.provenance()}))
-        return report
 
-    def _rule(self) -> TopK:
-        """The plain cut that a fit is compared with."""
-        if self.top_k is not None:
-            return TopK(self.density, self.top_k, "global")
-        return TopK(0.01 if self.density is None else self.density)
+        def report(made: Made, trials: Sequence[Trial] = ()) -> FitReport:
+            return FitReport(
+                name, ConversionReport(), made.fit, made.plain, base, made.trial.kept, made.trial.budget, options, where, self.amount.goal,
+                list(trials), self.seconds, list(given.notices),
+            )  # fmt: skip
+
+        def rule(made: Made) -> Given:
+            return Given(made.entries, made.selection, {"fit": report(made).provenance()})
+
+        with self._timed("measure"), tempfile.TemporaryDirectory(prefix="shira-fit-") as folder:
+            base = effect(measured, {})
+            attempts = Attempts(task, measured, source, self._method, write, rule, Path(folder), self.on_stage)
+            made, trials = attempts.run(self.amount)
+        self.seconds["measure"] -= self.seconds["fit"]
+        found = report(made, trials)
+        if found.kept == "plain":
+            found.notices.append(
+                f"the plain cut is nearer to the source on held-out inputs (R^2 {made.trial.plain.r2:.3f}, fitted {made.trial.fit.r2:.3f}), and is "
+                "what was written"
+            )
+        found.conversion = write(out, rule=rule(made))
+        if not self.amount.goal and found.conversion.file_bytes is not None:
+            found.trials = [replace(made.trial, file_bytes=found.conversion.file_bytes)]
+        return found
+
+    def _method(self, task: Task, budget: int, start: Entries | None) -> Entries:
+        options = replace(
+            self.options,
+            distillation=replace(self.options.distillation, start=start or self.options.distillation.start),
+        )
+        _, method, _ = options.resolved()
+        with self._timed("fit"):
+            return method(task, budget, seed=self.options.seed, on_step=self.on_step)
+
+    def _divided(self, task: Task, given: Inputs) -> tuple[Task, Task, dict[str, int]]:
+        """The task, that with the inputs to measure on, and how many inputs are for what: a search chooses by some that nothing is measured on."""
+        counts = {"fitted": given.counts[0], "held": given.counts[1]}
+        if not self.amount.goal:
+            return task, task, counts
+        choosing, held = halved(task.held)
+        counts |= {"choosing": input_count(choosing), "held": input_count(held)}
+        return replace(task, held=choosing), replace(task, held=held), counts
 
     def _task(self, live: LiveModel, source: SourceWeights) -> tuple[Task, Inputs]:
         split = self.options.split(live.longest)
@@ -400,27 +413,4 @@ class _Fit:
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - start
-
-
-def _budget(rule: TopK, task: Task) -> int:
-    """As many entries as the plain cut has."""
-    if rule.scope == "global":
-        return rule.count(task.numel)
-    return sum(rule.count(weight.numel()) for weight in task.source.values())
-
-
-def _by_adapter_name(found: Mapping[str, tuple[Tensor, Tensor]], source: SourceWeights) -> dict[str, Any]:
-    return {
-        source.names[name]: (as_array(at).astype(np.int64, copy=False), as_array(values.detach()))
-        for name, (at, values) in found.items()
-    }
-
-
-def _entries(adapter: Adapter, source: SourceWeights) -> Entries:
-    """The entries of an adapter that was read back, by the model's names."""
-    return {
-        name: (tensor_of(adapter[key].indices), tensor_of(adapter[key].values))
-        for name, key in source.names.items()
-        if key in adapter
-    }
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -160,6 +160,27 @@ def see(task: Task, batch: Any, *, hidden: bool = True) -> Seen:
     return Seen(task.outputs(output, batch), [found[name] for name in task.layers if name in found])
 
 
+class SourceOutputs:
+    """What the source does on some batches: computed when it is first asked for, and kept as far as memory allows."""
+
+    def __init__(self, task: Task, batches: Sequence[Any], limit: int) -> None:
+        """Args: ``limit``: bytes that are kept; what does not fit is computed again each time."""
+        self._task, self._batches, self._left = task, batches, limit
+        self._kept: dict[int, Seen] = {}
+
+    def __getitem__(self, number: int) -> Seen:
+        """For one batch."""
+        if number in self._kept:
+            return self._kept[number]
+        with torch.no_grad(), showing_source(self._task):
+            found = see(self._task, self._batches[number])
+        size = sum(one.nbytes for one in (found.outputs, *found.hidden))
+        if size <= self._left:
+            self._left -= size
+            self._kept[number] = found
+        return found
+
+
 def _positions(output: Any, mask: Tensor | None) -> Tensor:
     """A layer's output as ``[positions, width]``, without padded positions."""
     while not isinstance(output, Tensor):

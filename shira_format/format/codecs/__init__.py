@@ -8,12 +8,17 @@ resolves it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from shira_format._core.arrays import Indices
+from shira_format._core.arrays import Array, Indices
 from shira_format.format.codecs.base import Encoded, IndexCodec, IndexRange, cut
 from shira_format.format.codecs.flat import Flat
 from shira_format.format.codecs.gaps import Gap8, Varint
+from shira_format.format.codecs.magnitude import Magnitude, encode_largest
 from shira_format.format.codecs.runs import Runs
+from shira_format.format.codecs.seeded import Seeded, encode_drawn
 from shira_format.format.codecs.structured import Structured
 
 BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 bits an entry
@@ -22,9 +27,42 @@ BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 
 _WRITTEN: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured())
 # One that readers of version 1.0 lack is written only where it takes half of the bytes, and this many fewer.
 _RUNS, _WORTH_A_FEATURE = Runs(), 256
-CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat(), _RUNS)}
+CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat(), _RUNS, Seeded(), Magnitude())}
 
-__all__ = ["BLOCK_SIZE", "CODECS", "Encoded", "IndexCodec", "IndexRange", "cut", "encode_smallest", "stored_bytes"]
+__all__ = [
+    "BLOCK_SIZE", "CODECS", "Encoded", "Hints", "IndexCodec", "IndexRange", "cut", "encode_smallest", "encode_with",
+    "stored_bytes",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a writer knows of a tensor's entries beyond their indices.
+
+    Attributes:
+        seed: the text that may have drawn them; None: they were not drawn.
+        band: the band of the permutation.
+        base: the base's tensor, flat, if a reader may be asked for it.
+    """
+
+    seed: str | None = None
+    band: int = 0
+    base: Array | None = None
+
+
+def seed_of(mask: Mapping[str, Any], name: str) -> str:
+    """The seed by which the mask rule ``rand`` draws the entries of a tensor, from its provenance."""
+    return f"{mask.get('seed', 0)} {name}"
+
+
+def encode_with(indices: Indices, shape: tuple[int, ...], block_size: int, hints: Hints) -> Encoded:
+    """As :func:`encode_smallest`; or, if the hints tell the entries, without any bits for them."""
+    found = None
+    if hints.seed is not None:
+        found = encode_drawn(indices, shape, hints.seed, hints.band)
+    if found is None and hints.base is not None:
+        found = encode_largest(indices, hints.base)
+    return encode_smallest(indices, shape, block_size) if found is None else found
 
 
 def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> Encoded:

@@ -61,10 +61,12 @@ class IndexCodec(ABC):
     Attributes:
         name: as in the manifest.
         feature: that a file with this codec must list; None: every reader knows the codec.
+        is_implied: whether something else than the file says what the indices are: the digest ``entries`` guards them.
     """
 
     name: ClassVar[str]
     feature: ClassVar[str | None] = None
+    is_implied: ClassVar[bool] = False
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none
         """Check the manifest's ``indices`` object of the tensor named ``tensor``, as far as no stream is needed.
@@ -72,6 +74,10 @@ class IndexCodec(ABC):
         Raises:
             FormatError: a parameter is missing or has another type or range.
         """
+
+    def needs_base(self, params: Mapping[str, Any]) -> bool:
+        """Whether the base's tensor is needed to decode."""
+        return False
 
     def streams(self, params: Mapping[str, Any], nnz: int) -> Streams:
         """Which of the streams ``indices`` and ``blocks`` there are, with what dtypes and shapes."""
@@ -86,10 +92,16 @@ class IndexCodec(ABC):
         """Encode strictly increasing int64 indices."""
 
     @abstractmethod
-    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int, base: Array | None = None) -> Indices:
         """The ``nnz`` indices, int64; the caller checks their order and range.
 
         Memory stays in proportion to ``nnz``, which the caller has compared with bytes that are in the file.
+
+        Args:
+            stored: parameters and streams.
+            shape: of the tensor.
+            nnz: how many indices.
+            base: the base's tensor, flat, if :meth:`needs_base`.
 
         Raises:
             FormatError: the stream breaks a rule.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Indices
+from shira_format._core.arrays import Array, Indices
 from shira_format.format.codecs.base import Encoded, IndexCodec, Streams
 
 
@@ -25,6 +25,6 @@ class Flat(IndexCodec):
     def encode(self, indices: Indices, shape: tuple[int, ...], block_size: int) -> Encoded:
         return Encoded({"codec": self.name}, indices)
 
-    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int, base: Array | None = None) -> Indices:
         assert stored.stream is not None
         return stored.stream.astype(np.int64, copy=False)

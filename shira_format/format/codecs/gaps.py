@@ -98,7 +98,7 @@ class GapCodec(IndexCodec):
         blocks = make_blocks(indices, starts, block_size)
         return Encoded({"codec": self.name, "block_size": block_size}, stream, blocks)
 
-    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int, base: Array | None = None) -> Indices:
         stream, blocks, block_size = stored.stream, stored.blocks, stored.params.get("block_size", 0)
         assert stream is not None
         if (kernels := loaded()) is not None and nnz <= stream.size:

@@ -54,7 +54,7 @@ class Runs(IndexCodec):
         stream = [np.packbits(bits, bitorder="little") for bits in (planes.reshape(-1), unary)]
         return Encoded({"codec": self.name, "length": length, "low": low}, np.concatenate(stream))
 
-    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int) -> Indices:
+    def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int, base: Array | None = None) -> Indices:
         stream, length, low = stored.stream, stored.params["length"], stored.params["low"]
         assert stream is not None
         if nnz > MAX_LISTED:

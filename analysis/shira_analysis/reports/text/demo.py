@@ -1,4 +1,4 @@
-"""Report of what adapters of several densities keep of a LoRA."""
+"""Report of what sparse adapters keep of a LoRA, and of one that was trained in its place."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from shira_format._core.text import count, file_size, table
 from shira_format.entries.inspection import describe
 from shira_format.format import AdapterFile
 
+_WAYS = {"cut": "LoRA cut to", "fitted": "LoRA fitted at", "trained": "trained sparse at"}
+
 
 def as_text(result: dict[str, Any], example: Path) -> str:
     """One task's result; ``example``: the file of one of the adapters, which is described first."""
     summary = inspect.as_text(describe(AdapterFile(example)) | {"tensors": [], "whole": []})
-    ends = [
-        ("base, LoRA's head", "", "", "", f"{result['accuracy_base']:.3f}", "0.00", ""),
-        ("LoRA (PEFT)", "", file_size(result["lora_bytes"]), "100.0%", f"{result['accuracy_lora']:.3f}", "1.00", "1.00"),
-    ]  # fmt: skip
     rows = [
-        (f"SHiRA {100 * row['density']:g} %", count(row["nnz"]), file_size(row["file_bytes"]),
-         f"{row['energy_kept']:.1%}", f"{row['accuracy']:.3f}", f"{row['effect_kept']:.2f}", f"{row['effect_cosine']:.2f}")
-        for row in result["adapters"]
+        ("base, LoRA's head", "", "", "", f"{result['accuracy_base']:.3f}", "0.000"),
+        ("base, new head", "", "", "", f"{result['accuracy_head_only']:.3f}", ""),
+        *map(_row, result["adapters"]),
+        ("LoRA (PEFT)", "", file_size(result["lora_bytes"]), "", f"{result['accuracy_lora']:.3f}", "1.000"),
     ]  # fmt: skip
-    head = ("", "entries", "file", "energy kept", "accuracy", "effect kept", "cosine")
-    lines = [
-        f"\n=== {result['task']} ===",
-        f"{summary}\n",
-        table(head, [ends[0], *rows, ends[1]]),
-        f"Without any adapter, a new head on the base alone reaches {result['accuracy_head_only']:.3f}.",
-    ]
-    gain = result["accuracy_lora"] - result["accuracy_base"]
-    for row in result["adapters"]:
-        share = (row["accuracy"] - result["accuracy_base"]) / gain if gain else float("nan")
-        lines.append(
-            f"{100 * row['density']:g} % keeps {share:.0%} of the accuracy that the LoRA gained on {result['texts']} texts."
-        )
-    return "\n".join(lines)
+    legend = (
+        f"Accuracy: on {result['texts']} held-out texts. R²: of the logits there, 1 where they are the LoRA's and 0 where they are no\n"
+        "closer than the base's; none for an adapter with a head of its own."
+    )
+    head = ("", "entries", "file", "made in", "accuracy", "R²")
+    return "\n".join((f"\n=== {result['task']} ===", f"{summary}\n", table(head, rows), legend))
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+    kept = row["effect_kept"]
+    return (
+        f"{_WAYS[row['way']]} {100 * row['density']:.3g} %", count(row["nnz"]), file_size(row["file_bytes"]),
+        f"{row['seconds']:.1f} s", f"{row['accuracy']:.3f}", "" if kept is None else f"{kept:.3f}",
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shira_analysis.reports.text import fit
 from shira_analysis.reports.text.parts import shape
 from shira_format._core.text import count, counted, file_size, percent, printable, table
 
@@ -18,16 +19,20 @@ def as_text(info: dict[str, Any]) -> str:
         *((f"  {name}", _model(part.get("base_model"))) for name, part in (info["components"] or {}).items()),
         ("made from", _made_from(info["source"])),
         ("selection", _selection(info["selection"])),
+        *fit.facts(info["fit"]),
         *(("mask", line) for line in _mask(info["mask"])),
         ("strength", f"{info['alpha']:g}"),
         *_needs(info),
         ("entries", _entries(totals)),
         ("bits an entry", _bits(totals)),
+        *([("to read it", _untold(info["needs_base"]))] if info["needs_base"] else []),
         *(("patch", line) for line in _patch(info)),
         *((key, str(info[key])) for key in ("license", "description") if info[key]),
     ]  # fmt: skip
     if info.get("verified"):
         facts.append(("verified", "all digests and rules"))
+    elif info.get("unverified"):
+        facts.append(("verified", f"all digests of the file; {_untold(len(info['unverified']))}: give --base"))
     if "base" in info:
         reasons = info["base"]["reasons"]
         verdict = (
@@ -86,6 +91,10 @@ def _patch(info: dict[str, Any]) -> list[str]:
     return found + ([f"{vouched} tensors with the digest of the whole result"] if vouched else [])
 
 
+def _untold(tensors: int) -> str:
+    return f"the entries of {counted(tensors, 'tensor')} follow from the base's values"
+
+
 def _shape(sizes: list[int]) -> str:
     return shape(sizes) or "scalar"
 
@@ -109,6 +118,7 @@ def _selection(selection: dict[str, Any] | None) -> str:
         return "not said"
     if selection.get("rule") == "exact":
         return "every entry whose bits differ"
+    fitted = selection.get("rule") == "fit"
     if "energy" in selection:
         amount = f"{selection['energy']:.1%} of the energy"
     elif "density" in selection:
@@ -122,9 +132,9 @@ def _selection(selection: dict[str, Any] | None) -> str:
     line = f"{selection.get('rule', '?')}, {amount}, per {selection.get('scope', '?')}".replace(
         "per global", "over all tensors"
     )
-    if "energy_kept" in selection:
+    if "energy_kept" in selection and not fitted:
         line += f"; keeps {selection['energy_kept']:.1%} of the update's energy"
-    if "relative_error" in selection:
+    if "relative_error" in selection and not fitted:
         line += f", relative error {selection['relative_error']:.3f}"
     return line
 
