@@ -120,7 +120,13 @@ _README = (
     ("base", 0.0), ("cut", 0.01), ("cut", 0.05), ("distill", 0.0005), ("distill", 0.002), ("distill", 0.01), ("low-rank", 0.002),
     ("source", 1.0),
 )  # fmt: skip
-_NAMES = {"base": "base, LoRA's head", "cut": "cut to the largest", "distill": "fitted,", "low-rank": "lower rank, distilled", "source": "LoRA"}
+_NAMES = {
+    "base": "base, LoRA's head",
+    "cut": "cut to the largest",
+    "distill": "fitted,",
+    "low-rank": "lower rank, distilled",
+    "source": "LoRA",
+}
 
 
 def short(found: Sequence[Row]) -> str:
