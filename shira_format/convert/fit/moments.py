@@ -69,7 +69,7 @@ def moments(
     task: Task,
     budget: int,
     *,
-    seed: int = 0,
+    seed: int = 0,  # noqa: ARG001 - all methods take one
     on_step: OnStep = lambda *_: None,
     options: Reconstruction = Reconstruction(),
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -213,7 +213,9 @@ class _Run:
         if problem is None:
             self.cut(layer.name)
             return math.nan
-        update = sums.narrow(layer.matrix(self.task.source[layer.name].float() - self.task.parameter(layer.name).detach().float()))
+        update = sums.narrow(
+            layer.matrix(self.task.source[layer.name].float() - self.task.parameter(layer.name).detach().float())
+        )
         cut = torch.zeros(update.numel(), dtype=torch.bool)
         cut[largest({"": update.abs().reshape(-1)}, count)[""]] = True
         found = max(
@@ -243,9 +245,7 @@ class _Sums:
         kept = self.width if columns is None else len(columns)
         self.squares = torch.zeros(groups, kept, device=self.device)
         self.gram: Tensor | None = None
-        self.cross = {
-            layer.name: torch.zeros(*layer.shape[:2], kept, device=self.device) for layer in layers
-        }
+        self.cross = {layer.name: torch.zeros(*layer.shape[:2], kept, device=self.device) for layer in layers}
         self.asked = dict.fromkeys(self.cross, 0.0)
 
     def square(self) -> Tensor:

@@ -26,7 +26,7 @@ from shira_format.calibration.layers import (
     output_rows,
     run_model,
 )
-from shira_format.convert.fit.task import Task, replaced, showing_base, showing_source
+from shira_format.convert.fit.task import Task, showing_base, showing_source
 
 Call = Callable[[int], Any]
 
@@ -121,7 +121,7 @@ class Block:
         return self.module(states, *args, **kwargs)
 
 
-class _Stop(Exception):  # noqa: N818 - it is no error
+class _Stop(Exception):
     """What is wanted of a run has been seen."""
 
 
@@ -141,7 +141,9 @@ def states_of(output: Any) -> Any:
 
 
 @contextmanager
-def watching(layers: Sequence[Layer], see: Callable[[Layer, Tensor, Tensor], object], *, stop: bool) -> Iterator[None]:
+def watching(
+    layers: Sequence[Layer], see: Callable[[Layer, Tensor, Tensor], object], *, stop: bool
+) -> Iterator[None]:
     """Call ``see`` with input and output of each call of the layers; with ``stop``, the last layer's first call ends the run."""
 
     def hook(layer: Layer) -> Callable[..., None]:

@@ -44,7 +44,12 @@ def test_values_are_numpys_least_squares(groups: int, rows: int, width: int, see
 
 
 @given(
-    st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.integers(0, 100)
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.integers(0, 100),
 )
 @settings(deadline=None, max_examples=60)
 def test_as_many_entries_as_asked_for(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from torch import nn
 
 from shira_format.convert.fit import moments as fit
-from shira_format.convert.fit.moments import Reconstruction, moments
+from shira_format.convert.fit.moments import moments
 from shira_format.convert.fit.quality import effect
 from shira_format.convert.fit.support import largest, update_of
-from shira_format.convert.fit.task import Task, showing, showing_base
-from shira_format.errors import SourceError
+from shira_format.convert.fit.task import Task
 from tests import fits
 
 
@@ -38,5 +34,7 @@ def test_it_is_nearer_than_the_largest_changes(kind: str) -> None:
         assert at.dtype == torch.int64 and (at.diff() > 0).all() and len(at) == len(values)
         assert at[-1] < task.source[name].numel()
     assert effect(task, found).r2 > effect(task, plain(task, budget)).r2 + 0.1
-    assert [step for _, step, _ in steps] == list(range(1, len(steps) + 1)) and {one for one, _, _ in steps} == {len(steps)}
+    assert [step for _, step, _ in steps] == list(range(1, len(steps) + 1)) and {one for one, _, _ in steps} == {
+        len(steps)
+    }
     assert fits.same_state(task.model, before)
