@@ -138,7 +138,9 @@ def command(
     if bool(chosen.gradients) != (settings["data"] is not None):
         needs = "needs --data" if chosen.gradients else "needs no --data"
         raise click.UsageError(f"--rule {rule} {needs}")
-    check_output_files(output, inputs=[base, settings["data"], *settings["within"], *settings["without"]], force=force)
+    check_output_files(
+        output, inputs=[base, settings["data"], *settings["within"], *settings["without"]], force=force
+    )
     report = _made(base, None if dry_run else output, plan, include, exclude, threads, printer, settings)
     if report.unreached:
         printer.notes([f"left out, because the loss does not depend on them: {_some(report.unreached)}"])

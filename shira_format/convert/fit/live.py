@@ -69,9 +69,8 @@ def load_base(inputs: ConversionInputs, kind: Kind | None = None) -> LiveModel:
     more = {"num_labels": heads[-1]} if kind == "classifier" and heads else {}
     top: Any = "encoder" if kind in ("embedding", "states") else kind
     loaded = load_live_model(base, top, dtype=torch.float32, **more)
-    ends = [name.rpartition(".")[2] and name for name in whole]
     if missing := [
-        name for name in loaded.new if not any(name.endswith(end) or end.endswith(name) for end in ends)
+        name for name in loaded.new if not any(name.endswith(end) or end.endswith(name) for end in whole)
     ]:
         raise SourceError(
             f"{base}: {missing[0]} of the model is neither in the base nor in the source: it would be random"

@@ -85,14 +85,14 @@ class Task:
 @contextmanager
 def showing_base(task: Task) -> Iterator[None]:
     """The model is the base with the tensors that are stored whole; afterwards it is what it was, bit for bit."""
-    with _replaced(task, task.whole):
+    with replaced(task, task.whole):
         yield
 
 
 @contextmanager
 def showing_source(task: Task) -> Iterator[None]:
     """The model is the source; afterwards it is what it was, bit for bit."""
-    with _replaced(task, task.whole | task.source):
+    with replaced(task, task.whole | task.source):
         yield
 
 
@@ -101,15 +101,25 @@ def showing(task: Task, entries: Entries) -> Iterator[None]:
     """The model has these entries, rounded as a file rounds them; afterwards it is what it was, bit for bit."""
     with showing_base(task), ExitStack() as stack:
         for name, (indices, values) in entries.items():
-            weight = live_weight(name, task.parameter(name).detach())
-            at = as_array(indices.cpu())
-            stack.callback(weight.put, at, weight.get(at))
-            weight.put(at, as_array(task.rounded(name, values.detach()).cpu()))
+            stack.enter_context(changed(task, name, indices, values))
         yield
 
 
 @contextmanager
-def _replaced(task: Task, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def changed(task: Task, name: str, indices: Tensor, values: Tensor) -> Iterator[None]:
+    """A parameter has these values at flat indices, rounded as a file rounds them; afterwards it is what it was, bit for bit."""
+    weight = live_weight(name, task.parameter(name).detach())
+    at = as_array(indices.cpu())
+    before = weight.get(at)
+    try:
+        weight.put(at, as_array(task.rounded(name, values.detach()).cpu()))
+        yield
+    finally:
+        weight.put(at, before)
+
+
+@contextmanager
+def replaced(task: Task, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Parameters with other data for a while: their memory is exchanged, not copied."""
     with ExitStack() as stack:
         for name, weight in weights.items():
