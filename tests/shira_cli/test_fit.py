@@ -136,6 +136,17 @@ def outputs(folder: Path, texts: list[str], kind: str, adapter: Path) -> torch.T
         return model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
 
+def test_moments(lora: Run, tmp_path: Path, capsys: Capture) -> None:
+    assert 0 == lora("--fit", "moments", "--density", "0.05", "--json", steps=None)
+    found = json.loads(capsys.readouterr().out)
+    check("lora_to_shira", found)
+    assert "moments" == found["fit"]["method"] == load(tmp_path / "a.st").manifest["fit"]["method"]
+    assert 0 == inspect.main([str(tmp_path / "a.st")])
+    assert "moments of the layers' inputs" in capsys.readouterr().out
+    assert 0 == lora("--fit", "moments", "--max-bytes", "13k", "--quiet", out="b.st", steps=None)
+    assert (tmp_path / "b.st").stat().st_size <= 13_000
+
+
 def test_the_fewest_entries_that_keep_a_share(lora: Run, tmp_path: Path, capsys: Capture) -> None:
     assert 0 == lora("--keep", "0.6", "--json", "--quiet", "--picture", tmp_path / "a.svg")
     out, err = capsys.readouterr()

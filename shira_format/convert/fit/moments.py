@@ -69,7 +69,7 @@ def moments(
     task: Task,
     budget: int,
     *,
-    seed: int = 0,  # noqa: ARG001 - nothing is drawn
+    seed: int = 0,  # noqa: ARG001 - all methods take one
     on_step: OnStep = lambda *_: None,
     options: Reconstruction = Reconstruction(),
 ) -> dict[str, tuple[Tensor, Tensor]]:

@@ -19,6 +19,7 @@ from shira_format.convert.fit.attempts import Amount, Attempts, Made
 from shira_format.convert.fit.data import Data, Inputs, Split, read_inputs, sampled
 from shira_format.convert.fit.distill import Distillation, distill
 from shira_format.convert.fit.live import Kind, LiveModel, load_base
+from shira_format.convert.fit.moments import Reconstruction, moments
 from shira_format.convert.fit.quality import effect
 from shira_format.convert.fit.report import FitReport
 from shira_format.convert.fit.search import Trial, halved, input_count
@@ -49,8 +50,9 @@ class FitOptions:
     """How to fit.
 
     Attributes:
-        method: ``"distill"``, or a function (:class:`Method`).
+        method: ``"distill"``, ``"moments"``, or a function (:class:`Method`).
         distillation: of ``"distill"``.
+        reconstruction: of ``"moments"``.
         held: share of the inputs that is held out to measure on.
         batch: inputs of a batch.
         length: tokens after which a text is cut.
@@ -63,6 +65,7 @@ class FitOptions:
 
     method: str | Method = "distill"
     distillation: Distillation = field(default_factory=Distillation)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
     held: float = 0.2
     batch: int = 8
     length: int = 64
@@ -94,7 +97,14 @@ def _distillation(options: FitOptions) -> tuple[Method, dict[str, Any]]:
     return partial(distill, options=options.distillation), notes
 
 
-METHODS: dict[str, Callable[[FitOptions], tuple[Method, dict[str, Any]]]] = {"distill": _distillation}
+def _reconstruction(options: FitOptions) -> tuple[Method, dict[str, Any]]:
+    return partial(moments, options=options.reconstruction), asdict(options.reconstruction)
+
+
+METHODS: dict[str, Callable[[FitOptions], tuple[Method, dict[str, Any]]]] = {
+    "distill": _distillation,
+    "moments": _reconstruction,
+}
 
 
 def fit_lora(
