@@ -34,7 +34,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With our compiled loops, and as if numba were not installed."""
     if request.param == "torch":
         monkeypatch.setattr(sampling, "_kernel", False)
-    assert (request.param == "compiled") == is_compiled(torch.device("cpu"), torch.float32)
+    assert (request.param == "compiled") == is_compiled(torch.device("cpu"), torch.bfloat16)
+    assert not is_compiled(torch.device("cpu"), torch.float32)
     return str(request.param)
 
 
@@ -80,18 +81,18 @@ def test_threads_change_nothing() -> None:
 
 def _in_a_fork(queue: Any) -> None:
     torch.set_num_threads(1)
-    outer, inner, starts, places, expected = case(400, 8, 8, torch.float32)
+    outer, inner, starts, places, expected = case(400, 8, 8, torch.bfloat16)
     with sampling._loading:  # noqa: SLF001 - the lock is free
         pass
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 2)
-        queue.put(close(sampled_product(outer, inner, starts, places), expected, 400, torch.float32))
+        queue.put(close(sampled_product(outer, inner, starts, places), expected, 400, torch.bfloat16))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_after_a_fork() -> None:
     """The pool of threads is made anew: that of the parent does not run."""
-    assert is_compiled(torch.device("cpu"), torch.float32)
+    assert is_compiled(torch.device("cpu"), torch.bfloat16)
     sampling._pool().submit(int).result()  # noqa: SLF001
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
