@@ -24,7 +24,7 @@ from shira_format.errors import BaseMismatch, ShiraError, SourceError
 from shira_format.live.weights import ArrayWeight
 from shira_format.storage.places import Folder, open_place
 from shira_format.sync import Publisher, Subscriber, Update, restore
-from tests.sync import Weights, bits, copied, like, some_weights
+from tests.sync import Crash, Fragile, Weights, bits, copied, like, some_weights
 
 
 def step(weights: Weights, number: int) -> None:
@@ -857,3 +857,33 @@ def test_compact_patches(tmp_path: Path) -> None:
     assert 3 == Publisher(weights, tmp_path / "b", encoding="compact").version
     assert 1 == restore(tmp_path / "b", tmp_path / "out", version=1)
     assert states[1] == bits(shira.open_checkpoint(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("how", ["before", "after", "torn"])
+@pytest.mark.parametrize("dies", [False, True], ids=["goes on", "dies"])
+def test_a_crash_at_each_access(how: str, dies: bool, tmp_path: Path) -> None:
+    """Of a step with a snapshot; whoever goes on then publishes what the weights are, and servers get it."""
+    for at in range(20):
+        place = Fragile(open_place(tmp_path / f"{at}"))
+        weights = some_weights()
+        publisher, server = Publisher(weights, place, snapshot_every=1), Subscriber(model := like(weights), place)
+        server.update()
+        step(weights, 1)
+        crashed = False
+        try:
+            with place.failing(at, how):
+                publisher.publish()
+        except Crash:
+            crashed = True
+        listed = len(place.place.names("index"))
+        torn = how == "torn" and crashed and listed == 2  # half of the line is there
+        if dies or torn:
+            publisher = Publisher(weights, place, snapshot_every=1)
+        assert listed - torn == publisher.publish().version
+        found = server.update()
+        assert publisher.version == found.version
+        assert bits(weights) == bits(model)
+        server.verify()
+        if not crashed:
+            break
+    assert 5 <= at < 20
