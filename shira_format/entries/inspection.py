@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import BaseMismatch, BaseRequired
 from shira_format.format import AdapterFile
+from shira_format.format.fields import representable
 from shira_format.format.manifest import SparseEntry, stream_name
 from shira_format.names.filters import name_filter
 from shira_format.tensors import density, numel
@@ -95,8 +96,11 @@ def _opened(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
 
 
 def describe(file: AdapterFile) -> dict[str, Any]:
-    """The content of the header, as plain JSON values; no tensor is read."""
-    raw = file.manifest.raw
+    """The content of the header, as plain JSON values; no tensor is read.
+
+    Numbers of the provenance that no float64 holds are left out.
+    """
+    raw = representable(file.manifest.raw)
     rows = [_row(file, entry) for entry in file.manifest.tensors.values()]
     whole = [_whole_row(file, name) for name in file.manifest.whole]
     nnz, elements = sum(row["nnz"] for row in rows), sum(numel(tuple(row["shape"])) for row in rows)
@@ -170,8 +174,8 @@ def _row(file: AdapterFile, entry: SparseEntry) -> dict[str, Any]:
         "values": entry.values,
         "base_values": entry.base_values,
         "base_digest": entry.digests.get("base"),
-        "energy_kept": entry.raw.get("energy_kept"),
-        "relative_error": entry.raw.get("relative_error"),
+        "energy_kept": representable(entry.raw.get("energy_kept")),
+        "relative_error": representable(entry.raw.get("relative_error")),
         "bytes": sum(sizes.values()),
         "index_bytes": sizes.get("indices", 0) + sizes.get("blocks", 0),
         "base_bytes": sizes.get("base", 0),

@@ -76,6 +76,22 @@ def check_file_names(names: Mapping[str, Any], what: str) -> None:
         seen.add(folded)
 
 
+def representable(value: Any) -> Any:
+    """A parsed JSON value without the numbers that no float64 holds, such as ``1e999`` and integers of 400 digits.
+
+    In an object the key of such a number is left out; elsewhere it becomes None.
+    """
+    if isinstance(value, dict):
+        return {key: representable(item) for key, item in value.items() if not _is_beyond(item)}
+    if isinstance(value, list):
+        return [representable(item) for item in value]
+    return None if _is_beyond(value) else value
+
+
+def _is_beyond(value: Any) -> bool:
+    return type(value) in (int, float) and not is_finite(value)
+
+
 def flag(raw: Mapping[str, Any], key: str, tensor: str) -> bool:
     """A boolean; False if it is missing."""
     return bool(need(raw, key, bool, tensor)) if key in raw else False

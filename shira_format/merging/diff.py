@@ -14,6 +14,7 @@ from shira_format._core.compiled import union
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.format import AdapterFile
+from shira_format.format.fields import representable
 from shira_format.format.manifest import DERIVED
 from shira_format.merging.inputs import NO_TENSOR
 from shira_format.names.filters import name_filter
@@ -135,7 +136,7 @@ def diff(
 def _provenance(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
     for key in dict.fromkeys([*a, *b]):
         if key not in _CONTENT and (key in a, a.get(key)) != (key in b, b.get(key)):
-            yield key, (a.get(key), b.get(key))
+            yield key, (representable(a.get(key)), representable(b.get(key)))
 
 
 def _sparse(name: str, a: SparseTensor | None, b: SparseTensor | None) -> TensorDifference:

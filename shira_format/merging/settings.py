@@ -8,6 +8,7 @@ from typing import Any
 
 from shira_format.errors import SourceError
 from shira_format.merging.methods import Method
+from shira_format.names.filters import compiled
 
 # Given like an option for some tensors: the weights of the adapters.
 WEIGHTS = "weights"
@@ -45,17 +46,13 @@ class Settings:
         self.layers: list[tuple[re.Pattern[str], dict[str, Any]]] = []
         self._counted(method.settings(self._given))
         for pattern, some in layers:
-            try:
-                compiled = re.compile(pattern)
-            except re.error as error:
-                raise SourceError(f"not a regular expression: {pattern!r}: {error}") from None
             known = dict(some)
             if WEIGHTS in known:
                 known[WEIGHTS] = self._checked(known[WEIGHTS])
             given = {key: value for key, value in known.items() if key != WEIGHTS}
             parsed = self._counted(method.settings(given))
             known |= {key: parsed[key] for key in given}
-            self.layers.append((compiled, known))
+            self.layers.append((compiled(pattern), known))
 
     def of(self, name: str) -> tuple[list[float], dict[str, Any]]:
         """The adapters' weights and the method's options for one tensor."""
@@ -86,7 +83,7 @@ class Settings:
     def _checked(self, weights: Any) -> list[float]:
         try:
             found = [float(weight) for weight in ([weights] if isinstance(weights, str) else weights)]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise SourceError(f"weights {weights!r} are not numbers") from None
         if len(found) != self._count:
             raise SourceError(f"{len(found)} weights for {self._count} adapters")

@@ -7,7 +7,21 @@ from collections.abc import Callable, Sequence
 
 from shira_format.errors import SourceError
 
+_SHOWN = 200  # characters of a pattern in a message
 NOT_CHOSEN = "by --include and --exclude"  # a reason to leave out names
+
+
+def compiled(text: str, what: str = "") -> re.Pattern[str]:
+    """The regular expression ``text`` of a user; messages call it ``what``, such as ``"--layer "``.
+
+    Raises:
+        SourceError: it is none, or too large or too deep for ``re``.
+    """
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise SourceError(f"not a regular expression: {what}{shown!r}: {error}") from None
 
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
@@ -16,10 +30,7 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
     Raises:
         SourceError: not a regular expression.
     """
-    try:
-        wanted, unwanted = [re.compile(p) for p in include], [re.compile(p) for p in exclude]
-    except re.error as error:
-        raise SourceError(f"not a regular expression: {error.pattern!r}: {error}") from None
+    wanted, unwanted = [compiled(p) for p in include], [compiled(p) for p in exclude]
     return lambda name: (
         (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
     )

@@ -11,6 +11,7 @@ Understood are characters, ``.``, ``[...]``, ``\d \D \s \S \w \W``, groups, ``|`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -151,6 +152,20 @@ class Pattern:
 def is_literal(text: str) -> bool:
     """Whether a pattern has no special character but the dot, as names of modules."""
     return not any(char in "\\^$*+?{}[]()|" for char in text)
+
+
+def is_inside_for_peft(module: str, other: str) -> bool:
+    r"""Whether PEFT takes the module ``other`` for ``module``, which it saves whole, or for a part of it.
+
+    PEFT makes ``(^|.*\.)module($|\..*)`` of the name, so a dot in it is any character.
+
+    Raises:
+        PatternError: the name has other characters that are special in a pattern, and may be none.
+    """
+    if not is_literal(module):
+        raise PatternError("PEFT takes the name for a regular expression")
+    name = re.escape(module).replace(r"\.", ".")
+    return re.match(rf"(^|.*\.){name}($|\..*)", other) is not None
 
 
 def matches_literally(literal: str, text: str) -> bool:

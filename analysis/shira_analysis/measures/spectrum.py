@@ -45,10 +45,14 @@ class Spectrum:
 
     @property
     def numerical_rank(self) -> int:
-        """:meth:`rank_at` float64's epsilon, the precision of the computation."""
-        rank = self.rank_at(float(np.finfo(np.float64).eps))
-        assert rank is not None, "a matrix with a side of 2^52"
-        return rank
+        """:meth:`rank_at` float64's epsilon, the precision of the computation.
+
+        With a side of 2^52 or more the tolerance counts the singular values instead: most of that side is empty.
+        """
+        eps = float(np.finfo(np.float64).eps)
+        if (rank := self.rank_at(eps)) is not None:
+            return rank
+        return int(np.count_nonzero(self.values > self.values.size * eps * self.spectral_norm))
 
     @property
     def dtype_rank(self) -> int | None:

@@ -25,6 +25,8 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.entries.base_check import check_frame
 from shira_format.errors import SourceError
 from shira_format.format.manifest import Manifest, SparseEntry
+from shira_format.names.filters import compiled
+from shira_format.names.patterns import PatternError, is_inside_for_peft
 
 Kind = Literal["linear", "conv1d", "conv", "embedding"]
 
@@ -287,7 +289,10 @@ class Planner:
         """PEFT takes names in ``modules_to_save`` as ends of names, and as regexes that keep the LoRA away."""
         assert plan.modules is not None
         others = [other for other in plan.modules if other != module and other.endswith(module)]
-        others += [other for other in adapted if re.match(rf"(^|.*\.){module}($|\..*)", other)]
+        try:
+            others += [other for other in adapted if is_inside_for_peft(module, other)]
+        except PatternError as error:
+            raise self._error(plan.saved[module][0].key, f"is of the module {module!r}: {error}") from None
         if others:
             raise self._error(
                 plan.saved[module][0].key,
@@ -349,10 +354,7 @@ def pattern(module: str) -> str:
 
 
 def _regex(option: str, text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise SourceError(f"not a regular expression: --{option} {text!r}: {error}") from None
+    return compiled(text, f"--{option} ")
 
 
 def _above(name: str) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
+from shira_format.names.patterns import PatternError, is_inside_for_peft
 from shira_format.tensors import numel
 
 _MOST_SIDE = 2**31 - 1  # PEFT's indices are int32
@@ -197,12 +197,12 @@ def _inside(module: str, other: str) -> bool:
 
 def _check_saved(module: str, adapted: dict[str, str]) -> None:
     """Whether PEFT can save a whole module next to the adapted ones (``check_target_module_exists``, ``_set_trainable``)."""
-    try:
-        excluded = re.compile(rf"(^|.*\.){module}($|\..*)")  # PEFT takes the name for a regex
-    except re.error as error:
-        raise SourceError(f"PEFT cannot save a module of the name {module!r} whole: {error}") from None
     for target, name in adapted.items():
-        if excluded.match(target) or target.endswith(module):
+        try:
+            is_adapted = is_inside_for_peft(module, target) or target.endswith(module)
+        except PatternError as error:
+            raise SourceError(f"PEFT cannot save a module of the name {module!r} whole: {error}") from None
+        if is_adapted:
             raise SourceError(
                 f"PEFT saves whole modules (modules_to_save) only if it does not adapt them; {name!r} is adapted"
             )
