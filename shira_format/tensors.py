@@ -11,18 +11,25 @@ import numpy.typing as npt
 from shira_format._core import fits
 from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, frozen, owned, read_only
 from shira_format._core.compiled import is_strictly_increasing, mixed
-from shira_format._core.dtypes import dtype_name, is_float, working_dtype
+from shira_format._core.dtypes import dtype_name, is_float, with_one_nan, working_dtype
 from shira_format.errors import FormatError
 
 ValueKind = Literal["target", "delta", "none"]
 
 MAX_NUMEL = 2**53 - 1  # every index stays exact in a JSON number and in a float64
 MAX_RANK = 64
+TOO_LARGE = "the product of its dimensions, zeros left out, is above 2^53 - 1"  # of a shape, in messages
 
 
 def numel(shape: tuple[int, ...]) -> int:
     """The number of elements of ``shape``: the product of its dimensions, exact at any size."""
     return math.prod(shape)
+
+
+def is_too_large(shape: tuple[int, ...]) -> bool:
+    """Whether the product of the dimensions, zeros left out, is above 2^53 - 1 (rule ``shape-overflow``)."""
+    size = math.prod(shape)
+    return size > MAX_NUMEL or (size == 0 and math.prod(filter(None, shape)) > MAX_NUMEL)
 
 
 def density(nnz: int, elements: int) -> float:
@@ -204,10 +211,8 @@ class SparseTensor(_Immutable):
             return
         if not self.shape or self.rows < 0 or self.value_kind == "none":
             raise FormatError("manifest-schema", f"rows {self.rows} of a {self.value_kind} tensor of shape {list(self.shape)}", tensor=self.name)  # fmt: skip
-        if numel(self.result_shape) > MAX_NUMEL:
-            raise FormatError(
-                "shape-overflow", f"a result of {self.rows} rows has more than 2^53 - 1 elements", tensor=self.name
-            )
+        if is_too_large(self.result_shape):
+            raise FormatError("shape-overflow", f"a result of {self.rows} rows: {TOO_LARGE}", tensor=self.name)
         more = self.rows - self.shape[0]
         if (more > 0) != (self.new_rows is not None):
             rule = "missing-stream" if more > 0 else "stray-stream"
@@ -324,7 +329,7 @@ class SparseTensor(_Immutable):
                 return base.copy()
             if self.value_kind == "target":
                 return mixed(values, base, strength)
-            return np.asarray((base.astype(work) + strength * values.astype(work)).astype(base.dtype))
+            return with_one_nan((base.astype(work) + strength * values.astype(work)).astype(base.dtype))
 
     def __eq__(self, other: object) -> bool:
         """Equal content: names, shapes, dtypes, indices and the bits of all values."""
@@ -431,8 +436,8 @@ def same_bits(a: Array | None, b: Array | None) -> bool:
 def _checked_indices(name: str, shape: tuple[int, ...], indices: Any) -> npt.NDArray[np.int64]:
     if len(shape) > MAX_RANK or any(n < 0 for n in shape):
         raise FormatError("manifest-schema", f"shape {list(shape)} is not a shape", tensor=name)
-    if (size := numel(shape)) > MAX_NUMEL:
-        raise FormatError("shape-overflow", f"shape {list(shape)} has more than 2^53 - 1 elements", tensor=name)
+    if is_too_large(shape):
+        raise FormatError("shape-overflow", f"shape {list(shape)}: {TOO_LARGE}", tensor=name)
     found = as_array(indices)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise FormatError("stream-dtype", f"indices are {found.dtype}{list(found.shape)}, not [nnz] integers", tensor=name)  # fmt: skip
@@ -440,7 +445,7 @@ def _checked_indices(name: str, shape: tuple[int, ...], indices: Any) -> npt.NDA
         raise FormatError("out-of-range", "an index above 2^53", tensor=name)
     # Copied before the check: indices that change after it would be written anywhere.
     found = owned(found) if found.dtype == np.int64 else frozen(found.astype(np.int64))
-    check_increasing(found, size, name)
+    check_increasing(found, numel(shape), name)
     return found
 
 

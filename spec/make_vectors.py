@@ -15,7 +15,7 @@ import hashlib
 import json
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ SIZE = {
 }
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
 MAX_NUMEL = 2**53 - 1
+ABSENT = object()  # in place of a value: the key is not there
 HUGE = 10**40 + 7  # stands for a number of 5000 digits, which json.dumps would not write
 
 
@@ -165,8 +166,10 @@ class Maker:
         self.manifest: Json = {"format_version": "1.0", "features": [], "digest": "sha256", "tensors": []}
         self.content: Json = {"format_version": "1.0", "alpha": 1, "tensors": [], "whole": []}
         self.metadata: dict[str, str] = {}
-        self.order: list[str] = []  # streams in the buffer; those that are not named follow by element size
+        self.order: list[str] = []  # streams in the buffer; those that are not named follow as they were added
         self.spaces: int | None = None  # behind the header; None: up to a multiple of 8
+        self.after = ""  # behind the manifest
+        self.literals: dict[str, str] = {}  # JSON in place of these strings, which json.dumps would not write
         self.style: Json = {"separators": (",", ":"), "ensure_ascii": False}  # of the JSON texts
 
     def set(self, **keys: Any) -> Maker:
@@ -277,7 +280,7 @@ class Maker:
         if data is None:
             data = noise("whole " + name, elements(shape) * SIZE[dtype])
         digests = {"values": self.stream(name, dtype, shape, data)}
-        item: Json = {"name": name, "digests": digests}
+        item: Json = {"name": name, "shape": list(shape), "dtype": dtype, "digests": digests}
         found: Json = {"name": name, "shape": list(shape), "dtype": dtype, "value_hex": data.hex()}
         found |= {"base_hex": None, "base_digest": None}
         if base is not None:
@@ -377,7 +380,7 @@ class Maker:
         header: Json = {}
         buffer = b""
         rest = [name for name in self.streams if name not in self.order]
-        for name in self.order + sorted(rest, key=lambda name: -SIZE[self.streams[name][0]]):
+        for name in self.order + rest:
             dtype, shape, data = self.streams[name]
             header[name] = {
                 "dtype": dtype,
@@ -385,13 +388,19 @@ class Maker:
                 "data_offsets": [len(buffer), len(buffer) + len(data)],
             }
             buffer += data
-        return {
-            "__metadata__": self.metadata | {"shira": json.dumps(self.manifest, **self.style)}
-        } | header, buffer
+        text = json.dumps(self.manifest, **self.style) + self.after
+        for mark, literal in self.literals.items():
+            text = text.replace(json.dumps(mark), literal)
+        return {"__metadata__": self.metadata | texts(text)} | header, buffer
 
     def file(self) -> bytes:
         header, buffer = self.layout()
         return assemble(json.dumps(header, **self.style), buffer, self.spaces)
+
+
+def texts(manifest: str) -> dict[str, str]:
+    """The metadata of an adapter: the manifest and its digest."""
+    return {"shira": manifest, "shira_digest": sha(manifest.encode("utf-8", "surrogatepass"))}
 
 
 def assemble(header: str | bytes, buffer: bytes, spaces: int | None = None) -> bytes:
@@ -421,7 +430,7 @@ def bad(name: str, file: Maker | bytes) -> None:
 
 
 def good_values() -> None:
-    good("example").set(writer="SPEC.md").sparse(
+    good("example").set(writer="spec/SPEC.md").sparse(
         "w",
         [4, 300],
         [0, 1, 256, 1199],
@@ -499,7 +508,7 @@ def good_codecs() -> None:
 def good_structured() -> None:
     file = good("structured").structured("rows", [3, 4], rows(2, 1)).structured("columns", [3, 4], columns(3, 1))
     file.structured("all", [3, 4], rows(1, 0)).structured("all.columns", [3, 4], columns(1, 0))
-    file.structured("wide.step", [3, 4], rows(100, 2), columns(2**60, 3))
+    file.structured("wide.step", [3, 4], rows(100, 2), columns(MAX_NUMEL, 3))
     file.structured("main", [3, 4], diagonal(0)).structured("below", [3, 4], diagonal(-2))
     file.structured("above", [3, 4], diagonal(3)).structured(
         "tall", [5, 2], diagonal(-1), diagonal(1), diagonal(-4)
@@ -576,7 +585,7 @@ def good_shapes() -> None:
     file = good("large-shapes").sparse("tall", [3_000_000_000, 2], [0, 4_294_967_296, 5_999_999_999], "varint")
     file.sparse("max", [MAX_NUMEL], [0, MAX_NUMEL - 1], "varint")
     file.sparse("max.product", [6361, 69_431, 20_394_401], [2**52, MAX_NUMEL - 1], "flat")
-    file.sparse("zero.last", [2**32, 2**32, 2**32, 0], []).sparse("zero.first", [0, MAX_NUMEL, MAX_NUMEL], [])
+    file.sparse("zero.last", [2**17, 2**18, 2**17, 0], []).sparse("zero.first", [0, 0, MAX_NUMEL], [])
     file.sparse(
         "one.row",
         [3_000_000_000, 2],
@@ -683,7 +692,7 @@ def good_manifests() -> None:
     file.whole("b", "F32", [1])
     file.tensor(0).update(future=1, blocks=None)
     file.tensor(0)["digests"].update(future="not a digest")
-    file.manifest["whole"][0].update(future=1, shape="x", dtype=5)
+    file.manifest["whole"][0].update(future=1, nnz="x", indices=5)
     file.manifest["whole"][0]["digests"].update(future=None)
     file.set(base_model={"future": 1}, source={"future": 1}, selection={"future": 1}, mask={"future": 1})
     selection = {"rule": "exact", "energy": 0.99, "min_change": 1e-8}
@@ -696,11 +705,48 @@ def good_manifests() -> None:
         item["base_values"] = False
 
 
+def good_provenance_of_any_type() -> None:
+    """Each key of section 7 with values of other types: no reader refuses the file for them."""
+    values: Json = {
+        "null": None,
+        "true": True,
+        "number": "@",
+        "text": "x",
+        "list": [1],
+        "object": {"id": []},
+    }
+    for what, value in values.items():
+        file = good(f"provenance-{what}").sparse("w", [4], [1])
+        file.literals["@"] = "1e999"
+        for key in ("base_model", "source", "selection", "mask", "license", "writer", "description"):
+            file.set(**{key: value})
+        file.tensor().update(energy_kept=value, relative_error=value)
+    file = good("provenance-inner-types").set(components={"a": {"base_model": 3}}).sparse("a/w", [4], [1])
+    files = [{"digest": 5}, "x"]
+    selection = {"rule": 1, "scope": [], "density": "1%", "top_k": -1, "energy": {}, "min_change": True}
+    selection |= {"include": "*", "exclude": [1], "energy_kept": HUGE, "relative_error": None}
+    file.set(
+        base_model={"id": 5, "revision": {}, "files": files}, source={"kind": ["lora"], "dialect": 0, "files": {}}
+    )
+    file.set(selection=selection, mask={"rule": [], "seed": "7", "calibration_digest": None})
+
+
 def nested(depth: int) -> Any:
     return [nested(depth - 1)] if depth > 1 else []
 
 
 def good_containers() -> None:
+    good("numbers-of-5000-digits").set(future=[HUGE, -HUGE, {"a": HUGE}]).sparse("w", [4], [1])
+    good("zero-dimensions").whole("a", "F64", [0, MAX_NUMEL]).whole("b", "U8", [2**52, 0, 1]).sparse(
+        "w",
+        [2**50, 0],
+        [],
+        "structured",
+        values="none",
+        more={"pattern": [rows(1, 0), rows(2**49, 7), diagonal(-(2**49))]},
+    ).whole("c", "BF16", [2**26, 0, 2**27 - 1], base=b"", store_base=True)
+    file = good("manifest-spaces").sparse("w", [4], [1])
+    file.after = " " * 7
     file = good("other-metadata").sparse("w", [4], [1])
     file.metadata = {"format": "pt", "": "", "shira2": "{", "é": '\n\t"\\ \u0000'}
     file = good("header-spaces").sparse("w", [4], [1])
@@ -815,6 +861,16 @@ def header_of(file: Maker) -> tuple[Json, str, bytes]:
     return header, compact(header), buffer
 
 
+# Halves of a pair: none of these is Unicode, though all are escapes that JSON's grammar allows.
+SURROGATES = {
+    "high": "\\ud83e",
+    "low": "\\udde0",
+    "turned": "\\udde0\\ud83e",
+    "apart": "\\ud83e \\udde0",
+    "upper-case": "\\uDBFF",
+}
+
+
 def bad_container() -> None:
     file = one().file()
     header, text, buffer = header_of(one())
@@ -853,6 +909,10 @@ def bad_container() -> None:
         "utf8-surrogate", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xed\xa0\x80",')
     )
     header_json("utf8-overlong", text.encode().replace(b'"__metadata__":{', b'"__metadata__":{"a":"\xc1\xa1",'))
+    for what, half in SURROGATES.items():
+        header_json(f"surrogate-{what}", text.replace('"__metadata__":{', f'"__metadata__":{{"a":"{half}",'))
+    header_json("surrogate-in-name", text[:-1] + f',"\\ud800":{compact(header["w#values"])}}}')
+    header_json("trailing-line-feed", text + "\n")
     entry = compact(header["w#values"])
     header_json("duplicate-stream", text[:-1] + f',"w#values":{entry}}}')
     header_json("duplicate-stream-escaped", text[:-1] + f',"w#\\u0076alues":{entry}}}')
@@ -875,6 +935,16 @@ def bad_container() -> None:
     changed("header-entry--shape-string", "shape", ["4"])
     changed("header-entry--shape-number", "shape", 4)
     changed("header-entry--shape-null", "shape", None)
+    changed("header-entry--shape-object", "shape", {})
+    changed("header-entry--offsets-null", "data_offsets", None)
+    changed("header-entry--offsets-object", "data_offsets", {"begin": 0, "end": 16})
+    changed("header-entry--offset-string", "data_offsets", ["0", 16])
+    changed("header-entry--dtype-null", "dtype", None)
+    changed("header-entry--dtype-list", "dtype", ["F32"])
+    bad(
+        "header-entry--offset-minus-zero",
+        assemble(text.replace('"data_offsets":[0,', '"data_offsets":[-0,'), buffer),
+    )
     changed("header-entry--shape-negative", "shape", [-1, -4])
     changed("header-entry--rank-65", "shape", [1] * 64 + [4])
     changed("header-entry--one-offset", "data_offsets", [16])
@@ -889,6 +959,10 @@ def bad_container() -> None:
     changed("unknown-dtype--lower-case", "dtype", "f32")
     changed("unknown-dtype--fnuz", "dtype", "F8_E4M3FNUZ")
     changed("shape-overflow--stream", "shape", [2**52, 2], data_offsets=[0, 2**55])
+    bad("shape-overflow--zero-and-2-to-53", Maker().whole("b", "U8", [0, 2**53]))
+    bad("shape-overflow--zero-and-product", Maker().whole("b", "U8", [2**27, 0, 2**26]))
+    bad("shape-overflow--zero-after-overflow", Maker().whole("b", "U8", [2**32, 2**32, 0]))
+    bad("shape-overflow--zero-and-5000-digits", Maker().whole("b", "U8", [0, HUGE]))
     changed("shape-overflow--stream-wraps-to-4", "shape", [4, 2**32 + 1, 2**32, 2**32 - 1, 2**62 + 1])
     changed("shape-overflow--stream-5000-digits", "shape", [4, HUGE])
     longer = one()
@@ -947,7 +1021,7 @@ def bad_offsets() -> None:
 
 def with_manifest(text: str, file: Maker | None = None) -> bytes:
     header, buffer = (file or one()).layout()
-    header["__metadata__"]["shira"] = text
+    header["__metadata__"] |= texts(text)
     return assemble(compact(header), buffer)
 
 
@@ -970,6 +1044,14 @@ def bad_manifest_json() -> None:
     manifest_json("depth-33", text[:-1] + ',"deep":' + "[" * 32 + "]" * 32 + "}")
     manifest_json("very-deep", text[:-1] + ',"deep":' + "[" * 1500 + "]" * 1500 + "}")
     manifest_json("deep-objects", text[:-1] + ',"deep":' + '{"":' * 1500 + "1" + "}" * 1500 + "}")
+    for what, half in SURROGATES.items():
+        manifest_json(f"surrogate-{what}", text[:-1] + f',"future":["{half}"]}}')
+    manifest_json("surrogate-in-key", text[:-1] + ',"\\udc00":0}')
+    manifest_json("surrogate-in-name", text.replace('"name":"w"', '"name":"w\\ud800"'))
+    manifest_json("leading-space", " " + text)
+    manifest_json("trailing-line-feed", text + "\n")
+    manifest_json("trailing-nul", text + "\0")
+    manifest_json("bom", "\ufeff" + text)
     manifest_json("leading-zero", text.replace('"nnz":4', '"nnz":04'))
     manifest_json("hexadecimal", text.replace('"nnz":4', '"nnz":0x4'))
     manifest_json("trailing-comma", text[:-1] + ",}")
@@ -980,6 +1062,31 @@ def bad_manifest_json() -> None:
     assert quoted in plain
     cut = quoted[:-2] + ',\\"a\\":\\"\\n\\"}"'  # a raw line feed inside a string of the manifest
     bad("manifest-json--control-character-in-string", assemble(plain.replace(quoted, cut), buffer))
+
+
+def bad_manifest_digest() -> None:
+    header, _, buffer = header_of(one())
+    metadata = header["__metadata__"]
+    right = metadata["shira_digest"]
+    other = {"absent": None, "empty": "", "other": sha(b""), "upper-case": right.upper(), "short": right[:-1]}
+    for what, digest in (
+        other | {"long": right + "0", "prefix": "sha256:" + right, "line-feed": right + "\n"}
+    ).items():
+        header["__metadata__"] = {
+            key: value for key, value in (metadata | {"shira_digest": digest}).items() if value is not None
+        }
+        bad(f"manifest-digest--{what}", assemble(compact(header), buffer))
+    header["__metadata__"] = metadata
+    for what, old, new in (
+        ("strength", '"alpha":0.5', '"alpha":0.7'),
+        ("shape", '"shape":[4,300]', '"shape":[8,300]'),
+        ("space", '"alpha":0.5', '"alpha": 0.5'),
+        ("writer", '"writer":"me"', '"writer":"us"'),
+    ):
+        header, _, buffer = header_of(one().set(alpha=0.5, writer="me"))
+        assert header["__metadata__"]["shira"].count(old) == 1
+        header["__metadata__"]["shira"] = header["__metadata__"]["shira"].replace(old, new)
+        bad(f"manifest-digest--{what}", assemble(compact(header), buffer))
 
 
 def bad_versions() -> None:
@@ -1005,6 +1112,37 @@ def bad_versions() -> None:
     bad("manifest-schema--digest-null", one().set(digest=None))
 
 
+# Names that no file can have on some common system (section 3.4).
+NOT_FILES = {
+    "empty": "",
+    "dot": ".",
+    "dots": "..",
+    "slash": "a/m.st",
+    "backslash": "a\\m.st",
+    "colon": "c:m.st",
+    "star": "m*.st",
+    "question-mark": "m?.st",
+    "quote": 'm".st',
+    "less": "m<.st",
+    "greater": "m>.st",
+    "pipe": "m|.st",
+    "nul": "m\0.st",
+    "line-feed": "m\n.st",
+    "delete": "m\x7f.st",
+    "last-dot": "m.st.",
+    "last-space": "m.st ",
+    "device": "CON",
+    "device-lower-case": "nul",
+    "device-with-extension": "aux.tar.st",
+    "device-with-space": "Prn .st",
+    "device-with-number": "COM7.st",
+    "device-with-superscript": "lpt¹",
+    "device-conin": "CONIN$",
+    "256-bytes": "m" * 256,
+    "256-bytes-of-128-characters": "é" * 128,
+}
+
+
 def bad_schema() -> None:
     for key in ("format_version", "features", "digest", "tensors"):
         file = one() if key != "tensors" else Maker()
@@ -1014,6 +1152,24 @@ def bad_schema() -> None:
         file = one()
         del file.tensor()[key]
         bad(f"manifest-schema--tensor-no-{key}", file)
+    text = compact(one().set(alpha=0.5).manifest)
+    for what, number in {
+        "1e999": "1e999",
+        "minus-1e999": "-1e999",
+        "400-digits": "9" * 400,
+        "1e309": "1e309",
+    }.items():
+        bad(f"manifest-schema--alpha-{what}", with_manifest(text.replace('"alpha":0.5', f'"alpha":{number}')))
+    bad("manifest-schema--alpha-5000-digits", one().set(alpha=HUGE))
+    text = compact(Maker().sparse("w", [4], []).manifest)
+    bad(
+        "manifest-schema--nnz-minus-zero",
+        with_manifest(text.replace('"nnz":0', '"nnz":-0'), Maker().sparse("w", [4], [])),
+    )
+    bad(
+        "manifest-schema--nnz-exponent",
+        with_manifest(text.replace('"nnz":0', '"nnz":0e0'), Maker().sparse("w", [4], [])),
+    )
     tops: Json = {
         "alpha-string": {"alpha": "1"},
         "alpha-true": {"alpha": True},
@@ -1022,29 +1178,7 @@ def bad_schema() -> None:
         "whole-null": {"whole": None},
         "components-list": {"components": []},
         "mask-files-list": {"mask_files": []},
-        "writer-number": {"writer": 1},
-        "license-null": {"license": None},
-        "description-list": {"description": []},
-        "base-model-string": {"base_model": "org/model"},
-        "base-model-id-number": {"base_model": {"id": 5}},
-        "base-model-file-string": {"base_model": {"files": ["a"]}},
-        "base-model-file-without-name": {"base_model": {"files": [{"digest": sha(b"")}]}},
-        "source-kind-list": {"source": {"kind": ["lora"]}},
-        "source-files-object": {"source": {"files": {}}},
-        "selection-top-k-negative": {"selection": {"top_k": -1}},
-        "selection-density": {"selection": {"density": "1%"}},
-        "selection-energy-string": {"selection": {"energy": "0.9"}},
-        "selection-min-change-true": {"selection": {"min_change": True}},
-        "selection-include-string": {"selection": {"include": "*"}},
-        "selection-exclude-number-inside": {"selection": {"exclude": [1]}},
-        "mask-seed-string": {"mask": {"seed": "7"}},
-        "mask-list": {"mask": []},
         "mask-file-digest": {"mask_files": {"m.st": "abc"}},
-        "mask-file-slash": {"mask_files": {"a/m.st": sha(b"")}},
-        "mask-file-backslash": {"mask_files": {"a\\m.st": sha(b"")}},
-        "mask-file-dot": {"mask_files": {".": sha(b"")}},
-        "mask-file-dots": {"mask_files": {"..": sha(b"")}},
-        "mask-file-empty-name": {"mask_files": {"": sha(b"")}},
     }
     for what, keys in tops.items():
         bad(f"manifest-schema--{what}", one().set(**keys))
@@ -1052,13 +1186,17 @@ def bad_schema() -> None:
     bad("manifest-schema--tensor-list", Maker().set(tensors=[["w"]]))
     bad("manifest-schema--tensor-null", Maker().set(tensors=[None]))
     components: Json = {
-        "slash": {"a/b": {}},
-        "empty-name": {"": {}},
         "string": {"a": "x"},
-        "base-model": {"a": {"base_model": 1}},
+        "null": {"a": None},
+        "list": {"a": []},
+        "in-two-cases": {"unet": {}, "UNet": {}},
     }
     for what, value in components.items():
         bad(f"manifest-schema--component-{what}", Maker().set(components=value))
+    for what, name in NOT_FILES.items():
+        bad(f"manifest-schema--component-{what}", Maker().set(components={name: {}}))
+        bad(f"manifest-schema--mask-file-{what}", one().set(mask_files={name: sha(b"")}))
+    bad("manifest-schema--mask-file-in-two-cases", one().set(mask_files={"m.st": sha(b""), "M.st": sha(b"")}))
     items: Json = {
         "name-number": {"name": 5},
         "name-null": {"name": None},
@@ -1084,8 +1222,6 @@ def bad_schema() -> None:
         "base-values-number": {"base_values": 0},
         "base-values-string": {"base_values": "false"},
         "base-values-null": {"base_values": None},
-        "energy-kept-string": {"energy_kept": "1"},
-        "relative-error-true": {"relative_error": True},
     }
     for what, keys in items.items():
         file = one()
@@ -1107,6 +1243,85 @@ def bad_schema() -> None:
         file = one()
         file.tensor()["indices"]["block_size"] = size
         bad(f"manifest-schema--block-size-{what}", file)
+
+
+def bad_types() -> None:
+    """Every key that is no provenance with a value of every type that it must not have."""
+    digest = sha(b"")
+    values: Json = {
+        "null": None,
+        "true": True,
+        "fraction": 1.5,
+        "minus-1": -1,
+        "7": 7,
+        "text": "text",
+        "digest": digest,
+        "list": ["text"],
+        "list-of-numbers": [2, 3],
+        "object": {"text": digest},
+    }
+    words = {"name", "dtype", "from", "tensor", "file"}
+    numbers = {"shape": {"list-of-numbers"}, "nnz": {"7"}, "rows": {"7"}, "alpha": {"fraction", "minus-1", "7"}}
+    fine: dict[str, set[str]] = numbers | {"offset": {"minus-1", "7"}, "step": {"minus-1", "7"}, "low": {"7"}}
+    fine |= {
+        "base_values": {"true"},
+        "removed": {"list"},
+        "components": set(),
+        "mask_files": {"object"},
+        "features": {"list"},
+    }
+    fine |= {word: {"text", "digest"} for word in words} | {
+        "digest": {"text", "digest"},
+        "codec": {"text", "digest"},
+    }
+    fine |= {
+        role: {"digest"}
+        for role in ("digests.values", "digests.base", "digests.indices", "digests.result", "digests.rows")
+    }
+
+    def each(where: str, file: Callable[[], Maker], place: Callable[[Maker], Json], keys: Iterable[str]) -> None:
+        for key in keys:
+            for what, value in values.items():
+                if what not in fine.get(f"{where}.{key}", fine.get(key, set())):
+                    made = file()
+                    place(made)[key] = value
+                    bad(f"manifest-schema--type-{where}-{key.replace('_', '-')}-{what}", made)
+
+    def patched() -> Maker:
+        return Maker().sparse("w", [4, 3], [0, 11], store_base=True).origin("v").resize(6)
+
+    def masked() -> Maker:
+        return use_masks(Maker(), "mask-file.masks", GOOD["masks"].file())
+
+    def whole() -> Maker:
+        return Maker().whole("b", "F32", [1], base=f32(1), store_base=True)
+
+    tops = ("format_version", "tensors", "whole", "alpha", "removed", "components")
+    each("file", one, lambda file: file.manifest, tops)
+    each("file", masked, lambda file: file.manifest, ["mask_files", "features"])
+    each("file", Maker, lambda file: file.manifest, ["digest"])
+    items = ("name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values", "from", "rows")
+    each("sparse", patched, lambda file: file.tensor(), items)
+    each("digests", patched, lambda file: file.tensor()["digests"], ["indices", "values", "base", "rows"])
+    each("digests", one, lambda file: file.tensor()["digests"], ["result"])
+    each("indices", one, lambda file: file.tensor()["indices"], ["codec", "block_size"])
+    each("shared", masked, lambda file: file.tensor()["indices"], ["tensor", "file"])
+    each(
+        "structured",
+        lambda: Maker().structured("w", [4, 4], rows(2, 1)),
+        lambda file: file.tensor()["indices"],
+        ["pattern"],
+    )
+    part = lambda file: file.tensor()["indices"]["pattern"][0]  # noqa: E731
+    each("part", lambda: Maker().structured("w", [4, 4], rows(2, 1)), part, ["kind", "step", "offset"])
+    each(
+        "runs",
+        lambda: Maker().runs("w", [32], 2, 2, [0, 3]),
+        lambda file: file.tensor()["indices"],
+        ["length", "low"],
+    )
+    wholes = ("name", "shape", "dtype", "digests", "base_values")
+    each("whole", whole, lambda file: file.manifest["whole"][0], wholes)
 
 
 def bad_schema_digests() -> None:
@@ -1151,14 +1366,17 @@ def bad_schema_digests() -> None:
     file.stream("w#base", "F32", [1], f32(1))
     bad("manifest-schema--mask-with-base-values", file)
     whole: Json = {
-        "no-name": {"digests": {"values": sha(b"")}},
-        "no-digests": {"name": "b"},
-        "string": "b",
-        "no-digest-values": {"name": "b", "digests": {"base": sha(b"")}},
-        "base-values-string": {"name": "b", "digests": {"values": sha(b"")}, "base_values": "yes"},
+        "no-name": {"name": ABSENT},
+        "no-shape": {"shape": ABSENT},
+        "no-dtype": {"dtype": ABSENT},
+        "no-digests": {"digests": ABSENT},
+        "no-digest-values": {"digests": {"base": sha(b"")}},
+        "base-values-string": {"base_values": "yes"},
     }
-    for what, item in whole.items():
-        file = Maker().set(whole=[item])
+    bad("manifest-schema--whole-string", Maker().set(whole=["b"]))
+    for what, change in whole.items():
+        item = {"name": "b", "shape": [0], "dtype": "U8", "digests": {"values": sha(b"")}} | change
+        file = Maker().set(whole=[{key: value for key, value in item.items() if value is not ABSENT}])
         file.stream("b", "U8", [0], b"")
         bad(f"manifest-schema--whole-{what}", file)
     file = Maker().whole("b", "F32", [1], base=f32(3), store_base=True)
@@ -1263,6 +1481,8 @@ def bad_names() -> None:
         Maker().set(components=components).sparse("unet/w", [4], [1]).whole("b", "F32", [1]),
     )
     bad("component--no-components", Maker().set(components={}).sparse("unet/w", [4], [1]))
+    bad("component--no-rest", Maker().set(components=components).sparse("unet/", [4], [1]))
+    bad("component--whole-no-rest", Maker().set(components=components).whole("text/", "F32", [1]))
 
 
 def bad_tensors() -> None:
@@ -1320,9 +1540,68 @@ def bad_shared() -> None:
     file = Maker().set(features=["mask-file"], mask_files={"not-there.masks": sha(mask)})
     file.sparse("w", [10, 10], [3, 50, 99], "shared", more={"tensor": "q", "file": "not-there.masks"})
     bad("mask-file--missing", file)
-    file = Maker().set(features=["mask-file"], mask_files={"nul\0.masks": sha(mask)})
-    file.sparse("w", [10, 10], [3, 50, 99], "shared", more={"tensor": "q", "file": "nul\0.masks"})
-    bad("mask-file--missing-nul-in-name", file)
+    # Rules that the mask file breaks: of the file, and of the tensor that is used.
+    header, _, buffer = header_of(one())
+    faults = {
+        "no-manifest": assemble(compact({key: header[key] for key in header if key != "__metadata__"}), buffer),
+        "file-trailing": mask + b"\0",
+        "header-json": struct.pack("<Q", 2) + b"[]",
+        "manifest-schema": Maker().mask("q", [10, 10], [3, 50, 99]).set(alpha=None).file(),
+        "manifest-digest": Maker().mask("q", [10, 10], [3, 50, 99]).file().replace(b"[10,10]", b"[10,19]", 1),
+        "unknown-feature": Maker().mask("q", [10, 10], [3, 50, 99]).set(features=["future"]).file(),
+        "digest-mismatch": Maker().mask("q", [10, 10], [3, 50, 99]).mask("other", [4], [1], "flat").file(),
+        "out-of-range": Maker()
+        .mask("q", [10, 10], [3, 50, 99], "flat")
+        .replace("q#indices", i64(3, 50, 100))
+        .file(),
+        "stream-truncated": Maker().mask("q", [10, 10], [3, 50, 99]).replace("q#indices", b"\x03").file(),
+    }
+    damaged = bytearray(faults["digest-mismatch"])
+    damaged[-9] ^= 1  # the last byte of `q#indices`, before the 8 of `other#indices`
+    faults["digest-mismatch"] = bytes(damaged)
+    for rule, data in faults.items():
+        name = f"{rule}.masks"
+        MASKS[name] = data
+        file = Maker().set(features=["mask-file"], mask_files={name: sha(data)})
+        file.sparse("w", [10, 10], [3, 50, 99], "shared", more={"tensor": "q", "file": name})
+        bad(f"{rule}--in-mask-file", file)
+
+
+def bad_limit() -> None:
+    """More entries than the bytes of the file may stand for: 2^24, and 64 for each byte of the buffer."""
+    most = 2**24
+
+    def listed(name: str, nnz: int, file: Maker) -> Maker:
+        file.sparse(
+            name, [most * 4], [], "structured", values="none", more={"pattern": [columns(1, 0), rows(1, 0)]}
+        )
+        file.tensor(-1).update(nnz=nnz, shape=[nnz])
+        return file
+
+    bad("limit--structured", listed("w", most + 1, Maker()))
+    bad("limit--structured-2-to-53", listed("w", MAX_NUMEL, Maker()))
+    bad("limit--structured-beside-bytes", listed("w", most + 641, Maker().whole("b", "U8", [10])))
+    bad("limit--structured-three", listed("c", 1, listed("b", most // 2, listed("a", most // 2, Maker()))))
+    file = listed("b", most, Maker())
+    shared = {"codec": "shared", "tensor": "b"}
+    file.manifest["tensors"].append(file.tensor() | {"name": "a", "indices": shared})
+    bad("limit--shared", file)
+    file = Maker().runs("w", [most + 256 * 65], 256, 0, [], bytes([255]) * 2, values="none")
+    file.tensor()["nnz"] = most + 256 * 65
+    bad("limit--runs", file)
+    for codec in ("gap8", "varint"):
+        file = Maker().mask("w", [MAX_NUMEL], [0, 1, 2], codec)
+        file.tensor()["nnz"] = 2**50
+        bad(f"limit--{codec}", file)
+    mask = listed("q", most, Maker()).mask("r", [4], [1]).file()
+    MASKS["limit.masks"] = mask
+    file = Maker().set(features=["mask-file"], mask_files={"limit.masks": sha(mask)}).whole("b", "U8", [1])
+    for name in ("w", "v"):
+        item: Json = {"name": name, "shape": [most], "dtype": "F32", "nnz": most, "values": "none", "digests": {}}
+        file.manifest["tensors"].append(
+            item | {"indices": {"codec": "shared", "tensor": "q", "file": "limit.masks"}}
+        )
+    bad("limit--mask-file", file)
 
 
 def bad_streams() -> None:
@@ -1398,6 +1677,21 @@ def bad_streams() -> None:
     other("whole-base-shape", "base", "F32", [4, 1], file, "count-mismatch")
     file = Maker().sparse("w", [40], range(20), block_size=16)
     other("shape-swapped", "blocks", "I64", [1, 4], file, "block-directory")
+    for what, change in {
+        "dtype": {"dtype": "F16"},
+        "dtype-unknown": {"dtype": "F12"},
+        "rank": {"shape": [4]},
+    }.items():
+        file = Maker().whole("b", "BF16", [2, 2], base=noise("x", 8), store_base=True)
+        file.manifest["whole"][0] |= change
+        bad(f"stream-dtype--whole-{what}", file)
+    for what, shape in {"turned": [3, 2], "larger": [2, 4], "none": [0, 3], "2-to-50": [2**50, 3]}.items():
+        file = Maker().whole("b", "BF16", [2, 3])
+        file.manifest["whole"][0]["shape"] = shape
+        bad(f"count-mismatch--whole-{what}", file)
+    file = Maker().whole("b", "BF16", [2, 3])
+    file.manifest["whole"][0]["shape"] = [0, 2**53]
+    bad("shape-overflow--whole-in-manifest", file)
 
 
 def bad_counts() -> None:
@@ -1440,6 +1734,9 @@ def bad_counts() -> None:
 
     pattern = {"pattern": [rows(1, 0)]}
     too_many(
+        "1-of-2-to-50-rows", Maker().sparse("w", [2**50, 0], [], "structured", values="none", more=pattern), 1
+    )
+    too_many(
         "5000-digits", Maker().sparse("w", [3, 4], range(12), "structured", values="none", more=pattern), HUGE
     )
     too_many("above-numel", Maker().sparse("w", [3, 4], range(12), "structured", values="none", more=pattern), 13)
@@ -1480,6 +1777,13 @@ def bad_codes() -> None:
     stream("stream-truncated--gap8-too-few", "gap8", "000000", 4)
     stream("stream-truncated--gap8-in-escape", "gap8", "0000ff", 3)
     stream("stream-truncated--gap8-escapes-only", "gap8", "ffff", 1)
+    for codec, text in {"gap8": "000000", "varint": "007e00"}.items():
+        file = Maker().mask("w", [MAX_NUMEL], [0, 1, 2], codec)  # of many entries, but no more than are allowed
+        file.tensor()["nnz"] = 2**24
+        bad(f"stream-truncated--{codec}-nnz-2-to-24", file.replace("w#indices", bytes.fromhex(text)))
+    file = Maker().runs("w", [2**24], 2, 0, [0], b"\x01", values="none")
+    file.tensor()["nnz"] = 2**24
+    bad("stream-truncated--runs-nnz-2-to-24", file)
     stream("stream-truncated--varint-empty", "varint", "", 1)
     stream("stream-truncated--varint-too-few", "varint", "0000", 3)
     stream("stream-truncated--varint-in-code", "varint", "00ac", 2)
@@ -1633,6 +1937,12 @@ def bad_patterns() -> None:
     pattern("rank-1-column", columns(2, 1), [7])
     pattern("no-rows", rows(1, 0), [0, 4])
     pattern("no-columns", columns(1, 0), [3, 0])
+    pattern("step-2-to-53", columns(2**53, 1))
+    pattern("step-5000-digits", rows(HUGE, 1))
+    pattern("no-columns-2-to-50", columns(1, 0), [2**50, 0])
+    pattern("diagonal-above-no-columns", diagonal(0), [2**50, 0])
+    pattern("diagonal-below-no-columns", diagonal(-(2**50)), [2**50, 0])
+    pattern("no-rows-2-to-50", rows(3, 1), [0, 2**50])
     file = Maker().structured("w", [20, 20], *[diagonal(k) for k in range(9)])
     bad("pattern--nine-parts", file)
 
@@ -2038,12 +2348,14 @@ def bad_implied() -> None:
 
 
 def enlarge(data: bytes) -> bytes:
-    """Put a number of 5000 digits in place of HUGE, and mend the header's length."""
+    """Put a number of 5000 digits in place of HUGE, and mend the digest of the manifest and the header's length."""
     small, large = str(HUGE).encode(), b"9" * 5000
     if small not in data:
         return data
     (size,) = struct.unpack("<Q", data[:8])
     header = data[8 : 8 + size].rstrip(b" ").replace(small, large)
+    metadata = json.loads(header, parse_int=str)["__metadata__"]
+    header = header.replace(metadata["shira_digest"].encode(), texts(metadata["shira"])["shira_digest"].encode())
     return assemble(header, data[8 + size :])
 
 
@@ -2059,18 +2371,22 @@ def make() -> dict[str, bytes]:
         good_whole,
         good_names,
         good_manifests,
+        good_provenance_of_any_type,
         good_containers,
         good_patches,
         bad_container,
         bad_offsets,
         bad_manifest_json,
+        bad_manifest_digest,
         bad_versions,
         bad_schema,
+        bad_types,
         bad_schema_digests,
         bad_schema_codecs,
         bad_names,
         bad_tensors,
         bad_shared,
+        bad_limit,
         bad_streams,
         bad_counts,
         bad_digests,
@@ -2088,7 +2404,7 @@ def make() -> dict[str, bytes]:
         part()
     files: dict[str, bytes] = {}
     for name, maker in GOOD.items():
-        files[f"good/{name}.st"] = maker.file()
+        files[f"good/{name}.st"] = enlarge(maker.file())
         files[f"good/{name}.json"] = (json.dumps(maker.content) + "\n").encode()
     for name, data in BAD.items():
         files[f"bad/{name}.st"] = enlarge(data)

@@ -135,3 +135,20 @@ def test_the_door_opens_on_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not HEAVY & set(loaded)
+
+
+# What numpy computes by hashing, which takes a hundred times as long as a merge of sorted indices.
+_HASHED = {"unique": "return_", "union1d": None, "intersect1d": "assume_unique", "setdiff1d": "assume_unique"}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [*modules("shira_format"), *modules("shira_analysis"), *modules("shira_cli")]
+)
+def test_indices_are_never_hashed(name: str, path: Path) -> None:
+    """``distinct`` of :mod:`shira_format._core.arrays` instead."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
+            assert node.attr != "union1d", f"{name}, line {node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _HASHED:
+            needed = _HASHED[node.func.attr] or "nothing"
+            assert any((one.arg or "").startswith(needed) for one in node.keywords), f"{name}, line {node.lineno}"

@@ -15,6 +15,7 @@ import click
 from shira_cli import app, options
 from shira_cli.output import Printer, print_json
 from shira_cli.shipped import BASE_PACKAGE, DATA, TASKS, find_base
+from shira_format.storage.outputs import check_output_files
 
 __all__ = ["DATA", "TASKS", "command", "find_base", "main"]
 
@@ -39,6 +40,7 @@ CUT, FITTED, TRAINED = (0.01, 0.05), (0.01, 0.002), (0.01,)
 )
 @options.base_option(f": a folder of all-MiniLM-L6-v2 (default: the package {BASE_PACKAGE})")
 @click.option("--keep", type=options.PATH, metavar="DIR", help="Keep the adapter files in this folder.")
+@options.force_option("Replace adapter files in that folder.")
 @options.printing
 @app.version_option
 def command(
@@ -48,6 +50,7 @@ def command(
     cut_only: bool,
     base: str | None,
     keep: Path | None,
+    force: bool,
     printer: Printer,
 ) -> int:
     """Try the whole pipeline on a real model.
@@ -69,6 +72,8 @@ def command(
     with _folder(keep) as folder, warnings.catch_warnings():
         # What transformers and PEFT deprecate in each other tells our users nothing.
         warnings.simplefilter("ignore")
+        paths = [adapter_path(folder, task, *one) for task in tasks or TASKS for one in adapters.all()]
+        check_output_files(*paths, inputs=[found], force=force)
         for task in tasks or TASKS:
             texts = DATA / "text"
             held_out = LabelledTexts.read(texts / f"{task}.jsonl")

@@ -13,8 +13,7 @@ from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
 from shira_format.errors import SourceError
-from shira_format.storage.output_folder import check_output_file
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_format.training.report import TrainingReport
@@ -136,9 +135,7 @@ def command(
     from shira_format.training.run import Events, train_adapter
 
     plan = _plan(settings)
-    for path in (output, picture):
-        check_output_file(path, force=force)
-    check_not_input(output, [path for path in (data, test, plan.mask) if isinstance(path, Path)])
+    check_output_files(output, picture, inputs=[base, data, test, plan.mask, checkpoints], force=force)
     if base.is_dir() and base.resolve() in output.resolve().parents:
         raise SourceError(f"{output}: is in the folder of the model")
     with printer.bar("steps") as bar:

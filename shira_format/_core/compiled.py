@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array, Indices
+from shira_format._core.dtypes import with_one_nan
 from shira_format.errors import FormatError
 
 _loading = threading.Lock()
@@ -165,7 +166,7 @@ def _union_two_by_two(lists: Sequence[Indices]) -> tuple[Indices, list[Indices]]
 
 
 def mixed(target: Array, own: Array, factors: Array) -> Array:
-    """``own + factors * (target - own)``, rounded once; where a factor is 1, ``target`` bit for bit.
+    """``own + factors * (target - own)``, each step rounded (spec, 4.1); where a factor is 1, ``target`` bit for bit.
 
     Args:
         target: ``[k]``.
@@ -183,6 +184,7 @@ def mixed(target: Array, own: Array, factors: Array) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
         origin = own.astype(factors.dtype)
         new = np.asarray((origin + factors * (target.astype(factors.dtype) - origin)).astype(target.dtype))
+        with_one_nan(new)
     exact = np.flatnonzero(factors == 1)
     new[exact] = target[exact]
     return new

@@ -71,6 +71,28 @@ def round_to(array: Array, dtype: np.dtype[Any]) -> Array:
         return array.astype(dtype, copy=False)
 
 
+def with_one_nan(values: Array) -> Array:
+    """``values``, of which each NaN becomes the one that arithmetic gives on every machine (spec, 4.1); in place."""
+    nan = np.isnan(values)
+    if nan.any():
+        values[nan] = _nan(values.dtype)
+    return values
+
+
+@cache
+def _nan(dtype: np.dtype[Any]) -> Any:
+    """Positive and quiet, without a payload."""
+    bits = {
+        "F64": 0x7FF8 << 48,
+        "F32": 0x7FC0 << 16,
+        "F16": 0x7E00,
+        "BF16": 0x7FC0,
+        "F8_E4M3": 0x7F,
+        "F8_E5M2": 0x7E,
+    }
+    return np.array([bits[dtype_name(dtype)]], f"<u{dtype.itemsize}").view(dtype)[0]
+
+
 def upcast(array: Array, out: Array) -> Array:
     """Write ``array`` to ``out``, of a wider float dtype, exactly; several times faster than ``astype``. Returns ``out``."""
     if array.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:

@@ -127,8 +127,7 @@ def mix_bfloat16(target: Any, own: Any, factors: Any, out: Any) -> None:
         mixed = np.float32(origin + factor * (np.uint32(np.uint32(target[k]) << 16).view(np.float32) - origin))
         bits = mixed.view(np.uint32)
         near = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))  # to nearest, ties to even
-        quiet = np.uint32((bits & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
-        changed = np.uint32(quiet if np.isnan(mixed) else near) >> 16
+        changed = np.uint32(np.uint32(0x7FC00000) if np.isnan(mixed) else near) >> 16
         out[k] = target[k] if factor == 1 else np.uint16(changed)
 
 

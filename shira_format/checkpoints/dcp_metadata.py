@@ -15,7 +15,7 @@ from shira_format.checkpoints.index import is_file_name
 from shira_format.checkpoints.pickles import MAX_PICKLE, PickleError, Record, load, ordered_dict, record
 from shira_format.checkpoints.torch_file import TORCH_DTYPES
 from shira_format.errors import SourceError
-from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
+from shira_format.tensors import MAX_RANK, is_too_large, numel
 
 NAME = ".metadata"
 
@@ -109,7 +109,7 @@ class Metadata:
         item = self._items[key]
         shape = _size(item, "TensorStorageMetadata", "size")
         dtype = _dtype(_field(item, "TensorStorageMetadata", "properties"))
-        if numel(tuple(n for n in shape if n)) > MAX_NUMEL:
+        if is_too_large(shape):
             raise PickleError(f"shape {list(shape)} has more than 2^53 - 1 elements")
         entries = _field(item, "TensorStorageMetadata", "chunks")
         if type(entries) is not list:

@@ -17,7 +17,7 @@ from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints.pickles import MAX_PICKLE, PickleError, load, ordered_dict
 from shira_format.checkpoints.strided import boxes, extent, gather, is_contiguous
 from shira_format.storage.paths import Storage
-from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
+from shira_format.tensors import MAX_RANK, is_too_large, numel
 
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of the sequence
 
@@ -104,7 +104,7 @@ class TorchFile:
         shape, strides = tensor.shape, tensor.strides
         if len(shape) != len(strides) or len(shape) > MAX_RANK or not _are_counts(tensor.offset, *shape, *strides):
             raise PickleError("its shape, strides or offset are invalid")
-        if numel(tuple(n for n in shape if n)) > MAX_NUMEL:
+        if is_too_large(shape):
             raise PickleError(f"shape {list(shape)} has more than 2^53 - 1 elements")
         size = TORCH_DTYPES[tensor.dtype].itemsize
         # An expanded tensor may be larger than its storage; without a limit, a small file could fill the memory.
@@ -294,7 +294,12 @@ def _tensor(
 ) -> StoredTensor:
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
         raise PickleError("a tensor without a storage")
-    flags = tuple(str(key) for key, value in metadata.items() if value) if metadata else ()
+    # Types first: what a pickle nests, with itself again and again, would make a text without end.
+    if metadata is not None and (
+        type(metadata) is not dict or not all(type(key) is str and type(metadata[key]) is bool for key in metadata)
+    ):
+        raise PickleError("a tensor's flags are not true or false")
+    flags = tuple(key for key, value in metadata.items() if value) if metadata else ()
     return StoredTensor(storage, storage.dtype, offset, shape, strides, flags)
 
 
@@ -302,7 +307,9 @@ def _tensor_of_dtype(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> StoredTensor:
     found = _tensor(storage, offset, shape, strides, grad, hooks, metadata)
-    return StoredTensor(found.storage, str(dtype), offset, shape, strides, found.flags)
+    if type(dtype) is not str:
+        raise PickleError("a tensor's dtype is not one")
+    return StoredTensor(found.storage, dtype, offset, shape, strides, found.flags)
 
 
 def _same(data: Any, *_: Any) -> Any:

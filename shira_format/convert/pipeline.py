@@ -24,7 +24,7 @@ from shira_format.entries.changes import Change, CheckpointChange, Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter, Prepared
 from shira_format.selection import AMOUNTS, Engine, LocalEngine, Pending, TopK, passes, select
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
 
 Rule = TopK | Exact | Given

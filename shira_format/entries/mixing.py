@@ -2,7 +2,7 @@
 
 One rule for live weights and merges, so that a merge and the adapters together give the same bits. An entry with one
 contribution becomes what that adapter alone makes of it at this strength. With several, their steps are summed in
-float64 in ascending order (so that the order of the adapters does not matter), added to the base and rounded once.
+float64 in ascending order (so that the order of the adapters does not matter), added to the base and rounded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from shira_format._core import fits
 from shira_format._core.arrays import Array, Indices, array_digest, bits_differ
 from shira_format._core.compiled import scatter
-from shira_format._core.dtypes import round_to, working_dtype
+from shira_format._core.dtypes import round_to, with_one_nan, working_dtype
 from shira_format.entries.aligned import AlignedEntries, Contribution, Factor, Floats, common_dtype
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.tensors import SparseTensor
@@ -156,7 +156,7 @@ def _mix_shared(
     shared, sums = _sum_shared(aligned, factors, active, count, base)
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are values like any other
         sums += base[shared].astype(np.float64)
-    values[shared] = round_to(sums, values.dtype)
+    values[shared] = with_one_nan(round_to(sums, values.dtype))
     return int(shared.size)
 
 

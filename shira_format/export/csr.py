@@ -24,7 +24,8 @@ from shira_format.errors import SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
-from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder
+from shira_format.storage.output_folder import folder_bytes, output_folder
+from shira_format.storage.outputs import check_output_folder
 from shira_format.tensors import SparseTensor, ValueKind, matrix_shape
 
 

@@ -41,18 +41,39 @@ def strings(raw: Mapping[str, Any], key: str, *, required: bool = False) -> list
     return found
 
 
-def check_number(raw: Mapping[str, Any], key: str, tensor: str | None = None) -> None:
-    """Raise FormatError if ``raw[key]`` exists and is not a number."""
-    if key in raw and type(raw[key]) not in (int, float):
-        raise FormatError("manifest-schema", f"{key!r} is not a number", tensor=tensor)
-
-
 def is_finite(value: float) -> bool:
     """Whether a number is finite as a float64."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond float64
         return False
+
+
+_NOT_IN_FILE_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+_DEVICE = re.compile(
+    r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(?:COM|LPT)[0-9¹²³]) *(?:\..*)?", re.IGNORECASE | re.ASCII
+)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name can be that of a file or folder on every common system (spec, section 3.4)."""
+    return (
+        1 <= len(name.encode()) <= 255
+        and not _NOT_IN_FILE_NAMES.search(name)
+        and not name.endswith((".", " "))
+        and not _DEVICE.fullmatch(name)
+    )
+
+
+def check_file_names(names: Mapping[str, Any], what: str) -> None:
+    """Raise FormatError unless all names can be those of files of one folder."""
+    seen: set[bytes] = set()
+    for name in names:
+        if not is_file_name(name):
+            raise FormatError("manifest-schema", f"{name!r:.300} cannot name {what}")
+        if (folded := name.encode().lower()) in seen:
+            raise FormatError("manifest-schema", f"{name!r} and another name of {what} differ in case alone")
+        seen.add(folded)
 
 
 def flag(raw: Mapping[str, Any], key: str, tensor: str) -> bool:

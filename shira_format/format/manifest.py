@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from shira_format._core.dtypes import FLOATS
+from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.errors import FormatError
 from shira_format.format.codecs import CODECS
 from shira_format.format.fields import (
-    check_number,
+    check_file_names,
     digests,
     flag,
     is_digest,
@@ -22,8 +24,8 @@ from shira_format.format.fields import (
     optional,
     strings,
 )
-from shira_format.storage.safetensors_file import is_uint, parse_object
-from shira_format.tensors import MAX_NUMEL, MAX_RANK, ValueKind, numel
+from shira_format.format.provenance import leave_out_misfits
+from shira_format.tensors import MAX_RANK, TOO_LARGE, ValueKind, is_too_large, numel
 
 FORMAT_VERSION = "1.0"
 NEWER = {
@@ -33,6 +35,9 @@ NEWER = {
 }  # the version that brought a feature, of those that are not in FORMAT_VERSION
 MAJOR = 1
 METADATA_KEY = "shira"
+DIGEST_KEY = "shira_digest"
+# Most entries of a file: so many, and so many for each byte of its buffer. Without it a few bytes could ask for any memory.
+FREE_ENTRIES, ENTRIES_PER_BYTE = 1 << 24, 64
 FEATURES = frozenset({"mask-file", "patch", *NEWER})
 DIGEST = "sha256"
 # What a writer derives from the tensors; all other keys of a manifest are copied.
@@ -119,6 +124,8 @@ class DenseEntry:
     """One item of ``whole``."""
 
     name: str
+    shape: tuple[int, ...]
+    dtype: str
     digests: Mapping[str, str]
     base_values: bool
     raw: Mapping[str, Any]
@@ -126,7 +133,7 @@ class DenseEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A checked manifest; ``raw`` is the JSON object, with unknown keys."""
+    """A checked manifest; ``raw`` is the JSON object, with unknown keys, without provenance of another form than section 7's."""
 
     raw: dict[str, Any]
     tensors: dict[str, SparseEntry]
@@ -148,20 +155,28 @@ def stream_name(name: str, role: str) -> str:
     return f"{name}#{role}"
 
 
-def parse_manifest(text: str) -> Manifest:
+def parse_manifest(text: str, digest: str | None = None) -> Manifest:
     """Parse and check the manifest of a file.
+
+    Args:
+        text: the manifest.
+        digest: what the file gives as the text's SHA-256; None: it is not compared.
 
     Raises:
         FormatError: a rule of sections 3 to 5 that can be checked without the streams is broken.
     """
     try:
-        raw = parse_object(text.encode("utf-8"), "manifest-json")
+        data = text.encode("utf-8")
     except UnicodeEncodeError:
         raise FormatError("manifest-json", "it has lone surrogates, which UTF-8 cannot encode") from None
+    raw = parse_object(data, "manifest-json")
     _check_version(raw)
+    if digest is not None and digest != hashlib.sha256(data).hexdigest():
+        raise FormatError("manifest-digest", f"the manifest is damaged ({DIGEST_KEY!r} is missing or differs)")
     tensors = [_sparse(item) for item in items(raw, "tensors", required=True)]
     whole = [_whole(item) for item in items(raw, "whole")]
-    _check_provenance(raw)
+    _check_strength(raw)
+    _check_mask_files(raw)
     components = _components(raw)
     removed = tuple(strings(raw, "removed"))
     names = [entry.name for entry in tensors] + [entry.name for entry in whole] + list(removed)
@@ -177,6 +192,7 @@ def parse_manifest(text: str) -> Manifest:
             raise FormatError("manifest-schema", f"the codec {entry.codec!r} without the feature {feature!r}", tensor=entry.name)  # fmt: skip
         if entry.codec == "shared":
             _check_shared(entry, manifest)
+    leave_out_misfits(raw)
     return manifest
 
 
@@ -217,33 +233,36 @@ def _sparse(item: Any) -> SparseEntry:
     if not isinstance(item, dict):
         raise FormatError("manifest-schema", "an item of 'tensors' is not an object")
     name = need(item, "name", str)
-    shape = need(item, "shape", list, name)
-    if len(shape) > MAX_RANK or not all(is_uint(n) for n in shape):
-        raise FormatError("manifest-schema", f"shape {shape} is not a list of dimensions", tensor=name)
-    if numel(tuple(shape)) > MAX_NUMEL:
-        raise FormatError("shape-overflow", f"shape {shape} has more than 2^53 - 1 elements", tensor=name)
+    shape = _shape(item, name)
     dtype = need(item, "dtype", str, name)
     if dtype not in FLOATS:
         raise FormatError("sparse-dtype", f"dtype {dtype!r} is not a float dtype", tensor=name)
     nnz = need(item, "nnz", int, name)
     if nnz < 0:
         raise FormatError("manifest-schema", f"nnz {nnz}", tensor=name)
-    if nnz > numel(tuple(shape)):
-        raise FormatError("count-mismatch", f"nnz {nnz} in a tensor of {numel(tuple(shape))}", tensor=name)
+    if nnz > numel(shape):
+        raise FormatError("count-mismatch", f"nnz {nnz} in a tensor of {numel(shape)}", tensor=name)
     values = need(item, "values", str, name)
     if values not in ("target", "delta", "none"):
         raise FormatError("manifest-schema", f"values {values!r}", tensor=name)
-    for key in ("energy_kept", "relative_error"):
-        check_number(item, key, name)
     indices = need(item, "indices", dict, name)
     _check_indices(indices, name)
     entry = SparseEntry(
-        name, tuple(shape), dtype, nnz, cast(ValueKind, values), indices,
+        name, shape, dtype, nnz, cast(ValueKind, values), indices,
         digests(item, name, DIGESTS), flag(item, "base_values", name),
-        need(item, "from", str, name) if "from" in item else name, _rows(item, tuple(shape)), item,
+        need(item, "from", str, name) if "from" in item else name, _rows(item, shape), item,
     )  # fmt: skip
     _check_digests(entry)
     return entry
+
+
+def _shape(item: dict[str, Any], name: str) -> tuple[int, ...]:
+    shape = need(item, "shape", list, name)
+    if len(shape) > MAX_RANK or not all(is_uint(n) for n in shape):
+        raise FormatError("manifest-schema", f"shape {shape} is not a list of dimensions", tensor=name)
+    if is_too_large(tuple(shape)):
+        raise FormatError("shape-overflow", f"shape {shape}: {TOO_LARGE}", tensor=name)
+    return tuple(shape)
 
 
 def _rows(item: dict[str, Any], shape: tuple[int, ...]) -> int | None:
@@ -251,8 +270,8 @@ def _rows(item: dict[str, Any], shape: tuple[int, ...]) -> int | None:
         return None
     if not is_uint(item["rows"]) or not shape or item["values"] == "none":
         raise FormatError("manifest-schema", f"rows {item['rows']!r:.80}", tensor=item["name"])
-    if numel((item["rows"], *shape[1:])) > MAX_NUMEL:
-        raise FormatError("shape-overflow", "the result has more than 2^53 - 1 elements", tensor=item["name"])
+    if is_too_large((item["rows"], *shape[1:])):
+        raise FormatError("shape-overflow", f"the shape of the result: {TOO_LARGE}", tensor=item["name"])
     return int(item["rows"])
 
 
@@ -286,7 +305,10 @@ def _whole(item: Any) -> DenseEntry:
     if not isinstance(item, dict):
         raise FormatError("manifest-schema", "an item of 'whole' is not an object")
     name = need(item, "name", str)
-    entry = DenseEntry(name, digests(item, name, ("values", "base")), flag(item, "base_values", name), item)
+    entry = DenseEntry(
+        name, _shape(item, name), need(item, "dtype", str, name), digests(item, name, ("values", "base")),
+        flag(item, "base_values", name), item,
+    )  # fmt: skip
     needed = {"values", "base"} if entry.base_values else {"values"}
     if missing := needed - entry.digests.keys():
         raise FormatError("manifest-schema", f"digests lack {', '.join(sorted(missing))}", tensor=name)
@@ -320,56 +342,24 @@ def _components(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if "components" not in raw:
         return None
     components = cast(dict[str, Any], need(raw, "components", dict))
+    check_file_names(components, "a component")
     for name, value in components.items():
-        if not name or "/" in name or not isinstance(value, dict):
-            raise FormatError("manifest-schema", f"component {name!r}")
-        _check_base_model(value)
+        if not isinstance(value, dict):
+            raise FormatError("manifest-schema", f"the component {name!r} is not an object")
     return components
 
 
-def _check_provenance(raw: Mapping[str, Any]) -> None:
-    """Check types only: provenance does not change how the file is read."""
-    check_number(raw, "alpha")
-    if "alpha" in raw and not is_finite(raw["alpha"]):
+def _check_strength(raw: Mapping[str, Any]) -> None:
+    if "alpha" in raw and not (type(raw["alpha"]) in (int, float) and is_finite(raw["alpha"])):
         raise FormatError("manifest-schema", "'alpha' is not a finite number")
-    for key in ("license", "writer", "description"):
-        optional(raw, key, str)
-    _check_base_model(raw)
-    source = optional(raw, "source", dict) or {}
-    for key in ("kind", "dialect"):
-        optional(source, key, str)
-    _check_files(source)
-    selection = optional(raw, "selection", dict) or {}
-    for key in ("rule", "scope"):
-        optional(selection, key, str)
-    for key in ("density", "energy", "energy_kept", "min_change", "relative_error"):
-        check_number(selection, key)
-    if "top_k" in selection and not is_uint(selection["top_k"]):
-        raise FormatError("manifest-schema", "top_k is not a count")
-    for key in ("include", "exclude"):
-        strings(selection, key)
-    mask = optional(raw, "mask", dict) or {}
-    for key in ("rule", "calibration_digest"):
-        optional(mask, key, str)
-    optional(mask, "seed", int)
-    for name, digest in (optional(raw, "mask_files", dict) or {}).items():
-        if name in ("", ".", "..") or "/" in name or "\\" in name or not is_digest(digest):
-            raise FormatError("manifest-schema", f"mask file {name!r}")
 
 
-def _check_base_model(raw: Mapping[str, Any]) -> None:
-    base = optional(raw, "base_model", dict) or {}
-    for key in ("id", "revision"):
-        optional(base, key, str)
-    _check_files(base)
-
-
-def _check_files(raw: Mapping[str, Any]) -> None:
-    for item in items(raw, "files"):
-        if not isinstance(item, dict):
-            raise FormatError("manifest-schema", "an item of 'files' is not an object")
-        need(item, "name", str)
-        optional(item, "digest", str)
+def _check_mask_files(raw: Mapping[str, Any]) -> None:
+    files = optional(raw, "mask_files", dict) or {}
+    check_file_names(files, "a mask file")
+    for name, digest in files.items():
+        if not is_digest(digest):
+            raise FormatError("manifest-schema", f"the digest of the mask file {name!r} is not 64 hex digits")
 
 
 def _check_distinct(names: Any, what: str) -> None:

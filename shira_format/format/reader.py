@@ -18,6 +18,9 @@ from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError, SourceError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.manifest import (
+    DIGEST_KEY,
+    ENTRIES_PER_BYTE,
+    FREE_ENTRIES,
     METADATA_KEY,
     DenseEntry,
     SparseEntry,
@@ -90,7 +93,7 @@ class AdapterFile:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
                 raise FormatError("no-manifest", "a safetensors file without a SHiRA manifest, so not an adapter")
-            self.manifest = parse_manifest(text)
+            self.manifest = parse_manifest(text, self.streams.metadata.get(DIGEST_KEY, ""))
             self.key = hashlib.sha256(text.encode()).hexdigest()
             self._check_streams()
         except FormatError as error:
@@ -300,8 +303,12 @@ class AdapterFile:
                 raise FormatError(
                     "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
                 )
-            # The digest covers every byte; what it covers is what is used, whatever becomes of the file.
-            self._mask_files[name] = AdapterFile(path, verify=False, content=content, base=self.base)
+            try:
+                # What the digest covers is what is used, whatever becomes of the file.
+                self._mask_files[name] = AdapterFile(path, verify=self._verify, content=content, base=self.base)
+            except FormatError as error:
+                of_tensor = f"tensor {error.tensor!r}: " if error.tensor else ""
+                raise FormatError(error.rule, f"the mask file {path}: {of_tensor}{error.reason}") from None
         return self._mask_files[name]
 
     def _read(self, entry: SparseEntry, role: str) -> Array:
@@ -321,6 +328,9 @@ class AdapterFile:
             self._check_whole(whole)
         if stray := sorted(set(self.streams) - set(self.manifest.stream_names())):
             raise FormatError("stray-stream", "the manifest does not list it", tensor=stray[0])
+        entries = sum(entry.nnz for entry in self.manifest.tensors.values())
+        if entries > (most := FREE_ENTRIES + ENTRIES_PER_BYTE * self.streams.buffer_size):
+            raise FormatError("limit", f"{entries} entries; a file of this size may have {most}")
 
     def _check_stream(self, entry: SparseEntry, role: str) -> None:
         name = stream_name(entry.name, role)
@@ -351,8 +361,6 @@ class AdapterFile:
             raise FormatError(rule, f"shape {list(stream.shape)}, expected {list(shape)}", tensor=name)
 
     def _check_whole(self, entry: DenseEntry) -> None:
-        if entry.name not in self.streams:
-            raise FormatError("missing-stream", "the manifest lists it, but the file lacks it", tensor=entry.name)
+        self._check_shape(entry.name, {entry.dtype}, entry.shape)
         if entry.base_values:
-            stream = self.streams[entry.name]
-            self._check_shape(stream_name(entry.name, "base"), {stream.dtype}, stream.shape)
+            self._check_shape(stream_name(entry.name, "base"), {entry.dtype}, entry.shape)

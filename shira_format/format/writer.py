@@ -22,17 +22,21 @@ from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
 from shira_format._core.dtypes import dtype_name
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
-from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, Hints, encode_with, seed_of
+from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, Hints, encode_smallest, encode_with, seed_of
 from shira_format.format.manifest import (
     DERIVED,
     DIGEST,
+    DIGEST_KEY,
+    ENTRIES_PER_BYTE,
     FORMAT_VERSION,
+    FREE_ENTRIES,
     METADATA_KEY,
     NEWER,
     check_name,
     parse_manifest,
     stream_name,
 )
+from shira_format.format.provenance import check_provenance
 from shira_format.format.reader import AdapterFile
 from shira_format.storage.atomic import atomic_file
 from shira_format.storage.paths import read_file
@@ -95,8 +99,8 @@ class Prepared:
 class AdapterWriter:
     """Writes an adapter file tensor by tensor: a context manager that creates the file if the block raises nothing.
 
-    Streams are spooled to unnamed temporary files, one per element size: nothing is left behind if the process is killed,
-    and every stream is aligned in the file.
+    Streams are spooled to an unnamed temporary file, so that nothing is left behind if the process is killed. Those of a
+    tensor follow each other, in the order of the tensors: the file can be read in one pass.
 
     Example:
         >>> with AdapterWriter("style.st", {"base_model": {"id": "me/base"}}) as writer:
@@ -134,9 +138,10 @@ class AdapterWriter:
         self._masks_digest = None if content is None else hashlib.sha256(content).hexdigest()
         self._open = ExitStack()
         self._block_size = block_size
-        self._spools: dict[int, IO[bytes]] = {}
-        self._sizes: dict[int, int] = {}
-        self._streams: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        self._spool_file: IO[bytes] | None = None
+        self._size = 0  # of the buffer so far, in bytes
+        self._streams: dict[str, Stream] = {}
+        self._entries = 0
         self._tensors: list[dict[str, Any]] = []
         self._whole: list[dict[str, Any]] = []
         self._seen: dict[tuple[Any, ...], str] = {}
@@ -157,9 +162,15 @@ class AdapterWriter:
                 self._masks.streams.close()
             self._open.close()
 
-    def prepared(self, tensor: SparseTensor) -> Prepared:
-        """Encode and hash a tensor's streams; may run on any thread before :meth:`add`."""
-        encoded = encode_with(tensor.indices, tensor.shape, self._block_size, self._hints(tensor))
+    def prepared(self, tensor: SparseTensor, *, bytewise: bool = False) -> Prepared:
+        """Encode and hash a tensor's streams; may run on any thread before :meth:`add`.
+
+        With ``bytewise`` each entry takes at least a byte.
+        """
+        if bytewise:
+            encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size, bytewise=True)
+        else:
+            encoded = encode_with(tensor.indices, tensor.shape, self._block_size, self._hints(tensor))
         streams = {"indices": encoded.stream, "blocks": encoded.blocks, "rows": tensor.new_rows}
         if tensor.value_kind != "none":
             streams["values"] = tensor.values
@@ -208,8 +219,10 @@ class AdapterWriter:
 
     def _add(self, prepared: Prepared, notes: Mapping[str, Any] | None) -> int:
         tensor = prepared.tensor
+        if must_store := tensor.value_kind == "none" and tensor.nnz > self._entries_left():
+            prepared = self.prepared(tensor, bytewise=True)
         check_name(tensor.name, None)
-        before = sum(self._sizes.values())
+        before = self._size
         item: dict[str, Any] = {
             "name": tensor.name,
             "shape": list(tensor.shape),
@@ -218,7 +231,7 @@ class AdapterWriter:
             "values": tensor.value_kind,
         }
         digests: dict[str, str] = {}
-        item["indices"] = self._add_indices(prepared, digests)
+        item["indices"] = self._add_indices(prepared, digests, may_share=not must_store)
         if tensor.value_kind != "none":
             self._spool_digest(tensor, "values", tensor.values, prepared, digests)
         if tensor.base_digest is not None:
@@ -238,7 +251,8 @@ class AdapterWriter:
         if tensor.result_digest is not None:
             digests["result"] = tensor.result_digest
         self._tensors.append(item | _others(notes, _DERIVED_OF_TENSOR))
-        return sum(self._sizes.values()) - before
+        self._entries += tensor.nnz
+        return self._size - before
 
     def _spool_digest(
         self, tensor: SparseTensor, role: str, array: Array, prepared: Prepared, digests: dict[str, str]
@@ -279,7 +293,9 @@ class AdapterWriter:
         with self._all_or_nothing():
             check_name(name, None)
             digests = {"values": self._spool_parts(name, dtype, shape, parts)}
-            item: dict[str, Any] = {"name": name, "digests": digests}
+            item: dict[str, Any] = {
+                "name": name, "shape": list(shape), "dtype": dtype_name(dtype), "digests": digests,
+            }  # fmt: skip
             if base is not None:
                 base_digest = self._spool_parts(stream_name(name, "base"), dtype, shape, base)
                 item["base_values"] = True
@@ -290,7 +306,7 @@ class AdapterWriter:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """On an exception, remove what the block has spooled: no stream may be left without a tensor."""
-        streams, seen, sizes = len(self._streams), len(self._seen), dict(self._sizes)
+        streams, seen, size = len(self._streams), len(self._seen), self._size
         try:
             yield
         except BaseException:
@@ -298,20 +314,24 @@ class AdapterWriter:
                 self._streams.popitem()
             while len(self._seen) > seen:
                 self._seen.popitem()
-            for size, spool in self._spools.items():
-                self._sizes[size] = sizes.get(size, 0)
-                spool.seek(self._sizes[size])
-                spool.truncate()
+            self._size = size
+            if self._spool_file is not None:
+                self._spool_file.seek(size)
+                self._spool_file.truncate()
             raise
 
-    def _add_indices(self, prepared: Prepared, digests: dict[str, str]) -> dict[str, Any]:
+    def _entries_left(self) -> int:
+        """How many entries may follow that take no byte (rule ``limit``)."""
+        return FREE_ENTRIES + ENTRIES_PER_BYTE * self._size - self._entries
+
+    def _add_indices(self, prepared: Prepared, digests: dict[str, str], *, may_share: bool) -> dict[str, Any]:
         tensor, encoded = prepared.tensor, prepared.encoded
-        if self._masks is not None and self._in_mask_file(tensor):
+        if may_share and self._masks is not None and self._in_mask_file(tensor):
             return {"codec": "shared", "tensor": tensor.name, "file": self._masks.path.name}
         if encoded.stream is not None:
             key = (tensor.shape, *encoded.params.values(), prepared.digests["indices"])
             twin = self._seen.setdefault(key, tensor.name)
-            if twin != tensor.name and encoded.stream_bytes > len(twin):
+            if may_share and twin != tensor.name and encoded.stream_bytes > len(twin):
                 return {"codec": "shared", "tensor": twin}
             self._spool_digest(tensor, "indices", encoded.stream, prepared, digests)
         if encoded.blocks is not None:
@@ -331,7 +351,7 @@ class AdapterWriter:
         )
 
     def _spool(self, name: str, array: Array, known: str | None = None) -> str:
-        """Append an array to the spool of its element size; returns its digest, computed unless it is ``known``."""
+        """Append an array to the spool; returns its digest, computed unless it is ``known``."""
         return self._spool_parts(name, array.dtype, array.shape, [array], known)
 
     def _spool_parts(
@@ -339,43 +359,36 @@ class AdapterWriter:
     ) -> str:  # fmt: skip
         if name in self._streams:
             raise FormatError("duplicate-name", f"the stream name {name!r} occurs twice", tensor=name)
-        size = dtype.itemsize
-        if size not in self._spools:
+        if self._spool_file is None:
             spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed on exit
-            self._spools[size] = self._open.enter_context(spool)
-            self._sizes[size] = 0
-        begin, found = self._sizes[size], hashlib.sha256()
+            self._spool_file = self._open.enter_context(spool)
+        begin, found = self._size, hashlib.sha256()
         for part in parts:
             raw = as_bytes(part).data
-            self._spools[size].write(raw)
-            self._sizes[size] += len(raw)
+            self._spool_file.write(raw)
+            self._size += len(raw)
             if known is None:
                 found.update(raw)
-        if self._sizes[size] - begin != numel(shape) * size:
+        if self._size - begin != numel(shape) * dtype.itemsize:
             raise FormatError("count-mismatch", f"its parts do not add up to shape {list(shape)}", tensor=name)
-        self._streams[name] = (dtype_name(dtype), shape, size, begin)
+        self._streams[name] = Stream(dtype_name(dtype), shape, begin, self._size)
         return known or found.hexdigest()
 
     def _finish(self) -> None:
         header = self._header()
         with atomic_file(self.path) as file:
             file.write(header)
-            for size in sorted(self._spools, reverse=True):
-                self._spools[size].seek(0)
-                shutil.copyfileobj(self._spools[size], file, 1 << 20)
+            if self._spool_file is not None:
+                self._spool_file.seek(0)
+                shutil.copyfileobj(self._spool_file, file, 1 << 20)
 
     def _header(self) -> bytes:
-        text = _json(self._full_manifest())
-        parse_manifest(text)  # the provenance must pass the same checks as a stranger's file
-        begins, at = {}, 0
-        for size in sorted(self._spools, reverse=True):
-            begins[size] = at
-            at += self._sizes[size]
-        streams = {}
-        for name, (dtype, shape, size, begin) in self._streams.items():
-            start = begins[size] + begin
-            streams[name] = Stream(dtype, shape, start, start + numel(shape) * size)
-        header = file_header(streams, {METADATA_KEY: text})
+        manifest = self._full_manifest()
+        text = _json(manifest)
+        parse_manifest(text)  # what the caller gave must pass the same checks as a stranger's file
+        check_provenance(manifest)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        header = file_header(self._streams, {METADATA_KEY: text, DIGEST_KEY: digest})
         if len(header) - 8 > MAX_HEADER:
             raise FormatError(
                 "header-too-large", f"a header of {len(header) - 8} bytes; the limit is {MAX_HEADER}"

@@ -9,7 +9,7 @@ import re
 import stat
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -265,14 +265,3 @@ def hub_identity(path: str | os.PathLike[str]) -> dict[str, str]:
     from shira_format.storage.hub import hub_identity as identified_by_hub
 
     return identified_by_hub(path)
-
-
-def check_not_input(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to overwrite an input.
-
-    Raises:
-        SourceError: ``out`` is one of ``inputs``.
-    """
-    local = [path for path in inputs if isinstance(path, Path) and path.exists()]
-    if out.exists() and any(out.samefile(path) for path in local):
-        raise SourceError(f"{out}: is one of the inputs")

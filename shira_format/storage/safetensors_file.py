@@ -21,12 +21,12 @@ import numpy as np
 
 from shira_format._core.arrays import Array, as_bytes, frozen, read_only
 from shira_format._core.dtypes import DTYPES, dtype_name
+from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.errors import FormatError
 from shira_format.storage.paths import MemoryFile, open_storage
-from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
+from shira_format.tensors import MAX_RANK, TOO_LARGE, is_too_large, numel
 
 MAX_HEADER = 100_000_000
-MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class SafetensorsFile(Mapping[str, Stream]):
         path: the file.
         metadata: the strings of ``__metadata__``.
         size: of the whole file, in bytes.
+        buffer_size: of what follows the header, in bytes.
 
     Raises:
         FormatError: a rule of section 2 is broken.
@@ -66,7 +67,8 @@ class SafetensorsFile(Mapping[str, Stream]):
             self.size = self._storage.size
             self._start, header = self._read_header()
             self.metadata = _metadata(header)
-            self._streams = _streams(header, self.size - self._start)
+            self.buffer_size = self.size - self._start
+            self._streams = _streams(header, self.buffer_size)
         except FormatError as error:
             self._storage.close()
             raise error.at(file=self.path) from None
@@ -86,13 +88,7 @@ class SafetensorsFile(Mapping[str, Stream]):
             raise FormatError("header-too-large", reason)
         if 8 + length > self.size:
             raise FormatError("file-truncated", f"a header of {length} bytes in a file of {self.size}")
-        text = self._read(8, length)
-        if not text.startswith(b"{"):
-            raise FormatError("header-json", "the header does not start with '{'")
-        text = text.rstrip(b" ")
-        if not text.endswith(b"}"):
-            raise FormatError("header-json", "the header's object is followed by something other than spaces")
-        return 8 + length, parse_object(text, "header-json")
+        return 8 + length, parse_object(self._read(8, length), "header-json")
 
     def _read(self, start: int, size: int) -> bytes:
         """Read, not mapped: the file may be cut meanwhile."""
@@ -112,7 +108,7 @@ class SafetensorsFile(Mapping[str, Stream]):
     def read(self, name: str) -> Array:
         """The array ``name``, read-only, read into memory of its own: later changes of the file do not reach it."""
         stream = self._streams[name]
-        return frozen(_shaped(self.read_part(name, 0, numel(stream.shape)), stream))
+        return frozen(self.read_part(name, 0, numel(stream.shape)).reshape(stream.shape))
 
     def mapped(self, name: str) -> Array:
         """The array ``name``, read-only, from a memory map of its own, which is freed with the array.
@@ -147,14 +143,9 @@ class SafetensorsFile(Mapping[str, Stream]):
 
 
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:
-    return read_only(_shaped(np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset), stream))
-
-
-def _shaped(flat: Array, stream: Stream) -> Array:
-    try:
-        return flat.reshape(stream.shape)
-    except ValueError as error:  # no elements, but a shape that numpy cannot hold
-        raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
+    return read_only(
+        np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset).reshape(stream.shape)
+    )
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
@@ -198,8 +189,8 @@ def _stream(name: str, entry: Any) -> Stream:
         raise FormatError("header-entry", "its entry is not {dtype, shape, data_offsets}", tensor=name)
     if dtype not in DTYPES:
         raise FormatError("unknown-dtype", f"dtype {dtype!r} is not known", tensor=name)
-    if numel(tuple(shape)) > MAX_NUMEL:
-        raise FormatError("shape-overflow", f"shape {shape} has more than 2^53 - 1 elements", tensor=name)
+    if is_too_large(tuple(shape)):
+        raise FormatError("shape-overflow", f"shape {shape}: {TOO_LARGE}", tensor=name)
     stream = Stream(dtype, tuple(shape), begin, end)
     if stream.nbytes != numel(stream.shape) * DTYPES[dtype].itemsize:
         raise FormatError("dtype-length", f"{stream.nbytes} bytes for {dtype} of shape {shape}", tensor=name)
@@ -273,59 +264,3 @@ class SafetensorsWriter:
         """Write the header."""
         self._file.seek(0)
         self._file.write(file_header(self._streams, self._metadata, self._room))
-
-
-def is_uint(value: Any) -> bool:
-    """Whether a parsed JSON value is an integer >= 0 (``true`` is not)."""
-    return type(value) is int and value >= 0
-
-
-def parse_object(text: bytes, rule: str) -> dict[str, Any]:
-    """Parse strict JSON: valid UTF-8, an object, no repeated keys, no NaN, at most 32 levels.
-
-    Raises:
-        FormatError: with the given rule.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise FormatError(rule, f"the key {twice!r} occurs twice")
-        return found
-
-    def constant(word: str) -> Any:
-        raise FormatError(rule, f"{word} is not JSON")
-
-    def integer(digits: str) -> int:
-        # Python refuses very long integers; cut to 400 digits, they are still beyond every limit of the format.
-        return int(digits[:400])
-
-    try:
-        parsed = json.loads(
-            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer
-        )
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(rule, f"invalid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise FormatError(rule, "not a JSON object")
-    if _depth(parsed) > MAX_DEPTH:
-        raise FormatError(rule, f"nested more than {MAX_DEPTH} deep")
-    return parsed
-
-
-def _depth(value: Any) -> int:
-    """Levels of objects and lists, counted without recursion, so that no depth exhausts the stack."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            child
-            for item in level
-            for child in (item.values() if type(item) is dict else item)
-            if type(child) is dict or type(child) is list
-        ]
-    return depth

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from shira_format._core.arrays import file_digest
+from shira_format._core.strict_json import is_uint
 from shira_format.errors import SourceError
 from shira_format.format.fields import is_digest
 from shira_format.storage.places import Place
-from shira_format.storage.safetensors_file import is_uint
 from shira_format.sync.structure import VERSION, parsed
 
 FOLDER = "index"

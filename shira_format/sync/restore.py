@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from shira_format.storage.atomic import atomic_folder
-from shira_format.storage.output_folder import check_output_folder
+from shira_format.storage.outputs import check_output_folder
 from shira_format.storage.places import Place, open_place
 from shira_format.sync.structure import Structure
 from shira_format.sync.subscriber import Subscriber

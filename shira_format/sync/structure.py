@@ -12,10 +12,10 @@ import numpy as np
 
 from shira_format._core import fits
 from shira_format._core.dtypes import DTYPES, dtype_name
+from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import BaseMismatch, FormatError, SourceError
 from shira_format.storage.places import Place
-from shira_format.storage.safetensors_file import is_uint, parse_object
 from shira_format.tensors import MAX_RANK
 
 NAME = "structure.json"
@@ -129,7 +129,7 @@ def parsed(data: bytes, where: str) -> dict[str, Any]:
         SourceError: it is no JSON, or is of a later version; the message starts with ``where``.
     """
     try:
-        raw = parse_object(data, "json")
+        raw = parse_object(data.strip(), "json")
     except FormatError as error:
         raise SourceError(f"{where}: {error.reason}") from None
     if (version := raw.get("shira_sync")) != VERSION:

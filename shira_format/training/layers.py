@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from shira_format.training.candidates import Candidates
 from shira_format.training.pattern import MatrixPattern, gradient, gradient_at
+from shira_format.training.sampling import multiplied
 from shira_format.training.weight import SparseWeight, held_by, refresh
 
 
@@ -122,7 +123,7 @@ def _of_dense(ctx: Any, dense: Tensor) -> Tensor:
 def _of_product(ctx: Any, outer: Tensor, inner: Tensor) -> Tensor:
     """The gradient at the entries of ``outer^T inner``."""
     if ctx.candidates is not None:
-        return _of_dense(ctx, outer.t() @ inner)
+        return _of_dense(ctx, multiplied(outer.t(), inner))
     if torch.compiler.is_compiling():
         return gradient_at(outer, inner, ctx.pattern).to(ctx.dtype)
     return gradient(outer, inner, ctx.pattern).to(ctx.dtype)
@@ -157,7 +158,7 @@ class _Linear(torch.autograd.Function):
         kept, weight = ctx.saved_tensors
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = grad @ weight.to(grad.dtype)
+            dx = multiplied(grad, weight.to(grad.dtype)).to(grad.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
             dvalues = _of_product(ctx, flat, kept.to(grad.dtype))
@@ -183,7 +184,7 @@ class _Conv1D(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = grad @ weight.to(grad.dtype).t()
+            dx = multiplied(grad, weight.to(grad.dtype).t()).to(grad.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
             dvalues = _of_product(ctx, x.to(grad.dtype), _kept(ctx, flat))

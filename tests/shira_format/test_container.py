@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -28,9 +29,10 @@ from shira_format._core.dtypes import DTYPES
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
 from shira_format.format import AdapterFile, AdapterWriter, load, save
+from shira_format.format import reader as reader_module
 from shira_format.format import writer as writer_module
 from shira_format.format.codecs import CODECS, encode_smallest
-from shira_format.format.manifest import METADATA_KEY
+from shira_format.format.manifest import DIGEST_KEY, METADATA_KEY
 from shira_format.storage.paths import LocalFile
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import DenseTensor, SparseTensor
@@ -187,14 +189,18 @@ def test_the_safetensors_package_reads_our_files(folder: Path, adapter: Adapter,
 
 
 @given(adapter=adapters(), block_size=BLOCK_SIZES)
-def test_streams_are_aligned(folder: Path, adapter: Adapter, block_size: int) -> None:
-    path = folder / "aligned.st"
+def test_the_file_can_be_taken_in_one_pass(folder: Path, adapter: Adapter, block_size: int) -> None:
+    """The streams of a tensor follow each other in the order of the specification, and arrays are aligned all the same."""
+    path = folder / "ordered.st"
     save(adapter, path, block_size=block_size)
-    streams = SafetensorsFile(path)
-    for name, stream in streams.items():
-        assert 0 == (streams._start + stream.begin) % DTYPES[stream.dtype].itemsize
-        assert streams.mapped(name).flags.aligned
-        assert not streams.mapped(name).flags.writeable
+    file = AdapterFile(path)
+    lying = sorted(file.streams, key=lambda name: (file.streams[name].begin, file.streams[name].end))
+    sizes = {name: file.streams[name].nbytes for name in file.streams}
+    expected = [name for name in file.manifest.stream_names() if sizes[name]]
+    assert expected == [name for name in lying if sizes[name]]
+    for tensor in load(path).values():
+        for array in (tensor.indices, tensor.base, tensor.new_rows, tensor._values):
+            assert array is None or (array.flags.aligned and not array.flags.writeable)
 
 
 def test_what_was_read_does_not_depend_on_the_file_any_more(tmp_path: Path) -> None:
@@ -406,8 +412,9 @@ def huge_file(path: Path) -> SparseTensor:
         },
     ]
     manifest = {"format_version": "1.0", "features": [], "digest": "sha256", "tensors": items}
-    manifest["whole"] = [{"name": "last", "digests": {"values": "0" * 64}}]
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(manifest)}}
+    manifest["whole"] = [{"name": "last", "shape": [HUGE], "dtype": "U8", "digests": {"values": "0" * 64}}]
+    text = json.dumps(manifest)
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text, DIGEST_KEY: digest(text.encode()).hexdigest()}}
     at = 0
     for name, (dtype, shape, size) in sizes.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
@@ -788,3 +795,40 @@ def test_an_open_file_gives_tensors_one_by_one(tmp_path: Path) -> None:
 def test_importing_the_package_is_light(module: str) -> None:
     program = f"import sys, shira_format; sys.exit({module!r} in sys.modules)"
     assert 0 == subprocess.run([sys.executable, "-c", program], check=False).returncode
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("license", 5, "'license'"),
+        ("base_model", {"files": [{"digest": "x"}]}, "'base_model.files'"),
+        ("selection", {"density": math.inf}, "manifest-json"),
+        ("selection", {"top_k": -1}, "'selection.top_k'"),
+        ("components", {"a": {"base_model": {"id": 1}}}, "'components.a.base_model.id'"),
+    ],
+)
+def test_provenance_of_another_form_is_not_written(tmp_path: Path, key: str, value: Any, words: str) -> None:
+    with pytest.raises(FormatError, match=words):
+        save(Adapter(manifest={key: value}), tmp_path / "a.st")
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_mask_that_would_pass_the_limit_is_stored_entry_by_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (writer_module, reader_module):
+        monkeypatch.setattr(module, "FREE_ENTRIES", 100)
+        monkeypatch.setattr(module, "ENTRIES_PER_BYTE", 2)
+    rows = np.flatnonzero(np.arange(400) // 20 % 5 == 0)  # 80 entries
+    masks = [SparseTensor(name, (20, 20), rows, value_kind="none") for name in "abcd"]
+    path = tmp_path / "masks.st"
+    save(Adapter(masks), path)
+    file = AdapterFile(path)
+    assert ["structured", "gap8", "structured", "gap8"] == [
+        entry.codec for entry in file.manifest.tensors.values()
+    ]
+    assert Adapter(masks) == load(path)
+    monkeypatch.setattr(reader_module, "ENTRIES_PER_BYTE", 1)
+    with pytest.raises(FormatError) as caught:
+        load(path)
+    assert "limit" == caught.value.rule

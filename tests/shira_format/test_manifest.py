@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ def refused(text: str) -> FormatError:
 
 
 def test_streams_follow_from_the_manifest() -> None:
-    whole: list[Any] = [{"name": "b", "digests": {"values": HEX}}]
-    whole += [{"name": "c", "digests": {"values": HEX, "base": HEX}, "base_values": True}]
+    whole: list[Any] = [{"name": "b", "shape": [2], "dtype": "I8", "digests": {"values": HEX}}]
+    whole += [
+        {"name": "c", "shape": [], "dtype": "F64", "digests": {"values": HEX, "base": HEX}, "base_values": True}
+    ]
     tensors = [
         tensor(base_values=True),
         tensor(name="v", nnz=16),
@@ -103,11 +106,13 @@ def test_numbers_of_any_length_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("text", "rule", "words"),
     [
-        ("", "manifest-json", "invalid JSON"),
-        ("[]", "manifest-json", "not a JSON object"),
+        ("", "manifest-json", "does not start with"),
+        ("{1}", "manifest-json", "invalid JSON"),
+        ("[]", "manifest-json", "does not start with"),
+        ("{} \n", "manifest-json", "other than spaces"),
         ('{"a":1,"a":2}', "manifest-json", "'a' occurs twice"),
         ('{"a":NaN}', "manifest-json", "NaN is not JSON"),
-        ("[" * 100_000, "manifest-json", ""),
+        ('{"a":' * 100_000 + "}", "manifest-json", ""),
         ('{"a":"\ud800"}', "manifest-json", "surrogates"),
         ("{}", "manifest-schema", "'format_version' is missing"),
         (manifest(format_version=1), "manifest-schema", "'format_version' is not of type str"),
@@ -125,12 +130,14 @@ def test_numbers_of_any_length_are_parsed() -> None:
         (manifest(tensor(values="none", base_values=True)), "manifest-schema", "lack|a mask with values"),
         (manifest(tensor(values="none")), "manifest-schema", "a mask with values"),
         (manifest(tensor(), tensor()), "duplicate-name", "'w' occurs twice"),
-        (manifest(alpha=None), "manifest-schema", "'alpha' is not a number"),
+        (manifest(alpha=None), "manifest-schema", "'alpha' is not a finite number"),
         (manifest(alpha=10**400), "manifest-schema", "'alpha' is not a finite number"),
         (manifest(alpha="@").replace('"@"', "1e999"), "manifest-schema", "'alpha' is not a finite number"),
-        (manifest(components={"a/b": {}}), "manifest-schema", "component 'a/b'"),
+        (manifest(components={"a/b": {}}), "manifest-schema", "'a/b' cannot name a component"),
+        (manifest(components={"..": {}}), "manifest-schema", "'..' cannot name a component"),
+        (manifest(components={"unet": {}, "UNet": {}}), "manifest-schema", "in case alone"),
         (manifest(tensor(), components={"unet": {}}), "component", "['unet']"),
-        (manifest(mask_files={"../x": HEX}), "manifest-schema", "mask file '../x'"),
+        (manifest(mask_files={"../x": HEX}), "manifest-schema", "'../x' cannot name a mask file"),
         (manifest(tensor(**{"from": "v"})), "manifest-schema", "without the feature 'patch'"),
         (manifest(tensor(rows=4)), "manifest-schema", "without the feature 'patch'"),
         (manifest(removed=["v"]), "manifest-schema", "without the feature 'patch'"),
@@ -190,13 +197,45 @@ def test_shared_indices_need_a_tensor(indices: dict[str, Any], rule: str) -> Non
 
 
 @pytest.mark.parametrize("key", ["energy_kept", "relative_error"])
-def test_only_the_strength_must_be_finite(key: str) -> None:
-    text = manifest(tensor(**{key: "@"}), selection={key: "@"}).replace('"@"', "1e999")
-    assert float("inf") == parse_manifest(text).raw["selection"][key]
+@pytest.mark.parametrize("value", ["1e999", "null", '"1"', "true", "9" * 400])
+def test_provenance_of_another_form_is_left_out(key: str, value: str) -> None:
+    text = manifest(tensor(**{key: "@"}), selection={key: "@", "rule": "top-k"}).replace('"@"', value)
+    found = parse_manifest(text)
+    assert {"rule": "top-k"} == found.raw["selection"]
+    assert key not in found.tensors["w"].raw
+
+
+def test_provenance_is_left_out_piece_by_piece() -> None:
+    files = [{"name": "a", "digest": "b", "x": 1}]
+    found = parse_manifest(
+        manifest(
+            base_model={"id": 5, "revision": "r", "files": files, "x": [1]}, source=[], mask={"rule": "rand", "seed": "7"},
+            selection={"include": "*", "exclude": ["a"], "top_k": -1, "density": 1}, license=None, writer="w",
+            components={"unet": {"base_model": {"id": "a", "files": [{}]}}},
+        )
+    ).raw  # fmt: skip
+    assert {"revision": "r", "files": files, "x": [1]} == found["base_model"]
+    assert {"exclude": ["a"], "density": 1} == found["selection"]
+    assert {"unet": {"base_model": {"id": "a"}}} == found["components"]
+    assert ({"rule": "rand"}, "w") == (found["mask"], found["writer"])
+    assert not {"source", "license"} & found.keys()
+
+
+def test_the_digest_is_of_the_text() -> None:
+    text = manifest(tensor(), x="é")
+    right = hashlib.sha256(text.encode()).hexdigest()
+    assert ["w"] == list(parse_manifest(text, right).tensors)
+    for wrong in ("", right.upper(), right[:-1], HEX):
+        with pytest.raises(FormatError) as caught:
+            parse_manifest(text, wrong)
+        assert "manifest-digest" == caught.value.rule
+    with pytest.raises(FormatError) as caught:  # what must be understood first is named first
+        parse_manifest(manifest(format_version="2.0"), "")
+    assert "unknown-major" == caught.value.rule
 
 
 def test_digests_of_roles_that_whole_tensors_have_not_are_unknown_keys() -> None:
-    whole = [{"name": "b", "digests": {"values": HEX, "indices": 3}}]
+    whole = [{"name": "b", "shape": [], "dtype": "I8", "digests": {"values": HEX, "indices": 3}}]
     assert ["b"] == list(parse_manifest(manifest(whole=whole)).whole)
 
 

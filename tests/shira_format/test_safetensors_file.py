@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import DTYPES, FLOATS
 from shira_format.errors import FormatError
-from shira_format.storage.safetensors_file import SafetensorsFile, Stream, is_uint, parse_object
+from shira_format.storage.safetensors_file import SafetensorsFile, Stream
 from shira_format.tensors import same_bits
 from tests.strategies import any_bits, small_shapes
 
@@ -209,14 +209,10 @@ def test_empty_streams_lie_anywhere(tmp_path: Path) -> None:
     assert [(0,), (0, 2**40), (5, 0, 2)] == [file.mapped(name).shape for name in "xyz"]
 
 
-@pytest.mark.parametrize("shape", [[0, 2**62], [2**63, 0], [0, 10**30]])
-def test_shapes_that_numpy_cannot_hold_are_refused_when_read(tmp_path: Path, shape: list[int]) -> None:
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**63, 0], [0, 10**30], [2**27, 0, 2**26], [0, 2**53]])
+def test_a_zero_excuses_no_other_dimension(tmp_path: Path, shape: list[int]) -> None:
     header = {"w": {"dtype": "F64", "shape": shape, "data_offsets": [0, 0]}}
-    file = SafetensorsFile(write(tmp_path / "a.st", header))
-    for read in (file.read, file.mapped):
-        with pytest.raises(FormatError) as caught:
-            read("w")
-        assert "shape-overflow" == caught.value.rule
+    assert "shape-overflow" == refused(write(tmp_path / "a.st", header)).rule
 
 
 def test_every_dtype_is_read_bit_for_bit(tmp_path: Path) -> None:
@@ -232,18 +228,3 @@ def test_every_dtype_is_read_bit_for_bit(tmp_path: Path) -> None:
     for name, array in arrays.items():
         assert same_bits(array.reshape(3, 1), file.read(name))
     assert set(FLOATS) < set(file)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [(0, True), (5, True), (-1, False), (True, False), (1.0, False), ("1", False)]
-)
-def test_integers_of_json(value: Any, expected: bool) -> None:
-    assert expected == is_uint(value)
-
-
-def test_depth_is_counted_in_lists_and_objects() -> None:
-    assert {"a": json.loads("[" * 31 + "]" * 31)} == parse_object(b'{"a":' + b"[" * 31 + b"]" * 31 + b"}", "rule")
-    with pytest.raises(FormatError, match="nested more than 32 deep"):
-        parse_object(b'{"a":' + b"[" * 32 + b"]" * 32 + b"}", "rule")
-    text = json.dumps({"a": "[" * 100, "b": ["}" * 5, "\\"]})
-    assert json.loads(text) == parse_object(text.encode(), "rule")

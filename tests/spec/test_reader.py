@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +63,11 @@ def encoded(codec: str, indices: list[int], shape: tuple[int, ...]) -> tuple[dic
     return made.params, {role: array for role, array in streams.items() if array is not None}
 
 
+def metadata(manifest: str) -> dict[str, str]:
+    """The manifest and its digest; half of a surrogate pair has no UTF-8, and so no digest that a reader could compute."""
+    return {"shira": manifest, "shira_digest": sha(manifest.encode("utf-8", "surrogatepass"))}
+
+
 class Maker:
     """A file with one tensor of every kind, whose manifest is then changed."""
 
@@ -84,6 +91,8 @@ class Maker:
         self.streams["b#base"] = ("I8", [2], b"\x03\x04")
         whole = {
             "name": "b",
+            "shape": [2],
+            "dtype": "I8",
             "digests": {"values": sha(b"\x01\x02"), "base": sha(b"\x03\x04")},
             "base_values": True,
         }
@@ -144,7 +153,7 @@ class Maker:
         return header
 
     def file(self, manifest: str, header: dict[str, Any]) -> bytes:
-        text = dumped({"__metadata__": {"shira": manifest}} | header)
+        text = dumped({"__metadata__": metadata(manifest)} | header)
         return len(text).to_bytes(8, "little") + text + b"".join(data for *_, data in self.streams.values())
 
 
@@ -395,9 +404,8 @@ HEADER_ENDS = [b"", b" ", b"\n", b"\t", b"\r\n", b" \x00", b"x", b"}", b",", b"\
 
 @pytest.mark.parametrize("end", HEADER_ENDS, ids=repr)
 def test_only_spaces_may_follow_the_header(folder: Path, end: bytes) -> None:
-    text = json.dumps(
-        {"__metadata__": {"shira": json.dumps({**MAKER.manifest, "tensors": [], "whole": []})}}
-    ).encode()
+    manifest = json.dumps({**MAKER.manifest, "tensors": [], "whole": []})
+    text = json.dumps({"__metadata__": metadata(manifest)}).encode()
     path = folder / "end.st"
     path.write_bytes((len(text) + len(end)).to_bytes(8, "little") + text + end)
     library, plain = answers(path)
@@ -405,14 +413,66 @@ def test_only_spaces_may_follow_the_header(folder: Path, end: bytes) -> None:
     assert (library != "refused") == (end.strip(b" ") == b"")
 
 
-@pytest.mark.parametrize("shape", [[0, 2**62, 4], [2**64 - 1, 0], [0, 2**63]])
-def test_shapes_without_elements_that_numpy_cannot_hold(folder: Path, shape: list[int]) -> None:
-    """The page allows them; the library refuses them in its own words where it needs an array of that shape."""
+@pytest.mark.parametrize(("spare", "accepted"), [(0, True), (1, True), (-1, False)])
+def test_both_readers_have_the_same_limit_of_entries(folder: Path, spare: int, accepted: bool) -> None:
+    """Opened, not read: nobody wants the list of so many entries in a vector."""
+    entries = 2**24 + 64 * 10 - spare
+    mask = {"name": "m", "shape": [entries], "dtype": "F32", "nnz": entries, "values": "none", "digests": {}}
+    mask |= {"indices": {"codec": "structured", "pattern": [{"kind": "rows", "step": 1, "offset": 0}]}}
+    whole = {"name": "b", "shape": [10], "dtype": "U8", "digests": {"values": sha(bytes(10))}}
     maker = copy.deepcopy(MAKER)
-    maker.manifest |= {"tensors": [], "whole": [{"name": "b", "digests": {"values": sha(b"")}}]}
-    maker.streams = {"b": ("F64", shape, b"")}
-    path = folder / "shape.st"
+    maker.manifest |= {"tensors": [mask], "whole": [whole], "removed": []}
+    maker.streams = {"b": ("U8", [10], bytes(10))}
+    path = folder / "limit.st"
     path.write_bytes(maker.file(json.dumps(maker.manifest), maker.header()))
-    with pytest.raises(FormatError) as caught:
-        content(load(path))
-    assert "shape-overflow" == caught.value.rule
+    for read in (load, lambda path: reader.open_file(reader.map_file(str(path)))):
+        if accepted:
+            read(path)
+            continue
+        with pytest.raises((FormatError, reader.Refused)) as caught:
+            read(path)
+        assert "limit" == caught.value.rule
+
+
+def mask_of(path: Path) -> Path:
+    """A good adapter that names a mask file `masks.st`, which it is not beside."""
+    path.mkdir()
+    shutil.copy(run_vectors.VECTORS / "good" / "mask-file.st", path / "a.st")
+    return path / "a.st"
+
+
+def refusals(path: Path) -> list[str]:
+    rules = []
+    for read in (lambda: content(load(path)), lambda: reader.read(str(path))):
+        with pytest.raises((FormatError, reader.Refused)) as caught:
+            read()
+        rules.append(caught.value.rule)
+    return rules
+
+
+def test_mask_files_are_regular_files(tmp_path: Path) -> None:
+    path = mask_of(tmp_path / "folder")
+    (path.parent / "masks.st").mkdir()
+    assert ["mask-file"] * 2 == refusals(path)
+    path = mask_of(tmp_path / "nothing")
+    (path.parent / "masks.st").symlink_to("gone.st")
+    assert ["mask-file"] * 2 == refusals(path)
+    if hasattr(os, "mkfifo"):
+        path = mask_of(tmp_path / "pipe")
+        os.mkfifo(path.parent / "masks.st")
+        assert ["mask-file"] * 2 == refusals(path)
+        (tmp_path / "link").mkdir()
+        shutil.copy(path, tmp_path / "link")
+        (tmp_path / "link" / "masks.st").symlink_to(path.parent / "masks.st")
+        assert ["mask-file"] * 2 == refusals(tmp_path / "link" / "a.st")
+
+
+def test_links_to_mask_files_are_followed(tmp_path: Path) -> None:
+    path = mask_of(tmp_path / "a")
+    (path.parent / "masks.st").symlink_to(run_vectors.VECTORS / "good" / "masks.st")
+    expected = run_vectors.expected_content(run_vectors.VECTORS / "good" / "mask-file.st")
+    assert [expected] * 2 == list(answers(path))
+    elsewhere = tmp_path / "b"
+    elsewhere.mkdir()
+    (elsewhere / "a.st").symlink_to(path)  # the folder is that of the path, not of what it leads to
+    assert ["mask-file"] * 2 == refusals(elsewhere / "a.st")

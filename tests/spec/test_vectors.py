@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import dtype_name
 from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import BaseMismatch, FormatError
-from shira_format.format import load, save
+from shira_format.format import AdapterFile, load, save
 from shira_format.tensors import SparseTensor
 from spec import reader, run_vectors
 
@@ -100,6 +101,17 @@ def test_the_library_finds_the_content(file: Path) -> None:
 @pytest.mark.parametrize("file", GOOD, ids=lambda file: file.stem)
 def test_the_plain_reader_finds_the_content(file: Path) -> None:
     assert run_vectors.difference(plainly(file), run_vectors.expected_content(file)) is None
+
+
+@pytest.mark.parametrize("file", GOOD, ids=lambda file: file.stem)
+def test_any_safetensors_reader_opens_it(file: Path) -> None:
+    """The official library, which knows nothing of adapters."""
+    ours = AdapterFile(file).streams
+    found = dict(safetensors.deserialize(file.read_bytes()))
+    assert found.keys() == ours.keys()
+    for name, stream in ours.items():
+        assert (stream.dtype, list(stream.shape)) == (found[name]["dtype"], found[name]["shape"])
+        assert ours.read(name).tobytes() == bytes(found[name]["data"])
 
 
 @pytest.mark.usefixtures("kernels")

@@ -12,9 +12,8 @@ import click
 from shira_cli import options
 from shira_cli.convert.running import one_amount, usage_errors
 from shira_cli.output import Printer
-from shira_format.errors import SourceError
-from shira_format.storage.output_folder import check_output_file
-from shira_format.storage.paths import check_not_input
+from shira_format._core.optional import optional_import
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_format.convert.fit.live import Kind
@@ -115,17 +114,18 @@ def _flag(name: str) -> str:
 
 
 def run(
-    verb: Callable[..., FitReport], *inputs: Any, method: str, given: dict[str, Any], output: Path, force: bool, dry_run: bool,
+    verb: str, *inputs: Any, method: str, given: dict[str, Any], output: Path, force: bool, dry_run: bool,
     printer: Printer, **settings: Any,
 ) -> int:  # fmt: skip
-    """Fit by a verb such as ``fit_lora``, with progress on stderr, and print its report."""
+    """Fit by a verb of :mod:`shira_format.convert.fit.run`, such as ``"fit_lora"``, with progress on stderr, and print its report."""
     found = DEFAULTS | {name: value for name, value in given.items() if value is not None}
     target, picture = None if dry_run else output, None if dry_run else found["picture"]
-    for path in filter(None, (target, picture)):
-        check_output_file(path, force=force)
-        check_not_input(path, [one for one in (found["texts"], found["test"]) if one is not None])
-    if picture is not None and picture.resolve() == output.resolve():
-        raise SourceError(f"{picture}: is the adapter file, too")
+    read = [found["texts"], found["test"]]
+    for one in inputs:
+        read += one if isinstance(one, list | tuple) else [one]
+    check_output_files(target, picture, inputs=read, force=force)
+    with optional_import("a fit runs the model, for which it needs torch and transformers", "torch"):
+        from shira_format.convert.fit import run as fits
     with printer.bar("steps") as bar, usage_errors():
 
         def stage(text: str) -> None:
@@ -139,7 +139,7 @@ def run(
             if math.isfinite(loss):
                 bar.set_postfix(loss=f"{loss:.4f}")
 
-        report = verb(
+        report = getattr(fits, verb)(
             *inputs, target, found["texts"], held=found["test"], keep=found["keep"], max_bytes=found["max_bytes"],
             options=_options(method, found), force=force, on_step=step, on_stage=stage, **settings,
         )  # fmt: skip
@@ -162,7 +162,6 @@ def _options(method: str, found: dict[str, Any]) -> FitOptions:
 
 def _draw(report: FitReport, path: Path) -> None:
     from shira_analysis.figures.fit import fit_picture
-    from shira_format._core.optional import optional_import
     from shira_format.storage.atomic import atomic_file
 
     with optional_import("pictures need matplotlib", "figures"):

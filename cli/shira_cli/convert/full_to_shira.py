@@ -45,9 +45,7 @@ def command(
     method, given, settings = fitting.split(settings)
     if method != "none":
         fitting.check(method, given, settings | {"scope": scope}, exact=exact)
-        from shira_format.convert.fit.run import fit_full
-
-        return fitting.run(fit_full, tuned, base, method=method, given=given, **fitting.without(settings))
+        return fitting.run("fit_full", tuned, base, method=method, given=given, **fitting.without(settings))
     for option, value in (("--scope", scope), ("--min-change", settings["min_change"])):
         if exact and value is not None:
             raise click.UsageError(f"--exact keeps every difference: {option} has no meaning with it")

@@ -57,10 +57,8 @@ def command(lora: str, base: str, dialect: str | None, scope: str | None, **sett
     method, given, settings = fitting.split(settings)
     if method != "none":
         fitting.check(method, given, settings | {"scope": scope})
-        from shira_format.convert.fit.run import fit_lora
-
         return fitting.run(
-            fit_lora, lora, base, method=method, given=given, dialect=dialect, **fitting.without(settings)
+            "fit_lora", lora, base, method=method, given=given, dialect=dialect, **fitting.without(settings)
         )
     running.one_amount(**{amount: settings[amount] for amount in ("density", "top_k", "energy")})
     return running.convert(lora_to_shira, lora, base, dialect=dialect, scope=scope or "tensor", **settings)

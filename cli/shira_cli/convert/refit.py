@@ -38,13 +38,11 @@ def command(adapters: tuple[str, ...], base: str, weights: str | None, **setting
     The entries of the result are chosen, and their values fitted, so that the base with it does what it does with ADAPTER.
     Of several adapters the source is the base with all of them: the sum of their changes, each at its weight.
     """
-    from shira_format.convert.fit.run import fit_adapter
-
     method, given, settings = fitting.split(settings)
     fitting.check(method, given, settings)
     numbers = () if weights is None else options.numbers("--weights", weights)
     if numbers and len(numbers) != len(adapters):
         raise click.UsageError(f"--weights: {len(numbers)} for {len(adapters)} adapters")
     return fitting.run(
-        fit_adapter, adapters, base, method=method, given=given, strengths=numbers, **fitting.without(settings)
+        "fit_adapter", adapters, base, method=method, given=given, strengths=numbers, **fitting.without(settings)
     )

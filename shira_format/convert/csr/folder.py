@@ -14,11 +14,12 @@ from typing import Any, cast
 import numpy as np
 
 from shira_format._core.dtypes import FLOATS, dtype_name, working_dtype
+from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.errors import FormatError, SourceError
 from shira_format.format.manifest import DERIVED, check_name
 from shira_format.storage.output_folder import write_json
-from shira_format.storage.safetensors_file import MAX_HEADER, is_uint, parse_object
-from shira_format.tensors import MAX_NUMEL, MAX_RANK, ValueKind, numel
+from shira_format.storage.safetensors_file import MAX_HEADER
+from shira_format.tensors import MAX_RANK, ValueKind, is_too_large
 
 INDEX = "index.json"
 ORIGINAL = "original.st"
@@ -191,7 +192,7 @@ def _item(raw: Any) -> Item:
     _check_name(name)
     try:
         shape = tuple(_need(raw, "shape", list))
-        if len(shape) > MAX_RANK or not all(is_uint(n) for n in shape) or numel(shape) > MAX_NUMEL:
+        if len(shape) > MAX_RANK or not all(is_uint(n) for n in shape) or is_too_large(shape):
             raise SourceError("'shape' is not a list of at most 64 dimensions with at most 2^53 - 1 elements")
         dtype = _dtype(_need(raw, "dtype", str))
         file = _need(raw, "file", str)

@@ -33,7 +33,7 @@ from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import FormatError, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.names.filters import NOT_CHOSEN, name_filter
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
 # Figures of a selection, which are valid only for its exact entries.

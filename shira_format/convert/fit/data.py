@@ -55,7 +55,7 @@ class Split:
 
     held: float = 0.2
     seed: int = 0
-    batch: int = 16
+    batch: int = 8
     length: int = 64
     limit: int | None = None
 
@@ -236,5 +236,5 @@ def sampled(
     ids = torch.cat(found)
     return [
         {"input_ids": some, "attention_mask": torch.ones_like(some)}
-        for some in ids.tensor_split(range(batch, count, batch))
+        for some in ids.tensor_split(tuple(range(batch, count, batch)))
     ]

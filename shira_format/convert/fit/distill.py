@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shira_format.convert.fit.quality import kl_divergence
 from shira_format.convert.fit.support import Rule, largest, scores
-from shira_format.convert.fit.task import Entries, OnStep, Seen, Task, see, showing_base, showing_source
+from shira_format.convert.fit.task import Entries, OnStep, SourceOutputs, Task, see, showing_base
 from shira_format.errors import SourceError
 from shira_format.training.sparse import SparseParameters, sparse_parameters
 
@@ -35,7 +35,8 @@ class Distillation:
         stages: in how many steps entries are dropped.
         hidden: the weight of the hidden states in the loss, beside the outputs'.
         batches: how many batches the scores are computed on.
-        start: entries to start from, such as those of another fit, in place of a support by ``rule`` and the source's values.
+        start: entries to start from, such as those of another fit, in place of a support by ``rule`` and the source's values; if they
+            are fewer than are kept, the best others are added by ``rule``.
     """
 
     steps: int = 300
@@ -46,7 +47,7 @@ class Distillation:
     wide: float = 8.0
     prune: float = 0.6
     stages: int = 12
-    hidden: float = 1.0
+    hidden: float = 0.3
     batches: int = 8
     start: Entries | None = None
 
@@ -90,17 +91,7 @@ class _Run:
     def entries(self, budget: int) -> dict[str, tuple[Tensor, Tensor]]:
         task, options = self.task, self.options
         self.teacher.measure_base()
-        if options.start is None:
-            count = min(task.numel, round(budget * max(1.0, options.wide)))
-            chosen = self._spread(options.batches)
-            found = scores(task, options.rule, chosen, lambda _, number: self._loss(number), self.seed)
-            support = largest(found, count, run=options.run)
-            del found
-            values = {name: self._at_source(name, at) for name, at in support.items()}
-        else:
-            support = {name: at for name, (at, _) in options.start.items()}
-            values = {name: new.float() for name, (_, new) in options.start.items()}
-        state = _State(support, values)
+        state = self._start(budget)
         share = budget / task.numel
         rate = options.rate(share)
         sizes = self._sizes(state.size, budget)
@@ -112,14 +103,29 @@ class _Run:
             state = self._train(state, steps, rate)
         return {name: (state.support[name], state.values[name]) for name in state.support}
 
+    def _start(self, budget: int) -> _State:
+        """The entries that are trained at first, and their values."""
+        task, options, given = self.task, self.options, self.options.start or {}
+        known = sum(len(at) for at, _ in given.values())
+        support = {name: at.cpu() for name, (at, _) in given.items()}
+        if known < budget:
+            found = scores(
+                task, options.rule, self._spread(options.batches), lambda _, number: self._loss(number), self.seed
+            )
+            for name, at in support.items():
+                found[name][at] = math.inf
+            wide = 1.0 if given else max(1.0, options.wide)
+            support = largest(found, min(task.numel, round(budget * wide)), run=1 if given else options.run)
+        values = {name: task.source[name].reshape(-1)[at].float() for name, at in support.items()}
+        for name, (at, new) in given.items():
+            values[name][torch.searchsorted(support[name], at.cpu())] = new.float().cpu()
+        return _State(support, values)
+
     def _spread(self, count: int) -> list[int]:
         """Numbers of batches, spread evenly over all lengths."""
         total = len(self.task.train)
         count = min(count, total)
         return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-    def _at_source(self, name: str, at: Tensor) -> Tensor:
-        return self.task.source[name].reshape(-1)[at].float()
 
     def _sizes(self, wide: int, budget: int) -> list[int]:
         """How many entries are trained in each stage: a cubic fall to the budget (Zhu and Gupta 2017, arXiv 1710.01878)."""
@@ -235,15 +241,14 @@ class Teacher:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._kept: dict[int, Seen] | None = {}
-        self._bytes = 0
+        self.source = SourceOutputs(task, task.train, KEPT)
         self._outputs, self._hidden = 1.0, [1.0] * len(task.layers)
 
     def measure_base(self) -> None:
         """Set the scale of the loss: what it is for the model as it is now, the base."""
         outputs, hidden, rows = 0.0, [0.0] * len(self.task.layers), 0
         for number in range(0, len(self.task.train), max(1, len(self.task.train) // 8)):
-            want = self.seen(number)
+            want = self.source[number]
             with torch.no_grad():
                 here = see(self.task, self.task.train[number])
             rows += 1
@@ -257,22 +262,9 @@ class Teacher:
         if not self._outputs > 0:
             raise SourceError("the source does on these inputs what the base does: there is nothing to fit")
 
-    def seen(self, number: int) -> Seen:
-        """What the source does with one batch."""
-        if self._kept is not None and number in self._kept:
-            return self._kept[number]
-        with torch.no_grad(), showing_source(self.task):
-            found = see(self.task, self.task.train[number])
-        self._bytes += sum(one.nbytes for one in (found.outputs, *found.hidden))
-        if self._bytes > KEPT:
-            self._kept = None
-        if self._kept is not None:
-            self._kept[number] = found
-        return found
-
     def loss(self, number: int, hidden: float) -> Tensor:
         """The loss of one batch, with its graph; 1 plus ``hidden`` for the base, on average."""
-        want = self.seen(number)
+        want = self.source[number]
         here = see(self.task, self.task.train[number], hidden=hidden > 0)
         loss = self._apart(here.outputs, want.outputs) / self._outputs
         layers = [

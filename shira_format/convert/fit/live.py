@@ -15,7 +15,6 @@ from shira_format.convert.fit.sources import whole_tensors
 from shira_format.convert.fit.task import Outputs
 from shira_format.convert.inputs import ConversionInputs
 from shira_format.errors import SourceError
-from shira_format.storage.paths import resolve_path
 from shira_format.training.models import load_live_model
 
 Kind = Literal["classifier", "causal", "embedding", "states"]
@@ -49,29 +48,29 @@ class LiveModel:
     longest: int | None = None
 
 
-def load_base(base: Path, inputs: ConversionInputs, kind: Kind | None = None) -> LiveModel:
+def load_base(inputs: ConversionInputs, kind: Kind | None = None) -> LiveModel:
     """Load the base with transformers, in float32.
 
     Args:
-        base: a folder, or a GGUF file.
-        inputs: of the conversion: a head that it brings tells how many classes there are.
+        inputs: of the conversion: its base, and a head that the source brings, which tells how many classes there are.
         kind: what is compared: the logits of a classifier or of a causal language model, embeddings (the mean of the last hidden
             states over a text's tokens), or the last hidden states; by default what the head or the base's configuration says.
 
     Raises:
         SourceError: transformers cannot load it, or weights of the model are in neither base nor source.
     """
+    path = inputs.base.path
+    base = path if path.is_dir() or path.suffix.lower() == ".gguf" else inputs.base.folder or path.parent
     whole = whole_tensors(inputs)
     heads = [values.shape[0] for name, values in whole.items() if name not in inputs.base and values.ndim == 2]
-    kind = kind or _kind(resolve_path(base), bool(heads))
+    kind = kind or _kind(base, has_head=bool(heads))
     if kind not in KINDS:
         raise SourceError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     more = {"num_labels": heads[-1]} if kind == "classifier" and heads else {}
     top: Any = "encoder" if kind in ("embedding", "states") else kind
-    loaded = load_live_model(resolve_path(base), top, dtype=torch.float32, **more)
-    ends = [name.rpartition(".")[2] and name for name in whole]
+    loaded = load_live_model(base, top, dtype=torch.float32, **more)
     if missing := [
-        name for name in loaded.new if not any(name.endswith(end) or end.endswith(name) for end in ends)
+        name for name in loaded.new if not any(name.endswith(end) or end.endswith(name) for end in whole)
     ]:
         raise SourceError(
             f"{base}: {missing[0]} of the model is neither in the base nor in the source: it would be random"

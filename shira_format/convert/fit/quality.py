@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,12 +14,12 @@ from shira_format._core.arrays import Array
 from shira_format.convert.fit.task import (
     Entries,
     Seen,
+    SourceOutputs,
     Task,
     inputs_of,
     see,
     showing,
     showing_base,
-    showing_source,
 )
 
 KEPT = 1 << 28  # bytes of the source's outputs that are kept; beyond that they are computed again
@@ -79,29 +78,11 @@ class _Reference:
     """The source's outputs on the held-out inputs, and how far from them the base is."""
 
     def __init__(self, task: Task) -> None:
-        self._kept: list[Seen] | None = []
-        kept = 0
-        for batch in task.held:
-            with torch.no_grad(), showing_source(task):
-                seen = see(task, batch)
-            kept += sum(one.nbytes for one in (seen.outputs, *seen.hidden))
-            if kept > KEPT:
-                self._kept = None
-                break
-            self._kept.append(seen)
+        self.source = SourceOutputs(task, task.held, KEPT)
         self.base = _Distances(task)
         with showing_base(task):
-            for batch, source in self.pairs(task):
-                self.base.add(batch, source, _seen(task, batch))
-
-    def pairs(self, task: Task) -> Iterator[tuple[Any, Seen]]:
-        for number, batch in enumerate(task.held):
-            if self._kept is not None:
-                yield batch, self._kept[number]
-            else:
-                with torch.no_grad(), showing_source(task):
-                    source = see(task, batch)
-                yield batch, source
+            for number, batch in enumerate(task.held):
+                self.base.add(batch, self.source[number], _seen(task, batch))
 
 
 def _seen(task: Task, batch: Any) -> Seen:
@@ -141,8 +122,8 @@ def kl_divergence(found: Tensor, want: Tensor) -> Tensor:
 
 def _compared(reference: _Reference, task: Task) -> Effect:
     here = _Distances(task)
-    for batch, source in reference.pairs(task):
-        here.add(batch, source, _seen(task, batch))
+    for number, batch in enumerate(task.held):
+        here.add(batch, reference.source[number], _seen(task, batch))
     error, base = np.concatenate(here.squares), np.concatenate(reference.base.squares)
     low, high = _interval(error, base)
     with np.errstate(divide="ignore", invalid="ignore"):

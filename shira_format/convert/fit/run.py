@@ -64,7 +64,7 @@ class FitOptions:
     method: str | Method = "distill"
     distillation: Distillation = field(default_factory=Distillation)
     held: float = 0.2
-    batch: int = 16
+    batch: int = 8
     length: int = 64
     limit: int | None = None
     seed: int = 0
@@ -309,7 +309,7 @@ class _Fit:
     ) -> FitReport:
         name, _, notes = self.options.resolved()
         with self._timed("load"):
-            live = self.live or load_base(_place(inputs.base), inputs, self.options.kind)
+            live = self.live or load_base(inputs, self.options.kind)
             source = source_weights(
                 inputs,
                 live.model,
@@ -414,8 +414,3 @@ class _Fit:
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _place(base: Checkpoint) -> Path:
-    """What to load the base's model from: its folder, or its GGUF file."""
-    return base.path if base.path.suffix.lower() == ".gguf" else base.folder or base.path

@@ -85,14 +85,14 @@ class Task:
 @contextmanager
 def showing_base(task: Task) -> Iterator[None]:
     """The model is the base with the tensors that are stored whole; afterwards it is what it was, bit for bit."""
-    with _replaced(task, task.whole):
+    with replaced(task, task.whole):
         yield
 
 
 @contextmanager
 def showing_source(task: Task) -> Iterator[None]:
     """The model is the source; afterwards it is what it was, bit for bit."""
-    with _replaced(task, task.whole | task.source):
+    with replaced(task, task.whole | task.source):
         yield
 
 
@@ -101,15 +101,25 @@ def showing(task: Task, entries: Entries) -> Iterator[None]:
     """The model has these entries, rounded as a file rounds them; afterwards it is what it was, bit for bit."""
     with showing_base(task), ExitStack() as stack:
         for name, (indices, values) in entries.items():
-            weight = live_weight(name, task.parameter(name).detach())
-            at = as_array(indices.cpu())
-            stack.callback(weight.put, at, weight.get(at))
-            weight.put(at, as_array(task.rounded(name, values.detach()).cpu()))
+            stack.enter_context(changed(task, name, indices, values))
         yield
 
 
 @contextmanager
-def _replaced(task: Task, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def changed(task: Task, name: str, indices: Tensor, values: Tensor) -> Iterator[None]:
+    """A parameter has these values at flat indices, rounded as a file rounds them; afterwards it is what it was, bit for bit."""
+    weight = live_weight(name, task.parameter(name).detach())
+    at = as_array(indices.cpu())
+    before = weight.get(at)
+    try:
+        weight.put(at, as_array(task.rounded(name, values.detach()).cpu()))
+        yield
+    finally:
+        weight.put(at, before)
+
+
+@contextmanager
+def replaced(task: Task, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Parameters with other data for a while: their memory is exchanged, not copied."""
     with ExitStack() as stack:
         for name, weight in weights.items():
@@ -148,6 +158,27 @@ def see(task: Task, batch: Any, *, hidden: bool = True) -> Seen:
             stack.callback(task.model.get_submodule(name).register_forward_hook(keep(name)).remove)
         output = run_model(task.model, batch, task.device)
     return Seen(task.outputs(output, batch), [found[name] for name in task.layers if name in found])
+
+
+class SourceOutputs:
+    """What the source does on some batches: computed when it is first asked for, and kept as far as memory allows."""
+
+    def __init__(self, task: Task, batches: Sequence[Any], limit: int) -> None:
+        """Args: ``limit``: bytes that are kept; what does not fit is computed again each time."""
+        self._task, self._batches, self._left = task, batches, limit
+        self._kept: dict[int, Seen] = {}
+
+    def __getitem__(self, number: int) -> Seen:
+        """For one batch."""
+        if number in self._kept:
+            return self._kept[number]
+        with torch.no_grad(), showing_source(self._task):
+            found = see(self._task, self._batches[number])
+        size = sum(one.nbytes for one in (found.outputs, *found.hidden))
+        if size <= self._left:
+            self._left -= size
+            self._kept[number] = found
+        return found
 
 
 def _positions(output: Any, mask: Tensor | None) -> Tensor:

@@ -27,14 +27,8 @@ from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
 from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
 from shira_format.names.filters import name_filter
-from shira_format.storage.output_folder import (
-    TensorLayout,
-    check_output_folder,
-    folder_bytes,
-    output_folder,
-    weights_file,
-    write_json,
-)
+from shira_format.storage.output_folder import TensorLayout, folder_bytes, output_folder, weights_file, write_json
+from shira_format.storage.outputs import check_output_folder
 from shira_format.tensors import SparseTensor
 
 _INDEX = np.dtype(np.int32)

@@ -65,18 +65,24 @@ def encode_with(indices: Indices, shape: tuple[int, ...], block_size: int, hints
     return encode_smallest(indices, shape, block_size) if found is None else found
 
 
-def encode_smallest(indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> Encoded:
+def encode_smallest(
+    indices: Indices, shape: tuple[int, ...], block_size: int = BLOCK_SIZE, *, bytewise: bool = False
+) -> Encoded:
     """Encode ``indices`` (int64 ``[nnz]``, strictly increasing) by the codec that takes the fewest bytes.
 
     Ties go to the codec that is first in the registry. Sizes are computed first, and only the best codec encodes. ``runs`` is
-    chosen only where it saves half, because readers of version 1.0 refuse it.
+    chosen only where it saves half, because readers of version 1.0 refuse it. With ``bytewise`` only codecs that take at least
+    a byte for each entry are.
     """
-    sizes = [(codec.size(indices, shape), order) for order, codec in enumerate(_WRITTEN)]
+    codecs = [codec for codec in _WRITTEN if codec.bytewise or not bytewise]
+    sizes = [(codec.size(indices, shape), order) for order, codec in enumerate(codecs)]
     least, best = min((size, order) for size, order in sizes if size is not None)
+    if bytewise:
+        return codecs[best].encode(indices, shape, block_size)
     in_runs = _RUNS.size(indices, shape)
     if in_runs is not None and 2 * in_runs <= least and least - in_runs >= _WORTH_A_FEATURE:
         return _RUNS.encode(indices, shape, block_size)
-    return _WRITTEN[best].encode(indices, shape, block_size)
+    return codecs[best].encode(indices, shape, block_size)
 
 
 def stored_bytes(encoded: Encoded) -> int:

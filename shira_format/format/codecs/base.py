@@ -61,11 +61,13 @@ class IndexCodec(ABC):
     Attributes:
         name: as in the manifest.
         feature: that a file with this codec must list; None: every reader knows the codec.
+        bytewise: whether an entry takes at least a byte.
         is_implied: whether something else than the file says what the indices are: the digest ``entries`` guards them.
     """
 
     name: ClassVar[str]
     feature: ClassVar[str | None] = None
+    bytewise: ClassVar[bool] = False
     is_implied: ClassVar[bool] = False
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none

@@ -15,6 +15,7 @@ class Flat(IndexCodec):
     """8 bytes an entry; never smaller than ``varint``, so our writer does not choose it."""
 
     name = "flat"
+    bytewise = True
 
     def streams(self, params: Mapping[str, Any], nnz: int) -> Streams:
         return {"indices": ("I64", (nnz,))}

@@ -83,6 +83,7 @@ class GapCodec(IndexCodec):
         end_below: a byte of less than this ends the code of an entry.
     """
 
+    bytewise = True
     end_below: ClassVar[int]
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:

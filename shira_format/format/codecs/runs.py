@@ -11,7 +11,6 @@ from shira_format._core.arrays import Array, Indices
 from shira_format.errors import FormatError
 from shira_format.format.codecs.base import Encoded, IndexCodec, Streams
 from shira_format.format.codecs.gaps import gaps_of
-from shira_format.format.codecs.structured import MAX_LISTED
 from shira_format.format.fields import need
 from shira_format.tensors import MAX_NUMEL, numel
 
@@ -57,8 +56,6 @@ class Runs(IndexCodec):
     def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int, base: Array | None = None) -> Indices:
         stream, length, low = stored.stream, stored.params["length"], stored.params["low"]
         assert stream is not None
-        if nnz > MAX_LISTED:
-            raise FormatError("count-mismatch", f"runs of {nnz} entries; this reader's limit is {MAX_LISTED}")
         elements, count = numel(shape), -(-nnz // length)
         runs = _run_numbers(stream, count, low, -(-elements // length))
         whole = count - bool(nnz % length)

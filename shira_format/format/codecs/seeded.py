@@ -12,9 +12,8 @@ import numpy.typing as npt
 from shira_format._core.arrays import Array, Indices
 from shira_format.errors import FormatError
 from shira_format.format.codecs.base import Encoded, IndexCodec
-from shira_format.format.codecs.structured import MAX_LISTED
 from shira_format.format.fields import need
-from shira_format.tensors import numel
+from shira_format.tensors import MAX_NUMEL, numel
 
 Words = npt.NDArray[np.uint64]
 
@@ -112,7 +111,7 @@ def drawn(seed: str, size: int, count: int, band: int = 0) -> Indices:
 
 def check_band(params: Mapping[str, Any], tensor: str) -> None:
     """Raise FormatError unless ``band``, if it is there, is a count."""
-    if "band" in params and need(params, "band", int, tensor) < 0:
+    if "band" in params and not 0 <= need(params, "band", int, tensor) <= MAX_NUMEL:
         raise FormatError("manifest-schema", f"band {params['band']}", tensor=tensor)
 
 
@@ -151,8 +150,6 @@ class Seeded(IndexCodec):
 
     def decode(self, stored: Encoded, shape: tuple[int, ...], nnz: int, base: Array | None = None) -> Indices:
         band = check_reach(stored.params, shape, nnz)
-        if nnz > MAX_LISTED:
-            raise FormatError("count-mismatch", f"{nnz} drawn entries; this reader's limit is {MAX_LISTED}")
         return drawn(stored.params["seed"], numel(shape), nnz, band)
 
 

@@ -66,6 +66,31 @@ def test_it_goes_on_from_other_entries() -> None:
     assert effect(task, found).r2 > effect(task, start).r2
 
 
+def test_fewer_entries_to_start_from_are_filled_up() -> None:
+    task = fits.net_task()
+    start = plain(task, 50)
+    found = distill(task, 250, options=replace(QUICK, start=start))
+    assert sum(len(at) for at, _ in found.values()) == 250
+    for name, (at, _) in start.items():
+        assert set(at.tolist()) <= set(found[name][0].tolist())
+    still = distill(
+        task,
+        250,
+        options=replace(QUICK, steps=0, start={"square.weight": (torch.tensor([5]), torch.tensor([9.0]))}),
+    )
+    at, values = still["square.weight"]
+    assert float(values[at == 5]) == 9
+
+
+def test_more_entries_to_start_from_are_dropped() -> None:
+    task = fits.net_task()
+    start = plain(task, 500)
+    found = distill(task, 250, options=replace(QUICK, start=start))
+    assert sum(len(at) for at, _ in found.values()) == 250
+    for name, (at, _) in found.items():
+        assert set(at.tolist()) <= set(start[name][0].tolist())
+
+
 def test_sources_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = distill(fits.model_task("bert"), 300, options=QUICK)
     monkeypatch.setattr(distillation, "KEPT", 0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shira_format.convert.fit.outputs import embeddings, logits, states
 from shira_format.convert.fit.quality import effect
 from shira_format.convert.fit.task import (
+    SourceOutputs,
     Task,
     blocks_of,
     inputs_of,
@@ -125,6 +126,15 @@ def test_language_models_are_measured_without_padding(kind: str) -> None:
         alone = {key: value[:1, :5] for key, value in batch.items()}
         assert torch.allclose(see(task, alone).outputs, seen.outputs[:5], atol=1e-5)
         assert inputs_of(batch, rows)[:6].tolist() == [0, 0, 0, 0, 0, 1]
+
+
+def test_the_source_is_kept_as_far_as_memory_allows() -> None:
+    task = fits.net_task()
+    seen = SourceOutputs(task, task.held, limit=2 * 8 * 6 * 4)
+    first = [seen[number] for number in range(4)]
+    again = [seen[number] for number in range(4)]
+    assert [one is other for one, other in zip(first, again, strict=True)] == [True, True, False, False]
+    assert all(torch.equal(one.outputs, other.outputs) for one, other in zip(first, again, strict=True))
 
 
 def test_json_has_no_nan() -> None:
