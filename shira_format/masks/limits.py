@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices
+from shira_format._core.arrays import Array, Indices, distinct, distinct_counts
 from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.masks.weights import Weight
@@ -90,13 +90,13 @@ class Limits:
     def of(self, weight: Weight, length: int) -> Allowed:
         """What may be chosen of a weight, in entries or in runs of ``length``."""
         without = [found for mask in self._without if (found := mask.entries(weight)) is not None]
-        never = reduce(np.union1d, without, np.empty(0, np.int64))
+        never = distinct(np.concatenate([np.empty(0, np.int64), *without]))
         size = -(-weight.size // length)
         if not self._within:
-            return Allowed(size, None, np.unique(never // length))
+            return Allowed(size, None, distinct(never // length))
         within = [found for mask in self._within if (found := mask.entries(weight)) is not None]
-        only = np.setdiff1d(reduce(np.intersect1d, within), never, assume_unique=True)
-        runs, counts = np.unique(only // length, return_counts=True)
+        only = np.setdiff1d(reduce(partial(np.intersect1d, assume_unique=True), within), never, assume_unique=True)
+        runs, counts = distinct_counts(only // length)
         whole = np.minimum(length, weight.size - runs * length)  # the last run may be shorter
         return Allowed(size, runs[counts == whole], np.empty(0, np.int64))
 
