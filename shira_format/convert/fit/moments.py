@@ -76,7 +76,8 @@ def moments(
     """Fit ``budget`` entries of all weights together, layer by layer and without backpropagation; see the module.
 
     Embeddings, layers that no input reaches and weights that no layer multiplies its inputs with get the source's values where these
-    differ most from the base's. Nothing is drawn, so that ``seed`` is not used. ``on_step`` is called after each group of layers that
+    differ most from the base's. Of a layer that is called several times, and of experts that are chosen by their inputs, the source's
+    outputs for the same inputs are matched. Nothing is drawn, so that ``seed`` is not used. ``on_step`` is called after each group of layers that
     share their input, with the share of what was asked of them that is missed.
 
     Raises:
@@ -114,7 +115,7 @@ class _Run:
         """Take the source's values where they differ most."""
         if count := self.shares[name]:
             at = largest({name: update_of(self.task, name).abs_()}, count)[name]
-            self._keep(name, at, self.task.source[name].reshape(-1)[at].float())
+            self._keep(name, at, self.task.source[name].reshape(-1).cpu()[at].float())
 
     def walk(self) -> None:
         """Fit all layers in their order."""
@@ -180,18 +181,31 @@ class _Run:
     def _stage(self, segment: Segment, stage: Stage, fitted: Sequence[Tensor], wanted: _Wanted) -> None:
         """Fit layers that share their input."""
         layers = [layer for layer in stage.layers if self.shares[layer.name]]
+        missed = [math.nan]
         if layers:
-            sums = _Sums(layers, self.task)
-            if sums.width > self.options.widest:
-                self._watch_fitted(segment, stage, fitted, wanted, sums)
-                sums = _Sums(layers, self.task, sums.best_columns(self.options.widest))
-            sums.gram = sums.square()
-            self._watch_fitted(segment, stage, fitted, wanted, sums)
+            try:
+                sums = self._summed(segment, stage, layers, fitted, wanted, paired=stage.alone)
+            except _OtherRowsError:
+                sums = self._summed(segment, stage, layers, fitted, wanted, paired=False)
             missed = [self._fit(layer, sums) for layer in layers]
         for layer in stage.layers:
             del wanted[layer.name]
         self.step += 1
-        self.on_step(self.path.stages, self.step, max(missed, default=math.nan) if layers else math.nan)
+        self.on_step(self.path.stages, self.step, max(missed))
+
+    def _summed(
+        self, segment: Segment, stage: Stage, layers: list[Layer], fitted: Sequence[Tensor], wanted: _Wanted, *, paired: bool
+    ) -> _Sums:  # fmt: skip
+        """The moments of layers that share their input."""
+        sums = _Sums(layers, self.task, paired=paired)
+        if sums.width > self.options.widest:
+            self._watch_fitted(segment, stage, fitted, wanted, sums)
+            least = max(-(-self.shares[layer.name] // math.prod(layer.shape[:2])) for layer in layers)
+            columns = sums.best_columns(max(self.options.widest, least))
+            sums = _Sums(layers, self.task, columns, paired=paired)
+        sums.gram = sums.square()
+        self._watch_fitted(segment, stage, fitted, wanted, sums)
+        return sums
 
     def _watch_fitted(
         self, segment: Segment, stage: Stage, fitted: Sequence[Tensor], wanted: _Wanted, sums: _Sums
@@ -213,11 +227,9 @@ class _Run:
         if problem is None:
             self.cut(layer.name)
             return math.nan
-        update = sums.narrow(
-            layer.matrix(self.task.source[layer.name].float() - self.task.parameter(layer.name).detach().float())
-        )
-        cut = torch.zeros(update.numel(), dtype=torch.bool)
-        cut[largest({"": update.abs().reshape(-1)}, count)[""]] = True
+        update = sums.narrow(layer.matrix(_update(self.task, layer.name)))
+        cut = torch.zeros(update.numel(), dtype=torch.bool, device=update.device)
+        cut[largest({"": update.abs().reshape(-1).cpu()}, count)[""]] = True
         found = max(
             grow(problem, count, rounds=self.options.rounds),
             solve(problem, cut.view(update.shape)),
@@ -235,11 +247,21 @@ class _Run:
         self.changes.enter_context(changed(self.task, name, at, values))
 
 
-class _Sums:
-    """Moments of the inputs of layers that share them, and of what is asked of their outputs."""
+class _OtherRowsError(Exception):
+    """A layer of the fitted model is fed other rows than the source's, as an expert that is chosen by its inputs."""
 
-    def __init__(self, layers: Sequence[Layer], task: Task, columns: Tensor | None = None) -> None:
-        self.layers, self.task, self.columns = layers, task, columns
+
+class _Sums:
+    """Moments of the inputs of layers that share them, and of what is asked of their outputs.
+
+    With ``paired`` they are to return what the source's layers returned; otherwise, as for a layer that is called several times or an
+    expert, what the source's layers return for the same inputs.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], task: Task, columns: Tensor | None = None, *, paired: bool = True
+    ) -> None:
+        self.layers, self.task, self.columns, self.paired = layers, task, columns, paired
         groups, _, self.width = layers[0].shape
         self.device = task.device
         kept = self.width if columns is None else len(columns)
@@ -254,16 +276,14 @@ class _Sums:
         return torch.zeros(groups, kept, kept, device=self.device)
 
     def add(self, layer: Layer, inputs: Tensor, output: Tensor, wanted: Tensor | None) -> None:
-        """Add rows of a call: ``[n, groups, width]``, ``[n, groups, outputs]``, and what the source returned there.
-
-        If the source's rows are others, as of the experts that it chose, the layer is to do what the source's does on these inputs.
-        """
+        """Add rows of a call: ``[n, groups, width]``, ``[n, groups, outputs]``, and what the source returned there."""
         x = inputs.float().transpose(0, 1)
-        if wanted is not None and wanted.shape == output.shape:
+        if not self.paired:
+            asked = layer.matrix(_update(self.task, layer.name)) @ x.transpose(1, 2)
+        elif wanted is not None and wanted.shape == output.shape:
             asked = (wanted.float() - output.float()).permute(1, 2, 0)
         else:
-            update = self.task.source[layer.name].float() - self.task.parameter(layer.name).detach().float()
-            asked = layer.matrix(update) @ x.transpose(1, 2)
+            raise _OtherRowsError
         x = self.narrow(x)
         self.cross[layer.name] += asked @ x
         self.asked[layer.name] += float(asked.square().sum(dtype=torch.float64))
@@ -304,6 +324,12 @@ class _Sums:
         whole = torch.zeros(*matrix.shape[:-1], self.width, dtype=matrix.dtype, device=matrix.device)
         whole[..., self.columns] = matrix
         return whole
+
+
+def _update(task: Task, name: str) -> Tensor:
+    """Source minus base, float32, in the weight's shape, where the weight is still the base's."""
+    parameter = task.parameter(name).detach()
+    return task.source[name].to(parameter.device).float() - parameter.float()
 
 
 @contextmanager

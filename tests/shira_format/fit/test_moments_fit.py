@@ -209,6 +209,8 @@ def test_wide_layers_are_fitted_in_the_columns_that_gain_most() -> None:
         width = task.source[name].shape[1]
         assert len((found[name][0] % width).unique()) <= 20
     assert effect(task, found).r2 > effect(task, plain(task, 400)).r2
+    many = moments(task, task.numel * 9 // 10, options=Reconstruction(widest=20))
+    assert sum(len(at) for at, _ in many.values()) == task.numel * 9 // 10
 
 
 def test_the_model_is_as_before_after_an_interrupt_and_in_its_mode() -> None:
