@@ -19,6 +19,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array, array_digest, as_bytes
 from shira_format._core.dtypes import dtype_name
+from shira_format._core.files import naming
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
 from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, encode_smallest
@@ -296,7 +297,8 @@ class AdapterWriter:
         begin, found = self._sizes[size], hashlib.sha256()
         for part in parts:
             raw = as_bytes(part).data
-            self._spools[size].write(raw)
+            with naming(self.path):
+                self._spools[size].write(raw)
             self._sizes[size] += len(raw)
             if known is None:
                 found.update(raw)
@@ -310,7 +312,7 @@ class AdapterWriter:
         with atomic_file(self.path) as file:
             file.write(header)
             for size in sorted(self._spools, reverse=True):
-                self._spools[size].seek(0)
+                self._spools[size].seek(0)  # writes what is in the buffer
                 shutil.copyfileobj(self._spools[size], file, 1 << 20)
 
     def _header(self) -> bytes:
