@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shira_cli import app, options
-from shira_cli.output import Printer
+from shira_cli.output import Printer, json_text
 from shira_format.merging.methods import METHODS, shown
 from shira_format.storage.outputs import check_output_files
 
@@ -171,7 +170,7 @@ def _written(analysis: MergeAnalysis, page: Path) -> Iterator[None]:
     from shira_format.storage.atomic import atomic_file
 
     if page.suffix.lower() == ".json":
-        text = json.dumps(analysis.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json_text(analysis.as_json()) + "\n"
     else:
         from shira_analysis.reports.html.merge_page import merge_page
 

@@ -54,4 +54,20 @@ class Printer:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
-    print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
+    print(json_text(value, ascii_only=not unicode))
+
+
+def json_text(value: Any, *, ascii_only: bool = False) -> str:
+    """JSON in which everything that is not printable is escaped: no name of a stranger moves a cursor or reorders a line.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=ascii_only, allow_nan=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    return "\\u007f" if char == "\x7f" else json.dumps(char)[1:-1]  # which takes DEL for printable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 import threading
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from shira_format._core.files import open_regular
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]  # flat positions in a weight
@@ -58,10 +61,10 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a whole file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is a pipe or a device.
         ValueError: the name holds a NUL.
     """
-    with open(path, "rb") as file:
+    with io.BufferedReader(open_regular(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shira_format._core.files import open_regular
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
@@ -44,7 +45,7 @@ def read_texts(path: Path, *, field: str = "text", limit: int | None = None) -> 
     empty = 0
     objects = path.suffix.lower() == ".jsonl"
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with io.TextIOWrapper(io.BufferedReader(open_regular(path)), "utf-8-sig") as lines:
             for number in range(1, 1 << 62):
                 if (limit is not None and len(found) == limit) or not (line := lines.readline(_LONGEST)):
                     break

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from shira_format.checkpoints.index import some
+from shira_format.errors import SourceError
+from shira_format.storage.paths import MOST_INDEX, read_file
 from shira_format.storage.weight_files import TRAINING
 
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
@@ -74,8 +76,8 @@ def is_part(folder: Path, file: Path) -> bool:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
-    except (ValueError, RecursionError):  # no reader of weights needs it
+        return json.loads(read_file(path, MOST_INDEX)) if path.is_file() else None
+    except (ValueError, RecursionError, SourceError):  # no reader of weights needs it
         return None
 
 

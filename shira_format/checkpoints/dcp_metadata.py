@@ -15,6 +15,7 @@ from shira_format.checkpoints.index import is_file_name
 from shira_format.checkpoints.pickles import MAX_PICKLE, PickleError, Record, load, ordered_dict, record
 from shira_format.checkpoints.torch_file import TORCH_DTYPES
 from shira_format.errors import SourceError
+from shira_format.storage.paths import read_file
 from shira_format.tensors import MAX_RANK, is_too_large, numel
 
 NAME = ".metadata"
@@ -67,10 +68,8 @@ class Metadata:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.stat().st_size > MAX_PICKLE:
-            raise SourceError(f"{path}: more than {MAX_PICKLE} bytes")
         try:
-            root = load(io.BytesIO(path.read_bytes()), _names())
+            root = load(io.BytesIO(read_file(path, MAX_PICKLE)), _names())
             self._items = _dict(root, "Metadata", "state_dict_metadata")
             places = _dict(root, "Metadata", "storage_data")
             self.paths = _paths(root.state.get("planner_data"))

@@ -13,6 +13,7 @@ from shira_format._core.arrays import Array
 from shira_format._core.strict_json import parse_object
 from shira_format.checkpoints.base import Checkpoint
 from shira_format.errors import FormatError, SourceError
+from shira_format.storage.paths import MOST_JSON, read_file
 from shira_format.storage.weight_files import find_weights
 
 _PIPELINE = "model_index.json"
@@ -128,7 +129,7 @@ def open_diffusers(path: Path) -> PipelineCheckpoint | None:
 def _components(path: Path) -> dict[str, _Component]:
     """The entries ``name: [library, class]`` of ``model_index.json``; the others are settings or empty."""
     try:
-        entries = parse_object(path.read_bytes().strip(), "json")
+        entries = parse_object(read_file(path, MOST_JSON).strip(), "json")
     except (FormatError, ValueError) as error:
         raise SourceError(f"{path}: not the index of a pipeline: {getattr(error, 'reason', error)}") from None
     found = {}

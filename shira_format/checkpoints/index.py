@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shira_format.errors import SourceError
+from shira_format.storage.paths import MOST_INDEX, read_file
 
 # model-00001-of-00002.safetensors; with a variant, model-00001-of-00002.fp16.safetensors
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<variant>(?:\.[\w-]+)?)(?P<ending>\.\w+)")
@@ -53,7 +54,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
         SourceError: it is not an index, a file name is a path, or a file is missing.
     """
     try:
-        weight_map: Any = json.loads(path.read_text("utf-8"))["weight_map"]
+        weight_map: Any = json.loads(read_file(path, MOST_INDEX).decode())["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(f"{path}: not an index of shards: {error!r}") from None
     if not isinstance(weight_map, dict):

@@ -16,6 +16,7 @@ import numpy as np
 from shira_format._core.dtypes import is_float
 from shira_format.checkpoints.base import Checkpoint
 from shira_format.errors import SourceError
+from shira_format.storage.paths import MOST_JSON, read_file
 
 _UNQUANTISED = "use the unquantised checkpoint, or dequantise it first"
 
@@ -171,7 +172,7 @@ def _method(checkpoint: Checkpoint, name: str) -> str | None:
     if checkpoint.folder is None or not (path := checkpoint.folder / component / "config.json").is_file():
         return None
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path, MOST_JSON))
         found = config.get("quantization_config") or config.get("compression_config")
         return None if not found else str(found.get("quant_method", "quantised"))
     except (ValueError, RecursionError, AttributeError):

@@ -20,6 +20,7 @@ import numpy as np
 from shira_format._core import fits
 from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
 from shira_format._core.dtypes import dtype_name
+from shira_format._core.files import naming
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
 from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, Hints, encode_smallest, encode_with, seed_of
@@ -365,7 +366,8 @@ class AdapterWriter:
         begin, found = self._size, hashlib.sha256()
         for part in parts:
             raw = as_bytes(part).data
-            self._spool_file.write(raw)
+            with naming(self.path):
+                self._spool_file.write(raw)
             self._size += len(raw)
             if known is None:
                 found.update(raw)
@@ -379,7 +381,7 @@ class AdapterWriter:
         with atomic_file(self.path) as file:
             file.write(header)
             if self._spool_file is not None:
-                self._spool_file.seek(0)
+                self._spool_file.seek(0)  # writes what is in the buffer
                 shutil.copyfileobj(self._spool_file, file, 1 << 20)
 
     def _header(self) -> bytes:

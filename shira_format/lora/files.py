@@ -28,10 +28,10 @@ from shira_format.checkpoints.wrapped import (
 )
 from shira_format.errors import SourceError
 from shira_format.lora.keys import FLAT
+from shira_format.storage.paths import MOST_JSON, read_file
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-MOST_JSON = 1 << 24  # bytes of a configuration file
 
 
 def open_tensors(path: Path, base: Collection[str] | None = None) -> Checkpoint:
@@ -98,9 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         SourceError: not a JSON object, or too large.
     """
-    if path.stat().st_size > MOST_JSON:
-        raise SourceError(f"{path}: larger than {MOST_JSON} bytes, the limit for a configuration")
-    return parse_json(path.read_bytes(), path)
+    return parse_json(read_file(path, MOST_JSON), path)
 
 
 def parse_json(text: str | bytes, where: object) -> dict[str, Any]:

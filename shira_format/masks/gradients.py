@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from shira_format._core.arrays import Array, as_array
+from shira_format._core.files import naming
 from shira_format._core.threads import Progress
 from shira_format.errors import SourceError
 from shira_format.masks.weights import Weight
@@ -55,8 +56,9 @@ class SummedGradients:
         if self._file is None:
             self._held[name] = gradient
             return
-        self._file.seek(self._end)
-        self._file.write(np.ascontiguousarray(gradient).view(np.uint8).data)
+        with naming(tempfile.gettempdir()):
+            self._file.seek(self._end)
+            self._file.write(np.ascontiguousarray(gradient).view(np.uint8).data)
         self._places[name] = self._end
         self._end += gradient.nbytes
 

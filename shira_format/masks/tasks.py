@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shira_format._core.arrays import file_digest
+from shira_format._core.files import open_regular
 from shira_format.calibration.texts import LoadedModel, batches, by_length, load_model, names_in_files, read_texts
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
@@ -157,7 +159,7 @@ def _labels(data: Path, limit: int | None) -> list[str]:
     if data.suffix.lower() != ".jsonl":
         raise SourceError(f"{data}: a classifier needs labels: give .jsonl with objects of 'text' and 'label'")
     found: list[str] = []
-    with data.open(encoding="utf-8-sig") as lines:
+    with io.TextIOWrapper(io.BufferedReader(open_regular(data)), "utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(found) == limit:
                 break

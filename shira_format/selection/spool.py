@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from shira_format._core.files import naming
 from shira_format.entries.changes import COLUMNS, Entries
 
 
@@ -28,6 +29,7 @@ class Spool:
 
     def __init__(self, folder: Path | None = None) -> None:
         """Args: ``folder`` for the file; the system's by default."""
+        self._folder = folder or tempfile.gettempdir()
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed on exit
         self._end = 0
 
@@ -43,10 +45,11 @@ class Spool:
         """Append entries."""
         columns = [np.ascontiguousarray(getattr(entries, column)) for column in COLUMNS]
         place = SpoolRange(self._end, entries.size, tuple(column.dtype for column in columns), entries.energy)
-        self._file.seek(self._end)
-        for column in columns:
-            self._file.write(column.view(np.uint8).data)
-            self._end += column.nbytes
+        with naming(self._folder):
+            self._file.seek(self._end)
+            for column in columns:
+                self._file.write(column.view(np.uint8).data)
+                self._end += column.nbytes
         return place
 
     def get(self, place: SpoolRange) -> Entries:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shira_format._core.files import naming
 from shira_format.storage import owners
 
 # Files that file managers create.
@@ -30,9 +31,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(os.open(hidden, flags, 0o666), "wb") as file:
             owners.lock(file.fileno())
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+            with naming(path):
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(hidden, path)
     except BaseException:
         hidden.unlink(missing_ok=True)

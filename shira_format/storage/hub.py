@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
-from shira_format.storage.paths import one_line
+from shira_format.storage.paths import MOST_INDEX, one_line, read_file
 from shira_format.storage.weight_files import TRAINING, find_weights, is_index
 
 _SYNTAX = "hf://OWNER/NAME[@REVISION][/PATH]"
@@ -235,7 +235,7 @@ def _cached(where: _Location, why: str) -> Path:
 
 def _read_json(path: Path, where: _Location) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(read_file(path, MOST_INDEX).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{where}: {path.name}: {one_line(error)}") from None
 

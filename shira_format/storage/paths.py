@@ -6,7 +6,6 @@ import errno
 import mmap
 import os
 import re
-import stat
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from shira_format._core.files import naming, open_regular
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 
@@ -21,6 +21,8 @@ from shira_format.errors import SourceError
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://|(?:[A-Za-z][A-Za-z0-9+.\-]+::)+[A-Za-z][A-Za-z0-9+.\-]+://")
 # macOS refuses to read 2 GiB or more at once.
 _AT_ONCE = 1 << 30
+MOST_JSON = 1 << 24  # bytes of a configuration file
+MOST_INDEX = 100_000_000  # bytes of a list of tensors, as of the header of a file
 # Filesystems of fsspec that are not asynchronous share one connection, or one position in an archive.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -55,28 +57,26 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         """Raises OSError if it cannot be opened, or is a pipe or a device."""
         self._path = path
-        # lives as long as the object
-        self._file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+        self._file = open_regular(path)
         weakref.finalize(self, self._file.close)
-        status = os.fstat(self._file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            self._file.close()
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        self.size = status.st_size
+        self.size = os.fstat(self._file.fileno()).st_size
         self._lock = threading.Lock()
 
     def read_into(self, start: int, out: memoryview) -> None:
         while out:
             now = out[:_AT_ONCE]
-            if hasattr(os, "preadv"):
-                done = os.preadv(self._file.fileno(), [now], start)
-            else:  # Windows
-                with self._lock:
-                    self._file.seek(start)
-                    done = self._file.readinto(now) or 0
+            with naming(self._path):
+                done = self._read(start, now)
             if done == 0:
                 raise self._shorter()
             start, out = start + done, out[done:]
+
+    def _read(self, start: int, out: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [out], start)
+        with self._lock:  # Windows
+            self._file.seek(start)
+            return self._file.readinto(out) or 0
 
     def view(self, start: int, stop: int) -> Any:
         if start == stop:
@@ -97,11 +97,6 @@ class LocalFile:
 
     def _shorter(self) -> OSError:
         return OSError(errno.EIO, "the file has become shorter", str(self._path))
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe without waiting for a writer. Has no effect on reading a regular file."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class MemoryFile:
@@ -128,7 +123,7 @@ class RemoteFile:
         """Args: ``path`` is a ``UPath``. Raises SourceError if there is no such file."""
         self._url, self._fs, self._path = str(path), path.fs, path.path
         self._turn: Any = one_at_a_time(self._fs)
-        with naming(self._url), self._turn:
+        with naming_url(self._url), self._turn:
             size = self._fs.size(self._path)
         if size is None:
             raise SourceError(f"{self._url}: its size is not known, so parts of it cannot be read")
@@ -140,7 +135,7 @@ class RemoteFile:
     def view(self, start: int, stop: int) -> Any:
         if start == stop:
             return b""
-        with naming(self._url), self._turn:
+        with naming_url(self._url), self._turn:
             found = self._fs.cat_file(self._path, start=start, end=stop)
         if len(found) != stop - start:
             raise SourceError(
@@ -160,7 +155,7 @@ def one_at_a_time(filesystem: Any) -> Any:
 
 
 @contextmanager
-def naming(url: str) -> Iterator[None]:
+def naming_url(url: str) -> Iterator[None]:
     """Turn any exception into a SourceError that names ``url``: every filesystem raises exceptions of its own."""
     try:
         yield
@@ -233,7 +228,7 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
     found: Any = unresolved(text)
     if isinstance(found, Path):
         return found
-    with naming(text):
+    with naming_url(text):
         # Most filesystems say "does not exist" whatever the failure; stat raises the reason.
         if not found.exists():
             found.stat()
@@ -250,7 +245,7 @@ def unresolved(text: str) -> Any:
         return Path(text)
     with optional_import(f"{text}: URLs need fsspec", "remote"):
         from upath import UPath
-    with naming(text):
+    with naming_url(text):
         found: Any = UPath(text)
         return Path(found.path) if found.protocol in ("file", "local") else found
 

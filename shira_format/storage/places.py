@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from shira_format.storage.atomic import atomic_file
-from shira_format.storage.paths import naming, one_at_a_time, unresolved
+from shira_format.storage.paths import naming_url, one_at_a_time, unresolved
 
 
 @runtime_checkable
@@ -134,7 +134,7 @@ class RemoteFolder:
 
     def names(self, folder: str) -> list[str]:
         path = f"{self._root}/{folder}"
-        with naming(f"{self.label}/{folder}"), self._turn:
+        with naming_url(f"{self.label}/{folder}"), self._turn:
             self._fs.invalidate_cache()  # others write there
             try:
                 found = self._fs.ls(path, detail=False)
@@ -202,7 +202,7 @@ class RemoteFolder:
         """Errors name the file; one that is there or is not stays what it is."""
         url = f"{self.label}/{name}"
         found: OSError | None = None
-        with naming(url), self._turn:
+        with naming_url(url), self._turn:
             try:
                 yield
             except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from shira_format._core.arrays import file_digest
+from shira_format._core.files import open_regular
 from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file
 
@@ -53,7 +55,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not where.exists():
         return None
     try:
-        found = torch.load(where, map_location="cpu", weights_only=True)
+        with io.BufferedReader(open_regular(where)) as file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shira_format._core.arrays import file_digest
+from shira_format._core.files import open_regular
 from shira_format.calibration.texts import read_texts
 from shira_format.errors import SourceError
 
@@ -59,7 +61,7 @@ def read_file(path: Path, task: Task, *, limit: int | None = None) -> TextFile:
     if path.suffix.lower() != ".jsonl":
         raise SourceError(f"{path}: a classifier needs labels: give .jsonl with objects of 'text' and 'label'")
     found: list[LabelledText] = []
-    with path.open(encoding="utf-8-sig") as lines:
+    with io.TextIOWrapper(io.BufferedReader(open_regular(path)), "utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if len(found) == len(texts.texts):
                 break

@@ -123,11 +123,12 @@ def layer_grid(tensors: Iterable[TensorMeasures]) -> LayerGrid:
         key=lambda place: (-1, 0) if place[1] is None else (order[place[0]], place[1]),
     )
     kinds = [kind for kind in KINDS if any(tensor.kind == kind for tensor in tensors)]
+    rows, columns = ({value: at for at, value in enumerate(values)} for values in (kinds, blocks))
     known = all(tensor.norms is not None for tensor in tensors)
     scale = max((t.norms.frobenius for t in tensors if t.norms is not None), default=0.0) or 1.0
     cells: dict[tuple[int, int], LayerCell] = {}
     for tensor, place in zip(tensors, places, strict=True):
-        at = kinds.index(tensor.kind), blocks.index(place)
+        at = rows[tensor.kind], columns[place]
         old = cells.get(at, LayerCell(0, 0, 0, 0.0))
         energy = None
         if tensor.norms is not None and old.energy is not None:

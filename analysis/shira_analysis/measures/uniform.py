@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from shira_format._core.arrays import Array
 
 # (a, b) -> E[(X)_a (Y)_b] for two of the counts X, Y, with (X)_a = X (X - 1) ... (X - a + 1); b = 0 for one count.
 Moments = Callable[[int, int], Fraction]
+# What is expected is kept for so many sizes: an adapter has many tensors of few sizes.
+_KEPT = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,22 @@ def dispersion_of_counts(counts: Array, boxes: int, size: int) -> Compared | Non
     Returns:
         None if there are no entries or fewer than two rows.
     """
-    entries, total = int(counts.sum()), boxes * size
+    entries = int(counts.sum())
+    return _dispersion(counts, boxes, entries, lambda: _of_counts(entries, boxes, size))
+
+
+@lru_cache(_KEPT)
+def _of_counts(entries: int, boxes: int, size: int) -> tuple[float, float]:
+    """Mean and deviation of the index of dispersion of counts."""
 
     def moments(a: int, b: int) -> Fraction:
         if entries < a + b:
             return Fraction(0)
         return Fraction(
-            math.perm(size, a) * math.perm(size, b) * math.perm(entries, a + b), math.perm(total, a + b)
+            math.perm(size, a) * math.perm(size, b) * math.perm(entries, a + b), math.perm(boxes * size, a + b)
         )
 
-    return _dispersion(counts, boxes, entries, moments)
+    return _expected(boxes, entries, moments)
 
 
 def dispersion_of_gaps(indices: Array, total: int) -> Compared | None:
@@ -86,20 +95,33 @@ def dispersion_of_gaps(indices: Array, total: int) -> Compared | None:
     """
     parts, left = indices.size + 1, total - indices.size
     gaps = np.diff(indices, prepend=-1, append=total) - 1
+    return _dispersion(gaps, parts, left, lambda: _of_gaps(parts, left))
+
+
+@lru_cache(_KEPT)
+def _of_gaps(parts: int, left: int) -> tuple[float, float]:
+    """Mean and deviation of the index of dispersion of gaps."""
 
     def moments(a: int, b: int) -> Fraction:
         rising = math.prod(range(parts, parts + a + b))
         return Fraction(math.perm(left, a + b) * math.factorial(a) * math.factorial(b), rising)
 
-    return _dispersion(gaps, parts, left, moments)
+    return _expected(parts, left, moments)
 
 
-def _dispersion(counts: Array, boxes: int, total: int, moments: Moments) -> Compared | None:
+def _dispersion(
+    counts: Array, boxes: int, total: int, expected: Callable[[], tuple[float, float]]
+) -> Compared | None:
     """For ``boxes`` exchangeable counts with the sum ``total``; ``counts`` may omit zeros."""
     if boxes < 2 or total == 0:
         return None
     mean = total / boxes
     squares = float(np.square(counts - mean).sum()) + (boxes - counts.size) * mean * mean
+    return Compared(squares / ((boxes - 1) * mean), *expected())
+
+
+def _expected(boxes: int, total: int, moments: Moments) -> tuple[float, float]:
+    """Mean and deviation of the index of dispersion under uniform masks."""
     # With Y the sum of X (X - 1), the sum of squares is Y + total, so both have the same variance. X (X - 1) squared is
     # (X)_4 + 4 (X)_3 + 2 (X)_2.
     first = boxes * moments(2, 0)
@@ -108,18 +130,20 @@ def _dispersion(counts: Array, boxes: int, total: int, moments: Moments) -> Comp
     scale = Fraction(boxes, (boxes - 1) * total)
     expected = scale * (first + total - Fraction(total * total, boxes))
     variance = second - first * first
-    return Compared(
-        squares / ((boxes - 1) * mean),
-        float(expected),
-        math.sqrt(float(scale * scale * variance)) if variance > 0 else 0.0,
-    )
+    return float(expected), math.sqrt(float(scale * scale * variance)) if variance > 0 else 0.0
 
 
 def lines_with_entries(found: int, boxes: int, size: int, entries: int) -> Compared:
     """The number of nonempty rows, or columns: ``found`` of ``boxes``, with ``size`` elements each."""
+    return Compared(found, *_of_lines(boxes, size, entries))
+
+
+@lru_cache(_KEPT)
+def _of_lines(boxes: int, size: int, entries: int) -> tuple[float, float]:
+    """Mean and deviation of the number of nonempty rows."""
     total = boxes * size
     if size == 1:
-        return Compared(found, entries, 0.0)
+        return entries, 0.0
     # Logarithms of P(a row is empty) and of P(two rows are empty) / P(a row is empty)^2, as products over the fewer factors.
     # The ratio is computed directly, since a difference of logarithms would lose it to rounding.
     steps = np.arange(min(size, entries), dtype=np.float64)
@@ -134,7 +158,7 @@ def lines_with_entries(found: int, boxes: int, size: int, entries: int) -> Compa
     variance = boxes * empty * (1 - empty)
     if empty and boxes > 1:
         variance += boxes * (boxes - 1) * empty * empty * math.expm1(two)
-    return Compared(found, boxes * -math.expm1(one), math.sqrt(max(0.0, variance)))
+    return boxes * -math.expm1(one), math.sqrt(max(0.0, variance))
 
 
 def _product(terms: Array) -> float:
@@ -146,6 +170,12 @@ def _product(terms: Array) -> float:
 
 def adjacent_entries(found: int, entries: int, total: int) -> Compared:
     """The number of entries directly after another in flat order."""
+    return Compared(found, *_of_neighbours(entries, total))
+
+
+@lru_cache(_KEPT)
+def _of_neighbours(entries: int, total: int) -> tuple[float, float]:
+    """Mean and deviation of the number of entries directly after another."""
 
     def chance(count: int) -> Fraction:
         return Fraction(math.perm(entries, count), math.perm(total, count)) if entries >= count else Fraction(0)
@@ -155,4 +185,4 @@ def adjacent_entries(found: int, entries: int, total: int) -> Compared:
     first = pairs * chance(2)
     second = first + chained * chance(3) + (pairs * pairs - pairs - chained) * chance(4)
     variance = second - first * first
-    return Compared(found, float(first), math.sqrt(float(variance)) if variance > 0 else 0.0)
+    return float(first), math.sqrt(float(variance)) if variance > 0 else 0.0

@@ -18,6 +18,7 @@ from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.errors import FormatError, SourceError
 from shira_format.format.manifest import DERIVED, check_name
 from shira_format.storage.output_folder import write_json
+from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import MAX_HEADER
 from shira_format.tensors import MAX_RANK, ValueKind, is_too_large
 
@@ -148,10 +149,9 @@ def read_index(folder: Path) -> Index:
         raise SourceError(f"{folder}: no such folder")
     if not path.is_file():
         raise SourceError(f"{folder}: not a folder of shira_to_csr: it has no {INDEX}")
-    if path.stat().st_size > MAX_HEADER:
-        raise SourceError(f"{path}: more than {MAX_HEADER} bytes")
+    content = read_file(path, MAX_HEADER)
     try:
-        raw = parse_object(path.read_bytes().strip(), "header-json")
+        raw = parse_object(content.strip(), "header-json")
         if raw.get("format") != FORMAT or raw.get("version") != VERSION:
             raise SourceError(f"'format' and 'version' are not {FORMAT!r} and {VERSION}")
         if raw.get("original", ORIGINAL) != ORIGINAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from math import prod
@@ -11,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from shira_format._core.arrays import Array, Indices
+from shira_format._core.files import open_regular
 from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file
 from shira_format.storage.paths import one_line
@@ -24,6 +26,9 @@ _MEMBERS = {"format": "SU", "shape": "iu", "data": "f", "indices": "i", "indptr"
 _OPTIONAL = {"_is_array": "b"}
 # The best ratio of deflate; a higher one means a forged file.
 _BEST_RATIO = 1032
+# How much more than their file the arrays may take together, so that a small file cannot fill the memory; and so much in any case.
+_MOST_RATIO = 16
+_ALWAYS = 1 << 24
 _WANTED = {
     "data": "; it must be float16, float32 or float64",
     "indices": ", not integers",
@@ -79,7 +84,7 @@ def read_matrix(path: Path, shape: tuple[int, ...]) -> tuple[Indices, Array]:
     from scipy import sparse
 
     try:
-        with open(path, "rb") as file:
+        with io.BufferedReader(open_regular(path)) as file:
             nnz = _check_members(file, matrix_shape(shape))
             matrix = sparse.load_npz(file)
         return _entries(matrix, nnz)
@@ -110,6 +115,9 @@ def _check_members(file: IO[bytes], view: tuple[int, int]) -> int:
             arrays[name] = found = _header(archive, info, size)
             if found[1].kind not in kinds or found[1].itemsize > (64 if name == "format" else 8):
                 raise SourceError(f"{name!r} is of dtype {found[1]}{_WANTED.get(name, '')}")
+    unpacked = sum(prod(shape) * dtype.itemsize for shape, dtype in arrays.values())
+    if unpacked > _MOST_RATIO * size + _ALWAYS:
+        raise SourceError(f"a file of {size} bytes with {unpacked} bytes of arrays: save it with compressed=False")
     if lacks := [name for name in _MEMBERS if name not in arrays]:
         raise SourceError(f"not a CSR matrix of scipy.sparse.save_npz: it has no {lacks[0]!r}")
     if prod(arrays["format"][0]) != 1 or prod(arrays.get("_is_array", ((), None))[0]) != 1:

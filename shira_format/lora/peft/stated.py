@@ -13,6 +13,7 @@ from shira_format.names.patterns import Pattern, PatternError, UnsupportedPatter
 from shira_format.names.prefixes import Statement
 from shira_format.names.renaming import leading
 from shira_format.names.towers import tower_of_class, towers_in
+from shira_format.storage.paths import MOST_JSON, read_file
 
 _LIBRARY = re.compile(r"transformers\.models\.(\w+)\.")
 _SHOWN = 100  # characters of a value in a message
@@ -104,7 +105,7 @@ def base_config(base: Checkpoint) -> dict[str, Any]:
     if folder is None or not (folder / "config.json").is_file():
         return {}
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_file(folder / "config.json", MOST_JSON))
     except (ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -1,0 +1,41 @@
+"""Opening files of strangers' choice: never a pipe that nobody writes to, nor a device without an end."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file to read, without a buffer.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe, a socket or a device.
+        ValueError: the name holds a NUL.
+    """
+    file = io.FileIO(path, opener=_without_waiting)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe without waiting for a writer. On a regular file this has no effect."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """An OSError of the block that names no file, such as that of a full disk, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
