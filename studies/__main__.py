@@ -20,7 +20,7 @@ from studies.runs import Store, run_all
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = Plan(methods=("lora", "wm", "head"), seeds=(1,), steps=2, pilot_steps=1)
-QUICK_FITS = fits.Plan(steps=2, seeds=(0,), only="spam (cut|distill|low-rank|darex|learned) 0.002")
+QUICK_FITS = fits.Plan(steps=2, seeds=(0,), only="spam (cut|distill|low-rank) 0.002")
 QUICK_TEXTS = 8
 REPORTS = {"masks": report.write, "fits": fits_report.write}
 

@@ -63,7 +63,7 @@ METHODS = {
     "runs": Method(
         "distill, runs of 16", "distill", "product", run=16, densities=(0.002, 0.01), sources=("spam",)
     ),
-    "low-rank": Method("LoRA of lower rank, distilled", "low-rank", densities=(0.002, 0.01)),
+    "low-rank": Method("LoRA of lower rank, distilled", "low-rank", densities=(0.0005, 0.002, 0.01)),
     "dare": Method("DARE", "dare", densities=(0.002, 0.01, 0.05), sources=("spam",)),
     "darex": Method("DAREx-q", "darex", densities=(0.002, 0.01, 0.05), sources=("spam",)),
     "learned": Method("learned mask (Localize-and-Stitch)", "learned", densities=(0.002, 0.01), sources=("spam",)),

@@ -117,7 +117,8 @@ def _cells(row: Row) -> list[str]:
 
 
 _README = (
-    ("base", 0.0), ("cut", 0.01), ("cut", 0.05), ("distill", 0.0005), ("distill", 0.002), ("distill", 0.01), ("low-rank", 0.002),
+    ("base", 0.0), ("cut", 0.01), ("cut", 0.05), ("distill", 0.0001), ("distill", 0.0005), ("distill", 0.002), ("distill", 0.01),
+    ("low-rank", 0.0005), ("low-rank", 0.002),
     ("source", 1.0),
 )  # fmt: skip
 _NAMES = {
@@ -189,7 +190,7 @@ def parts(results: Sequence[Result], machine: dict[str, Any]) -> dict[str, str]:
         "fits": table(found, FITS, (0.0, *DENSITIES, 1.0), LORAS),
         "tuned": table(found, FITS, (0.0, *DENSITIES, 1.0), (TUNED,)),
         "supports": table(found, SUPPORTS, (SUPPORTED, 0.01), ("spam",)),
-        "rivals": table(found, RIVALS, (SUPPORTED, 0.01, 0.05), ("spam",)),
+        "rivals": table(found, RIVALS, (0.0005, SUPPORTED, 0.01, 0.05), ("spam",)),
         "texts": counts(found),
     }
 
