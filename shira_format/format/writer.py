@@ -252,8 +252,9 @@ class AdapterWriter:
                 self._seen.popitem()
             for size, spool in self._spools.items():
                 self._sizes[size] = sizes.get(size, 0)
-                spool.seek(self._sizes[size])
-                spool.truncate()
+                with naming(self.path):  # what is in the buffer of a full disk fails again
+                    spool.seek(self._sizes[size])
+                    spool.truncate()
             raise
 
     def _add_indices(self, prepared: Prepared, digests: dict[str, str]) -> dict[str, Any]:
