@@ -100,7 +100,7 @@ def describe(file: AdapterFile) -> dict[str, Any]:
 
     Numbers of the provenance that no float64 holds are left out.
     """
-    raw = representable(file.manifest.raw)
+    raw = representable({k: v for k, v in file.manifest.raw.items() if k not in ("tensors", "whole")})
     rows = [_row(file, entry) for entry in file.manifest.tensors.values()]
     whole = [_whole_row(file, name) for name in file.manifest.whole]
     nnz, elements = sum(row["nnz"] for row in rows), sum(numel(tuple(row["shape"])) for row in rows)

@@ -317,8 +317,9 @@ class AdapterWriter:
                 self._seen.popitem()
             self._size = size
             if self._spool_file is not None:
-                self._spool_file.seek(size)
-                self._spool_file.truncate()
+                with naming(self.path):  # what is in the buffer of a full disk fails again
+                    self._spool_file.seek(size)
+                    self._spool_file.truncate()
             raise
 
     def _entries_left(self) -> int:
