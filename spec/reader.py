@@ -967,7 +967,7 @@ def decoded(bits: int, dtype: str) -> float:
 def rounded(exact: Fraction, dtype: str) -> float:
     """The nearest value of the dtype, of two the one whose last bit is 0; beyond the largest an infinity, or NaN without one."""
     mantissa, least = MANTISSA[dtype], 1 - BIAS[dtype]
-    size = abs(exact)
+    size, sign = abs(exact), -1.0 if exact < 0 else 1.0
     exponent = size.numerator.bit_length() - size.denominator.bit_length()
     if Fraction(2) ** exponent > size:
         exponent -= 1
@@ -975,8 +975,8 @@ def rounded(exact: Fraction, dtype: str) -> float:
     near = round(size / unit) * unit  # Python rounds ties to even
     largest = LARGEST.get(dtype, (2 - Fraction(1, 2**mantissa)) * 2 ** BIAS[dtype])
     if near > largest:
-        return math.nan if dtype in LARGEST else math.copysign(math.inf, exact)
-    return math.copysign(float(near), exact)
+        return math.nan if dtype in LARGEST else sign * math.inf
+    return sign * float(near)
 
 
 def encoded(value: float, dtype: str) -> int:
@@ -988,8 +988,8 @@ def encoded(value: float, dtype: str) -> int:
     if math.isinf(value):
         return sign | ((1 << (width - 1 - mantissa)) - 1) << mantissa
     units = Fraction(abs(value)) / Fraction(2) ** (1 - BIAS[dtype] - mantissa)  # of the smallest value
-    exponent = max(0, units.numerator.bit_length() - 1 - mantissa)
-    return sign | (exponent << mantissa) + units.numerator // 2**exponent
+    exponent: int = max(0, units.numerator.bit_length() - 1 - mantissa)
+    return sign | (exponent << mantissa) + (units.numerator >> exponent)
 
 
 def fl_add(a: float, b: float, work: str) -> float:
@@ -1009,6 +1009,8 @@ def fl_times(a: float, b: float, work: str) -> float:
 
 def fl(value: float, dtype: str) -> float:
     """A binary64 value in another dtype."""
+    if math.isinf(value) and dtype in LARGEST:
+        return math.nan
     return value if value == 0 or not math.isfinite(value) else rounded(Fraction(value), dtype)
 
 
@@ -1058,7 +1060,8 @@ def misfit(text: str) -> Refused:
 
 def base_weight(item: Item, indices: list[int], base: dict[str, Weight]) -> Weight:
     """The base's tensor that an item of `tensors` starts from, after all checks."""
-    name, digests = item.get("from", item["name"]), item["digests"]
+    name = str(item.get("from", item["name"]))
+    digests = item["digests"]
     if name not in base:
         raise misfit(f"the base has no tensor {shown(name)}")
     dtype, shape, data = base[name]
@@ -1114,7 +1117,9 @@ def apply(adapters: list[tuple[File, float]], base: dict[str, Weight], folder: s
             if math.isinf(fl(float(strength), working_type(dtype))):
                 raise Refused("strength", f"{strength} is infinite in {working_type(dtype)}")
             value_dtype = file.streams[item["name"] + "#values"].dtype
-            values = split(bytes(file.bytes_of(item["name"] + "#values", item["digests"]["values"])), FLOATS[value_dtype])
+            values = split(
+                bytes(file.bytes_of(item["name"] + "#values", item["digests"]["values"])), FLOATS[value_dtype]
+            )
             change = Change(item["values"], float(strength), value_dtype, dict(zip(indices, values, strict=True)))
             changes.setdefault(item["name"], []).append(change)
             patched.append((file, item))
@@ -1132,13 +1137,22 @@ def apply(adapters: list[tuple[File, float]], base: dict[str, Weight], folder: s
     for name in (name for file, strength in adapters if strength for name in file.manifest.get("removed", [])):
         del result[name]
     for file, item in patched:
-        dtype, shape, data = base[item.get("from", item["name"])]
+        origin = str(item.get("from", item["name"]))
+        dtype, shape, data = base[origin]
         bits = split(data, FLOATS[dtype])
         own = changes[item["name"]]
         for index in {index for change in own for index in change.values}:
             here = [change for change in own if index in change.values]
-            new_bits = applied_bits(bits[index], dtype, here[0], index) if len(here) == 1 else mixed_bits(bits[index], dtype, here, index)
-            data = data[: index * FLOATS[dtype]] + new_bits.to_bytes(FLOATS[dtype], "little") + data[(index + 1) * FLOATS[dtype] :]
+            new_bits = (
+                applied_bits(bits[index], dtype, here[0], index)
+                if len(here) == 1
+                else mixed_bits(bits[index], dtype, here, index)
+            )
+            data = (
+                data[: index * FLOATS[dtype]]
+                + new_bits.to_bytes(FLOATS[dtype], "little")
+                + data[(index + 1) * FLOATS[dtype] :]
+            )
         result[item["name"]] = applied_rows(file, item, (dtype, shape, data))
     return result
 
@@ -1176,12 +1190,13 @@ def run_case(path: str) -> Item:
         case = json.load(text)
     folder = os.path.dirname(path)
     base = weights_of(case["base"])
-    files = [open_file(map_file(os.path.join(folder, one["file"]))) for one in case["adapters"]]
+    views = {name: (dtype, shape, memoryview(data)) for name, (dtype, shape, data) in base.items()}
+    files = [open_file(map_file(os.path.join(folder, one["file"])), views) for one in case["adapters"]]
     strengths = [
         one.get("alpha", file.manifest.get("alpha", 1)) for one, file in zip(case["adapters"], files, strict=True)
     ]
     result = apply(list(zip(files, strengths, strict=True)), base, folder)
-    found = {"result": as_json(result), "slices": []}
+    found: Item = {"result": as_json(result), "slices": []}
     for part in case.get("slices", []):
         dtype, _, data = result[part["name"]]
         found["slices"].append(data[part["begin"] * SIZES[dtype] : part["end"] * SIZES[dtype]].hex())
@@ -1194,7 +1209,9 @@ def main() -> int:
     parser.add_argument("file")
     parser.add_argument("--base", metavar="FILE", help="safetensors file of the base, if it is needed")
     parser.add_argument("--masks", metavar="DIR", help="where the mask files are; default: beside FILE")
-    parser.add_argument("--apply", action="store_true", help="FILE is a case of vectors/apply: print what it asks for")
+    parser.add_argument(
+        "--apply", action="store_true", help="FILE is a case of vectors/apply: print what it asks for"
+    )
     arguments = parser.parse_args()
     try:
         case = arguments.apply
