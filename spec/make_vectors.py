@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -2169,6 +2173,410 @@ def bad_patches_indices() -> None:
     bad("count-mismatch--nnz-in-further-rows", file)
 
 
+# Applying (section 4.1): cases with a base, adapters with their strengths, and the bytes of the result. The arithmetic here is that
+# of binary64, rounded to binary32 by `struct`, and narrower types are looked up in the list of all their values.
+
+APPLY: dict[str, Json] = {}
+ADAPTERS: dict[str, Maker] = {}
+Tensors = dict[str, tuple[str, list[int], bytes]]
+NAN = {"F64": 0x7FF8 << 48, "F32": 0x7FC0 << 16, "F16": 0x7E00, "BF16": 0x7FC0, "F8_E4M3": 0x7F, "F8_E5M2": 0x7E}
+
+
+def binary32(value: float) -> float:
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def value_of(data: bytes, dtype: str) -> float:
+    if dtype == "F8_E4M3":
+        sign, exponent, fraction = data[0] >> 7, data[0] >> 3 & 15, data[0] & 7
+        size = (
+            math.nan
+            if data[0] & 127 == 127
+            else fraction / 8 * 2**-6
+            if exponent == 0
+            else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+        )
+        return -size if sign else size
+    text = {"F64": "<d", "F32": "<f", "BF16": "<f", "F16": "<e", "F8_E5M2": "<e"}[dtype]
+    return float(struct.unpack(text, bytes(struct.calcsize(text) - len(data)) + data)[0])
+
+
+@cache
+def positive(dtype: str) -> list[tuple[float, int]]:
+    """The finite values >= 0 of a type of one or two bytes, with their bits, which rise with them."""
+    values = [
+        (value_of(bits.to_bytes(SIZE[dtype], "little"), dtype), bits) for bits in range(1 << (8 * SIZE[dtype] - 1))
+    ]
+    return [(value, bits) for value, bits in values if math.isfinite(value)]
+
+
+def bits_of(value: float, dtype: str) -> bytes:
+    """The nearest value of the type: ties to even, infinity (or NaN) from half a step beyond the largest."""
+    size = SIZE[dtype]
+    if math.isnan(value):
+        return NAN[dtype].to_bytes(size, "little")
+    if size > 2:
+        return struct.pack("<d" if dtype == "F64" else "<f", value if dtype == "F64" else binary32(value))
+    table = positive(dtype)
+    above = bisect_left(table, (abs(value), 0))
+    if above == len(table):
+        (below, _), (largest, bits) = table[-2:]
+        beyond = Fraction(abs(value)) - Fraction(largest) if math.isfinite(value) else math.inf
+        half = Fraction(largest - below) / 2
+        if beyond > half or (beyond == half and bits & 1):
+            if dtype == "F8_E4M3":
+                return NAN[dtype].to_bytes(1, "little")
+            bits += 1  # of infinity
+    elif above == 0 or table[above][0] == abs(value):
+        bits = table[above][1]
+    else:
+        (low, low_bits), (high, high_bits) = table[above - 1 : above + 1]
+        down, up = Fraction(abs(value)) - Fraction(low), Fraction(high) - Fraction(abs(value))
+        bits = low_bits if down < up or (down == up and low_bits % 2 == 0) else high_bits
+    if math.copysign(1, value) < 0:
+        bits |= 1 << (8 * size - 1)
+    return bits.to_bytes(size, "little")
+
+
+def under_one(base: bytes, dtype: str, item: Json, value: bytes, alpha: float) -> bytes:
+    work = float if dtype == "F64" else binary32
+    strength, is_target = work(alpha), item["values"] == "target"
+    if strength == 0:
+        return base
+    if is_target and strength == 1:
+        return value
+    b, v = value_of(base, dtype), value_of(value, item["value_dtype"])
+    step = work(v - b) if is_target else work(v)
+    return bits_of(work(b + work(strength * step)), dtype)
+
+
+def under_several(base: bytes, dtype: str, parts: Sequence[tuple[Json, bytes, float]]) -> bytes:
+    b = value_of(base, dtype)
+    steps = [
+        alpha * (value_of(value, item["value_dtype"]) - (b if item["values"] == "target" else 0.0))
+        for item, value, alpha in parts
+    ]
+    if any(map(math.isnan, steps)):
+        return NAN[dtype].to_bytes(SIZE[dtype], "little")
+    total = 0.0
+    for step in sorted(steps):
+        total += step
+    return bits_of(b + total, dtype)
+
+
+def outcome(base: Tensors, adapters: Sequence[tuple[Json, float]]) -> Tensors:
+    """What the adapters, given by their contents, make of the base."""
+    result = dict(base)
+    touched: dict[str, dict[int, list[tuple[Json, bytes, float]]]] = {}
+    items: dict[str, Json] = {}
+    for content, alpha in adapters:
+        if alpha == 0:
+            continue
+        for name in content.get("removed", []):
+            del result[name]
+        for item in content["whole"]:
+            result[item["name"]] = (item["dtype"], item["shape"], bytes.fromhex(item["value_hex"]))
+        for item in content["tensors"]:
+            items[item["name"]] = item
+            width, data = SIZE[item["value_dtype"]], bytes.fromhex(item["value_hex"])
+            for place, index in enumerate(item["indices"]):
+                part = (item, data[place * width : (place + 1) * width], alpha)
+                touched.setdefault(item["name"], {}).setdefault(index, []).append(part)
+    for name, item in items.items():
+        dtype, shape, data = base[item.get("from", name)]
+        width = SIZE[dtype]
+        elements_of = [data[at : at + width] for at in range(0, len(data), width)]
+        for index, parts in touched.get(name, {}).items():
+            if len(parts) == 1:
+                elements_of[index] = under_one(elements_of[index], dtype, *parts[0])
+            else:
+                elements_of[index] = under_several(elements_of[index], dtype, parts)
+        shape = [item.get("rows", shape[0]), *shape[1:]] if shape else shape
+        kept = b"".join(elements_of)[: elements(shape) * width] + bytes.fromhex(item.get("rows_hex", ""))
+        result[name] = (dtype, shape, kept)
+    return result
+
+
+def as_case(tensors: Tensors) -> Json:
+    return {
+        name: {"dtype": dtype, "shape": shape, "hex": data.hex()} for name, (dtype, shape, data) in tensors.items()
+    }
+
+
+def apply_case(
+    name: str,
+    base: Tensors,
+    *adapters: tuple[str, float | None],
+    slices: Sequence[tuple[str, int, int]] = (),
+    undo_from_file: bool = False,
+    refused: str | None = None,
+) -> None:
+    """Adapters by the names of their files, each with a strength, or with its own."""
+    assert name not in APPLY
+    case: Json = {"base": as_case(base), "adapters": []}
+    applied = []
+    for file, alpha in adapters:
+        maker = ADAPTERS[file]
+        case["adapters"].append({"file": f"{file}.st"} | ({} if alpha is None else {"alpha": alpha}))
+        applied.append((maker.content, maker.content["alpha"] if alpha is None else alpha))
+    if refused is not None:
+        APPLY[name] = case | {"refused": refused}
+        return
+    result = outcome(base, applied)
+    if slices:
+        case["slices"] = []
+        for tensor, begin, end in slices:
+            dtype, _, data = result[tensor]
+            part = data[begin * SIZE[dtype] : end * SIZE[dtype]]
+            case["slices"].append({"name": tensor, "begin": begin, "end": end, "hex": part.hex()})
+    if undo_from_file:
+        case["undo_from_file"] = True
+    APPLY[name] = case | {"result": as_case(result)}
+
+
+def adapter(name: str) -> Maker:
+    ADAPTERS[name] = Maker()
+    return ADAPTERS[name]
+
+
+NUMBERS = {  # of each type: zeros, ordinary numbers, the smallest, the largest, infinities, NaN (quiet, signalling, negative)
+    "F64": "0000000000000000 0000000000000080 000000000000f83f 9a9999999999b9bf 0100000000000000 ffffffffffffef7f "
+    "000000000000f07f 000000000000f0ff 010000000000f07f 123456789abcf8ff",
+    "F32": "00000000 00000080 0000c03f cdccccbd 01000000 ffff7f7f 0000807f 000080ff 0100807f 5634d2ff",
+    "F16": "0000 0080 003e 66ae 0100 ff7b 007c 00fc 017c 34fe",
+    "BF16": "0000 0080 c03f cdbd 0100 7f7f 807f 80ff 817f d2ff",
+    "F8_E4M3": "00 80 3c 9d 01 7e 38 fe 7f ff",
+    "F8_E5M2": "00 80 3e ae 01 7b 7c fc 7d fe",
+}
+STRENGTHS = {
+    "1": 1,
+    "0": 0,
+    "minus-0": -0.0,
+    "0.5": 0.5,
+    "0.1": 0.1,
+    "minus-1.25": -1.25,
+    "3": 3,
+    "1e-60": 1e-60,  # 0 in binary32, not in binary64
+    "1e-40": 1e-40,  # subnormal in binary32
+    "1-and-2-to-minus-30": 1 + 2**-30,  # 1 in binary32
+    "1-less-2-to-minus-26": 1 - 2**-26,  # likewise
+    "3e38": 3e38,
+}
+
+
+def crossed(dtype: str, other: str) -> tuple[bytes, bytes]:
+    """Every number of one type beside every number of another."""
+    left, right = ([bytes.fromhex(text) for text in NUMBERS[one].split()] for one in (dtype, other))
+    pairs = list(product(left, right))
+    return b"".join(one for one, _ in pairs), b"".join(two for _, two in pairs)
+
+
+def around(dtype: str, entries: bytes) -> bytes:
+    """A tensor whose elements at the odd indices are these."""
+    width = SIZE[dtype]
+    return b"".join(
+        noise(f"{dtype} {at}", width) + entries[at : at + width] for at in range(0, len(entries), width)
+    )
+
+
+def apply_arithmetic() -> None:
+    file, base = adapter("targets"), Tensors()
+    for dtype in FLOATS:
+        old, new = crossed(dtype, dtype)
+        count = len(old) // SIZE[dtype]
+        file.sparse(
+            dtype, [2 * count], range(1, 2 * count, 2), dtype=dtype, value_bytes=new, base=old, store_base=True
+        )
+        base[dtype] = (dtype, [2 * count], around(dtype, old))
+    for what, alpha in STRENGTHS.items():
+        apply_case(f"targets-{what}", base, ("targets", alpha))
+    file, base = adapter("deltas"), Tensors()
+    for dtype, other in product(FLOATS, FLOATS):
+        old, new = crossed(dtype, other)
+        count = len(old) // SIZE[dtype]
+        name = f"{other}.to.{dtype}"
+        file.sparse(name, [2 * count], range(1, 2 * count, 2), dtype=dtype, values="delta", value_dtype=other,
+                    value_bytes=new, base=old)  # fmt: skip
+        base[name] = (dtype, [2 * count], around(dtype, old))
+    for what in ("1", "0", "0.1", "minus-1.25", "1e-60"):
+        apply_case(f"deltas-{what}", base, ("deltas", STRENGTHS[what]))
+    # Every tie and its neighbours: half steps between the values of the narrow types.
+    for dtype, other in {"F16": "F32", "BF16": "F32", "F8_E4M3": "F32", "F8_E5M2": "F32", "F32": "F64"}.items():
+        halves = ties(dtype)
+        text = "<f" if other == "F32" else "<d"
+        old, count = bytes(SIZE[dtype]) * len(halves), len(halves)
+        file = adapter(f"ties-{dtype}").sparse("w", [count], range(count), dtype=dtype, values="delta", value_dtype=other,
+                                               value_bytes=b"".join(struct.pack(text, half) for half in halves), base=old)  # fmt: skip
+        file.sparse("v", [count], range(count), dtype=dtype, values="delta", value_dtype=other,
+                    value_bytes=b"".join(struct.pack(text, -half) for half in halves), base=old)  # fmt: skip
+        apply_case(f"ties-{dtype}", {name: (dtype, [count], old) for name in ("w", "v")}, (f"ties-{dtype}", 1))
+    # Deltas that fit any float: the type is the base's, whatever the manifest says.
+    adapter("deltas-for-any").sparse(
+        "w", [9], [0, 3, 8], values="delta", value_bytes=f32(0.1, 1e-3, 3e38), base_digest=False
+    )
+    for dtype in FLOATS:
+        for what in ("1", "0.1", "3"):
+            base = {"w": (dtype, [9], b"".join(bits_of(k / 7, dtype) for k in range(9)))}
+            apply_case(f"deltas-for-any-{dtype}-{what}", base, ("deltas-for-any", STRENGTHS[what]))
+    adapter("own-strength").set(alpha=0.25).sparse("w", [3], [1], value_bytes=f32(2), base=f32(1))
+    apply_case("own-strength", {"w": ("F32", [3], f32(0, 1, 2))}, ("own-strength", None))
+
+
+def ties(dtype: str) -> list[float]:
+    """Half steps, and numbers just beside them, near the smallest, one, and the largest."""
+    if dtype == "F32":
+        steps = [2.0**-149, 1 + 2**-23, 1 + 2**-22, (2 - 2**-23) * 2.0**127]
+        halves = [2.0**-150, 1 + 2**-24, 1 + 3 * 2**-24, (2 - 2**-24) * 2.0**127, *steps]
+    else:
+        values = [value for value, _ in positive(dtype)]
+        values.append(2 * values[-1] - values[-2])
+        one = values.index(1.0)
+        near = [0, 1, 2, one - 1, one, one + 1, len(values) - 3, len(values) - 2]
+        halves = [(values[k] + values[k + 1]) / 2 for k in near]
+    found = []
+    for half in halves:
+        found += [half * (1 - 2**-20), half, half * (1 + 2**-20)]
+    return [value for value in found if dtype == "F32" or value == binary32(value)] if dtype != "F32" else found
+
+
+def apply_several() -> None:
+    base: Tensors = {}
+    names = {"one": adapter("one"), "two": adapter("two"), "three": adapter("three")}
+    places = {"one": [0, 1, 2, 3, 4, 5], "two": [2, 3, 4, 5, 6, 7], "three": [4, 5, 8]}
+    for dtype in FLOATS:
+        values = [1.0, -2.0, 0.3, 1e-3, 7.0, 0.0, -0.0, 100.0, 5.0, -1.0]
+        base[dtype] = (dtype, [10], b"".join(bits_of(value, dtype) for value in values))
+        width = SIZE[dtype]
+        for number, (name, file) in enumerate(names.items()):
+            at = places[name]
+            old = b"".join(base[dtype][2][k * width : (k + 1) * width] for k in at)
+            new = b"".join(bits_of((0.37 * number - 0.11 * k) * (-3) ** (k % 4), dtype) for k in at)
+            file.sparse(dtype, [10], at, dtype=dtype, value_bytes=new, base=old)
+    old = f32(1.5, -0.0, 2.0)
+    base["deltas"] = ("F32", [3], old)
+    for name, value in {"one": 0.1, "two": -0.3, "three": 1e-9}.items():
+        names[name].sparse("deltas", [3], [0, 1, 2], values="delta", value_bytes=f32(value, -0.0, value), base=old)
+    numbers = bytes.fromhex(NUMBERS["F32"])
+    for name, turn in {"one": 0, "two": 1, "three": 2}.items():
+        names[name].sparse(
+            "special", [10], range(10), value_bytes=numbers[4 * turn :] + numbers[: 4 * turn], base=numbers[::-1]
+        )
+    base["special"] = ("F32", [10], numbers[::-1])
+    apply_case("two", base, ("one", 1), ("two", 1))
+    apply_case("two-turned", base, ("two", 1), ("one", 1))
+    apply_case("three", base, ("one", 0.7), ("two", -0.4), ("three", 0.1))
+    apply_case("three-turned", base, ("three", 0.1), ("one", 0.7), ("two", -0.4))
+    apply_case("twice", base, ("one", 0.5), ("one", 0.5))
+    apply_case("two-of-which-one-at-0", base, ("one", 0.5), ("two", 0))
+    apply_case("two-of-which-one-is-small", base, ("one", 0.5), ("two", 1e-60))
+    apply_case("two-at-opposite-strengths", base, ("one", 3), ("one", -3))
+
+
+def apply_whole() -> None:
+    old, ids = bf16(1, 2), i64(7, -1)
+    file = adapter("whole").whole("bias", "BF16", [2], data=bf16(3, -0.0), base=old, store_base=True)
+    file.whole("ids", "I64", [2], data=i64(0, 2**53 - 1), base=ids, store_base=True)
+    file.whole("new", "BOOL", [3], data=bytes([1, 0, 1])).whole("any", "F8_E4M3", [2], data=b"\x7f\xff")
+    file.sparse("w", [2], [1], value_bytes=f32(4), base=f32(2), store_base=True)
+    base: Tensors = {
+        "bias": ("BF16", [2], old),
+        "ids": ("I64", [2], ids),
+        "w": ("F32", [2], f32(1, 2)),
+        "other": ("U8", [1], b"x"),
+    }
+    for what in ("1", "0", "minus-0", "0.5", "1e-60", "minus-1.25"):
+        apply_case(f"whole-{what}", base, ("whole", STRENGTHS[what]))
+    apply_case("whole-undone", base, ("whole", 1), undo_from_file=True)
+    apply_case("whole-twice", base, ("whole", 1), ("whole", 0.5))
+    apply_case(
+        "whole-of-another-base", base | {"ids": ("I64", [2], i64(7, 0))}, ("whole", 1), refused="base-mismatch"
+    )
+    apply_case(
+        "whole-of-another-shape", base | {"ids": ("I64", [1, 2], ids)}, ("whole", 1), refused="base-mismatch"
+    )
+    apply_case("whole-of-another-dtype", base | {"ids": ("U64", [2], ids)}, ("whole", 1), refused="base-mismatch")
+    apply_case("whole-missing", {"w": base["w"], "bias": base["bias"]}, ("whole", 1), refused="base-mismatch")
+    adapter("whole-other").whole("bias", "BF16", [2], data=bf16(3, 0), base=old)
+    apply_case("whole-by-other-values", base, ("whole", 1), ("whole-other", 1), refused="conflict")
+    adapter("whole-changed").sparse("bias", [2], [0], dtype="BF16", value_bytes=bf16(9), base=bf16(1))
+    apply_case("whole-and-entries", base, ("whole", 1), ("whole-changed", 1), refused="conflict")
+
+
+def apply_patches() -> None:
+    base: Tensors = {"w": ("BF16", [2, 2], bf16(1, 2, 3, 4))}
+    ADAPTERS["patch"] = GOOD["patch-of-page"]
+    for what in ("1", "0.5", "0", "minus-1.25"):
+        apply_case(f"patch-{what}", base, ("patch", STRENGTHS[what]))
+    swap = adapter("swap").sparse("a", [3], [1], value_bytes=f32(10), base=f32(5)).origin("b")
+    swap.sparse("b", [3], [0, 2], value_bytes=f32(7, 8), base=f32(1, 3)).origin("a").removed("c")
+    base = {"a": ("F32", [3], f32(1, 2, 3)), "b": ("F32", [3], f32(4, 5, 6)), "c": ("U8", [1], b"c")}
+    apply_case("patch-swap", base, ("swap", 1))
+    apply_case("patch-swap-at-half", base, ("swap", 0.5))
+    apply_case("patch-swap-at-0", base, ("swap", 0))
+    apply_case("patch-nothing-to-remove", {"a": base["a"], "b": base["b"]}, ("swap", 1), refused="base-mismatch")
+    apply_case("patch-no-origin", {"a": base["a"], "c": base["c"]}, ("swap", 1), refused="base-mismatch")
+    apply_case("patch-beside-another", base, ("swap", 1), ("swap", 1), refused="conflict")
+
+
+def apply_slices() -> None:
+    shape, count = [60, 100], 6000
+    weight = b"".join(bits_of(k % 97 / 16 - 3, "BF16") for k in range(count))
+    for codec, many in {"gap8": [3 * k + 600 * (k // 16) for k in range(120) if 3 * k + 600 * (k // 16) < count],
+                        "varint": list(range(5, count, 91)), "flat": [0, 2999, 3000, 5999]}.items():  # fmt: skip
+        old = b"".join(weight[2 * k : 2 * k + 2] for k in many)
+        new = b"".join(bits_of(k / 1000, "BF16") for k in many)
+        size = None if codec == "flat" else 16
+        adapter(f"slices-{codec}").sparse("w", shape, many, codec, dtype="BF16", value_bytes=new, base=old, store_base=True,
+                                          block_size=size)  # fmt: skip
+        edges = [0, many[0], many[0] + 1, many[1], many[-2], many[-1], many[-1] + 1, count]
+        ranges = [("w", a, b) for a, b in pairwise(sorted({*edges, 1500, 3000, 3001}))]
+        for what in ("1", "0.1"):
+            apply_case(f"slices-{codec}-{what}", {"w": ("BF16", shape, weight)}, (f"slices-{codec}", STRENGTHS[what]),
+                       slices=[*ranges, ("w", 100, 100), ("w", 0, count)], undo_from_file=True)  # fmt: skip
+
+
+def apply_refused() -> None:
+    def base(dtype: str = "F32", shape: Sequence[int] = (2, 2), data: bytes = f32(1, 2, 3, 4)) -> Tensors:
+        return {"w": (dtype, list(shape), data), "other": ("F32", [1], f32(0))}
+
+    file = adapter("plain").sparse("w", [2, 2], [1, 3], value_bytes=f32(5, 6), base=f32(2, 4))
+    apply_case("plain", base(), ("plain", None))
+    apply_case("plain-other-value-elsewhere", base(data=f32(9, 2, 3, 4)), ("plain", None))
+    mismatch = {
+        "missing": {"other": ("F32", [1], f32(0))},
+        "other-name": {"W": base()["w"]},
+        "transposed": base(shape=[4, 1]),
+        "flat": base(shape=[4]),
+        "larger": base(shape=[3, 2], data=f32(1, 2, 3, 4, 5, 6)),
+        "dtype-of-the-same-size": base("I32"),
+        "narrower": base("BF16", data=bf16(1, 2, 3, 4)),
+        "other-values": base(data=f32(1, 2, 3, 4.5)),
+        "minus-0": base(data=f32(1, 2, 3, -4)),
+    }
+    for what, tensors in mismatch.items():
+        apply_case(f"refused-{what}", tensors, ("plain", 1), refused="base-mismatch")
+    adapter("any").sparse("w", [2, 2], [0], values="delta", value_bytes=f32(1), base_digest=False)
+    apply_case("refused-integers", base("I32"), ("any", 1), refused="base-mismatch")
+    adapter("mask").mask("w", [2, 2], [1]).sparse("other", [1], [0], value_bytes=f32(1), base=f32(0))
+    apply_case("refused-mask", base(), ("mask", 1), refused="not-applicable")
+    apply_case("refused-strength-1e39", base(), ("plain", 1e39), refused="strength")
+    apply_case("refused-strength-minus-1e300", base(), ("plain", -1e300), refused="strength")
+    apply_case("strength-3.4028235e38", base(), ("plain", 3.4028235e38))
+    apply_case("refused-strength-just", base(), ("plain", 3.4028235677973366e38), refused="strength")
+    apply_case("strength-just-less", base(), ("plain", 3.4028235677973362e38))
+    file = adapter("double").sparse(
+        "w", [2], [0], dtype="F64", value_bytes=struct.pack("<d", 2), base=struct.pack("<d", 1)
+    )
+    apply_case("strength-1e300-in-binary64", {"w": ("F64", [2], struct.pack("<2d", 1, 5))}, ("double", 1e300))
+    file = adapter("second-differs").sparse("other", [1], [0], value_bytes=f32(8), base=f32(0))
+    file.sparse("w", [2, 2], [3], value_bytes=f32(8), base=f32(-4))
+    apply_case("refused-second-tensor", base(), ("second-differs", 1), refused="base-mismatch")
+    apply_case("refused-second-adapter", base(), ("plain", 1), ("second-differs", 1), refused="base-mismatch")
+
+
 # Writing
 
 
@@ -2398,6 +2806,12 @@ def make() -> dict[str, bytes]:
         bad_patches_names,
         bad_patches_streams,
         bad_patches_indices,
+        apply_arithmetic,
+        apply_several,
+        apply_whole,
+        apply_patches,
+        apply_slices,
+        apply_refused,
         good_implied,
         bad_implied,
     ):
@@ -2410,6 +2824,10 @@ def make() -> dict[str, bytes]:
         files[f"bad/{name}.st"] = enlarge(data)
     for name, data in MASKS.items():
         files[f"bad/{name}"] = data
+    for name, maker in ADAPTERS.items():
+        files[f"apply/{name}.st"] = maker.file()
+    for name, case in APPLY.items():
+        files[f"apply/{name}.json"] = (json.dumps(case) + "\n").encode()
     for name, data in BASES.items():
         files[f"base/{name}.safetensors"] = data
     return files
@@ -2418,14 +2836,16 @@ def make() -> dict[str, bytes]:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "vectors"
     files = make()
-    for old in [*folder.glob("good/*"), *folder.glob("bad/*"), *folder.glob("base/*")]:
+    for old in [*folder.glob("good/*"), *folder.glob("bad/*"), *folder.glob("base/*"), *folder.glob("apply/*")]:
         if old.relative_to(folder).as_posix() not in files:
             old.unlink()
     for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    print(f"{len(GOOD)} good and {len(BAD)} bad files, {sum(map(len, files.values()))} bytes")
+    print(
+        f"{len(GOOD)} good and {len(BAD)} bad files, {len(APPLY)} cases of applying, {sum(map(len, files.values()))} bytes"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A reader of SHiRA adapter files 1.1 in plain Python, written from SPEC.md alone.
 
-    python reader.py FILE [--masks DIR]
+    python reader.py FILE [--masks DIR] [--base FILE]
+    python reader.py --apply CASE
 
-prints the content (SPEC.md, section 11) and exits with 0, or prints `refused: RULE: text` and exits with 1. A
-file that cannot be read at all gives `error: text` and exit 2.
+prints the content of a file, or what adapters make of a base (SPEC.md, section 11), and exits with 0, or prints
+`refused: RULE: text` and exits with 1. What cannot be read at all gives `error: text` and exit 2.
 
-It aims to be read, not to be fast: container, manifest, streams, indices, content, in the order of the page.
+It aims to be read, not to be fast: container, manifest, streams, indices, content, then applying.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 MAX_HEADER = 100_000_000
@@ -933,14 +935,287 @@ def read(path: str, masks: str | None = None, base: str | None = None) -> Item:
         raise Refused(refused.rule, f"{path}: {refused.message}") from None
 
 
+# Applying (section 4.1)
+
+Number = int | float
+Weight = tuple[str, list[int], bytes]  # dtype, shape, bytes
+MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}  # bits
+BIAS = {"F64": 1023, "F32": 127, "F16": 15, "BF16": 127, "F8_E4M3": 7, "F8_E5M2": 15}
+NAN = {"F64": 0x7FF8 << 48, "F32": 0x7FC0 << 16, "F16": 0x7E00, "BF16": 0x7FC0, "F8_E4M3": 0x7F, "F8_E5M2": 0x7E}
+LARGEST = {"F8_E4M3": Fraction(448)}  # its last code is NaN's; of the others the last exponent is that of infinity
+
+
+def working_type(dtype: str) -> str:
+    return "F64" if dtype == "F64" else "F32"
+
+
+def decoded(bits: int, dtype: str) -> float:
+    """The value of these bits; each is a binary64 number."""
+    mantissa, width = MANTISSA[dtype], 8 * FLOATS[dtype]
+    sign = -1.0 if bits >> (width - 1) else 1.0
+    exponent, fraction = bits >> mantissa & (1 << (width - 1 - mantissa)) - 1, bits & (1 << mantissa) - 1
+    if dtype == "F8_E4M3":
+        if bits & 0x7F == 0x7F:
+            return math.nan
+    elif exponent == (1 << (width - 1 - mantissa)) - 1:
+        return math.nan if fraction else sign * math.inf
+    if exponent == 0:
+        return sign * math.ldexp(fraction, 1 - BIAS[dtype] - mantissa)
+    return sign * math.ldexp(fraction + (1 << mantissa), exponent - BIAS[dtype] - mantissa)
+
+
+def rounded(exact: Fraction, dtype: str) -> float:
+    """The nearest value of the dtype, of two the one whose last bit is 0; beyond the largest an infinity, or NaN without one."""
+    mantissa, least = MANTISSA[dtype], 1 - BIAS[dtype]
+    size, sign = abs(exact), -1.0 if exact < 0 else 1.0
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    if Fraction(2) ** exponent > size:
+        exponent -= 1
+    unit = Fraction(2) ** (max(exponent, least) - mantissa)
+    near = round(size / unit) * unit  # Python rounds ties to even
+    largest = LARGEST.get(dtype, (2 - Fraction(1, 2**mantissa)) * 2 ** BIAS[dtype])
+    if near > largest:
+        return math.nan if dtype in LARGEST else sign * math.inf
+    return sign * float(near)
+
+
+def encoded(value: float, dtype: str) -> int:
+    """The bits of a value that the dtype holds exactly."""
+    mantissa, width = MANTISSA[dtype], 8 * FLOATS[dtype]
+    if math.isnan(value):
+        return NAN[dtype]
+    sign = (1 << (width - 1)) if math.copysign(1.0, value) < 0 else 0
+    if math.isinf(value):
+        return sign | ((1 << (width - 1 - mantissa)) - 1) << mantissa
+    units = Fraction(abs(value)) / Fraction(2) ** (1 - BIAS[dtype] - mantissa)  # of the smallest value
+    exponent: int = max(0, units.numerator.bit_length() - 1 - mantissa)
+    return sign | (exponent << mantissa) + (units.numerator >> exponent)
+
+
+def fl_add(a: float, b: float, work: str) -> float:
+    """The sum, rounded; infinities, NaN and the signs of zeros are those of binary64."""
+    plain = a + b
+    if not (math.isfinite(a) and math.isfinite(b)) or Fraction(a) + Fraction(b) == 0:
+        return plain
+    return rounded(Fraction(a) + Fraction(b), work)
+
+
+def fl_times(a: float, b: float, work: str) -> float:
+    plain = a * b
+    if not (math.isfinite(a) and math.isfinite(b)) or a == 0 or b == 0:
+        return plain
+    return rounded(Fraction(a) * Fraction(b), work)
+
+
+def fl(value: float, dtype: str) -> float:
+    """A binary64 value in another dtype."""
+    if math.isinf(value) and dtype in LARGEST:
+        return math.nan
+    return value if value == 0 or not math.isfinite(value) else rounded(Fraction(value), dtype)
+
+
+@dataclass
+class Change:
+    """What one adapter does to a tensor at a strength that is not 0."""
+
+    kind: str
+    strength: float
+    dtype: str  # of the values
+    values: dict[int, int]  # bits by index
+
+
+def applied_bits(base: int, dtype: str, change: Change, index: int) -> int:
+    """What an element becomes under one adapter alone."""
+    work = working_type(dtype)
+    strength, value = fl(change.strength, work), change.values[index]
+    if strength == 0:
+        return base
+    if change.kind == "target" and strength == 1:
+        return value
+    b, v = decoded(base, dtype), decoded(value, change.dtype)
+    step = fl_add(v, -b, work) if change.kind == "target" else fl(v, work)
+    return encoded(fl(fl_add(b, fl_times(strength, step, work), work), dtype), dtype)
+
+
+def mixed_bits(base: int, dtype: str, changes: list[Change], index: int) -> int:
+    """What an element becomes under several adapters; Python's floats are binary64."""
+    steps = []
+    b = decoded(base, dtype)
+    for change in changes:
+        v = decoded(change.values[index], change.dtype)
+        steps.append(change.strength * (v - b if change.kind == "target" else v))
+    total = 0.0
+    for step in sorted(steps, key=lambda step: math.inf if math.isnan(step) else step):
+        total += step
+    return encoded(fl(b + total, dtype), dtype)
+
+
+def split(data: bytes, size: int) -> list[int]:
+    return [int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size)]
+
+
+def misfit(text: str) -> Refused:
+    return Refused("base-mismatch", text)
+
+
+def base_weight(item: Item, indices: list[int], base: dict[str, Weight]) -> Weight:
+    """The base's tensor that an item of `tensors` starts from, after all checks."""
+    name = str(item.get("from", item["name"]))
+    digests = item["digests"]
+    if name not in base:
+        raise misfit(f"the base has no tensor {shown(name)}")
+    dtype, shape, data = base[name]
+    any_float = item["values"] == "delta" and "base" not in digests and further_rows(item) <= 0
+    if shape != item["shape"] or not (dtype == item["dtype"] or (any_float and dtype in FLOATS)):
+        raise misfit(f"tensor {shown(name)} has the dtype {dtype} and the shape {shape}")
+    size = FLOATS[dtype]
+    entries = b"".join(data[index * size : (index + 1) * size] for index in indices)
+    if "base" in digests and hashlib.sha256(entries).hexdigest() != digests["base"]:
+        raise misfit(f"tensor {shown(name)} has other values at the entries")
+    return base[name]
+
+
+def applied_rows(file: File, item: Item, weight: Weight) -> Weight:
+    """A tensor with the rows that a patch adds, and without those that it drops."""
+    if "rows" not in item:
+        return weight
+    dtype, shape, data = weight
+    kept = [item["rows"], *shape[1:]]
+    data = data[: count_elements(kept, "") * FLOATS[dtype]]
+    if further_rows(item) > 0:
+        data += file.bytes_of(item["name"] + "#rows", item["digests"]["rows"])
+    return dtype, kept, data
+
+
+def check_whole(item: Item, base: dict[str, Weight]) -> None:
+    if "base" in item["digests"]:
+        dtype, shape, data = base.get(item["name"], ("", [], b""))
+        alike = dtype == item["dtype"] and shape == item["shape"]
+        if not alike or hashlib.sha256(data).hexdigest() != item["digests"]["base"]:
+            raise misfit(f"the base has another tensor {shown(item['name'])}, or none")
+
+
+def apply(adapters: list[tuple[File, float]], base: dict[str, Weight], folder: str = "") -> dict[str, Weight]:
+    """The base under adapters, each with its strength; everything is checked before anything is computed."""
+    changes: dict[str, list[Change]] = {}
+    wholes: dict[str, Weight] = {}
+    patched: list[tuple[File, Item]] = []
+    for file, strength in adapters:
+        if not is_finite(strength):
+            raise Refused("strength", f"{strength} is not finite")
+        if strength == 0:
+            continue
+        is_patch = any("from" in item or "rows" in item for item in file.manifest["tensors"])
+        if (is_patch or file.manifest.get("removed")) and len(adapters) > 1:
+            raise Refused("conflict", "a patch is applied alone")
+        for item in file.manifest["tensors"]:
+            if item["values"] == "none":
+                raise Refused("not-applicable", f"tensor {shown(item['name'])} is a mask")
+            indices = find_indices(file, item, folder, {})
+            check_dropped(item, indices)
+            dtype = base_weight(item, indices, base)[0]
+            if math.isinf(fl(float(strength), working_type(dtype))):
+                raise Refused("strength", f"{strength} is infinite in {working_type(dtype)}")
+            value_dtype = file.streams[item["name"] + "#values"].dtype
+            values = split(
+                bytes(file.bytes_of(item["name"] + "#values", item["digests"]["values"])), FLOATS[value_dtype]
+            )
+            change = Change(item["values"], float(strength), value_dtype, dict(zip(indices, values, strict=True)))
+            changes.setdefault(item["name"], []).append(change)
+            patched.append((file, item))
+        for item in file.manifest["whole"]:
+            check_whole(item, base)
+            new = (item["dtype"], item["shape"], bytes(file.bytes_of(item["name"], item["digests"]["values"])))
+            if wholes.setdefault(item["name"], new) != new:
+                raise Refused("conflict", f"two adapters replace {shown(item['name'])} by other values")
+        for name in file.manifest.get("removed", []):
+            if name not in base:
+                raise misfit(f"the base has no tensor {shown(name)} to remove")
+    if both := changes.keys() & wholes.keys():
+        raise Refused("conflict", f"one adapter changes {shown(min(both))}, another one replaces it")
+    result = dict(base) | wholes
+    for name in (name for file, strength in adapters if strength for name in file.manifest.get("removed", [])):
+        del result[name]
+    for file, item in patched:
+        origin = str(item.get("from", item["name"]))
+        dtype, shape, data = base[origin]
+        bits = split(data, FLOATS[dtype])
+        own = changes[item["name"]]
+        for index in {index for change in own for index in change.values}:
+            here = [change for change in own if index in change.values]
+            new_bits = (
+                applied_bits(bits[index], dtype, here[0], index)
+                if len(here) == 1
+                else mixed_bits(bits[index], dtype, here, index)
+            )
+            data = (
+                data[: index * FLOATS[dtype]]
+                + new_bits.to_bytes(FLOATS[dtype], "little")
+                + data[(index + 1) * FLOATS[dtype] :]
+            )
+        result[item["name"]] = applied_rows(file, item, (dtype, shape, data))
+    return result
+
+
+def undo(result: dict[str, Weight], file: File, folder: str = "") -> dict[str, Weight]:
+    """The base from what one adapter made of it, by the base's values in the file; nothing is computed."""
+    base = dict(result)
+    for item in file.manifest["tensors"]:
+        dtype, shape, data = base[item["name"]]
+        size, values = FLOATS[dtype], file.bytes_of(item["name"] + "#base", item["digests"]["base"])
+        changed = bytearray(data)
+        for place, index in enumerate(find_indices(file, item, folder, {})):
+            changed[index * size : (index + 1) * size] = values[place * size : (place + 1) * size]
+        base[item["name"]] = dtype, shape, bytes(changed)
+    for item in file.manifest["whole"]:
+        if item.get("base_values", False):
+            values = file.bytes_of(item["name"] + "#base", item["digests"]["base"])
+            base[item["name"]] = item["dtype"], item["shape"], bytes(values)
+        else:
+            del base[item["name"]]  # the base had none
+    return base
+
+
+def weights_of(tensors: Item) -> dict[str, Weight]:
+    return {name: (one["dtype"], one["shape"], bytes.fromhex(one["hex"])) for name, one in tensors.items()}
+
+
+def as_json(weights: dict[str, Weight]) -> Item:
+    return {name: {"dtype": w[0], "shape": w[1], "hex": w[2].hex()} for name, w in weights.items()}
+
+
+def run_case(path: str) -> Item:
+    """A case of `vectors/apply` (section 11): what the adapters make of the base, parts of it, and the base again."""
+    with open(path, "rb") as text:
+        case = json.load(text)
+    folder = os.path.dirname(path)
+    base = weights_of(case["base"])
+    views = {name: (dtype, shape, memoryview(data)) for name, (dtype, shape, data) in base.items()}
+    files = [open_file(map_file(os.path.join(folder, one["file"])), views) for one in case["adapters"]]
+    strengths = [
+        one.get("alpha", file.manifest.get("alpha", 1)) for one, file in zip(case["adapters"], files, strict=True)
+    ]
+    result = apply(list(zip(files, strengths, strict=True)), base, folder)
+    found: Item = {"result": as_json(result), "slices": []}
+    for part in case.get("slices", []):
+        dtype, _, data = result[part["name"]]
+        found["slices"].append(data[part["begin"] * SIZES[dtype] : part["end"] * SIZES[dtype]].hex())
+    undone = undo(result, files[0], folder) if case.get("undo_from_file") else base
+    return found | {"undone": as_json(undone)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Print the content of a SHiRA adapter file as JSON.")
     parser.add_argument("file")
     parser.add_argument("--base", metavar="FILE", help="safetensors file of the base, if it is needed")
     parser.add_argument("--masks", metavar="DIR", help="where the mask files are; default: beside FILE")
+    parser.add_argument(
+        "--apply", action="store_true", help="FILE is a case of vectors/apply: print what it asks for"
+    )
     arguments = parser.parse_args()
     try:
-        content = read(arguments.file, arguments.masks, arguments.base)
+        case = arguments.apply
+        content = run_case(arguments.file) if case else read(arguments.file, arguments.masks, arguments.base)
     except Refused as refused:
         print(f"refused: {refused}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.dtypes import is_float
+from shira_format._core.dtypes import is_float, working_dtype
 from shira_format.errors import BaseMismatch, BaseRequired
 
 Shape = tuple[int, ...]
@@ -51,6 +51,15 @@ def check_dtype(
         return
     hint = "" if is_float(found) else ": integer and quantised weights cannot take an adapter"
     raise BaseMismatch(f"{what}: the adapter is for {expected}, {base} has {found}{hint}")
+
+
+def check_strength(what: str, alpha: float, dtype: np.dtype[Any]) -> None:
+    """Raise ValueError if a strength is infinite in the dtype in which a weight of ``dtype`` is computed (spec, 4.1)."""
+    work = working_dtype(dtype)
+    if abs(alpha) > float(np.finfo(work).max):
+        with np.errstate(over="ignore"):
+            if not np.isfinite(work.type(alpha)):
+                raise ValueError(f"{what}: the strength {alpha:g} is infinite in {work}, in which it is applied")
 
 
 def check_values(what: str, expected: str | None, found: str, base: str = "the base") -> None:

@@ -27,13 +27,14 @@ class Replacement:
 
 
 def check_frames(name: str, parts: Parts, weight: LiveWeight | None) -> None:
-    """Raise BaseMismatch unless the weight exists and has the shape and dtype of all parts."""
+    """Raise BaseMismatch unless the weight exists and has the shape and dtype of all parts; ValueError for their strengths."""
     if weight is None:
         raise fits.missing(parts[0].what, name, "the model")
     for part in parts:
         what, tensor = part.about(name), part.tensor
         fits.check_shape(what, tensor.shape, weight.shape, "the weight")
         fits.check_dtype(what, tensor.dtype, weight.dtype, any_float=part.fits_any_float, base="the weight")
+        fits.check_strength(what, part.weight, weight.dtype)
 
 
 def check_digests(name: str, aligned: AlignedEntries, base: Array) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.dtypes import DTYPES, FLOATS
-from shira_format._core.fits import missing
+from shira_format._core.fits import check_strength, missing
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.base_check import check_frame
 from shira_format.errors import BaseMismatch, SourceError
@@ -134,6 +134,7 @@ class Layout:
         any_float = "base" not in tensor.digests and not tensor.new_rows
         dtype = FLOATS[tensor.dtype]
         check_frame(what, tensor.base_name, tensor.shape, dtype, self._base, any_float=any_float)
+        check_strength(what, self.alpha, self._base.dtype(tensor.base_name))
 
 
 def _shard_of_new(shards: dict[str, list[Piece]], name: str, components: tuple[str, ...]) -> list[Piece]:
