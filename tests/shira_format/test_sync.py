@@ -512,7 +512,7 @@ def test_a_missing_version(tmp_path: Path) -> None:
 
 
 LINES = {
-    "not JSON": (lambda raw: "{", "invalid JSON"),
+    "not JSON": (lambda raw: "{", "the JSON object is not closed"),
     "of a later version": (lambda raw: json.dumps(raw | {"shira_sync": 2}), "this reader knows 1"),
     "of another version": (lambda raw: json.dumps(raw | {"version": 2, "base_version": 1}), "is the line of"),
     "without a digest": (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "state"}), "is no line"),
