@@ -182,7 +182,7 @@ def test_entries_of_spiel_change_in_a_run(tmp_path: Path) -> None:
     assert training.regrowth is not None
     schedule = training.regrowth.schedule
     assert (64, 8, 5) == (schedule.steps, schedule.every, schedule.summed)
-    assert masks.METHODS["spiel"].regrow == sum(map(schedule.changes, range(1, 65)))
+    assert masks.CHANGES == sum(map(schedule.changes, range(1, 65)))
     optimizer = torch.optim.AdamW(attached.parameters, lr=0.001)
     tokenizer = AutoTokenizer.from_pretrained(models.minilm())
     tokens = tokenize(tokenizer, texts.read(tmp_path / f"{task}.json")["test"], masks.LENGTH)

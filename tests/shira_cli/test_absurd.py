@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from shira_format.errors import SourceError
 from shira_format.export.lora import shira_to_lora
 from shira_format.export.peft_shira import shira_to_peft
 from shira_format.format import save
-from shira_format.format.manifest import METADATA_KEY
+from shira_format.format.manifest import DIGEST_KEY, METADATA_KEY
 from shira_format.names.filters import name_filter
 from shira_format.names.patterns import PatternError, is_inside_for_peft
 from shira_format.storage.safetensors_file import SafetensorsFile, file_header
@@ -43,7 +44,10 @@ def with_numbers(path: Path, number: str) -> Path:
     manifest |= {"selection": amounts, "source": {"r": "#", "list": ["#", 1]}, "mine": "#"}
     manifest["tensors"][0] |= {"energy_kept": "#", "relative_error": "#"}
     text = json.dumps(manifest).replace('"#"', number)
-    path.write_bytes(file_header(dict(file), {METADATA_KEY: text}) + buffer)
+    path.write_bytes(
+        file_header(dict(file), {METADATA_KEY: text, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()})
+        + buffer
+    )
     return path
 
 

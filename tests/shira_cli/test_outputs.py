@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 # Options and arguments that name what is read; checkpoints of a training are its own.
 _READ = {
     "files", "file", "adapters", "adapter", "lora", "loras", "base", "tuned", "folder", "model", "texts", "data", "test", "mask",
-    "moments", "files_from", "first", "second", "merged", "checkpoints",
+    "masks", "within", "without", "moments", "files_from", "first", "second", "merged", "checkpoints",
 }  # fmt: skip
 
 
@@ -158,10 +158,10 @@ def test_what_is_refused_is_said(
 
 
 def test_the_demo_keeps_what_is_there(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "genre-0.01.st").write_text("mine")
+    (tmp_path / "genre-cut-0.01.st").write_text("mine")
     assert 1 == shira.main(["demo", "--density", "0.01", "--keep", str(tmp_path), "--base", str(models.minilm())])
-    assert "genre-0.01.st: exists; --force replaces it" in capsys.readouterr().err
-    assert "mine" == (tmp_path / "genre-0.01.st").read_text()
+    assert "genre-cut-0.01.st: exists; --force replaces it" in capsys.readouterr().err
+    assert "mine" == (tmp_path / "genre-cut-0.01.st").read_text()
 
 
 def test_files_that_may_be_written(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from shira_cli import convert
 from shira_format._core.arrays import array_digest
+from shira_format._core.text import file_size
 from shira_format.adapter import Adapter
 from shira_format.format import save
 from shira_format.tensors import DenseTensor, SparseTensor
@@ -45,7 +46,7 @@ def test_text(adapter: Path, tmp_path: Path, capsys: Capture) -> None:
     assert ["all", "3", "14", "92.9%", "0.2673", "0.2673"] == total.split()
     assert "replaced with their modules: n.weight" == saved
     assert size.startswith(f"{folder}: ")
-    assert f"; the adapter: {adapter.stat().st_size} B" in size
+    assert f"; the adapter: {file_size(adapter.stat().st_size)}" in size
     assert [5, 6] == load_file(folder / "adapter_model.safetensors")["base_model.model.n.weight"].tolist()
 
 
