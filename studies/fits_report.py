@@ -14,7 +14,9 @@ from studies.fits import BATCH, DENSITIES, LORAS, METHODS, SOURCES, SUPPORTED, T
 from studies.report import filled
 from studies.runs import Result, Store
 
-PAGE = Path(__file__).parents[1] / "docs" / "studies" / "fits.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "studies" / "fits.md"
+README = ROOT / "README.md"
 
 
 @dataclass(frozen=True)
@@ -195,18 +197,20 @@ def parts(results: Sequence[Result], machine: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def write(folder: Path, page: Path = PAGE) -> None:
+def write(folder: Path, page: Path = PAGE, readme: Path = README) -> None:
     """CSV, tables and a picture from what is stored.
 
     Args:
         folder: with ``runs.jsonl`` and ``machine.json``; gets ``fits.csv``.
         page: whose parts are replaced; the picture goes beside it.
+        readme: whose table is replaced.
     """
     results = list(Store(folder / "runs.jsonl").results.values())
     machine = json.loads((folder / "machine.json").read_text("utf-8"))
     found = rows(results)
     write_csv(found, folder / "fits.csv")
     page.write_text(filled(page.read_text("utf-8"), parts(results, machine)), "utf-8")
+    readme.write_text(filled(readme.read_text("utf-8"), {"short": short(found)}), "utf-8")
     (page.parent / "fits.png").write_bytes(picture(found))
 
 

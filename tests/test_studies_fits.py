@@ -12,6 +12,7 @@ import pytest
 from studies import __main__ as studies
 from studies import fits, fits_report
 from studies.fits import LORAS, TUNED, FitRun, Plan
+from studies.report import filled
 from studies.runs import Store
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,10 @@ def test_the_report_has_all_that_was_run(tmp_path: Path) -> None:
     (tmp_path / "machine.json").write_text(json.dumps(MACHINE))
     page = tmp_path / "page.md"
     page.write_text(fits_report.PAGE.read_text("utf-8"))
-    fits_report.write(tmp_path, page)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results: short -->\n<!-- end -->\n")
+    fits_report.write(tmp_path, page, readme)
+    assert "| fitted, 0.2 % |" in readme.read_text("utf-8")
     text = page.read_text("utf-8")
     for method in fits.METHODS.values():
         assert f"| {method.label} |" in text
@@ -89,7 +93,9 @@ def test_the_page_shows_what_is_stored() -> None:
     results = list(Store(FOLDER / "runs.jsonl").results.values())
     machine = json.loads((FOLDER / "machine.json").read_text("utf-8"))
     page = fits_report.PAGE.read_text("utf-8")
-    assert fits_report.filled(page, fits_report.parts(results, machine)) == page
+    assert filled(page, fits_report.parts(results, machine)) == page
+    readme = fits_report.README.read_text("utf-8")
+    assert filled(readme, {"short": fits_report.short(fits_report.rows(results))}) == readme
 
 
 def test_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
