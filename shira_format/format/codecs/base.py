@@ -61,12 +61,10 @@ class IndexCodec(ABC):
     Attributes:
         name: as in the manifest.
         feature: that a file with this codec must list; None: every reader knows the codec.
-        is_implied: whether something else than the file says what the indices are: the digest ``entries`` guards them.
     """
 
     name: ClassVar[str]
     feature: ClassVar[str | None] = None
-    is_implied: ClassVar[bool] = False
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none
         """Check the manifest's ``indices`` object of the tensor named ``tensor``, as far as no stream is needed.
@@ -78,6 +76,10 @@ class IndexCodec(ABC):
     def needs_base(self, params: Mapping[str, Any]) -> bool:
         """Whether the base's tensor is needed to decode."""
         return False
+
+    def is_implied(self, params: Mapping[str, Any]) -> bool:
+        """Whether something beside the streams tells the indices, so that the digest ``entries`` guards them."""
+        return self.needs_base(params)
 
     def streams(self, params: Mapping[str, Any], nnz: int) -> Streams:
         """Which of the streams ``indices`` and ``blocks`` there are, with what dtypes and shapes."""
