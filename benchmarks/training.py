@@ -21,6 +21,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 OURS = {"sparse": (0.9, 0.8), "runs": (0.8, 0.8), "rows": (0.8, 0.8), "columns": (0.8, 0.8), "hook": None}
 PEERS = {
     "lora": "PEFT's LoRA", "dora": "PEFT's DoRA", "miss": "PEFT's MiSS", "peft shira": "PEFT's SHiRA", "full": "full fine-tuning",
+    "frozen": "the frozen model",
 }  # fmt: skip
 SEED = 0
 
@@ -114,9 +115,20 @@ def made(method: str, of: Setting) -> tuple[Any, list[torch.nn.Parameter]]:
             parameter.requires_grad_(name.endswith(tuple(names)))
     elif method in OURS:
         return model, _ours(model, method, of.rank)
+    elif method == "frozen":
+        return model, _nothing(model)
     else:
         model = _peft(model, method, of)
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _nothing(model: Any) -> list[torch.nn.Parameter]:
+    """Gradients go back as far as any method of these needs them, to what the first layer's projections give, and to no weight."""
+    model.requires_grad_(False)
+    for target in TARGETS[:3]:
+        module = model.get_submodule(f"model.layers.0.self_attn.{target}")
+        module.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    return [torch.nn.Parameter(torch.zeros(1))]
 
 
 def _model(of: Setting) -> Any:

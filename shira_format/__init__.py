@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from shira_format.adapter import Adapter as Adapter
     from shira_format.checkpoints import open_checkpoint as open_checkpoint
     from shira_format.convert.csr import csr_to_shira as csr_to_shira
+    from shira_format.convert.fit.distill import Distillation as Distillation
+    from shira_format.convert.fit.live import LiveModel as LiveModel
+    from shira_format.convert.fit.run import FitOptions as FitOptions
+    from shira_format.convert.fit.run import fit_adapter as fit_adapter
+    from shira_format.convert.fit.run import fit_full as fit_full
+    from shira_format.convert.fit.run import fit_lora as fit_lora
     from shira_format.convert.full import full_to_shira as full_to_shira
     from shira_format.convert.lora import lora_to_shira as lora_to_shira
     from shira_format.convert.peft_shira import peft_to_shira as peft_to_shira
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
     from shira_format.merging.verbs import subtract as subtract
     from shira_format.names.servers import ServerLayer as ServerLayer
     from shira_format.names.servers import ServerLayout as ServerLayout
+    from shira_format.sync import Publisher as Publisher
+    from shira_format.sync import Subscriber as Subscriber
     from shira_format.tensors import DenseTensor as DenseTensor
     from shira_format.tensors import SparseTensor as SparseTensor
     from shira_format.training.hook import attach as attach
@@ -54,15 +62,23 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterPool": "live",
     "DenseTensor": "tensors",
+    "Distillation": "convert.fit.distill",
+    "FitOptions": "convert.fit.run",
+    "LiveModel": "convert.fit.live",
+    "Publisher": "sync",
     "ServerLayer": "names.servers",
     "ServerLayout": "names.servers",
     "SparseTensor": "tensors",
+    "Subscriber": "sync",
     "Switcher": "live",
     "apply": "live",
     "attach": "training.hook",
     "compose": "merging.verbs",
     "csr_to_shira": "convert.csr",
     "diff": "merging.diff",
+    "fit_adapter": "convert.fit.run",
+    "fit_full": "convert.fit.run",
+    "fit_lora": "convert.fit.run",
     "full_to_shira": "convert.full",
     "inspect": "entries.inspection",
     "intersect": "merging.verbs",

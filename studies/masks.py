@@ -20,6 +20,8 @@ PILOT_SEED = 0
 SEEDS = (1, 2, 3)
 STEPS, PILOT_STEPS = 64, 24
 LENGTH = 48  # tokens
+# of entries in a training that regrows them, and the steps at most whose gradients tell which
+CHANGES, SUMMED = 8, 5
 CALIBRATION = 64  # texts for gradients
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATES = (1e-3, 3e-3)
@@ -43,6 +45,7 @@ class Method:
         scope: of the mask's size.
         runs: entries in a row.
         dora: magnitudes beside the entries.
+        regrown: entries are dropped and grown :data:`CHANGES` times in a training.
         lines: the mask has one entry or more in each row, so that the small size is placed on query and value alone, where the small
             LoRA is: spread over all matrices it would be less than that.
         sizes: in which it is run.
@@ -54,6 +57,7 @@ class Method:
     scope: str = "tensor"
     runs: int = 1
     dora: bool = False
+    regrown: bool = False
     lines: bool = False
     sizes: tuple[str, ...] = SIZES
     rate: float | None = None
@@ -84,6 +88,7 @@ METHODS = {
     "lift": Method("LIFT", "lift"),
     "gallop": Method("GaLLoP", "gallop"),
     "talos": Method("TaLoS, global", "talos", "global"),
+    "spiel": Method("SpIEL", "rand", regrown=True),
     "neuroada": Method("NeuroAda", "neuroada", "row", lines=True),
 }
 SCALED = ("lora", "wm", "grad")  # at the strengths of ALPHAS

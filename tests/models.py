@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -203,3 +204,16 @@ def edit_weights(folder: Path, edit: Any) -> None:
     """Pass the tensors of ``adapter_model.safetensors`` through ``edit``, a function from dict to dict."""
     path = folder / "adapter_model.safetensors"
     save_file(edit({name: tensor.clone() for name, tensor in load_file(path).items()}), path)
+
+
+def few_held_out_texts(monkeypatch: pytest.MonkeyPatch, count: int = 24) -> None:
+    """The demo measures on some of its texts: all take a model half a minute each time."""
+    from shira_analysis.measures.classifier import LabelledTexts
+
+    read = LabelledTexts.read
+
+    def some(path: Path) -> LabelledTexts:
+        whole = read(path)
+        return LabelledTexts(whole.texts[:count], whole.labels[:count])
+
+    monkeypatch.setattr(LabelledTexts, "read", some)

@@ -24,6 +24,7 @@ SAYS = {
         "MiniLM: each answer equals that of a model patched by itself",
         "SmolLM2: each answer equals that of a copy patched by itself",
     ),
+    "ship_steps.py": ("after every step the server answered as the trainer's weights do, bit for bit",),
     "diffusers_switching.py": ("each picture equals that of a pipeline of its own",),
 }
 

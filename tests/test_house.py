@@ -16,7 +16,7 @@ PACKAGES = {"shira_cli": ROOT / "cli", "shira_analysis": ROOT / "analysis", "shi
 # A room may import from itself and from the rooms before it.
 ROOMS = (
     "version", "errors", "_core", "tensors", "adapter", "storage", "format", "checkpoints", "names", "lora",
-    "entries", "selection", "convert", "export", "live", "merging", "calibration", "masks", "training",
+    "entries", "selection", "convert", "export", "live", "merging", "calibration", "masks", "training", "convert.fit", "sync",
 )  # fmt: skip
 HEAVY = {
     "torch",
@@ -66,7 +66,9 @@ def _on_loading(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def room(module: str) -> str:
-    return module.split(".")[1]
+    """The first word of its name; fits of values need live models and training, and are the last room, within ``convert``."""
+    inner = module.removeprefix("shira_format.")
+    return "convert.fit" if f"{inner}.".startswith("convert.fit.") else inner.split(".")[0]
 
 
 def inside() -> list[tuple[str, Path]]:
@@ -114,14 +116,14 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str, path: Path) 
         "shira_format.calibration.layers",
     }  # fmt: skip
     if name not in on_demand and not name.startswith(
-        "shira_format.training"
+        ("shira_format.training", "shira_format.convert.fit")
     ):  # layers and hooks of torch, all of it
         assert not HEAVY & {other.partition(".")[0] for other in imported(path, everywhere=False)}
 
 
 def test_contributing_states_the_order() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    stated = [word for word in re.findall(r"`(\w+)`", text) if word in ROOMS]
+    stated = [word for word in re.findall(r"`([\w.]+)`", text) if word in ROOMS]
     places = [stated.index(name) for name in ROOMS if name in stated]
     assert places == sorted(places)
     assert {room(name) for name, _ in inside()} - {"version"} <= set(stated)
@@ -133,3 +135,20 @@ def test_the_door_opens_on_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not HEAVY & set(loaded)
+
+
+# What numpy computes by hashing, which takes a hundred times as long as a merge of sorted indices.
+_HASHED = {"unique": "return_", "union1d": None, "intersect1d": "assume_unique", "setdiff1d": "assume_unique"}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [*modules("shira_format"), *modules("shira_analysis"), *modules("shira_cli")]
+)
+def test_indices_are_never_hashed(name: str, path: Path) -> None:
+    """``distinct`` of :mod:`shira_format._core.arrays` instead."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
+            assert node.attr != "union1d", f"{name}, line {node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _HASHED:
+            needed = _HASHED[node.func.attr] or "nothing"
+            assert any((one.arg or "").startswith(needed) for one in node.keywords), f"{name}, line {node.lineno}"

@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from shira_format.training.sparse import SparseParameters
+from shira_format.training.trained import training_of
 from studies import __main__ as studies
 from studies import mask_runs, masks, report, texts
-from studies.learning import BATCH, load_model, logits_of, order, tokenize
+from studies.learning import BATCH, load_model, logits_of, loss_of, order, tokenize
 from studies.masks import FIRST_RATES, RATES, MaskRun, Plan
 from studies.runs import Run, Store, run_all
 from tests import models
@@ -166,3 +168,27 @@ def test_strength_goes_from_the_base_to_what_was_trained(method: str, tmp_path: 
     assert (trained - base).abs().max() > 1e-3
     assert not torch.equal(seen[0.5], base)
     assert not torch.equal(seen[0.5], trained)
+
+
+def test_entries_of_spiel_change_in_a_run(tmp_path: Path) -> None:
+    """Eight times in a training, however long it is; the number of entries stays."""
+    task = masks.PILOT_TASK
+    texts.write(texts.few_texts(task, studies.QUICK_TEXTS), tmp_path / f"{task}.json")
+    mask_runs.start(tmp_path, models.minilm())
+    model = load_model(models.minilm())
+    attached = mask_runs.attach(model, MaskRun("test", task, "spiel", "large", 1, 0.001, 64))
+    training = training_of(model)
+    assert isinstance(training, SparseParameters)
+    assert training.regrowth is not None
+    schedule = training.regrowth.schedule
+    assert (64, 8, 5) == (schedule.steps, schedule.every, schedule.summed)
+    assert masks.CHANGES == sum(map(schedule.changes, range(1, 65)))
+    optimizer = torch.optim.AdamW(attached.parameters, lr=0.001)
+    tokenizer = AutoTokenizer.from_pretrained(models.minilm())
+    tokens = tokenize(tokenizer, texts.read(tmp_path / f"{task}.json")["test"], masks.LENGTH)
+    for _ in range(schedule.summed):
+        loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert training.regrowth.changed > 0.5 * attached.entries
+    assert 82_944 == attached.entries == training.nnz

@@ -85,11 +85,14 @@ def tokens() -> Tensor:
     return torch.tensor([[1, 2, 3, 4, 5, 0], [7, 7, 7, 2, 0, 0], [9, 19, 11, 12, 3, 1], [5, 6, 7, 8, 9, 10]])
 
 
-def frozen_bits_are_kept(model: nn.Module, before: dict[str, Tensor], masked: dict[str, Array]) -> bool:
-    """Whether all weights have the bits of ``before`` but at the entries; and at least one entry has others."""
+def frozen_bits_are_kept(
+    model: nn.Module, before: dict[str, Tensor], masked: dict[str, Array], *, moved_too: bool = True
+) -> bool:
+    """Whether all weights have the bits of ``before`` but at the entries; and, if so asked, at least one entry has others."""
     moved = 0
+    now = dict(raw(model))
     for name, old in before.items():
-        new = dict(raw(model))[name]
+        new = now[name]
         view = {2: torch.int16, 4: torch.int32, 8: torch.int64}[old.element_size()]
         different = (old.view(view) != new.view(view)).reshape(-1)
         if name in masked:
@@ -97,7 +100,7 @@ def frozen_bits_are_kept(model: nn.Module, before: dict[str, Tensor], masked: di
             different[torch.from_numpy(masked[name])] = False
         if bool(different.any()):
             return False
-    return moved > 0
+    return moved > 0 or not moved_too
 
 
 def raw(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -152,3 +155,14 @@ def in_two_processes(rank: int, folder: str) -> None:
         if rank == 0:
             trained.save(f"{folder}/{way}.st")
     torch.distributed.destroy_process_group()
+
+
+def word_tokenizer(size: int) -> Any:
+    """A tokenizer of ``size`` words, for trainers that ask for one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(size)}
+    made = Tokenizer(WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w1", eos_token="w2", unk_token="w0")

@@ -13,7 +13,7 @@ from shira_analysis.reports.text import inspect
 from shira_cli import app, errors, options
 from shira_cli.output import Printer
 from shira_format.entries.inspection import ORDERS
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 PROG = "shira-inspect"
 
@@ -56,12 +56,13 @@ def command(
     """
     if moments is not None and (html is None or len(files) < 2):
         raise click.UsageError("--moments is about pairs in a report: name two adapters or more, and --html")
-    check_output_file(html, force=force)
     checkpoint = None
     if base is not None:
         from shira_format.checkpoints import open_checkpoint
 
         checkpoint = open_checkpoint(base)
+    weights = [] if checkpoint is None else [checkpoint.path, *checkpoint.files]
+    check_output_files(html, inputs=[*files, base, *weights, moments], force=force)
     infos = inspect_files(files, base=checkpoint, base_name=base, verify=verify, order=sort, include=include, exclude=exclude)  # fmt: skip
     if html is not None:
         from shira_analysis.reports.html import report

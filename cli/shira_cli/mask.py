@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,10 +13,11 @@ import click
 from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_format.masks.base import Rule
+    from shira_format.masks.limits import Limits
     from shira_format.masks.make import Calibration, MaskReport
     from shira_format.masks.plan import MaskPlan
     from shira_format.masks.weights import Weight
@@ -27,10 +29,13 @@ examples:
   shira-mask --base my-model/ --rule wm --density 0.01 -o mask.st
   shira-mask --base my-model/ --rule rand --rank 8 --seed 1 --exclude embed -o mask.st
   shira-mask --base my-model/ --rule struct --lines columns --offset 1 -o mask.st
+  shira-mask --base my-model/ --rule wm --density 0.01 --without first-task.st -o second-task.st
+  shira-mask --combine union first.st second.st -o both.st
   shira-mask --base my-model/ --rule snip --data texts.jsonl --task classify --scope global --runs 16 -o mask.st
 """
 
 RULES = ("wm", "rand", "struct", "grad", "snip", "lift", "gallop", "talos", "neuroada")
+COMBINATIONS = ("union", "intersection", "difference")
 _WITH_DATA = ("grad", "snip", "gallop", "talos")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -38,6 +43,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _size_options(command: _F) -> _F:
     for option in (
+        click.option("--without", type=options.PATH, multiple=True, metavar="MASK", help="Choose no entries that this mask or adapter has; may be repeated."),
+        click.option("--within", type=options.PATH, multiple=True, metavar="MASK", help="Choose among the entries of this mask or adapter, and leave out weights that it lacks; may be repeated."),
         click.option("--band", type=click.IntRange(min=0), default=0, metavar="I", help="Take the I-th band of the ranking: 0 is the best entries (default), 1 the next so many, and so on."),
         click.option("--runs", type=options.COUNT, default=1, metavar="L", help="Take aligned runs of L entries (2, 4, ... 256) by the sums of their scores."),
         click.option("--scope", type=click.Choice(["tensor", "global", "row"]), default="tensor", help="Rank the entries of each tensor (default), of all tensors together, or of each row, with the same number in each."),
@@ -77,7 +84,9 @@ def _data_options(command: _F) -> _F:
 
 
 @click.command(cls=app.Command, example=EXAMPLE)
-@options.base_option("; of rules that need --data a folder that transformers loads", required=True)
+@click.argument("masks", type=options.PATH, nargs=-1, metavar="[MASK]...")
+@options.base_option("; of rules that need --data a folder that transformers loads")
+@click.option("--combine", type=click.Choice(COMBINATIONS), help="Make no new mask, but combine the files MASK: the entries of any of them, of all, or of the first and none of the others.")  # fmt: skip
 @click.option("--rule", type=click.Choice(RULES), default="wm", help="How entries are chosen (default: wm).")
 @options.output_file("The mask file to write.")
 @_size_options
@@ -90,7 +99,9 @@ def _data_options(command: _F) -> _F:
 @options.printing
 @app.version_option
 def command(
-    base: str,
+    masks: tuple[Path, ...],
+    base: str | None,
+    combine: str | None,
     rule: str,
     output: Path,
     include: Sequence[str],
@@ -107,28 +118,61 @@ def command(
     gradients, or their products with the weights, on texts of yours. Later rules: lift (the largest of a low-rank
     approximation), gallop (large gradients on small weights), talos (the lowest Fisher information), neuroada (the same
     number for each output). Rules that need gradients run the model, and need torch and transformers:
-    pip install 'shira-format[torch]'.
+    pip install 'shira-format[torch]'. With --combine the files MASK are combined instead.
     """
-    from shira_analysis.reports.text import mask
     from shira_format.masks.plan import MaskPlan
     from shira_format.masks.size import Size
 
+    if combine is not None or masks:
+        report = _combined(masks, combine, None if dry_run else output, force=force)
+        _print(report, output, printer, dry_run=dry_run)
+        return 0
+    if base is None:
+        raise click.UsageError("Missing option '--base'.")
     chosen = _rule(rule, settings)
     with usage_errors():
         size = Size(settings["density"], settings["top_k"], settings["rank"], settings["scope"])
         plan = MaskPlan(chosen, size, settings["runs"], settings["band"])
+        if settings["within"] or settings["without"]:
+            plan = replace(plan, limits=_limits(base, settings))
     if bool(chosen.gradients) != (settings["data"] is not None):
         needs = "needs --data" if chosen.gradients else "needs no --data"
         raise click.UsageError(f"--rule {rule} {needs}")
-    check_output_file(output, force=force)
+    check_output_files(
+        output, inputs=[base, settings["data"], *settings["within"], *settings["without"]], force=force
+    )
     report = _made(base, None if dry_run else output, plan, include, exclude, threads, printer, settings)
     if report.unreached:
         printer.notes([f"left out, because the loss does not depend on them: {_some(report.unreached)}"])
+    _print(report, output, printer, dry_run=dry_run)
+    return 0
+
+
+def _print(report: MaskReport, output: Path, printer: Printer, *, dry_run: bool) -> None:
+    from shira_analysis.reports.text import mask
+
     printer.result(
         lambda: mask.as_json(report, None if dry_run else output),
         lambda: mask.as_text(report, output, dry_run=dry_run),
     )
-    return 0
+
+
+def _combined(masks: tuple[Path, ...], how: str | None, out: Path | None, *, force: bool) -> MaskReport:
+    """Combine files; a usage error for options that are about a new mask."""
+    from shira_format.masks.make import write_combination
+
+    if how is None:
+        raise click.UsageError("files of masks are for --combine; --within and --without name masks to choose by")
+    if len(masks) < 2:
+        raise click.UsageError("--combine takes two masks or more")
+    context = click.get_current_context()
+    kept = {"masks", "combine", "output", "force", "dry_run", "as_json", "quiet"}
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "")
+        if given is click.core.ParameterSource.COMMANDLINE and parameter.name not in kept:
+            raise click.UsageError(f"{parameter.opts[0]} has no meaning with --combine")
+    check_output_files(out, inputs=masks, force=force)
+    return write_combination(how, masks, out)
 
 
 def _rule(name: str, settings: dict[str, Any]) -> Rule:
@@ -175,7 +219,7 @@ def _made(
     with printer.bar("texts") as texts, printer.bar("entries", scale=True) as bar:
         checkpoint = open_checkpoint(base)
         printer.notes(checkpoint.notices)
-        inputs = [checkpoint.path, *checkpoint.files]
+        inputs = [checkpoint.path, *checkpoint.files, *settings["within"], *settings["without"]]
         if plan.rule.gradients:
             from shira_format.masks.tasks import text_task, weights_in_files
 
@@ -203,6 +247,13 @@ def _made(
             inputs=inputs, include=include, exclude=exclude, calibration=calibration, threads=threads,
             progress=bar.update, on_start=bar.reset,
         )  # fmt: skip
+
+
+def _limits(base: str, settings: dict[str, Any]) -> Limits:
+    from shira_format.checkpoints import open_checkpoint
+    from shira_format.masks.limits import Limits
+
+    return Limits(settings["within"], settings["without"], set(open_checkpoint(base)))
 
 
 def _some(names: Sequence[str]) -> str:

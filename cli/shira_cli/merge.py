@@ -15,7 +15,7 @@ import click
 from shira_cli import app, options
 from shira_cli.output import Printer
 from shira_format.merging.methods import METHODS, shown
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_analysis.merging.report import MergeAnalysis
@@ -115,8 +115,9 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
     output = None if settings["dry_run"] or settings["check"] else settings["output"]
     page = None if settings["dry_run"] else settings["report"]
     base = _base(settings["base"], printer)
-    inputs = [*adapters, *([] if base is None else [base.path, *base.files]), *filter(None, [settings["moments"]])]
-    _check_files(output, page, inputs, force=settings["force"])
+    weights = [] if base is None else [base.path, *base.files]
+    inputs = [*adapters, settings["base"], *weights, settings["moments"]]
+    check_output_files(output, page, inputs=inputs, force=settings["force"])
     if method in ALGEBRA:
         report = _combine(method, adapters, output, base, printer, settings)
     else:
@@ -143,19 +144,6 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
         lambda: merge.as_text(report, output),
     )
     return 0
-
-
-def _check_files(output: Path | None, page: Path | None, inputs: Sequence[Path], *, force: bool) -> None:
-    """Raise ShiraError if a file to write exists, is an input, or is the other file to write."""
-    from shira_format.errors import SourceError
-    from shira_format.storage.paths import check_not_input
-
-    for path in (output, page):
-        if path is not None:
-            check_not_input(path, inputs)
-            check_output_file(path, force=force)
-    if output is not None and page is not None and output.resolve() == page.resolve():
-        raise SourceError(f"{page}: the report and the adapter need two names")
 
 
 def _base(path: str | None, printer: Printer) -> Checkpoint | None:
@@ -218,7 +206,7 @@ def _settings(method: str, adapters: Sequence[Path], given: dict[str, Any]) -> d
 
 
 def _parsed(method: str, count: int, given: dict[str, Any]) -> dict[str, Any]:
-    weights = None if given["weights"] is None else _numbers("--weights", given["weights"])
+    weights = None if given["weights"] is None else options.numbers("--weights", given["weights"])
     if weights is not None and len(weights) != count:
         raise click.UsageError(f"--weights: {len(weights)} for {count} adapters")
     pairs = [_pair(method, "--option", text, text) for text in given["option"]]
@@ -232,13 +220,6 @@ def _parsed(method: str, count: int, given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, tuple | list) and len(value) != count:
             raise click.UsageError(f"{key}: {len(value)} values for {count} adapters")
     return {"weights": weights, "option": dict(pairs), "layer": layers}
-
-
-def _numbers(flag: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"{flag} {text}: not numbers with commas between") from None
 
 
 def _pair(method: str, flag: str, text: str, given: str) -> tuple[str, Any]:
@@ -260,7 +241,9 @@ def _layer(method: str, text: str) -> tuple[str, dict[str, Any]]:
     if found is None:
         raise click.UsageError(f"--layer {text}: not REGEX:KEY=VALUE")
     if found["key"] == "weights":
-        return found["pattern"], {"weights": _numbers(f"--layer {found['pattern']}:weights", found["value"])}
+        return found["pattern"], {
+            "weights": options.numbers(f"--layer {found['pattern']}:weights", found["value"])
+        }
     key, value = _pair(method, "--layer", f"{found['key']}={found['value']}", text)
     return found["pattern"], {key: value}
 

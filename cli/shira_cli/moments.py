@@ -11,7 +11,7 @@ import click
 
 from shira_cli import app, options
 from shira_cli.output import Printer
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 PROG = "shira-moments"
 
@@ -53,7 +53,7 @@ def command(model: Path, texts: Path, output: Path, force: bool, dry_run: bool, 
     from shira_format.calibration.collect import MomentsReport, check_moments_output, moments_of_texts
 
     check_moments_output(output, model, texts)
-    check_output_file(output, force=force)
+    check_output_files(output, inputs=[model, texts], force=force)
     with printer.bar("texts") as bar:
 
         def loaded(report: MomentsReport) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +42,27 @@ class Count(click.types.IntParamType):
         return number
 
 
+class Bytes(click.types.IntParamType):
+    """A number of bytes such as 200k, 1.5M or 1MiB: k, M and G are powers of 1000, Ki, Mi and Gi of 1024; a B may follow."""
+
+    name = "bytes"
+    _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmg])(i)?)?b?", re.IGNORECASE)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; a usage error for others."""
+        if isinstance(value, int):
+            return value
+        found = self._SIZE.fullmatch(str(value).strip())
+        size = 0
+        if found is not None:
+            number, prefix, binary = found.groups()
+            power = 0 if prefix is None else "kmg".index(prefix.lower()) + 1
+            size = int(Fraction(number) * (1024 if binary else 1000) ** power)
+        if size < 1:
+            raise click.UsageError(f"{_flag(param)} {value} is no number of bytes such as 200k, 1.5M or 1MiB", ctx)
+        return size
+
+
 def _flag(param: click.Parameter | None) -> str:
     return "" if param is None else param.opts[-1]
 
@@ -48,6 +71,8 @@ PATH = click.Path(path_type=Path)
 COUNT = Count()
 
 SHARE = Share()
+
+BYTES = Bytes()
 
 
 def base_option(text: str, *, required: bool = False) -> Callable[[_F], _F]:
@@ -125,6 +150,14 @@ def quick_option(text: str) -> Callable[[_F], _F]:
     return click.option("--quick", is_flag=True, help=f"A smaller run of a few seconds: {text}.")
 
 
+def numbers(flag: str, text: str) -> list[float]:
+    """Numbers with commas between; a usage error for others."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{flag} {text}: not numbers with commas between") from None
+
+
 def printing_options(quiet: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """``--json`` and ``--quiet``, with what this one does; the command gets them as ``printer``."""
 
@@ -143,14 +176,19 @@ def printing_options(quiet: str) -> Callable[[Callable[..., int]], Callable[...,
 printing = printing_options("Print no notices, warnings or progress bars on stderr.")
 
 
+density_option = click.option("--density", type=SHARE, metavar="D", help="Keep this share of the entries, in (0, 1] (default: 0.01).")  # fmt: skip
+
+top_k_option = click.option("--top-k", type=COUNT, metavar="N", help="Keep this many entries in all.")
+
+
 def selection_options(command: _F) -> _F:
     """How many changes to keep."""
     for option in (
         click.option("--scope", type=click.Choice(["tensor", "global"]), help="Select the largest changes of each tensor (default) or of all tensors together."),
         click.option("--min-change", type=float, metavar="X", help="Leave out changes of a smaller magnitude; alone: keep all others."),
         click.option("--energy", type=SHARE, metavar="E", help="Keep the fewest changes that hold this share of the energy (the sum of squares)."),
-        click.option("--top-k", type=COUNT, metavar="N", help="Keep this many entries per tensor, or in all with --scope global."),
-        click.option("--density", type=SHARE, metavar="D", help="Keep this share of the entries, in (0, 1] (default: 0.01)."),
+        click.option("--top-k", type=COUNT, metavar="N", help="Keep this many entries per tensor, or in all with --scope global or --fit."),
+        density_option,
     ):  # fmt: skip
         command = option(command)
     return command

@@ -13,7 +13,7 @@ import click
 from shira_cli import app, options
 from shira_cli.output import Printer
 from shira_format._core.text import printable
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_analysis.figures.pictures import Picture
@@ -51,12 +51,11 @@ def _picture(name: str, example: str, *, files: bool = True, pairs: bool = False
             csv = csv or output.with_suffix(".csv")
             if output.suffix.lower() not in FORMS:
                 raise click.UsageError(f"{output}: a picture ends in {' or '.join(FORMS)}")
-            if csv == output:
-                raise click.UsageError(f"{csv}: picture and CSV need two names")
             if pairs and len(settings["adapters"]) < 2:
                 raise click.UsageError(f"{name} is about pairs: name two adapters or more")
-            check_output_file(output, force=force)
-            check_output_file(csv, force=force)
+            read = [settings.get(name) for name in ("adapters", "loras", "base", "moments")]
+            inputs = [path for one in read for path in (one if isinstance(one, tuple) else (one,))]
+            check_output_files(output, csv, inputs=inputs, force=force)
             picture = draw(form=FORMS[output.suffix.lower()], printer=printer, **settings)
             _write(picture, output, csv)
             printer.result(

@@ -13,8 +13,7 @@ from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
 from shira_format.errors import SourceError
-from shira_format.storage.output_folder import check_output_file
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_format.training.report import TrainingReport
@@ -27,10 +26,12 @@ examples:
   shira-train --base my-model/ --data train.jsonl --task classify -o adapter.st
   shira-train --base my-model/ --data train.jsonl --task causal --mask snip --density 0.005 --lr auto -o adapter.st
   shira-train --base my-model/ --data train.jsonl --task classify --test test.jsonl --compare lora -o adapter.st
+  shira-train --base my-model/ --data train.jsonl --task classify --mask spiel --regrow-every 20 -o adapter.st
   shira-train --base model.gguf --data texts.jsonl --task causal --mask mask.st --checkpoints run/ -o adapter.st
 """
 
-RULES = ("wm", "rand", "struct", "grad", "snip", "lift", "gallop", "neuroada")
+RULES = ("wm", "rand", "struct", "grad", "snip", "lift", "gallop", "talos", "neuroada")
+_REGROWN = "spiel"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -55,12 +56,13 @@ class LearningRate(click.types.FloatParamType):
 
 def _mask_options(command: _F) -> _F:
     for option in (
+        click.option("--regrow-every", type=options.COUNT, metavar="N", help="With --mask spiel: change entries every N steps (default: a tenth of the steps, at most 100)."),
         click.option("--runs", type=options.COUNT, metavar="L", help="Take aligned runs of L entries (2, 4, ... 256) by the sums of their scores."),
         click.option("--scope", type=click.Choice(["tensor", "global", "row"]), help="Rank the entries of each tensor (default), of all tensors together, or of each row, with the same number in each."),
         click.option("--rank", type=options.COUNT, metavar="R", help="As many entries as a LoRA of rank R has parameters."),
         click.option("--top-k", type=options.COUNT, metavar="N", help="This many entries per tensor, or in all with --scope global."),
         click.option("--density", type=options.SHARE, metavar="D", help="Train this share of the entries, in (0, 1] (default: 0.01)."),
-        click.option("--mask", default="wm", metavar="RULE", help=f"How entries are chosen ({', '.join(RULES)}; default: wm), or a mask file."),
+        click.option("--mask", default="wm", metavar="RULE", help=f"How entries are chosen ({', '.join(RULES)}; default: wm); or {_REGROWN}: random ones, of which some are dropped and others grown in training; or a mask file."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -133,9 +135,7 @@ def command(
     from shira_format.training.run import Events, train_adapter
 
     plan = _plan(settings)
-    for path in (output, picture):
-        check_output_file(path, force=force)
-    check_not_input(output, [path for path in (data, test, plan.mask) if isinstance(path, Path)])
+    check_output_files(output, picture, inputs=[base, data, test, plan.mask, checkpoints], force=force)
     if base.is_dir() and base.resolve() in output.resolve().parents:
         raise SourceError(f"{output}: is in the folder of the model")
     with printer.bar("steps") as bar:
@@ -180,8 +180,9 @@ def _plan(settings: dict[str, Any]) -> Plan:
     name, seed = settings["mask"], settings["seed"]
     mask: MaskPlan | Path
     with usage_errors():
-        if name in RULES:
-            rule = Rand(seed) if name == "rand" else CLASSES[name]()
+        regrow = _regrow(settings)
+        if name in (*RULES, _REGROWN):
+            rule = Rand(seed) if name in ("rand", _REGROWN) else CLASSES[name]()
             mask = MaskPlan(
                 rule,
                 Size(settings["density"], settings["top_k"], settings["rank"], settings["scope"] or "tensor"),
@@ -190,7 +191,9 @@ def _plan(settings: dict[str, Any]) -> Plan:
         else:
             mask = Path(name)
             if not mask.is_file():
-                raise click.UsageError(f"--mask {name} is neither a file nor one of {', '.join(RULES)}")
+                raise click.UsageError(
+                    f"--mask {name} is neither a file nor one of {', '.join((*RULES, _REGROWN))}"
+                )
             if any(value is not None for value in (*size, settings["scope"], settings["runs"])):
                 raise click.UsageError(
                     "--density, --top-k, --rank, --scope and --runs have no meaning with a mask file"
@@ -201,10 +204,24 @@ def _plan(settings: dict[str, Any]) -> Plan:
             patience=settings["patience"], seed=seed,
         )  # fmt: skip
     return Plan(
-        settings["task"], mask, settings["include"], settings["exclude"], Options(dora=settings["dora"], seed=seed), schedule,
+        settings["task"], mask, settings["include"], settings["exclude"], Options(dora=settings["dora"], seed=seed), regrow, schedule,
         settings["validation"], settings["limit"], settings["max_length"],
         lora=settings["compare"] == "lora", self_contained=settings["self_contained"],
     )  # fmt: skip
+
+
+def _regrow(settings: dict[str, Any]) -> int | None:
+    """Steps from one change of the entries to the next, 0 for the default; None: they do not change."""
+    every: int | None = settings["regrow_every"]
+    if settings["mask"] != _REGROWN:
+        if every is not None:
+            raise click.UsageError(f"--regrow-every has no meaning without --mask {_REGROWN}")
+        return None
+    if settings["dora"] or settings["runs"] or settings["scope"] == "row":
+        raise click.UsageError(
+            f"--mask {_REGROWN} changes single entries of a weight: it goes without --dora, --runs and --scope row"
+        )
+    return every or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

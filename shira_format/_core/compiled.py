@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array, Indices
+from shira_format.errors import FormatError
 
 _loading = threading.Lock()
 _kernels: Any = None
@@ -41,8 +42,30 @@ def as_unsigned(flat: Array) -> Array:
     return flat.reshape(-1).view(f"u{flat.dtype.itemsize}")
 
 
+def check_within(indices: Indices, size: int) -> None:
+    """Check that strictly increasing indices are within ``size`` elements: in any case, before memory is written there.
+
+    Raises:
+        FormatError: the first or the last is not.
+    """
+    if indices.size and not (indices[0] >= 0 and indices[-1] < size):
+        raise FormatError("out-of-range", f"indices {indices[0]} to {indices[-1]} for {size} elements")
+
+
+def check_count(size: int, *arrays: Array) -> None:
+    """Raise FormatError unless all arrays have ``size`` elements."""
+    for array in arrays:
+        if array.size != size:
+            raise FormatError("count-mismatch", f"{array.size} values for {size} entries")
+
+
 def take(flat: Array, indices: Indices) -> Array:
-    """``flat[indices]`` as a new array of the same dtype; the indices are not checked."""
+    """``flat[indices]`` as a new array of the same dtype; indices are strictly increasing.
+
+    Raises:
+        FormatError: they lead outside.
+    """
+    check_within(indices, flat.size)
     out = np.empty(indices.size, flat.dtype)
     source, bits = as_unsigned(flat), as_unsigned(out)
     if _kernels is not None:
@@ -53,7 +76,13 @@ def take(flat: Array, indices: Indices) -> Array:
 
 
 def put(flat: Array, indices: Indices, values: Array) -> None:
-    """``flat[indices] = values``, of the same dtype; the indices are not checked."""
+    """``flat[indices] = values``, of the same dtype; indices are strictly increasing.
+
+    Raises:
+        FormatError: they lead outside, or there is another number of values; nothing was written.
+    """
+    check_within(indices, flat.size)
+    check_count(indices.size, values)
     target, bits = as_unsigned(flat), as_unsigned(np.ascontiguousarray(values))
     if _kernels is not None:
         _kernels.put(target, indices, bits)
@@ -71,8 +100,15 @@ def is_strictly_increasing(indices: Indices) -> bool:
 def exchange(flat: Array, old: Indices, old_base: Array, new: Indices, new_values: Array) -> Array:
     """Write ``old_base`` at ``old``, then ``new_values`` at ``new``; returns what was at ``new`` in between.
 
-    Indices are strictly increasing and not checked; values have the dtype of ``flat``.
+    Indices are strictly increasing; values have the dtype of ``flat``.
+
+    Raises:
+        FormatError: they lead outside, or there is another number of values; nothing was written.
     """
+    check_within(old, flat.size)
+    check_within(new, flat.size)
+    check_count(old.size, old_base)
+    check_count(new.size, new_values)
     if _kernels is None:
         put(flat, old, old_base)
         base = take(flat, new)
@@ -86,6 +122,8 @@ def exchange(flat: Array, old: Indices, old_base: Array, new: Indices, new_value
 
 def overlay(values: Array, indices: Indices, other: Indices, other_values: Array) -> int:
     """Where ``indices`` are also in ``other`` (both strictly increasing), set ``values`` to ``other_values``; returns how many."""
+    check_count(indices.size, values)
+    check_count(other.size, other_values)
     if _kernels is not None:
         return int(_kernels.overlay(as_unsigned(values), indices, other, as_unsigned(other_values)))
     if not indices.size or not other.size:
@@ -134,6 +172,7 @@ def mixed(target: Array, own: Array, factors: Array) -> Array:
         own: ``[k]``, in the same dtype.
         factors: float32 (float64 for float64 values) ``[k]``, or ``[1]`` for all.
     """
+    check_count(target.size, own, *([factors] if factors.size != 1 else []))
     if factors.size == 1 and factors[0] == 1:
         return target
     if _kernels is not None and target.dtype.name == "bfloat16":
@@ -158,7 +197,7 @@ def scatter(
     ``values[at] = new``.
 
     Args:
-        at: int64 ``[k]``, positions in the arrays ``[n]``.
+        at: int64 ``[k]``, strictly increasing positions in the arrays ``[n]``.
         new: ``[k]``, in the weight's dtype.
         own: ``[k]`` the base's values as this adapter has them.
         factors: ``[k]``, or ``[1]`` for all, then not 0.
@@ -169,7 +208,13 @@ def scatter(
 
     Returns:
         The number of an entry whose ``base`` was known and differs, or -1.
+
+    Raises:
+        FormatError: positions lead outside, or the arrays have other sizes; nothing was written.
     """
+    check_within(at, values.size)
+    check_count(values.size, base, known, count)
+    check_count(at.size, new, own, *([factors] if factors.size != 1 else []))
     if _kernels is not None:
         arrays = (as_unsigned(np.ascontiguousarray(one)) for one in (new, own))
         return int(_kernels.scatter(at, *arrays, factors, as_unsigned(values), as_unsigned(base), known, count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ class WatchedLayer:
         self._sum: torch.Tensor | None = None
         weight: Any = module.weight
         self._tokens = isinstance(module, nn.Embedding)
-        self.inputs_first = self._tokens or _is_conv1d(module)
-        self._groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
+        self.inputs_first = self._tokens or has_inputs_first(module)
+        self._groups = groups_of(module)
         self.width = weight.shape[0] if self.inputs_first else weight[0].numel()
         size = 1 if self._tokens else max(1, min(block or self.width, self.width))
         self.shape = (self._groups, -(-self.width // size), size, size)
@@ -52,21 +52,9 @@ class WatchedLayer:
         if self._tokens:
             self._count(inputs, mask)
             return
-        if isinstance(self._layer, _CONVOLUTIONS):
-            dimensions = len(self._layer.kernel_size)
-            images = inputs[None] if inputs.ndim == dimensions + 1 else inputs
-            for image in images:  # one by one, since patches are large
-                self._add(_patches(self._layer, image[None]).reshape(-1, self._groups, self.width))
-            return
-        if mask is not None and inputs.ndim > 2 and inputs.shape[:2] == mask.shape:
-            inputs = inputs[mask.to(inputs.device) != 0]
-        elif mask is not None and inputs.ndim == 2 and len(inputs) == mask.numel() > len(mask):
-            inputs = inputs[
-                mask.to(inputs.device).reshape(-1) != 0
-            ]  # mixtures of experts flatten the tokens first
-        rows = inputs.reshape(-1, 1, self.width)
-        for start in range(0, len(rows), _ROWS):
-            self._add(rows[start : start + _ROWS])
+        for rows in input_rows(self._layer, inputs, mask):
+            for start in range(0, len(rows), _ROWS):
+                self._add(rows[start : start + _ROWS])
 
     def _add(self, rows: torch.Tensor) -> None:
         self.samples += len(rows)
@@ -189,8 +177,8 @@ class Watch:
             with torch.no_grad():
                 for batch in data:
                     batches += 1
-                    mask = _mask(batch)
-                    _call(self._model, batch, device)
+                    mask = attention_mask(batch)
+                    run_model(self._model, batch, device)
         finally:
             for handle in handles:
                 handle.remove()
@@ -205,29 +193,68 @@ class Watch:
 
 def can_watch(module: nn.Module) -> bool:
     """Whether inputs of layers of this type can be collected."""
-    return isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or _is_conv1d(module)
+    return isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or has_inputs_first(module)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def has_inputs_first(module: nn.Module) -> bool:
     """Whether it is transformers' linear layer with an ``[in, out]`` weight; transformers is not imported."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
-def _mask(batch: Any) -> torch.Tensor | None:
+def groups_of(module: nn.Module) -> int:
+    """Groups of a convolution; else 1."""
+    return module.groups if isinstance(module, _CONVOLUTIONS) else 1
+
+
+def input_rows(module: Any, inputs: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """What a layer multiplies its weight with in one call, ``[rows, groups, width]`` at a time: without padded positions; for a
+    convolution image by image, since patches are large, and a patch in the order of the weight's matrix view.
+    """
+    groups = groups_of(module)
+    if not isinstance(module, _CONVOLUTIONS):
+        yield without_padding(inputs, mask).reshape(-1, 1, inputs.shape[-1])
+        return
+    for image in inputs[None] if inputs.ndim == len(module.kernel_size) + 1 else inputs:
+        patches = _patches(module, image[None])
+        yield patches.reshape(len(patches), groups, -1)
+
+
+def output_rows(module: Any, output: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What a layer returns in one call, ``[rows, groups, outputs of a group]``, in the order of :func:`input_rows`."""
+    if not isinstance(module, _CONVOLUTIONS):
+        return without_padding(output, mask).reshape(-1, 1, output.shape[-1])
+    images = output[None] if output.ndim == len(module.kernel_size) + 1 else output
+    rows = images.movedim(1, -1)
+    return rows.reshape(-1, module.groups, images.shape[1] // module.groups)
+
+
+def without_padding(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """States ``[texts, tokens, ...]`` or ``[texts * tokens, width]`` where the mask is not 0; all of them if it is of another shape."""
+    if mask is not None and states.ndim > 2 and states.shape[:2] == mask.shape:
+        return states[mask.to(states.device) != 0]
+    if mask is not None and states.ndim == 2 and len(states) == mask.numel() > len(mask):
+        # Mixtures of experts flatten the tokens first.
+        return states[mask.to(states.device).reshape(-1) != 0]
+    return states
+
+
+def attention_mask(batch: Any) -> torch.Tensor | None:
+    """The ``attention_mask`` of a batch, ``[texts, tokens]``; None if it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
-def _call(model: Any, batch: Any, device: torch.device) -> None:
+def run_model(model: Any, batch: Any, device: torch.device) -> Any:
+    """The output for a batch: keyword arguments as a mapping, positional ones as a sequence, or one argument."""
+
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     if isinstance(batch, Mapping):
-        model(**{key: moved(value) for key, value in batch.items()})
-    elif isinstance(batch, Sequence):
-        model(*map(moved, batch))
-    else:
-        model(moved(batch))
+        return model(**{key: moved(value) for key, value in batch.items()})
+    if isinstance(batch, Sequence):
+        return model(*map(moved, batch))
+    return model(moved(batch))
 
 
 def _patches(module: Any, images: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ class SafetensorsCheckpoint(IndexedCheckpoint[SafetensorsFile]):
         self._where = {name: opened[file] for name, file in weight_map.items()}
 
     def __getitem__(self, name: str) -> Array:
-        return self._where[name].read_separately(name)
+        return self._where[name].mapped(name)
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         return self._where[name].read_part(name, start, stop, out)

@@ -170,20 +170,31 @@ def _has_tensors(found: Mapping[Any, Any]) -> bool:
     return any(type(value) is StoredTensor for value in found.values())
 
 
-def _holds_tensors(value: Any, depth: int = 0) -> bool:
-    """Whether there is a tensor anywhere in ``value``; what is nested deeper than anyone's checkpoint counts as one."""
+def _holds_tensors(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
+    """Whether there is a tensor anywhere in ``value``; what is nested deeper than anyone's checkpoint counts as one.
+
+    Each part is looked at once, however often it occurs: ``seen`` holds the parts without a tensor, which live as long as the root.
+    """
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return False
     if type(value) is StoredTensor or depth > _DEEPEST:
         return getattr(value, "shape", None) not in ((), (1,))  # a number, such as a best score, is no weight
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return any(_holds_tensors(item, depth + 1) for item in inner)
+    if any(_holds_tensors(item, depth + 1, seen) for item in inner):
+        return True
+    seen.add(id(value))
+    return False
 
 
-def _paths(key: Any, value: Any, depth: int = 0) -> Iterator[str]:
-    """The paths of keys of an entry and of those in it."""
+def _paths(key: Any, value: Any, depth: int = 0, seen: set[int] | None = None) -> Iterator[str]:
+    """The paths of keys of an entry and of those in it; a part that occurs several times is followed once."""
     yield str(key)
-    if isinstance(value, dict) and depth < _DEEPEST:
+    seen = set() if seen is None else seen
+    if isinstance(value, dict) and depth < _DEEPEST and id(value) not in seen:
+        seen.add(id(value))
         for inner, item in value.items():
-            yield from (f"{key}/{path}" for path in _paths(inner, item, depth + 1))
+            yield from (f"{key}/{path}" for path in _paths(inner, item, depth + 1, seen))
 
 
 def _kind(value: Any) -> str:

@@ -294,7 +294,12 @@ def _tensor(
 ) -> StoredTensor:
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
         raise PickleError("a tensor without a storage")
-    flags = tuple(str(key) for key, value in metadata.items() if value) if metadata else ()
+    # Types first: what a pickle nests, with itself again and again, would make a text without end.
+    if metadata is not None and (
+        type(metadata) is not dict or not all(type(key) is str and type(metadata[key]) is bool for key in metadata)
+    ):
+        raise PickleError("a tensor's flags are not true or false")
+    flags = tuple(key for key, value in metadata.items() if value) if metadata else ()
     return StoredTensor(storage, storage.dtype, offset, shape, strides, flags)
 
 
@@ -302,7 +307,9 @@ def _tensor_of_dtype(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> StoredTensor:
     found = _tensor(storage, offset, shape, strides, grad, hooks, metadata)
-    return StoredTensor(found.storage, str(dtype), offset, shape, strides, found.flags)
+    if type(dtype) is not str:
+        raise PickleError("a tensor's dtype is not one")
+    return StoredTensor(found.storage, dtype, offset, shape, strides, found.flags)
 
 
 def _same(data: Any, *_: Any) -> Any:

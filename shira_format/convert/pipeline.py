@@ -17,14 +17,17 @@ from shira_format._core.threads import Progress, Workers
 from shira_format.checkpoints import Checkpoint
 from shira_format.convert.effect import refuse_lost
 from shira_format.convert.exact import CompareStage, DifferingEntries, Exact, read_parts, tensor_digest
+from shira_format.convert.given import Given, GivenStage
 from shira_format.convert.inputs import Conversion, ConversionInputs, DenseCopy, DenseSum
 from shira_format.convert.report import ConversionReport, TensorReport, six_digits
 from shira_format.entries.changes import Change, CheckpointChange, Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter, Prepared
 from shira_format.selection import AMOUNTS, Engine, LocalEngine, Pending, TopK, passes, select
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
+
+Rule = TopK | Exact | Given
 
 
 def selection_rule(
@@ -57,7 +60,7 @@ def convert(
     conversion: Conversion,
     out: str | os.PathLike[str] | None,
     *,
-    rule: TopK | Exact,
+    rule: Rule,
     inputs: ConversionInputs | None = None,
     self_contained: bool = False,
     threads: int | None = None,
@@ -74,12 +77,12 @@ def convert(
     inputs = inputs or conversion.open()
     report = ConversionReport(
         notices=list(inputs.notices), structure=dict(inputs.structure), unchanged=inputs.unchanged, left_out=inputs.left_out,
-        exact=isinstance(rule, Exact),
+        exact=isinstance(rule, Exact), fitted=isinstance(rule, Given),
     )  # fmt: skip
     path = None if out is None else Path(out)
     if path is not None:
         check_not_input(path, [inputs.base.path, *inputs.files])
-    on_start(sum(change.size for change in inputs.changes) * (1 if isinstance(rule, Exact) else passes(rule)))
+    on_start(sum(change.size for change in inputs.changes) * (passes(rule) if isinstance(rule, TopK) else 1))
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(threads))
         engine: Engine = LocalEngine(workers, progress)
@@ -106,7 +109,7 @@ def convert(
 
 def _write(
     inputs: ConversionInputs,
-    rule: TopK | Exact,
+    rule: Rule,
     engine: Engine,
     workers: Workers,
     report: ConversionReport,
@@ -150,7 +153,7 @@ _Finished = tuple[Prepared | SparseTensor | DenseCopy | None, TensorReport | Non
 
 def _tasks(
     inputs: ConversionInputs,
-    rule: TopK | Exact,
+    rule: Rule,
     engine: Engine,
     workers: Workers,
     writer: AdapterWriter | None,
@@ -176,6 +179,8 @@ def _tasks(
     results: Iterator[Pending[Any]]
     if isinstance(rule, Exact):
         results = engine.map(CompareStage(rule), cast("list[CheckpointChange]", inputs.changes))
+    elif isinstance(rule, Given):
+        results = engine.map(GivenStage(rule), inputs.changes)
     else:
         folder = None if writer is None else writer.path.parent
         results = select(inputs.changes, rule, engine, workers, folder=folder)
@@ -209,11 +214,13 @@ def _add_copy(copy: DenseCopy, workers: Workers, writer: AdapterWriter, *, self_
 
 
 def _provenance(
-    conversion: Conversion, inputs: ConversionInputs, rule: TopK | Exact, report: ConversionReport
+    conversion: Conversion, inputs: ConversionInputs, rule: Rule, report: ConversionReport
 ) -> dict[str, Any]:
     """What the manifest says of how the file was made: no date and no path, so that the same input gives the same bytes."""
     if isinstance(rule, Exact):
         selection: dict[str, Any] = {"rule": "exact"}
+    elif isinstance(rule, Given):
+        selection = dict(rule.selection)
     else:
         selection = {"rule": "top-k" if rule.energy is None else "energy", "scope": rule.scope}
         amounts = {amount: getattr(rule, amount) for amount in AMOUNTS}
@@ -231,6 +238,8 @@ def _provenance(
         "source": inputs.source,
         "selection": selection,
     }
+    if isinstance(rule, Given):
+        found |= rule.provenance
     if inputs.removed:
         found["removed"] = inputs.removed
     if inputs.base.components:

@@ -91,6 +91,7 @@ class ConversionReport(Totals):
         unchanged: number of compared tensors that do not change.
         left_out: names of the source that need no place in the adapter or that the user left out, by the reason.
         exact: whether every difference is stored.
+        fitted: whether values were fitted to what the source does to a model: they may be far from its update.
         sums: the effects of additions to tensors that are stored whole.
         notices: what a user should know.
         file_bytes: the size of the file; None if none was written.
@@ -102,6 +103,7 @@ class ConversionReport(Totals):
     unchanged: int = 0
     left_out: dict[str, list[str]] = field(default_factory=dict)
     exact: bool = False
+    fitted: bool = False
     sums: list[Effect] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     file_bytes: int | None = None
@@ -137,7 +139,7 @@ class ConversionReport(Totals):
         if self.exact:
             return []
         found = []
-        if self.energy_kept < LOW_ENERGY:
+        if self.energy_kept < LOW_ENERGY and not self.fitted:
             found.append(
                 f"only {self.energy_kept:.1%} of the update's energy is kept (relative error {self.relative_error:.2f}): "
                 "the adapter will do much less than its source. A higher density keeps more; so does training a "
@@ -149,7 +151,7 @@ class ConversionReport(Totals):
                 f"what is stored, and of what was selected: {words(rounded)}"
             )
         gone = {effect.name for effect in rounded}
-        if unchanged := [t.name for t in self.tensors if t.nnz == 0 and t.name not in gone]:
+        if not self.fitted and (unchanged := [t.name for t in self.tensors if t.nnz == 0 and t.name not in gone]):
             found.append(
                 f"{len(unchanged)} of {len(self.tensors)} tensors keep no entry at all, for example {unchanged[0]!r}: "
                 "their updates are zero, or none of their entries was selected"

@@ -5,32 +5,36 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, BinaryIO, Self, TypeVar, cast
 
 import numpy as np
 
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format._core.threads import Progress
 from shira_format.convert.exact import DifferingEntries, Exact
+from shira_format.convert.given import Given
 from shira_format.convert.inputs import Conversion, ConversionInputs
 from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
 from shira_format.selection import Engine, Pending, TopK
 from shira_format.selection.radix import Survey
 from shira_format.selection.stages import Stage
+from shira_format.storage import owners
 from shira_format.storage.atomic import atomic_file
 from shira_format.version import __version__
 
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
+_NOTE = "conversion"  # the file in the folder that says of which conversion the parts are
 _BYTES_PER_ENTRY = 16  # of a part: index, value, base, target
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (DifferingEntries, Entries, Survey)}
 
@@ -51,11 +55,11 @@ class ResumableEngine:
         engine: Engine,
         out: Path,
         conversion: Conversion,
-        rule: TopK | Exact,
+        rule: TopK | Exact | Given,
         inputs: ConversionInputs,
         progress: Progress,
     ) -> None:
-        """Raises WorkError if the folder holds parts of something else."""
+        """Raises WorkError if the folder holds parts of something else, or another run works in it."""
         self._engine = engine
         self._progress = progress
         self._maps = 0
@@ -63,21 +67,55 @@ class ResumableEngine:
         self._begin(_fingerprint(conversion, rule, inputs))
 
     def _begin(self, fingerprint: str) -> None:
-        note = self.folder / "conversion"
-        self.folder.mkdir(exist_ok=True)
-        try:
-            found = note.read_text("ascii")
-        except FileNotFoundError:
-            if any(self.folder.iterdir()):
+        """Make the folder, or take over the one that is there, and lock its note."""
+        while True:
+            if not os.path.lexists(self.folder) or self._is_left_behind():
+                self._make(fingerprint)
+            try:
+                handle = open(self.folder / _NOTE, "rb")  # noqa: SIM115 - locked until the end
+            except (FileNotFoundError, NotADirectoryError):
+                if not os.path.lexists(self.folder):  # another run has just finished
+                    continue
                 raise WorkError(f"{self.folder}: is no folder of a conversion's parts") from None
-            with atomic_file(note) as file:
+            with ExitStack() as opened:
+                opened.enter_context(handle)
+                if not owners.lock(handle.fileno()):
+                    raise WorkError(f"{self.folder}: another conversion to this file is running")
+                if not _is_still_there(
+                    handle, self.folder / _NOTE
+                ):  # another run has finished while it was opened
+                    continue
+                if handle.read() != fingerprint.encode():
+                    raise WorkError(
+                        f"{self.folder}: holds parts of a conversion of other inputs or by another rule: delete it, or convert "
+                        "without resuming"
+                    )
+                self._note = opened.pop_all()
+                return
+
+    def _make(self, fingerprint: str) -> None:
+        """The folder appears with its note, so that at no time it is one without."""
+        owners.clean(self.folder.absolute().parent)
+        made = owners.hidden(self.folder)
+        try:
+            made.mkdir()
+            with atomic_file(made / _NOTE) as file:
                 file.write(fingerprint.encode())
-            return
-        if found != fingerprint:
-            raise WorkError(
-                f"{self.folder}: holds parts of a conversion of other inputs or by another rule: delete it, or convert "
-                "without resuming"
-            )
+            made.rename(self.folder)  # fails if another run was faster, whose folder is not empty
+        except OSError:
+            if not (self.folder / _NOTE).is_file():
+                raise
+        finally:
+            owners.remove(made)
+
+    def _is_left_behind(self) -> bool:
+        """Whether the folder is empty but for what a killed writer left: then it is replaced."""
+        if not self.folder.is_dir():
+            return False
+        owners.clean(self.folder)
+        with suppress(OSError):
+            self.folder.rmdir()
+        return not self.folder.exists()
 
     def __enter__(self) -> Self:
         return self
@@ -85,8 +123,16 @@ class ResumableEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            shutil.rmtree(self.folder)
+        try:
+            if kind is None:
+                # Renamed first: what is left if this is interrupted is no folder of parts any more.
+                done = owners.hidden(self.folder)
+                if os.name != "posix":  # where nothing in it may be open
+                    self._note.close()
+                os.replace(self.folder, done)
+                owners.remove(done)
+        finally:
+            self._note.close()
 
     def map(self, stage: Stage[_C, _R], changes: Sequence[_C]) -> Iterator[Pending[_R]]:
         """See :class:`shira_format.selection.stages.Engine`."""
@@ -107,6 +153,15 @@ class ResumableEngine:
             del task
 
 
+def _is_still_there(handle: BinaryIO, path: Path) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(handle.fileno())
+    return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
+
+
 def _keep(path: Path, result: Callable[[], _R]) -> _R:
     found = result()
     with atomic_file(path) as file:
@@ -114,7 +169,7 @@ def _keep(path: Path, result: Callable[[], _R]) -> _R:
     return found
 
 
-def _fingerprint(conversion: Conversion, rule: TopK | Exact, inputs: ConversionInputs) -> str:
+def _fingerprint(conversion: Conversion, rule: TopK | Exact | Given, inputs: ConversionInputs) -> str:
     """A digest of the inputs, the rule and the writer's version."""
     files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in inputs.files]
     changes = [(change.name, list(change.shape), change.size) for change in inputs.changes]

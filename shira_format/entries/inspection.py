@@ -112,6 +112,7 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         "components": raw.get("components"),
         "source": raw.get("source"),
         "selection": raw.get("selection"),
+        "fit": raw.get("fit"),
         "mask": raw.get("mask"),
         "alpha": raw.get("alpha", 1.0),
         "license": raw.get("license"),

@@ -140,7 +140,7 @@ def load_adapter(
         refuse_removed("", source.removed)
         return LoadedAdapter(source, list(source.values()), list(source.dense.values()), source.alpha)
     path = Path(source)
-    file = AdapterFile(path, copy=True)
+    file = AdapterFile(path)
     try:
         refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
         names = list(file.manifest.tensors)

@@ -80,7 +80,7 @@ def on_base(
     with tempfile.TemporaryDirectory(prefix="shira-") as folder:
         path = Path(folder) / "moved.st"
         mover.write(path)
-        file = AdapterFile(path, separate_maps=True)
+        file = AdapterFile(path)
         file.path = source.path  # for messages
         try:
             yield Moved(file, lambda _: True, mover.notices, left_out)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices
+from shira_format._core.arrays import Array, Indices, distinct_counts
 from shira_format._core.compiled import is_strictly_increasing
 from shira_format._core.dtypes import is_float
 from shira_format.checkpoints import Checkpoint
@@ -231,7 +231,7 @@ class Placer:
             ends = sorted((int(piece.indices[0]), int(piece.indices[-1])) for piece in found)
             if all(one[1] < other[0] for one, other in pairwise(ends)):
                 continue  # one after the other
-            every, counts = np.unique(_joined([piece.indices for piece in found]), return_counts=True)
+            every, counts = distinct_counts(_joined([piece.indices for piece in found]))
             if (counts > 1).any():
                 names = ", ".join(repr(name) for name in sorted({piece.tensor.name for piece in found})[:4])
                 raise BaseMismatch(

@@ -24,7 +24,8 @@ from shira_format.errors import SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.format.manifest import SparseEntry
 from shira_format.names.filters import name_filter
-from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder
+from shira_format.storage.output_folder import folder_bytes, output_folder
+from shira_format.storage.outputs import check_output_folder
 from shira_format.tensors import SparseTensor, ValueKind, matrix_shape
 
 
@@ -103,7 +104,7 @@ def shira_to_csr(
     check_output_folder(
         target, inputs, force=force, writer="shira_to_csr", own_files=lambda f: read_index(f).files()
     )
-    opened = AdapterFile(path, separate_maps=True)
+    opened = AdapterFile(path)
     with ExitStack() as stack:
         stack.callback(opened.streams.close)
         moved = stack.enter_context(on_base(opened, checkpoint, name_filter(include, exclude)))

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from shira_format._core import fits
-from shira_format._core.arrays import Array, Indices, array_digest, as_array, file_digest, read_only
+from shira_format._core.arrays import Array, Indices, array_digest, as_array, frozen
 from shira_format._core.compiled import take
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, LazyMapping
-from shira_format.errors import BaseMismatch, BaseRequired, FormatError
+from shira_format.errors import BaseMismatch, BaseRequired, FormatError, SourceError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.compact.values import decode_floats, decode_steps
 from shira_format.format.manifest import (
@@ -27,6 +27,7 @@ from shira_format.format.manifest import (
     parse_manifest,
     stream_name,
 )
+from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import SafetensorsFile
 from shira_format.tensors import DenseTensor, SparseTensor, check_increasing, numel
 
@@ -40,8 +41,8 @@ def load(
 ) -> Adapter:
     """Open an adapter file.
 
-    The header, the manifest and all sizes are checked now; a tensor is mapped, decoded and checked at each access, and
-    not kept.
+    The header, the manifest and all sizes are checked now; a tensor is read into memory, decoded and checked at each access,
+    and not kept.
 
     Args:
         path: the file.
@@ -77,23 +78,19 @@ class AdapterFile:
         *,
         verify: bool = True,
         masks: str | os.PathLike[str] | None = None,
-        separate_maps: bool = False,
-        copy: bool = False,
+        content: bytes | None = None,
         base: Mapping[str, Any] | None = None,
     ) -> None:
         """Open it; see :func:`load`.
 
-        With ``separate_maps`` every tensor has a memory map of its own, which is freed with the tensor. With ``copy`` tensors
-        are read into memory, so that later changes of the file do not reach them.
+        ``content`` are the file's bytes, if they have been read; then nothing else is.
         """
-        self._separate_maps = separate_maps
-        self._copy = copy
         self.base = base
         self.path = Path(path)
         self._verify = verify
         self._masks = Path(masks) if masks is not None else self.path.parent
         self._mask_files: dict[str, AdapterFile] = {}
-        self.streams = SafetensorsFile(self.path)
+        self.streams = SafetensorsFile(self.path, content)
         try:
             text = self.streams.metadata.get(METADATA_KEY)
             if text is None:
@@ -123,7 +120,7 @@ class AdapterFile:
         """
         entry = self.manifest.tensors[name]
         try:
-            indices = self.indices(entry)
+            indices = self.indices(entry)  # first: most of what can be wrong shows here
             base = self._base_values(entry) if entry.base_values else None
             values = self._values(entry, indices, base) if entry.values != "none" else None
             rows = self._read(entry, "rows") if entry.new_rows else None
@@ -242,9 +239,9 @@ class AdapterFile:
         return self.holder(self.manifest.tensors[name])[1].needs_base
 
     def indices(self, entry: SparseEntry) -> Indices:
-        """The decoded indices of a tensor; :class:`SparseTensor` checks their order and range."""
+        """The decoded indices of a tensor, read-only; :class:`SparseTensor` checks their order and range."""
         file, own = self.holder(entry)
-        return file.own_indices(own)
+        return frozen(file.own_indices(own))
 
     def own_indices(self, entry: SparseEntry) -> Indices:
         """The decoded indices of a tensor that does not share another's."""
@@ -275,22 +272,22 @@ class AdapterFile:
             return stream
         if codec == "floats":
             dtype = FLOATS[entry.coding["values"].get("dtype", entry.dtype)]
-            return decode_floats(stream, dtype, entry.nnz)
+            return frozen(decode_floats(stream, dtype, entry.nnz))
         if base is None:
             weight = self._base_of(entry)
             check_increasing(indices, weight.size)
             base = take(weight, indices)
             fits.check_values(f"{self.path}: tensor {entry.name!r}", entry.digests["base"], array_digest(base))
-        return decode_steps(stream, base)
+        return frozen(decode_steps(stream, base))
 
     def _base_values(self, entry: SparseEntry) -> Array:
         """The base's values that the file holds, ``[nnz]``."""
         if entry.value_codec("base") is None:
             return self._read(entry, "base")
-        found = decode_floats(self._stream(stream_name(entry.name, "base")), FLOATS[entry.dtype], entry.nnz)
+        found = decode_floats(self.streams.read(stream_name(entry.name, "base")), FLOATS[entry.dtype], entry.nnz)
         if array_digest(found) != entry.digests["base"]:  # which is that of the values, not of their stream
             raise FormatError("digest-mismatch", "the base's values are damaged (their digest differs)")
-        return found
+        return frozen(found)
 
     def _base_of(self, entry: SparseEntry) -> Array:
         """The base's tensor that an item of the manifest is about, flat."""
@@ -339,31 +336,25 @@ class AdapterFile:
         if name not in self._mask_files:
             path = self._masks / name
             try:
-                found = file_digest(path)
-            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                content = read_file(path)
+            except (OSError, SourceError, ValueError) as error:  # ValueError: a NUL in the name
                 raise FormatError("mask-file", f"the mask file {path} cannot be read: {error}") from None
-            if found != self.manifest.raw["mask_files"][name]:
+            if hashlib.sha256(content).hexdigest() != self.manifest.raw["mask_files"][name]:
                 raise FormatError(
                     "mask-file", f"the mask file {path} is not the one that the adapter needs (its digest differs)"
                 )
-            # Its digest covers every byte.
-            self._mask_files[name] = AdapterFile(path, verify=False, base=self.base)
+            # The digest covers every byte; what it covers is what is used, whatever becomes of the file.
+            self._mask_files[name] = AdapterFile(path, verify=False, content=content, base=self.base)
         return self._mask_files[name]
 
     def _read(self, entry: SparseEntry, role: str) -> Array:
         return self._checked(stream_name(entry.name, role), entry.digests[role])
 
     def _checked(self, stream: str, expected: str) -> Array:
-        array = self._stream(stream)
+        array = self.streams.read(stream)
         if self._verify and array_digest(array) != expected:
             raise FormatError("digest-mismatch", f"the stream {stream!r} is damaged (its digest differs)")
         return array
-
-    def _stream(self, stream: str) -> Array:
-        if self._copy:
-            shape = self.streams[stream].shape
-            return read_only(self.streams.read_part(stream, 0, numel(shape)).reshape(shape))
-        return self.streams.read_separately(stream) if self._separate_maps else self.streams.read(stream)
 
     def _check_streams(self) -> None:
         for entry in self.manifest.tensors.values():

@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from shira_format._core import fits
-from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, file_digest
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
 from shira_format._core.dtypes import dtype_name
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
@@ -36,6 +36,7 @@ from shira_format.format.manifest import (
 )
 from shira_format.format.reader import AdapterFile
 from shira_format.storage.atomic import atomic_file
+from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import MAX_HEADER, Stream, file_header
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 from shira_format.version import __version__
@@ -131,7 +132,10 @@ class AdapterWriter:
         self._base = base if compact else None
         self.path = Path(path)
         self.manifest = dict(manifest or {})
-        self._masks = AdapterFile(masks, base=base) if masks is not None else None
+        # Read once: the digest that is written is that of the bytes whose indices are shared.
+        content = None if masks is None else read_file(Path(masks))
+        self._masks = None if masks is None else AdapterFile(masks, content=content, base=base)
+        self._masks_digest = None if content is None else hashlib.sha256(content).hexdigest()
         self._open = ExitStack()
         self._block_size = block_size
         self._spools: dict[int, IO[bytes]] = {}
@@ -398,7 +402,7 @@ class AdapterWriter:
         if any("file" in item["indices"] for item in self._tensors):
             assert self._masks is not None
             manifest["features"].append("mask-file")
-            manifest["mask_files"] = {self._masks.path.name: file_digest(self._masks.path)}
+            manifest["mask_files"] = {self._masks.path.name: self._masks_digest}
         if manifest.get("removed") or any("from" in item or "rows" in item for item in self._tensors):
             manifest["features"].append("patch")
         codecs = {item["indices"]["codec"] for item in self._tensors}

@@ -28,6 +28,10 @@ class LiveWeights(ABC):
     def tensors(self) -> Mapping[str, Any]:
         """The tensors by name; tied weights under each of their names."""
 
+    def saved(self) -> Mapping[str, Any]:
+        """Those that a checkpoint of the model holds, likewise."""
+        return self.tensors()
+
     def add(self, name: str, values: Array) -> None:
         """Add a new tensor.
 
@@ -70,11 +74,19 @@ class ModuleWeights(LiveWeights):
         self._modules = modules
 
     def tensors(self) -> Mapping[str, Any]:
+        return self._found(saved=False)
+
+    def saved(self) -> Mapping[str, Any]:
+        return self._found(saved=True)
+
+    def _found(self, *, saved: bool) -> dict[str, Any]:
+        """All parameters and buffers; or without buffers that are not persistent."""
         found: dict[str, Any] = {}
         for prefix, root in self._modules.items():
             for path, module in root.named_modules(remove_duplicate=False):
+                left_out = module._non_persistent_buffers_set if saved else ()  # noqa: SLF001 - torch has no other way
                 for attribute in (*module._parameters, *module._buffers):  # noqa: SLF001 - by name, not by identity
-                    tensor = getattr(module, attribute, None)
+                    tensor = None if attribute in left_out else getattr(module, attribute, None)
                     if tensor is not None:
                         name, copied = _plain(f"{path}.{attribute}" if path else attribute)
                         found[prefix + name] = UnusedOriginal() if copied else tensor

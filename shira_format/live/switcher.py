@@ -31,10 +31,11 @@ from shira_format.live.checks import (
     check_same,
 )
 from shira_format.live.lock import ReadWriteLock
+from shira_format.live.memory import Frame, Places
 from shira_format.live.models import weights_of
 from shira_format.live.names import Fit, Names
 from shira_format.live.pool import AdapterPool
-from shira_format.live.weights import LiveWeight, live_weight, memory_of
+from shira_format.live.weights import LiveWeight, live_weight
 from shira_format.names.layouts import Rename
 from shira_format.names.placement import Layout
 from shira_format.tensors import SparseTensor, same_bits
@@ -88,6 +89,9 @@ class _EntryChange:
     def undo(self, weight: LiveWeight) -> None:
         weight.put(self.indices, self.base)
 
+    def is_on(self, weight: LiveWeight) -> bool:
+        return same_bits(weight.get(self.indices), self.values)
+
 
 @dataclass(frozen=True)
 class _DenseChange:
@@ -102,6 +106,9 @@ class _DenseChange:
     def undo(self, weight: LiveWeight) -> None:
         assert self.base is not None
         weight.fill(self.base)
+
+    def is_on(self, weight: LiveWeight) -> bool:
+        return same_bits(weight.whole(), self.values)
 
 
 _Change = _EntryChange | _DenseChange
@@ -124,7 +131,8 @@ class Switcher:
     change, but may read some of both; within ``with switcher.serving():`` changes wait until it ends.
 
     While adapters are applied, do not write to their entries: the next change overwrites them.
-    The model may be moved to another device; after a cast to another dtype the next change is refused.
+    The model may be moved to another device; after a cast to another dtype, or if a changed weight was resized, untied or
+    replaced by another one, the next change is refused.
 
     Args:
         model: a ``torch.nn.Module``, also compiled or wrapped by PEFT; a diffusers pipeline, whose adapters name tensors
@@ -174,6 +182,7 @@ class Switcher:
         self._lock = ReadWriteLock()
         self._active: list[tuple[LoadedAdapter, float]] = []
         self._state: _State = {}
+        self._frames: dict[str, Frame] = {}  # of the weights that are changed
         self._checked: set[str] = set()  # keys of adapters whose digests matched
         compiled.load()
 
@@ -224,7 +233,8 @@ class Switcher:
         """Remove all adapters: the base is restored bit for bit.
 
         Raises:
-            BaseMismatch: the model was cast, or lost a layer, since they were applied.
+            BaseMismatch: the model was cast, lost a layer, or a weight of it was resized, untied or replaced, since they were
+                applied; no weight was changed.
         """
         return self.set([])
 
@@ -274,8 +284,9 @@ class Switcher:
     def _change_to(self, wanted: Sequence[tuple[LoadedAdapter, float]]) -> Report:
         """Check everything that can be checked first, then change one weight after the other; undo this if one fails."""
         live = self._weights.tensors()
-        weights = {name: self._changed_weight(name, live) for name in self._state}
-        first = _first_names(live)
+        places = Places(live)
+        first = places.first
+        weights = {name: self._changed_weight(name, live, places) for name in self._state}
         fitted = [self._fit(adapter, alpha, live, first) for adapter, alpha in wanted]
         parts, dense = self._by_name([one for one in fitted if one.alpha != 0], first)
         # An adapter at strength 0 does nothing, but one of another model is refused all the same.
@@ -285,6 +296,7 @@ class Switcher:
         for name in (*parts, *dense):
             if name not in weights:
                 weights[name] = live_weight(name, live[name]) if name in live else None
+        places.check_apart(weights)
         for name, found in parts.items():
             check_frames(name, found, weights[name])
         planned = {name: self._dense_change(name, found, weights[name]) for name, found in dense.items()}
@@ -292,12 +304,13 @@ class Switcher:
         known = [adapter.key is not None and adapter.key in self._checked for adapter, _ in wanted]
         if not all(known):
             self._threads.map(lambda name: self._check_base(name, parts[name], weights[name]), list(parts))
-        self._state = self._write(weights, parts, planned)
+        frames = places.frames([*parts, *planned])
+        self._state, self._frames = self._write(weights, parts, planned), frames
         self._active = [(one.adapter, one.alpha) for one in fitted]
         self._checked.update(one.adapter.key for one in fitted if one.adapter.key is not None and one.alpha != 0)
         return self.report
 
-    def _changed_weight(self, name: str, live: Mapping[str, Any]) -> LiveWeight | None:
+    def _changed_weight(self, name: str, live: Mapping[str, Any], places: Places) -> LiveWeight | None:
         """A weight that is changed now; None if it is new, added by an adapter."""
         change = self._state[name]
         if isinstance(change, _DenseChange) and change.base is None:
@@ -310,6 +323,7 @@ class Switcher:
                 f"tensor {name!r}: the model was cast to {weight.dtype} after an adapter was applied in "
                 f"{change.values.dtype}: call revert() before a cast"
             )
+        places.check_same(name, self._frames[name], lambda: change.is_on(weight))
         return weight
 
     def _fit(
@@ -417,7 +431,7 @@ class Switcher:
                 self._apply(name, weight, dense[name])
 
         def undo() -> None:
-            for name in started:
+            for name in reversed(started):
                 if name in state:
                     self._undo(name, weights[name], state[name])
                 if name in self._state:
@@ -441,12 +455,6 @@ class Switcher:
             self._weights.drop(name)
         else:
             change.undo(weight)
-
-
-def _first_names(live: Mapping[str, Any]) -> dict[str, str]:
-    """For each name the first one of the same weight: another one if weights are tied."""
-    first: dict[object, str] = {}
-    return {name: first.setdefault(memory_of(weight, name), name) for name, weight in live.items()}
 
 
 def _untied(

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, as_array
-from shira_format._core.compiled import exchange, put, take
+from shira_format._core.arrays import Array, Indices, as_array, read_only
+from shira_format._core.compiled import check_count, check_within, exchange, put, take
 from shira_format._core.dtypes import DTYPES
 from shira_format.errors import BaseMismatch
 from shira_format.live.models import UnusedOriginal
@@ -44,6 +44,9 @@ class LiveWeight(Protocol):
     def get(self, indices: Indices) -> Array:
         """The elements at flat indices within the weight, ``[n]``, as a copy."""
 
+    def part(self, start: int, stop: int) -> Array:
+        """The elements from flat index ``start`` to ``stop``, ``[stop - start]``, read-only: the weight's memory if possible."""
+
     def put(self, indices: Indices, values: Array) -> None:
         """Set these elements to values of :attr:`dtype`."""
 
@@ -57,18 +60,7 @@ class LiveWeight(Protocol):
         """All elements, ``[*shape]``, as a copy."""
 
     def fill(self, values: Array) -> None:
-        """Set all elements to ``[*shape]`` values of :attr:`dtype`."""
-
-
-def memory_of(weight: Any, name: str) -> object:
-    """Identifies the memory of an array or a tensor: equal for tied weights; ``name`` for tensors without memory."""
-    if isinstance(weight, np.ndarray):
-        return weight.__array_interface__["data"][0], weight.strides, weight.shape
-    try:
-        pointer = weight.data_ptr()
-        return (str(weight.device), pointer, weight.stride(), tuple(weight.shape)) if pointer else name
-    except (AttributeError, RuntimeError):  # not a tensor, or a subclass without its own memory
-        return name
+        """Set all elements to ``[*shape]`` values of :attr:`dtype`; another shape is a BaseMismatch."""
 
 
 def live_weight(name: str, weight: Any) -> LiveWeight:
@@ -100,7 +92,18 @@ def live_weight(name: str, weight: Any) -> LiveWeight:
         )
     if weight.layout != torch.strided or str(weight.dtype) not in _TORCH:
         raise BaseMismatch(f"tensor {name!r}: the weight is {weight.layout} of {weight.dtype}")
+    if not _has_memory(weight):
+        raise BaseMismatch(
+            f"tensor {name!r}: the memory of the weight was released, as sharding and offloading do: load the weight first"
+        )
     return ArrayWeight(as_array(weight), weight) if weight.device.type == "cpu" else DeviceWeight(weight)
+
+
+def _has_memory(tensor: Any) -> bool:
+    """Whether the storage of a torch tensor has all elements: ``resize_`` of a storage does not tell its tensors."""
+    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + sum(steps) + 1) * tensor.element_size()
+    return not tensor.numel() or bool(tensor.untyped_storage().nbytes() >= end)
 
 
 class ArrayWeight:
@@ -127,12 +130,18 @@ class ArrayWeight:
     def get(self, indices: Indices) -> Array:
         if self._flat is not None:
             return take(self._flat, indices)
+        check_within(indices, self._array.size)
         return np.asarray(self._array[np.unravel_index(indices, self.shape)])
+
+    def part(self, start: int, stop: int) -> Array:
+        return read_only(self._array.flat[start:stop] if self._flat is None else self._flat[start:stop])
 
     def put(self, indices: Indices, values: Array) -> None:
         if self._flat is not None:
             put(self._flat, indices, values)
         else:
+            check_within(indices, self._array.size)
+            check_count(indices.size, values)
             self._array[np.unravel_index(indices, self.shape)] = values
         self._written()
 
@@ -146,6 +155,7 @@ class ArrayWeight:
         return self._array.copy()
 
     def fill(self, values: Array) -> None:
+        _check_fills(values, self.shape)
         self._array[...] = values
         self._written()
 
@@ -153,6 +163,11 @@ class ArrayWeight:
         """Tell autograd, so that a backward pass through the old values raises instead of giving wrong gradients."""
         if self._tensor is not None and not self._tensor.is_inference():
             sys.modules["torch"].autograd.graph.increment_version(self._tensor)
+
+
+def _check_fills(values: Array, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:  # assignment would repeat them
+        raise BaseMismatch(f"values of shape {list(values.shape)} for a weight of {list(shape)}")
 
 
 class DeviceWeight:
@@ -173,6 +188,7 @@ class DeviceWeight:
         return DTYPES[_TORCH[str(self._tensor.dtype)]]
 
     def get(self, indices: Indices) -> Array:
+        check_within(indices, self._tensor.numel())
         bits, at = self._bits(), self._to_device(indices)
         if bits.is_contiguous():
             found = self._torch.index_select(bits.view(-1), 0, at)
@@ -180,7 +196,12 @@ class DeviceWeight:
             found = bits[self._torch.unravel_index(at, bits.shape)]
         return np.asarray(found.cpu().numpy().view(self.dtype))
 
+    def part(self, start: int, stop: int) -> Array:
+        return read_only(self._bits().reshape(-1)[start:stop].cpu().numpy().view(self.dtype))
+
     def put(self, indices: Indices, values: Array) -> None:
+        check_within(indices, self._tensor.numel())
+        check_count(indices.size, values)
         bits, at = self._bits(), self._to_device(indices)
         sent = self._to_device(np.ascontiguousarray(values).view(self._carrier))
         if bits.is_contiguous():
@@ -195,6 +216,7 @@ class DeviceWeight:
         return np.asarray(self._bits().cpu().numpy().view(self.dtype))
 
     def fill(self, values: Array) -> None:
+        _check_fills(values, self.shape)
         self._bits().copy_(self._to_device(np.ascontiguousarray(values).view(self._carrier)))
 
     @property

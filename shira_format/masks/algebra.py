@@ -7,7 +7,7 @@ from functools import reduce
 
 import numpy as np
 
-from shira_format._core.arrays import Indices
+from shira_format._core.arrays import Indices, distinct
 from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import SourceError
 from shira_format.tensors import SparseTensor
@@ -26,7 +26,7 @@ def union(*masks: Masks) -> Adapter:
         SourceError: a tensor has several shapes. Raised when the tensor is asked for.
     """
     names = list(dict.fromkeys(name for mask in _some(masks) for name in mask))
-    return _combined(names, masks, np.union1d, "union")
+    return _combined(names, masks, lambda a, b: distinct(np.concatenate([a, b])), "union")
 
 
 def intersection(*masks: Masks) -> Adapter:

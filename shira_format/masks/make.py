@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +13,17 @@ from shira_format._core.dtypes import dtype_name
 from shira_format._core.threads import Progress, Workers
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
-from shira_format.format import AdapterWriter
+from shira_format.format import AdapterWriter, load, save
+from shira_format.masks.algebra import difference, intersection, union
 from shira_format.masks.base import Rule
 from shira_format.masks.gradients import Loss, SummedGradients, reached, sum_gradients
+from shira_format.masks.limits import Limits, MaskSource
 from shira_format.masks.plan import MaskPlan
 from shira_format.masks.registry import rule_of
 from shira_format.masks.size import Size
 from shira_format.masks.weights import Source, Weight, weights_of
-from shira_format.storage.paths import check_not_input, hub_identity
+from shira_format.storage.outputs import check_not_input
+from shira_format.storage.paths import hub_identity
 from shira_format.tensors import SparseTensor, Totals, density, numel
 
 
@@ -104,6 +107,8 @@ def make_mask(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    within: Sequence[MaskSource] = (),
+    without: Sequence[MaskSource] = (),
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
     at_once: int | None = None,
@@ -128,6 +133,9 @@ def make_mask(
         seed: of the rule ``rand``, if it is given by its name.
         include: regexes; a weight is masked only if one of them is found in its name.
         exclude: regexes; a weight is left out if one of them is found in its name.
+        within: masks, adapters or files of them; an entry is chosen only if all of these have it, and a weight that one of them
+            lacks is left out.
+        without: likewise; an entry is chosen only if none of these has it.
         batches: for gradients: what ``loss`` takes.
         loss: for gradients: ``loss(model, batch)``, a tensor of one element.
         at_once: for gradients: compute those of so many weights at a time, so that memory stays flat; the batches are run once for
@@ -149,7 +157,10 @@ def make_mask(
         45089
     """
     chosen = rule_of(rule, seed)
-    plan = MaskPlan(chosen, Size(density, top_k, rank, scope), runs, band)
+    limits = None
+    if within or without:
+        limits = Limits(within, without, [weight.name for weight in weights_of(base)])
+    plan = MaskPlan(chosen, Size(density, top_k, rank, scope), runs, band, limits)
     calibration = _calibration(base, chosen, batches, loss, at_once)
     weights = weights_of(base, include, exclude)
     report = MaskReport()
@@ -196,6 +207,7 @@ def mask_tensors(
         SourceError: see :func:`make_mask`.
     """
     report.notes = plan.notes
+    weights = plan.taken(weights)
     with ExitStack() as stack:
         gradients: SummedGradients | None = None
         if calibration is not None:
@@ -280,4 +292,44 @@ def write_mask(
         for tensor in tensors:
             writer.add(tensor)
     report.file_bytes = out.stat().st_size
+    return report
+
+
+def write_combination(how: str, files: Sequence[Path], out: Path | None) -> MaskReport:
+    """Combine mask files, or the entries of adapters, and write the result tensor by tensor.
+
+    Args:
+        how: ``"union"``, ``"intersection"`` or ``"difference"``: see :mod:`shira_format.masks.algebra`.
+        files: masks or adapters of one base.
+        out: the file, which is replaced if it exists; None for a dry run.
+
+    Raises:
+        SourceError: a tensor has several shapes, masks have no tensor in common, or no entry is left.
+        FormatError: a file is not an adapter.
+        OSError: a file cannot be read or written.
+    """
+    ways: dict[str, Callable[..., Adapter]] = {
+        "union": union,
+        "intersection": intersection,
+        "difference": difference,
+    }
+    masks = [load(path) for path in files]
+    for path, mask in zip(files[1:], masks[1:], strict=True):
+        if how != "union" and not masks[0].keys() & mask.keys():
+            raise SourceError(
+                f"{path}: has no tensor that {files[0]} has: masks of different models, or under other names"
+            )
+    combined = ways[how](*masks)
+    report = MaskReport(notes={"mask": dict(combined.manifest["mask"]), "selection": {"rule": "mask"}})
+    found = []
+    for tensor in combined.values():
+        if tensor.nnz:
+            found.append(tensor)
+            report.tensors.append(MaskedTensor(tensor.name, tensor.shape, dtype_name(tensor.dtype), tensor.nnz))
+    if not found:
+        raise SourceError(f"the {how} of these masks has no entries")
+    if out is not None:
+        check_not_input(out, list(files))
+        save(Adapter(found, manifest=report.notes), out)
+        report.file_bytes = out.stat().st_size
     return report

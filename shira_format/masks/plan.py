@@ -14,6 +14,7 @@ from shira_format._core.threads import Progress, Workers
 from shira_format.errors import SourceError
 from shira_format.format.codecs.runs import LENGTHS
 from shira_format.masks.base import Gradients, PlacedRule, Rule, ScoredRule
+from shira_format.masks.limits import Limits
 from shira_format.masks.rand import Rand
 from shira_format.masks.rows import best_of_rows
 from shira_format.masks.scores import Ranking
@@ -31,12 +32,14 @@ class MaskPlan:
         size: see :class:`Size`.
         runs: entries of an aligned run; 1: single entries.
         band: 0: the best entries, 1: the next so many, and so on.
+        limits: masks within and without which entries are chosen; None: all may be.
     """
 
     rule: Rule
     size: Size
     runs: int = 1
     band: int = 0
+    limits: Limits | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that cannot be meant."""
@@ -48,6 +51,21 @@ class MaskPlan:
             raise ValueError(
                 f"the rule {self.rule.name!r} ranks nothing: runs, band and scope have no meaning with it"
             )
+        if isinstance(self.rule, PlacedRule) and self.limits is not None:
+            raise ValueError(
+                f"the rule {self.rule.name!r} ranks nothing, and cannot choose within or without masks: combine its mask with these"
+            )
+
+    def taken(self, weights: Sequence[Weight]) -> list[Weight]:
+        """The weights that have entries within the limits.
+
+        Raises:
+            SourceError: none has.
+        """
+        found = [weight for weight in weights if self.limits is None or self.limits.takes(weight)]
+        if not found:
+            raise SourceError("no weight has entries within the masks")
+        return found
 
     @property
     def scope(self) -> str:
@@ -81,7 +99,8 @@ class MaskPlan:
         rule = self.rule
 
         def ranked(weight: Weight) -> Ranking:
-            return Ranking(rule.scores(weight, gradients), self.runs)
+            allowed = None if self.limits is None else self.limits.of(weight, self.runs)
+            return Ranking(rule.scores(weight, gradients), self.runs, allowed)
 
         engine = LocalEngine(workers, lambda count: progress(count * self.runs))
         if self.scope == "global":
@@ -101,8 +120,8 @@ class MaskPlan:
 
     def _of_one(self, ranking: Ranking, engine: LocalEngine, workers: Workers) -> tuple[Ranking, Indices]:
         count = self._in_runs(self.size.of(ranking.scores.weight))
-        self._check_band(count, ranking.size, f"tensor {ranking.name!r}: ")
-        if isinstance(self.rule, Rand):
+        self._check_band(count, ranking.available, f"tensor {ranking.name!r}: ")
+        if isinstance(self.rule, Rand) and ranking.allowed is None:
             for _ in self._ends():
                 engine.progress(ranking.size)
             return ranking, self.rule.drawn(ranking.scores.weight, ranking.size, count, self.band)
@@ -114,6 +133,9 @@ class MaskPlan:
         weight = ranking.scores.weight
         count = self._in_runs(self.size.of_row(weight))
         width = weight.matrices[1 if weight.inputs_first else 2] // self.runs
+        if ranking.allowed is not None:
+            rows, columns = weight.matrices[1], weight.matrices[2] // self.runs
+            width = ranking.allowed.least_of_rows(rows, columns, inputs_first=bool(weight.inputs_first))
         self._check_band(count, width, f"tensor {weight.name!r}: a row: ")
         return ranking, self._band(
             *(best_of_rows(ranking, times * count, engine.progress) for times in self._ends())
@@ -123,7 +145,7 @@ class MaskPlan:
         self, rankings: list[Ranking], total: int, engine: LocalEngine, workers: Workers
     ) -> Iterator[tuple[Ranking, Indices]]:
         count = self._in_runs(total)
-        self._check_band(count, sum(ranking.size for ranking in rankings), "")
+        self._check_band(count, sum(ranking.available for ranking in rankings), "")
         found = [_best(rankings, times * count, "global", engine, workers) for times in self._ends()]
         for ranking, *parts in zip(rankings, *found, strict=True):
             yield ranking, self._band(*parts)
@@ -141,8 +163,10 @@ class MaskPlan:
         return upper if lower is None else np.setdiff1d(upper, lower, assume_unique=True)
 
     def _check_band(self, count: int, size: int, where: str) -> None:
+        what = "entries" if self.runs == 1 else "runs"
+        if self.limits is not None and (self.band + 1) * count > size:
+            raise SourceError(f"{where}{(self.band + 1) * count} {what} are wanted, and {size} may be chosen")
         if self.band and (self.band + 1) * count > size:
-            what = "entries" if self.runs == 1 else "runs"
             raise SourceError(
                 f"{where}band {self.band} of {count} {what} each ends at the rank {(self.band + 1) * count} of {size}"
             )
@@ -153,7 +177,8 @@ class MaskPlan:
         mask = {"rule": self.rule.name} | self.rule.notes
         mask |= {"runs": self.runs} if self.runs > 1 else {}
         mask |= {"band": self.band} if self.band else {}
-        return {"mask": mask, "selection": {"rule": "mask"} | self.size.notes | {"scope": self.scope}}
+        limits = {} if self.limits is None else self.limits.notes
+        return {"mask": mask, "selection": {"rule": "mask"} | self.size.notes | {"scope": self.scope} | limits}
 
 
 def _best(

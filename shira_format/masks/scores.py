@@ -12,6 +12,7 @@ import numpy as np
 from shira_format._core.arrays import Array, Indices, scratch
 from shira_format.entries.changes import TILE, Tile
 from shira_format.errors import SourceError
+from shira_format.masks.limits import Allowed
 from shira_format.masks.weights import Weight
 
 _NOTHING = np.dtype(np.int8)  # of the columns for values, which a mask has not
@@ -47,10 +48,12 @@ class Ranking:
     Attributes:
         scores: of the entries.
         length: entries of a run, whose score is the sum of theirs, added one after the other; 1: single entries.
+        allowed: which of them may be chosen; None: all.
     """
 
     scores: Scores
     length: int = 1
+    allowed: Allowed | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +74,11 @@ class Ranking:
     @property
     def size(self) -> int:
         return -(-self.scores.weight.size // self.length)
+
+    @property
+    def available(self) -> int:
+        """How many may be chosen."""
+        return self.size if self.allowed is None else self.allowed.count
 
     @property
     def grain(self) -> int:
@@ -94,6 +102,8 @@ class Ranking:
         if self.scores.smallest:
             np.subtract(self._most().view(unsigned) - unsigned.type(1), bits, out=bits)
         bits += unsigned.type(1)
+        if self.allowed is not None:
+            self.allowed.bar(start, out)
         return Tile(out)
 
     def _most(self) -> Array:

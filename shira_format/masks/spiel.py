@@ -1,8 +1,7 @@
 """SpIEL: entries that are dropped and grown during training (Ansell et al., arXiv 2401.16405; github.com/AlanAnsell/peft).
 
 Every so many steps the entries whose deltas are smallest are dropped, and as many are grown where gradients, summed over the
-last few steps, are largest. These functions choose; who trains sets the deltas of grown entries to 0 and takes their optimizer
-state from the gradients that were summed.
+last few steps, are largest. These functions choose; :mod:`shira_format.training.regrow` changes the entries of a model.
 """
 
 from __future__ import annotations
@@ -41,8 +40,9 @@ class Schedule:
             raise ValueError(f"rate {self.rate} is not in (0, 1]")
 
     def sums(self, step: int) -> bool:
-        """Whether the gradients of step ``step`` (from 1) are summed: the first ``summed`` steps of each period."""
-        return (step - 1) % self.every < self.summed
+        """Whether the gradients of step ``step`` (from 1) are summed: the first ``summed`` steps of each period that ends in a change."""
+        place = (step - 1) % self.every
+        return place < self.summed and step - place + self.summed - 1 <= self.steps
 
     def changes(self, step: int) -> bool:
         """Whether entries change after step ``step`` (from 1)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,22 +174,39 @@ def _device(model: Any) -> Any:
     return next(model.parameters()).device
 
 
-def _draws(seed: int) -> Any:
-    """A generator for the labels of one batch, which the batch alone decides."""
+def own_loss(seed: int, *, causal: bool) -> Loss:
+    """The mean cross-entropy of next tokens, or of a classifier's labels, that are drawn from the model's own outputs.
+
+    Args:
+        seed: of the draw, which depends on it and on the tokens of a batch alone.
+        causal: next tokens; else the labels of transformers' classifiers, whose ``labels`` in a batch are not used.
+    """
     import torch
 
-    return torch.Generator().manual_seed(seed)
+    if causal:
+        return _causal(own_outputs=True, seed=seed)
+
+    def loss(model: Any, batch: Any) -> Any:
+        logits = model(**_inputs(model, batch)).logits.float()
+        return torch.nn.functional.cross_entropy(logits, _drawn(logits, batch, seed))
+
+    return loss
+
+
+def _inputs(model: Any, batch: Any) -> dict[str, Any]:
+    """A batch on the model's device, without labels, of which the model would compute another loss."""
+    return {key: value.to(_device(model)) for key, value in batch.items() if key not in ("labels", "classes")}
 
 
 def _causal(own_outputs: bool, seed: int) -> Loss:
     import torch
 
     def loss(model: Any, batch: Any) -> Any:
-        moved = {key: value.to(_device(model)) for key, value in batch.items()}
+        moved = _inputs(model, batch)
         logits = model(**moved).logits[:, :-1].float()
         labels = moved["input_ids"][:, 1:]
         if own_outputs:
-            labels = _drawn(logits, _draws(seed))
+            labels = _drawn(logits, batch, seed)
         counted = moved["attention_mask"][:, 1:] != 0
         if not bool(counted.any()):
             raise SourceError("a batch has no text of two tokens or more")
@@ -197,10 +215,12 @@ def _causal(own_outputs: bool, seed: int) -> Loss:
     return loss
 
 
-def _drawn(logits: Any, generator: Any) -> Any:
-    """One class for each row of ``[..., classes]``, drawn by the softmax."""
+def _drawn(logits: Any, batch: Any, seed: int) -> Any:
+    """One class for each row of ``[..., classes]``, drawn by the softmax; each batch has random numbers of its own."""
     import torch
 
+    tokens = batch["input_ids"].cpu().numpy().tobytes()
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} ".encode() + tokens))
     shares = logits.detach().softmax(-1).cpu().reshape(-1, logits.shape[-1])
     found = torch.multinomial(shares, 1, generator=generator)
     return found.reshape(logits.shape[:-1]).to(logits.device)
@@ -208,7 +228,7 @@ def _drawn(logits: Any, generator: Any) -> Any:
 
 def _pooled(model: Any, batch: Any) -> Any:
     """The mean of the last hidden states over a text's tokens, ``[texts, hidden]`` float32."""
-    moved = {key: value.to(_device(model)) for key, value in batch.items() if key != "classes"}
+    moved = _inputs(model, batch)
     hidden = model(**moved, output_hidden_states=True).hidden_states[-1].float()
     mask = moved["attention_mask"][:, :, None].float()
     return (hidden * mask).sum(1) / mask.sum(1)
@@ -245,7 +265,7 @@ def _classifier(
         inner, outer = (part.to(pooled) for part in head)
         logits = pooled @ inner.T + outer
         labels = (
-            _drawn(logits, _draws(seed)) if own_outputs else torch.tensor(batch["classes"], device=logits.device)
+            _drawn(logits, batch, seed) if own_outputs else torch.tensor(batch["classes"], device=logits.device)
         )
         return torch.nn.functional.cross_entropy(logits, labels)
 

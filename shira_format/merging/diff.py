@@ -114,10 +114,7 @@ def diff(
         True
     """
     chosen = name_filter(include, exclude)
-    a, b = (
-        one if isinstance(one, Adapter) else AdapterFile(one, separate_maps=True).adapter()
-        for one in (first, second)
-    )
+    a, b = (one if isinstance(one, Adapter) else AdapterFile(one).adapter() for one in (first, second))
     gone = [{name for name in one.removed if chosen(name)} for one in (a, b)]
     found = Differences(
         alpha=(a.alpha, b.alpha),

@@ -27,7 +27,7 @@ from shira_format.merging.methods import METHODS
 from shira_format.merging.report import MergedTensor, MergeReport
 from shira_format.merging.settings import Settings
 from shira_format.names.filters import name_filter
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
 
 

@@ -19,7 +19,7 @@ from shira_format.merging.inputs import NO_TENSOR, Base, Input, Source, open_bas
 from shira_format.merging.report import MergedTensor, MergeReport
 from shira_format.merging.run import open_merge
 from shira_format.names.filters import name_filter
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_not_input
 from shira_format.tensors import SparseTensor
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ import errno
 import mmap
 import os
 import re
+import stat
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -52,11 +53,16 @@ class LocalFile:
     """A local file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError if it cannot be opened."""
+        """Raises OSError if it cannot be opened, or is a pipe or a device."""
         self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the object
+        # lives as long as the object
+        self._file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-        self.size = os.fstat(self._file.fileno()).st_size
+        status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            self._file.close()
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        self.size = status.st_size
         self._lock = threading.Lock()
 
     def read_into(self, start: int, out: memoryview) -> None:
@@ -93,15 +99,36 @@ class LocalFile:
         return OSError(errno.EIO, "the file has become shorter", str(self._path))
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe without waiting for a writer. Has no effect on reading a regular file."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+class MemoryFile:
+    """The content of a file in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.size = len(content)
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        out[:] = self.view(start, start + len(out))
+
+    def view(self, start: int, stop: int) -> Any:
+        return memoryview(self._content)[start:stop]
+
+    def close(self) -> None:
+        """Memory needs none."""
+
+
 class RemoteFile:
     """A file behind fsspec: object stores, shared storage, archives."""
 
     def __init__(self, path: Any) -> None:
         """Args: ``path`` is a ``UPath``. Raises SourceError if there is no such file."""
         self._url, self._fs, self._path = str(path), path.fs, path.path
-        # Asynchronous filesystems run requests in a loop of their own, so any thread may send one.
-        self._turn: Any = nullcontext() if self._fs.async_impl else _ONE_AT_A_TIME
-        with _named(self._url), self._turn:
+        self._turn: Any = one_at_a_time(self._fs)
+        with naming(self._url), self._turn:
             size = self._fs.size(self._path)
         if size is None:
             raise SourceError(f"{self._url}: its size is not known, so parts of it cannot be read")
@@ -113,7 +140,7 @@ class RemoteFile:
     def view(self, start: int, stop: int) -> Any:
         if start == stop:
             return b""
-        with _named(self._url), self._turn:
+        with naming(self._url), self._turn:
             found = self._fs.cat_file(self._path, start=start, end=stop)
         if len(found) != stop - start:
             raise SourceError(
@@ -126,8 +153,14 @@ class RemoteFile:
         """Nothing stays open between reads."""
 
 
+def one_at_a_time(filesystem: Any) -> Any:
+    """What threads hold while they use a filesystem of fsspec."""
+    # Asynchronous filesystems run requests in a loop of their own, so any thread may send one.
+    return nullcontext() if filesystem.async_impl else _ONE_AT_A_TIME
+
+
 @contextmanager
-def _named(url: str) -> Iterator[None]:
+def naming(url: str) -> Iterator[None]:
     """Turn any exception into a SourceError that names ``url``: every filesystem raises exceptions of its own."""
     try:
         yield
@@ -156,6 +189,29 @@ def open_storage(path: Path) -> Storage:
     return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
 
 
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """The bytes of a file that :func:`resolve_path` returned, as it is now.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have; by default any number.
+
+    Raises:
+        OSError: it cannot be read, is a pipe or a device, or becomes shorter meanwhile.
+        SourceError: the same for a remote file; it is larger than ``limit``.
+        ValueError: the name holds a NUL.
+    """
+    storage = open_storage(path)
+    try:
+        if limit is not None and storage.size > limit:
+            raise SourceError(f"{path}: has {storage.size} bytes; at most {limit} are read")
+        content = bytearray(storage.size)
+        storage.read_into(0, memoryview(content))
+        return bytes(content)
+    finally:
+        storage.close()
+
+
 def resolve_path(path: str | os.PathLike[str]) -> Path:
     """A local path, ``hf://...`` (downloaded to the hub's cache) or another URL (through fsspec) as a path object.
 
@@ -174,16 +230,29 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
         return download(text)
     if _URL.match(text) is None:
         return Path(text)
-    with optional_import(f"{text}: URLs need fsspec", "remote"):
-        from upath import UPath
-    with _named(text):
-        found: Any = UPath(text)
-        if found.protocol in ("file", "local"):
-            return Path(found.path)
+    found: Any = unresolved(text)
+    if isinstance(found, Path):
+        return found
+    with naming(text):
         # Most filesystems say "does not exist" whatever the failure; stat raises the reason.
         if not found.exists():
             found.stat()
     return cast(Path, found)
+
+
+def unresolved(text: str) -> Any:
+    """A local path, or the ``UPath`` of a URL of fsspec at which there may be nothing yet.
+
+    Raises:
+        SourceError: the URL cannot be meant, or it needs a package that is not installed.
+    """
+    if _URL.match(text) is None:
+        return Path(text)
+    with optional_import(f"{text}: URLs need fsspec", "remote"):
+        from upath import UPath
+    with naming(text):
+        found: Any = UPath(text)
+        return Path(found.path) if found.protocol in ("file", "local") else found
 
 
 def hub_identity(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -196,14 +265,3 @@ def hub_identity(path: str | os.PathLike[str]) -> dict[str, str]:
     from shira_format.storage.hub import hub_identity as identified_by_hub
 
     return identified_by_hub(path)
-
-
-def check_not_input(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to overwrite an input.
-
-    Raises:
-        SourceError: ``out`` is one of ``inputs``.
-    """
-    local = [path for path in inputs if isinstance(path, Path) and path.exists()]
-    if out.exists() and any(out.samefile(path) for path in local):
-        raise SourceError(f"{out}: is one of the inputs")

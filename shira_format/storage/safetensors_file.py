@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shira_format._core.arrays import Array, as_bytes, read_only
+from shira_format._core.arrays import Array, as_bytes, frozen, read_only
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
-from shira_format.storage.paths import open_storage
+from shira_format.storage.paths import MemoryFile, open_storage
 from shira_format.tensors import MAX_NUMEL, MAX_RANK, numel
 
 MAX_HEADER = 100_000_000
@@ -57,10 +57,11 @@ class SafetensorsFile(Mapping[str, Stream]):
         OSError: the file cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
+        """Args: ``content``: the file's bytes, if they have been read; then nothing else is."""
         # A UPath, of a remote file, is not a Path and stays a UPath.
         self.path = Path(path) if isinstance(path, str) else path
-        self._storage = open_storage(self.path)
+        self._storage = open_storage(self.path) if content is None else MemoryFile(content)
         try:
             self.size = self._storage.size
             self._start, header = self._read_header()
@@ -72,12 +73,11 @@ class SafetensorsFile(Mapping[str, Stream]):
         except BaseException:
             self._storage.close()
             raise
-        self._map: Any = None
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self.size < 8:
             raise FormatError("file-truncated", f"not a safetensors file: it has only {self.size} bytes")
-        prefix = bytes(self._storage.view(0, 8))
+        prefix = self._read(0, 8)
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
             # The first 8 bytes of a file of another kind make an absurd length.
@@ -86,13 +86,19 @@ class SafetensorsFile(Mapping[str, Stream]):
             raise FormatError("header-too-large", reason)
         if 8 + length > self.size:
             raise FormatError("file-truncated", f"a header of {length} bytes in a file of {self.size}")
-        text = bytes(self._storage.view(8, 8 + length))
+        text = self._read(8, length)
         if not text.startswith(b"{"):
             raise FormatError("header-json", "the header does not start with '{'")
         text = text.rstrip(b" ")
         if not text.endswith(b"}"):
             raise FormatError("header-json", "the header's object is followed by something other than spaces")
         return 8 + length, parse_object(text, "header-json")
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Read, not mapped: the file may be cut meanwhile."""
+        found = bytearray(size)
+        self._storage.read_into(start, memoryview(found))
+        return bytes(found)
 
     def __getitem__(self, name: str) -> Stream:
         return self._streams[name]
@@ -104,23 +110,15 @@ class SafetensorsFile(Mapping[str, Stream]):
         return len(self._streams)
 
     def read(self, name: str) -> Array:
-        """The array ``name``, read-only, from one memory map of the file that all arrays share.
-
-        Only pages that are accessed are read. The map lives as long as any of its arrays.
-        """
+        """The array ``name``, read-only, read into memory of its own: later changes of the file do not reach it."""
         stream = self._streams[name]
-        if stream.nbytes == 0:
-            return _array(b"", 0, stream)
-        if not isinstance(self.path, Path):
-            return self.read_separately(name)
-        if self._map is None:
-            self._map = self._storage.view(0, self.size)
-        return _array(self._map, self._start + stream.begin, stream)
+        return frozen(_shaped(self.read_part(name, 0, numel(stream.shape)), stream))
 
-    def read_separately(self, name: str) -> Array:
+    def mapped(self, name: str) -> Array:
         """The array ``name``, read-only, from a memory map of its own, which is freed with the array.
 
-        For checkpoints: memory stays at one tensor, however large the file.
+        For checkpoints: memory stays at one tensor, however large the file. If the file is cut meanwhile, access kills the
+        process; if it is overwritten, the array changes.
         """
         stream = self._streams[name]
         return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
@@ -145,14 +143,16 @@ class SafetensorsFile(Mapping[str, Stream]):
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
-        self._map = None
         self._storage.close()
 
 
 def _array(buffer: Any, offset: int, stream: Stream) -> Array:
-    flat = np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset)
+    return read_only(_shaped(np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset), stream))
+
+
+def _shaped(flat: Array, stream: Stream) -> Array:
     try:
-        return read_only(flat.reshape(stream.shape))
+        return flat.reshape(stream.shape)
     except ValueError as error:  # no elements, but a shape that numpy cannot hold
         raise FormatError("shape-overflow", f"shape {list(stream.shape)}: {error}") from None
 

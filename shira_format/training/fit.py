@@ -16,7 +16,9 @@ import torch
 
 from shira_format.errors import SourceError
 from shira_format.training.report import Quality, Run
+from shira_format.training.sparse import SparseParameters
 from shira_format.training.texts import Collator
+from shira_format.training.trained import training_of
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Where none is given. An entry of a weight moves by itself, and takes larger steps than the factors of a LoRA.
@@ -110,9 +112,9 @@ class Fitter:
         run.learning_rate = rate
         start = time.perf_counter()
         with _quiet():
-            made = self._trainer(
-                model, run, folder, trainer, rate, self.schedule.of(len(self.rows.train)), on_step
-            )
+            steps = self.schedule.of(len(self.rows.train))
+            made = self._trainer(model, run, folder, trainer, rate, steps, on_step)
+            _restart(model, steps)
             made.train(resume_from_checkpoint=resume)
         run.seconds = time.perf_counter() - start
         run.steps = made.state.global_step
@@ -162,6 +164,7 @@ class Fitter:
                 made = fitter._trainer(
                     model, Run(run.method, 0), folder / f"pilot-{rate:g}", trainer, rate, steps, on_step
                 )
+                _restart(model, steps)
                 made.train()
             loss = fitter.quality(model, texts).loss
             run.tried[rate] = loss if math.isfinite(loss) else math.inf
@@ -169,6 +172,7 @@ class Fitter:
                 for name, parameter in model.named_parameters():
                     if name in before:
                         parameter.copy_(before[name])
+            _restart(model, steps)
         return min(run.tried, key=run.tried.__getitem__)
 
     def _trainer(
@@ -200,6 +204,13 @@ class Fitter:
             data_collator=self.collate, callbacks=callbacks,
             compute_metrics=None if self.causal else _accuracy,
         )  # fmt: skip
+
+
+def _restart(model: Any, steps: int) -> None:
+    """Entries that change in training are those that it starts with, and change over so many steps."""
+    training = training_of(model)
+    if isinstance(training, SparseParameters) and training.regrowth is not None:
+        training.regrowth.restart(steps)
 
 
 def _accuracy(predicted: Any) -> dict[str, float]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shira_format.training.candidates import Candidates
 from shira_format.training.pattern import MatrixPattern, gradient, gradient_at
+from shira_format.training.sampling import multiplied
 from shira_format.training.weight import SparseWeight, held_by, refresh
 
 
@@ -74,8 +76,7 @@ def _seen(attribute: str) -> property:
         refresh(held)
         if not torch.is_grad_enabled():
             return weight
-        found: Tensor = _Gathered.apply(held.values(), weight, held.pattern)  # type: ignore[no-untyped-call]
-        return found
+        return _applied(_Gathered, held, held.values(), weight)
 
     return property(read)
 
@@ -84,20 +85,53 @@ class _Gathered(torch.autograd.Function):
     """The weight; its gradient is gathered at the entries, and dropped."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, pattern: MatrixPattern) -> Tensor:
-        ctx.pattern, ctx.dtype = pattern, values.dtype
+    def forward(
+        ctx: Any, values: Tensor, weight: Tensor, pattern: MatrixPattern, candidates: Candidates | None
+    ) -> Tensor:
+        ctx.pattern, ctx.dtype, ctx.candidates = pattern, values.dtype, candidates
         return weight.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        at = ctx.pattern.index_on(grad.device)
-        return grad.reshape(-1).index_select(0, at).to(ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _of_dense(ctx, grad), None, None, None
 
 
-def _at_entries(outer: Tensor, inner: Tensor, pattern: MatrixPattern) -> Tensor:
+def _applied(function: Any, held: SparseWeight, *inputs: Any) -> Tensor:
+    """A function of this module, whose last arguments are the entries and what takes dense gradients, if they are summed."""
+    if held.candidates is None:
+        found: Tensor = function.apply(*inputs, held.pattern, None)
+        return found
+    held.candidates.listen(held.parameter("values"))
+    summed: Tensor = _uncompiled(function, *inputs, held.pattern, held.candidates)
+    return summed
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(function: Any, *inputs: Any) -> Tensor:
+    """The few steps whose gradients are summed are not compiled: sums are kept on the way."""
+    found: Tensor = function.apply(*inputs)
+    return found
+
+
+def _of_dense(ctx: Any, dense: Tensor) -> Tensor:
+    """The gradient at the entries of a dense one, which candidates see before it is dropped."""
+    if ctx.candidates is not None:
+        ctx.candidates.add(dense)
+    return dense.reshape(-1).index_select(0, ctx.pattern.index_on(dense.device)).to(ctx.dtype)
+
+
+def _of_product(ctx: Any, outer: Tensor, inner: Tensor) -> Tensor:
+    """The gradient at the entries of ``outer^T inner``."""
+    if ctx.candidates is not None:
+        return _of_dense(ctx, multiplied(outer.t(), inner))
     if torch.compiler.is_compiling():
-        return gradient_at(outer, inner, pattern)
-    return gradient(outer, inner, pattern)
+        return gradient_at(outer, inner, ctx.pattern).to(ctx.dtype)
+    return gradient(outer, inner, ctx.pattern).to(ctx.dtype)
+
+
+def _kept(ctx: Any, inner: Tensor) -> Tensor:
+    """What of the inner factor the gradient needs: all of it, if candidates see the whole product."""
+    return inner if ctx.candidates is not None else ctx.pattern.kept_inputs(inner)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -112,9 +146,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, pattern: MatrixPattern
-    ) -> Tensor:
-        _keep(ctx, x, values, weight, pattern)
+        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, pattern: MatrixPattern, candidates: Candidates | None
+    ) -> Tensor:  # fmt: skip
+        ctx.pattern, ctx.dtype, ctx.candidates = pattern, values.dtype, candidates
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(_kept(ctx, _autocast(flat)) if ctx.needs_input_grad[1] else None, weight)
         return functional.linear(x, weight, bias)
 
     @staticmethod
@@ -122,13 +158,13 @@ class _Linear(torch.autograd.Function):
         kept, weight = ctx.saved_tensors
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = grad @ weight.to(grad.dtype)
+            dx = multiplied(grad, weight.to(grad.dtype)).to(grad.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
-            dvalues = _at_entries(flat, kept.to(grad.dtype), ctx.pattern).to(ctx.dtype)
+            dvalues = _of_product(ctx, flat, kept.to(grad.dtype))
         if ctx.needs_input_grad[3]:
             dbias = flat.sum(0)
-        return dx, dvalues, None, dbias, None
+        return dx, dvalues, None, dbias, None, None
 
 
 class _Conv1D(torch.autograd.Function):
@@ -136,9 +172,9 @@ class _Conv1D(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor, pattern: MatrixPattern
-    ) -> Tensor:
-        ctx.pattern, ctx.dtype = pattern, values.dtype
+        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor, pattern: MatrixPattern, candidates: Candidates | None
+    ) -> Tensor:  # fmt: skip
+        ctx.pattern, ctx.dtype, ctx.candidates = pattern, values.dtype, candidates
         needs = ctx.needs_input_grad[1]
         ctx.save_for_backward(_autocast(x.reshape(-1, x.shape[-1])) if needs else None, weight)
         return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
@@ -148,13 +184,13 @@ class _Conv1D(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = grad @ weight.to(grad.dtype).t()
+            dx = multiplied(grad, weight.to(grad.dtype).t()).to(grad.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
-            dvalues = _at_entries(x.to(grad.dtype), ctx.pattern.kept_inputs(flat), ctx.pattern).to(ctx.dtype)
+            dvalues = _of_product(ctx, x.to(grad.dtype), _kept(ctx, flat))
         if ctx.needs_input_grad[3]:
             dbias = flat.sum(0)
-        return dx, dvalues, None, dbias, None
+        return dx, dvalues, None, dbias, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -162,17 +198,26 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, values: Tensor, weight: Tensor, pattern: MatrixPattern, padding: int | None, by_frequency: bool
+        ctx: Any, tokens: Tensor, values: Tensor, weight: Tensor, padding: int | None, by_frequency: bool,
+        pattern: MatrixPattern, candidates: Candidates | None,
     ) -> Tensor:  # fmt: skip
-        ctx.pattern, ctx.dtype, ctx.padding, ctx.by_frequency = pattern, values.dtype, padding, by_frequency
+        ctx.pattern, ctx.dtype, ctx.candidates = pattern, values.dtype, candidates
+        ctx.padding, ctx.by_frequency = padding, by_frequency
         ctx.save_for_backward(tokens)
         return functional.embedding(tokens, weight, padding)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
+        if ctx.candidates is not None:
+            padding = -1 if ctx.padding is None else ctx.padding
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            dense = torch.ops.aten.embedding_dense_backward(
+                wide, tokens, ctx.pattern.shape[0], padding, ctx.by_frequency
+            )
+            return None, _of_dense(ctx, dense), None, None, None, None, None
         found = _embedding_gradient(tokens, grad, ctx.pattern, ctx.padding, by_frequency=ctx.by_frequency)
-        return None, found.to(ctx.dtype), None, None, None, None
+        return None, found.to(ctx.dtype), None, None, None, None, None
 
 
 def _embedding_gradient(
@@ -199,13 +244,6 @@ def _embedding_gradient(
     return found
 
 
-def _keep(ctx: Any, x: Tensor, values: Tensor, weight: Tensor, pattern: MatrixPattern) -> None:
-    ctx.pattern, ctx.dtype = pattern, values.dtype
-    flat = x.reshape(-1, x.shape[-1])
-    kept = pattern.kept_inputs(_autocast(flat)) if ctx.needs_input_grad[1] else None
-    ctx.save_for_backward(kept, weight)
-
-
 def _held(module: nn.Module) -> tuple[SparseWeight, Tensor]:
     held = held_by(module)["weight"]
     refresh(held)
@@ -219,8 +257,7 @@ def _linear(self: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - torch's n
     held, weight = _held(self)
     if not torch.is_grad_enabled():
         return functional.linear(input, weight, self.bias)  # type: ignore[arg-type]
-    found: Tensor = _Linear.apply(input, held.values(), weight, self.bias, held.pattern)  # type: ignore[no-untyped-call]
-    return found
+    return _applied(_Linear, held, input, held.values(), weight, self.bias)
 
 
 def _conv1d(self: nn.Module, x: Tensor) -> Tensor:
@@ -229,8 +266,7 @@ def _conv1d(self: nn.Module, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)  # type: ignore[arg-type]
         return flat.view(*x.shape[:-1], weight.shape[1])
-    found: Tensor = _Conv1D.apply(x, held.values(), weight, self.bias, held.pattern)  # type: ignore[no-untyped-call]
-    return found
+    return _applied(_Conv1D, held, x, held.values(), weight, self.bias)
 
 
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
@@ -238,7 +274,4 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:  # noqa: A002 - tor
     held, weight = _held(self)
     if not torch.is_grad_enabled():
         return functional.embedding(input, weight, self.padding_idx)
-    found: Tensor = _Embedding.apply(  # type: ignore[no-untyped-call]
-        input, held.values(), weight, held.pattern, self.padding_idx, self.scale_grad_by_freq
-    )
-    return found
+    return _applied(_Embedding, held, input, held.values(), weight, self.padding_idx, self.scale_grad_by_freq)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shira_format._core.optional import optional_import
 from shira_format.calibration.texts import silent
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.errors import SourceError
+
+Kind = Literal["classifier", "causal", "encoder"]
+_CLASSES = {
+    "classifier": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+    "encoder": "AutoModel",
+}
 
 
 @dataclass(frozen=True)
@@ -45,22 +52,39 @@ def load_trained_model(base: Path, labels: Sequence[str], seed: int) -> TrainedM
     """
     with optional_import("training needs torch, transformers and accelerate", "train"):
         import accelerate  # noqa: F401 - transformers' Trainer asks for it late
-        import torch
-        import transformers
-    folder, gguf = _place(base)
-    options: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": gguf} if gguf else {})
     more: dict[str, Any] = {}
     if labels:
         more = {
             "num_labels": len(labels), "id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True,
             "label2id": {label: number for number, label in enumerate(labels)},
         }  # fmt: skip
-    made = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    return load_live_model(base, "classifier" if labels else "causal", seed=seed, **more)
+
+
+def load_live_model(base: Path, kind: Kind, *, dtype: Any = "auto", seed: int = 0, **more: Any) -> TrainedModel:
+    """Load a model of one kind; no code in its folder is run, nothing is downloaded.
+
+    Args:
+        base: a folder, a ``.gguf`` file, or a folder with one of these and nothing else to load.
+        kind: what is on top: a classification head, a language model's, or nothing.
+        dtype: of its parameters; by default that of the files.
+        seed: of a new head.
+        more: for the model's configuration.
+
+    Raises:
+        SourceError: a package is missing, transformers cannot load the files, or weights of the model are missing.
+    """
+    with optional_import("running a model needs torch and transformers", "torch"):
+        import torch
+        import transformers
+    folder, gguf = _place(base)
+    options: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": gguf} if gguf else {})
+    made = getattr(transformers, _CLASSES[kind])
     with silent(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             torch.manual_seed(seed)
-            model, info = made.from_pretrained(folder, dtype="auto", output_loading_info=True, **options, **more)
+            model, info = made.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options, **more)
         except MemoryError:
             raise
         except Exception as error:
@@ -68,7 +92,7 @@ def load_trained_model(base: Path, labels: Sequence[str], seed: int) -> TrainedM
             raise SourceError(f"{base}: transformers cannot load it: {reason}") from error
     if gguf:
         _dequantised(model)
-    new = _new(base, model, info, classifier=bool(labels))
+    new = _new(base, model, info, kind)
     _pad(base, tokenizer, model)
     limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
@@ -92,13 +116,15 @@ def _place(base: Path) -> tuple[Path, str | None]:
     return base, files[0]
 
 
-def _new(base: Path, model: Any, info: Any, *, classifier: bool) -> tuple[str, ...]:
-    """The parameters that the files lack; only those of a head may be missing."""
+def _new(base: Path, model: Any, info: Any, kind: Kind) -> tuple[str, ...]:
+    """The parameters that the files lack; only those of a head may be missing, or of a pooler that nothing is done with."""
     mismatched = [name for name, *_ in info.get("mismatched_keys", ())]
     missing = sorted({*map(str, info["missing_keys"]), *map(str, mismatched)})
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     inner = [name for name in missing if name.startswith(prefix)]
-    if (inner or missing) and not classifier:
+    if kind == "encoder":
+        missing = [name for name in missing if not name.startswith("pooler.")]
+    if (inner or missing) and kind != "classifier":
         raise SourceError(f"{base}: {len(missing)} weights are missing, such as {missing[0]!r}")
     if inner:
         raise SourceError(f"{base}: {len(inner)} weights are missing within the model, such as {inner[0]!r}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shira_format._core.arrays import Array, Indices
+from shira_format.training.sampling import is_compiled, multiplied, sampled_product
 
 Method = Literal["auto", "sampled", "dense"]
 METHODS: tuple[Method, ...] = ("auto", "sampled", "dense")
@@ -24,7 +25,8 @@ METHODS: tuple[Method, ...] = ("auto", "sampled", "dense")
 # Measured on one core with AVX-512, matrices of 384 x 384 to 2816 x 1024: below these densities of the rest, entry by entry is
 # faster than the dense product. That is a rule and not a race at each start, so that a run can be repeated to the bit.
 _SAMPLED_BELOW = {torch.float32: 0.2, torch.float64: 0.2}
-_SAMPLED_BELOW_HALF = 0.02  # of bf16 and fp16, whose dense product is faster, and which are sampled in float32
+# Of bf16 and fp16, whose dense product is faster, and which are sampled in float32: by our compiled loops, and without them.
+_SAMPLED_BELOW_HALF = (0.12, 0.06)
 
 # Columns of the inputs are copied and kept, rather than all of them, if they are at most this share.
 _NARROW = 0.25
@@ -81,11 +83,13 @@ class MatrixPattern:
         """``[K]``: the column of each entry."""
         return self.indices % self.shape[1]
 
-    def is_sampled(self, dtype: torch.dtype) -> bool:
+    def is_sampled(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the rest is computed entry by entry, for factors of ``dtype``."""
         if self.method != "auto":
             return self.method == "sampled"
-        limit = _SAMPLED_BELOW.get(dtype, _SAMPLED_BELOW_HALF)
+        limit = _SAMPLED_BELOW.get(dtype)
+        if limit is None:
+            limit = _SAMPLED_BELOW_HALF[0 if is_compiled(device, dtype) else 1]
         return self.rest_size <= limit * self.shape[0] * self.shape[1]
 
     def describe(self) -> str:
@@ -188,15 +192,15 @@ def gradient(outer: Tensor, inner: Tensor, pattern: MatrixPattern) -> Tensor:
     """
     at = pattern.on(outer.device)
     if at.only_rows:
-        return (outer.index_select(1, at.rows).t() @ inner).reshape(-1)
-    sampled = len(at.places) > 0 and pattern.is_sampled(outer.dtype)
+        return multiplied(outer.index_select(1, at.rows).t(), inner).reshape(-1)
+    sampled = len(at.places) > 0 and pattern.is_sampled(outer.dtype, outer.device)
     if at.only_rest:
         return _rest(outer, inner, at, sampled=sampled)
     found = torch.empty(at.size, dtype=outer.dtype if not sampled else _sampling(outer.dtype), device=outer.device)
     if len(at.rows):
-        found[at.rows_at] = (outer.index_select(1, at.rows).t() @ inner).reshape(-1).to(found.dtype)
+        found[at.rows_at] = multiplied(outer.index_select(1, at.rows).t(), inner).reshape(-1).to(found.dtype)
     if len(at.columns):
-        product = outer.t() @ inner.index_select(1, at.columns)
+        product = multiplied(outer.t(), inner.index_select(1, at.columns))
         found[at.columns_at] = product.reshape(-1)[at.columns_from].to(found.dtype)
     if len(at.rest_at):
         found[at.rest_at] = _rest(outer, inner, at, sampled=sampled).to(found.dtype)
@@ -205,16 +209,8 @@ def gradient(outer: Tensor, inner: Tensor, pattern: MatrixPattern) -> Tensor:
 
 def _rest(outer: Tensor, inner: Tensor, at: _Placed, *, sampled: bool) -> Tensor:
     if not sampled:
-        return (outer.t() @ inner).reshape(-1).index_select(0, at.flat())
-    dtype = _sampling(outer.dtype)
-    zeros = torch.zeros(len(at.places), dtype=dtype, device=outer.device)
-    with warnings.catch_warnings():  # torch calls these tensors a beta, once
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        wanted = torch.sparse_csr_tensor(
-            at.starts, at.places, zeros, (outer.shape[1], at.width), check_invariants=False
-        )
-    found: Tensor = torch.sparse.sampled_addmm(wanted, outer.to(dtype).t(), inner.to(dtype), beta=0.0).values()
-    return found
+        return multiplied(outer.t(), inner).reshape(-1).index_select(0, at.flat())
+    return sampled_product(outer, inner, at.starts, at.places)
 
 
 def _sampling(dtype: torch.dtype) -> torch.dtype:

@@ -15,9 +15,10 @@ from shira_format._core.optional import optional_import
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.format import load
+from shira_format.masks.gradients import Loss
 from shira_format.masks.make import Calibration, MaskReport, mask_tensors, provenance
 from shira_format.masks.plan import MaskPlan
-from shira_format.masks.tasks import weights_in_files
+from shira_format.masks.tasks import own_loss, weights_in_files
 from shira_format.storage.paths import hub_identity
 from shira_format.tensors import matrix_shape
 from shira_format.training.fit import Fitter, OnStep, Rows, Schedule
@@ -26,6 +27,8 @@ from shira_format.training.report import Run, TrainingReport
 from shira_format.training.sparse import Options, SparseParameters, sparse_parameters
 from shira_format.training.texts import Task, TextFile, read_file, split, tokenized
 from shira_format.training.trainer import adapter_trainer
+
+_SUMMED = 5  # steps whose gradients are summed before entries change
 
 # Without a choice of the user's: the matrices of the model's blocks, neither embeddings nor heads.
 BLOCKS = r"\.\d+\."
@@ -41,6 +44,8 @@ class Plan:
         include: regexes on the checkpoint's names; by default the blocks' matrices.
         exclude: regexes.
         options: how entries are trained.
+        regrow: steps from one change of entries to the next (:meth:`SparseParameters.regrow`); 0: a tenth of all steps, at most 100;
+            None: entries do not change.
         schedule: how long and how fast.
         validation: share of the texts that is held out.
         limit: the first so many texts only.
@@ -55,6 +60,7 @@ class Plan:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     options: Options = field(default_factory=Options)
+    regrow: int | None = None
     schedule: Schedule = field(default_factory=Schedule)
     validation: float = 0.2
     limit: int | None = None
@@ -158,19 +164,26 @@ def _mask(base: Path, plan: Plan, loaded: TrainedModel, fitter: Fitter, report: 
         report.notices.append(f"not masked, because no tensor in the files has the name: {unknown[0]}")
     calibration, stack = None, ExitStack()
     if plan.mask.rule.gradients:
-        size = plan.schedule.batch
-        chosen = [fitter.rows.train[at : at + size] for at in range(0, len(fitter.rows.train), size)]
-        batches = [fitter.collate(rows) for rows in chosen[: plan.calibration]]
-        if plan.mask.rule.gradients == "squares":
-            raise SourceError(
-                f"the rule {plan.mask.rule.name!r} needs one text at a time and labels of the model's own: make a mask file (shira-mask), and "
-                "give that"
-            )
+        texts = fitter.rows.train[: plan.calibration * plan.schedule.batch]
+        batches = _collated(fitter, texts, plan.schedule.batch)
         stack.enter_context(_fitted_head(loaded, batches))
-        calibration = Calibration(loaded.model, batches, lambda model, batch: model(**batch).loss, leave_out=True)
+        loss: Loss = _loss_of_labels
+        if (
+            plan.mask.rule.gradients == "squares"
+        ):  # the Fisher information: of single texts, whose labels the model draws
+            batches, loss = _collated(fitter, texts, 1), own_loss(plan.schedule.seed, causal=fitter.causal)
+        calibration = Calibration(loaded.model, batches, loss, leave_out=True)
     with stack:
         found = list(mask_tensors(plan.mask, weights, calibration, MaskReport()))
     return Adapter(found, manifest=provenance(plan.mask, base, plan.include, plan.exclude, calibration))
+
+
+def _collated(fitter: Fitter, texts: Sequence[dict[str, Any]], size: int) -> list[Any]:
+    return [fitter.collate(list(texts[at : at + size])) for at in range(0, len(texts), size)]
+
+
+def _loss_of_labels(model: Any, batch: Any) -> Any:
+    return model(**batch).loss
 
 
 _HEAD_PASSES, _HEAD_RATE = 4, 1e-2
@@ -205,6 +218,10 @@ def _attached(plan: Plan, loaded: TrainedModel, mask: Adapter, report: TrainingR
         loaded.model, mask, dtype=options.dtype or torch.float32, rounding=options.rounding, seed=options.seed,
         method=options.method, dora=options.dora, new=[rf"^{_escaped(name)}$" for name in loaded.new],
     )  # fmt: skip
+    if plan.regrow is not None:
+        steps = plan.schedule.of(report.train)
+        every = plan.regrow or min(max(steps // 10, 1), 100)
+        training.regrow(steps, every=every, summed=min(every, _SUMMED))
     report.mask = dict(training.mask.get("mask", {}))
     report.weights, report.nnz = len(training.weights), training.nnz
     report.numel = sum(weight.weight.numel() for weight in training.weights.values())

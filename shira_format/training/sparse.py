@@ -17,11 +17,13 @@ from shira_format._core.arrays import Array, as_array
 from shira_format.adapter import Adapter
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import load
+from shira_format.masks import spiel
 from shira_format.tensors import DenseTensor, matrix_shape
 from shira_format.training.dora import DoraWeight
 from shira_format.training.layers import is_switched, switch_back, switch_class
 from shira_format.training.masks import Mask, masked_weights, read_mask
 from shira_format.training.pattern import MatrixPattern, Method
+from shira_format.training.regrow import Regrowth
 from shira_format.training.rounding import ROUNDINGS, Rounding
 from shira_format.training.state import drop_state, load_states, read_state, write_state
 from shira_format.training.trained import (
@@ -66,9 +68,11 @@ class SparseParameters(Training):
         weights: the weights under training, by their names in the mask.
         options: how they are trained.
         resumed: the optimizer's state from the file, after :func:`resume`.
+        regrowth: what changes the entries during training (:mod:`shira_format.training.regrow`), if anything does.
     """
 
     resumed: Any = None
+    regrowth: Regrowth | None = None
 
     def __init__(
         self, model: nn.Module, mask: Mask, options: Options, whole: Sequence[str], new: Sequence[str], prefix: str | None
@@ -112,6 +116,45 @@ class SparseParameters(Training):
     def _written(self) -> Iterable[SparseWeight]:
         return self.weights.values()
 
+    def regrow(self, steps: int, *, every: int = 100, summed: int = 5, rate: float = 0.2) -> Regrowth:
+        """Drop and grow entries during the training (SpIEL, arXiv 2401.16405): they change after steps of the optimizer.
+
+        After the first ``summed`` steps, and then every ``every`` more, the entries whose values have moved least are dropped, and
+        as many others are grown where the gradients, summed over the ``summed`` steps before, are largest. The first time all entries
+        may change, since none has moved far by then: the mask that training starts with hardly matters. Later ``rate`` of them may,
+        which falls linearly to 0 over ``steps``. Each weight keeps its number of entries. Dropped ones have the base's bits
+        again, and what the optimizer holds for grown ones (momentum, second moments) starts at 0.
+
+        That is all that a loop or a trainer needs. Steps whose gradients are summed compute dense ones, of one weight at a time, and
+        are not compiled; the others cost what they always do. :meth:`save_state` and :func:`resume` keep the schedule.
+
+        Args:
+            steps: of the optimizer, that the training will make.
+            every: steps from one change to the next.
+            summed: steps whose gradients are summed before a change.
+            rate: the share of the entries that is replaced at first.
+
+        Raises:
+            ValueError: numbers that are no schedule.
+            SourceError: entries are regrown already, there are several processes, or the training is SHiRA-DoRA.
+
+        Example:
+            >>> training = sparse_parameters(model, "mask.st")
+            >>> training.regrow(steps=1000, every=100)
+        """
+        if self.regrowth is not None:
+            raise SourceError("the entries of this training are regrown already")
+        if self.options.dora:
+            raise SourceError(
+                "regrowth changes entries, and not the magnitudes of SHiRA-DoRA: leave one of them out"
+            )
+        self.regrowth = Regrowth(self.weights, spiel.Schedule(steps, every, summed, rate))
+        start = self.mask.get("mask", {})
+        if start.get("rule") != "spiel":  # it is, of a run that goes on
+            start = {"start" if key == "rule" else key: value for key, value in start.items()}
+        self.mask["mask"] = start | self.regrowth.notes()
+        return self.regrowth
+
     def detach(self, *, restore: bool = False) -> None:
         """End the training: modules are what they were, and the weights keep their trained values.
 
@@ -125,6 +168,8 @@ class SparseParameters(Training):
         for module in modules:
             if is_switched(module):
                 switch_back(module)
+        if self.regrowth is not None:
+            self.regrowth.stop()
         self._forget()
 
     def state(self) -> dict[str, Any]:
@@ -132,12 +177,15 @@ class SparseParameters(Training):
         return {
             "options": asdict(self.options) | {"dtype": str(self.options.dtype or "")},
             "weights": {name: weight.state() for name, weight in self.weights.items()},
+            "regrowth": None if self.regrowth is None else self.regrowth.state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         for name, weight in self.weights.items():
             weight.set_state(state["weights"][name])
+        if self.regrowth is not None:
+            self.regrowth.set_state(state["regrowth"])
 
     def save(self, path: str | os.PathLike[str], **more: Any) -> None:
         """Write the adapter file, at any step; see :meth:`Training.save`. A state beside it, of what it replaces, is removed."""
@@ -246,6 +294,8 @@ def resume(
         model, found, whole=_exactly(set(dense) - set(new)), new=_exactly(new), freeze=freeze, prefix=prefix, **options
     )  # fmt: skip
     try:
+        if state is not None and (regrowth := state.get("regrowth")) is not None:
+            training.regrow(**regrowth["schedule"])
         take_adapter(training, found, state)
     except BaseException:
         training.detach(restore=True)
@@ -266,8 +316,14 @@ def take_adapter(training: SparseParameters, adapter: Adapter, state: Mapping[st
         SourceError: it is of another mask.
     """
     for name, weight in training.weights.items():
-        if name not in adapter or not np.array_equal(adapter[name].indices, weight.indices):
+        found = adapter[name].indices if name in adapter else np.empty(0, np.int64)
+        if not np.array_equal(found, weight.indices) and (
+            training.regrowth is None or len(found) != len(weight.indices)
+        ):
             raise SourceError(f"the adapter has other entries of {name!r} than the mask")
+    if state is not None and (state.get("regrowth") is None) != (training.regrowth is None):
+        before, now = ("regrown", "fixed") if training.regrowth is None else ("fixed", "regrown")
+        raise SourceError(f"entries were {before} in the run that goes on, and are {now} in this one")
     wanted = {one.name for one in training.whole}
     if extra := [*(adapter.keys() - training.weights.keys()), *(adapter.dense.keys() ^ wanted)]:
         raise SourceError(f"{extra[0]!r} is not trained in both, the adapter and the model")
@@ -281,6 +337,8 @@ def take_adapter(training: SparseParameters, adapter: Adapter, state: Mapping[st
         with torch.no_grad():
             parameter.copy_(_tensor_of(adapter.dense[one.name].values, parameter))
     for name, weight in training.weights.items():
+        if not np.array_equal(adapter[name].indices, weight.indices):
+            weight.place(adapter[name].indices)
         weight.set_values(_tensor_of(adapter[name].applied(weight.base), weight.weight))
     if state is not None:
         training.set_state(state)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shira_format._core.arrays import Array, Indices, as_array
 from shira_format.live.weights import live_weight
+from shira_format.training.candidates import Candidates
 from shira_format.training.masks import MaskedWeight
 from shira_format.training.pattern import MatrixPattern
 from shira_format.training.rounding import Rounding, generator, rounded
@@ -35,7 +36,10 @@ class SparseWeight:
         pattern: the entries, of the weight's matrix view or, for one of more dimensions, of its rows against all else.
         base: ``[K]``, what the entries were, in the weight's dtype, on the CPU.
         updates: how often the values were written after a change.
+        candidates: while gradients are summed for regrowth: what takes them.
     """
+
+    candidates: Candidates | None = None
 
     def __init__(
         self, of: MaskedWeight, pattern: MatrixPattern, *, dtype: torch.dtype | None, rounding: Rounding, seed: int
@@ -128,6 +132,20 @@ class SparseWeight:
         weight = self.weight.detach()
         live_weight(self.path, weight).put(self.indices, self.base)
         self._into = self._weight_now()
+
+    def place(self, indices: Indices) -> None:
+        """Train other entries, as many as before, from the base's values; the old ones get the base's bits back."""
+        if len(indices) != len(self.indices):
+            raise ValueError(f"{self.path}: {len(indices)} entries in the place of {len(self.indices)}")
+        self.write_base()
+        self.pattern = MatrixPattern(self.pattern.shape, indices, self.pattern.method)
+        if self.weight.ndim == 2:
+            self.pattern.on(self.weight.device)
+        now = self.read()
+        self.base = as_array(now).copy()
+        with torch.no_grad():
+            self.parameter("values").copy_(now)
+        self._written, self._into = self._values_now(), self._weight_now()
 
     def set_values(self, values: Tensor) -> None:
         """Take over entries that were trained before, ``[K]``."""

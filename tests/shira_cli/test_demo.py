@@ -27,13 +27,21 @@ def test_the_demo_tells_what_survives(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 36 == len(shira_format.load(tmp_path / "spam-cut-0.02.st"))
 
 
-def test_an_adapter_is_trained_beside_the_cut_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_adapters_are_fitted_and_trained_beside_the_cut_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models.few_held_out_texts(monkeypatch)
     monkeypatch.setattr(ways, "EPOCHS", 0.1)
-    assert 0 == demo.main(["--task", "genre", "--quiet", "--keep", str(tmp_path)])
+    monkeypatch.setattr(ways, "STEPS", 4)
+    monkeypatch.setattr(ways, "TOKENS", 16)
+    assert 0 == demo.main(["--task", "genre", "--density", "0.01", "--quiet", "--keep", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "LoRA cut to 1 %" in out
-    assert "trained sparse at 1 %" in out
+    for row in ("LoRA cut to 1 %", "LoRA fitted at 1 %", "trained sparse at 0.867 %"):
+        assert row in out
     assert "classifier.weight" in shira_format.load(tmp_path / "genre-trained-0.01.st").dense
+    cut, fitted = (shira_format.load(tmp_path / f"genre-{way}-0.01.st") for way in ("cut", "fitted"))
+    assert sum(one.nnz for one in cut.values()) == sum(one.nnz for one in fitted.values())
+    assert cut != fitted
 
 
 def test_a_density_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:

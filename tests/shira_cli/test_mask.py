@@ -222,6 +222,53 @@ def test_wrong_usage(options: tuple[str, ...], why: str, folder: Path, capsys: C
     assert not (folder / "m.st").exists()
 
 
+def test_masks_within_and_without_others(folder: Path, capsys: Capture) -> None:
+    base = ("--base", folder / "bert", "--include", "query")
+    first, second, both, same = (folder / f"{name}.st" for name in ("first", "second", "both", "same"))
+    assert 0 == run(*base, "--density", "0.1", "-o", first)
+    assert 0 == run(*base, "--density", "0.1", "--without", first, "-o", second)
+    assert 0 == run(*base, "--density", "0.1", "--band", "1", "-o", same)
+    one, two, band = shira.load(first), shira.load(second), shira.load(same)
+    assert all(np.array_equal(two[name].indices, band[name].indices) for name in one)
+    assert ["first.st"] == two.manifest["selection"]["without"]
+    capsys.readouterr()
+    assert 0 == run("--combine", "union", first, second, "-o", both, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert {"rule": "union"} == found["mask"] == shira.load(both).manifest["mask"]
+    assert found["totals"]["nnz"] == sum(tensor.nnz for tensor in (*one.values(), *two.values()))
+    assert found["totals"]["file_bytes"] == both.stat().st_size
+    for how, files, expected in (("difference", (both, second), one), ("intersection", (both, second), two)):
+        assert 0 == run("--combine", how, *files, "-o", folder / f"{how}.st")
+        made = shira.load(folder / f"{how}.st")
+        assert made.keys() == expected.keys()
+        assert all(np.array_equal(made[name].indices, expected[name].indices) for name in made)
+    assert 0 == run(*base, "--density", "0.1", "--within", both, "--force", "-o", same)
+    assert all(np.array_equal(shira.load(same)[name].indices, one[name].indices) for name in one)
+    capsys.readouterr()
+    for arguments, why in (
+        (("--combine", "intersection", first, second), "has no entries"),
+        ((*base, "--density", "0.5", "--within", first), "may be chosen"),
+        (
+            ("--base", folder / "bert", "--include", "key", "--within", first),
+            "no weight has entries within the masks",
+        ),
+    ):
+        assert 1 == run(*arguments, "-o", folder / "no.st")
+        assert why in capsys.readouterr().err
+    for arguments, why in (
+        (("--combine", "union", first), "two masks or more"),
+        ((first, second), "are for --combine"),
+        (("--combine", "union", first, second, "--density", "0.1"), "--density has no meaning with --combine"),
+        ((), "missing option '--base'"),
+        ((*base, "--rule", "struct", "--without", first), "combine its mask with these"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run(*arguments, "-o", folder / "no.st")
+        assert 2 == caught.value.code
+        assert why in capsys.readouterr().err
+    assert not (folder / "no.st").exists()
+
+
 def test_errors_are_one_line(folder: Path, capsys: Capture) -> None:
     (folder / "plain.txt").write_text("one\n")
     (folder / "none.jsonl").write_text('{"text": "one"}\n')

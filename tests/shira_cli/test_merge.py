@@ -473,7 +473,7 @@ def test_refusals(files: Path, capsys: Capture) -> None:
         ((a, b, "-o", files / "base.safetensors", "--base", files / "base.safetensors", "--force"), f"{files / 'base.safetensors'}: is one of the inputs"),
         ((a, "-o", a, "--force", "--method", "invert"), f"{a}: is one of the inputs"),
         ((a, b, "-o", out, "--report", files / "no" / "r.html"), "the folder"),
-        ((a, b, "-o", files / "r.json", "--report", files / "r.json"), f"{files / 'r.json'}: the report and the adapter need two names"),
+        ((a, b, "-o", files / "r.json", "--report", files / "r.json"), f"{files / 'r.json'}: two files to write need two names"),
         ((a, b, "-o", files), "is a folder, not a file to write"),
         ((a, b, "-o", none), f"{none}: the folder {none.parent} does not exist"),
         ((a, files / "none.st", "-o", out), f"{files / 'none.st'}: No such file"),

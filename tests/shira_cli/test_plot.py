@@ -142,6 +142,8 @@ def test_nothing_is_replaced_or_written_half(files: Path, capsys: Capture) -> No
     before = sorted(files.iterdir())
     assert 1 == run("mask", files / "a.st", "-o", files / "out.png")
     assert f"shira-plot: error: {files / 'out.csv'}: exists; --force replaces it\n" == capsys.readouterr().err
+    assert 1 == run("mask", files / "a.st", "-o", files / "new.png", "--csv", files / "new.png")
+    assert "two files to write need two names" in capsys.readouterr().err
     assert 1 == run("layers", files / "a.st", "-o", files / "new.png")  # needs the base
     out, err = capsys.readouterr()
     assert ("", 1) == (out, err.count("\n"))
@@ -158,7 +160,6 @@ def test_nothing_is_replaced_or_written_half(files: Path, capsys: Capture) -> No
     ("arguments", "reason"),
     [
         (("mask", "a.st", "-o", "out.gif"), "a picture ends in .png or .svg"),
-        (("mask", "a.st", "-o", "out.png", "--csv", "out.png"), "need two names"),
         (("overlap", "a.st", "-o", "out.png"), "two adapters or more"),
         (("spectrum", "a.st", "--lora", "l", "-o", "out.png"), "--lora needs --base"),
         (("dimension", "--seeds", "0", "-o", "out.png"), "not a positive count"),

@@ -170,11 +170,10 @@ def test_masks(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     check("inspect", run(inspect.main, (tmp_path / "2.st", "--verify"), folder, capsys))
 
 
-def test_demo(folder: Path, capsys: Capture) -> None:
-    check(
-        "demo",
-        run(demo.main, ("--task", "spam", "--density", "0.01", "--base", "@base", "--cut-only"), folder, capsys),
-    )
+def test_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    models.few_held_out_texts(monkeypatch)
+    arguments = ("--task", "spam", "--density", "0.01", "--base", "@base", "--cut-only")
+    check("demo", run(demo.main, arguments, folder, capsys))
 
 
 def test_train(folder: Path, tmp_path: Path, capsys: Capture) -> None:

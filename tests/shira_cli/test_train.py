@@ -16,11 +16,15 @@ from transformers import (
     BertTokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
 )
 
 from shira_cli import mask, train
+from shira_cli.train_picture import draw, running_mean
+from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import Switcher
+from shira_format.training.report import Quality, Run, TrainingReport
 
 Capture = pytest.CaptureFixture[str]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "four", "five", "six"]
@@ -126,22 +130,61 @@ def test_other_masks_dora_and_the_learning_rate_search(
         assert best["learning_rate"] == found["runs"][0]["learning_rate"]
 
 
-def test_a_run_goes_on_from_its_checkpoints(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    common: tuple[Any, ...] = ("--density", "0.1", "--lr", "0.02", "--evaluations", "2", "--quiet")
-    assert 0 == run(
-        *classify(folder, tmp_path / "whole.st"), *common, "--steps", "8", "--checkpoints", tmp_path / "run"
-    )
-    kept = tmp_path / "run" / "checkpoint-8"
-    assert kept.is_dir()
-    early = tmp_path / "run" / "checkpoint-4"
-    if early.is_dir():  # as if the run had been stopped there
-        for path in sorted(kept.rglob("*"), reverse=True):
-            path.unlink()
-        kept.rmdir()
-        assert 0 == run(
-            *classify(folder, tmp_path / "again.st"), *common, "--steps", "8", "--checkpoints", tmp_path / "run"
-        )
-        assert load(tmp_path / "whole.st") == load(tmp_path / "again.st")
+@pytest.mark.parametrize(("model", "task"), [("bert", "classify"), ("llama", "causal")])
+def test_the_lowest_fisher_information(
+    model: str, task: str, folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Of single texts, with labels or next tokens that the model draws: the same file each time, another for another seed."""
+    arguments = ("--base", folder / model, "--data", folder / "texts.jsonl", "--task", task, "--mask", "talos", "--scope", "global", "--density", "0.2", "--steps", "1", "--quiet")  # fmt: skip
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert 0 == run(*arguments, "--seed", seed, "-o", tmp_path / f"{name}.st")
+    capsys.readouterr()
+    a, b, c = (load(tmp_path / f"{name}.st") for name in "abc")
+    assert a == b
+    assert "talos" == a.manifest["mask"]["rule"]
+    assert sum(tensor.nnz for tensor in a.values()) == sum(tensor.nnz for tensor in c.values())
+    assert any(name not in c or not np.array_equal(a[name].indices, c[name].indices) for name in a)
+
+
+def test_entries_that_change(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "a.st"
+    common = ("--mask", "spiel", "--density", "0.2", "--steps", "8", "--evaluations", "2", "--patience", "9", "--json", "--quiet")  # fmt: skip
+    assert 0 == run(*classify(folder, out), *common, "--regrow-every", "3", "--lr", "auto")
+    found = json.loads(capsys.readouterr().out)
+    assert {"rule": "spiel", "start": "rand", "seed": 0, "every": 3, "summed": 3, "rate": 0.2} == found["mask"] == load(out).manifest["mask"]  # fmt: skip
+    assert 5 == len(found["runs"][0]["tried"])
+    assert 0 == run(*classify(folder, tmp_path / "rand.st"), "--mask", "rand", "--density", "0.2", "--steps", "1")
+    capsys.readouterr()
+    regrown, rand = load(out), load(tmp_path / "rand.st")
+    assert {name: tensor.nnz for name, tensor in regrown.items()} == {name: tensor.nnz for name, tensor in rand.items()}  # fmt: skip
+    shared = sum(np.isin(regrown[name].indices, rand[name].indices).sum() for name in rand)
+    assert shared < 0.5 * sum(tensor.nnz for tensor in rand.values())
+    assert 0 == run(*classify(folder, tmp_path / "b.st"), *common)
+    assert 1 == json.loads(capsys.readouterr().out)["mask"]["every"]
+
+
+@pytest.mark.parametrize("mask", ["wm", "spiel"])
+def test_a_run_goes_on_from_its_checkpoints(
+    mask: str, folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: tuple[Any, ...] = ("--mask", mask, "--density", "0.1", "--lr", "0.02", "--evaluations", "2", "--steps", "8", "--quiet")  # fmt: skip
+    common += ("--regrow-every", "3") if mask == "spiel" else ()
+    kept = ("--checkpoints", tmp_path / "run")
+    assert 0 == run(*classify(folder, tmp_path / "whole.st"), *common)
+    with monkeypatch.context() as patched:
+        log = Trainer.log
+
+        def stopped(self: Any, *given: Any, **named: Any) -> None:
+            if self.state.global_step == 6:
+                raise KeyboardInterrupt
+            log(self, *given, **named)
+
+        patched.setattr(Trainer, "log", stopped)
+        assert 0 != run(*classify(folder, tmp_path / "again.st"), *common, *kept)
+    assert ["checkpoint-4"] == [path.name for path in (tmp_path / "run").iterdir()]
+    assert not (tmp_path / "again.st").exists()
+    assert 0 == run(*classify(folder, tmp_path / "again.st"), *common, *kept)
+    assert load(tmp_path / "whole.st") == load(tmp_path / "again.st")
 
 
 def test_errors_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -171,9 +214,28 @@ def test_errors_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path, cap
     for extra, reason in (
         (("--lr", "fast"), "neither a positive number nor auto"),
         (("--mask", "best"), "neither a file nor one of"),
-        (("--mask", "talos"), "neither a file nor one of"),
+        (("--regrow-every", "5"), "has no meaning without --mask spiel"),
+        (("--mask", "spiel", "--dora"), "goes without --dora, --runs and --scope row"),
+        (("--mask", "spiel", "--runs", "8"), "goes without --dora, --runs and --scope row"),
         (("--steps", "1", "--epochs", "1"), "exclude each other"),
     ):
         with pytest.raises(SystemExit, match="2"):
             run(*classify(folder, out), *extra)
         assert reason in capsys.readouterr().err
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    losses = [1.0, 2.0, 6.0, 3.0]
+    assert losses == running_mean(losses).tolist()
+    many = np.arange(100.0)
+    assert [1.0, 1.5, 2.0, *range(3, 97)] == running_mean(many)[:97].tolist()
+    made = Run("shira", 5, steps=4, best_step=2, losses=list(enumerate(losses, 1)), quality=Quality(1, 1.0, None))
+    report = TrainingReport("causal", runs=[made])
+    for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        draw(report, tmp_path / f"a.{form}")
+        first = (tmp_path / f"a.{form}").read_bytes()
+        assert first.startswith(start)
+        draw(report, tmp_path / f"a.{form}")
+        assert first == (tmp_path / f"a.{form}").read_bytes()
+    with pytest.raises(SourceError, match="pictures are written as png, svg, pdf"):
+        draw(report, tmp_path / "a.gif")

@@ -18,7 +18,7 @@ import pytest
 
 from shira_format.adapter import Adapter
 from shira_format.format import AdapterWriter, load, save
-from shira_format.storage import atomic
+from shira_format.storage import atomic, owners
 from shira_format.tensors import SparseTensor
 
 
@@ -192,3 +192,156 @@ if os.name == "posix":
         finally:
             os.umask(before)
         assert 0o666 & ~mask == (tmp_path / "a.st").stat().st_mode & 0o777
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With a system call that exchanges two names, and as if there were none."""
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    elif atomic._system_exchange() is None:
+        pytest.skip("this system has none")
+    return str(request.param)
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / "file").write_text(text)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "more").write_text(text)
+
+
+def test_a_folder_replaces_another(tmp_path: Path, exchange: str) -> None:
+    path = tmp_path / "f"
+    for text in ("old", "new"):
+        with atomic.atomic_folder(path) as folder:
+            fill(folder, text)
+            assert text == "old" or "old" == (path / "file").read_text()
+        assert ["f"] == names(tmp_path)
+        assert [text, text] == [(path / "file").read_text(), (path / "inner" / "more").read_text()]
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+def test_a_folder_that_fails_changes_nothing(tmp_path: Path, exchange: str, error: type[BaseException]) -> None:
+    path = tmp_path / "f"
+    path.mkdir()
+    fill(path, "old")
+    with pytest.raises(error), atomic.atomic_folder(path) as folder:
+        fill(folder, "new")
+        raise error
+    assert ["f"] == names(tmp_path)
+    assert "old" == (path / "file").read_text()
+
+
+def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path, exchange: str) -> None:
+    (tmp_path / "there").mkdir()
+    fill(tmp_path / "there", "mine")
+    (tmp_path / "f").symlink_to("there")
+    with atomic.atomic_folder(tmp_path / "f") as folder:
+        fill(folder, "new")
+    assert ["f", "there"] == names(tmp_path)
+    assert ["mine", "new"] == [(tmp_path / name / "file").read_text() for name in ("there", "f")]
+
+
+if os.name == "posix":
+    pytestmark = pytest.mark.filterwarnings(
+        "ignore:This process .* is multi-threaded:DeprecationWarning"
+    )  # of fork
+
+    def killed(work: Callable[[], None], *points: tuple[Any, str], nth: int = 1, after: bool = False) -> bool:
+        """Run ``work`` in a process that ends, as if killed, at the ``nth`` call of one of these; whether it got there."""
+        process = os.fork()
+        if not process:
+            calls: list[None] = []
+
+            def stopping(real: Callable[..., Any]) -> Callable[..., Any]:
+                def last(*arguments: Any, **options: Any) -> Any:
+                    calls.append(None)
+                    if len(calls) == nth and not after:
+                        os._exit(9)
+                    result = real(*arguments, **options)
+                    if len(calls) == nth:
+                        os._exit(9)
+                    return result
+
+                return last
+
+            for holder, name in points:
+                setattr(holder, name, stopping(getattr(holder, name)))
+            try:
+                work()
+            finally:
+                os._exit(0)
+        owners._cleaned.clear()  # the next writer is another process
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+
+    STEPS = [
+        (Path, "mkdir"),
+        (os, "fsync"),
+        (os, "replace"),
+        (atomic, "_exchange"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (shutil, "rmtree"),
+    ]
+
+    @pytest.mark.parametrize("after", [False, True])
+    def test_a_folder_whose_writer_is_killed_at_any_step(tmp_path: Path, exchange: str, after: bool) -> None:
+        """What is there is the old one or the new one, whole; and the next writer leaves nothing else behind."""
+        path = tmp_path / "f"
+
+        def write(text: str) -> None:
+            with atomic.atomic_folder(path) as folder:
+                fill(folder, text)
+
+        for nth in range(1, 40):
+            write("old")
+            got_there = killed(lambda: write("new"), *STEPS, nth=nth, after=after)
+            atomic.restore(path)  # as every command does before it looks whether something is there
+            found = {(path / "file").read_text(), (path / "inner" / "more").read_text()}
+            assert found in ({"old"}, {"new"}), nth
+            assert exchange != "exchange" or path.is_dir()
+            write("next")
+            assert ["f"] == names(tmp_path), nth
+            assert "next" == (path / "file").read_text()
+            if not got_there:
+                break
+        assert 5 < nth < 39
+
+    def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+        for step in ("replace", "fsync"):
+            assert killed(lambda: save(Adapter([tensor()]), tmp_path / "a.st"), (os, step))
+            (left,) = names(tmp_path)  # that of this one: it has removed the one before
+            assert left.startswith(".a.st.") and left.endswith(".tmp")
+        save(Adapter([tensor()]), tmp_path / "c.st")
+        assert ["c.st"] == names(tmp_path)
+
+    def test_what_a_living_writer_writes_is_not_removed(tmp_path: Path) -> None:
+        with atomic.atomic_file(tmp_path / "a") as file, atomic.atomic_folder(tmp_path / "f") as folder:
+            owners._cleaned.clear()
+            assert not killed(lambda: save(Adapter([tensor()]), tmp_path / "b.st"), (os, "abort"))
+            file.write(b"mine")
+            fill(folder, "mine")
+        assert ["a", "b.st", "f"] == names(tmp_path)
+
+    def test_only_what_is_certainly_left_behind_is_removed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        process = os.fork()
+        if not process:
+            os._exit(0)
+        os.waitpid(process, 0)
+        mine = owners.hidden(tmp_path / "a").name
+        dead = mine.replace(f"-{os.getpid()}-", f"-{process}-")
+        earlier = mine.replace(f"-{owners._start(os.getpid())}-", "-1-")  # of an earlier process with this number
+        elsewhere = dead.replace(owners._host(), "elsewhere")
+        others = [".a.0123456789ab.tmp", ".a.tmp", "a.tmp", dead[1:], dead + "x", elsewhere, mine]
+        for name in (dead, earlier, *others):
+            (tmp_path / name).write_text("x")
+        locked = dead.replace(".a.", ".locked.")
+        with open(tmp_path / locked, "wb") as handle:
+            assert owners.lock(handle.fileno())  # as a process does that another container runs
+            owners.clean(tmp_path)
+            kept = [earlier] if sys.platform != "linux" else []  # elsewhere it is not known when a process began
+            assert sorted([*others, locked, *kept]) == names(tmp_path)
+        owners.clean(tmp_path)  # once is enough, for a folder of many files
+        assert locked in names(tmp_path)

@@ -10,6 +10,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -441,6 +442,47 @@ def test_bad_pickles(text: bytes, reason: str) -> None:
 def test_a_pickle_that_wants_memory_gets_none() -> None:
     """``pickle.Unpickler`` would take 64 GiB for this memo; here it is a number like any other."""
     assert load(io.BytesIO(b"Nr" + struct.pack("<I", 2**32 - 1) + b"."), {}) is None
+
+
+# A value with itself, twice, sixty times over: as a text it would have 2^60 parts.
+_TUPLES = b")" + b"q\x07h\x07\x86" * 60
+_LISTS = b"](]q\x07" + b"".join(b"]q%c(%be" % (n + 1, b"h%c" % n * 40) for n in range(7, 40)) + b"e"
+_DICTS = b"}(K\xff}q\x07" + b"".join(
+    b"K%c}q%c(%bu" % (n, n + 1, b"".join(b"K%ch%c" % (k, n) for k in range(40))) for n in range(7, 20)
+) + b"u"  # fmt: skip
+
+
+def zipped(path: Path, entry: bytes, more: bytes = b"") -> Path:
+    """A checkpoint of a tensor "w" whose pickle ends in ``entry``, and of ``more`` beside a dict with it."""
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ"
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v"
+        + entry[:1]
+        + b"\n("
+        + storage
+        + b"K\x00K\x02\x85K\x01\x85\x89}"
+        + entry[1:]
+        + b"tR"
+    )
+    state = b"}X\x01\x00\x00\x00w" + tensor + b"s"
+    root = state if not more else b"}(X\x01\x00\x00\x00m" + state + b"X\x01\x00\x00\x00o" + more + b"u"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02" + root + b".")
+        archive.writestr("m/data/0", bytes(8))
+    return path
+
+
+def test_values_that_hold_themselves_many_times(tmp_path: Path) -> None:
+    path = tmp_path / "m.bin"
+    good = open_checkpoint(zipped(path, b"3ctorch\nfloat32\n"))
+    assert [0, 0] == good["w"].tolist()
+    started = time.process_time()
+    refused(zipped(path, b"3" + _TUPLES), "a tensor's dtype is not one")
+    refused(zipped(path, b"2}X\x04\x00\x00\x00conj" + _TUPLES + b"s"), "a tensor's flags are not true or false")
+    refused(zipped(path, b"2" + _TUPLES), "a tensor's flags are not true or false")
+    for more in (_LISTS, _DICTS):
+        assert [0, 0] == open_checkpoint(zipped(path, b"2", more))["w"].tolist()
+    assert time.process_time() - started < 5
 
 
 _LIMITED = """

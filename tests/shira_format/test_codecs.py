@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shira_format._core.arrays import Indices
+from shira_format._core.arrays import Indices, distinct, distinct_counts
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
 from shira_format.format import load, save
@@ -208,6 +210,37 @@ def test_an_entry_more_or_less_is_not_structured(case: tuple[list[Part], Shape],
     found = find_pattern(changed, shape)
     if found is not None:  # short diagonals are structured again
         assert changed.tolist() == list_pattern(found, shape, changed.size).tolist()
+
+
+def test_a_union_of_large_parts_takes_no_longer_than_to_list_them() -> None:
+    """A few bytes in a file: hashed, these took a minute and a gigabyte."""
+    side = 2048
+    pattern = [
+        {"kind": "rows", "step": 2, "offset": 0},
+        {"kind": "columns", "step": 2, "offset": 1},
+        *({"kind": "diagonal", "offset": k} for k in range(6)),
+    ]
+    row, column = np.indices((side, side), np.int32)
+    expected = np.flatnonzero((row % 2 == 0) | (column % 2 == 1) | ((column - row >= 0) & (column - row < 6)))
+    started = time.process_time()
+    tracemalloc.start()
+    found = list_pattern(pattern, (side, side), expected.size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - started < 3
+    assert peak < 6 * found.nbytes
+    assert np.array_equal(expected, found)
+    with pytest.raises(FormatError, match="the pattern has"):
+        list_pattern(pattern, (side, side), expected.size - 1)
+
+
+@given(st.lists(st.integers(-5, 5)))
+def test_distinct_values_and_their_counts(values: list[int]) -> None:
+    expected, counts = np.unique(np.array(values, np.int64), return_counts=True)
+    assert expected.tolist() == distinct(np.array(values, np.int64)).tolist()
+    assert [expected.tolist(), counts.tolist()] == [
+        a.tolist() for a in distinct_counts(np.array(values, np.int64))
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1000, 1000), (100, 10_000), (1, 5000), (5000,), (10_000, 3)])

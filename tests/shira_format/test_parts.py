@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ from shira_format.entries.changes import Entries
 from shira_format.errors import WorkError
 from shira_format.selection import TopK
 from shira_format.selection.radix import Survey
+from shira_format.storage import owners
 from shira_format.tensors import same_bits
 from tests import models
 from tests.rules import arguments
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of fork
 
 RULES = {
     "exact": Exact(),
@@ -131,6 +136,103 @@ def test_a_folder_that_is_not_ours(tune: Tune, tmp_path: Path) -> None:
     with pytest.raises(WorkError, match="is no folder of a conversion's parts"):
         full_to_shira(*tune, tmp_path / "a.st", resume=True)
     assert "mine" == (folder / "thesis.txt").read_text()
+
+
+# At each of these steps of the work with the folder a run may be killed: nothing after it is done, nothing is tidied up.
+STEPS = {
+    "the folder is made": (Path, "mkdir"),
+    "the note is flushed": (os, "fsync"),
+    "the note is renamed": (os, "replace"),
+    "the folder is renamed": (Path, "rename"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_is_killed_while_it_begins(step: str, when: str, tune: Tune, tmp_path: Path) -> None:
+    full_to_shira(*tune, tmp_path / "whole.st", density=0.05)
+    out = tmp_path / "a.st"
+    _kill_at(*STEPS[step], when, 1, lambda: full_to_shira(*tune, out, density=0.05, resume=True))
+    _is_finished_by_the_next(tune, tmp_path)
+
+
+@pytest.mark.parametrize("nth", range(1, 12))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_is_killed_at_any_rename(nth: int, when: str, tune: Tune, tmp_path: Path) -> None:
+    full_to_shira(*tune, tmp_path / "whole.st", density=0.05, include=["mlp"])
+    out = tmp_path / "a.st"
+    _kill_at(
+        os, "replace", when, nth, lambda: full_to_shira(*tune, out, density=0.05, include=["mlp"], resume=True)
+    )
+    _is_finished_by_the_next(tune, tmp_path, include=["mlp"])
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_run_that_is_killed_while_it_removes_the_parts(nth: int, tune: Tune, tmp_path: Path) -> None:
+    full_to_shira(*tune, tmp_path / "whole.st", density=0.05)
+    out = tmp_path / "a.st"
+    _kill_at(os, "unlink", "after", nth, lambda: full_to_shira(*tune, out, density=0.05, resume=True))
+    assert (tmp_path / "whole.st").read_bytes() == out.read_bytes()
+    _is_finished_by_the_next(tune, tmp_path)
+
+
+def _kill_at(holder: Any, name: str, when: str, nth: int, work: Callable[[], object]) -> None:
+    """Run ``work`` in a process that ends, as if killed, at the ``nth`` call of a function; or to its end."""
+    process = os.fork()
+    if not process:
+        real, calls = getattr(holder, name), []
+
+        def last(*arguments: Any, **options: Any) -> Any:
+            calls.append(None)
+            if len(calls) == nth and when == "before":
+                os._exit(9)
+            result = real(*arguments, **options)
+            if len(calls) == nth:
+                os._exit(9)
+            return result
+
+        setattr(holder, name, last)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) in (0, 9)
+
+
+def _is_finished_by_the_next(tune: Tune, folder: Path, **options: Any) -> None:
+    owners._cleaned.clear()  # the next run is another process
+    full_to_shira(*tune, folder / "a.st", density=0.05, resume=True, **options)
+    assert (folder / "whole.st").read_bytes() == (folder / "a.st").read_bytes()
+    assert ["a.st", "base", "tuned", "whole.st"] == sorted(path.name for path in folder.iterdir())
+
+
+def test_two_runs_at_once(tune: Tune, tmp_path: Path) -> None:
+    full_to_shira(*tune, tmp_path / "whole.st", density=0.05)
+    out, refused = tmp_path / "a.st", []
+
+    def second(_: int) -> None:
+        if not refused:
+            with pytest.raises(
+                WorkError, match=r"a\.st\.partial: another conversion to this file is running"
+            ) as caught:
+                full_to_shira(*tune, out, density=0.05, resume=True)
+            refused.append(caught)
+
+    full_to_shira(*tune, out, density=0.05, resume=True, progress=second)
+    assert refused
+    assert (tmp_path / "whole.st").read_bytes() == out.read_bytes()
+    assert not (tmp_path / "a.st.partial").exists()
+    full_to_shira(*tune, out, density=0.05, resume=True)  # and it may be done again
+
+
+def test_an_empty_folder_is_used(tune: Tune, tmp_path: Path) -> None:
+    (tmp_path / "a.st.partial").mkdir()
+    full_to_shira(*tune, tmp_path / "a.st", resume=True)
+    assert not (tmp_path / "a.st.partial").exists()
+    (tmp_path / "a.st.partial").write_text("mine")
+    with pytest.raises(WorkError, match="is no folder of a conversion's parts"):
+        full_to_shira(*tune, tmp_path / "a.st", resume=True)
+    assert "mine" == (tmp_path / "a.st.partial").read_text()
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\3\4 nonsense", None])

@@ -83,7 +83,7 @@ def test_files_of_the_safetensors_package(
     assert (metadata or {}) == file.metadata
     assert path.stat().st_size == file.size
     for name, tensor in tensors.items():
-        for read in (file.read, file.read_separately):
+        for read in (file.read, file.mapped):
             found = read(name)
             assert same_bits(as_array(tensor), found)
             assert not found.flags.writeable
@@ -93,7 +93,7 @@ def test_files_of_the_safetensors_package(
 def test_arrays_outlive_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.st", {"w": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}, b"abc")
     file = SafetensorsFile(path)
-    arrays = [file.read("w"), file.read_separately("w")]
+    arrays = [file.read("w"), file.mapped("w")]
     file.close()
     path.unlink()
     assert [b"abc"] * 2 == [array.tobytes() for array in arrays]
@@ -124,7 +124,7 @@ def test_each_read_apart_has_a_map_of_its_own(tmp_path: Path) -> None:
         n: {"dtype": "U8", "shape": [size], "data_offsets": [k * size, (k + 1) * size]} for k, n in enumerate("ab")
     }
     file = SafetensorsFile(write(tmp_path / "a.st", header, data))
-    first, second = file.read_separately("a"), file.read_separately("b")
+    first, second = file.mapped("a"), file.mapped("b")
     assert data == first.tobytes() + second.tobytes()
     assert data == file.read("a").tobytes() + file.read("b").tobytes()
     assert not np.shares_memory(first, second)
@@ -206,14 +206,14 @@ def test_empty_streams_lie_anywhere(tmp_path: Path) -> None:
     header = entry() | {"x": empty(0, [0]), "y": empty(8, [0, 2**40]), "z": empty(8, [5, 0, 2])}
     file = SafetensorsFile(write(tmp_path / "a.st", header, bytes(8)))
     assert [(0,), (0, 2**40), (5, 0, 2)] == [file.read(name).shape for name in "xyz"]
-    assert [(0,), (0, 2**40), (5, 0, 2)] == [file.read_separately(name).shape for name in "xyz"]
+    assert [(0,), (0, 2**40), (5, 0, 2)] == [file.mapped(name).shape for name in "xyz"]
 
 
 @pytest.mark.parametrize("shape", [[0, 2**62], [2**63, 0], [0, 10**30]])
 def test_shapes_that_numpy_cannot_hold_are_refused_when_read(tmp_path: Path, shape: list[int]) -> None:
     header = {"w": {"dtype": "F64", "shape": shape, "data_offsets": [0, 0]}}
     file = SafetensorsFile(write(tmp_path / "a.st", header))
-    for read in (file.read, file.read_separately):
+    for read in (file.read, file.mapped):
         with pytest.raises(FormatError) as caught:
             read("w")
         assert "shape-overflow" == caught.value.rule

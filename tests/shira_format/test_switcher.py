@@ -455,6 +455,32 @@ def test_what_happens_to_the_file_of_an_adapter_that_is_on(tmp_path: Path) -> No
     check(weights, base)
 
 
+def test_an_opened_adapter_that_is_on_is_independent_of_its_file_and_of_arrays(tmp_path: Path) -> None:
+    base = make_base(8, F32)
+    one, two = make_adapter(base, 1), make_adapter(base, 2)
+    path, dense = tmp_path / "a.st", np.ones((6, 9), F32)
+    save(one, path)
+    opened, weights = load(path), copied(base)
+    switcher = Switcher(weights)
+    switcher.load(opened)
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    switcher.load(two, 0.5)
+    check(weights, oracle(base, [(one, 1.0), (two, 0.5)]))
+    with pytest.raises(OSError, match="has become shorter"):
+        switcher.switch(opened)
+    check(weights, oracle(base, [(one, 1.0), (two, 0.5)]))
+    whole = Adapter(dense=[DenseTensor("a.weight", dense, base=base["a.weight"])])
+    switcher.switch(whole)
+    dense[:] = 7
+    assert (weights["a.weight"] == 1).all()
+    with pytest.raises(BaseMismatch):  # undoes and does again
+        switcher.load(Adapter([entry("a.weight", base["a.weight"])]))
+    assert (weights["a.weight"] == 1).all()
+    switcher.revert()
+    check(weights, base)
+
+
 # Threads
 
 

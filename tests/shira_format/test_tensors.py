@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, read_only
 from shira_format._core.dtypes import DTYPES, FLOATS, dtype_name, is_float, working_dtype
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError, ShiraError
 from shira_format.tensors import MAX_NUMEL, DenseTensor, SparseTensor, ValueKind, matrix_shape, numel, same_bits
@@ -229,11 +229,22 @@ def test_copies_and_pickles_are_equal_and_immutable(tensor: SparseTensor | Dense
             assert same_bits(tensor.new_rows, twin.new_rows)
 
 
-def test_the_caller_keeps_its_array() -> None:
-    values = f32(1, 2)
-    tensor = sparse(values=values)
-    assert np.shares_memory(values, tensor.values)
-    assert values.flags.writeable
+def test_the_caller_keeps_its_arrays_and_may_change_them() -> None:
+    values, base = f32(1, 2), f32(3, 4)
+    for kept in (values, base):
+        tensor = sparse(
+            values=read_only(values), base=read_only(base)
+        )  # views: the arrays can still be written to
+        again = sparse(values=tensor.values, base=tensor.base)
+        kept[:] = kept + 1
+        assert ([1, 2], [3, 4]) == (tensor.values.tolist(), tensor.base.tolist())
+        assert again.values is tensor.values  # nothing can change it, so it is not copied
+        assert again.base is tensor.base
+        kept[:] = kept - 1
+        assert kept.flags.writeable
+    held = bytes(values)
+    shared = np.frombuffer(held, np.float32)
+    assert sparse(values=shared).values is shared
 
 
 @pytest.mark.parametrize(

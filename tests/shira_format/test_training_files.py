@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from shira_format.tensors import SparseTensor
 from shira_format.training.hook import attach
 from shira_format.training.sparse import SparseParameters, resume, sparse_parameters
 from tests import models
-from tests.training import bare, copied, mask, tokens
+from tests.training import bare, copied, frozen_bits_are_kept, mask, tokens, word_tokenizer
 
 
 def mask_file(model: nn.Module, path: Path, prefix: str = "", **options: Any) -> Path:
@@ -228,3 +229,49 @@ def test_the_checkpoints_of_the_trainer_are_adapters(tmp_path: Path) -> None:
     assert whole.adapter() == again.adapter()
     best = load(Path(trainer.state.best_model_checkpoint) / "adapter.st")
     assert best == whole.adapter()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.parametrize("regrown", [False, True])
+def test_the_trainer_of_trl_saves_and_goes_on(regrown: bool, tmp_path: Path) -> None:
+    import trl
+    from datasets import Dataset
+
+    from shira_format.training.trainer import adapter_trainer
+
+    rows = [{"input_ids": [(7 * place + start) % 30 for place in range(8)], "labels": list(range(8))} for start in range(24)]  # fmt: skip
+    data = Dataset.from_list(rows)
+
+    def run(
+        folder: Path, resume_from: Any = None
+    ) -> tuple[SparseParameters, list[float], nn.Module, dict[str, Any]]:
+        model = models.llama()
+        before, masked = copied(model), mask(model, only="layers")
+        trained = sparse_parameters(model, masked)
+        if regrown:
+            trained.regrow(8, every=3, summed=2, rate=0.5)
+        arguments = trl.SFTConfig(
+            str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, bf16=False, report_to=[],
+            save_strategy="steps", save_steps=4, disable_tqdm=True, logging_steps=1, gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
+        trainer = adapter_trainer(trl.SFTTrainer)(
+            model, args=arguments, train_dataset=data, processing_class=word_tokenizer(32)
+        )
+        trainer.train(resume_from_checkpoint=resume_from)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        entries = {name: weight.indices for name, weight in trained.weights.items()}
+        assert frozen_bits_are_kept(model, before, entries)
+        return trained, losses, model, before
+
+    whole, losses, *_ = run(tmp_path / "whole")
+    assert losses[-1] < losses[0]
+    halfway = tmp_path / "whole" / "checkpoint-4"
+    names = {path.name for path in halfway.iterdir()}
+    assert {"adapter.st", "adapter.st.state", "optimizer.pt"} <= names
+    assert not {"model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"} & names
+    again, *_ = run(tmp_path / "again", str(halfway))
+    assert whole.adapter() == again.adapter()
+    plain = models.llama()
+    Switcher(plain).load(tmp_path / "whole" / "checkpoint-8" / "adapter.st")
+    assert torch.equal(whole.model.eval()(tokens()).logits, plain.eval()(tokens()).logits)

@@ -17,7 +17,7 @@ from shira_format.training.hook import attach
 from shira_format.training.sparse import sparse_parameters
 from shira_format.training.trained import Training, training_of
 from tests import models, training
-from tests.training import bare, copied, frozen_bits_are_kept, layers, loss_of, mask, tokens
+from tests.training import bare, copied, frozen_bits_are_kept, layers, loss_of, mask, tokens, word_tokenizer
 
 WAYS: dict[str, Callable[..., Training]] = {"sparse": sparse_parameters, "hook": attach}
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -273,5 +273,5 @@ def test_the_trainer_of_trl(way: str, tmp_path: Path) -> None:
     WAYS[way](model, masked)
     data = Dataset.from_list([{"input_ids": list(range(1, 9)), "labels": list(range(1, 9))}] * 8)
     arguments = trl.SFTConfig(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
-    trl.SFTTrainer(model, args=arguments, train_dataset=data).train()
+    trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=word_tokenizer(32)).train()
     assert frozen_bits_are_kept(model, before, masked)

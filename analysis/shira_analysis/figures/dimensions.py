@@ -31,6 +31,7 @@ import numpy.typing as npt
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 from shira_analysis.measures.orthogonality import orthogonality
+from shira_format._core.arrays import distinct
 from shira_format.errors import SourceError
 
 DIMENSIONS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -156,7 +157,7 @@ def _masks(series: str, m: int, density: float, random: np.random.Generator) -> 
             if series.endswith("rows")
             else np.add.outer(lines, np.arange(m) * m)
         )
-        found.append(np.union1d(diagonal, whole.ravel()))
+        found.append(distinct(np.concatenate([diagonal, whole.ravel()])))
     return found
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from shira_analysis.figures.records import Record
 from shira_analysis.figures.style import percent_digits, short_label
+from shira_format._core.arrays import distinct
 from shira_format.errors import SourceError
 from shira_format.tensors import SparseTensor, matrix_shape
 
@@ -155,7 +156,7 @@ def draw_mask(
         extent=(0, width, height, 0),
     )
     for axis, edges, label in ((axes.xaxis, grid.columns, "column"), (axes.yaxis, grid.rows, "row")):
-        at = np.unique(np.linspace(0, len(edges) - 1, min(5, 2 + len(edges) // 16, len(edges))).astype(int))
+        at = distinct(np.linspace(0, len(edges) - 1, min(5, 2 + len(edges) // 16, len(edges))).astype(int))
         axis.set_ticks(at, [f"{edges[i]:,}" for i in at])
         axis.set_label_text(label)
     axes.spines[:].set_visible(False)

@@ -51,9 +51,13 @@ def figure(width: float, height: float) -> Any:
 
 
 def render(drawn: Any, form: str = "png") -> bytes:
-    """The bytes of a PNG or SVG, without date or version, so that the same numbers give the same file."""
+    """The bytes of a PNG, SVG or PDF, without date or version, so that the same numbers give the same file."""
     buffer = io.BytesIO()
-    nothing = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
+    nothing = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    }[form]
     drawn.savefig(buffer, format=form, dpi=DPI, metadata=nothing)
     return buffer.getvalue()
 

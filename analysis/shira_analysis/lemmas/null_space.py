@@ -22,6 +22,7 @@ import numpy.typing as npt
 from shira_analysis.lemmas.orthogonality import pair_nnz
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
 from shira_analysis.lemmas.samples import KINDS, Integers, Setting, integers, mask
+from shira_format._core.arrays import distinct
 
 Function = Callable[[Any], Any]
 
@@ -236,8 +237,8 @@ def _files(setting: Setting, report: LemmaReport, random: np.random.Generator) -
         worst = np.unravel_index(int((found - limit - allowed).argmax()), found.shape)
         where = f"{first.where} with {second.source}"
         least.add(float(found[worst]), float(limit[worst]), where, float(allowed[worst]))
-        shared = np.intersect1d(first.row, second.row)
-        mine = np.setdiff1d(np.arange(first.shape[0]), shared)
+        shared = np.intersect1d(distinct(first.row), distinct(second.row), assume_unique=True)
+        mine = np.setdiff1d(np.arange(first.shape[0]), shared, assume_unique=True)
         alone.add(int(np.count_nonzero(found[mine])), 0, where)
         product = pair_nnz(first, second)
         joint = (

@@ -20,6 +20,7 @@ import numpy as np
 from shira_analysis.lemmas.files import FileDelta
 from shira_analysis.lemmas.report import Check, Counterexample, LemmaReport, Reading, rows_of
 from shira_analysis.lemmas.samples import KINDS, Integers, Mask, Setting, mask
+from shira_format._core.arrays import distinct
 
 _MOST_PRODUCTS = 200_000_000  # multiplications for one pair of weights; pairs that need more are skipped
 _PIECE = 4_000_000  # multiplications at a time, to bound the memory
@@ -158,7 +159,7 @@ def _square_struct(checks: list[Check], side: int, step: int) -> None:
         where = f"{side}x{side}, every {step}th, offsets {one} and {two}"
         sizes = [p.size for p in picked]
         k1, k2 = sizes
-        both = int(np.union1d(*picked).size)
+        both = int(distinct(np.concatenate(picked)).size)
         rows = [lines(shape, "rows", p) | eye for p in picked]
         found = product_nnz(*(pattern(made) for made in rows))
         if one == two:
@@ -194,7 +195,7 @@ def _files(setting: Setting, report: LemmaReport) -> None:
         general.add(found, work, where)
         off = [update.row[update.row != update.column] for update in (first, second)]
         on = [update.row.size - rows.size for update, rows in zip((first, second), off, strict=True)]
-        common = np.intersect1d(*off).size
+        common = np.intersect1d(distinct(off[0]), distinct(off[1]), assume_unique=True).size
         if not common:
             apart.add(found, min(on) + off[0].size + off[1].size, where)
         report.of_files.append((where, f"AWOR {1 - found / first.shape[1] ** 2:.4f} (sparsity patterns); {common:,} common rows off the diagonal; {found:,} non-zeros, sum of the products of row counts {work:,}"))  # fmt: skip

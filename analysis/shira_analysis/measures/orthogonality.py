@@ -32,7 +32,7 @@ import numpy as np
 from shira_analysis.measures.additive import Additive, attributes
 from shira_analysis.measures.deltas import delta_matrix
 from shira_analysis.measures.overlap import finite
-from shira_format._core.arrays import Array
+from shira_format._core.arrays import Array, distinct
 from shira_format.errors import SourceError
 from shira_format.tensors import SparseTensor
 
@@ -197,7 +197,7 @@ def _oriented(a: Any, b: Any, transposed: bool) -> tuple[Any, Any, tuple[int, in
         raise SourceError(f"the deltas have different shapes: {list(first.shape)} and {list(second.shape)}")
     rows, columns = first.shape
     if columns > first.nnz + second.nnz:
-        kept = np.unique(np.concatenate([first.indices, second.indices, [0]]))
+        kept = distinct(np.concatenate([first.indices, second.indices, [0]]))
         first, second = (_select_columns(matrix, kept) for matrix in (first, second))
     if transposed:
         return first.T.tocsr(), second.T.tocsr(), (columns, rows)

@@ -19,6 +19,7 @@ from shira_analysis.measures.uniform import (
     lines_with_entries,
     mean_of,
 )
+from shira_format._core.arrays import distinct_counts
 from shira_format.tensors import SparseTensor, density, matrix_shape
 
 
@@ -104,8 +105,8 @@ def mask_of(tensor: SparseTensor) -> Mask:
     """The positions of the entries of ``tensor``, which may be a mask. Memory is a few times its indices."""
     rows, columns = matrix_shape(tensor.shape)
     indices = tensor.indices
-    row_counts = np.unique(indices // max(1, columns), return_counts=True)[1]
-    column_counts = np.unique(indices % max(1, columns), return_counts=True)[1]
+    row_counts = distinct_counts(indices // max(1, columns))[1]
+    column_counts = distinct_counts(indices % max(1, columns))[1]
     figures: dict[str, Compared | None] = {}
     if indices.size:
         near = int(np.count_nonzero(np.diff(indices) == 1))

@@ -1,4 +1,4 @@
-"""Ways to a sparse adapter beside a classifier's LoRA: cut from it or trained in its place; accuracy on held-out texts, and effect."""
+"""Ways to a sparse adapter beside a classifier's LoRA: cut from it, fitted to it, or trained in its place; accuracy on held-out texts, and effect."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from shira_analysis.measures.effect import accuracy, effect
 from shira_format.format import load
 from shira_format.live import apply
 
-# Of the training: enough to see what it reaches, in one or two minutes on two cores.
-TOKENS, EPOCHS = 64, 3.0
+# Of the fits and of the training: enough to see what they reach, in a minute or two each on two cores.
+TOKENS, STEPS, EPOCHS = 64, 150, 3.0
+
+
+_STAGES = {"cut": "cutting the LoRA", "fitted": "fitting an adapter to the LoRA", "trained": "training an adapter"}
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,21 @@ class Adapters:
 
     Attributes:
         cut: densities at which the LoRA's largest changes are kept as they are.
-        trained: densities at which the largest weights are trained instead, without the LoRA.
+        fitted: densities at which entries are chosen and trained to do what the LoRA does (distillation).
+        trained: densities at which rows, columns and diagonals of the weights are trained instead, without the LoRA; at most that much.
         scope: of the cuts: ``"tensor"`` or ``"global"``.
     """
 
     cut: Sequence[float]
+    fitted: Sequence[float] = ()
     trained: Sequence[float] = ()
     scope: str = "tensor"
+
+    def all(self) -> Iterator[tuple[str, float]]:
+        """Way and density of each."""
+        for way in _STAGES:
+            for density in getattr(self, way):
+                yield way, density
 
 
 def compare_ways(
@@ -50,7 +61,7 @@ def compare_ways(
     Args:
         lora: a PEFT folder with the LoRA, its classification head and ``metrics.json``.
         held_out: labelled texts, which have no part in any training.
-        train: the file of labelled texts to train on.
+        train: the file of labelled texts to train on, and without its labels to fit on.
         base: the base model's folder.
         adapters: to be made.
         folder: output folder; adapters are written as ``NAME-WAY-DENSITY.st``.
@@ -66,16 +77,15 @@ def compare_ways(
     on_stage(f"{lora.name}: {len(held_out.texts)} held-out texts through base and LoRA")
     of_base, of_lora = classifier.base_logits(), classifier.lora_logits()
     rows = []
-    for way, density in [("cut", d) for d in adapters.cut] + [("trained", d) for d in adapters.trained]:
-        on_stage(
-            f"{lora.name}: {'cutting the LoRA' if way == 'cut' else 'training an adapter'} at {100 * density:g} %"
-        )
+    for way, density in adapters.all():
+        on_stage(f"{lora.name}: {_STAGES[way]} at {100 * density:g} %")
         path, start = adapter_path(folder, lora.name, way, density), time.perf_counter()
-        row = (
-            _cut(lora, base, path, density, adapters.scope)
-            if way == "cut"
-            else _trained(base, train, path, density)
-        )
+        if way == "cut":
+            row = _cut(lora, base, path, density, adapters.scope)
+        elif way == "fitted":
+            row = _fitted(lora, base, train, path, density)
+        else:
+            row = _trained(base, train, path, density)
         seconds = time.perf_counter() - start
         with classifier.adapted(path):
             of_adapter = classifier.logits()
@@ -114,6 +124,15 @@ def _cut(lora: Path, base: Path, path: Path, density: float, scope: str) -> dict
     return {"nnz": report.nnz, "energy_kept": report.energy_kept}
 
 
+def _fitted(lora: Path, base: Path, texts: Path, path: Path, density: float) -> dict[str, Any]:
+    from shira_format.convert.fit.distill import Distillation
+    from shira_format.convert.fit.run import FitOptions, fit_lora
+
+    options = FitOptions(distillation=Distillation(steps=STEPS), length=TOKENS)
+    report = fit_lora(lora, base, path, texts, density=density, options=options)
+    return {"nnz": report.conversion.nnz, "energy_kept": None}
+
+
 def _trained(base: Path, train: Path, path: Path, density: float) -> dict[str, Any]:
     from shira_format.masks.plan import MaskPlan
     from shira_format.masks.registry import rule_of
@@ -121,9 +140,10 @@ def _trained(base: Path, train: Path, path: Path, density: float) -> dict[str, A
     from shira_format.training.fit import Schedule
     from shira_format.training.run import Plan, train_adapter
 
-    mask = MaskPlan(rule_of("wm"), Size(density=density))
+    mask = MaskPlan(rule_of("struct"), Size(density=density))
     plan = Plan("classify", mask, schedule=Schedule(epochs=EPOCHS, evaluations=3), max_length=TOKENS)
-    return {"nnz": train_adapter(base, train, path, plan).nnz, "energy_kept": None}
+    report = train_adapter(base, train, path, plan)
+    return {"density": report.nnz / report.numel, "nnz": report.nnz, "energy_kept": None}
 
 
 class _Classifier:

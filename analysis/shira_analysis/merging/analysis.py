@@ -24,6 +24,7 @@ from shira_analysis.measures.pairs import Measures, Pair, TensorPair, check_mome
 from shira_analysis.merging.accounts import Trial, outcome, summed
 from shira_analysis.merging.lemmas import PairLemmas, TensorLemmas, struct_rows, tensor_lemmas
 from shira_analysis.merging.report import MergeAnalysis, MergedPair, TensorAfter
+from shira_format._core.arrays import distinct
 from shira_format.calibration.moments import Moments
 from shira_format.convert.csr.matrix import MAX_ROWS
 from shira_format.entries.aligned import AlignedEntries
@@ -194,7 +195,7 @@ class _Views:
         self._structs: dict[int, Any] = {}
         self._rows, self._columns = matrix_shape(aligned.shape)
         # A matrix takes memory for each row: if there are very many, rows without entries are left out.
-        self._used = np.unique(aligned.indices // max(1, self._columns)) if self._rows > MAX_ROWS else None
+        self._used = distinct(aligned.indices // max(1, self._columns)) if self._rows > MAX_ROWS else None
 
     def pair(self, i: int, j: int) -> tuple[Measures, TensorLemmas | None]:
         """All measures of two adapters, of which one has entries, and whether the lemmas apply if both have."""

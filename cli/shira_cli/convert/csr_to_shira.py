@@ -10,7 +10,7 @@ import click
 from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 EXAMPLE = """
 example:
@@ -38,7 +38,7 @@ def command(folder: Path, output: Path, force: bool, dry_run: bool, printer: Pri
     from shira_format.convert.csr import csr_to_shira
 
     target = None if dry_run else output
-    check_output_file(target, force=force)
+    check_output_files(target, inputs=[folder, settings["base"]], force=force)
     with printer.bar("tensors") as bar, usage_errors():
         report = csr_to_shira(folder, target, force=force, progress=bar.update, on_start=bar.reset, **settings)
     printer.notes(report.notices)

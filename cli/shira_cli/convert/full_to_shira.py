@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from shira_cli import app, options
-from shira_cli.convert import running
+from shira_cli.convert import fitting, running
 
 EXAMPLE = """
-example:
+examples:
   shira-convert full_to_shira --base my-model/ --tuned my-tune/ -o patch.st --exact
+  shira-convert full_to_shira --base my-model/ --tuned my-tune/ -o adapter.st --fit distill --texts texts.txt --max-bytes 1M
 """
 
 
@@ -21,6 +22,7 @@ example:
 @options.selection_options
 @click.option("--exact", is_flag=True, help="Keep every entry whose bits differ, instead of the largest changes.")
 @click.option("--no-result-digests", is_flag=True, help="With --exact: do not store digests of the whole resulting tensors; faster, but a base that differs elsewhere goes unnoticed.")  # fmt: skip
+@fitting.fit_options(needed=False)
 @options.filters("Convert")
 @options.allow_unused_option
 @running.work_options
@@ -31,14 +33,21 @@ def command(
 
     From an exact patch, shira_to_full restores the fine-tune bit for bit.
 
+    With --fit, entries and values are chosen so that the model does what the fine-tune does, on texts that you give; what
+    is kept is measured on others. This runs the base.
+
     The two checkpoints may have different layouts: a safetensors file, the index of its shards or their folder;
     pytorch_model.bin likewise; a diffusers folder; a GGUF file; a torch DCP folder. They may be local,
     hf://owner/name[@revision][/path], or any URL that fsspec reads.
     """
     from shira_format.convert.full import full_to_shira
 
-    for option, given in (("--scope", scope), ("--min-change", settings["min_change"])):
-        if exact and given is not None:
+    method, given, settings = fitting.split(settings)
+    if method != "none":
+        fitting.check(method, given, settings | {"scope": scope}, exact=exact)
+        return fitting.run("fit_full", tuned, base, method=method, given=given, **fitting.without(settings))
+    for option, value in (("--scope", scope), ("--min-change", settings["min_change"])):
+        if exact and value is not None:
             raise click.UsageError(f"--exact keeps every difference: {option} has no meaning with it")
     if no_result_digests and not exact:
         raise click.UsageError("--no-result-digests goes with --exact")

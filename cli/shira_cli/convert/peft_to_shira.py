@@ -10,7 +10,7 @@ import click
 from shira_cli import app, options
 from shira_cli.convert import running
 from shira_cli.output import Printer
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 EXAMPLE = """
 example:
@@ -42,7 +42,7 @@ def command(adapter: str, base: str, output: Path, force: bool, dry_run: bool, p
     from shira_format.convert.peft_shira import peft_to_shira
 
     target = None if dry_run else output
-    check_output_file(target, force=force)
+    check_output_files(target, inputs=[adapter, base], force=force)
     with printer.bar("tensors") as bar, running.usage_errors():
         report = peft_to_shira(
             adapter, base, target, force=force, progress=bar.update, on_start=bar.reset, **settings

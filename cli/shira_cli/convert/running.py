@@ -12,7 +12,7 @@ import click
 from shira_cli import options
 from shira_cli.output import Printer
 from shira_format.errors import ShiraError
-from shira_format.storage.output_folder import check_output_file
+from shira_format.storage.outputs import check_output_files
 
 if TYPE_CHECKING:
     from shira_format.convert.report import ConversionReport
@@ -58,7 +58,7 @@ def convert(
 ) -> int:  # fmt: skip
     """Run a conversion with progress on stderr and print its report."""
     target = None if dry_run else output
-    check_output_file(target, force=force)
+    check_output_files(target, inputs=inputs, force=force)
     try:
         with printer.bar("entries", scale=True) as bar, usage_errors():
             report = verb(

@@ -10,7 +10,7 @@ import click
 from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
-from shira_format.storage.output_folder import check_output_folder
+from shira_format.storage.outputs import check_output_folder
 
 EXAMPLE = """
 example:

@@ -10,7 +10,7 @@ import click
 from shira_cli import app, options
 from shira_cli.convert.running import usage_errors
 from shira_cli.output import Printer
-from shira_format.storage.output_folder import check_output_folder
+from shira_format.storage.outputs import check_output_folder
 
 EXAMPLE = """
 example:
@@ -42,7 +42,7 @@ def command(adapter: Path, base: str | None, output: Path, force: bool, dry_run:
     from shira_format.export.peft_shira import shira_to_peft
 
     target = None if dry_run else output
-    check_output_folder(target, [adapter] if base is None else [adapter, Path(base)], force=force)
+    check_output_folder(target, [adapter], force=force)
     with printer.bar("tensors") as bar, usage_errors():
         report = shira_to_peft(adapter, target, base=base, force=force, progress=bar.update, on_start=bar.reset, **settings)  # fmt: skip
     printer.notes(report.notices)

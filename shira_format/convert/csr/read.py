@@ -33,7 +33,7 @@ from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import FormatError, SourceError
 from shira_format.format import AdapterFile, AdapterWriter
 from shira_format.names.filters import NOT_CHOSEN, name_filter
-from shira_format.storage.paths import check_not_input
+from shira_format.storage.outputs import check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor, ValueKind
 
 # Figures of a selection, which are valid only for its exact entries.
@@ -115,7 +115,7 @@ def csr_to_shira(
     if not (items or whole or any(map(chosen, index.manifest.get("removed", ())))) and (include or exclude):
         raise SourceError(f"{source}: no tensor is left by the choice of names")
     checkpoint = None if base is None else open_checkpoint(base)
-    original = AdapterFile(inside(source, ORIGINAL), separate_maps=True) if index.original else None
+    original = AdapterFile(inside(source, ORIGINAL)) if index.original else None
     if out is not None:
         inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
         check_not_input(Path(out), inputs)

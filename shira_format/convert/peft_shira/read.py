@@ -36,7 +36,8 @@ from shira_format.lora.peft.stated import statements
 from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.names.located import in_any_names
 from shira_format.names.prefixes import match_names, match_others
-from shira_format.storage.paths import check_not_input, hub_identity, resolve_path
+from shira_format.storage.outputs import check_not_input
+from shira_format.storage.paths import hub_identity, resolve_path
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 
 _LARGEST = 1e150  # of float64; the sums of squares in the report must stay numbers

@@ -24,7 +24,8 @@ from shira_format.export.full.layout import Layout, Piece
 from shira_format.export.full.other_files import component_prefix, copy_model_files, write_indexes
 from shira_format.format import AdapterFile
 from shira_format.names.filters import name_filter
-from shira_format.storage.output_folder import check_output_folder, output_folder, weights_file
+from shira_format.storage.output_folder import output_folder, weights_file
+from shira_format.storage.outputs import check_output_folder
 from shira_format.tensors import SparseTensor, numel
 
 _PARTS_AHEAD = 16  # parts that wait to be hashed
@@ -93,11 +94,11 @@ def shira_to_full(
     """
     path = None if out is None else Path(out)
     checkpoint = open_checkpoint(base)
-    source = AdapterFile(adapter, separate_maps=True)
+    source = AdapterFile(adapter)
     with ExitStack() as stack:
         moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude), alpha=alpha))
         layout = Layout(moved.file, checkpoint, alpha, moved.chosen)
-        check_output_folder(path, [source.path, checkpoint.path, *checkpoint.files], force=force)
+        check_output_folder(path, [source.path, checkpoint.path, *checkpoint.files, files_from], force=force)
         on_start(layout.nbytes)
         workers = stack.enter_context(Workers(threads))
         hashing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="shira-hash"))

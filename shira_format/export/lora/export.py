@@ -34,7 +34,8 @@ from shira_format.format import AdapterFile
 from shira_format.lora.peft.config import CONFIG, PREFIX
 from shira_format.names.filters import name_filter
 from shira_format.storage.atomic import atomic_file
-from shira_format.storage.output_folder import check_output_folder, folder_bytes, output_folder, write_json
+from shira_format.storage.output_folder import folder_bytes, output_folder, write_json
+from shira_format.storage.outputs import check_output_folder
 from shira_format.storage.safetensors_file import SafetensorsWriter
 from shira_format.tensors import SparseTensor, matrix_shape
 
@@ -88,7 +89,7 @@ def shira_to_lora(
     checkpoint = None if base is None else open_checkpoint(base)
     inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
     check_output_folder(target, inputs, force=force, writer=WRITER, own_files=own_files)
-    source = AdapterFile(path, separate_maps=True)
+    source = AdapterFile(path)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude)))

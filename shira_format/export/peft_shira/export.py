@@ -27,14 +27,8 @@ from shira_format.format import AdapterFile
 from shira_format.format.manifest import SparseEntry
 from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
 from shira_format.names.filters import name_filter
-from shira_format.storage.output_folder import (
-    TensorLayout,
-    check_output_folder,
-    folder_bytes,
-    output_folder,
-    weights_file,
-    write_json,
-)
+from shira_format.storage.output_folder import TensorLayout, folder_bytes, output_folder, weights_file, write_json
+from shira_format.storage.outputs import check_output_folder
 from shira_format.tensors import SparseTensor
 
 _INDEX = np.dtype(np.int32)
@@ -128,7 +122,7 @@ def shira_to_peft(
     checkpoint = None if base is None else open_checkpoint(base)
     inputs = [path, *([] if checkpoint is None else [checkpoint.path, *checkpoint.files])]
     check_output_folder(target, inputs, force=force, writer="shira_to_peft", own_files=own_files)
-    source = AdapterFile(path, separate_maps=True)
+    source = AdapterFile(path)
     with ExitStack() as stack:
         stack.callback(source.streams.close)
         moved = stack.enter_context(on_base(source, checkpoint, name_filter(include, exclude)))

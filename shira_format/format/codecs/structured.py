@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices
+from shira_format._core.arrays import Array, Indices, distinct, distinct_counts
 from shira_format.errors import FormatError
 from shira_format.format.codecs.base import Encoded, IndexCodec
 from shira_format.format.fields import need
@@ -63,7 +63,12 @@ def list_pattern(pattern: list[Part], shape: tuple[int, ...], nnz: int) -> Indic
             sized.append(part)
     if nnz > MAX_LISTED:
         raise FormatError("count-mismatch", f"a pattern of {nnz} entries; this reader's limit is {MAX_LISTED}")
-    union = np.unique(np.concatenate([_NONE, *(_list_part(part, rows, columns) for part in sized)]))
+    union = _NONE
+    for part in sized:  # one after the other, so that memory stays at twice the union
+        one = _list_part(part, rows, columns)
+        union = distinct(np.concatenate([union, one])) if union.size else one
+        if union.size > nnz:
+            break
     if union.size != nnz:
         raise FormatError("count-mismatch", f"the pattern has {union.size} entries, the tensor {nnz}")
     return union
@@ -119,7 +124,7 @@ def find_pattern(indices: Indices, shape: tuple[int, ...]) -> list[Part] | None:
     may_have_rows = _has_full_row(indices, columns)
     may_have_columns = _may_have_full_column(indices, rows, columns)
     head = indices[: 4 * MAX_PARTS]
-    few_diagonals = np.unique(head % columns - head // columns).size <= MAX_PARTS
+    few_diagonals = distinct(head % columns - head // columns).size <= MAX_PARTS
     if not (may_have_rows or may_have_columns or few_diagonals):
         return None
     pattern: list[Part] = []
@@ -133,10 +138,12 @@ def find_pattern(indices: Indices, shape: tuple[int, ...]) -> list[Part] | None:
         if part is not None:
             pattern.append(part)
             left &= where % part["step"] != part["offset"]
-    offsets = np.unique((c - r)[left])
-    if len(pattern) + offsets.size > MAX_PARTS:
-        return None
-    pattern += [{"kind": "diagonal", "offset": int(k)} for k in offsets]
+    rest = (c - r)[left]
+    while rest.size:  # a few times: as many diagonals as a pattern may have
+        if len(pattern) == MAX_PARTS:
+            return None
+        pattern.append({"kind": "diagonal", "offset": int(rest.min())})
+        rest = rest[rest != rest.min()]
     try:  # the remaining entries may be only parts of diagonals: compare the union
         return pattern if np.array_equal(list_pattern(pattern, shape, indices.size), indices) else None
     except FormatError:
@@ -175,7 +182,7 @@ def _may_have_full_column(indices: Indices, rows: int, columns: int) -> bool:
 
 def _regular_lines(kind: str, where: Indices, along: int, across: int) -> Part | None:
     """The full rows (or columns) as one part, if they are evenly spaced from end to end."""
-    lines, counts = np.unique(where, return_counts=True)
+    lines, counts = distinct_counts(where)
     full = lines[counts == across]
     if not full.size:
         return None

@@ -12,6 +12,7 @@ from typing import Any
 
 from shira_format.errors import SourceError
 from shira_format.lora.files import is_number, is_rank, read_json
+from shira_format.lora.peft.end_patterns import EndPatterns
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -82,29 +83,29 @@ class Scales:
         where: the file, for messages.
         r: the rank of modules that no pattern matches.
         lora_alpha: their alpha.
-        rank_pattern: ranks by regex.
-        alpha_pattern: alphas by regex.
+        ranks: those by pattern.
+        alphas: those by pattern.
         use_rslora: whether the scale is ``alpha / sqrt(rank)``, not ``alpha / rank``.
     """
 
     where: str
     r: int
     lora_alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    ranks: EndPatterns
+    alphas: EndPatterns
     use_rslora: bool
 
     def rank(self, module: str) -> int:
         """The rank of a module, given its name in the trained model.
 
         Raises:
-            SourceError: a pattern is no regex.
+            SourceError: matching takes too long, or several alphas match.
         """
-        return int(by_pattern(self.where, "rank_pattern", self.rank_pattern, module, self.r))
+        return int(self.ranks.number(module, self.r))
 
     def alpha(self, module: str) -> float:
         """The alpha of a module; as :meth:`rank`."""
-        return by_pattern(self.where, "alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
+        return self.alphas.number(module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
         """The factor of ``B @ A``; as :meth:`rank`."""
@@ -112,50 +113,25 @@ class Scales:
         return float(self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank))
 
 
-def by_pattern(where: object, option: str, patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The number for a module in an option that maps the ends of names, as regexes, to numbers: the first that fits.
-
-    As PEFT's ``get_pattern_key``: the end of the name matches, after a dot or from its start. PEFT and diffusers sort the
-    patterns when they save, so that the first hit in the file need not be that in training.
-
-    Raises:
-        SourceError: not a regular expression, or several alphas in an order that tells nothing; the message begins with ``where``.
-    """
-    hits: dict[str, float] = {}
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                hits[pattern] = value
-        except re.error as error:
-            raise SourceError(f"{where}: {option} {pattern!r}: {error}") from None
-    if option == "alpha_pattern" and len(set(hits.values())) > 1 and list(patterns) == sorted(patterns):
-        found = " and ".join(f"{pattern!r} ({value:g})" for pattern, value in hits.items())
-        raise SourceError(
-            f"{where}: {module!r} is matched by several patterns of {option}, {found}: the first one counted in training, and the "
-            "file has them sorted; leave only the one that counted, or write the patterns so that one matches"
-        )
-    return next(iter(hits.values()), default)
-
-
 def read_scales(config: Mapping[str, Any], where: object) -> Scales:
     """The options of one adapter.
 
     Raises:
-        SourceError: invalid ranks or alphas; the message begins with ``where``.
+        SourceError: invalid ranks, alphas or patterns; the message begins with ``where``.
     """
     if not is_rank(config.get("r")) or not is_number(config.get("lora_alpha")):
         raise SourceError(f"{where}: r and lora_alpha must be numbers, r a positive integer")
     if config.get("use_rslora") not in (None, True, False):
         raise SourceError(f"{where}: use_rslora must be true or false, not {config['use_rslora']!r}")
-    patterns: dict[str, dict[str, Any]] = {}
+    patterns: dict[str, EndPatterns] = {}
     for key, good in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
             raise SourceError(f"{where}: {key} must map module names to numbers")
-        patterns[key] = pattern
+        patterns[key] = EndPatterns(where, key, pattern)
     return Scales(
         where=str(where), r=config["r"], lora_alpha=config["lora_alpha"], use_rslora=bool(config.get("use_rslora")),
-        **patterns,
+        ranks=patterns["rank_pattern"], alphas=patterns["alpha_pattern"],
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from shira_format.checkpoints import Checkpoint
+from shira_format.errors import SourceError
+from shira_format.names.patterns import Pattern, PatternError, UnsupportedPattern
 from shira_format.names.prefixes import Statement
 from shira_format.names.renaming import leading
 from shira_format.names.towers import tower_of_class, towers_in
@@ -62,15 +64,21 @@ def _towers_of_kind(kind: str, config: Mapping[str, Any]) -> set[str]:
 def _of_targets(config: Mapping[str, Any]) -> Iterator[Statement]:
     targets = config.get("target_modules")
     if isinstance(targets, str):
+        what = f"target_modules {targets[:_SHOWN]!r}"
         try:
-            pattern = re.compile(targets)
-        except (re.error, RecursionError):
+            pattern = Pattern(targets)
+        except UnsupportedPattern as error:
+            raise SourceError(f"{what}: {error}") from None
+        except PatternError:
             return
-        yield Statement(
-            f"target_modules {targets[:_SHOWN]!r}",
-            lambda _, found: pattern.fullmatch(found.removesuffix(".weight")) is not None,
-            is_about_base=False,
-        )
+
+        def allows(_name: str, found: str) -> bool:
+            try:
+                return pattern.fullmatch(found.removesuffix(".weight"))
+            except PatternError as error:
+                raise SourceError(f"{what}: {error}") from None
+
+        yield Statement(what, allows, is_about_base=False)
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
         ends = tuple(f".{target}" for target in targets)
         yield Statement(

@@ -165,7 +165,7 @@ def open_source(
     if dialect is None and _is_adapter(path):
         if rank is not None or alpha is not None:
             raise SourceError(f"{path}: an adapter file has no rank: leave out rank and alpha")
-        return _of_adapter(AdapterFile(resolve_path(path), separate_maps=True), base, prefix)
+        return _of_adapter(AdapterFile(resolve_path(path)), base, prefix)
     with quantised_named(base):
         lora = open_lora(path, base, dialect=dialect, prefix=prefix, rank=rank, alpha=alpha)
     notices = check_all_used(

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from shira_format._core.arrays import Array, bits_differ
+from shira_format._core.arrays import Array, bits_differ, distinct
 from shira_format._core.dtypes import FLOATS, is_float, round_to, working_dtype
 from shira_format._core.threads import Workers
 from shira_format.checkpoints import Checkpoint
@@ -91,7 +91,7 @@ def held_dtype(checkpoint: Checkpoint, name: str) -> np.dtype[Any]:
     stored, size = checkpoint.dtype(name), numel(checkpoint.shape(name))
     work = working_dtype(stored)
     values = np.concatenate([np.empty(0, work), *(part.astype(work) for part in sample(checkpoint, name, size))])
-    if np.unique(values[values != 0]).size < 3 or not np.isfinite(values).all():
+    if distinct(values[values != 0]).size < 3 or not np.isfinite(values).all():
         return stored
     for narrow in (FLOATS["BF16"], FLOATS["F16"], FLOATS["F32"]):
         if float_info(narrow).nmant < float_info(stored).nmant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from shira_analysis.figures.layers import LayerGrid, What, layer_grid
 from shira_analysis.figures.style import digits
@@ -10,6 +11,7 @@ from shira_analysis.reports.html import charts, page, pairs, words
 from shira_analysis.reports.html.adapter_facts import AdapterFacts, labels
 from shira_analysis.reports.html.page import facts, name, paragraph, share, table
 from shira_analysis.reports.html.pairs import QUESTION
+from shira_analysis.reports.text import fit as fit_text
 from shira_format._core.text import counted
 from shira_format.calibration.moments import Moments
 from shira_format.version import __version__
@@ -45,7 +47,7 @@ def adapters_page(
         parts += pairs.section(called, adapters, moments, progress)
     parts.append(
         f'<footer class="soft"><p>Made by shira-format {page.text(__version__)}. Names, the base model, the source, the licence and the '
-        "description are the file’s own statements. Densities and energies are measured.</p></footer>"
+        "description are the file’s own statements, and so is what a fit keeps. Densities and energies are measured.</p></footer>"
     )
     return page.page(title, parts)
 
@@ -72,6 +74,7 @@ def _section(number: int, label: str, adapter: AdapterFacts) -> Iterator[str]:
     yield page.warnings(words.warnings(adapter))
     yield from (paragraph(sentences) for sentences in words.summary(adapter, grid) if sentences)
     yield facts(_facts(adapter))
+    yield from _effect(info["fit"])
     yield from _charts(adapter, grid)
     if adapter.tensors:
         yield f"<details><summary>{counted(len(adapter.tensors), 'tensor')}</summary>{_tensors(adapter)}</details>"
@@ -103,6 +106,26 @@ def _facts(adapter: AdapterFacts) -> list[tuple[str, str]]:
     found.append(("checked", checked))
     found += [(key, str(info[key])) for key in ("license", "description") if info[key]]
     return found
+
+
+def _effect(fit: Any) -> Iterator[str]:
+    """How near to its source a fitted adapter is, layer by layer, as the file states it."""
+    effect, plain = (fit.get(key) if isinstance(fit, dict) else None for key in ("effect", "plain"))
+    found, cut = fit_text.layers(effect), fit_text.layers(plain)
+    if not found:
+        return
+    most = max(1.0, *found.values())
+    rows = [
+        ((label, f"{error:.3f}", f"{cut[label]:.3f}" if label in cut else "–"), error / most)
+        for label, error in found.items()
+    ]
+    yield "<h3>How near each layer is to the source’s</h3>"
+    about = (
+        "Squared error of the layer’s output on inputs that were held out, as a share of the base’s: 0 is the source, 1 is as far from it as "
+        "the base. Beside it is the error of the plain cut to as many entries. According to the file."
+    )
+    yield paragraph([about])
+    yield charts.bars(("layer", "error", "plain cut", f"bars end at {most:.3g}"), rows)
 
 
 def _charts(adapter: AdapterFacts, grid: LayerGrid) -> Iterator[str]:

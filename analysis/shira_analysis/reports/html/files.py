@@ -58,7 +58,7 @@ def report(
     on_start(sum(map(len, listed)) + (len(set().union(*listed)) if len(infos) > 1 else 0))
     facts = []
     for info, names in zip(infos, listed, strict=True):
-        file = AdapterFile(info["file"], separate_maps=True)
+        file = AdapterFile(info["file"])
         fitting = base if "base" in info and info["base"]["fits"] else None
         whole = tuple(name for name in file.manifest.whole if keep(name))
         facts.append(read_facts(DeltaFile(file, fitting, names, whole), info, progress))

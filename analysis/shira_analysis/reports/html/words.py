@@ -7,6 +7,7 @@ from typing import Any
 from shira_analysis.figures.layers import LayerGrid
 from shira_analysis.measures.pairs import Pair
 from shira_analysis.reports.html.adapter_facts import AdapterFacts
+from shira_analysis.reports.text import fit as fit_text
 from shira_format._core.text import counted
 
 LITTLE = 0.5  # share of the energy; the converters warn below it, too
@@ -69,6 +70,8 @@ def made_words(info: dict[str, Any]) -> list[str]:
         found.append("The file does not say what it was made from.")
     if selection.get("rule") == "exact":
         return [*found, "It holds the whole change."]
+    if info["fit"]:
+        return [*found, *fit_words(info["fit"])]
     if selection:
         over = "of all tensors together" if selection.get("scope") == "global" else "of each tensor"
         if "energy" in selection:
@@ -89,6 +92,21 @@ def made_words(info: dict[str, Any]) -> list[str]:
         found.append(
             f"They hold {_percent(selection['energy_kept'])} of the energy (the sum of squares) of the original change."
         )
+    return found
+
+
+def fit_words(fit: Any) -> list[str]:
+    """That its entries were fitted, and how much of the effect they keep, according to the file."""
+    facts = dict(fit_text.facts(fit))
+    found = (
+        [f"Its entries were fitted to what the source does to the model: {facts['fit']}."]
+        if "fit" in facts
+        else []
+    )
+    if "effect kept" in facts:
+        found.append(f"Effect kept: {facts['effect kept']}.")
+    if "outputs" in facts:
+        found.append(f"Outputs: {facts['outputs']}.")
     return found
 
 
@@ -147,10 +165,16 @@ def warnings(adapter: AdapterFacts) -> list[str]:
     if len(adapter.broken) > _LIST:
         found.append(f"{len(adapter.broken) - _LIST} more tensors have changes that cannot be measured.")
     kept = (info["selection"] or {}).get("energy_kept")
-    if kept is not None and kept < LITTLE:
+    if kept is not None and kept < LITTLE and not info["fit"]:
         found.append(
             f"It keeps only {_percent(kept)} of the original change's energy: expect a much weaker effect than the source's. "
             "A higher density keeps more; so does training a sparse adapter instead of sparsifying a dense one."
+        )
+    r2 = fit_text.effect_kept(info["fit"])
+    if r2 is not None and r2 < LITTLE:
+        found.append(
+            f"It keeps only {r2:.3f} of the source's effect (R²): expect the model to do much less than with the source. A higher density "
+            "keeps more."
         )
     loose = [t["name"] for t in info["tensors"] if t["base_digest"] is None and t["values"] != "none"]
     if loose:

@@ -48,14 +48,14 @@ def as_json(report: ConversionReport, output: Path | None) -> dict[str, Any]:
     }
 
 
-def as_text(report: ConversionReport, output: Path | None) -> str:
-    """The report as a table."""
+def as_text(report: ConversionReport, output: Path | None, more: str = "") -> str:
+    """The report as a table; ``more`` is said before what was written."""
     head: tuple[str, ...] = ("tensor", "shape", "entries", "density")
     rows: list[tuple[str, ...]] = [
         (t.name, shape(t.shape), count(t.nnz), percent(t.density)) for t in report.tensors
     ]
     rows.append(("all", "", count(report.nnz), percent(report.density)))
-    if not report.exact:
+    if not (report.exact or report.fitted):  # fitted values are not to be near the update's
         head += ("energy kept", "rel. error")
         accounts = [(t.energy_kept, t.relative_error) for t in report.tensors]
         accounts.append((report.energy_kept, report.relative_error))
@@ -69,5 +69,7 @@ def as_text(report: ConversionReport, output: Path | None) -> str:
     lines += [f"{printable(what)}: {some(names, noun=' tensors')}" for what, names in by_kind.items()]
     if report.unchanged:
         lines.append(f"unchanged: {report.unchanged} tensors")
+    if more:
+        lines.append(more)
     lines.append(written(output, report.file_bytes))
     return "\n".join(lines)

@@ -33,6 +33,6 @@ def as_text(result: dict[str, Any], example: Path) -> str:
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     kept = row["effect_kept"]
     return (
-        f"{_WAYS[row['way']]} {100 * row['density']:g} %", count(row["nnz"]), file_size(row["file_bytes"]),
+        f"{_WAYS[row['way']]} {100 * row['density']:.3g} %", count(row["nnz"]), file_size(row["file_bytes"]),
         f"{row['seconds']:.1f} s", f"{row['accuracy']:.3f}", "" if kept is None else f"{kept:.3f}",
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shira_analysis.reports.text import fit
 from shira_analysis.reports.text.parts import shape
 from shira_format._core.text import count, counted, file_size, percent, printable, table
 
@@ -18,6 +19,7 @@ def as_text(info: dict[str, Any]) -> str:
         *((f"  {name}", _model(part.get("base_model"))) for name, part in (info["components"] or {}).items()),
         ("made from", _made_from(info["source"])),
         ("selection", _selection(info["selection"])),
+        *fit.facts(info["fit"]),
         *(("mask", line) for line in _mask(info["mask"])),
         ("strength", f"{info['alpha']:g}"),
         *_needs(info),
@@ -116,6 +118,7 @@ def _selection(selection: dict[str, Any] | None) -> str:
         return "not said"
     if selection.get("rule") == "exact":
         return "every entry whose bits differ"
+    fitted = selection.get("rule") == "fit"
     if "energy" in selection:
         amount = f"{selection['energy']:.1%} of the energy"
     elif "density" in selection:
@@ -129,9 +132,9 @@ def _selection(selection: dict[str, Any] | None) -> str:
     line = f"{selection.get('rule', '?')}, {amount}, per {selection.get('scope', '?')}".replace(
         "per global", "over all tensors"
     )
-    if "energy_kept" in selection:
+    if "energy_kept" in selection and not fitted:
         line += f"; keeps {selection['energy_kept']:.1%} of the update's energy"
-    if "relative_error" in selection:
+    if "relative_error" in selection and not fitted:
         line += f", relative error {selection['relative_error']:.3f}"
     return line
 

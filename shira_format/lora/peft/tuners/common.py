@@ -13,7 +13,8 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
 from shira_format.lora.base import Update
 from shira_format.lora.files import is_number, is_rank
-from shira_format.lora.peft.config import by_pattern
+from shira_format.lora.peft.end_patterns import EndPatterns
+from shira_format.names.patterns import Pattern, PatternError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Options:
 
     path: Path
     raw: Mapping[str, Any]
+    _patterns: dict[str, EndPatterns] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _compiled: dict[str, Pattern] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, option: str) -> Any:
         return self.raw.get(option)
@@ -64,16 +67,34 @@ class Options:
             raise SourceError(f"{self.path}: {option} must be a positive integer, not {value!r}")
         return int(value)  # type: ignore[arg-type]
 
-    def by_pattern(self, option: str, module: str, default: float) -> float:
-        """See :func:`shira_format.lora.peft.config.by_pattern`.
+    def by_pattern(self, option: str, module: str, default: float, *, after_dot: bool = False) -> float:
+        """See :class:`shira_format.lora.peft.end_patterns.EndPatterns`.
 
         Raises:
             SourceError: the option is no such map.
         """
+        if option not in self._patterns:
+            self._patterns[option] = self._read_patterns(option, after_dot)
+        return self._patterns[option].number(module, default)
+
+    def _read_patterns(self, option: str, after_dot: bool) -> EndPatterns:
         patterns = self.raw.get(option) or {}
         if not isinstance(patterns, dict) or not all(map(is_number, patterns.values())):
             raise SourceError(f"{self.path}: {option} must map module names to numbers")
-        return float(by_pattern(self.path, option, patterns, module, default))
+        return EndPatterns(self.path, option, patterns, after_dot=after_dot)
+
+    def fullmatches(self, option: str, text: str, module: str) -> bool:
+        """Whether the regular expression of an option matches the name of a module.
+
+        Raises:
+            SourceError: it is none, or not supported.
+        """
+        try:
+            if option not in self._compiled:
+                self._compiled[option] = Pattern(text)
+            return self._compiled[option].fullmatch(module)
+        except PatternError as error:
+            raise SourceError(f"{self.path}: {option} {text[:200]!r}: {error}") from None
 
     @property
     def version(self) -> tuple[int, int] | None:

@@ -6,7 +6,6 @@ The rules are those of ``peft.tuners.fourierft``. Where the coefficients are is 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +84,8 @@ def _count(layer: TunerLayer) -> int:
     patterns = layer.options["n_frequency_pattern"] or {}
     if not isinstance(patterns, dict) or not all(type(value) is int for value in patterns.values()):
         raise SourceError(f"{layer.options.path}: n_frequency_pattern must map module names to integers")
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf".*\.{pattern}$", layer.module) or pattern == layer.module:
-                return int(value)
-        except re.error as error:
-            raise SourceError(f"{layer.options.path}: n_frequency_pattern {pattern!r}: {error}") from None
-    return layer.options.size("n_frequency")
+    found = layer.options.by_pattern("n_frequency_pattern", layer.module, -1, after_dot=True)
+    return layer.options.size("n_frequency") if found < 0 else round(found)
 
 
 def _places(size: int, count: int, layer: TunerLayer) -> Array:

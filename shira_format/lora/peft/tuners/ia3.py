@@ -6,8 +6,6 @@ and ``[1, n, 1, ...]`` of a convolution, for which ``feedforward_modules`` says 
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from shira_format._core.arrays import Array
@@ -51,10 +49,7 @@ def _is_feedforward(layer: TunerLayer) -> bool | None:
     if found is None:
         return None
     if isinstance(found, str):
-        try:
-            return bool(re.fullmatch(found, layer.module))
-        except re.error as error:
-            raise SourceError(f"{layer.options.path}: feedforward_modules {found!r}: {error}") from None
+        return layer.options.fullmatches("feedforward_modules", found, layer.module)
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise SourceError(f"{layer.options.path}: feedforward_modules must be a regex or a list of names")
     return any(layer.module.endswith(name) for name in found)

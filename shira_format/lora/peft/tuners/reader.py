@@ -21,6 +21,7 @@ from shira_format.lora.files import checked, open_tensors
 from shira_format.lora.peft.base_names import BaseNames, Keys, PeftLayer
 from shira_format.lora.peft.config import HARMLESS, PREFIX, Config, Scales, base_model_of
 from shira_format.lora.peft.dense import DenseReplacements
+from shira_format.lora.peft.end_patterns import NO_PATTERNS
 from shira_format.lora.peft.tuners import REFUSED, TUNERS, tuner
 from shira_format.lora.peft.tuners.common import Effect, Options, Tuner, TunerLayer
 from shira_format.names.prefixes import AmbiguousNames, match_names
@@ -108,7 +109,7 @@ def _config(options: Options) -> Config:
     saved = options["modules_to_save"] or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise SourceError(f"{options.path}: modules_to_save must be a list of names")
-    scales = Scales(str(options.path), 1, 1, {}, {}, use_rslora=False)
+    scales = Scales(str(options.path), 1, 1, NO_PATTERNS, NO_PATTERNS, use_rslora=False)
     config = Config(options.path, options.raw, scales, saved, [], [], [])
     _check_text(options.path, base_model_of(config))
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shira_format.errors import SourceError
 from shira_format.lora.peft.config import Config, Scales
+from shira_format.lora.peft.end_patterns import NO_PATTERNS
 from shira_format.lora.peft.tokens import row_replacement
 from shira_format.lora.peft.tuners.common import Effect, Options, Tuner, TunerLayer
 
@@ -20,7 +21,7 @@ def _check(options: Options) -> None:
 
 def _effect(layer: TunerLayer) -> Effect:
     options = layer.options
-    scales = Scales(str(options.path), 1, 1, {}, {}, use_rslora=False)
+    scales = Scales(str(options.path), 1, 1, NO_PATTERNS, NO_PATTERNS, use_rslora=False)
     config = Config(options.path, options.raw, scales, [], [], options["token_indices"], [])
     values = layer.part(_DELTA, 2)
     return Effect(row_replacement(layer.module, values, layer.name, layer.base, config, layer.where))

@@ -1,0 +1,48 @@
+"""``shira-convert refit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from shira_cli import app, options
+from shira_cli.convert import fitting
+
+EXAMPLE = """
+examples:
+  shira-convert refit adapter.st --base my-model/ --texts texts.jsonl --density 0.002 -o smaller.st
+  shira-convert refit a.st b.st --base my-model/ --texts texts.jsonl --keep 0.95 -o both.st
+"""
+
+
+@click.command("refit", cls=app.Command, example=EXAMPLE)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@options.base_option(" that the adapters are for", required=True)
+@click.option(
+    "--weights", metavar="W,W,...", help="A weight for each adapter, multiplied by its alpha (default: 1)."
+)
+@options.density_option
+@options.top_k_option
+@fitting.fit_options(needed=True)
+@options.filters("Take")
+@options.output_file()
+@options.self_contained_option
+@options.threads_option
+@options.force_adapter_option
+@options.dry_run_option
+@options.printing
+def command(adapters: tuple[str, ...], base: str, weights: str | None, **settings: Any) -> int:
+    """Fit an adapter file anew with fewer entries, or several adapter files together as one.
+
+    The entries of the result are chosen, and their values fitted, so that the base with it does what it does with ADAPTER.
+    Of several adapters the source is the base with all of them: the sum of their changes, each at its weight.
+    """
+    method, given, settings = fitting.split(settings)
+    fitting.check(method, given, settings)
+    numbers = () if weights is None else options.numbers("--weights", weights)
+    if numbers and len(numbers) != len(adapters):
+        raise click.UsageError(f"--weights: {len(numbers)} for {len(adapters)} adapters")
+    return fitting.run(
+        "fit_adapter", adapters, base, method=method, given=given, strengths=numbers, **fitting.without(settings)
+    )
