@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices
+from shira_format._core.arrays import Array, Indices, distinct
 from shira_format._core.compiled import as_unsigned
 from shira_format.errors import FormatError
 from shira_format.format.codecs.base import Encoded, IndexCodec, IndexRange, Streams, cut
@@ -369,7 +369,7 @@ def _numbers(terms: Terms, bounds: Indices, block: int, ends: Indices, indices: 
         every = contexts[terms.of(np.arange(begin, int(indices[last - 1]) + 1))]
         own = indices[first:last] - begin
         of[first:last] = every[own]
-        for context in np.unique(every[own]).tolist():
+        for context in distinct(every[own]).tolist():
             at = np.flatnonzero(of[first:last] == context)
             places = np.searchsorted(np.flatnonzero(every == context), own[at])
             found[first + at] = np.diff(places, prepend=-1)
