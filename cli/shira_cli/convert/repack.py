@@ -33,7 +33,7 @@ def command(adapter: Path, base: str | None, output: Path, compact: bool, force:
     from shira_analysis.reports.text import repack as text
     from shira_format.convert.repack import repack
 
-    check_output_files(output, inputs=[adapter], force=force)
+    check_output_files(output, inputs=[adapter, base], force=force)
     report = repack(adapter, output, base=base, compact=compact)
     printer.result(lambda: text.as_json(report), lambda: text.as_text(report))
     return 0

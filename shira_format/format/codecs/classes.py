@@ -376,7 +376,8 @@ def _numbers(terms: Terms, bounds: Indices, block: int, ends: Indices, indices: 
 def _best_terms(indices: Indices, shape: tuple[int, ...], base: Array | None) -> tuple[Terms, Indices]:
     """The terms that take the fewest bits, and the bounds of their contexts."""
     nothing = Terms(np.empty(0, np.uint8))
-    known = [(nothing, np.array([float(numel(shape))]), 0.0)]
+    classes = np.zeros(indices.size, np.int64)  # of the entries
+    known = [(nothing, classes, np.array([float(numel(shape))]), 0.0)]
     rows, columns = matrix_shape(shape)
     if rows + columns <= min(indices.size, MAX_LINES):
         terms = nothing.with_lines(*_numbers_of_lines(indices, rows, columns))
@@ -385,15 +386,20 @@ def _best_terms(indices: Indices, shape: tuple[int, ...], base: Array | None) ->
             entropy_bits(np.bincount(lines)[None]) + table_bits(one.size)
             for lines, one in zip((terms.rows, terms.columns), numbers, strict=True)
         )
-        known.append((terms, np.convolve(numbers[0].astype(np.float64), numbers[1]), side))
+        known.append((terms, terms.of(indices), np.convolve(numbers[0].astype(np.float64), numbers[1]), side))
     if base is not None:
         own = of_base(base)
-        share = _shares(own, base.size)
+        share, of_entries = _shares(own, base.size), own.of(indices)
         known += [
-            (replace(own, rows=terms.rows, columns=terms.columns), np.convolve(elements, share), side)
-            for terms, elements, side in known
+            (
+                replace(own, rows=terms.rows, columns=terms.columns),
+                of_entries + classes,
+                np.convolve(elements, share),
+                side,
+            )
+            for terms, classes, elements, side in known
         ]
-    return min((_contexts(indices, *one) for one in known), key=lambda found: found[2])[:2]
+    return min((_contexts(*one) for one in known), key=lambda found: found[2])[:2]
 
 
 def _numbers_of_lines(indices: Indices, rows: int, columns: int) -> tuple[Indices, Indices]:
@@ -413,9 +419,16 @@ def _shares(terms: Terms, size: int) -> Array:
     return found
 
 
-def _contexts(indices: Indices, terms: Terms, elements: Array, side: float) -> tuple[Terms, Indices, float]:
-    """The terms, the best bounds of their contexts, and about how many bits they take."""
-    counts = np.bincount(terms.of(indices))
+def _contexts(terms: Terms, of_entries: Indices, elements: Array, side: float) -> tuple[Terms, Indices, float]:
+    """The terms, the best bounds of their contexts, and about how many bits they take.
+
+    Args:
+        terms: the terms.
+        of_entries: the class number of each entry.
+        elements: how many elements are in each class, about.
+        side: bits that the numbers of rows and columns take.
+    """
+    counts = np.bincount(of_entries)
     classes = np.flatnonzero(counts)
     inside = np.append(0.0, np.cumsum(counts[classes]))
     # All elements between the first class and the last one of a context are in it.

@@ -161,7 +161,8 @@ def encode_drawn(indices: Indices, shape: tuple[int, ...], seed: str, band: int 
     if not count or (band + 1) * count > numel(shape):
         return None
     few = drawn_first(seed, numel(shape), count, band)
-    if not np.isin(few, indices, assume_unique=True).all():
+    at = np.minimum(np.searchsorted(indices, few), count - 1)
+    if not np.array_equal(indices[at], few):
         return None
     if not np.array_equal(drawn(seed, numel(shape), count, band), indices):
         return None

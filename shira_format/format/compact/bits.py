@@ -47,6 +47,17 @@ class BitReader:
         self._at = end
         return value & ((1 << width) - 1)
 
+    def ahead(self, width: int) -> int:
+        """The next ``width`` bits, which are not taken yet; 0 for those that the stream lacks."""
+        data = self._data[self._at // 8 : -(-(self._at + width) // 8)]
+        return int.from_bytes(data, "little") >> self._at % 8
+
+    def skip(self, width: int) -> None:
+        """Take so many bits; see :meth:`take`."""
+        if self._at + width > 8 * len(self._data):
+            raise FormatError("stream-truncated", "ends within its tables")
+        self._at += width
+
     def end(self) -> int:
         """The byte after the last one of which a bit was taken.
 

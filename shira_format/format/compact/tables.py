@@ -68,11 +68,19 @@ class Table:
             FormatError: it has no tokens, too many or such of too large numbers, or its frequencies are more than 4096.
         """
         first, count = bits.take(12), bits.take(8) + 1
-        stored = np.zeros(count, np.int64)
-        for token in range(count):
-            if length := bits.take(4):
-                kept = min(length - 1, _KEPT)
-                stored[token] = (1 << kept | bits.take(kept)) << (length - 1 - kept)
+        window, at = (
+            bits.ahead((4 + _KEPT) * count),
+            0,
+        )  # one number, since bits taken one by one cost more than decoding
+        found = []
+        for _ in range(count):
+            length = window >> at & 15
+            kept = min(length - 1, _KEPT) if length else 0
+            at += 4
+            found.append((1 << kept | window >> at & ((1 << kept) - 1)) << (length - 1 - kept) if length else 0)
+            at += kept
+        bits.skip(at)
+        stored = np.array(found, np.int64)
         if not 0 < stored.sum() <= TOTAL:
             raise FormatError("coder", f"the frequencies of a table add up to {stored.sum()}")
         if first + count > MAX_TOKEN or ((first + count - 1) >> split) - 1 + split > MAX_BITS:
