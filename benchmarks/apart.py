@@ -160,6 +160,16 @@ def _apply(clock: _Clock, adapter: str, base: list[str], tuned: list[str]) -> No
     _check_equal(weights, tuned)
 
 
+def _apply_compact(clock: _Clock, adapter: str, base: list[str], tuned: list[str]) -> None:
+    """The same with a compact file, for which these weights are the base."""
+    from shira_format.live import Switcher
+
+    weights = _loaded(base)
+    with clock:
+        Switcher(weights).switch(adapter)
+    _check_equal(weights, tuned)
+
+
 def _arc() -> Any:
     """``fireworks_delta_compression``, which is not typed; torch warns of a read-only buffer in it."""
     warnings.simplefilter("ignore")
@@ -232,6 +242,7 @@ _TASKS: dict[str, Callable[..., None]] = {
     "restore": _restore,
     "copy": _copy,
     "apply": _apply,
+    "apply compact": _apply_compact,
     "arc encode": _arc_encode,
     "arc decode": _arc_decode,
     "arc in place": _arc_in_place,

@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
+from safetensors.torch import save_file
 
+from benchmarks.embeddings import BASE, shipped
 from benchmarks.model import RANK, Shape
 from benchmarks.table import Row
-from shira_format._core.arrays import Array, Indices
-from shira_format.format import AdapterWriter
+from shira_format._core.arrays import Array, Indices, array_digest
+from shira_format.adapter import Adapter
+from shira_format.checkpoints import open_checkpoint
+from shira_format.convert.lora import lora_to_shira
+from shira_format.format import AdapterWriter, load, save
 from shira_format.format.codecs import encode_smallest
+from shira_format.format.codecs.magnitude import largest
+from shira_format.format.codecs.seeded import drawn
 from shira_format.tensors import SparseTensor
 
 ENTRIES = 1 << 24
+_LORA = Path(__file__).parents[1] / "cli" / "shira_cli" / "data" / "loras" / "spam"
 
 
 def uniform(elements: int, density: float, seed: int) -> Indices:
@@ -46,6 +55,7 @@ def rows(shape: Shape, folder: Path, uniform_file: Path) -> Iterator[Row]:
     demand = ("<= 3.2", whole <= 3.2) if shape.adapted > 5e8 else ("", None)
     yield Row("file, bf16, all that it holds", whole, 6, "bytes/entry", "int32 + bf16", *demand)
     yield from _against_peft(folder)
+    yield from _compact(folder)
     for density in (0.001, 0.01, 0.02, 0.05, 0.1):
         indices = uniform(ENTRIES, density, 3)
         encoded = encode_smallest(indices, (4096, 4096))
@@ -95,6 +105,50 @@ def _against_peft(folder: Path) -> Iterator[Row]:
             ours = _one_layer(folder / "one.st", side, indices, np.zeros(indices.size, dtype))
             case = f"file of {parameters} parameters, {dtype}, beside PEFT {kind}"
             yield Row(case, ours, peer, "bytes/entry", f"PEFT {kind}, float32")
+
+
+def _compact(folder: Path) -> Iterator[Row]:
+    """Compact files of 1 % of a bf16 weight, and of the shipped LoRAs; beside plain ones."""
+    side, random = 4096, np.random.default_rng(7)
+    weight = random.normal(0, 0.02, side * side).astype(np.float32)
+    base = weight.astype(ml_dtypes.bfloat16)
+    tuned = (weight + random.normal(0, 1e-3, weight.size).astype(np.float32)).astype(ml_dtypes.bfloat16)
+    count = base.size // 100
+    for case, indices, manifest, most in (
+        ("largest weights", largest(base, count), {}, 8.0),
+        ("random, seeded", drawn("0 w", base.size, count), {"mask": {"rule": "rand", "seed": 0}}, 8.0),
+        ("random, seed not known", drawn("0 w", base.size, count), {}, None),
+    ):
+        own = base[indices]
+        adapter = Adapter([SparseTensor("w", (side, side), indices, tuned[indices], base_digest=array_digest(own))], manifest=manifest)  # fmt: skip
+        plain, bits = (
+            _bits(adapter, folder, base={"w": base.reshape(side, side)}, compact=one) for one in (False, True)
+        )
+        demand = ("", None) if most is None else (f"<= {most:g}", bits <= most)
+        yield Row(f"compact, 1 % bf16, updates of 1e-3, {case}", bits, plain, "bits/entry", "plain", *demand)
+    for dtype, most in (("bf16", 15.5), ("fp32", 28.0)):
+        bits, plain = _shipped_lora(folder, dtype)
+        yield Row(f"compact, 1 % of MiniLM in {dtype}, top-k of the shipped LoRA", bits, plain, "bits/entry", "plain", f"<= {most:g}", bits <= most)  # fmt: skip
+
+
+def _bits(adapter: Adapter, folder: Path, **options: Any) -> float:
+    save(adapter, folder / "compact.st", **options)
+    nnz = sum(tensor.nnz for tensor in adapter.values())
+    return 8 * (folder / "compact.st").stat().st_size / nnz
+
+
+def _shipped_lora(folder: Path, dtype: str) -> tuple[float, float]:
+    """Bits an entry of the spam LoRA cut to 1 %, compact and plain; header and manifest included, whole tensors not."""
+    base: Any = open_checkpoint(shipped(*BASE))
+    if dtype == "bf16":
+        weights = {name: torch.from_numpy(one.copy()) for name, one in base.items()}
+        narrow = {name: one.bfloat16() if one.dtype == torch.float32 else one for name, one in weights.items()}
+        save_file(narrow, folder / "narrow.safetensors")
+        base = open_checkpoint(folder / "narrow.safetensors")
+    lora_to_shira(_LORA, base, folder / "shipped.st", density=0.01)
+    adapter = Adapter(dict(load(folder / "shipped.st")))  # without the head
+    plain, bits = (_bits(adapter, folder, base=base, compact=one) for one in (False, True))
+    return bits, plain
 
 
 def _one_layer(path: Path, side: int, indices: Indices, values: Array) -> float:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shira_format.convert.full import full_to_shira as full_to_shira
     from shira_format.convert.lora import lora_to_shira as lora_to_shira
     from shira_format.convert.peft_shira import peft_to_shira as peft_to_shira
+    from shira_format.convert.repack import repack as repack
     from shira_format.entries.inspection import inspect as inspect
     from shira_format.entries.inspection import verify as verify
     from shira_format.export.csr import shira_to_csr as shira_to_csr
@@ -90,6 +91,7 @@ _HOMES = {
     "open_checkpoint": "checkpoints",
     "peft_to_shira": "convert.peft_shira",
     "place_adapter": "live",
+    "repack": "convert.repack",
     "resume": "training.sparse",
     "save": "format",
     "shira_to_csr": "export.csr",

@@ -171,6 +171,9 @@ class Maker:
         self.content: Json = {"format_version": "1.0", "alpha": 1, "tensors": [], "whole": []}
         self.metadata: dict[str, str] = {}
         self.order: list[str] = []  # streams in the buffer; those that are not named follow as they were added
+        self.last_base = (
+            b""  # the base's values of the tensor that was added last, where the file does not hold them
+        )
         self.spaces: int | None = None  # behind the header; None: up to a multiple of 8
         self.after = ""  # behind the manifest
         self.literals: dict[str, str] = {}  # JSON in place of these strings, which json.dumps would not write
@@ -2755,6 +2758,705 @@ def bad_implied() -> None:
             base_file(name, w=("BF16", [2, 3], page))
 
 
+# The compact profile (sections 4.3, 5.9 and 5.10)
+
+EXPONENT = {"F64": 11, "F32": 8, "F16": 5, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 5}
+Step = tuple[str, int, int]  # ("number", context, value) or ("bits", how many, value)
+
+
+def token_of(value: int, split: int) -> tuple[int, int]:
+    """A number's token, and how many of its lower bits follow."""
+    rest = max(0, len(f"{value:b}") - 1 - split)
+    return (rest << split) + (value >> rest), rest
+
+
+class Tables:
+    """Frequencies by context, as few bits as can be: of each context that is given as {token: frequency}."""
+
+    def __init__(self, split: int, *tables: dict[int, int]) -> None:
+        self.split, self.tables = split, tables
+
+    @staticmethod
+    def of(split: int, contexts: int, blocks: Sequence[Sequence[Step]]) -> Tables:
+        """Frequencies in proportion to what the blocks hold, cut to four bits, at least 1."""
+        counts: list[dict[int, int]] = [{} for _ in range(contexts)]
+        for kind, context, value in (step for block in blocks for step in block):
+            if kind == "number":
+                token, _ = token_of(value, split)
+                counts[context][token] = counts[context].get(token, 0) + 1
+        found = []
+        for count in (one or {0: 1} for one in counts):
+            room = 4096 - 16 * len(count)
+            found.append({t: cut_off(max(1, n * room // sum(count.values()))) for t, n in count.items()})
+        return Tables(split, *found)
+
+    def completed(self, context: int) -> dict[int, int]:
+        table = dict(sorted(self.tables[context].items()))
+        largest = max(table.values())
+        table[next(t for t, f in table.items() if f == largest)] += 4096 - sum(table.values())
+        return table
+
+    def bits(self, *, only: Sequence[int] | None = None) -> str:
+        """The tables as text of 0 and 1, the first bit first."""
+        text = ""
+        for table in self.tables if only is None else [self.tables[i] for i in only]:
+            first, last = min(table), max(table)
+            text += low_first(first, 12) + low_first(last - first, 8)
+            for token in range(first, last + 1):
+                digits = f"{table.get(token, 0):b}" if table.get(token, 0) else ""
+                text += low_first(len(digits), 4)
+                if len(digits) > 1:
+                    text += digits[1:4][::-1]
+        return text
+
+
+def cut_off(frequency: int) -> int:
+    digits = f"{frequency:b}"
+    return int(digits[:4] + "0" * len(digits[4:]), 2)
+
+
+def low_first(value: int, width: int) -> str:
+    return f"{value:0{width}b}"[::-1] if width else ""
+
+
+def rans(tables: Tables, steps: Sequence[Step], x: int = 1 << 16) -> list[int]:
+    """The words of a block."""
+    words: list[int] = []
+    operations: list[tuple[int, int, int]] = []  # start, size, and the power of two that they are of
+    for kind, context, value in steps:
+        pieces = [(context, value)]
+        if kind == "number":
+            token, rest = token_of(value, tables.split)
+            table = tables.completed(context)
+            operations.append((sum(f for t, f in table.items() if t < token), table[token], 12))
+            pieces = [(rest, value & ((1 << rest) - 1))]
+        for width, low in pieces:
+            for place in range(0, width, 16):
+                some = min(16, width - place)
+                operations.append(((low >> place) & ((1 << some) - 1), 1, some))
+    for start, size, power in reversed(operations):
+        if x >= size << (32 - power):
+            words.append(x & 0xFFFF)
+            x >>= 16
+        x = ((x // size) << power) + x % size + start
+    return [*reversed([*words, x >> 16, x & 0xFFFF])]
+
+
+def coded(front: str, blocks: Sequence[Sequence[int]], more: Sequence[int] = ()) -> bytes:
+    """A stream: the bits of the front, the words of the blocks, the further counts."""
+    front += "0" * (-len(front) % 8)
+    data = bytes(int(front[k : k + 8][::-1], 2) for k in range(0, len(front), 8))
+    data += b"".join(varint_code(count) for count in [len(words) for words in blocks] + list(more))
+    return data + b"".join(struct.pack("<H", word) for words in blocks for word in words)
+
+
+def exponent_of(bits: int, dtype: str) -> int:
+    width = 8 * SIZE[dtype]
+    return (bits % (1 << (width - 1))) >> (width - 1 - EXPONENT[dtype])
+
+
+def bits_at(data: bytes, dtype: str) -> list[int]:
+    width = SIZE[dtype]
+    return [int.from_bytes(data[k : k + width], "little") for k in range(0, len(data), width)]
+
+
+def cut_to(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[k : k + size] for k in range(0, len(items), size)]
+
+
+def bounds_text(bounds: Sequence[int]) -> str:
+    return low_first(len(bounds) - 1, 6) + "".join(low_first(bound, 12) for bound in bounds)
+
+
+def context_in(bounds: Sequence[int], number: int) -> int | None:
+    return next((i for i, (low, high) in enumerate(pairwise(bounds)) if low <= number < high), None)
+
+
+class Classes:
+    """The stream of section 5.9, in the making: what is not given follows from the entries."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        indices: Sequence[int],
+        bounds: Sequence[int] = (0, 1),
+        *,
+        split: int = 1,
+        power: int = 12,
+        base: tuple[bytes, str] | None = None,
+        lines: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
+        numel = elements(shape)
+        self.split, self.power, self.bounds, self.lines = split, power, list(bounds), lines
+        wide = elements(shape[1:])
+        self.contexts: list[int | None] = [0] * numel
+        if base is not None or lines is not None:
+            for k in range(numel):
+                number = 0
+                if base is not None:
+                    number = (1 << EXPONENT[base[1]]) - 1 - exponent_of(bits_at(base[0], base[1])[k], base[1])
+                if lines is not None:
+                    number += lines[0][k // wide] + lines[1][k % wide]
+                    number = -1 if 0 in (lines[0][k // wide], lines[1][k % wide]) else number
+                self.contexts[k] = context_in(bounds, number)
+        size = 1 << power
+        self.entries: list[int] = []
+        self.steps: list[list[Step]] = []
+        for start in range(0, numel, size):
+            stop = min(start + size, numel)
+            inside = [k for k in indices if start <= k < stop]
+            assert all(self.contexts[k] is not None for k in inside)
+            block: list[Step] = []
+            for context in range(len(bounds) - 1):
+                members = (
+                    [k for k in range(start, stop) if self.contexts[k] == context] if numel < 1 << 20 else None
+                )
+                ranks = [
+                    k - start if members is None else members.index(k)
+                    for k in inside
+                    if self.contexts[k] == context
+                ]
+                block += [("number", context, rank - before) for before, rank in pairwise([-1, *ranks])]
+                block.append(("number", context, 0))
+            self.entries.append(len(inside))
+            self.steps.append(block)
+        self.ahead: list[list[Step]] = []
+        if lines is not None:
+            numbers = [("number", 0, n) for n in lines[0]] + [("number", 1, n) for n in lines[1]]
+            self.ahead = [list(part) for part in cut_to(numbers, 4096)]
+            self.line_tables = Tables.of(split, 2, self.ahead)
+        self.tables = Tables.of(split, len(bounds) - 1, self.steps)
+
+    def stream(
+        self, *, x: int = 1 << 16, words: list[list[int]] | None = None, entries: list[int] | None = None
+    ) -> bytes:
+        front = low_first(self.split, 3) + low_first(self.power, 6) + ("1" if self.lines else "0")
+        front += bounds_text(self.bounds) + (self.line_tables.bits() if self.lines else "") + self.tables.bits()
+        blocks = [rans(self.line_tables, block) for block in self.ahead]
+        blocks += [rans(self.tables, block, x) for block in self.steps] if words is None else words
+        return coded(front, blocks, self.entries if entries is None else entries)
+
+
+def mark_compact(file: Maker) -> Maker:
+    if "compact" not in file.manifest["features"]:
+        file.manifest["features"].append("compact")
+        file.set(format_version="1.1")
+    return file
+
+
+def add_classes(
+    file: Maker, name: str, shape: Sequence[int], indices: Sequence[int], data: bytes | None = None, *,
+    form: Classes | None = None, on_base: bool = False, **rest: Any,
+) -> Maker:  # fmt: skip
+    mark_compact(file).sparse(name, shape, indices, "classes", more={"base": True} if on_base else {}, **rest)
+    if data is None:
+        data = (form or Classes(shape, indices)).stream() if indices else b""
+    file.tensor(-1)["digests"]["indices"] = file.stream(name + "#indices", "U8", [len(data)], data)
+    if on_base:
+        file.tensor(-1)["digests"]["entries"] = sha(i64(*indices))
+    return file
+
+
+def step_blocks(values: bytes, base: bytes, dtype: str, bounds: Sequence[int], power: int) -> list[list[Step]]:
+    top = 1 << (8 * SIZE[dtype] - 1)
+    blocks: list[list[Step]] = []
+    pairs = list(zip(bits_at(values, dtype), bits_at(base, dtype), strict=True))
+    for part in cut_to(pairs, 1 << power):
+        block: list[Step] = []
+        for new, old in part:
+            context = context_in(bounds, (1 << EXPONENT[dtype]) - 1 - exponent_of(old, dtype))
+            assert context is not None
+            step = new % top - old % top
+            if (new ^ old) & top:
+                block.append(("number", context, 0))
+            block.append(("number", context, abs(step) + 1))
+            if step:
+                block.append(("bits", 1, int(step < 0)))
+        blocks.append(block)
+    return blocks
+
+
+def steps_stream(
+    blocks: Sequence[Sequence[Step]], bounds: Sequence[int], power: int, split: int, x: int = 1 << 16, **more: Any
+) -> bytes:
+    tables = more.get("tables") or Tables.of(split, len(bounds) - 1, blocks)
+    front = low_first(split, 3) + low_first(power, 5) + bounds_text(bounds) + tables.bits()
+    return coded(front, more.get("words") or [rans(tables, block, x) for block in blocks])
+
+
+def float_blocks(values: bytes, dtype: str, power: int) -> list[list[Step]]:
+    below = 8 * SIZE[dtype] - 1 - EXPONENT[dtype]
+    steps: list[list[Step]] = []
+    for bits in bits_at(values, dtype):
+        sign = bits >> (8 * SIZE[dtype] - 1)
+        steps.append(
+            [("number", 0, exponent_of(bits, dtype)), ("bits", below + 1, (sign << below) + bits % (1 << below))]
+        )
+    return [[step for pair in part for step in pair] for part in cut_to(steps, 1 << power)]
+
+
+def floats_stream(blocks: Sequence[Sequence[Step]], power: int, split: int, **more: Any) -> bytes:
+    tables = more.get("tables") or Tables.of(split, 1, blocks)
+    front = low_first(split, 3) + low_first(power, 5) + tables.bits()
+    return coded(front, more.get("words") or [rans(tables, block, more.get("x", 1 << 16)) for block in blocks])
+
+
+def recode(file: Maker, role: str, codec: str, data: bytes, **more: str) -> Maker:
+    """Another stream of values of the tensor that was added last: coded."""
+    item = mark_compact(file).tensor(-1)
+    item.setdefault("coding", {})[role] = {"codec": codec, **more}
+    digest = file.stream(f"{item['name']}#{role}", "U8", [len(data)], data)
+    if role == "values":
+        item["digests"]["values"] = digest
+    return file
+
+
+def whole_range(dtype: str) -> list[int]:
+    return [0, 1 << EXPONENT[dtype]]
+
+
+def with_steps(file: Maker, dtype: str, bounds: Sequence[int], power: int = 13, split: int = 1) -> Maker:
+    """The values of the tensor that was added last, as steps from the base's values that its content has or has the digest of."""
+    found = file.content["tensors"][-1]
+    base = bytes.fromhex(found["base_hex"]) if found["base_hex"] else file.last_base
+    blocks = step_blocks(bytes.fromhex(found["value_hex"]), base, dtype, bounds, power)
+    return recode(file, "values", "steps", steps_stream(blocks, bounds, power, split) if blocks else b"")
+
+
+def with_floats(file: Maker, role: str, of: str, power: int = 13, split: int = 7, **more: str) -> Maker:
+    text = file.content["tensors"][-1]["value_hex" if role == "values" else "base_hex"]
+    blocks = float_blocks(bytes.fromhex(text), of, power)
+    return recode(file, role, "floats", floats_stream(blocks, power, split) if blocks else b"", **more)
+
+
+def near(base: bytes, dtype: str, label: str) -> bytes:
+    """Values a few steps from the base's, or with the other sign, or anywhere."""
+    width, top = SIZE[dtype], 1 << (8 * SIZE[dtype] - 1)
+    found = b""
+    for number, old in enumerate(bits_at(base, dtype)):
+        draw = noise(f"{label} {number}", 12)
+        step = draw[0] % 7 - 3
+        size = min(max(old % top + step, 0), top - 1)
+        if draw[1] < 20:
+            size = int.from_bytes(draw[2:10], "little") % top % (old % top + 2**40)
+        sign = old & top
+        found += ((sign if draw[10] > 30 else sign ^ top) + size).to_bytes(width, "little")
+    return found
+
+
+def small_floats(label: str, count: int, dtype: str) -> bytes:
+    """Floats whose exponents are a few neighbouring ones."""
+    width, below = SIZE[dtype], 8 * SIZE[dtype] - 1 - EXPONENT[dtype]
+    middle = (1 << EXPONENT[dtype]) // 2 - 2
+    found = b""
+    for number in range(count):
+        draw = int.from_bytes(noise(f"{label} {number}", 12), "little")
+        exponent = middle - (draw % 16).bit_length() % 4
+        found += ((draw >> 8) % 2 << (8 * width - 1) | exponent << below | (draw >> 16) % (1 << below)).to_bytes(
+            width, "little"
+        )
+    return found
+
+
+def step_mask(label: str, base: bytes, dtype: str, odds: int) -> list[int]:
+    """Entries that are the likelier the smaller the exponent is."""
+    largest = max(exponent_of(bits, dtype) for bits in bits_at(base, dtype))
+    return [
+        k for k, bits in enumerate(bits_at(base, dtype))
+        if noise(f"{label} {k}", 1)[0] < min(250, odds << (largest - exponent_of(bits, dtype)))
+    ]  # fmt: skip
+
+
+def good_compact() -> None:
+    page = good("compact-of-page")
+    page_base = bf16(1, -2, 0.5, 3.140625)
+    add_classes(page, "w", [2, 6], [0, 1, 5, 11], form=Classes([2, 6], [0, 1, 5, 11]), dtype="BF16", base=page_base,
+                value_bytes=bytes.fromhex("813fffbfff3e4940"), store_base=True)  # fmt: skip
+    with_steps(page, "BF16", [126, 130], 4)
+    file = add_classes(good("classes"), "w", [30, 40], range(0, 1200, 17))
+    add_classes(file, "none", [3, 4], [])
+    add_classes(file, "one", [], [0])
+    add_classes(file, "all", [20], range(20))
+    add_classes(file, "blocks", [5, 2000], range(3, 10000, 100))
+    add_classes(file, "far", [MAX_NUMEL], [0, 2**40, MAX_NUMEL - 1], form=far_classes([0, 2**40, MAX_NUMEL - 1]))
+    for split in (0, 2, 3, 7):
+        add_classes(
+            file, f"split.{split}", [900], range(2, 900, 31), form=Classes([900], range(2, 900, 31), split=split)
+        )
+    add_classes(file, "mask", [64], [3, 9, 60], values="none")
+    add_classes(file, "patched", [6, 4], [0, 7], dtype="F16").resize(3)
+    file = good("classes-lines")
+    lines = ([0, 1, 2, 4, 0], [1, 0, 3, 3, 1, 2])
+    chosen_ones = [6, 8, 9, 12, 14, 15, 16, 17, 18, 20, 21, 22, 23]
+    form = Classes([5, 6], chosen_ones, [2, 4, 6, 8], lines=lines)
+    add_classes(file, "w", [5, 6], chosen_ones, form=form)
+    tall = ([1 + k % 3 for k in range(4200)], [1, 2])
+    some = [k for k in range(8400) if k % 11 == 0]
+    add_classes(file, "tall", [4200, 2], some, form=Classes([4200, 2], some, [2, 4, 6], lines=tall))
+    file = good("classes-base")
+    tensors: dict[str, tuple[str, Sequence[int], bytes]] = {}
+    for dtype in FLOATS:
+        data = small_floats(f"base of {dtype}", 600, dtype)
+        top = (1 << EXPONENT[dtype]) - 1
+        present = sorted({top - exponent_of(bits, dtype) for bits in bits_at(data, dtype)})
+        bounds = [*present[:2], present[-1] + 1]
+        indices = step_mask(dtype, data, dtype, 20)
+        own = at_entries(data, dtype, indices)
+        form = Classes([20, 30], indices, bounds, base=(data, dtype))
+        add_classes(
+            file,
+            dtype,
+            [20, 30],
+            indices,
+            form=form,
+            on_base=True,
+            dtype=dtype,
+            value_bytes=near(own, dtype, dtype),
+        )
+        file.tensor(-1)["digests"]["base"] = file.content["tensors"][-1]["base_digest"] = sha(own)
+        file.last_base = own
+        with_steps(file, dtype, whole_range(dtype), 6, 2)
+        tensors[dtype] = (dtype, [20, 30], data)
+    dtype, data = "BF16", tensors["BF16"][2]
+    indices = step_mask("lines", data, dtype, 9)
+    grid = ([1] * 20, [1 + k % 2 for k in range(30)])
+    top = 255
+    numbers = [
+        top - exponent_of(bits, dtype) + grid[0][k // 30] + grid[1][k % 30]
+        for k, bits in enumerate(bits_at(data, dtype))
+    ]
+    bounds = [min(numbers), min(numbers) + 2, max(numbers) + 1]
+    form = Classes([20, 30], indices, bounds, base=(data, dtype), lines=grid)
+    add_classes(file, "both", [20, 30], indices, form=form, on_base=True, dtype=dtype, values="none")
+    tensors["both"] = (dtype, [20, 30], data)
+    base_file("classes-base", **tensors)
+    file = good("coded-values")
+    for dtype in FLOATS:
+        base = small_floats(f"values of {dtype}", 45, dtype)
+        file.sparse(
+            f"steps.{dtype}",
+            [90],
+            range(0, 90, 2),
+            dtype=dtype,
+            base=base,
+            store_base=True,
+            value_bytes=near(base, dtype, "v"),
+        )
+        with_steps(file, dtype, whole_range(dtype), 4, 0)
+        with_floats(file, "base", dtype, 4)
+        file.sparse(f"floats.{dtype}", [90], range(0, 90, 2), dtype=dtype, value_bytes=base)
+        with_floats(file, "values", dtype, 5, 3)
+    file.sparse(
+        "delta",
+        [9],
+        [1, 2, 8],
+        values="delta",
+        value_dtype="F16",
+        value_bytes=small_floats("d", 3, "F16"),
+        base_digest=True,
+    )
+    with_floats(file, "values", "F16", dtype="F16")
+    file.sparse(
+        "delta.bare",
+        [9],
+        [1, 2, 8],
+        values="delta",
+        dtype="BF16",
+        base_digest=False,
+        value_bytes=small_floats("d", 3, "BF16"),
+    )
+    with_floats(file, "values", "BF16")
+    file.sparse("none", [9], [], dtype="BF16", store_base=True)
+    recode(file, "values", "steps", b"")
+    recode(file, "base", "floats", b"")
+    special = bytes.fromhex("0000008000ff807f807f807fc07fffff0100018080ff")
+    others = bytes.fromhex("0080000080ff80ff0000c07f7fff0080ffff0100ff7f")
+    file.sparse("special", [11], range(11), dtype="BF16", base=special, store_base=True, value_bytes=others)
+    with_steps(file, "BF16", whole_range("BF16"))
+
+
+def far_classes(indices: Sequence[int]) -> Classes:
+    """Of a tensor that is too large to be listed."""
+    form = Classes([1 << 13], [0, 1, 2], power=12)
+    form.power = 45
+    blocks = -(-MAX_NUMEL >> 45)
+    form.steps, form.entries = [], []
+    for number in range(blocks):
+        start = number << 45
+        inside = [k for k in indices if start <= k < start + (1 << 45)]
+        block: list[Step] = [("number", 0, k - before) for before, k in pairwise([start - 1, *inside])]
+        form.steps.append([*block, ("number", 0, 0)])
+        form.entries.append(len(inside))
+    form.tables = Tables.of(form.split, 1, form.steps)
+    return form
+
+
+def bad_compact() -> None:
+    shape, indices = [30, 40], list(range(0, 1200, 17))
+
+    def form(**options: Any) -> Classes:
+        return Classes(shape, indices, **options)
+
+    def stream(name: str, data: bytes, entries: Sequence[int] = indices, size: Sequence[int] = shape) -> None:
+        bad(name, add_classes(Maker(), "w", size, entries, data))
+
+    data = form().stream()
+    words = [rans(form().tables, block) for block in form().steps]
+    stream("stream-truncated--classes-empty", b"")
+    stream("stream-truncated--classes-front", data[:4])
+    stream("stream-truncated--classes-word", data[:-2])
+    stream("stream-truncated--classes-half-a-word", data[:-1])
+    stream("stream-trailing--classes", data + b"\0\0")
+    stream("stream-trailing--classes-half-a-word", data + b"\0")
+    stream("stream-trailing--classes-nnz-0", data, [])
+    stream("coder-state--classes-begins-elsewhere", form().stream(x=(1 << 16) + 1))
+    stream("coder-state--classes-word-left", form().stream(words=[[*words[0], 0]]))
+    stream("coder-state--classes-one-word", form().stream(words=[[7]]))
+    stream("coder-state--classes-state-below", coder_state_below(form()))
+    stream("count-mismatch--classes-sum", form().stream(entries=[len(indices) - 1]))
+    fewer, more = Classes(shape, indices[:-1]), Classes(shape, [*indices, 1199])
+    stream("count-mismatch--classes-fewer", fewer.stream(entries=[len(indices)]))
+    stream("count-mismatch--classes-more", more.stream(entries=[len(indices)]))
+    far = Classes([9999], [*indices[:-1], 1200], power=12)
+    far.steps, far.entries = far.steps[:1], [len(indices)]
+    far.tables = Tables.of(1, 1, far.steps)
+    stream("impossible--classes-rank", far.stream())
+    huge = form()
+    huge.steps = [[("number", 0, 2**61)] * len(indices) + [("number", 0, 0)]]
+    huge.tables = Tables.of(1, 1, huge.steps)
+    stream("impossible--classes-ranks-that-overflow", huge.stream())
+    lines = ([0, 1, 2, 4, 0], [1, 0, 3, 3, 1, 2])
+    some = [6, 8, 9, 12, 14, 15]
+    beyond = Classes([5, 6], some, [2, 4, 6, 8], lines=lines)
+    beyond.steps[0][0] = ("number", 0, 9)
+    beyond.tables = Tables.of(1, 3, beyond.steps)
+    stream("impossible--classes-lines", beyond.stream(), some, [5, 6])
+    large = Classes([5, 6], some, [2, 4, 6, 8], lines=lines)
+    large.ahead[0][2] = ("number", 0, 64)
+    large.line_tables = Tables.of(1, 2, large.ahead)
+    stream("coder--line-64", large.stream(), some, [5, 6])
+    wide = Classes([5, 6], some, [2, 4, 6, 8], lines=lines).stream()
+    stream("coder--too-many-lines", wide, some, [2**24, 2])
+    for what, power in (("11", 11), ("46", 46), ("63", 63)):
+        changed = form()
+        changed.power = power
+        stream(f"coder--block-{what}", changed.stream())
+    changed = Classes([5, 6], some, [2, 4, 6, 8], lines=lines)
+    changed.power = 21
+    stream("coder--block-of-lines-21", changed.stream(), some, [5, 6])
+    for what, bounds in {"equal": [0, 0], "falling": [1, 0], "none": [0]}.items():
+        changed = form()
+        changed.bounds = bounds
+        stream(f"coder--bounds-{what}", changed.stream())
+    for what, table in {"sum-0": {0: 0, 1: 0}, "sum-4608": {0: 4096, 1: 512}}.items():
+        changed = form()
+        changed.tables = Tables(1, table)
+        stream(f"coder--table-{what}", changed.stream(words=words))
+    changed = form()
+    changed.tables = Tables(1, {0: 2048, 124: 1024, 125: 1024})
+    stream("coder--table-token-of-63-bits", changed.stream(words=words))
+    changed = form(split=7)
+    changed.tables = Tables(7, {4000: 2048, 4095: 1024, 4096: 1024})
+    stream("coder--table-token-4096", coded_as(changed, words, first=4095))
+    front = form()
+    text = low_first(1, 3) + low_first(12, 6) + "0" + bounds_text([0, 1]) + front.tables.bits()
+    assert len(text) % 8
+    filled = text + "1" * (-len(text) % 8)
+    stream("coder--front-filled-with-ones", coded(filled, words, [len(indices)]))
+    text += "0" * (-len(text) % 8)
+    plain = coded(text, [], [])
+    body = b"".join(struct.pack("<H", word) for word in words[0])
+    stream("varint--count-too-long", plain + b"\x80\x80\x80\x80\x80\x01" + bytes([len(indices)]) + body)
+    stream("varint--count-padded", plain + bytes([len(words[0]) | 128, 0, len(indices)]) + body)
+    stream("stream-truncated--classes-no-counts", plain)
+    stream("stream-truncated--classes-many-blocks", data, indices, [2**30, 2**20])
+    file = add_classes(Maker(), "w", shape, indices)
+    file.tensor()["digests"]["indices"] = sha(b"")
+    bad("digest-mismatch--classes", file)
+    bad("out-of-range--dropped-classes", add_classes(Maker(), "w", [6, 4], [0, 20]).resize(3))
+    _bad_bases()
+    _bad_values()
+
+
+def coder_state_below(form: Classes) -> bytes:
+    """A state that a reader would have to refill before it begins."""
+    words = rans(form.tables, form.steps[0])
+    x = words[0] + (words[1] << 16)
+    return form.stream(words=[[x & 0xFFFF, 0, *words[1:]]])
+
+
+def coded_as(form: Classes, words: list[list[int]], first: int) -> bytes:
+    """A table of two tokens from ``first`` on."""
+    front = low_first(form.split, 3) + low_first(form.power, 6) + "0" + bounds_text(form.bounds)
+    front += low_first(first, 12) + low_first(1, 8) + low_first(12, 4) + "000" + low_first(12, 4) + "000"
+    return coded(front, words, form.entries)
+
+
+def _bad_bases() -> None:
+    base = small_floats("base of BF16", 600, "BF16")
+    indices = step_mask("BF16", base, "BF16", 20)
+    present = sorted({255 - exponent_of(bits, "BF16") for bits in bits_at(base, "BF16")})
+    bounds = [present[0], present[1], present[-1] + 1]
+    coded_form = Classes([20, 30], indices, bounds, base=(base, "BF16"))
+
+    def file() -> Maker:
+        own = at_entries(base, "BF16", indices)
+        made = mark_compact(Maker()).sparse(
+            "w", [20, 30], indices, "classes", more={"base": True}, dtype="BF16", base=own
+        )
+        data = coded_form.stream()
+        made.tensor()["digests"] |= {
+            "indices": made.stream("w#indices", "U8", [len(data)], data),
+            "entries": sha(i64(*indices)),
+        }
+        return made
+
+    one = base[:2]
+    other = next(
+        at_entries(base, "BF16", [k]) for k in range(600) if base[2 * k : 2 * k + 2][1] & 127 != one[1] & 127
+    )
+    bases = {
+        "other-exponent": ("BF16", [20, 30], other + base[2:]),
+        "no-such-class": ("BF16", [20, 30], bytes.fromhex("0040") * 600),
+        "other-shape": ("BF16", [30, 20], base),
+        "other-dtype": ("F16", [20, 30], base),
+    }
+    for what, tensor in bases.items():
+        bad(f"base-mismatch--classes-{what}", file())
+        base_file(f"base-mismatch--classes-{what}", w=tensor)
+    made = file()
+    del made.tensor()["digests"]["entries"]
+    bad("manifest-schema--classes-no-digest-entries", made)
+    made = file()
+    made.tensor()["digests"]["entries"] = sha(b"")
+    bad("base-mismatch--classes-entries", made)
+    base_file("base-mismatch--classes-entries", w=("BF16", [20, 30], base))
+    own = small_floats("own", 40, "BF16")
+    made = Maker().sparse("w", [80], range(0, 80, 2), dtype="BF16", base=own, value_bytes=near(own, "BF16", "x"))
+    made.last_base = own
+    with_steps(made, "BF16", whole_range("BF16"))
+    bad("base-mismatch--steps", made)
+    base_file("base-mismatch--steps", w=("BF16", [80], noise("another", 160)))
+
+
+def _bad_values() -> None:
+    base = small_floats("own", 40, "BF16")
+    values = near(base, "BF16", "x")
+    every = whole_range("BF16")
+    blocks = step_blocks(values, base, "BF16", every, 4)
+
+    def plain(**options: Any) -> Maker:
+        return Maker().sparse(
+            "w", [80], range(0, 80, 2), dtype="BF16", base=base, store_base=True, value_bytes=values, **options
+        )
+
+    def steps(name: str, data: bytes) -> None:
+        bad(name, recode(plain(), "values", "steps", data))
+
+    def floats(name: str, data: bytes, role: str = "values") -> None:
+        bad(name, recode(plain(), role, "floats", data))
+
+    good_steps = steps_stream(blocks, every, 4, 1)
+    steps("stream-truncated--steps-empty", b"")
+    steps("stream-truncated--steps", good_steps[:-2])
+    steps("stream-trailing--steps", good_steps + b"\1")
+    steps("coder-state--steps", steps_stream(blocks, every, 4, 1, (1 << 16) + 5))
+    steps("coder--steps-block-3", steps_stream(blocks, every, 3, 1))
+    steps("coder--steps-block-21", steps_stream(blocks, every, 21, 1))
+    steps("coder--steps-bounds", steps_stream(blocks, [256, 0], 4, 1))
+    classes = sorted({255 - exponent_of(bits, "BF16") for bits in bits_at(base, "BF16")})
+    without = [classes[0], classes[-1]]  # the last class is in no context
+    kept = [step_blocks(values, base, "BF16", every, 4)[0]]
+    steps("impossible--steps-class-without-context", steps_stream([*kept, *blocks[1:]], without, 4, 1))
+    for what, changed in {
+        "two-flips": [("number", 0, 0), ("number", 0, 0)],
+        "below-zero": [("number", 0, 40000), ("bits", 1, 1)],
+        "beyond-the-sign": [("number", 0, 40000), ("bits", 1, 0)],
+        "far-beyond": [("number", 0, 2**61), ("bits", 1, 0)],
+    }.items():
+        hostile: list[list[Step]] = [[*changed, *blocks[0][2:]], *blocks[1:]]
+        steps(f"impossible--steps-{what}", steps_stream(hostile, every, 4, 1))
+    parts = float_blocks(values, "BF16", 4)
+    good_floats = floats_stream(parts, 4, 7)
+    for role in ("values", "base"):
+        floats(f"stream-truncated--floats-{role}", good_floats[:-2], role)
+        floats(f"stream-trailing--floats-{role}", good_floats + b"\1", role)
+        floats(f"coder-state--floats-{role}", floats_stream(parts, 4, 7, x=(1 << 16) + 1), role)
+    floats("digest-mismatch--floats-base", good_floats, "base")
+    floats("coder-state--floats-too-few-words", floats_stream(parts, 4, 7, words=[[0, 1]] * len(parts)))
+    floats("coder--floats-block-3", floats_stream(parts, 3, 7))
+    hostile = [[("number", 0, 256), *parts[0][1:]], *parts[1:]]
+    floats("impossible--floats-exponent", floats_stream(hostile, 4, 7))
+    for role, codec in (("values", "steps"), ("values", "floats"), ("base", "floats")):
+        file = Maker().sparse("w", [80], [], dtype="BF16", store_base=True)
+        bad(f"stream-trailing--{codec}-{role}-nnz-0", recode(file, role, codec, b"\0"))
+    file = recode(plain(), "values", "steps", good_steps)
+    file.tensor()["digests"]["values"] = sha(b"")
+    bad("digest-mismatch--steps", file)
+
+
+def bad_compact_manifests() -> None:
+    base = small_floats("own", 40, "BF16")
+
+    def coded_file(role: str = "values", codec: str = "floats", **options: Any) -> Maker:
+        file = Maker().sparse(
+            "w",
+            [80],
+            range(0, 80, 2),
+            dtype="BF16",
+            base=base,
+            value_bytes=base,
+            **{"store_base": True, **options},
+        )
+        return recode(file, role, codec, floats_stream(float_blocks(base, "BF16", 13), 13, 7))
+
+    bad("manifest-schema--coding-no-feature", coded_file().set(features=[]))
+    bad("manifest-schema--classes-no-feature", add_classes(Maker(), "w", [9], [1]).set(features=[]))
+    wrong: Json = {"list": [], "null": None, "string": "floats"}
+    for what, value in wrong.items():
+        file = coded_file()
+        file.tensor()["coding"] = value
+        bad(f"manifest-schema--coding-{what}", file)
+        file = coded_file()
+        file.tensor()["coding"]["values"] = value
+        bad(f"manifest-schema--coding-values-{what}", file)
+    for what, given in {"missing": {}, "number": {"codec": 1}}.items():
+        file = coded_file()
+        file.tensor()["coding"]["values"] = given
+        bad(f"manifest-schema--coding-codec-{what}", file)
+    for what, dtype in {"integer": "I16", "number": 1}.items():
+        file = coded_file()
+        file.tensor()["coding"]["values"]["dtype"] = dtype
+        bad(f"manifest-schema--coding-dtype-{what}", file)
+    bad("unknown-codec--values", coded_file("values", "zstd"))
+    bad("unknown-codec--base", coded_file("base", "steps"))
+    bad("manifest-schema--steps-of-deltas", coded_file("values", "steps", values="delta"))
+    file = add_classes(Maker(), "w", [80], range(0, 80, 2), values="none")
+    file.tensor()["coding"] = {"values": {"codec": "floats"}}
+    bad("manifest-schema--coding-of-a-mask", file)
+    file = coded_file(store_base=False)
+    file.tensor()["coding"]["base"] = {"codec": "floats"}
+    bad("manifest-schema--coding-of-no-base", file)
+    file = coded_file()
+    file.tensor()["coding"]["values"]["dtype"] = "F16"
+    bad("stream-dtype--coded-targets", file)
+    file = coded_file(values="delta", store_base=False, base_digest=False)
+    file.tensor()["coding"]["values"]["dtype"] = "F16"
+    bad("stream-dtype--coded-deltas-without-base", file)
+    file = coded_file()
+    _, _, data = file.streams["w#values"]
+    file.stream("w#values", "I8", [len(data)], data)
+    bad("stream-dtype--coded-i8", file)
+    wrong = {"string": "true", "number": 1, "null": None}
+    for what, value in wrong.items():
+        file = add_classes(Maker(), "w", [9], [1])
+        file.tensor()["indices"]["base"] = value
+        bad(f"manifest-schema--classes-base-{what}", file)
+    file = add_classes(Maker(), "w", [9], [1])
+    del file.tensor()["digests"]["indices"]
+    bad("manifest-schema--classes-no-digest", file)
+
+
 def enlarge(data: bytes) -> bytes:
     """Put a number of 5000 digits in place of HUGE, and mend the digest of the manifest and the header's length."""
     small, large = str(HUGE).encode(), b"9" * 5000
@@ -2814,6 +3516,9 @@ def make() -> dict[str, bytes]:
         apply_refused,
         good_implied,
         bad_implied,
+        good_compact,
+        bad_compact,
+        bad_compact_manifests,
     ):
         part()
     files: dict[str, bytes] = {}

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 MAX_HEADER = 100_000_000
@@ -37,9 +38,10 @@ HUGE = 10**400
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 SIZES = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-KNOWN_FEATURES = {"magnitude", "mask-file", "patch", "random", "runs"}
-CODECS_WITH_STREAM = {"gap8", "varint", "flat", "runs"}
+KNOWN_FEATURES = {"compact", "magnitude", "mask-file", "patch", "random", "runs"}
+CODECS_WITH_STREAM = {"gap8", "varint", "flat", "runs", "classes"}
 IMPLIED_CODECS = {"random", "magnitude"}
+EXPONENT_BITS = {"F64": 11, "F32": 8, "F16": 5, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 5}
 
 Item = dict[str, Any]
 
@@ -296,6 +298,7 @@ STRENGTH = (is_finite, "a finite number")
 DIGEST = (is_digest, "a SHA-256 digest")
 VALUES = (lambda value: value in ("target", "delta", "none"), "target, delta or none")
 BLOCK_SIZE = (lambda value: is_count(value) and 16 <= value < 2**31, "an integer from 16 to 2^31 - 1")
+FLOAT = (lambda value: isinstance(value, str) and value in FLOATS, "a float dtype")
 LENGTH = (
     lambda value: value in (2, 4, 8, 16, 32, 64, 128, 256) and is_count(value),
     "a power of two from 2 to 256",
@@ -316,6 +319,7 @@ SPARSE = {
     "indices": {"codec": TEXT},
     "digests": SPARSE_DIGESTS,
     "base_values?": BOOLEAN,
+    "coding?": {"values?": {"codec": TEXT, "dtype?": FLOAT}, "base?": {"codec": TEXT}},
     "from?": TEXT,
     "rows?": NATURAL,
 }
@@ -343,6 +347,7 @@ PARAMETERS: dict[str, Form] = {
     "runs": {"length": LENGTH, "low": LOW},
     "random": {"seed": SEED, "band?": BAND},
     "magnitude": {"band?": BAND},
+    "classes": {"base?": BOOLEAN},
 }
 
 
@@ -410,6 +415,30 @@ def check_version(manifest: Item) -> None:
         raise Refused("unknown-digest", f"digest {shown(manifest['digest'])}")
 
 
+def is_implied(item: Item) -> bool:
+    return item["indices"]["codec"] in IMPLIED_CODECS or item["indices"].get("base") is True
+
+
+def codec_of(item: Item, role: str) -> str | None:
+    """How a stream of values is coded; None: not at all."""
+    given = item.get("coding", {}).get(role)
+    return None if given is None else str(given["codec"])
+
+
+def check_coding(item: Item, manifest: Item, where: str) -> None:
+    """Section 4.3."""
+    for role, there in (("values", item["values"] != "none"), ("base", item.get("base_values", False))):
+        codec = codec_of(item, role)
+        if codec is None:
+            continue
+        if codec not in ("steps", "floats")[role == "base" :]:
+            raise Refused("unknown-codec", f"{where}: {role} by the codec {shown(codec)}")
+        if not there or (codec == "steps" and item["values"] != "target"):
+            raise schema_error(f"{where}: {role} are not there, or no targets, and are coded")
+    if item.get("coding", {}).keys() & {"values", "base"} and "compact" not in manifest["features"]:
+        raise schema_error(f"{where} needs the feature compact")
+
+
 def check_digest_keys(item: Item, where: str) -> None:
     """Section 4 and 6: which digests a sparse tensor must have, and must not."""
     digests, kind, with_base = item["digests"], item["values"], item.get("base_values", False)
@@ -419,7 +448,7 @@ def check_digest_keys(item: Item, where: str) -> None:
         "values": kind != "none",
         "base": kind == "target" or with_base,
         "rows": further_rows(item) > 0,
-        "entries": item["indices"]["codec"] in IMPLIED_CODECS,
+        "entries": is_implied(item),
     }
     for role, wanted in needed.items():
         if wanted and role not in digests:
@@ -456,9 +485,11 @@ def check_sparse(item: Item, manifest: Item) -> None:
     check_patch(item, manifest, where)
     check_digest_keys(item, where)
     check_mask_reference(item, manifest, where)
+    check_coding(item, manifest, where)
     codec = item["indices"]["codec"]
-    if codec in ("runs", "random", "magnitude") and codec not in manifest["features"]:
-        raise schema_error(f"{where} needs the feature {codec}")
+    feature = "compact" if codec == "classes" else codec
+    if codec in ("runs", "random", "magnitude", "classes") and feature not in manifest["features"]:
+        raise schema_error(f"{where} needs the feature {feature}")
     if item["dtype"] not in FLOATS:
         raise Refused("sparse-dtype", f"{where} has the dtype {shown(item['dtype'])}")
     if item["nnz"] > count_elements(item["shape"], where):
@@ -536,6 +567,11 @@ class Expected:
     rule: str = "count-mismatch"  # what another length breaks
 
 
+def value_dtype(item: Item) -> str:
+    """Of coded values."""
+    return str(item["coding"]["values"].get("dtype", item["dtype"]))
+
+
 def expected_of_sparse(item: Item) -> Iterator[Expected]:
     name, nnz, codec, dtype = item["name"], item["nnz"], item["indices"]["codec"], item["dtype"]
     if codec == "flat":
@@ -545,10 +581,16 @@ def expected_of_sparse(item: Item) -> Iterator[Expected]:
     if has_directory(item):
         blocks = -(-nnz // item["indices"]["block_size"])
         yield Expected(name + "#blocks", {"I64"}, [blocks, 2], "block-directory")
-    if item["values"] != "none":
+    if codec_of(item, "values") is not None:
+        yield Expected(name + "#values", {"U8"}, [None])
+        if value_dtype(item) != dtype and not (item["values"] == "delta" and "base" in item["digests"]):
+            raise Refused("stream-dtype", f"tensor {shown(name)}: values of dtype {value_dtype(item)}")
+    elif item["values"] != "none":
         any_float = item["values"] == "delta" and "base" in item["digests"]
         yield Expected(name + "#values", set(FLOATS) if any_float else {dtype}, [nnz])
-    if item.get("base_values", False):
+    if codec_of(item, "base") is not None:
+        yield Expected(name + "#base", {"U8"}, [None])
+    elif item.get("base_values", False):
         yield Expected(name + "#base", {dtype}, [nnz])
     if further_rows(item) > 0:
         yield Expected(name + "#rows", {dtype}, [further_rows(item), *item["shape"][1:]])
@@ -785,9 +827,13 @@ def implied_indices(file: File, item: Item) -> list[int]:
         ranked = sorted(range(numel), key=lambda index: (-magnitude(values[index]), index))
         indices = sorted(ranked[first : first + nnz])
         rule = "base-mismatch"
-    if hashlib.sha256(struct.pack(f"<{nnz}q", *indices)).hexdigest() != item["digests"]["entries"]:
-        raise Refused(rule, "the entries are not those of the digest")
+    check_entries(item, indices, rule)
     return indices
+
+
+def check_entries(item: Item, indices: list[int], rule: str) -> None:
+    if hashlib.sha256(struct.pack(f"<{len(indices)}q", *indices)).hexdigest() != item["digests"]["entries"]:
+        raise Refused(rule, "the entries are not those of the digest")
 
 
 def base_tensor(file: File, item: Item) -> list[bytes]:
@@ -806,6 +852,288 @@ def open_base(path: str) -> Base:
     return {name: (one.dtype, one.shape, buffer[one.begin : one.end]) for name, one in streams.items()}
 
 
+# The coder (section 5.10)
+
+
+class Front:
+    """The bits in front of a coded stream, the counts and the words after them."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = bytes(data)
+        self.at = 0  # in bits, and from the counts on in bytes
+        self.split = self.take(3)
+
+    def take(self, width: int) -> int:
+        value = 0
+        for place in range(width):
+            if self.at == 8 * len(self.data):
+                raise Refused("stream-truncated", "ends in its front")
+            value |= (self.data[self.at // 8] >> self.at % 8 & 1) << place
+            self.at += 1
+        return value
+
+    def bounds(self) -> list[int]:
+        count = self.take(6)
+        bounds = [self.take(12) for _ in range(count + 1)]
+        if count == 0 or any(one >= other for one, other in zip(bounds, bounds[1:], strict=False)):
+            raise Refused("coder", "the bounds do not increase")
+        return bounds
+
+    def table(self) -> list[tuple[int, int, int]]:
+        """Of each of the 4096 places the token, its frequency and the place's number within the token."""
+        first, count = self.take(12), self.take(8) + 1
+        frequencies = []
+        for _ in range(count):
+            length = self.take(4)
+            kept = min(max(length - 1, 0), 3)
+            frequencies.append((1 << kept | self.take(kept)) << length - 1 - kept if length else 0)
+        last = first + count - 1
+        if not 1 <= sum(frequencies) <= 4096 or last >= 4096 or (last >> self.split) - 1 + self.split > 61:
+            raise Refused("coder", "a table has a wrong sum or too large tokens")
+        frequencies[frequencies.index(max(frequencies))] += 4096 - sum(frequencies)
+        return [
+            (first + token, frequency, place)
+            for token, frequency in enumerate(frequencies)
+            for place in range(frequency)
+        ]
+
+    def counts(self, blocks: int, more: int = 0) -> list[int]:
+        """How many words each block has, and the further counts; the words are split to :attr:`blocks`."""
+        if self.take(-self.at % 8):
+            raise Refused("coder", "the front is not filled up with zeros")
+        at = self.at // 8
+        if len(self.data) - at < blocks + more:
+            raise Refused("stream-truncated", "ends in its counts")
+        counts = []
+        for _ in range(blocks + more):
+            count, end = gap_of_varint(self.data, at)
+            if end - at > 5:
+                raise Refused("varint", "a count of more than 5 bytes")
+            counts.append(count)
+            at = end
+        if any(count < 2 for count in counts[:blocks]):
+            raise Refused("coder-state", "a block has fewer than two words")
+        left, expected = len(self.data) - at, 2 * sum(counts[:blocks])
+        if left != expected:
+            rule = "stream-truncated" if left < expected else "stream-trailing"
+            raise Refused(rule, f"has {left} bytes of words instead of {expected}")
+        words = struct.unpack(f"<{left // 2}H", self.data[at:])
+        ends = list(accumulate(counts[:blocks]))
+        self.blocks = [words[end - count : end] for end, count in zip(ends, counts, strict=False)]
+        return counts[blocks:]
+
+
+class Block:
+    def __init__(self, words: tuple[int, ...], split: int) -> None:
+        self.words, self.split, self.at = words, split, 2
+        self.x = words[0] + words[1] * 2**16
+        self.wrong = False
+        if self.x < 2**16:
+            raise Refused("coder-state", "a block begins in a state that no step leaves")
+
+    def refill(self) -> None:
+        if self.x < 2**16:
+            self.wrong |= self.at >= len(self.words)
+            self.x = self.x * 2**16 + (0 if self.wrong else self.words[self.at])
+            self.at += 1
+
+    def bits(self, width: int) -> int:
+        value = 0
+        for place in range(0, width, 16):
+            some = min(width - place, 16)
+            value |= self.x % 2**some << place
+            self.x >>= some
+            self.refill()
+        return value
+
+    def number(self, table: list[tuple[int, int, int]]) -> int:
+        token, frequency, place = table[self.x % 4096]
+        self.x = frequency * (self.x // 4096) + place
+        self.refill()
+        if token < 2 ** (self.split + 1):
+            return token
+        rest = (token >> self.split) - 1
+        return (1 << self.split | token & (1 << self.split) - 1) << rest | self.bits(rest)
+
+    def end(self) -> None:
+        if self.wrong or self.x != 2**16 or self.at != len(self.words):
+            raise Refused("coder-state", "a block does not end as it should")
+
+
+def exponent_class(value: bytes, dtype: str) -> int:
+    bits = EXPONENT_BITS[dtype]
+    return (1 << bits) - 1 - (magnitude(value) >> 8 * len(value) - 1 - bits)
+
+
+def context_of(bounds: list[int], number: int) -> int | None:
+    for context in range(len(bounds) - 1):
+        if bounds[context] <= number < bounds[context + 1]:
+            return context
+    return None
+
+
+def decode_classes(item: Item, stream: memoryview, base: list[bytes] | None) -> list[int]:
+    nnz, shape, numel = item["nnz"], item["shape"], count_elements(item["shape"], "")
+    if nnz == 0:
+        if len(stream):
+            raise Refused("stream-trailing", "has bytes for no entries")
+        return []
+    front = Front(stream)
+    power, lines = front.take(6), front.take(1)
+    if not 12 <= power <= (45 if base is None and not lines else 20):
+        raise Refused("coder", f"blocks of 2^{power} elements")
+    rows = shape[0] if shape else 1
+    columns = count_elements(shape[1:], "")
+    if lines and rows + columns > 2**24:
+        raise Refused("coder", f"{rows} rows and {columns} columns")
+    bounds = front.bounds()
+    line_tables = [front.table() for _ in range(2 * lines)]
+    tables = [front.table() for _ in bounds[1:]]
+    ahead, blocks = -(-(rows + columns) // 4096) * lines, -(-numel // 2**power)
+    entries = front.counts(ahead + blocks, blocks)
+    if sum(entries) != nnz:
+        raise Refused("count-mismatch", f"the blocks have {sum(entries)} entries, nnz is {nnz}")
+    numbers = decode_lines(front, line_tables, rows, columns) if lines else []
+    indices: list[int] = []
+    for number, words in enumerate(front.blocks[ahead:]):
+        members: list[list[int]] = [[] for _ in tables]
+        start, stop = number * 2**power, min((number + 1) * 2**power, numel)
+        scanned = base is not None or lines
+        for index in range(start, stop) if scanned else ():
+            of = 0 if base is None else exponent_class(base[index], item["dtype"])
+            if lines:
+                row, column = numbers[index // columns], numbers[rows + index % columns]
+                if row == 0 or column == 0:
+                    continue
+                of += row + column
+            context = context_of(bounds, of)
+            if context is not None:
+                members[context].append(index)
+        block = Block(words, front.split)
+        found: list[int] = []
+        for table, inside in zip(tables, members, strict=True):
+            rank = -1
+            while step := block.number(table):
+                rank += step
+                if len(found) == entries[number]:
+                    raise Refused("count-mismatch", "a block has more entries than its count says")
+                found.append(start + rank if not scanned else inside[rank] if rank < len(inside) else numel)
+        if len(found) != entries[number]:
+            raise Refused("count-mismatch", "a block has fewer entries than its count says")
+        block.end()
+        if any(index >= stop for index in found):
+            raise Refused("impossible" if base is None else "base-mismatch", "a rank beyond the last element")
+        indices += sorted(found)
+    if base is not None:
+        check_entries(item, indices, "base-mismatch")
+    return indices
+
+
+def decode_lines(front: Front, tables: list[list[tuple[int, int, int]]], rows: int, columns: int) -> list[int]:
+    numbers: list[int] = []
+    while len(numbers) < rows + columns:
+        block = Block(front.blocks[len(numbers) // 4096], front.split)
+        for at in range(len(numbers), min(len(numbers) + 4096, rows + columns)):
+            numbers.append(block.number(tables[at >= rows]))
+        block.end()
+    if max(numbers, default=0) > 63:
+        raise Refused("coder", "a row or column has a number above 63")
+    return numbers
+
+
+def decode_steps(item: Item, stream: memoryview, base: list[bytes]) -> bytes:
+    """The targets; the base's values are at the entries."""
+    front, width, nnz = Front(stream), SIZES[item["dtype"]], item["nnz"]
+    power = block_power(front)
+    bounds = front.bounds()
+    tables = [front.table() for _ in bounds[1:]]
+    front.counts(-(-nnz // 2**power))
+    top, found = 2 ** (8 * width - 1), []
+    for number, words in enumerate(front.blocks):
+        block = Block(words, front.split)
+        for own in base[number * 2**power : (number + 1) * 2**power]:
+            context = context_of(bounds, exponent_class(own, item["dtype"]))
+            if context is None:
+                raise Refused("impossible", "a base value is in no context")
+            size = magnitude(own)
+            sign = int.from_bytes(own, "little") - size
+            step = block.number(tables[context])
+            if step == 0:
+                sign = top - sign
+                step = block.number(tables[context])
+                if step == 0:
+                    raise Refused("impossible", "a sign changes twice")
+            if step > 1:
+                size += 1 - step if block.bits(1) else step - 1
+            if not 0 <= size < top:
+                raise Refused("impossible", "a step leads to no float")
+            found.append((sign + size).to_bytes(width, "little"))
+        block.end()
+    return b"".join(found)
+
+
+def decode_floats(stream: memoryview, dtype: str, nnz: int) -> bytes:
+    front, width = Front(stream), SIZES[dtype]
+    power, table = block_power(front), front.table()
+    mantissa = 8 * width - 1 - EXPONENT_BITS[dtype]
+    front.counts(-(-nnz // 2**power))
+    if nnz * (mantissa + 1) > 16 * sum(map(len, front.blocks)):
+        raise Refused("coder-state", "too few words")
+    found = []
+    for number, words in enumerate(front.blocks):
+        block = Block(words, front.split)
+        for _ in range(min(2**power, nnz - number * 2**power)):
+            exponent, low = block.number(table), block.bits(mantissa + 1)
+            if exponent >= 2 ** EXPONENT_BITS[dtype]:
+                raise Refused("impossible", f"an exponent of {exponent}")
+            sign, low = low >> mantissa, low % 2**mantissa
+            found.append((sign << 8 * width - 1 | exponent << mantissa | low).to_bytes(width, "little"))
+        block.end()
+    return b"".join(found)
+
+
+def block_power(front: Front) -> int:
+    power = front.take(5)
+    if not 4 <= power <= 20:
+        raise Refused("coder", f"blocks of 2^{power} values")
+    return power
+
+
+def base_bytes(file: File, item: Item) -> bytes:
+    """The base's values that the file holds."""
+    name, digest = item["name"] + "#base", item["digests"]["base"]
+    if codec_of(item, "base") is None:
+        return bytes(file.bytes_of(name, digest))
+    stream = file.streams[name]
+    data = file.buffer[stream.begin : stream.end]
+    if item["nnz"] == 0 and len(data):
+        raise Refused("stream-trailing", "has bytes for no values")
+    found = decode_floats(data, item["dtype"], item["nnz"]) if item["nnz"] else b""
+    if hashlib.sha256(found).hexdigest() != digest:
+        raise Refused("digest-mismatch", "the base's values have another digest")
+    return found
+
+
+def value_bytes(file: File, item: Item, indices: list[int], base: bytes | None) -> bytes:
+    stream = file.bytes_of(item["name"] + "#values", item["digests"]["values"])
+    codec = codec_of(item, "values")
+    if codec is None:
+        return bytes(stream)
+    if item["nnz"] == 0:
+        if len(stream):
+            raise Refused("stream-trailing", "has bytes for no values")
+        return b""
+    if codec == "floats":
+        return decode_floats(stream, value_dtype(item), item["nnz"])
+    if base is None:
+        tensor = base_tensor(file, item)
+        base = b"".join(tensor[index] for index in indices)
+        if hashlib.sha256(base).hexdigest() != item["digests"]["base"]:
+            raise Refused("base-mismatch", "the base has other values at the entries")
+    width = SIZES[item["dtype"]]
+    return decode_steps(item, stream, [base[at : at + width] for at in range(0, len(base), width)])
+
+
 def own_indices(file: File, item: Item) -> list[int]:
     """The indices of a tensor that is not `shared`; each tensor is decoded once."""
     name, codec, digests = item["name"], item["indices"]["codec"], item["digests"]
@@ -820,6 +1148,9 @@ def own_indices(file: File, item: Item) -> list[int]:
                 file.indices[name] = decode_flat(item, stream)
             elif codec == "runs":
                 file.indices[name] = decode_runs(item, stream)
+            elif codec == "classes":
+                base = base_tensor(file, item) if item["indices"].get("base", False) else None
+                file.indices[name] = decode_classes(item, stream, base)
             else:
                 blocks = file.bytes_of(name + "#blocks", digests["blocks"]) if has_directory(item) else None
                 file.indices[name] = decode_gaps(item, stream, blocks)
@@ -867,15 +1198,19 @@ def hex_of(file: File, name: str, digest: str) -> str:
     return file.bytes_of(name, digest).hex()
 
 
+def dtype_of_values(file: File, item: Item) -> str:
+    return value_dtype(item) if codec_of(item, "values") else file.streams[item["name"] + "#values"].dtype
+
+
 def sparse_content(file: File, item: Item, folder: str, masks: dict[str, File]) -> Item:
     name, digests = item["name"], item["digests"]
     with_values, with_base = item["values"] != "none", item.get("base_values", False)
     try:
-        values = hex_of(file, name + "#values", digests["values"]) if with_values else None
-        base = hex_of(file, name + "#base", digests["base"]) if with_base else None
+        base = base_bytes(file, item) if with_base else None
         rows = hex_of(file, name + "#rows", digests["rows"]) if further_rows(item) > 0 else None
         indices = find_indices(file, item, folder, masks)
         check_dropped(item, indices)
+        values = value_bytes(file, item, indices, base) if with_values else None
     except Refused as refused:
         raise Refused(refused.rule, f"tensor {shown(name)}: {refused.message}") from None
     content = {
@@ -885,9 +1220,9 @@ def sparse_content(file: File, item: Item, folder: str, masks: dict[str, File]) 
         "values": item["values"],
         "nnz": item["nnz"],
         "indices": indices,
-        "value_dtype": file.streams[name + "#values"].dtype if with_values else None,
-        "value_hex": values,
-        "base_hex": base,
+        "value_dtype": dtype_of_values(file, item) if with_values else None,
+        "value_hex": None if values is None else values.hex(),
+        "base_hex": None if base is None else base.hex(),
         "base_digest": digests.get("base"),
     }
     if rows is not None:
@@ -1116,11 +1451,10 @@ def apply(adapters: list[tuple[File, float]], base: dict[str, Weight], folder: s
             dtype = base_weight(item, indices, base)[0]
             if math.isinf(fl(float(strength), working_type(dtype))):
                 raise Refused("strength", f"{strength} is infinite in {working_type(dtype)}")
-            value_dtype = file.streams[item["name"] + "#values"].dtype
-            values = split(
-                bytes(file.bytes_of(item["name"] + "#values", item["digests"]["values"])), FLOATS[value_dtype]
-            )
-            change = Change(item["values"], float(strength), value_dtype, dict(zip(indices, values, strict=True)))
+            stored = base_bytes(file, item) if item.get("base_values", False) else None
+            of_values = dtype_of_values(file, item)
+            values = split(bytes(value_bytes(file, item, indices, stored)), FLOATS[of_values])
+            change = Change(item["values"], float(strength), of_values, dict(zip(indices, values, strict=True)))
             changes.setdefault(item["name"], []).append(change)
             patched.append((file, item))
         for item in file.manifest["whole"]:
@@ -1162,15 +1496,15 @@ def undo(result: dict[str, Weight], file: File, folder: str = "") -> dict[str, W
     base = dict(result)
     for item in file.manifest["tensors"]:
         dtype, shape, data = base[item["name"]]
-        size, values = FLOATS[dtype], file.bytes_of(item["name"] + "#base", item["digests"]["base"])
+        size, values = FLOATS[dtype], base_bytes(file, item)
         changed = bytearray(data)
         for place, index in enumerate(find_indices(file, item, folder, {})):
             changed[index * size : (index + 1) * size] = values[place * size : (place + 1) * size]
         base[item["name"]] = dtype, shape, bytes(changed)
     for item in file.manifest["whole"]:
         if item.get("base_values", False):
-            values = file.bytes_of(item["name"] + "#base", item["digests"]["base"])
-            base[item["name"]] = item["dtype"], item["shape"], bytes(values)
+            stored = file.bytes_of(item["name"] + "#base", item["digests"]["base"])
+            base[item["name"]] = item["dtype"], item["shape"], bytes(stored)
         else:
             del base[item["name"]]  # the base had none
     return base

@@ -23,7 +23,7 @@ from typing import Any
 
 VECTORS = Path(__file__).resolve().parent / "vectors"
 TIMEOUT = 60.0
-FEATURES = {"magnitude", "mask-file", "patch", "random", "runs"}
+FEATURES = {"compact", "magnitude", "mask-file", "patch", "random", "runs"}
 
 
 def vectors(folder: Path = VECTORS, only: str = "") -> list[Path]:

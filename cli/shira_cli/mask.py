@@ -89,6 +89,7 @@ def _data_options(command: _F) -> _F:
 @click.option("--combine", type=click.Choice(COMBINATIONS), help="Make no new mask, but combine the files MASK: the entries of any of them, of all, or of the first and none of the others.")  # fmt: skip
 @click.option("--rule", type=click.Choice(RULES), default="wm", help="How entries are chosen (default: wm).")
 @options.output_file("The mask file to write.")
+@options.compact_option
 @_size_options
 @options.filters("Mask")
 @_rule_options
@@ -124,6 +125,10 @@ def command(
     from shira_format.masks.size import Size
 
     if combine is not None or masks:
+        if settings["compact"]:
+            raise click.UsageError(
+                "--compact does not go with --combine: shira-convert repack stores the result in fewer bytes"
+            )
         report = _combined(masks, combine, output, force=force, dry_run=dry_run)
         _print(report, output, printer, dry_run=dry_run)
         return 0
@@ -245,6 +250,7 @@ def _made(
         return write_mask(
             base, out, plan, weights,
             inputs=inputs, include=include, exclude=exclude, calibration=calibration, threads=threads,
+            compact=settings["compact"],
             progress=bar.update, on_start=bar.reset,
         )  # fmt: skip
 

@@ -46,6 +46,7 @@ _WEIGHING = (
     "density",
     "max_density",
     "self_contained",
+    "compact",
     "threads",
     "report",
     "moments",
@@ -93,6 +94,7 @@ def _methods_help() -> str:
 @click.option("--layer", multiple=True, metavar="REGEX:KEY=VALUE", help="An option, or 'weights', for tensors whose name matches REGEX; may be repeated, later ones win.")  # fmt: skip
 @options.base_option(" that the adapters were made for; needed where several adapters that are not self-contained change one tensor")  # fmt: skip
 @click.option("--self-contained/--no-self-contained", default=None, help="Store the base's values too (default: if all adapters do).")  # fmt: skip
+@options.compact_option
 @options.filters("Merge")
 @options.threads_option
 @click.option("--report", type=options.PATH, metavar="FILE", help="Write a report on how the adapters interfere, tensor by tensor, as .html or .json.")  # fmt: skip
@@ -125,6 +127,7 @@ def command(adapters: Sequence[Path], method: str, printer: Printer, **given: An
         job = open_merge(
             adapters, method=method, weights=settings["weights"], options=settings["option"],
             layers=settings["layer"], base=base, max_density=settings["max_density"], self_contained=settings["self_contained"],
+            compact=settings["compact"],
             include=settings["include"], exclude=settings["exclude"],
         )  # fmt: skip
         with ExitStack() as stack:

@@ -126,6 +126,13 @@ self_contained_option = click.option(
     help="Store the base's values too, so that the adapter can be undone, scaled, measured and merged without the base.",
 )
 
+compact_option = click.option(
+    "--compact",
+    is_flag=True,
+    help="Take as few bytes as possible: what the base tells is not stored. The file is then read with its base, unless it is "
+    "--self-contained (shira-convert repack stores it plain again).",
+)
+
 threads_option = click.option("--threads", type=COUNT, metavar="N", help="At most this many threads (default: all cores); results do not depend on it.")  # fmt: skip
 
 prefix_option = click.option("--prefix", default="", metavar="TEXT", help="Put this before all names, such as 'bert.' or 'model.' if the live model has the base inside another module.")  # fmt: skip

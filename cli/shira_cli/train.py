@@ -107,6 +107,7 @@ def _text_options(command: _F) -> _F:
 @click.option("--compare", type=click.Choice(["lora"]), help="Train a LoRA of equal size in the same way, too.")
 @click.option("--checkpoints", type=options.PATH, metavar="DIR", help="Keep checkpoints in this folder, and go on from the last one that it holds.")  # fmt: skip
 @click.option("--picture", type=options.PATH, metavar="FILE", help="Draw the losses into this file (.png, .svg or .pdf).")  # fmt: skip
+@options.compact_option
 @options.self_contained_option
 @options.output_file()
 @options.force_option("Replace FILE if it exists.")
@@ -206,7 +207,7 @@ def _plan(settings: dict[str, Any]) -> Plan:
     return Plan(
         settings["task"], mask, settings["include"], settings["exclude"], Options(dora=settings["dora"], seed=seed), regrow, schedule,
         settings["validation"], settings["limit"], settings["max_length"],
-        lora=settings["compare"] == "lora", self_contained=settings["self_contained"],
+        lora=settings["compare"] == "lora", self_contained=settings["self_contained"], compact=settings["compact"],
     )  # fmt: skip
 
 

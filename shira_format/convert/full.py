@@ -99,6 +99,7 @@ def full_to_shira(
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
     self_contained: bool = False,
+    compact: bool = False,
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
@@ -128,6 +129,7 @@ def full_to_shira(
         exclude: regexes; a tensor is left out if one of them is found in its name.
         allow_unused: likewise, of ``tuned``.
         self_contained: likewise.
+        compact: likewise.
         threads: likewise.
         resume: likewise.
         dask: likewise.
@@ -152,7 +154,8 @@ def full_to_shira(
     )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
-        conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
+        conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, compact=compact, threads=threads,
+        resume=resume,
         dask=dask, force=force, progress=progress, on_start=on_start,
     )  # fmt: skip
 

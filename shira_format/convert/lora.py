@@ -113,6 +113,7 @@ def lora_to_shira(
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
     self_contained: bool = False,
+    compact: bool = False,
     threads: int | None = None,
     resume: bool = False,
     dask: str | None = None,
@@ -141,6 +142,8 @@ def lora_to_shira(
         exclude: regexes; a tensor is left out if one of them is found in its name.
         allow_unused: convert a source although it has weights that are not used, such as other weight files in its folder.
         self_contained: store the base's values too, so that the adapter can be undone, scaled and measured without the base.
+        compact: take as few bytes as possible: what a reader finds in the base is not stored. Such a file is read with its base, or,
+            with ``self_contained``, without.
         threads: at most this many; all cores by default.
         resume: keep finished tensors in ``OUT.partial`` until all are done, and start from those that are there.
         dask: address of a ``dask.distributed`` scheduler whose workers compute; needs ``base`` as a path.
@@ -169,7 +172,8 @@ def lora_to_shira(
     )
     inputs = conversion.open(base if isinstance(base, Checkpoint) else None)
     return convert(
-        conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, threads=threads, resume=resume,
+        conversion, out, rule=rule, inputs=inputs, self_contained=self_contained, compact=compact, threads=threads,
+        resume=resume,
         dask=dask, force=force, progress=progress, on_start=on_start,
     )  # fmt: skip
 

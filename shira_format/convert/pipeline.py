@@ -97,8 +97,11 @@ def convert(
 
             engine = stack.enter_context(ResumableEngine(engine, path, conversion, rule, inputs, progress))
         # Opened last: the adapter file is in place before the parts kept for resuming are deleted.
-        base = inputs.base if compact else None
-        writer = stack.enter_context(AdapterWriter(path, compact=compact, base=base)) if path is not None else None
+        writer = (
+            stack.enter_context(AdapterWriter(path, compact=compact, base=None if self_contained else inputs.base))
+            if path is not None
+            else None
+        )
         with _named(inputs.source_file):
             _write(inputs, rule, engine, workers, report, writer, self_contained=self_contained)
             if not force:

@@ -105,7 +105,7 @@ class AdapterConversion:
         if not self.adapters:
             raise SourceError("there is no adapter")
         base = open_checkpoint(self.base) if base is None else base
-        files = [AdapterFile(resolve_path(path)) for path in self.adapters]
+        files = [AdapterFile(resolve_path(path), base=base) for path in self.adapters]
         opened = [file.adapter() for file in files]
         strengths = [
             strength * adapter.alpha

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter
 from shira_format.errors import BaseMismatch
 from shira_format.format import AdapterFile
@@ -120,6 +121,7 @@ class LoadedAdapter:
 def load_adapter(
     source: LoadedAdapter | Adapter | str | os.PathLike[str],
     pool: Executor | None = None,
+    base_of: Callable[[LoadedAdapter], Mapping[str, Any]] | None = None,
     *,
     base: Mapping[str, Any] | None = None,
 ) -> LoadedAdapter:
@@ -131,11 +133,14 @@ def load_adapter(
     Args:
         source: an adapter, or the path of one.
         pool: threads that decode.
-        base: see :func:`shira_format.format.load`.
+        base_of: of a file that can be read with its base alone: the base's weights by the adapter's names, from the adapter
+            without its entries.
+        base: the same, if the caller has it: see :func:`shira_format.format.load`.
 
     Raises:
         FormatError: the file breaks a rule of the format.
-        BaseMismatch: a patch or a mask, which live weights cannot take.
+        BaseMismatch: a patch or a mask, which live weights cannot take, or the base is another one.
+        BaseRequired: the file can be read with its base alone, and there is no ``base_of``.
         OSError: the file cannot be read.
     """
     if isinstance(source, LoadedAdapter):
@@ -148,6 +153,8 @@ def load_adapter(
     try:
         refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
         names = list(file.manifest.tensors)
+        if base is None and base_of is not None and any(map(file.needs_base, names)):
+            file.base = base_of(_without_entries(file, os.fspath(source)))
         tensors: Iterable[SparseTensor] = map(file.sparse, names) if pool is None else pool.map(file.sparse, names)
         alpha = float(file.manifest.raw.get("alpha", 1.0))
         return LoadedAdapter(
@@ -155,6 +162,18 @@ def load_adapter(
         )
     finally:
         file.streams.close()
+
+
+def _without_entries(file: AdapterFile, source: str) -> LoadedAdapter:
+    """What a file says of its tensors, of which none has entries."""
+    none = np.empty(0, np.int64)
+    tensors = [
+        SparseTensor(
+            entry.name, entry.shape, none, np.empty(0, FLOATS[entry.dtype]), base_digest=entry.digests.get("base")
+        )
+        for entry in file.manifest.tensors.values()
+    ]
+    return LoadedAdapter(source, tensors, [file.dense(name) for name in file.manifest.whole], 1.0)
 
 
 def refuse_removed(where: str, removed: Any) -> None:

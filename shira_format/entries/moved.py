@@ -69,6 +69,7 @@ def on_base(
         SourceError: one tensor of the base gets targets and deltas.
         FormatError: the file is damaged.
     """
+    source.base = base if base is not None else source.base
     manifest = source.manifest
     left_out = tuple(name for name in (*manifest.tensors, *manifest.whole, *manifest.removed) if not chosen(name))
     strength = float(manifest.raw.get("alpha", 1.0)) if alpha is None else alpha
@@ -153,8 +154,8 @@ def _only_component(names: Collection[str], base: Checkpoint) -> str:
 def _has_values(source: AdapterFile, name: str, placement: Placement, base: Checkpoint) -> bool:
     """Whether the base has the values at a sparse tensor's entries, as far as its digest tells."""
     entry = source.manifest.tensors.get(name)
-    if entry is None or "base" not in entry.digests:
-        return True
+    if entry is None or "base" not in entry.digests or source.needs_base(name):
+        return True  # if its entries follow from the base's values, these are compared when it is read
     found = _by_name(base, {name: placement})
     if name not in found or found.dtype(name) != source.sparse(name).dtype:
         return False
@@ -183,6 +184,7 @@ class _Mover:
         shapes = {name: entry.shape for name, entry in manifest.tensors.items() if entry.nnz and chosen(name)}
         shapes |= {name: source.streams[name].shape for name in manifest.whole if chosen(name)}
         self._placements = {name: self._place(name, shape) for name, shape in shapes.items()}
+        source.base = _by_name(base, {name: self._placements[name] for name in shapes if not self._is_new(name)})
 
     def _place(self, name: str, shape: Shape) -> Placement:
         try:

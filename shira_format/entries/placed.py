@@ -106,7 +106,7 @@ def load_placed(
     checkpoint = None if base is None else open_checkpoint(base)
     if isinstance(source, (LoadedAdapter, Adapter)):
         return on_parameters(load_adapter(source), layout, checkpoint)
-    file = AdapterFile(Path(source))
+    file = AdapterFile(Path(source), base=checkpoint)
     try:
         return _from_file(file, os.fspath(source), layout, executor, checkpoint)
     finally:

@@ -29,6 +29,7 @@ from shira_format.tensors import MAX_RANK, TOO_LARGE, ValueKind, is_too_large, n
 
 FORMAT_VERSION = "1.0"
 NEWER = {
+    "compact": "1.1",
     "magnitude": "1.1",
     "random": "1.1",
     "runs": "1.1",
@@ -44,6 +45,8 @@ DIGEST = "sha256"
 DERIVED = frozenset({"format_version", "features", "digest", "mask_files", "tensors", "whole"})
 ROLES = ("indices", "blocks", "values", "base", "rows")
 DIGESTS = (*ROLES, "entries", "result")
+
+VALUE_CODECS = {"values": ("steps", "floats"), "base": ("floats",)}  # of the streams that may be coded
 
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -63,6 +66,7 @@ class SparseEntry:
     base_values: bool
     base_name: str
     rows: int | None
+    coding: Mapping[str, Mapping[str, Any]]
     raw: Mapping[str, Any]
 
     @property
@@ -87,9 +91,14 @@ class SparseEntry:
 
     @property
     def needs_base(self) -> bool:
-        """Whether its own indices follow from the base's values; those that it shares are not looked at."""
+        """Whether the base is needed to read its own indices or its values; indices that it shares are not looked at."""
         codec = CODECS.get(self.codec)
-        return codec is not None and codec.needs_base(self.indices)
+        steps = self.value_codec("values") == "steps" and not self.base_values
+        return steps or (codec is not None and codec.needs_base(self.indices))
+
+    def value_codec(self, role: str) -> str | None:
+        """By which codec the stream of values is coded; None: not at all."""
+        return str(self.coding[role]["codec"]) if role in self.coding else None
 
     @property
     def feature(self) -> str | None:
@@ -101,7 +110,7 @@ class SparseEntry:
     def is_implied(self) -> bool:
         """Whether something else than the file says what the indices are; see :class:`IndexCodec`."""
         codec = CODECS.get(self.codec)
-        return codec is not None and codec.is_implied
+        return codec is not None and codec.is_implied(self.indices)
 
     def index_streams(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
         """The streams of the index codec, if it has any; see :meth:`IndexCodec.streams`."""
@@ -190,6 +199,8 @@ def parse_manifest(text: str, digest: str | None = None) -> Manifest:
     for entry in tensors:
         if (feature := entry.feature) is not None and feature not in raw["features"]:
             raise FormatError("manifest-schema", f"the codec {entry.codec!r} without the feature {feature!r}", tensor=entry.name)  # fmt: skip
+        if entry.coding and "compact" not in raw["features"]:
+            raise FormatError("manifest-schema", "coded values without the feature 'compact'", tensor=entry.name)
         if entry.codec == "shared":
             _check_shared(entry, manifest)
     leave_out_misfits(raw)
@@ -250,7 +261,7 @@ def _sparse(item: Any) -> SparseEntry:
     entry = SparseEntry(
         name, shape, dtype, nnz, cast(ValueKind, values), indices,
         digests(item, name, DIGESTS), flag(item, "base_values", name),
-        need(item, "from", str, name) if "from" in item else name, _rows(item, shape), item,
+        need(item, "from", str, name) if "from" in item else name, _rows(item, shape), _coding(item), item,
     )  # fmt: skip
     _check_digests(entry)
     return entry
@@ -263,6 +274,25 @@ def _shape(item: dict[str, Any], name: str) -> tuple[int, ...]:
     if is_too_large(tuple(shape)):
         raise FormatError("shape-overflow", f"shape {shape}: {TOO_LARGE}", tensor=name)
     return tuple(shape)
+
+
+def _coding(item: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """How streams of values are coded (spec, section 4.3)."""
+    name, found = item["name"], {}
+    for role, given in (need(item, "coding", dict, name) if "coding" in item else {}).items():
+        if role not in VALUE_CODECS:
+            continue
+        if not isinstance(given, dict):
+            raise FormatError("manifest-schema", f"the coding of {role} is not an object", tensor=name)
+        if (codec := need(given, "codec", str, name)) not in VALUE_CODECS[role]:
+            raise FormatError("unknown-codec", f"{role} by the codec {codec!r}", tensor=name)
+        there = item["values"] != "none" if role == "values" else item.get("base_values") is True
+        if not there or (codec == "steps" and item["values"] != "target"):
+            raise FormatError("manifest-schema", f"the codec {codec!r} for {role} that are not there or no targets", tensor=name)  # fmt: skip
+        if "dtype" in given and need(given, "dtype", str, name) not in FLOATS:
+            raise FormatError("manifest-schema", f"values of dtype {given['dtype']!r}", tensor=name)
+        found[role] = given
+    return found
 
 
 def _rows(item: dict[str, Any], shape: tuple[int, ...]) -> int | None:

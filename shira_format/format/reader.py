@@ -13,10 +13,12 @@ import numpy as np
 
 from shira_format._core import fits
 from shira_format._core.arrays import Array, Indices, array_digest, as_array, frozen
+from shira_format._core.compiled import take
 from shira_format._core.dtypes import FLOATS
 from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError, SourceError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
+from shira_format.format.compact.values import decode_floats, decode_steps
 from shira_format.format.manifest import (
     DIGEST_KEY,
     ENTRIES_PER_BYTE,
@@ -57,6 +59,9 @@ def load(
         OSError: it cannot be read.
     """
     return AdapterFile(path, verify=verify, masks=masks, base=base).adapter()
+
+
+_NONE = np.empty(0, np.int64)
 
 
 class AdapterFile:
@@ -119,8 +124,8 @@ class AdapterFile:
         entry = self.manifest.tensors[name]
         try:
             indices = self.indices(entry)  # first: most of what can be wrong shows here
-            values = self._read(entry, "values") if entry.values != "none" else None
-            base = self._read(entry, "base") if entry.base_values else None
+            base = self._base_values(entry) if entry.base_values else None
+            values = self._values(entry, indices, base) if entry.values != "none" else None
             rows = self._read(entry, "rows") if entry.new_rows else None
             return SparseTensor(
                 name,
@@ -156,6 +161,8 @@ class AdapterFile:
             FormatError: a rule of the tensor is broken.
         """
         entry = self.manifest.tensors[name]
+        if entry.coding:
+            return _within(self.sparse(name), ranges), entry.nnz
         try:
             found = self._index_ranges(entry, ranges) if ranges else []
             indices = np.concatenate([np.empty(0, np.int64), *(part.indices for part in found)])
@@ -196,10 +203,15 @@ class AdapterFile:
 
         Raises:
             FormatError: a rule of the stream is broken.
+            BaseRequired: they are steps from values that only the base has, and there is no :attr:`base`.
         """
         entry = self.manifest.tensors[name]
+        if entry.values == "none":
+            return None
         try:
-            return self._read(entry, "values") if entry.values != "none" else None
+            base = self._base_values(entry) if entry.base_values else None
+            indices = self.indices(entry) if entry.value_codec("values") == "steps" and base is None else _NONE
+            return self._values(entry, indices, base)
         except FormatError as error:
             raise error.at(file=self.path, tensor=name) from None
 
@@ -239,9 +251,16 @@ class AdapterFile:
         codec = CODECS[entry.codec]
         needs_base = codec.needs_base(entry.indices)
         base = self._base_of(entry) if needs_base else None
-        found = codec.decode(self.encoded(entry), entry.shape, entry.nnz, base)
+        try:
+            found = codec.decode(self.encoded(entry), entry.shape, entry.nnz, base)
+        except FormatError as error:
+            if error.rule != BaseMismatch.rule:
+                raise
+            raise BaseMismatch(
+                f"{self.path}: tensor {entry.name!r}: not the adapter's base: {error.reason}"
+            ) from None
         # What a base says is checked for every base, also if the file was checked before.
-        if codec.is_implied and (needs_base or self._verify) and array_digest(found) != entry.digests["entries"]:
+        if entry.is_implied and (needs_base or self._verify) and array_digest(found) != entry.digests["entries"]:
             if not needs_base:
                 raise FormatError("digest-mismatch", "the entries are others than those of the digest")
             raise BaseMismatch(
@@ -249,11 +268,35 @@ class AdapterFile:
             )
         return found
 
+    def _values(self, entry: SparseEntry, indices: Indices, base: Array | None) -> Array:
+        """The values, ``[nnz]``; steps are from ``base``, or from the values of :attr:`base` at ``indices``."""
+        stream, codec = self._read(entry, "values"), entry.value_codec("values")
+        if codec is None:
+            return stream
+        if codec == "floats":
+            dtype = FLOATS[entry.coding["values"].get("dtype", entry.dtype)]
+            return frozen(decode_floats(stream, dtype, entry.nnz))
+        if base is None:
+            weight = self._base_of(entry)
+            check_increasing(indices, weight.size)
+            base = take(weight, indices)
+            fits.check_values(f"{self.path}: tensor {entry.name!r}", entry.digests["base"], array_digest(base))
+        return frozen(decode_steps(stream, base))
+
+    def _base_values(self, entry: SparseEntry) -> Array:
+        """The base's values that the file holds, ``[nnz]``."""
+        if entry.value_codec("base") is None:
+            return self._read(entry, "base")
+        found = decode_floats(self.streams.read(stream_name(entry.name, "base")), FLOATS[entry.dtype], entry.nnz)
+        if array_digest(found) != entry.digests["base"]:  # which is that of the values, not of their stream
+            raise FormatError("digest-mismatch", "the base's values are damaged (their digest differs)")
+        return frozen(found)
+
     def _base_of(self, entry: SparseEntry) -> Array:
         """The base's tensor that an item of the manifest is about, flat."""
         what = f"{self.path}: tensor {entry.name!r}"
         if self.base is None:
-            raise BaseRequired(f"{what}: its entries follow from the base's values: pass the base (--base)")
+            raise BaseRequired(f"{what}: it can be read with its base alone: pass the base (--base)")
         if entry.base_name not in self.base:
             raise fits.missing(what, entry.base_name)
         weight = as_array(self.base[entry.base_name])
@@ -337,6 +380,13 @@ class AdapterFile:
         if role in (own := entry.index_streams()):
             dtype, shape = own[role]
             self._check_shape(name, {dtype}, shape, "block-directory" if role == "blocks" else "count-mismatch")
+        elif role in entry.coding:
+            self._check_shape(name, {"U8"}, None)
+            dtype = entry.coding[role].get("dtype", entry.dtype)
+            if dtype != entry.dtype and not (entry.values == "delta" and "base" in entry.digests):
+                raise FormatError(
+                    "stream-dtype", f"coded values of {dtype} in a tensor of {entry.dtype}", tensor=entry.name
+                )
         elif role == "rows":
             self._check_shape(name, {entry.dtype}, (entry.new_rows, *entry.shape[1:]))
         elif role == "values" and entry.values == "delta":
@@ -364,3 +414,15 @@ class AdapterFile:
         self._check_shape(entry.name, {entry.dtype}, entry.shape)
         if entry.base_values:
             self._check_shape(stream_name(entry.name, "base"), {entry.dtype}, entry.shape)
+
+
+def _within(tensor: SparseTensor, ranges: Sequence[tuple[int, int]]) -> SparseTensor:
+    """The entries of a tensor, which is no patch, within ranges of its flat indices."""
+    parts = [np.arange(*np.searchsorted(tensor.indices, one)) for one in ranges]
+    at = np.concatenate([_NONE, *parts])
+    if at.size == tensor.nnz:
+        return tensor
+    return SparseTensor(
+        tensor.name, tensor.shape, tensor.indices[at], tensor.values[at] if tensor.value_kind != "none" else None,
+        value_kind=tensor.value_kind, dtype=tensor.dtype, base=None if tensor.base is None else tensor.base[at],
+    )  # fmt: skip

@@ -24,6 +24,7 @@ from shira_format._core.files import naming
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
 from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, Hints, encode_smallest, encode_with, seed_of
+from shira_format.format.compact.values import encode_floats, encode_steps
 from shira_format.format.manifest import (
     DERIVED,
     DIGEST,
@@ -45,9 +46,10 @@ from shira_format.storage.safetensors_file import MAX_HEADER, Stream, file_heade
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 from shira_format.version import __version__
 
+_WORTH = 40  # bytes that the words in the manifest for it take
 # The same for an item of `tensors` or `whole`.
 _DERIVED_OF_TENSOR = {
-    "name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values", "from", "rows",
+    "name", "shape", "dtype", "nnz", "values", "indices", "digests", "base_values", "from", "rows", "coding",
 }  # fmt: skip
 
 
@@ -95,6 +97,8 @@ class Prepared:
     tensor: SparseTensor
     encoded: Encoded
     digests: dict[str, str]
+    coded: dict[str, Array]
+    coding: dict[str, dict[str, Any]]
 
 
 class AdapterWriter:
@@ -168,25 +172,27 @@ class AdapterWriter:
 
         With ``bytewise`` each entry takes at least a byte.
         """
+        weight, own = self._known_base(tensor)
         if bytewise:
             encoded = encode_smallest(tensor.indices, tensor.shape, self._block_size, bytewise=True)
         else:
-            encoded = encode_with(tensor.indices, tensor.shape, self._block_size, self._hints(tensor))
+            encoded = encode_with(tensor.indices, tensor.shape, self._block_size, self._hints(tensor, weight))
+        coded, coding = _coded_values(tensor, own) if self._compact and not bytewise else ({}, {})
         streams = {"indices": encoded.stream, "blocks": encoded.blocks, "rows": tensor.new_rows}
         if tensor.value_kind != "none":
-            streams["values"] = tensor.values
+            streams["values"] = coded.get("values", tensor.values)
         digests = {role: array_digest(s) for role, s in streams.items() if s is not None}
-        if CODECS[encoded.params["codec"]].is_implied:
+        if CODECS[encoded.params["codec"]].is_implied(encoded.params):
             digests["entries"] = array_digest(tensor.indices)
-        return Prepared(tensor, encoded, digests)
+        return Prepared(tensor, encoded, digests, coded, coding)
 
-    def _hints(self, tensor: SparseTensor) -> Hints:
+    def _hints(self, tensor: SparseTensor, base: Array | None) -> Hints:
         mask = self.manifest.get("mask", {})
         seed = seed_of(mask, tensor.name) if mask.get("rule") == "rand" else None
-        return Hints(seed, mask.get("band", 0), self._flat_base(tensor))
+        return Hints(seed, mask.get("band", 0), base, self._compact)
 
-    def _flat_base(self, tensor: SparseTensor) -> Array | None:
-        """The base's tensor, flat; None if a reader is not to need it.
+    def _known_base(self, tensor: SparseTensor) -> tuple[Array | None, Array | None]:
+        """The base's tensor, flat, and its values at the entries, each of which a reader may be asked for, or has; else None.
 
         Raises:
             BaseMismatch: the base has none, or one of another shape, dtype or with other values at the entries.
@@ -194,15 +200,14 @@ class AdapterWriter:
         if (
             self._base is None or tensor.base is not None
         ):  # a file that holds the base's values is to be read without it
-            return None
+            return None, tensor.base
         what = f"tensor {tensor.name!r}"
         if tensor.base_name not in self._base:
             raise fits.missing(what, tensor.base_name)
         weight = as_array(self._base[tensor.base_name])
-        if tensor.value_kind != "none":
-            tensor.checked_base(weight)
         fits.check_shape(what, tensor.shape, weight.shape)
-        return weight.reshape(-1) if weight.dtype == tensor.dtype else None
+        own = None if tensor.value_kind == "none" else tensor.checked_base(weight)
+        return (weight.reshape(-1), own) if weight.dtype == tensor.dtype else (None, None)
 
     def add(self, tensor: SparseTensor | Prepared, notes: Mapping[str, Any] | None = None) -> int:
         """Write a sparse tensor; returns the bytes of its streams.
@@ -220,7 +225,8 @@ class AdapterWriter:
 
     def _add(self, prepared: Prepared, notes: Mapping[str, Any] | None) -> int:
         tensor = prepared.tensor
-        if must_store := tensor.value_kind == "none" and tensor.nnz > self._entries_left():
+        must_store = self._must_store(prepared)
+        if must_store and self._must_store(prepared, with_indices=True):
             prepared = self.prepared(tensor, bytewise=True)
         check_name(tensor.name, None)
         before = self._size
@@ -234,14 +240,16 @@ class AdapterWriter:
         digests: dict[str, str] = {}
         item["indices"] = self._add_indices(prepared, digests, may_share=not must_store)
         if tensor.value_kind != "none":
-            self._spool_digest(tensor, "values", tensor.values, prepared, digests)
+            self._spool_digest(tensor, "values", prepared.coded.get("values", tensor.values), prepared, digests)
         if tensor.base_digest is not None:
             digests["base"] = tensor.base_digest
         elif tensor.value_kind == "target":
             raise FormatError("manifest-schema", "target values need the base values or their digest", tensor=tensor.name)  # fmt: skip
         item["digests"] = digests
         if tensor.base is not None:
-            self._spool(stream_name(tensor.name, "base"), tensor.base, tensor.base_digest)
+            self._spool(
+                stream_name(tensor.name, "base"), prepared.coded.get("base", tensor.base), tensor.base_digest
+            )
             item["base_values"] = True
         if tensor.base_name != tensor.name:
             item["from"] = tensor.base_name
@@ -251,6 +259,8 @@ class AdapterWriter:
             self._spool_digest(tensor, "rows", tensor.new_rows, prepared, digests)
         if tensor.result_digest is not None:
             digests["result"] = tensor.result_digest
+        if prepared.coding:
+            item["coding"] = prepared.coding
         self._tensors.append(item | _others(notes, _DERIVED_OF_TENSOR))
         self._entries += tensor.nnz
         return self._size - before
@@ -322,16 +332,27 @@ class AdapterWriter:
                     self._spool_file.truncate()
             raise
 
-    def _entries_left(self) -> int:
-        """How many entries may follow that take no byte (rule ``limit``)."""
-        return FREE_ENTRIES + ENTRIES_PER_BYTE * self._size - self._entries
+    def _must_store(self, prepared: Prepared, *, with_indices: bool = False) -> bool:
+        """Whether the file would pass the limit of entries (rule ``limit``) with a tensor's values, and maybe its indices."""
+        tensor, coded = prepared.tensor, prepared.coded
+        if tensor.value_kind != "none" and "values" not in coded:
+            return False  # an entry takes a byte at least
+        size = self._size + sum(stream.nbytes for stream in coded.values())
+        if with_indices:
+            size += prepared.encoded.stream_bytes
+        return self._entries + tensor.nnz > FREE_ENTRIES + ENTRIES_PER_BYTE * size
 
     def _add_indices(self, prepared: Prepared, digests: dict[str, str], *, may_share: bool) -> dict[str, Any]:
         tensor, encoded = prepared.tensor, prepared.encoded
         if may_share and self._masks is not None and self._in_mask_file(tensor):
             return {"codec": "shared", "tensor": tensor.name, "file": self._masks.path.name}
         if encoded.stream is not None:
-            key = (tensor.shape, *encoded.params.values(), prepared.digests["indices"])
+            key = (
+                tensor.shape,
+                *encoded.params.values(),
+                prepared.digests["indices"],
+                prepared.digests.get("entries"),
+            )
             twin = self._seen.setdefault(key, tensor.name)
             if may_share and twin != tensor.name and encoded.stream_bytes > len(twin):
                 return {"codec": "shared", "tensor": twin}
@@ -408,12 +429,39 @@ class AdapterWriter:
         if manifest.get("removed") or any("from" in item or "rows" in item for item in self._tensors):
             manifest["features"].append("patch")
         codecs = {item["indices"]["codec"] for item in self._tensors}
-        manifest["features"] += sorted({c.feature for c in CODECS.values() if c.feature and c.name in codecs})
+        features = {c.feature for c in CODECS.values() if c.feature and c.name in codecs}
+        features |= {"compact" for item in self._tensors if "coding" in item}
+        manifest["features"] += sorted(features)
         manifest["format_version"] = max([FORMAT_VERSION, *(NEWER.get(f, "") for f in manifest["features"])])
         manifest["tensors"] = self._tensors
         if self._whole:
             manifest["whole"] = self._whole
         return manifest
+
+
+def _coded_values(tensor: SparseTensor, base: Array | None) -> tuple[dict[str, Array], dict[str, dict[str, Any]]]:
+    """The streams of values that are smaller when coded, and how they are.
+
+    Args:
+        tensor: the tensor.
+        base: the base's values at its entries, if a reader has them.
+    """
+    coded: dict[str, Array] = {}
+    coding: dict[str, dict[str, Any]] = {}
+
+    def offer(role: str, plain: Array, codec: str, stream: Array | None, **more: Any) -> None:
+        if stream is not None and stream.nbytes + _WORTH < plain.nbytes:
+            coded[role], coding[role] = stream, {"codec": codec, **more}
+
+    if base is not None and tensor.value_kind == "target":
+        offer("values", tensor.values, "steps", encode_steps(tensor.values, base))
+    if tensor.value_kind != "none" and "values" not in coded:
+        dtype = tensor.values.dtype
+        more = {} if dtype == tensor.dtype else {"dtype": dtype_name(dtype)}
+        offer("values", tensor.values, "floats", encode_floats(tensor.values), **more)
+    if tensor.base is not None:
+        offer("base", tensor.base, "floats", encode_floats(tensor.base))
+    return coded, coding
 
 
 def _others(keys: Mapping[str, Any] | None, known: Container[str]) -> dict[str, Any]:

@@ -14,13 +14,13 @@ import numpy as np
 from shira_format._core import compiled
 from shira_format._core.arrays import Array, Indices
 from shira_format._core.threads import Threads
-from shira_format.adapter import Adapter
+from shira_format.adapter import Adapter, LazyMapping
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.entries.aligned import AlignedEntries, Contribution
 from shira_format.entries.loaded import LoadedAdapter, load_adapter
 from shira_format.entries.mixing import mix_values
 from shira_format.entries.placed import compare_spread, load_placed, on_parameters
-from shira_format.errors import BaseMismatch
+from shira_format.errors import BaseMismatch, BaseRequired
 from shira_format.live.checks import (
     Parts,
     Replacement,
@@ -38,7 +38,7 @@ from shira_format.live.pool import AdapterPool
 from shira_format.live.weights import LiveWeight, live_weight
 from shira_format.names.layouts import Rename
 from shira_format.names.placement import Layout
-from shira_format.tensors import SparseTensor, same_bits
+from shira_format.tensors import SparseTensor, numel, same_bits
 
 # An adapter, the path of its file, or its name in the pool.
 Source = LoadedAdapter | Adapter | str | os.PathLike[str]
@@ -275,11 +275,45 @@ class Switcher:
         elif self._layout is not None:
             found = load_placed(adapter, self._layout, self._threads.executor, base=self._base)
         else:
-            found = load_adapter(adapter, self._threads.executor)
+            found = load_adapter(adapter, self._threads.executor, self._base_for)
         strength = found.alpha if alpha is None else float(alpha)
         if not np.isfinite(strength):
             raise ValueError(f"alpha {strength} is not a finite number")
         return found, strength
+
+    def _base_for(self, adapter: LoadedAdapter) -> Mapping[str, Array]:
+        """The base's weights by the names of an adapter, of which the entries are not known yet.
+
+        Raises:
+            BaseMismatch: the model does not have its tensors.
+            BaseRequired: the model has them otherwise, fused or split.
+        """
+        live = self._weights.tensors()
+        first = Places(live).first
+        fit = self._names.fit(adapter, live)
+        if fit.layout is not None:
+            raise BaseRequired(
+                f"{adapter.where}it can be read with the tensors of its base alone, which this model holds otherwise: store it plain "
+                "first (shira-convert repack)"
+            )
+        names = {
+            tensor.name: first.get(fit.rename(tensor.name), fit.rename(tensor.name)) for tensor in adapter.tensors
+        }
+        known = {name: target for name, target in names.items() if target in live}
+        return LazyMapping(known, lambda name: self._base_weight(known[name], live[known[name]]))
+
+    def _base_weight(self, name: str, weight: Any) -> Array:
+        """The base's tensor, ``[*shape]``, read-only: the weight as it was before adapters changed it."""
+        found, change = live_weight(name, weight), self._state.get(name)
+        if isinstance(change, _DenseChange):
+            if change.base is None:
+                raise BaseMismatch(f"tensor {name!r}: the base has no such tensor: an adapter added it")
+            return change.base.reshape(found.shape)
+        if change is None:
+            return found.part(0, numel(found.shape)).reshape(found.shape)
+        whole = found.whole()
+        whole.reshape(-1)[change.indices] = change.base
+        return whole
 
     def _change_to(self, wanted: Sequence[tuple[LoadedAdapter, float]]) -> Report:
         """Check everything that can be checked first, then change one weight after the other; undo this if one fails."""

@@ -12,6 +12,7 @@ from typing import Any
 from shira_format._core.dtypes import dtype_name
 from shira_format._core.threads import Progress, Workers
 from shira_format.adapter import Adapter
+from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter, load, save
 from shira_format.masks.algebra import difference, intersection, union
@@ -260,6 +261,7 @@ def write_mask(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Calibration | None = None,
+    compact: bool = False,
     threads: int | None = None,
     progress: Progress = lambda _: None,
     on_start: Progress = lambda _: None,
@@ -275,6 +277,7 @@ def write_mask(
         include: as given, for the provenance.
         exclude: likewise.
         calibration: for rules that need gradients.
+        compact: take as few bytes as possible: a mask of the largest weights takes none, and is read with its base.
         threads: at most so many.
         progress: called with numbers of elements.
         on_start: see :func:`mask_tensors`.
@@ -288,7 +291,9 @@ def write_mask(
             pass
         return report
     check_not_input(out, list(inputs))
-    with AdapterWriter(out, provenance(plan, source, include, exclude, calibration)) as writer:
+    base = open_checkpoint(source) if compact else None
+    notes = provenance(plan, source, include, exclude, calibration)
+    with AdapterWriter(out, notes, compact=compact, base=base) as writer:
         for tensor in tensors:
             writer.add(tensor)
     report.file_bytes = out.stat().st_size

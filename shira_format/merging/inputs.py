@@ -159,7 +159,7 @@ def open_input(source: Source, base: Checkpoint | None, number: int = 1) -> Inpu
     if isinstance(source, Adapter):
         one = Input(f"adapter {number}", source, None, base)
     else:
-        file = AdapterFile(source)
+        file = AdapterFile(source, base=base)
         one = Input(str(file.path), file.adapter(), file, base)
     if one.adapter.removed:
         raise BaseMismatch(f"{one.label}: removes tensors: {_PATCH}")

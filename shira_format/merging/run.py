@@ -42,6 +42,7 @@ class Merge:
         whole: the tensors that are replaced as a whole, likewise.
         max_density: the greatest density of a tensor of the result; None: any.
         self_contained: whether the result keeps the base's values.
+        compact: whether its file takes as few bytes as possible.
     """
 
     inputs: Sequence[Input]
@@ -50,6 +51,7 @@ class Merge:
     whole: Sequence[str]
     max_density: float | None
     self_contained: bool
+    compact: bool = False
 
     @property
     def alpha(self) -> float:
@@ -130,6 +132,10 @@ class Merge:
         dense = [found for name in self.whole if (found := self.dense_tensor(name)) is not None]
         return Adapter(tensors, dense=dense, manifest=self.provenance())
 
+    def _writer(self, path: Path) -> AdapterWriter:
+        base = None if self.self_contained else self.inputs[0].base
+        return AdapterWriter(path, self.provenance(), compact=self.compact, base=base)
+
     def write(
         self,
         out: str | os.PathLike[str] | None,
@@ -144,7 +150,7 @@ class Merge:
         report = MergeReport([one.label for one in self.inputs], self.settings.method.name)
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(threads))
-            writer = stack.enter_context(AdapterWriter(path, self.provenance())) if path is not None else None
+            writer = stack.enter_context(self._writer(path)) if path is not None else None
             for tensor, row in _computed(self, workers, writer):
                 report.tensors.append(row)
                 if writer is not None and tensor is not None:
@@ -211,6 +217,7 @@ def open_merge(
     base: Base = None,
     max_density: float | None = None,
     self_contained: bool | None = None,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Merge:
@@ -242,7 +249,7 @@ def open_merge(
         raise SourceError(f"the pattern {unused[0]!r} matches no tensor's name")
     if self_contained is None:
         self_contained = all(one.self_contained for one in inputs)
-    return Merge(inputs, settings, names, whole, max_density, self_contained)
+    return Merge(inputs, settings, names, whole, max_density, self_contained, compact)
 
 
 def _not_finite(values: Array) -> int:

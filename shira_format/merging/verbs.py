@@ -44,6 +44,7 @@ def merge(
     layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
     max_density: float | None = None,
     self_contained: bool | None = None,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     threads: int | None = None,
@@ -65,6 +66,7 @@ def merge(
         max_density: the greatest density of a tensor of the result, whose largest deltas are kept; not the density of a method,
             which is one of its ``options``.
         self_contained: keep the base's values in the result; by default, if all adapters have them.
+        compact: take as few bytes as possible; with ``base``, a result that is not self-contained is read with its base.
         include: regexes; only tensors whose names match one are merged.
         exclude: regexes; tensors whose names match one are left out.
         threads: at most this many.
@@ -83,7 +85,7 @@ def merge(
     """
     job = open_merge(
         adapters, method=method, weights=weights, options=options, layers=layers, base=base, max_density=max_density,
-        self_contained=self_contained, include=include, exclude=exclude,
+        self_contained=self_contained, compact=compact, include=include, exclude=exclude,
     )  # fmt: skip
     return job.write(out, threads=threads, progress=progress)
 

@@ -13,6 +13,7 @@ import torch
 
 from shira_format._core.optional import optional_import
 from shira_format.adapter import Adapter
+from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.masks.gradients import Loss
@@ -53,6 +54,7 @@ class Plan:
         calibration: batches of texts for the gradients of a mask.
         lora: train a LoRA of equal size, too.
         self_contained: keep the base's values in the file.
+        compact: take as few bytes as possible; see :func:`shira_format.save`.
     """
 
     task: Task
@@ -68,6 +70,7 @@ class Plan:
     calibration: int = 8
     lora: bool = False
     self_contained: bool = False
+    compact: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,14 @@ def train_adapter(
         fitter.fit(
             loaded.model, run, folder, adapter_trainer(), resume=_last(checkpoints), on_step=events.step
         )  # fmt: skip
-    training.save(out, manifest=_manifest(base, plan, texts, run), self_contained=plan.self_contained)
+    opened = open_checkpoint(base) if plan.compact and not plan.self_contained else None
+    training.save(
+        out,
+        manifest=_manifest(base, plan, texts, run),
+        self_contained=plan.self_contained,
+        compact=plan.compact,
+        base=opened,
+    )
     report.file_bytes = out.stat().st_size
     with training.base():
         report.base = fitter.quality(loaded.model, rows.validation)

@@ -146,9 +146,12 @@ class Training(ABC):
         manifest: Mapping[str, Any] | None = None,
         self_contained: bool = False,
         masks: str | os.PathLike[str] | None = None,
+        compact: bool = False,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the adapter file, at any step; see :meth:`adapter`, and ``save`` of the format for ``masks``."""
-        save(self.adapter(manifest, self_contained=self_contained), path, masks=masks)
+        """Write the adapter file, at any step; see :meth:`adapter`, and ``save`` of the format for ``masks``, ``compact`` and ``base``."""
+        adapter = self.adapter(manifest, self_contained=self_contained)
+        save(adapter, path, masks=masks, compact=compact, base=base)
 
     def _provenance(self, more: Mapping[str, Any]) -> dict[str, Any]:
         found = {key: self.mask[key] for key in ("base_model", "mask", "selection") if key in self.mask}

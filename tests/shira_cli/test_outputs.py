@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "convert shira_to_lora": ("a.st --base model --rank 2", ("-o",)),
     "convert shira_to_csr": ("a.st --base model", ("-o",)),
     "convert shira_to_peft": ("a.st --base model", ("-o",)),
+    "convert repack": ("a.st --base model", ("-o",)),
     "inspect": ("a.st b.st --base model --moments moments.safetensors", ("--html",)),
     "merge": ("a.st b.st --base model --moments moments.safetensors", ("-o", "--report")),
     "mask": ("--base model --rule grad --data texts.jsonl", ("-o",)),

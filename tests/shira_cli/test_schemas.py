@@ -94,6 +94,7 @@ def test_conversions(extra: tuple[str, ...], folder: Path, tmp_path: Path, capsy
     converted("shira_to_csr", "@a.st", "-o", tmp_path / "csr", *extra)
     converted("shira_to_peft", "@a.st", "--pad", *only, "-o", tmp_path / "peft", *extra)
     if not extra:
+        converted("repack", "@a.st", "--base", "@base", "--compact", "-o", tmp_path / "r.st")
         converted("csr_to_shira", tmp_path / "csr", "-o", tmp_path / "c.st")
         converted("peft_to_shira", tmp_path / "peft", "--base", "@base", "-o", tmp_path / "p.st")
 

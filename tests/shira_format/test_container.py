@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import shira_format
-from shira_format._core.arrays import Array, as_array, as_bytes
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes
 from shira_format._core.dtypes import DTYPES
 from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
@@ -832,3 +832,28 @@ def test_a_mask_that_would_pass_the_limit_is_stored_entry_by_entry(
     with pytest.raises(FormatError) as caught:
         load(path)
     assert "limit" == caught.value.rule
+
+
+def test_coded_values_that_would_pass_the_limit_are_stored_uncoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4000
+    base = np.linspace(1, 2, size, dtype=np.float32)
+    same = SparseTensor(
+        "w", (size,), np.arange(size), base, dtype=np.dtype(np.float32), base_digest=array_digest(base)
+    )
+    adapter, path = Adapter([same]), tmp_path / "a.st"
+
+    def saved() -> AdapterFile:
+        save(adapter, path, compact=True, base={"w": base})
+        assert adapter == load(path, base={"w": base})
+        return AdapterFile(path)
+
+    assert "steps" == saved().manifest.tensors["w"].value_codec(
+        "values"
+    )  # next to no bytes: the values are the base's
+    for module in (writer_module, reader_module):
+        monkeypatch.setattr(module, "FREE_ENTRIES", 100)
+        monkeypatch.setattr(module, "ENTRIES_PER_BYTE", 2)
+    entry = saved().manifest.tensors["w"]
+    assert (None, "gap8") == (entry.value_codec("values"), entry.codec)

@@ -15,7 +15,7 @@ import shira_format as shira
 PUBLIC = {
     "Adapter", "AdapterPool", "DenseTensor", "Distillation", "FitOptions", "LiveModel", "Publisher", "ServerLayer", "ServerLayout", "SparseTensor", "Subscriber", "Switcher", "__version__", "apply", "attach", "compose", "csr_to_shira",
     "diff", "errors", "fit_adapter", "fit_full", "fit_lora", "full_to_shira", "inspect", "intersect", "invert", "load", "lora_to_shira", "make_mask", "merge", "open_checkpoint",
-    "peft_to_shira", "place_adapter", "resume", "save", "shira_to_csr", "shira_to_full", "shira_to_lora", "shira_to_peft", "sparse_parameters", "subtract", "verify",
+    "peft_to_shira", "place_adapter", "repack", "resume", "save", "shira_to_csr", "shira_to_full", "shira_to_lora", "shira_to_peft", "sparse_parameters", "subtract", "verify",
 }  # fmt: skip
 VERBS = sorted(name for name in PUBLIC if name[0].islower() and name != "errors")
 

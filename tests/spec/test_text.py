@@ -152,6 +152,33 @@ def test_the_examples_of_implied_indices_are_found() -> None:
     assert (3, 2) == (len(DRAWN), len(RANKED))
 
 
+def test_the_example_of_the_coder() -> None:
+    table = rows(section("5.10.3"))
+    parts_of, decoded = table[:4], table[4:]
+    stream = bytes.fromhex("".join(row[0].strip("`") for row in parts_of))
+    item = {"shape": [2, 6], "nnz": 4}
+    assert [0, 1, 5, 11] == reader.decode_classes(item, memoryview(stream), None)
+    data = (run_vectors.VECTORS / "good" / "compact-of-page.st").read_bytes()
+    assert stream in data
+    front = reader.Front(memoryview(stream))
+    assert (1, 12, 0) == (front.split, front.take(6), front.take(1))
+    assert [0, 1] == front.bounds()
+    places = front.table()
+    frequencies = {token: frequency for token, frequency, _ in places}
+    assert [768, 1792, 0, 0, 768, 768] == [frequencies.get(token, 0) for token in range(6)]
+    assert [4] == front.counts(1, 1)
+    block = reader.Block(front.blocks[0], front.split)
+    assert "`x = 0x0c5a5500`" in parts_of[3][1]
+    assert 0x0C5A5500 == block.x
+    for row in decoded:
+        assert int(row[0]) == block.x % 4096
+        assert int(row[1]) == places[block.x % 4096][0]
+        assert int(row[3]) == block.number(places)
+        assert row[4].strip("`") == f"{block.x:#010x}"
+    block.end()
+    assert 5 == len(decoded)
+
+
 def test_the_example_of_a_flat_index() -> None:
     assert "`[4, 300]` has element `(2, 5)` at flat index 605" in " ".join(section("1").split())
     assert 605 == np.ravel_multi_index((2, 5), (4, 300))

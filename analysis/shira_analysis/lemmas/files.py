@@ -84,7 +84,7 @@ class FileDeltas:
             FormatError: the file is not an adapter, or is damaged.
             BaseRequired: the adapter has targets without base values, and ``base`` is None.
         """
-        found = cls(AdapterFile(path), base)
+        found = cls(AdapterFile(path, base=base), base)
         vectors, large = 0, []
         for name, entry in found.file.manifest.tensors.items():
             if len(entry.shape) < 2:

@@ -201,7 +201,7 @@ def open_deltas(
 
         base = open_checkpoint(base)
     chosen = name_filter(include, exclude)
-    file = AdapterFile(adapter)
+    file = AdapterFile(adapter, base=base)
     names = tuple(name for name in file.manifest.tensors if chosen(name))
     whole = tuple(name for name in file.manifest.whole if chosen(name))
     if not (names or whole) and (include or exclude):

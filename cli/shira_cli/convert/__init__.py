@@ -21,6 +21,7 @@ COMMANDS = {
     "lora_to_shira": "A LoRA and its base, to an adapter.",
     "full_to_shira": "A full fine-tune and its base, to an adapter or an exact patch.",
     "refit": "An adapter, to one of fewer entries that does the same; or several, to one.",
+    "repack": "An adapter, to the same one in fewer bytes, or plain again.",
     "shira_to_full": "An adapter and its base, to a full checkpoint.",
     "shira_to_lora": "An adapter, to a LoRA for PEFT.",
     "peft_to_shira": "A sparse adapter that PEFT trained, to an adapter.",

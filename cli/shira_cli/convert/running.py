@@ -27,6 +27,7 @@ def work_options(command: Callable[..., int]) -> Callable[..., int]:
         click.option("--resume", is_flag=True, help="Keep finished tensors in FILE.partial until all is done, and continue from those that are there."),
         click.option("--dask", metavar="SCHEDULER", help="Run on a dask.distributed cluster, such as tcp://host:8786, whose workers reach the inputs by the same paths."),
         options.threads_option,
+        options.compact_option,
         options.self_contained_option,
         options.output_file(),
     ):  # fmt: skip

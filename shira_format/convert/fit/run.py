@@ -128,6 +128,7 @@ def fit_lora(
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
     self_contained: bool = False,
+    compact: bool = False,
     threads: int | None = None,
     force: bool = False,
     on_step: OnStep = lambda *_: None,
@@ -161,6 +162,7 @@ def fit_lora(
         exclude: see there.
         allow_unused: see there.
         self_contained: see there.
+        compact: likewise.
         threads: see there; torch has its own setting.
         force: see there.
         on_step: called with the number of steps at most, that of this step, and its loss.
@@ -176,7 +178,7 @@ def fit_lora(
         os.fspath(lora), location(base, None), dialect, tuple(include), tuple(exclude), prefix, allow_unused, rank, alpha
     )  # fmt: skip
     amount = Amount(density, top_k, keep, max_bytes)
-    fit = _Fit(data, held, model, options, amount, self_contained, threads, force, on_step, on_stage)
+    fit = _Fit(data, held, model, options, amount, self_contained, compact, threads, force, on_step, on_stage)
     return fit.run(conversion, conversion.open(base if isinstance(base, Checkpoint) else None), out)
 
 
@@ -197,6 +199,7 @@ def fit_full(
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
     self_contained: bool = False,
+    compact: bool = False,
     threads: int | None = None,
     force: bool = False,
     on_step: OnStep = lambda *_: None,
@@ -222,6 +225,7 @@ def fit_full(
         exclude: see there.
         allow_unused: see there.
         self_contained: see there.
+        compact: likewise.
         threads: see there.
         force: see there.
         on_step: see there.
@@ -234,7 +238,7 @@ def fit_full(
         os.fspath(tuned), location(base, None), include=tuple(include), exclude=tuple(exclude), allow_unused=allow_unused
     )  # fmt: skip
     amount = Amount(density, top_k, keep, max_bytes)
-    fit = _Fit(data, held, model, options, amount, self_contained, threads, force, on_step, on_stage)
+    fit = _Fit(data, held, model, options, amount, self_contained, compact, threads, force, on_step, on_stage)
     return fit.run(conversion, conversion.open(base if isinstance(base, Checkpoint) else None), out)
 
 
@@ -255,6 +259,7 @@ def fit_adapter(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     self_contained: bool = False,
+    compact: bool = False,
     threads: int | None = None,
     force: bool = False,
     on_step: OnStep = lambda *_: None,
@@ -281,6 +286,7 @@ def fit_adapter(
         include: see there.
         exclude: see there.
         self_contained: see there.
+        compact: likewise.
         threads: see there.
         force: see there.
         on_step: see there.
@@ -294,7 +300,7 @@ def fit_adapter(
         tuple(os.fspath(path) for path in paths), location(base, None), tuple(map(float, strengths)), tuple(include), tuple(exclude)
     )  # fmt: skip
     amount = Amount(density, top_k, keep, max_bytes)
-    fit = _Fit(data, held, model, options, amount, self_contained, threads, force, on_step, on_stage)
+    fit = _Fit(data, held, model, options, amount, self_contained, compact, threads, force, on_step, on_stage)
     return fit.run(conversion, conversion.open(base if isinstance(base, Checkpoint) else None), out)
 
 
@@ -308,6 +314,7 @@ class _Fit:
     options: FitOptions
     amount: Amount
     self_contained: bool
+    compact: bool
     threads: int | None
     force: bool
     on_step: OnStep
@@ -333,7 +340,8 @@ class _Fit:
         options = notes | asdict(self.options.split())
         where = given.source | counts
         write = partial(
-            convert, conversion, inputs=source.inputs, self_contained=self.self_contained, threads=self.threads, force=self.force
+            convert, conversion, inputs=source.inputs, self_contained=self.self_contained, compact=self.compact, threads=self.threads,
+            force=self.force,
         )  # fmt: skip
 
         def report(made: Made, trials: Sequence[Trial] = ()) -> FitReport:

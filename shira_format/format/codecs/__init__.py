@@ -14,6 +14,7 @@ from typing import Any
 
 from shira_format._core.arrays import Array, Indices
 from shira_format.format.codecs.base import Encoded, IndexCodec, IndexRange, cut
+from shira_format.format.codecs.classes import Classes, encode_classes
 from shira_format.format.codecs.flat import Flat
 from shira_format.format.codecs.gaps import Gap8, Varint
 from shira_format.format.codecs.magnitude import Magnitude, encode_largest
@@ -27,7 +28,7 @@ BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 
 _WRITTEN: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured())
 # One that readers of version 1.0 lack is written only where it takes half of the bytes, and this many fewer.
 _RUNS, _WORTH_A_FEATURE = Runs(), 256
-CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat(), _RUNS, Seeded(), Magnitude())}
+CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat(), _RUNS, Seeded(), Magnitude(), Classes())}
 
 __all__ = [
     "BLOCK_SIZE", "CODECS", "Encoded", "Hints", "IndexCodec", "IndexRange", "cut", "encode_smallest", "encode_with",
@@ -43,11 +44,13 @@ class Hints:
         seed: the text that may have drawn them; None: they were not drawn.
         band: the band of the permutation.
         base: the base's tensor, flat, if a reader may be asked for it.
+        compact: whether to take as few bytes as possible.
     """
 
     seed: str | None = None
     band: int = 0
     base: Array | None = None
+    compact: bool = False
 
 
 def seed_of(mask: Mapping[str, Any], name: str) -> str:
@@ -56,13 +59,18 @@ def seed_of(mask: Mapping[str, Any], name: str) -> str:
 
 
 def encode_with(indices: Indices, shape: tuple[int, ...], block_size: int, hints: Hints) -> Encoded:
-    """As :func:`encode_smallest`; or, if the hints tell the entries, without any bits for them."""
+    """As :func:`encode_smallest`; or, if the hints tell the entries, without any bits for them, or compact."""
     found = None
     if hints.seed is not None:
         found = encode_drawn(indices, shape, hints.seed, hints.band)
     if found is None and hints.base is not None:
         found = encode_largest(indices, hints.base)
-    return encode_smallest(indices, shape, block_size) if found is None else found
+    if found is not None:
+        return found
+    found = encode_smallest(indices, shape, block_size)
+    if hints.compact and indices.size:
+        found = min(found, encode_classes(indices, shape, hints.base), key=stored_bytes)
+    return found
 
 
 def encode_smallest(

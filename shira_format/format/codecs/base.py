@@ -62,13 +62,11 @@ class IndexCodec(ABC):
         name: as in the manifest.
         feature: that a file with this codec must list; None: every reader knows the codec.
         bytewise: whether an entry takes at least a byte.
-        is_implied: whether something else than the file says what the indices are: the digest ``entries`` guards them.
     """
 
     name: ClassVar[str]
     feature: ClassVar[str | None] = None
     bytewise: ClassVar[bool] = False
-    is_implied: ClassVar[bool] = False
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none
         """Check the manifest's ``indices`` object of the tensor named ``tensor``, as far as no stream is needed.
@@ -80,6 +78,10 @@ class IndexCodec(ABC):
     def needs_base(self, params: Mapping[str, Any]) -> bool:
         """Whether the base's tensor is needed to decode."""
         return False
+
+    def is_implied(self, params: Mapping[str, Any]) -> bool:
+        """Whether something beside the streams tells the indices, so that the digest ``entries`` guards them."""
+        return self.needs_base(params)
 
     def streams(self, params: Mapping[str, Any], nnz: int) -> Streams:
         """Which of the streams ``indices`` and ``blocks`` there are, with what dtypes and shapes."""

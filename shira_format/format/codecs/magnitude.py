@@ -19,7 +19,6 @@ class Magnitude(IndexCodec):
 
     name = "magnitude"
     feature = "magnitude"
-    is_implied = True
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:
         check_band(params, tensor)

@@ -130,7 +130,6 @@ class Seeded(IndexCodec):
 
     name = "random"
     feature = "random"
-    is_implied = True
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:
         seed = need(params, "seed", str, tensor)
@@ -141,6 +140,9 @@ class Seeded(IndexCodec):
         if length > MAX_SEED:
             raise FormatError("manifest-schema", f"a seed of more than {MAX_SEED} bytes of UTF-8", tensor=tensor)
         check_band(params, tensor)
+
+    def is_implied(self, params: Mapping[str, Any]) -> bool:
+        return True
 
     def size(self, indices: Indices, shape: tuple[int, ...]) -> int | None:
         return None  # only who drew the entries knows the seed
@@ -159,7 +161,8 @@ def encode_drawn(indices: Indices, shape: tuple[int, ...], seed: str, band: int 
     if not count or (band + 1) * count > numel(shape):
         return None
     few = drawn_first(seed, numel(shape), count, band)
-    if not np.isin(few, indices, assume_unique=True).all():
+    at = np.minimum(np.searchsorted(indices, few), count - 1)
+    if not np.array_equal(indices[at], few):
         return None
     if not np.array_equal(drawn(seed, numel(shape), count, band), indices):
         return None
