@@ -137,6 +137,8 @@ def short(found: Sequence[Row]) -> str:
     lines = [f"| | {' | '.join(f'{source}: file | R² | accuracy' for source in LORAS)} |", "|---|" + "--:|" * 6]
     for method, density in _README:
         here = {row.source: row for row in found if (row.method, row.density, row.texts) == (method, density, 0)}
+        if any(source not in here for source in LORAS):
+            continue
         name = _NAMES[method] + (f" {100 * density:g} %" if method in ("cut", "distill") else "")
         cells = []
         for source in LORAS:

@@ -88,7 +88,10 @@ def test_a_strength_must_be_finite(alpha: float) -> None:
 def test_overflow_has_a_defined_result() -> None:
     base = np.zeros(1, F32)
     weights = {"w": base.copy()}
-    apply(Adapter([target("w", base, [0], [1])]), weights, 1e300)
+    with pytest.raises(ValueError, match="the strength 1e\\+300 is infinite in float32"):
+        apply(Adapter([target("w", base, [0], [1])]), weights, 1e300)
+    assert 0 == weights["w"][0]
+    apply(Adapter([target("w", base, [0], [1e38])]), weights, 1e3)
     assert np.isposinf(weights["w"][0])
     half = {"w": np.zeros(1, np.float16)}
     apply(Adapter([target("w", half["w"].copy(), [0], [60_000])]), half, 2)
