@@ -149,23 +149,6 @@ def short(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def counts(found: Sequence[Row]) -> str:
-    """What fewer texts cost."""
-    some = [row for row in found if row.method == "distill" and row.density == SUPPORTED and row.source in LORAS]
-    numbers = sorted({row.texts for row in some} - {0})
-    lines = [
-        "| texts | " + " | ".join(f"{source}: R² | accuracy, %" for source in LORAS) + " |",
-        "|--:|" + "--:|" * 4,
-    ]
-    for number in [*numbers, 0]:
-        cells = []
-        for source in LORAS:
-            row = next(one for one in some if (one.source, one.texts) == (source, number))
-            cells += _cells(row)[:2]
-        lines.append(f"| {number or 'all, 512'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
     """What was fitted, how, and on what."""
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
@@ -183,7 +166,7 @@ def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
 
 FITS = ("base", "source", "cut", "cut-global", "moments", "distill")
 SUPPORTS = ("distill", "magnitude", "gradient", "fisher", "wm", "random", "runs")
-RIVALS = ("distill", "low-rank", "dare", "darex", "learned")
+RIVALS = ("distill", "moments", "low-rank", "dare", "darex", "learned")
 
 
 def parts(results: Sequence[Result], machine: dict[str, Any]) -> dict[str, str]:
@@ -194,8 +177,7 @@ def parts(results: Sequence[Result], machine: dict[str, Any]) -> dict[str, str]:
         "fits": table(found, FITS, (0.0, *DENSITIES, 1.0), LORAS),
         "tuned": table(found, FITS, (0.0, *DENSITIES, 1.0), (TUNED,)),
         "supports": table(found, SUPPORTS, (SUPPORTED, 0.01), ("spam",)),
-        "rivals": table(found, RIVALS, (0.0005, SUPPORTED, 0.01, 0.05), ("spam",)),
-        "texts": counts(found),
+        "rivals": table(found, RIVALS, (0.0005, SUPPORTED, 0.01), ("spam",)),
     }
 
 
@@ -228,6 +210,8 @@ _LINES = {
 
 def picture(found: Sequence[Row]) -> bytes:
     """What is kept by the bytes of the file, one panel a source."""
+    from matplotlib.ticker import NullFormatter
+
     from shira_analysis.figures.style import BLUE, GREEN, GREY, ORANGE, RED, figure, our_style, render
 
     colours = dict(zip(_LINES, (GREY, "black", GREEN, BLUE, RED, ORANGE), strict=True))
@@ -245,6 +229,7 @@ def picture(found: Sequence[Row]) -> bytes:
                     marker=mark, ls=dashes, color=colours[method], ms=4, lw=1.2, label=METHODS[method].label,
                 )  # fmt: skip
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(source)
             axis.set_xlabel("file, kB")
             axis.set_ylim(-0.07, 1.03)
