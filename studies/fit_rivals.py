@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from shira_format.calibration.layers import restoring_gradients
 from shira_format.convert.fit.distill import Distillation, Teacher
 from shira_format.convert.fit.support import largest, update_of
 from shira_format.convert.fit.task import Task, showing, showing_base
@@ -171,20 +172,18 @@ def _train(
 ) -> None:
     """Adam on the loss of the distillation, with a linear descent."""
     model = teacher.task.model
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
     draw = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        number = int(torch.randint(len(teacher.task.train), (), generator=draw))
-        loss = teacher.loss(number, Distillation().hidden) + price()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    for parameter, needed in before:
-        parameter.requires_grad_(needed)
+    with restoring_gradients(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(parameters, lr=rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
+        for _ in range(steps):
+            number = int(torch.randint(len(teacher.task.train), (), generator=draw))
+            loss = teacher.loss(number, Distillation().hidden) + price()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,6 @@ class Watch:
 
     def run(self, data: Iterable[Any]) -> None:
         """Run the model over all batches."""
-        modes = {module: module.training for module in self._model.modules()}
         device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
         mask: torch.Tensor | None = None
         handles: list[Any] = []
@@ -171,10 +171,9 @@ class Watch:
 
         batches = 0
         try:
-            self._model.eval()
             for layer, module in zip(self.layers, self._modules, strict=True):
                 watch(layer, module)
-            with torch.no_grad():
+            with evaluating(self._model), torch.no_grad():
                 for batch in data:
                     batches += 1
                     mask = attention_mask(batch)
@@ -182,13 +181,35 @@ class Watch:
         finally:
             for handle in handles:
                 handle.remove()
-            for module, training in modes.items():
-                module.training = training
         if not batches:
             raise SourceError("there are no batches to run the model on")
         for layer in self.layers:
             if self._named and not layer.samples:
                 raise SourceError(f"module {layer.module!r}: no input reached it")
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model is in evaluation mode for a while; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def restoring_gradients(model: Any) -> Iterator[None]:
+    """What happens to gradients meanwhile, and to which parameters need them, is undone afterwards."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, needed, gradient in before:
+            parameter.requires_grad_(needed)
+            parameter.grad = gradient
 
 
 def can_watch(module: nn.Module) -> bool:

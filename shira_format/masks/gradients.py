@@ -138,21 +138,14 @@ def sum_gradients(
 @contextmanager
 def _only(model: Any, weights: Sequence[Weight]) -> Iterator[None]:
     """The model in evaluation mode, where only these weights have gradients."""
+    from shira_format.calibration.layers import evaluating, restoring_gradients
+
     wanted = {id(weight.parameter) for weight in weights}
-    modes = {module: module.training for module in model.modules()}
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _, _ in before:
+    with evaluating(model), restoring_gradients(model):
+        for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
         yield
-    finally:
-        for parameter, needed, gradient in before:
-            parameter.requires_grad_(needed)
-            parameter.grad = gradient
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from shira_format.calibration.layers import evaluating, restoring_gradients
 from shira_format.convert.fit.quality import kl_divergence
 from shira_format.convert.fit.support import Rule, largest, scores
 from shira_format.convert.fit.task import Entries, OnStep, SourceOutputs, Task, see, showing_base
@@ -75,7 +75,7 @@ def distill(
         SourceError: the budget exceeds the weights, or the loss is no number.
     """
     run = _Run(task, options, seed, on_step)
-    with showing_base(task), _only_ours(task):
+    with showing_base(task), evaluating(task.model), restoring_gradients(task.model):
         return run.entries(budget)
 
 
@@ -292,19 +292,3 @@ def _order(count: int, seed: int) -> Iterator[int]:
         places = list(range(count))
         draw.shuffle(places)
         yield from places
-
-
-@contextmanager
-def _only_ours(task: Task) -> Iterator[None]:
-    """What training does to the model's modes and gradients is undone at the end."""
-    modes = {module: module.training for module in task.model.modules()}
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in task.model.parameters()]
-    try:
-        task.model.eval()
-        yield
-    finally:
-        for parameter, needed, gradient in before:
-            parameter.requires_grad_(needed)
-            parameter.grad = gradient
-        for module, training in modes.items():
-            module.training = training

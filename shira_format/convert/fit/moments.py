@@ -16,14 +16,15 @@ a weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shira_format.calibration.layers import evaluating
 from shira_format.convert.fit.least_squares import Problem, grow, solve
 from shira_format.convert.fit.shares import shares_of
 from shira_format.convert.fit.support import largest, update_of
@@ -85,7 +86,7 @@ def moments(
     """
     if not 1 <= budget <= task.numel:
         raise SourceError(f"a budget of {budget} entries; the weights have {task.numel}")
-    with torch.no_grad(), without_cache(task.model), _evaluating(task):
+    with torch.no_grad(), without_cache(task.model), evaluating(task.model):
         layers = layers_of(task)
         path = find_path(task, layers)
         plain = sorted((set(task.source) - {one.name for one in layers.values()}) | set(path.unseen))
@@ -330,15 +331,3 @@ def _update(task: Task, name: str) -> Tensor:
     """Source minus base, float32, in the weight's shape, where the weight is still the base's."""
     parameter = task.parameter(name).detach()
     return task.source[name].to(parameter.device).float() - parameter.float()
-
-
-@contextmanager
-def _evaluating(task: Task) -> Iterator[None]:
-    """The model is in evaluation mode for a while."""
-    modes = {module: module.training for module in task.model.modules()}
-    task.model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
