@@ -35,38 +35,32 @@ def main(arguments: list[str] | None = None) -> int:
     store = Store(folder / "runs.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n", "utf-8")
-    if options.study == "fits":
-        _fit(options, store)
-        return 0
-    with tempfile.TemporaryDirectory(prefix="shira-studies-") as scratch:
-        prepared = options.texts or Path(scratch)
-        _prepare(options, prepared)
-        _run(options, store, prepared)
+    done = (_run_fits if options.study == "fits" else _run_masks)(options, store)
+    print(f"{done} runs done, {len(store.results)} stored in {store.path}", file=sys.stderr)
     return 0
 
 
-def _fit(options: argparse.Namespace, store: Store) -> None:
+def _run_fits(options: argparse.Namespace, store: Store) -> int:
     from shira_cli.shipped import find_base
     from studies.fit_runs import find_tuned, start, work
 
     plan = fits.Plan(
         **(vars(QUICK_FITS) if options.quick else {}) | ({"only": options.only} if options.only else {})
     )
-    done = run_all(
-        store, plan.following, work, workers=options.workers, start=start, given=(find_base(), find_tuned())
-    )
-    print(f"{done} runs done, {len(store.results)} stored in {store.path}", file=sys.stderr)
+    given = (find_base(), find_tuned())
+    return run_all(store, plan.following, work, workers=options.workers, start=start, given=given)
 
 
-def _run(options: argparse.Namespace, store: Store, prepared: Path) -> None:
+def _run_masks(options: argparse.Namespace, store: Store) -> int:
     from shira_cli.shipped import find_base
     from studies.mask_runs import start, work
 
     plan = Plan(**(vars(QUICK) if options.quick else {}) | {"only": options.only})
-    done = run_all(
-        store, plan.following, work, workers=options.workers, start=start, given=(prepared, find_base())
-    )
-    print(f"{done} runs done, {len(store.results)} stored in {store.path}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="shira-studies-") as scratch:
+        prepared = options.texts or Path(scratch)
+        _prepare(options, prepared)
+        given = (prepared, find_base())
+        return run_all(store, plan.following, work, workers=options.workers, start=start, given=given)
 
 
 def _prepare(options: argparse.Namespace, folder: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -122,34 +121,36 @@ def work(run: FitRun) -> dict[str, Any]:
         effect(source.task, {})  # what source and base do, for all runs
     task = _fewer(source.task, run.texts, run.seed)
     budget = round(run.density * task.numel)
-    found: Found
     begin, spent = time.perf_counter(), time.process_time()
-    with ExitStack() as stack:
-        if method.kind in ("base", "source"):
-            weights = task.source if method.kind == "source" else {}
-            shown, found, took = Task(**(vars(task) | {"whole": task.whole | weights})), {}, 0.0
-            written = source.bytes if weights else 0
-            measured = effect(shown, found)
-        elif method.kind == "low-rank":
-            # As many bytes as the adapter has: an entry takes its value and about as much as an index.
-            weights, size = fit_rivals.low_rank(
-                task, _bytes(source, _cut(task, budget, "global")) // 4, run.seed, run.steps
-            )
-            took = time.process_time() - spent
-            shown, found = Task(**(vars(task) | {"whole": task.whole | weights})), {}
-            written = 4 * size + sum(one.nbytes for one in task.whole.values())
-            measured = effect(shown, found)
-        else:
-            shown, found = task, _entries(task, budget, run, method)
-            took = time.process_time() - spent
-            written = _bytes(source, found)
-            measured = effect(task, found)
-        stack.enter_context(showing(shown, found))
-        result = measured.as_dict() | {
-            "budget": budget, "bytes": written, "source_bytes": source.bytes, "fit_seconds": round(took, 2),
-            "accuracy": None if source.labels is None else _accuracy(shown, source.labels),
-        }  # fmt: skip
-    return result | {"seconds": round(time.perf_counter() - begin, 2)}
+    shown, found, written = _made(source, task, budget, run, method)
+    took = time.process_time() - spent
+    if written is None:
+        written = _bytes(source, found)
+    measured = effect(shown, found)
+    with showing(shown, found):
+        accuracy = None if source.labels is None else _accuracy(shown, source.labels)
+    return measured.as_dict() | {
+        "budget": budget, "bytes": written, "source_bytes": source.bytes, "fit_seconds": round(took, 2), "accuracy": accuracy,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }  # fmt: skip
+
+
+def _made(source: _Source, task: Task, budget: int, run: FitRun, method: Method) -> tuple[Task, Found, int | None]:
+    """What a method makes: the task with weights that are not sparse in it, entries, and bytes if it is no adapter."""
+    if method.kind in ("base", "source"):
+        weights = task.source if method.kind == "source" else {}
+        return _with(task, weights), {}, source.bytes if weights else 0
+    if method.kind == "low-rank":
+        # As many bytes as the adapter has: an entry takes its value and about as much as an index.
+        room = _bytes(source, _cut(task, budget, "global"))
+        weights, size = fit_rivals.low_rank(task, room // 4, run.seed, run.steps)
+        return _with(task, weights), {}, 4 * size + sum(one.nbytes for one in task.whole.values())
+    return task, _entries(task, budget, run, method), None
+
+
+def _with(task: Task, weights: dict[str, Tensor]) -> Task:
+    """The task with weights that are in the model beside what is stored whole."""
+    return replace(task, whole=task.whole | weights)
 
 
 def _fewer(task: Task, count: int, seed: int) -> Task:
@@ -158,7 +159,7 @@ def _fewer(task: Task, count: int, seed: int) -> Task:
     if count:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         train = [train[int(at)] for at in order[: max(1, count // BATCH)]]
-    return Task(**(vars(task) | {"train": train}))
+    return replace(task, train=train)
 
 
 def _entries(task: Task, budget: int, run: FitRun, method: Method) -> Found:

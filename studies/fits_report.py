@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from studies.fits import BATCH, DENSITIES, LORAS, METHODS, SOURCES, SUPPORTED, TOKENS, TUNED
-from studies.report import filled
+from studies.report import facts_table, filled, write_csv
 from studies.runs import Result, Store
 
 ROOT = Path(__file__).parents[1]
@@ -82,15 +81,6 @@ def _row(group: Sequence[Result]) -> Row:
     )  # fmt: skip
 
 
-def write_csv(found: Sequence[Row], path: Path) -> None:
-    """One line a row."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")
-        table.writeheader()
-        for row in found:
-            table.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in asdict(row).items()})
-
-
 def table(found: Sequence[Row], methods: Sequence[str], densities: Sequence[float], sources: Sequence[str]) -> str:
     """Methods and densities as rows, and for each source what is kept, with the share of its file's bytes."""
     head = ["", "entries, %"]
@@ -151,7 +141,6 @@ def short(found: Sequence[Row]) -> str:
 
 def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
     """What was fitted, how, and on what."""
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     steps = max(one["steps"] for one in results)
     facts = {
         "sources": "spam and genre, the LoRAs that ship (rank 8, 1.34 MB); sre, a full fine-tune of all-MiniLM-L6-v2 (90.9 MB)",
@@ -159,9 +148,8 @@ def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
         "distill": f"{steps} steps of {BATCH} texts",
         "seeds": ", ".join(map(str, sorted({one["seed"] for one in results}))),
         "runs": f"{len(results)}, {sum(one['seconds'] for one in results) / 3600:.1f} hours of one thread on a shared machine",
-        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; Python {machine['python']}; {packages}",
     }  # fmt: skip
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())])
+    return facts_table(facts, machine)
 
 
 FITS = ("base", "source", "cut", "cut-global", "moments", "distill")

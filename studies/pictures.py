@@ -22,7 +22,9 @@ def accuracies(cases: Sequence[tuple[float, str, str, list[Any]]], reference: Ma
         cases: mean over tasks, method, size, and the rows of :data:`TASKS`.
         reference: rows of methods without a size, which are lines.
     """
-    order = sorted({method for _, method, _, _ in cases}, key=lambda one: max(c[0] for c in cases if c[1] == one))
+    order = sorted(
+        dict.fromkeys(method for _, method, _, _ in cases), key=lambda one: max(c[0] for c in cases if c[1] == one)
+    )
     with our_style():
         drawn = figure(7.2, 0.9 + 0.24 * len(order))
         axes = drawn.subplots(1, len(TASKS), sharey=True)

@@ -6,8 +6,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -108,10 +108,10 @@ def _shares(results: Sequence[Result], task: str, method: str, size: str) -> Any
     return np.mean(bits, axis=0)
 
 
-def write_csv(found: Sequence[Row], path: Path) -> None:
-    """One line a row."""
+def write_csv(found: Sequence[Any], path: Path) -> None:
+    """One line a row; rows are of one dataclass, whose fields are the columns."""
     with open(path, "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")
+        table = csv.DictWriter(file, [column.name for column in fields(found[0])], lineterminator="\n")
         table.writeheader()
         for row in found:
             table.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in asdict(row).items()})
@@ -161,7 +161,6 @@ def alphas(results: Sequence[Result]) -> dict[tuple[str, str], dict[float, list[
 
 def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
     """What was trained, how, and on what."""
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     some = results[0]
     seeds = sorted({result["seed"] for result in results})
     facts = {
@@ -171,9 +170,16 @@ def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
         "training": f"{some['steps']} steps of {BATCH} texts, AdamW without decay, gradients clipped to 1",
         "seeds": ", ".join(map(str, seeds)),
         "trainings": f"{len(results)}, {sum(one['seconds'] for one in results) / 3600:.1f} hours of one thread on a shared machine",
-        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; Python {machine['python']}; {packages}",
     }  # fmt: skip
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())])
+    return facts_table(facts, machine)
+
+
+def facts_table(facts: Mapping[str, str], machine: dict[str, Any]) -> str:
+    """What a study consisted of, and at the end the machine that it ran on."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+    lines = [*facts.items(), ("machine", f"{cpu}; Python {machine['python']}; {packages}")]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in lines)])
 
 
 def filled(page: str, parts: dict[str, str]) -> str:
