@@ -53,7 +53,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="processes of one thread each (default: 2); 0: this one",
     )
-    names = ", ".join(f'"{study.names}" ({name})' for name, study in STUDIES.items())
+    names = ", ".join(f'"{study.names}" ({name})' for name, study in STUDIES.items() if study.names)
     parser.add_argument("--only", type=_regex, default="", metavar="REGEX", help=f"only what it finds in {names}")
     text = "the folder of the bank's results, for the studies of its adapters (default: studies/results/bank)"
     parser.add_argument("--bank", type=Path, default=RESULTS / "bank", metavar="FOLDER", help=text)

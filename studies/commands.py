@@ -123,4 +123,7 @@ STUDIES = {
     "interference": Study(
         partial(_on_bank, "interference"), partial(_report, "interference"), "FIRST SECOND FORM"
     ),
+    "neighbours": Study(partial(_on_bank, "neighbours"), partial(_report, "neighbours"), "SOURCE FORM"),
+    "trained": Study(partial(_on_bank, "trained"), partial(_report, "trained"), "KIND MEMBERS FORM"),
+    "choice": Study(lambda _, __: 0, partial(_report, "choice"), ""),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from studies.bank import train
 from studies.bank.encoder import Encoder, LoraEncoder, features, margins, read_head
 from studies.bank.forms import FORMS, TASKS, mask_of
 from studies.bank.plan import Bank, BankRun
+from studies.choice import report as choice_report
 from studies.fusion import fuse
 from studies.fusion import plan as fusion_plan
 from studies.fusion import report as fusion_report
@@ -27,8 +30,12 @@ from studies.interference import plan as pairs_plan
 from studies.interference import report as pairs_report
 from studies.interference.plan import MEASURES, PairRun
 from studies.learning import load_model
+from studies.neighbours import plan as neighbours_plan
+from studies.neighbours import report as neighbours_report
 from studies.runs import Store
 from studies.statistics import Case, drop, kept, spearman, spearman_over_pairs
+from studies.trained import plan as trained_plan
+from studies.trained import report as trained_report
 from tests import models
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "memory_gib": 8, "python": "3.11", "packages": {"torch": "2"}}
@@ -113,8 +120,7 @@ def test_rank_correlation_is_that_of_scipy() -> None:
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     folder = tmp_path_factory.mktemp("bank")
     arguments = ["bank", "--quick", "--out", str(folder), "--workers", "0"]
-    assert studies.main([*arguments, "--only", "genre (wm|cut)|(spam|genre) lora"]) == 0
-    assert studies.main([*arguments, "--only", "genre (wm|cut)|(spam|genre) lora|spam (wm|fitted)"]) == 0
+    assert studies.main([*arguments, "--only", "lora|wm|genre cut|spam fitted"]) == 0
     return Bank(folder)
 
 
@@ -164,11 +170,16 @@ def test_two_are_fused_and_measured(bank: Bank, tmp_path: Path) -> None:
     on = ["--quick", "--bank", str(bank.folder), "--workers", "0"]
     assert studies.main(["fusion", *on, "--out", str(tmp_path / "fusion"), "--only", "wm"]) == 0
     assert studies.main(["interference", *on, "--out", str(tmp_path / "pairs"), "--only", "wm"]) == 0
+    assert studies.main(["neighbours", *on, "--out", str(tmp_path / "near"), "--only", "spam wm"]) == 0
+    assert studies.main(["trained", *on, "--out", str(tmp_path / "trained"), "--only", "strength spam lora"]) == 0
     (fused,) = Store(tmp_path / "fusion" / "runs.jsonl").results.values()
-    assert fused["entries"] == 82_944  # one mask
     assert {task: len(one) for task, one in fused["margins"].items()} == {
         "spam": commands.QUICK_TEXTS, "genre": commands.QUICK_TEXTS
     }  # fmt: skip
+    (near,) = Store(tmp_path / "near" / "runs.jsonl").results.values()
+    assert [len(near[head]["genre"]) for head in ("start", "own")] == [commands.QUICK_TEXTS] * 2
+    (scaled,) = Store(tmp_path / "trained" / "runs.jsonl").results.values()
+    assert {float(alpha) for alpha in scaled["alphas"]} == set(trained_plan.ALPHAS)
     (pair,) = Store(tmp_path / "pairs" / "runs.jsonl").results.values()
     first, second = pair["directed"]
     assert (first["task"], second["task"]) == ("spam", "genre")
@@ -211,14 +222,30 @@ def made_up(folder: Path) -> Bank:
     pairs = Store(folder / "interference" / "runs.jsonl")
     for pair in pairs_plan.Plan().runs():
         pairs.add(pair, {"directed": [_directed(pair, rng, 0), _directed(pair, rng, 1)], "seconds": 1.0})
-    for name in ("bank", "fusion", "interference"):
+    neighbours = Store(folder / "neighbours" / "runs.jsonl")
+    for near in neighbours_plan.Plan().runs():
+        others = [task for task in TASKS if task != near.source]
+        neighbours.add(
+            near, {head: {task: some() for task in others} for head in ("start", "own")} | {"seconds": 1.0}
+        )
+    trained = Store(folder / "trained" / "runs.jsonl")
+    for look in trained_plan.Plan().runs():
+        alphas = {f"{alpha:g}": {task: some() for task in look.tasks} for alpha in trained_plan.ALPHAS}
+        ranks = {name: [384.0] * 36 for name in ("rank", "full", "numerical", "stable", "holding")}
+        spectrum = ranks | {"proven": 36, "matrices": 36, "spectrum": list(np.linspace(1, 0, 384))}
+        trained.add(look, ({"alphas": alphas} if look.kind == "strength" else spectrum) | {"seconds": 1.0})
+    for name in ("bank", "fusion", "interference", "neighbours", "trained"):
         (folder / name / "machine.json").write_text(json.dumps(MACHINE))
+    (folder / "masks").mkdir()
+    shutil.copy(commands.RESULTS / "masks" / "masks.csv", folder / "masks")
     return bank
 
 
 def _directed(run: PairRun, rng: np.random.Generator, at: int) -> dict[str, Any]:
     tasks = (run.first, run.second)
-    return {"task": tasks[at], "other": tasks[1 - at]} | {name: float(rng.uniform()) for name in MEASURES}
+    return {"task": tasks[at], "other": tasks[1 - at]} | {
+        name: float(rng.uniform()) for name in (*MEASURES, "norm", "norm_other", "between")
+    }
 
 
 def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,20 +253,26 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(statistics, "DRAWS", 20)
     bank = made_up(tmp_path)
-    pages = {name: tmp_path / f"{name}.md" for name in ("bank", "fusion", "interference")}
+    names = ("bank", "fusion", "interference", "neighbours", "trained", "choice")
+    pages = {name: tmp_path / f"{name}.md" for name in names}
     for name, page in pages.items():
         page.write_text((bank_report.PAGE.parent / f"{name}.md").read_text("utf-8"), "utf-8")
     bank_report.write(bank.folder, bank.folder, pages["bank"])
     fusion_report.write(tmp_path / "fusion", bank.folder, pages["fusion"])
     pairs_report.write(tmp_path / "interference", bank.folder, pages["interference"], tmp_path / "fusion")
+    neighbours_report.write(tmp_path / "neighbours", bank.folder, pages["neighbours"])
+    trained_report.write(tmp_path / "trained", bank.folder, pages["trained"], tmp_path)
+    choice_report.write(tmp_path / "choice", bank.folder, pages["choice"], tmp_path)
     for name, page in pages.items():
         text = page.read_text("utf-8")
-        with open(tmp_path / name / f"{name}.csv", encoding="utf-8") as file:
-            assert all(all(line.values()) for line in csv.DictReader(file))
-        for form in FORMS.values():
-            assert form.label in text
+        for file in (tmp_path / name).glob("*.csv"):
+            with open(file, encoding="utf-8") as lines:
+                assert all(all(line.values()) for line in csv.DictReader(lines))
         assert "nan" not in text
-    for name in ("fusion", "interference"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert "|  |" not in text
+        for form in neighbours_plan.FORMS if name == "neighbours" else FORMS:
+            assert FORMS[form].label in text
+        for picture in re.findall(r"\((\S+\.png)\)", text):
+            assert (tmp_path / picture).stat().st_size > 10_000
     for merge in fusion_plan.MERGES.values():
         assert merge.label in pages["fusion"].read_text("utf-8")

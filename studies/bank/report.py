@@ -85,7 +85,7 @@ def table(found: Sequence[Row], results: Sequence[Result]) -> str:
         if not here:
             continue
         whole = here["all"]
-        cells = [_shown(here[task]) if task in here else "" for task in (*tasks, "all")]
+        cells = [_shown(here[task]) if task in here else "not trained" for task in (*tasks, "all")]
         gain = Estimate(whole.gain, whole.gain_low, whole.gain_high).shown(100, sign=True)
         lines.append(
             [

@@ -82,26 +82,41 @@ def margins_of(model: nn.Module, task: str, under: Head) -> list[float]:
 def work(run: FusionRun) -> dict[str, Any]:
     """Do one run."""
     begin = time.perf_counter()
-    found: dict[str, Any] = {"margins": {}}
-    with _fused(run, merges_of(run.form)[run.merge], found) as model:
-        found["merge_seconds"] = round(time.perf_counter() - begin, 2)
-        for task in run.tasks:
-            found["margins"][task] = margins_of(model, task, head(BankRun(task, run.form, run.seed)))
-    return found | {"seconds": round(time.perf_counter() - begin, 2)}
+    with showing_fused(run) as model:
+        merged = time.perf_counter()
+        found = margins_of_all(model, run)
+    return {
+        "margins": found, "merge_seconds": round(merged - begin, 2), "seconds": round(time.perf_counter() - begin, 2)
+    }  # fmt: skip
+
+
+def margins_of_all(model: nn.Module, run: FusionRun) -> dict[str, list[float]]:
+    """On the held-out texts of each part's task under the head of that part."""
+    return {task: margins_of(model, task, head(BankRun(task, run.form, run.seed))) for task in run.tasks}
 
 
 @contextmanager
-def _fused(run: FusionRun, merge: Merge, found: dict[str, Any]) -> Iterator[nn.Module]:
-    count = len(run.tasks)
+def showing(run: BankRun, alpha: float = 1.0) -> Iterator[nn.Module]:
+    """The encoder with one adapter of the bank at a strength."""
     if FORMS[run.form].kind == "lora":
-        weights = [1 / count if merge.halved else 1.0] * count
+        with loras(run.seed).showing([run.task], [alpha]) as model:
+            yield model
+    else:
+        with encoder().showing(adapter(run), alpha) as model:
+            yield model
+
+
+@contextmanager
+def showing_fused(run: FusionRun, alpha: float = 1.0) -> Iterator[nn.Module]:
+    """The encoder with several adapters of the bank, fused, at a strength."""
+    merge = merges_of(run.form)[run.merge]
+    if FORMS[run.form].kind == "lora":
+        weights = [alpha / len(run.tasks) if merge.halved else alpha] * len(run.tasks)
         with loras(run.seed).showing(run.tasks, weights, merge.method, **merge.options) as model:
             yield model
-        return
-    merged = fused(run, merge)
-    found["entries"] = sum(one.nnz for one in merged.values())
-    with encoder().showing(merged) as model:
-        yield model
+    else:
+        with encoder().showing(fused(run, merge), alpha) as model:
+            yield model
 
 
 def fused(run: FusionRun, merge: Merge) -> Adapter:

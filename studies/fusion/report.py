@@ -159,7 +159,7 @@ def table_of_merges(found: Sequence[Row], parts: int) -> str:
                 [
                     FORMS[form].label,
                     f"{100 * cells[0].alone:.1f}",
-                    *("" if row is None else row.lost for row in cells),
+                    *("not tried" if row is None else row.lost for row in cells),
                 ]
             )
     return markdown(head, lines)
