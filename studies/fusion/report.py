@@ -143,7 +143,7 @@ def table_of_methods(found: Sequence[Row], form: str, parts: int) -> str:
         ]
         for row in here
     ]
-    return markdown(["", "alone, %", "fused, %", "drop, points", "R²"], lines)
+    return markdown(["merge", "alone, %", "fused, %", "drop, points", "R²"], lines)
 
 
 def table_of_merges(found: Sequence[Row], parts: int) -> str:
