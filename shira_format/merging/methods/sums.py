@@ -26,6 +26,8 @@ def linear(aligned: AlignedEntries, options: Options) -> Sequence[Factor]:
 def mean(aligned: AlignedEntries, _: Options) -> Sequence[Factor]:
     """``sum of w_i D_i / sum of w_i`` over the adapters that have the entry; the entry of one adapter alone is kept in full.
 
+    With equal weights the average by overlap count of UniformSparse (https://arxiv.org/abs/2507.07140).
+
     Raises:
         SourceError: a negative weight: -1 and -1 would give the same mean as 1 and 1.
     """

@@ -1,0 +1,1 @@
+"""How quality depends on examples and on entries."""

@@ -1,0 +1,140 @@
+"""One fused adapter, in a process that keeps texts, adapters and models between runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shira_format.adapter import Adapter
+from shira_format.format import load
+from shira_format.merging.run import open_merge
+from studies.bank import train
+from studies.bank.encoder import Encoder, Head, LoraEncoder, features, margins, read_head, some
+from studies.bank.forms import FORMS
+from studies.bank.plan import Bank, BankRun
+from studies.bank.plan import Plan as BankPlan
+from studies.fusion.distilled import Part, distilled
+from studies.fusion.plan import FusionRun, Merge, merges_of
+from studies.learning import BATCH
+
+TEXTS = 0.5  # of the texts that a training sees, as many for each part of a distilled merge
+
+
+@dataclass
+class _Place:
+    bank: Bank = field(default_factory=lambda: Bank(Path()))
+    base: Path = Path()
+
+
+_place = _Place()
+
+
+def start(folder: Path, base: Path) -> None:
+    """Before the first run: where the bank and the model are."""
+    train.start(folder, base)
+    _place.bank, _place.base = Bank(folder), base
+
+
+def place() -> _Place:
+    """What :func:`start` was told."""
+    return _place
+
+
+@lru_cache(maxsize=24)
+def adapter(run: BankRun) -> Adapter:
+    """A sparse adapter of the bank, in memory."""
+    return Adapter(list(load(_place.bank.adapter(run)).values()))
+
+
+@lru_cache
+def encoder() -> Encoder:
+    """For sparse adapters."""
+    return Encoder(_place.base)
+
+
+@lru_cache(maxsize=2)
+def loras(seed: int) -> LoraEncoder:
+    """All LoRAs of a seed, by task."""
+    done = _place.bank.store()
+    runs = [BankRun(task, "lora", seed) for task in BankPlan().tasks]
+    return LoraEncoder(_place.base, {run.task: _place.bank.adapter(run) for run in runs if run in done})
+
+
+def head(run: BankRun) -> Head:
+    """The head that was trained with an adapter."""
+    return read_head(_place.bank.head(run))
+
+
+def margins_of(model: nn.Module, task: str, under: Head) -> list[float]:
+    """On the held-out texts of a task, with the model as it is; see :func:`studies.bank.encoder.margins`."""
+    held = train.tokens(task)["test"]
+    return margins(features(model, held), under, held.labels)
+
+
+def work(run: FusionRun) -> dict[str, Any]:
+    """Do one run."""
+    begin = time.perf_counter()
+    with showing_fused(run) as model:
+        merged = time.perf_counter()
+        found = margins_of_all(model, run)
+    return {
+        "margins": found, "merge_seconds": round(merged - begin, 2), "seconds": round(time.perf_counter() - begin, 2)
+    }  # fmt: skip
+
+
+def margins_of_all(model: nn.Module, run: FusionRun) -> dict[str, list[float]]:
+    """On the held-out texts of each part's task under the head of that part."""
+    return {task: margins_of(model, task, head(BankRun(task, run.form, run.seed))) for task in run.tasks}
+
+
+@contextmanager
+def showing(run: BankRun, alpha: float = 1.0) -> Iterator[nn.Module]:
+    """The encoder with one adapter of the bank at a strength."""
+    if FORMS[run.form].kind == "lora":
+        with loras(run.seed).showing([run.task], [alpha]) as model:
+            yield model
+    else:
+        with encoder().showing(adapter(run), alpha) as model:
+            yield model
+
+
+@contextmanager
+def showing_fused(run: FusionRun, alpha: float = 1.0) -> Iterator[nn.Module]:
+    """The encoder with several adapters of the bank, fused, at a strength."""
+    merge = merges_of(run.form)[run.merge]
+    if FORMS[run.form].kind == "lora":
+        weights = [alpha / len(run.tasks) if merge.halved else alpha] * len(run.tasks)
+        with loras(run.seed).showing(run.tasks, weights, merge.method, **merge.options) as model:
+            yield model
+    else:
+        with encoder().showing(fused(run, merge), alpha) as model:
+            yield model
+
+
+def fused(run: FusionRun, merge: Merge) -> Adapter:
+    """The fused adapter of a sparse form."""
+    parts = [BankRun(task, run.form, run.seed) for task in run.tasks]
+    adapters = [adapter(part) for part in parts]
+    if merge.method != "distilled":
+        options = dict(merge.options) | ({"density": 1 / len(parts)} if merge.share else {})
+        return open_merge(adapters, method=merge.method, options=options).adapter()
+    settings = _place.bank.settings()
+    count = max(1, round(TEXTS * settings.steps)) * BATCH
+    teachers = [
+        Part(
+            one,
+            head(part),
+            list(some(train.tokens(part.task)["train"], count, run.seed + 2 * train.ORDER).batches(BATCH)),
+        )
+        for part, one in zip(parts, adapters, strict=True)
+    ]
+    torch.manual_seed(run.seed)
+    return distilled(_place.base, open_merge(adapters, method="mean").adapter(), teachers, run.seed)

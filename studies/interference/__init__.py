@@ -1,0 +1,1 @@
+"""Which measure of two adapters foretells what they lose when they are added."""

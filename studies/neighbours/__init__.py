@@ -1,0 +1,1 @@
+"""What an adapter of one task does for another one, without more training."""

@@ -1,0 +1,1 @@
+"""What trained adapters are like: strength, distances, ranks and singular values."""
