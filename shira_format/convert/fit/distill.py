@@ -32,7 +32,8 @@ class Distillation:
         warmup: share of the steps in which the learning rate rises; then it falls as a cosine.
         rule: by which entries are scored; see :func:`shira_format.convert.fit.support.scores`.
         run: choose aligned runs of so many entries; 1: single entries.
-        wide: how many times as many entries are trained at first as are kept; 1: those that are kept.
+        wide: how many times as many entries are trained at first as are kept; 1: those that are kept; None: 8 times, but no more
+            than 2 % of all, beyond which the texts are too few to tell good entries from bad ones.
         prune: share of the steps after which no more than the budget is left.
         stages: in how many steps entries are dropped.
         regrow: share of the entries that is exchanged, each time, for those with the largest scores at the fitted point; 0: none.
@@ -48,7 +49,7 @@ class Distillation:
     warmup: float = 0.05
     rule: Rule = "product"
     run: int = 1
-    wide: float = 8.0
+    wide: float | None = None
     prune: float = 0.6
     stages: int = 12
     regrow: float = 0.0
@@ -58,8 +59,15 @@ class Distillation:
     start: Entries | None = None
 
     def rate(self, share: float) -> float:
-        """The learning rate for a share of the entries."""
-        return self.learning_rate or min(1e-2, max(1e-3, 2e-4 / math.sqrt(share)))
+        """The learning rate for a share of the entries: the fewer they are, the farther each has to go.
+
+        ``docs/studies/fits.md`` says what it was chosen by.
+        """
+        return self.learning_rate or min(1e-2, max(1e-4, 1e-5 * share**-0.85))
+
+    def width(self, share: float) -> float:
+        """How many times as many entries as this share are trained at first."""
+        return max(1.0, min(8.0, 0.02 / share) if self.wide is None else self.wide)
 
 
 def distill(
@@ -122,7 +130,7 @@ class _Run:
             found = self._scores()
             for name, at in support.items():
                 found[name][at] = math.inf
-            wide = 1.0 if given else max(1.0, options.wide)
+            wide = 1.0 if given else options.width(budget / task.numel)
             support = largest(found, min(task.numel, round(budget * wide)), run=1 if given else options.run)
         values = {name: task.source[name].reshape(-1)[at].float() for name, at in support.items()}
         for name, (at, new) in given.items():
