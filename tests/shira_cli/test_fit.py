@@ -304,7 +304,7 @@ def test_refit_with_texts_of_each(lora: Run, folder: Path, tmp_path: Path, capsy
         )
         return convert.main([str(word) for word in (*words, "-o", tmp_path / "both.st", "--force")])
 
-    assert 0 == refit("--texts", texts, "--texts", texts)
+    assert 0 == refit("--texts", texts, "--texts", texts, "--steps", "2")
     where = load(tmp_path / "both.st").manifest["fit"]["inputs"]
     assert [part["name"] for part in where["parts"]] == [texts.name] * 2
     assert where["held"] == 2 * 12
