@@ -290,18 +290,7 @@ def test_refit_with_texts_of_each(lora: Run, folder: Path, tmp_path: Path, capsy
     capsys.readouterr()
 
     def refit(*options: object) -> int:
-        words = (
-            "refit",
-            adapter,
-            adapter,
-            "--base",
-            folder / "bert",
-            "--steps",
-            "2",
-            "--density",
-            "0.01",
-            *options,
-        )
+        words = ("refit", adapter, adapter, "--base", folder / "bert", "--top-k", "80", *options)
         return convert.main([str(word) for word in (*words, "-o", tmp_path / "both.st", "--force")])
 
     assert 0 == refit("--texts", texts, "--texts", texts, "--steps", "2")
