@@ -13,16 +13,17 @@ from torch import Tensor
 
 from shira_format._core.arrays import as_array
 from shira_format.adapter import Adapter
+from shira_format.convert.fit.data import sampled
 from shira_format.convert.fit.distill import Distillation, distill
 from shira_format.convert.fit.quality import effect
 from shira_format.convert.fit.support import Rule, largest, update_of
-from shira_format.convert.fit.task import Task, see, showing, showing_base
+from shira_format.convert.fit.task import Task, see, showing, showing_base, showing_source
 from shira_format.format import save
 from shira_format.tensors import DenseTensor, SparseTensor
 from studies import fit_rivals
 from studies.fit_language import log_perplexity
 from studies.fit_sources import Source, source_of
-from studies.fits import BATCH, METHODS, FitRun, Method
+from studies.fits import BATCH, METHODS, TOKENS, FitRun, Method
 
 Found = dict[str, tuple[Tensor, Tensor]]
 
@@ -32,7 +33,7 @@ def work(run: FitRun) -> dict[str, Any]:
     source, method = source_of(run.source), METHODS[run.method]
     if source.task.reference is None:
         effect(source.task, {})  # what source and base do, for all runs
-    task = _fewer(source.task, run.texts, run.seed)
+    task = _fewer(source.task, run.texts, run.seed) if run.method != "written" else _written(source, run.seed)
     budget = round(run.density * task.numel)
     begin, spent = time.perf_counter(), time.process_time()
     shown, found, written = _made(source, task, budget, run, method)
@@ -75,6 +76,21 @@ def _fewer(task: Task, count: int, seed: int) -> Task:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         train = [train[int(at)] for at in order[: max(1, count // BATCH)]]
     return replace(task, train=train)
+
+
+def _written(source: Source, seed: int) -> Task:
+    """With texts to fit on that the source writes, as many as there are real ones."""
+    with showing_source(source.task):
+        count = BATCH * len(source.task.train)
+        train = sampled(source.task.model, source.tokenizer, count=count, length=TOKENS, seed=seed)
+    return replace(
+        source.task,
+        train=[
+            {name: one[at : at + BATCH] for name, one in some.items()}
+            for some in train
+            for at in range(0, len(some["input_ids"]), BATCH)
+        ],
+    )
 
 
 def _entries(task: Task, budget: int, run: FitRun, method: Method) -> Found:

@@ -68,12 +68,14 @@ class Source:
         labels: of a classifier's held-out texts, in the order of the batches; None of others.
         names: the adapter's names of weights by the model's.
         bytes: of its own file.
+        tokenizer: of the model.
     """
 
     task: Task
     labels: Any
     names: dict[str, str]
     bytes: int
+    tokenizer: Any
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +94,7 @@ def source_of(name: str) -> Source:
         blocks_of(live.model), source.dtypes,
     )  # fmt: skip
     size = sum(one.stat().st_size for one in folder.rglob("*.safetensors"))
-    return Source(task, None if labels is None else labels[by_length(held)], source.names, size)
+    return Source(task, None if labels is None else labels[by_length(held)], source.names, size, live.tokenizer)
 
 
 def _opened(name: str) -> tuple[ConversionInputs, Path]:

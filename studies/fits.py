@@ -57,6 +57,9 @@ METHODS = {
     "cut-global": Method("plain cut, all tensors together", "cut", "global", densities=DENSITIES, sources=SOURCES),
     "moments": Method("moments", "moments", densities=DENSITIES, sources=SOURCES),
     "distill": Method("distill", "distill", "product", drawn=True, densities=DENSITIES, sources=SOURCES),
+    "written": Method(
+        "distill, on texts that the source wrote", "distill", "product", densities=(0.005,), sources=(LANGUAGE,)
+    ),
     "magnitude": Method("distill, largest updates", "distill", "magnitude", sources=("spam",)),
     "gradient": Method("distill, largest gradients", "distill", "gradient", sources=("spam",)),
     "fisher": Method("distill, Fisher information", "distill", "fisher", sources=("spam",)),
