@@ -25,9 +25,11 @@ from shira_format.errors import SourceError
 from shira_format.export import full as export
 from shira_format.export.full.other_files import copy_model_files
 from shira_format.format import load, save
-from shira_format.storage.atomic import atomic_file, atomic_folder
+from shira_format.storage.atomic import atomic_file, atomic_folder, create_file
 from shira_format.storage.output_folder import new_file
 from shira_format.storage.outputs import check_output_files, check_output_folder
+from shira_format.sync import Publisher
+from shira_format.sync.restore import restore
 from shira_format.tensors import SparseTensor
 
 if os.name == "posix":
@@ -264,6 +266,15 @@ def test_checkpoints_are_not_kept_mapped(tune: tuple[Path, Path], tmp_path: Path
         assert str(path) == caught.value.filename
 
 
+def test_a_version_is_not_kept_mapped(tune: tuple[Path, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    Publisher(tune[1] / "model.safetensors", tmp_path / "run")
+    if no_renames_of_open_folders in LACKS:
+        no_renames_of_open_folders(monkeypatch)
+    restore(tmp_path / "run", tmp_path / "out")
+    expected, found = open_checkpoint(tune[1]), open_checkpoint(tmp_path / "out")
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
 # Names
 
 
@@ -336,6 +347,53 @@ def test_names_that_windows_takes_for_something_else(name: str, tmp_path: Path, 
 
 
 # Single calls
+
+
+def no_fallocate(patch: Patch) -> None:
+    """macOS and Windows."""
+    patch.delattr(os, "posix_fallocate", raising=False)
+
+
+def refused_fallocate(patch: Patch) -> None:
+    """The file system does not know it."""
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    patch.setattr(os, "posix_fallocate", refused, raising=False)
+
+
+@pytest.mark.parametrize("lack", [lambda _: None, no_fallocate, refused_fallocate])
+def test_room_for_a_file(lack: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch) -> None:
+    lack(monkeypatch)
+    with open(tmp_path / "a", "wb") as file:
+        file.write(b"head")
+        file.flush()
+        system.allocate(file.fileno(), 3_000_000)
+    assert b"head" + bytes(2_999_996) == (tmp_path / "a").read_bytes()
+
+
+def test_no_room_for_a_file(tmp_path: Path, monkeypatch: Patch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with open(tmp_path / "a", "wb") as file, pytest.raises(OSError, match="No space left"):
+        system.allocate(file.fileno(), 10)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_only_one_writes(links: bool, tmp_path: Path, monkeypatch: Patch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    create_file(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError) as caught:
+        create_file(tmp_path / "a", b"second")
+    assert (str(tmp_path / "a"), None) == (caught.value.filename, caught.value.filename2)
+    assert {"a": b"first"} == content(tmp_path)
 
 
 def test_a_disk_that_fails_while_it_is_flushed(tmp_path: Path, monkeypatch: Patch) -> None:
