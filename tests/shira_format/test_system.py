@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
@@ -128,6 +129,20 @@ LACKS: list[Callable[[Patch], None]] = [
 ]  # fmt: skip
 if not Path("/proc/self/fd").exists():
     LACKS = [no_preadv, no_exchange, refused_exchange, no_locks, no_flags, no_open_folders]
+
+
+# What asks which system this is, or calls what not every system has.
+_ASKS = re.compile(
+    r"\b(sys\.platform|os\.name|os\.replace|os\.link|os\.kill|hasattr\(os|preadv|fcntl|msvcrt|ctypes|O_NO\w+|sched_\w+|posix_\w+)\b"
+)
+
+
+def test_nothing_else_asks_which_system_this_is() -> None:
+    root = Path(system.__file__).parents[1]
+    asking = {
+        path.relative_to(root).as_posix() for path in root.rglob("*.py") if _ASKS.search(path.read_text("utf-8"))
+    }
+    assert {"_core/system.py"} == asking
 
 
 def names(folder: Path) -> list[str]:
