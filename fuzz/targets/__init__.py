@@ -1,0 +1,58 @@
+"""What is fuzzed: a registry of targets, one file each.
+
+A target is a module of this package with two functions:
+
+* ``make(random, folder)`` writes the files of one case into an empty folder; the same ``random.Random`` makes the same files;
+* ``check(folder)`` does with them what a user would. To return, or to raise a ShiraError or an OSError, is right; every other
+  exception, a crash, or more than the time and memory of :mod:`fuzz.oracle` is a violation.
+
+A new target is a new module and one line in :data:`TARGETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from typing import Any
+
+MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target.
+
+    Attributes:
+        name: of its module.
+        about: what a case is, in a line.
+        seconds: CPU seconds that a case may take.
+        room: bytes of memory that a case may take beyond four times its files.
+        environment: variables that are set before the module is imported.
+    """
+
+    name: str
+    about: str
+    seconds: float = 2.0
+    room: int = 64 * MEGABYTE
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def make(self, random: Random, folder: Path) -> None:
+        """Write the files of a case into an empty folder."""
+        self._module().make(random, folder)
+
+    def check(self, folder: Path) -> None:
+        """Do with a case's files what a user would; raises what is right or a violation, see above."""
+        self._module().check(folder)
+
+    def _module(self) -> Any:
+        return import_module(f"{__name__}.{self.name}")
+
+
+_EVERY = (
+    Target("adapters", "an adapter file with changed bytes, manifest or streams, through both readers"),
+)
+
+TARGETS = {target.name: target for target in _EVERY}
