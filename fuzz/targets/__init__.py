@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from random import Random
+from tempfile import gettempdir
 from typing import Any
 
 MEGABYTE = 1 << 20
@@ -51,8 +52,12 @@ class Target:
         return import_module(f"{__name__}.{self.name}")
 
 
+# Numba's functions check their bounds; its cache does not tell them from others, so they have one of their own.
+_BOUNDS = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(Path(gettempdir()) / "shira-fuzz-numba")}
 _EVERY = (
     Target("adapters", "an adapter file with changed bytes, manifest or streams, through both readers"),
+    Target("codecs", "a stream of a codec with changed bytes, through compiled and plain decoders", environment=_BOUNDS),
+    Target("kernels", "arguments of a compiled loop, against numpy", environment=_BOUNDS),
 )
 
 TARGETS = {target.name: target for target in _EVERY}
