@@ -58,6 +58,9 @@ _EVERY = (
     Target("adapters", "an adapter file with changed bytes, manifest or streams, through both readers"),
     Target("codecs", "a stream of a codec with changed bytes, through compiled and plain decoders", environment=_BOUNDS),
     Target("kernels", "arguments of a compiled loop, against numpy", environment=_BOUNDS),
+    Target("pickles", "a file of torch.save, from a generator of opcodes or with changed bytes"),
+    Target("distributed", "a folder of torch.distributed.checkpoint with changed metadata"),
+    Target("gguf_files", "a GGUF file with wrong counts, types and offsets"),
 )
 
 TARGETS = {target.name: target for target in _EVERY}
