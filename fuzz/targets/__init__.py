@@ -61,6 +61,7 @@ _EVERY = (
     Target("pickles", "a file of torch.save, from a generator of opcodes or with changed bytes"),
     Target("distributed", "a folder of torch.distributed.checkpoint with changed metadata"),
     Target("gguf_files", "a GGUF file with wrong counts, types and offsets"),
+    Target("loras", "a LoRA of some dialect whose names, shapes, options and patterns contradict each other"),
 )
 
 TARGETS = {target.name: target for target in _EVERY}
