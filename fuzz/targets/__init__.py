@@ -62,6 +62,7 @@ _EVERY = (
     Target("distributed", "a folder of torch.distributed.checkpoint with changed metadata"),
     Target("gguf_files", "a GGUF file with wrong counts, types and offsets"),
     Target("loras", "a LoRA of some dialect whose names, shapes, options and patterns contradict each other"),
+    Target("folders", "a folder of CSR matrices, or a file of moments, with changed arrays and numbers"),
 )
 
 TARGETS = {target.name: target for target in _EVERY}
