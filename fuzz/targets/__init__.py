@@ -64,6 +64,7 @@ _EVERY = (
     Target("loras", "a LoRA of some dialect whose names, shapes, options and patterns contradict each other"),
     Target("folders", "a folder of CSR matrices, or a file of moments, with changed arrays and numbers"),
     Target("commands", "a command on files with hostile names and provenance, as text, JSON and HTML", seconds=4.0, room=256 * MEGABYTE),
+    Target("switching", "a Switcher under resized, replaced, tied and overlapping weights, files cut short, arrays reused", seconds=60.0, room=256 * MEGABYTE),
 )
 
 TARGETS = {target.name: target for target in _EVERY}
