@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from fuzz.targets import TARGETS, Target
 FOUND = Path(__file__).parent / "corpus" / "found"
 _HANGS = 30  # CPU seconds beyond its own after which a case is ended
 _SILENT = 600.0  # seconds without a result: a deadlock
+_ENOUGH = 20  # violations, after which a target is given up
 _BROKEN = "broken"  # the target itself fails
 
 
@@ -59,7 +59,7 @@ def run(target: Target, *, seed: int, seconds: float | None = None, cases: int |
     tally = Tally()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder, number = Path(name), 0
-        while (seconds is None or tally.cpu < seconds) and (cases is None or number < cases):
+        while (seconds is None or tally.cpu < seconds) and (cases is None or number < cases) and len(tally.found) < _ENOUGH:
             left = None if seconds is None else seconds - tally.cpu
             number = _run_child(target, seed, number, cases, left, folder, tally, found)
     return tally
@@ -92,6 +92,10 @@ def _run_child(
             if outcome == oracle.VIOLATION:
                 _store(target, seed, number, folder, why, tally, found)
             number += 1
+            if len(tally.found) == _ENOUGH:
+                child.kill()
+                child.join()
+                return number
         why = f"no answer within {_SILENT:g} seconds"
         child.kill()
     except EOFError:
@@ -119,9 +123,9 @@ def _work(
     """In the child: cases one after the other; the files of the last one stay where they are until the parent has answered."""
     os.environ.update(target.environment)
     sys.setrecursionlimit(1000)
-    began = time.process_time()
-    while (seconds is None or time.process_time() - began < seconds) and (cases is None or number < cases):
-        started = time.process_time()
+    began = system.seconds()
+    while (seconds is None or system.seconds() - began < seconds) and (cases is None or number < cases):
+        started = system.seconds()
         case = folder / str(number)
         case.mkdir()
         system.limit(int(target.seconds) + _HANGS)
@@ -133,7 +137,7 @@ def _work(
         outcome, why = oracle.judge(target, case)
         if outcome != oracle.VIOLATION:
             shutil.rmtree(case)
-        results.send((time.process_time() - started, outcome, why))
+        results.send((system.seconds() - started, outcome, why))
         number += 1
 
 

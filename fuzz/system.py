@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
 import sys
 import time
@@ -21,6 +22,11 @@ _ADDRESSES = 4 << 30  # bytes of address space beyond what there is: an absurd a
 def children() -> BaseContext:
     """How child processes start: forked, with all imports done, where that is safe; else spawned."""
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+def seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def memory() -> int:

@@ -65,6 +65,8 @@ _EVERY = (
     Target("folders", "a folder of CSR matrices, or a file of moments, with changed arrays and numbers"),
     Target("commands", "a command on files with hostile names and provenance, as text, JSON and HTML", seconds=4.0, room=256 * MEGABYTE),
     Target("switching", "a Switcher under resized, replaced, tied and overlapping weights, files cut short, arrays reused", seconds=60.0, room=256 * MEGABYTE),
+    Target("kills", "a writer killed at each call that changes the disk, one after the other", seconds=60.0, room=256 * MEGABYTE),
+    Target("threads", "threads that load, switch, revert, save and read the same objects", seconds=30.0, room=256 * MEGABYTE),
 )
 
 TARGETS = {target.name: target for target in _EVERY}
