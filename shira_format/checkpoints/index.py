@@ -166,8 +166,14 @@ def some(names: Sequence[str]) -> str:
 
 
 def is_file_name(name: Any) -> bool:
-    """Whether ``name`` is a plain file name, without folders."""
-    return isinstance(name, str) and Path(name).name == name and "\\" not in name
+    """Whether ``name`` is a plain file name, without folders, and one that a system can be asked for."""
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def check_weight_map(path: Path, weight_map: Mapping[str, str], opened: Mapping[str, Collection[str]]) -> None:

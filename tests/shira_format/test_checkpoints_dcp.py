@@ -297,6 +297,8 @@ def written(folder: Path) -> Written:
         (_StorageInfo("..\\outside.distcp", 0, 10), "which is not the name of a file"),
         (_StorageInfo("sub/__0_0.distcp", 0, 10), "which is not the name of a file"),
         (_StorageInfo(3, 0, 10), "which is not the name of a file"),
+        (_StorageInfo("\ud800", 0, 10), r"in '\ud800', which is not the name of a file"),
+        (_StorageInfo("a\0b", 0, 10), r"in 'a\x00b', which is not the name of a file"),
         (_StorageInfo("__0_0.distcp", -1, 10), "the offset or length of a chunk is invalid"),
         (_StorageInfo("__0_0.distcp", 0, 2**40), "__0_0.distcp ends before its chunk at [0, 0]"),
         (_StorageInfo("__0_0.distcp", 0, 10), "__0_0.distcp, chunk at [0, 0]: "),

@@ -62,6 +62,13 @@ def test_indices_come_back(data: st.DataObject, shape: Any, dtype: Any, with_bas
     assert indices.tolist() == CODEC.decode(encoded, shape, indices.size, own).tolist()
 
 
+@pytest.mark.parametrize("shape", [(2**40,), (2**20, 2**33), (2**53 - 1,)])
+def test_entries_that_are_far_apart(shape: tuple[int, ...]) -> None:
+    indices = np.array([1, 17, math.prod(shape) - 2], np.int64)
+    encoded = encode_classes(indices, shape)
+    assert indices.tolist() == CODEC.decode(encoded, shape, indices.size).tolist()
+
+
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 9000, 70000])
 @pytest.mark.parametrize("density", [0.001, 0.02, 0.5, 1.0])
 def test_indices_of_several_blocks_and_any_part_of_them(size: int, density: float) -> None:

@@ -12,70 +12,16 @@ from typing import Any
 import pytest
 import safetensors
 
-from shira_format._core.arrays import Array
-from shira_format._core.dtypes import dtype_name
+from fuzz.content import content
 from shira_format.adapter import Adapter
 from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import BaseMismatch, FormatError
 from shira_format.format import AdapterFile, load, save
-from shira_format.tensors import SparseTensor
 from spec import reader, run_vectors
 
 ROOT = Path(__file__).parents[2]
 GOOD = [file for file in run_vectors.vectors() if run_vectors.is_good(file)]
 BAD = [file for file in run_vectors.vectors() if not run_vectors.is_good(file)]
-
-
-def hexed(array: Array | None) -> str | None:
-    return None if array is None else array.tobytes().hex()
-
-
-def of_patch(tensor: SparseTensor) -> dict[str, Any]:
-    """The keys that only some tensors have."""
-    found = {
-        "from": tensor.base_name if tensor.base_name != tensor.name else None,
-        "rows": tensor.rows,
-        "rows_hex": hexed(tensor.new_rows),
-        "result_digest": tensor.result_digest,
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def content(adapter: Adapter) -> dict[str, Any]:
-    """What section 11 asks a reader to print, found by the library."""
-    tensors = [adapter[name] for name in adapter]
-    removed = {"removed": list(adapter.removed)} if "removed" in adapter.manifest else {}
-    return removed | {
-        "format_version": adapter.manifest["format_version"],
-        "alpha": adapter.manifest.get("alpha", 1),
-        "tensors": [
-            {
-                "name": t.name,
-                "shape": list(t.shape),
-                "dtype": dtype_name(t.dtype),
-                "values": t.value_kind,
-                "nnz": t.nnz,
-                "indices": t.indices.tolist(),
-                "value_dtype": None if t.value_kind == "none" else dtype_name(t.values.dtype),
-                "value_hex": None if t.value_kind == "none" else hexed(t.values),
-                "base_hex": hexed(t.base),
-                "base_digest": t.base_digest,
-            }
-            | of_patch(t)
-            for t in tensors
-        ],
-        "whole": [
-            {
-                "name": w.name,
-                "shape": list(w.values.shape),
-                "dtype": dtype_name(w.values.dtype),
-                "value_hex": hexed(w.values),
-                "base_hex": hexed(w.base),
-                "base_digest": w.base_digest,
-            }
-            for w in adapter.dense.values()
-        ],
-    }
 
 
 def opened(path: Path) -> Adapter:

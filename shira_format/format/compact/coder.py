@@ -16,7 +16,7 @@ import numpy.typing as npt
 from shira_format._core import compiled
 from shira_format._core.arrays import Array, Indices
 from shira_format.errors import FormatError
-from shira_format.format.compact.tables import MAX_TOKEN, SCALE, TOTAL, Table, Tables, tokens_of
+from shira_format.format.compact.tables import MAX_TOKEN, MAX_TOKENS, SCALE, TOTAL, Table, Tables, tokens_of
 
 LOW = 1 << 16  # the state is in [LOW, LOW << 16) between two steps
 _SPLITS = (0, 1, 2, 3)
@@ -78,6 +78,9 @@ def encode(given: Numbers, contexts: int, splits: Sequence[int] = _SPLITS) -> Co
 def _best_split(given: Numbers, contexts: int, splits: Sequence[int]) -> int:
     if len(splits) == 1:
         return splits[0]
+    # The tokens of large numbers may be too far apart for a table; those of splits up to 2 never are.
+    largest = given.numbers.max(keepdims=True)
+    splits = [split for split in splits if int(tokens_of(largest, split)[0][0]) < MAX_TOKENS]
     step = -(-given.numbers.size // _SAMPLE)
     numbers, rows = given.numbers[::step], given.contexts[::step]
 

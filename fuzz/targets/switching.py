@@ -1,0 +1,241 @@
+"""A Switcher on weights between canaries, under everything that happens to weights, files and arrays meanwhile.
+
+A machine of Hypothesis: a violation comes with the fewest steps that lead to it. The oracle are the base's bits: what is refused changes
+no byte, nothing changes outside of weights, and once all adapters are off, all memory is the base's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import hypothesis
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from fuzz.mutate import mutated_bytes
+from fuzz.oracle import Violation
+from shira_format._core.arrays import as_array
+from shira_format.adapter import Adapter
+from shira_format.errors import ShiraError
+from shira_format.format import save
+from shira_format.live import Switcher
+from shira_format.tensors import DenseTensor, SparseTensor
+
+_GUARD = 64  # elements on both sides of each weight
+_SHAPES = {"v": (5, 7), "w": (8, 5), "x": (33,)}
+_SEEDS = st.integers(0, 2**16)
+_ALPHAS = st.sampled_from([None, 1.0, 0.5, 0.0, -2.0])
+
+
+def make(random: Random, folder: Path) -> None:
+    """A seed of the machine."""
+    (folder / "case.json").write_text(json.dumps({"seed": random.getrandbits(32)}), "utf-8")
+
+
+def check(folder: Path) -> None:
+    """Some runs of the machine."""
+    seed = json.loads((folder / "case.json").read_text("utf-8"))["seed"]
+    how = settings(max_examples=6, stateful_step_count=25, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(hypothesis.seed(seed)(type("Machine", (Machine,), {})), settings=how)
+
+
+class _Block:
+    """A weight in the middle of other memory, and what the memory holds while no adapter is on."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.memory = torch.full((like.numel() + 2 * _GUARD,), 7.0, dtype=like.dtype)
+        self.weight = self.memory[_GUARD:-_GUARD].view(like.shape)
+        self.weight.copy_(like)
+        self.base = self.bits()
+
+    def bits(self) -> bytes:
+        return as_array(self.memory).tobytes()
+
+    def guards(self, of: bytes) -> bytes:
+        size = _GUARD * self.memory.element_size()
+        return of[:size] + of[-size:]
+
+
+class Machine(RuleBasedStateMachine):
+    """One model, its switcher, and adapters in memory and in files."""
+
+    @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]), numpy=st.booleans(), seed=_SEEDS)
+    def start(self, dtype: torch.dtype, numpy: bool, seed: int) -> None:
+        """A model of torch tensors or numpy arrays; two names are one weight."""
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+        made = torch.Generator().manual_seed(seed)
+        self.blocks = {name: _Block(torch.randn(shape, generator=made).to(dtype)) for name, shape in _SHAPES.items()}
+        self.numpy = numpy and dtype == torch.float32
+        self.weights: dict[str, Any] = {name: self._as_live(block.weight) for name, block in self.blocks.items()}
+        self.weights["tied"] = self.weights["w"]
+        self.switcher = Switcher(self.weights, prefix="", threads=2)
+        self.adapters: list[Any] = []
+        self.arrays: list[np.ndarray] = []
+        self.undo: Callable[[], object] | None = None
+
+    def _as_live(self, weight: torch.Tensor) -> Any:
+        return weight.numpy() if self.numpy else weight
+
+    def _base(self, name: str) -> Any:
+        """The base's array of a weight, apart from the model."""
+        block = self.blocks[name]
+        whole = np.frombuffer(block.base, as_array(block.memory).dtype)
+        return whole[_GUARD:-_GUARD].reshape(tuple(block.weight.shape)).copy()
+
+    def _made(self, seed: int) -> Adapter:
+        random = np.random.default_rng(seed)
+        tensors, dense = [], []
+        for name in self.blocks:
+            base, kind = self._base(name), random.choice(["target", "target", "delta", "dense", "no", "no"])
+            if kind == "dense":
+                dense.append(DenseTensor(name, (base.astype(np.float32) + 1).astype(base.dtype), base=base))
+            elif kind != "no":
+                indices = np.flatnonzero(random.random(base.size) < random.choice([0.05, 0.4, 1.0]))
+                own = base.reshape(-1)[indices]
+                values = random.standard_normal(indices.size).astype(base.dtype)
+                known = {"base": own} if random.random() < 0.7 or kind == "target" else {}
+                tensors.append(SparseTensor(name, base.shape, indices, values, value_kind=str(kind), dtype=base.dtype, **known))  # type: ignore[arg-type]
+                self.arrays += [indices, values, own]
+        return Adapter(tensors, dense=dense)
+
+    @rule(seed=_SEEDS, in_file=st.booleans())
+    def make_adapter(self, seed: int, in_file: bool) -> None:
+        """An adapter of the base."""
+        adapter: Any = self._made(seed)
+        if in_file:
+            path = Path(self._folder.name) / f"{len(self.adapters)}.st"
+            save(adapter, path)
+            adapter = path
+        self.adapters.append(adapter)
+
+    @precondition(lambda self: self.adapters)
+    @rule(of=st.data(), alpha=_ALPHAS, how=st.sampled_from(["load", "switch", "unload", "two"]))
+    def use(self, of: st.DataObject, alpha: float | None, how: str) -> None:
+        """Load, switch, unload, or set two."""
+        adapter, other = of.draw(st.sampled_from(self.adapters)), of.draw(st.sampled_from(self.adapters))
+        if how == "two":
+            self._try(lambda: self.switcher.set([(adapter, alpha), (other, 1.0)]))
+        elif how == "unload":
+            self._try(lambda: self.switcher.unload(adapter))
+        else:
+            self._try(lambda: getattr(self.switcher, how)(adapter, alpha))
+
+    @rule()
+    def revert(self) -> None:
+        """Take all adapters off."""
+        if self._try(self.switcher.revert):
+            self._check_base()
+
+    @precondition(lambda self: not self.undo)
+    @rule(name=st.sampled_from(["v", "w", "x"]), kind=st.sampled_from(["cut", "turn", "flat", "other", "overlap", "tie", "untie", "lose", "expand"]))
+    def tamper(self, name: str, kind: str) -> None:
+        """Something else takes the weight's name, until :meth:`put_back`."""
+        before = dict(self.weights)
+        weight, memory = self.blocks[name].weight, self.blocks[name].memory
+        new = {
+            "cut": lambda: weight[: len(weight) // 2], "turn": lambda: weight.permute(*reversed(range(weight.ndim))), "flat": lambda: weight.reshape(-1), "tie": lambda: self.blocks["v"].weight,
+            "other": lambda: torch.ones_like(weight), "overlap": lambda: memory[_GUARD + 3 : _GUARD + 3 + weight.numel()].view(weight.shape),
+            "untie": weight.clone, "expand": lambda: weight.reshape(-1)[:1].expand(weight.shape),
+        }  # fmt: skip
+        if kind == "lose":
+            del self.weights[name]
+        else:
+            self.weights["tied" if kind == "untie" else "more" if kind == "overlap" else name] = self._as_live(new[kind]())
+
+        def put_back() -> None:
+            self.weights.clear()
+            self.weights.update(before)
+
+        self.undo = put_back
+
+    @precondition(lambda self: self.undo)
+    @rule()
+    def put_back(self) -> None:
+        """The weights are those of before."""
+        assert self.undo is not None
+        self._try(self.switcher.revert)
+        self.undo()
+        self.undo = None
+
+    @precondition(lambda self: not self.undo)
+    @rule(name=st.sampled_from(["v", "x"]))
+    def move(self, name: str) -> None:
+        """The weight is a copy of itself elsewhere, as after a move to another device and back."""
+        old = self.blocks[name]
+        new = _Block(old.weight)
+        size = _GUARD * new.memory.element_size()
+        new.base = new.base[:size] + old.base[size:-size] + new.base[-size:]
+        self.blocks[name] = new
+        self.weights[name] = self._as_live(new.weight)
+
+    @precondition(lambda self: not self.undo)
+    @rule(name=st.sampled_from(["v", "w", "x"]), seed=_SEEDS)
+    def train(self, name: str, seed: int) -> None:
+        """The base changes, which is allowed while no adapter is on."""
+        if not self.switcher.report.adapters:
+            self.blocks[name].weight.copy_(torch.randn(self.blocks[name].weight.shape, generator=torch.Generator().manual_seed(seed)))
+            self.blocks[name].base = self.blocks[name].bits()
+
+    @precondition(lambda self: any(isinstance(one, Path) for one in self.adapters))
+    @rule(of=st.data(), seed=_SEEDS, how=st.sampled_from(["cut", "bytes", "other", "in place"]))
+    def overwrite(self, of: st.DataObject, seed: int, how: str) -> None:
+        """A file becomes shorter, has other bytes, or is another adapter."""
+        path: Path = of.draw(st.sampled_from([one for one in self.adapters if isinstance(one, Path)]))
+        data, random = path.read_bytes(), Random(seed)
+        if how == "other":
+            save(self._made(seed), path)
+        elif how == "in place":
+            with open(path, "r+b") as file:
+                file.truncate(random.randrange(len(data) + 1))
+        else:
+            path.write_bytes(data[: len(data) // 2] if how == "cut" else mutated_bytes(random, data))
+
+    @precondition(lambda self: self.arrays)
+    @rule(of=st.data(), value=st.sampled_from([-1, 2**40, 0]))
+    def reuse_arrays(self, of: st.DataObject, value: int) -> None:
+        """The caller writes something else to arrays of which adapters were made."""
+        array = of.draw(st.sampled_from(self.arrays))
+        if array.size and array.flags.writeable:
+            array[:] = np.array(value).astype(array.dtype)
+
+    def _try(self, work: Callable[[], object]) -> bool:
+        """Whether it was not refused; what is refused changes nothing, and nothing changes a guard."""
+        before = self._everything()
+        try:
+            work()
+        except (ShiraError, OSError, KeyError) as error:
+            if before != self._everything():
+                raise Violation(f"refused, and memory was changed: {error}") from error
+            return False
+        for name, block in self.blocks.items():
+            if block.guards(block.bits()) != block.guards(block.base):
+                raise Violation(f"memory around {name!r} was written")
+        return True
+
+    def _everything(self) -> Any:
+        return [block.bits() for block in self.blocks.values()], {name: as_array(one).tobytes() for name, one in self.weights.items()}
+
+    def _check_base(self) -> None:
+        for name, block in self.blocks.items():
+            if block.bits() != block.base:
+                raise Violation(f"{name!r} is not the base's after revert")
+
+    def teardown(self) -> None:
+        """With the weights of before, all adapters can be taken off."""
+        if not hasattr(self, "switcher"):
+            return
+        if self.undo:
+            self.undo()
+        try:
+            self.switcher.revert()
+            self._check_base()
+        finally:
+            self._folder.cleanup()
