@@ -19,7 +19,7 @@ from benchmarks.model import Shape
 from benchmarks.steps import Pair, make_pairs, weight_files
 from benchmarks.table import Row
 from shira_format._core.arrays import Array
-from shira_format._core.threads import usable_cores
+from shira_format._core.system import usable_cores
 
 RUNS = 3
 DENSITY = 0.01

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shira_format._core.system import open_without_waiting
+
 
 def open_regular(path: Path) -> io.FileIO:
     """Open a regular file to read, without a buffer.
@@ -18,16 +20,11 @@ def open_regular(path: Path) -> io.FileIO:
         OSError: it cannot be opened, or is a pipe, a socket or a device.
         ValueError: the name holds a NUL.
     """
-    file = io.FileIO(path, opener=_without_waiting)
+    file = io.FileIO(path, opener=open_without_waiting)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe without waiting for a writer. On a regular file this has no effect."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextmanager

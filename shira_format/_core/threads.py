@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from shira_format._core.system import usable_cores
 from shira_format.errors import SourceError
 
 MOST_THREADS = 16  # with more, they wait for each other
@@ -30,14 +31,6 @@ _TASKS_AHEAD = 3  # tasks that run while others are made
 _ENTRIES_AHEAD = 1 << 23  # entries that these hold together
 
 Progress = Callable[[int], object]
-
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
 
 
 class Workers:

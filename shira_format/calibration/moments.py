@@ -229,12 +229,12 @@ class _File(Mapping[str, Moment]):
 
     def __getitem__(self, weight: str) -> Moment:
         entry = self._entries[weight]
-        inputs = self._file.mapped(weight + _INPUTS) if "inputs" in entry else None
+        inputs = self._file.read(weight + _INPUTS) if "inputs" in entry else None
         try:
             if inputs is not None and inputs.shape[:1] != (entry["inputs"],):
                 raise SourceError(f"moments of {weight!r}: not the {entry['inputs']!r} inputs of the metadata")
             return Moment(
-                weight, self._file.mapped(weight), entry["width"], entry["samples"], entry["inputs_first"], inputs,
+                weight, self._file.read(weight), entry["width"], entry["samples"], entry["inputs_first"], inputs,
                 entry.get("tokens", False),
             )  # fmt: skip
         except SourceError as error:

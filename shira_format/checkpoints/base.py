@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from shira_format._core.arrays import Array
 
-_MAPPED = 1 << 28  # bytes up to which a tensor is mapped whole when some of its elements are read
+_TILE = 1 << 28  # bytes
 
 _T = TypeVar("_T")
 
@@ -62,16 +63,19 @@ class Checkpoint(Mapping[str, Array]):
     def at(self, name: str, indices: Array) -> Array:
         """The elements at flat ``indices`` (int64 ``[n]``, increasing), ``[n]``; safe from several threads."""
         size, dtype = math.prod(self.shape(name)), self.dtype(name)
-        if size * dtype.itemsize <= _MAPPED:
-            return self[name].reshape(-1)[indices]
-        found = np.empty(indices.size, dtype)
-        step = _MAPPED // dtype.itemsize
-        for start in range(0, size, step):
-            first, last = np.searchsorted(indices, [start, start + step])
+        step = self._tile(name) // dtype.itemsize
+        found, tile = np.empty(indices.size, dtype), np.empty(min(step, size), dtype)
+        cuts = np.searchsorted(indices, np.arange(0, size + step, step))
+        for first, last in pairwise(cuts.tolist()):
             if first < last:
-                part = self.part(name, start, min(start + step, size))
+                start, stop = int(indices[first]), int(indices[last - 1]) + 1
+                part = self.part(name, start, stop, tile)
                 found[first:last] = part[indices[first:last] - start]
         return found
+
+    def _tile(self, name: str) -> int:
+        """How many bytes of a tensor :meth:`at` reads at once; it reads none between the last element of a tile and the next."""
+        return _TILE
 
     def is_quantised(self, name: str) -> bool:
         """Whether the tensor was dequantised, so that the file has other values."""

@@ -181,8 +181,5 @@ class _Window:
     def read_into(self, start: int, out: memoryview) -> None:
         self._opener().read_into(self._begin + start, out)
 
-    def view(self, start: int, stop: int) -> Any:
-        return self._opener().view(self._begin + start, self._begin + stop)
-
     def close(self) -> None:
         """The file is closed by its owner."""

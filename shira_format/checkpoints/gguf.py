@@ -132,13 +132,8 @@ class GGUFCheckpoint(IndexedCheckpoint[_Tensor]):
         self.notices = tuple(_notices(list(self._where.values()), left_out))
 
     def __getitem__(self, name: str) -> Array:
-        tensor = self._where[name]
-        count = numel(tensor.shape)
-        if tensor.form is Form.SAME and tensor.stored is not None:
-            begin = tensor.entry.begin
-            mapped = tensor.file.storage.view(begin, begin + count * tensor.dtype.itemsize)
-            return read_only(np.frombuffer(mapped, tensor.dtype, count).reshape(tensor.shape))
-        return read_only(self.part(name, 0, count).reshape(tensor.shape))
+        shape = self._where[name].shape
+        return read_only(self.part(name, 0, numel(shape)).reshape(shape))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._where[name].shape

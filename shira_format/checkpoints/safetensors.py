@@ -42,10 +42,13 @@ class SafetensorsCheckpoint(IndexedCheckpoint[SafetensorsFile]):
         self._where = {name: opened[file] for name, file in weight_map.items()}
 
     def __getitem__(self, name: str) -> Array:
-        return self._where[name].mapped(name)
+        return self._where[name].read(name)
 
     def part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         return self._where[name].read_part(name, start, stop, out)
+
+    def _tile(self, name: str) -> int:
+        return self._where[name].tile
 
     @property
     def shards(self) -> dict[str, list[str]]:

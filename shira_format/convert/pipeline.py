@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,7 @@ def convert(
             if path is not None
             else None
         )
-        with _named(inputs.source_file):
+        with _named(inputs.source_file, inputs.files):
             _write(inputs, rule, engine, workers, report, writer, self_contained=self_contained)
             if not force:
                 refuse_lost(report.effects)
@@ -254,12 +254,13 @@ def _provenance(
 
 
 @contextmanager
-def _named(file: Path | None) -> Iterator[None]:
-    """Put the source's file before the message of an error."""
+def _named(file: Path | None, read: Sequence[Path]) -> Iterator[None]:
+    """Put the source's file before the message of an error that does not name one of the files that are read."""
     try:
         yield
     except SourceError as error:
-        raise SourceError(str(error) if file is None else f"{file}: {error}") from None
+        named = file is None or str(error).startswith(tuple(f"{one}: " for one in read))
+        raise SourceError(str(error) if named else f"{file}: {error}") from None
 
 
 _STEP = 1 << 18  # entries at a time

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Self, TypeVar, cast
 
 import numpy as np
 
+from shira_format._core import system
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format._core.threads import Progress
 from shira_format.convert.exact import DifferingEntries, Exact
@@ -79,7 +80,7 @@ class ResumableEngine:
                 raise WorkError(f"{self.folder}: is no folder of a conversion's parts") from None
             with ExitStack() as opened:
                 opened.enter_context(handle)
-                if not owners.lock(handle.fileno()):
+                if not system.lock(handle.fileno()):
                     raise WorkError(f"{self.folder}: another conversion to this file is running")
                 if not _is_still_there(
                     handle, self.folder / _NOTE
@@ -99,7 +100,7 @@ class ResumableEngine:
         made = owners.hidden(self.folder)
         try:
             made.mkdir()
-            with atomic_file(made / _NOTE) as file:
+            with owners.naming_visible(self.folder, made), atomic_file(made / _NOTE) as file:
                 file.write(fingerprint.encode())
             made.rename(self.folder)  # fails if another run was faster, whose folder is not empty
         except OSError:
@@ -127,9 +128,9 @@ class ResumableEngine:
             if kind is None:
                 # Renamed first: what is left if this is interrupted is no folder of parts any more.
                 done = owners.hidden(self.folder)
-                if os.name != "posix":  # where nothing in it may be open
+                if not system.MOVES_OPEN_FILES:
                     self._note.close()
-                os.replace(self.folder, done)
+                system.replace(self.folder, done)
                 owners.remove(done)
         finally:
             self._note.close()

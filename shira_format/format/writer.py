@@ -165,7 +165,8 @@ class AdapterWriter:
         finally:
             if self._masks is not None:
                 self._masks.streams.close()
-            self._open.close()
+            with naming(self.path):  # what is in the buffer of a full disk fails again
+                self._open.close()
 
     def prepared(self, tensor: SparseTensor, *, bytewise: bool = False) -> Prepared:
         """Encode and hash a tensor's streams; may run on any thread before :meth:`add`.

@@ -49,7 +49,8 @@ class SummedGradients:
         """Free the memory or the file."""
         self._held.clear()
         if self._file is not None:
-            self._file.close()
+            with naming(tempfile.gettempdir()):  # what is in the buffer of a full disk fails again
+                self._file.close()
 
     def put(self, name: str, gradient: Array) -> None:
         """Keep the flat gradient of a weight, float32."""

@@ -39,7 +39,8 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with naming(self._folder):  # what is in the buffer of a full disk fails again
+            self._file.close()
 
     def put(self, entries: Entries) -> SpoolRange:
         """Append entries."""

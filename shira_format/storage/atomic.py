@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from shira_format._core import system
 from shira_format._core.files import naming
 from shira_format.storage import owners
 
@@ -27,19 +25,44 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     owners.clean(path.absolute().parent)
     hidden = owners.hidden(path)
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
     try:
-        with open(os.open(hidden, flags, 0o666), "wb") as file:
-            owners.lock(file.fileno())
-            with naming(path):
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(hidden, path)
+        with _hidden_file(path, hidden) as file:
+            yield file
+        system.replace(hidden, path)
     except BaseException:
         hidden.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    _flush_names(path.parent)
+
+
+def create_file(path: Path, data: bytes) -> None:
+    """Write a file that nobody has written yet; it appears whole, and only one of several writers succeeds.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    owners.clean(path.absolute().parent)
+    hidden = owners.hidden(path)
+    try:
+        with _hidden_file(path, hidden) as file:
+            file.write(data)
+        if not system.link(hidden, path):
+            with naming(path), open(path, "xb") as file:
+                file.write(data)
+    finally:
+        hidden.unlink(missing_ok=True)
+    _flush_names(path.parent)
+
+
+@contextmanager
+def _hidden_file(path: Path, hidden: Path) -> Iterator[BinaryIO]:
+    """A new file, locked, and flushed to disk at the end; errors name ``path``."""
+    # These come first: what is in the buffer of a file on a full disk fails again when it is closed.
+    with owners.naming_visible(path, hidden), naming(path), open(system.create(hidden), "wb") as file:
+        system.lock(file.fileno())
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -57,17 +80,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     hidden = owners.hidden(path)
     try:
         hidden.mkdir()
-        with _locked(hidden):
+        with _locked(hidden), owners.naming_visible(path, hidden):
             yield hidden
-            _sync_all(hidden)
+            _flush_all(hidden)
             if os.path.lexists(path):
                 _replace(path, hidden)
             else:
-                os.replace(hidden, path)
+                system.replace(hidden, path)
     except BaseException:
         owners.remove(hidden)
         raise
-    _sync(path.parent)
+    _flush_names(path.parent)
     owners.remove(hidden)  # what was replaced
 
 
@@ -76,77 +99,45 @@ def restore(path: Path) -> None:
     if os.path.lexists(path):
         return
     for old in owners.left_of(path, "old"):
-        os.replace(old, path)
+        system.replace(old, path)
         return
 
 
 def _replace(path: Path, hidden: Path) -> None:
     """Exchange two names. Where that takes two steps, :func:`restore` undoes the first if the second is not reached."""
-    if _exchange(path, hidden):
+    if system.exchange(path, hidden):
         return
     old = owners.hidden(path, "old")
-    os.replace(path, old)
+    system.replace(path, old)
     try:
-        os.replace(hidden, path)
+        system.replace(hidden, path)
     except BaseException:
-        os.replace(old, path)
+        system.replace(old, path)
         raise
     owners.remove(old)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; False, and nothing is changed, if the system or the filesystem cannot."""
-    exchange = _system_exchange()
-    return exchange is not None and exchange(os.fsencode(one), os.fsencode(other)) == 0
-
-
-@cache
-def _system_exchange() -> Any:
-    """``renameat2`` of Linux or ``renamex_np`` of macOS, with the flag to exchange; None if the system has neither."""
-    with suppress(OSError, AttributeError):
-        if sys.platform == "linux":
-            rename, here = ctypes.CDLL(None).renameat2, -100  # AT_FDCWD: relative to the working directory
-            return lambda one, other: rename(here, one, here, other, 2)
-        if sys.platform == "darwin":
-            swap = ctypes.CDLL(None).renamex_np
-            return lambda one, other: swap(one, other, 2)
-    return None
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Locked, where folders can be opened (not on Windows)."""
-    handle = _opened(folder)
+    handle = system.open_folder(folder)
     try:
         if handle is not None:
-            owners.lock(handle)
+            system.lock(handle)
         yield
     finally:
         if handle is not None:
             os.close(handle)
 
 
-def _opened(folder: Path) -> int | None:
-    try:
-        return os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
+def _flush_names(folder: Path) -> None:
+    """Flush a rename that was made: if that fails, what is there after a crash is the old one or the new one, and whole."""
+    with suppress(OSError):
+        system.flush(folder)
 
 
-def _sync(path: Path) -> None:
-    """Flush a rename, or a file, to disk, as far as the system does that."""
-    if (handle := _opened(path)) is None:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
-def _sync_all(folder: Path) -> None:
+def _flush_all(folder: Path) -> None:
     for inner, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(inner, name))
-        _sync(Path(inner))
+            system.flush(Path(inner, name))
+        system.flush(Path(inner))

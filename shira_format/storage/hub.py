@@ -54,7 +54,8 @@ def download(text: str) -> Path:
     shards that it lists. Shards without an index are read together. Without a connection: the files in the cache.
 
     Raises:
-        SourceError: a malformed location; no such repository, revision or path; no access; neither online nor in the cache.
+        SourceError: a malformed location; no such repository, revision or path; no access; neither online nor in the cache;
+            a link in the cache leads out of it.
     """
     where = _parsed(text)
     with optional_import(f"{text}: needs huggingface_hub", "hub"):
@@ -81,7 +82,9 @@ def download(text: str) -> Path:
     def peek(name: str) -> Any:
         return _read_json(fetch([name]) / name, where)
 
-    return fetch(needed_files(names, where.inside, peek, text)) / where.inside
+    root = fetch(needed_files(names, where.inside, peek, text))
+    _check_links(root, where)
+    return root / where.inside
 
 
 def hub_identity(text: str) -> dict[str, str]:
@@ -225,12 +228,22 @@ def _cached(where: _Location, why: str) -> Path:
         root = _snapshot(where, allow_patterns=[], local_files_only=True)
     except Exception:
         raise SourceError(f"{where}: not in the cache, and the hub cannot be reached: {why}") from None
+    _check_links(root, where)
     names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     try:
         needed_files(names, where.inside, lambda name: _read_json(root / name, where), where.text)
     except SourceError as error:
         raise SourceError(f"{error} (in the cache; the hub cannot be reached: {why})") from None
     return root / where.inside
+
+
+def _check_links(root: Path, where: _Location) -> None:
+    """Refuse a snapshot with links to other files than those that the client downloaded for it, as in a cache from elsewhere."""
+    repository = root.parent.parent
+    own = repository.resolve(), (repository / "blobs").resolve()  # which may be a link to another disk
+    for path in root.rglob("*"):
+        if path.is_symlink() and not any((target := path.resolve()).is_relative_to(folder) for folder in own):
+            raise SourceError(f"{where}: in the cache, {path} leads to {target}, which is not of this repository")
 
 
 def _read_json(path: Path, where: _Location) -> Any:

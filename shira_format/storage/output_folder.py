@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from shira_format._core.arrays import Array, as_bytes
+from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file, atomic_folder
 from shira_format.storage.safetensors_file import header_of
 
@@ -26,6 +28,21 @@ def output_folder(path: Path | None) -> Iterator[Path | None]:
         return
     with atomic_folder(path) as folder:
         yield folder
+
+
+def new_file(folder: Path, name: str) -> Path:
+    """The path of a new file in a folder that is being written; ``name`` may have folders, which are made.
+
+    Raises:
+        SourceError: the file is there. Names that differ in case only are one file on Windows and macOS.
+    """
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path):
+        raise SourceError(
+            f"{name}: two files to write have this name; this file system does not tell upper from lower case"
+        )
+    return path
 
 
 def folder_bytes(folder: Path) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import combinations
 from pathlib import Path
 
+from shira_format._core.system import is_usable
 from shira_format.errors import ShiraError, SourceError
 from shira_format.storage.atomic import LITTER, restore
 from shira_format.storage.weight_files import is_index
@@ -32,18 +33,20 @@ def check_output_files(*outputs: Path | None, inputs: Iterable[object], force: b
 
     Raises:
         SourceError: one is a folder, its folder does not exist, it exists and ``force`` is not set, it is an input or a part of
-            one, or two are the same.
+            one, or two are the same, but for
+            the case of letters.
     """
     written, read = [path for path in outputs if path is not None], list(inputs)
     for path in written:
         if path.is_dir():
             raise SourceError(f"{path}: is a folder, not a file to write")
-        _check_parent(path)
+        _check_place(path)
         if os.path.lexists(path) and not force:
             raise SourceError(f"{path}: exists; --force replaces it")
         check_not_input(path, read)
     for one, other in combinations(written, 2):
-        if one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other)):
+        # Names that differ in case only are one name on Windows and macOS.
+        if _folded(one) == _folded(other) or (one.exists() and other.exists() and one.samefile(other)):
             raise SourceError(f"{other}: two files to write need two names")
 
 
@@ -91,7 +94,7 @@ def check_output_folder(
     """
     if path is None:
         return
-    _check_parent(path)
+    _check_place(path)
     restore(path)
     if not os.path.lexists(path):
         return
@@ -118,9 +121,15 @@ def _local(inputs: Iterable[object]) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def _check_parent(path: Path) -> None:
+def _folded(path: Path) -> str:
+    return str(path.resolve()).casefold()
+
+
+def _check_place(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise SourceError(f"{path}: the folder {path.parent} does not exist")
+    if not is_usable(path.name):
+        raise SourceError(f"{path}: Windows allows no file of this name")
 
 
 def _check_own(folder: Path, writer: str, own_files: Callable[[Path], Collection[str]]) -> None:

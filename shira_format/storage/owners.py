@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from shira_format._core import system
 
 _LONGEST = 100  # bytes of the visible name in a hidden one
 _HIDDEN = re.compile(
@@ -27,8 +27,19 @@ _cleaned: set[tuple[int, int]] = set()  # folders, by device and inode, that thi
 def hidden(path: Path, ending: str = "tmp") -> Path:
     """A new hidden name beside ``path`` that tells this process."""
     process = os.getpid()
-    owner = f"{_host()}-{process}-{_start(process)}-{secrets.token_hex(6)}"
+    owner = f"{system.host()}-{process}-{system.started(process)}-{secrets.token_hex(6)}"
     return path.with_name(f".{_shortened(path.name)}.{owner}.{ending}")
+
+
+@contextlib.contextmanager
+def naming_visible(path: Path, hidden: Path) -> Iterator[None]:
+    """An OSError about the hidden file, or one in the hidden folder, names what that was to become at ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str) and Path(error.filename).is_relative_to(hidden):
+            error.filename = str(path / Path(error.filename).relative_to(hidden))
+        raise
 
 
 def left_of(path: Path, ending: str) -> Iterator[Path]:
@@ -63,66 +74,18 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def lock(handle: int) -> bool:
-    """Lock an open file or folder until it is closed, also by the death of this process; False if somebody else holds the lock.
-
-    Where there are no locks, as on some network filesystems, this is True.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows, where an open file can neither be removed nor replaced
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _is_left(match: re.Match[str], path: Path) -> bool:
-    if match["host"] != _host() or _is_alive(int(match["process"]), int(match["start"])):
+    if match["host"] != system.host() or system.is_running(int(match["process"]), int(match["start"])):
         return False
     # Processes of other containers with the name of this host are not seen, but their locks are.
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+        handle = system.open_without_waiting(path, follow=False)
     except OSError:
         return path.is_symlink()
     try:
-        return lock(handle)
+        return system.lock(handle)
     finally:
         os.close(handle)
-
-
-def _is_alive(process: int, start: int) -> bool:
-    """Whether the process that began at ``start`` still runs; True where that cannot be known."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return start in (0, now := _start(process)) or now == 0
-
-
-def _start(process: int) -> int:
-    """When a process began, in ticks of the machine's clock, to tell it from an earlier one of the same number; 0 if unknown."""
-    if sys.platform != "linux":
-        return 0
-    try:
-        status = Path(f"/proc/{process}/stat").read_bytes()
-        return int(
-            status.rpartition(b")")[2].split()[19]
-        )  # field 22; the second one, in brackets, may hold anything
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:40] or "_"
 
 
 def _shortened(name: str) -> str:

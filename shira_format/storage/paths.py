@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import re
 import threading
@@ -13,16 +12,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from shira_format._core import system
 from shira_format._core.files import naming, open_regular
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 
 # One letter is a drive of Windows, not a protocol. A chain names several: zip://weights.st::s3://bucket/all.zip
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://|(?:[A-Za-z][A-Za-z0-9+.\-]+::)+[A-Za-z][A-Za-z0-9+.\-]+://")
-# macOS refuses to read 2 GiB or more at once.
-_AT_ONCE = 1 << 30
 MOST_JSON = 1 << 24  # bytes of a configuration file
 MOST_INDEX = 100_000_000  # bytes of a list of tensors, as of the header of a file
+# What filesystems of fsspec call that by which one content of a file is told from another, the surest first.
+_VERSION = (
+    "ETag", "etag", "generation", "md5Hash", "content_md5", "Content-MD5", "Digest", "LastModified", "Last-Modified",
+    "last_modified", "updated", "mtime", "modified", "created",
+)  # fmt: skip
 # Filesystems of fsspec that are not asynchronous share one connection, or one position in an archive.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -32,117 +35,113 @@ class Storage(Protocol):
 
     Attributes:
         size: its size in bytes.
+        tile: about how many bytes are read as fast at once as the few of them that are needed.
     """
 
     size: int
+    tile: int
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill ``out`` (bytes, writable) with the file's bytes from ``start`` on; safe from several threads.
 
         Raises:
-            OSError: the file ends before that, or cannot be read.
+            OSError: the file ends before that, cannot be read, or has changed since it was opened.
             SourceError: the same for a remote file.
         """
 
-    def view(self, start: int, stop: int) -> Any:
-        """The bytes from ``start`` to ``stop`` as a read-only buffer: mapped if possible, else read."""
-
     def close(self) -> None:
-        """Close the file; views stay valid."""
+        """Close the file."""
 
 
 class LocalFile:
-    """A local file."""
+    """A local file.
+
+    Read, never mapped: a mapped file that another program cuts ends the process, one that it overwrites changes arrays in use,
+    and on Windows nobody can replace it.
+    """
+
+    tile = 1 << 21
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if it cannot be opened, or is a pipe or a device."""
         self._path = path
         self._file = open_regular(path)
         weakref.finalize(self, self._file.close)
-        self.size = os.fstat(self._file.fileno()).st_size
-        self._lock = threading.Lock()
+        self.size, self._modified = self._state()
+        self._turn = threading.Lock()
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def read_into(self, start: int, out: memoryview) -> None:
-        while out:
-            now = out[:_AT_ONCE]
-            with naming(self._path):
-                done = self._read(start, now)
-            if done == 0:
-                raise self._shorter()
-            start, out = start + done, out[done:]
-
-    def _read(self, start: int, out: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [out], start)
-        with self._lock:  # Windows
-            self._file.seek(start)
-            return self._file.readinto(out) or 0
-
-    def view(self, start: int, stop: int) -> Any:
-        if start == stop:
-            return b""
-        skip = start % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapped = mmap.mmap(
-                self._file.fileno(), skip + stop - start, access=mmap.ACCESS_READ, offset=start - skip
-            )
-        except ValueError as error:
-            if self._file.closed:
-                raise
-            raise self._shorter() from error
-        return memoryview(mapped)[skip:]
+        with naming(self._path):
+            while out:
+                done = system.read_at(self._file, start, out, self._turn)
+                if done == 0:
+                    raise OSError(errno.EIO, "the file has become shorter")
+                start, out = start + done, out[done:]
+            if self._state() != (self.size, self._modified):
+                raise OSError(errno.EIO, "the file has changed since it was opened")
 
     def close(self) -> None:
         self._file.close()
 
-    def _shorter(self) -> OSError:
-        return OSError(errno.EIO, "the file has become shorter", str(self._path))
-
 
 class MemoryFile:
     """The content of a file in memory."""
+
+    tile = 1 << 21
 
     def __init__(self, content: bytes) -> None:
         self._content = content
         self.size = len(content)
 
     def read_into(self, start: int, out: memoryview) -> None:
-        out[:] = self.view(start, start + len(out))
-
-    def view(self, start: int, stop: int) -> Any:
-        return memoryview(self._content)[start:stop]
+        out[:] = memoryview(self._content)[start : start + len(out)]
 
     def close(self) -> None:
         """Memory needs none."""
 
 
 class RemoteFile:
-    """A file behind fsspec: object stores, shared storage, archives."""
+    """A file behind fsspec: object stores, shared storage, archives.
+
+    After each read the storage is asked whether the file is still the one that was opened, where it tells that.
+    """
+
+    tile = 1 << 28
 
     def __init__(self, path: Any) -> None:
         """Args: ``path`` is a ``UPath``. Raises SourceError if there is no such file."""
         self._url, self._fs, self._path = str(path), path.fs, path.path
         self._turn: Any = one_at_a_time(self._fs)
         with naming_url(self._url), self._turn:
-            size = self._fs.size(self._path)
-        if size is None:
+            self._opened = self._state()
+        if self._opened[0] is None:
             raise SourceError(f"{self._url}: its size is not known, so parts of it cannot be read")
-        self.size = int(size)
+        self.size = int(self._opened[0])
+
+    def _state(self) -> tuple[Any, Any]:
+        """The size and the version that the file has now."""
+        self._fs.invalidate_cache(self._path)  # which others may fill again with what a listing of the folder says
+        found = self._fs.info(self._path)
+        return found.get("size"), next((found[key] for key in _VERSION if found.get(key)), None)
 
     def read_into(self, start: int, out: memoryview) -> None:
-        out[:] = self.view(start, start + len(out))
-
-    def view(self, start: int, stop: int) -> Any:
-        if start == stop:
-            return b""
+        if not out:
+            return
         with naming_url(self._url), self._turn:
-            found = self._fs.cat_file(self._path, start=start, end=stop)
-        if len(found) != stop - start:
+            found = self._fs.cat_file(self._path, start=start, end=start + len(out))
+            now = self._state()
+        if now != self._opened:
+            raise SourceError(f"{self._url}: the file has changed since it was opened")
+        if len(found) != len(out):
             raise SourceError(
-                f"{self._url}: {len(found)} bytes came instead of bytes {start} to {stop}: "
-                "the file has become shorter, or its storage does not support ranges"
+                f"{self._url}: {len(found)} bytes came instead of bytes {start} to {start + len(out)}: "
+                "its storage does not support ranges"
             )
-        return found
+        out[:] = found
 
     def close(self) -> None:
         """Nothing stays open between reads."""

@@ -6,14 +6,13 @@ A file appears whole or, on storage that writes in steps, is told apart by its d
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from shira_format.storage.atomic import atomic_file
+from shira_format.storage.atomic import create_file
 from shira_format.storage.paths import naming_url, one_at_a_time, unresolved
 
 
@@ -89,20 +88,7 @@ class Folder:
         return (self._path / name).read_bytes()
 
     def create(self, name: str, data: bytes) -> None:
-        path = self._made(name)
-        hidden = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
-        try:
-            with atomic_file(hidden) as file:
-                file.write(data)
-            try:
-                os.link(hidden, path)  # whole, and only if there is none
-            except FileExistsError:
-                raise
-            except OSError:  # a filesystem without links
-                with open(path, "xb") as file:
-                    file.write(data)
-        finally:
-            hidden.unlink(missing_ok=True)
+        create_file(self._made(name), data)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:

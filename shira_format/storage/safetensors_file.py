@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shira_format._core.arrays import Array, as_bytes, frozen, read_only
+from shira_format._core.arrays import Array, as_bytes, frozen
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.errors import FormatError
@@ -52,6 +52,7 @@ class SafetensorsFile(Mapping[str, Stream]):
         metadata: the strings of ``__metadata__``.
         size: of the whole file, in bytes.
         buffer_size: of what follows the header, in bytes.
+        tile: see :class:`shira_format.storage.paths.Storage`.
 
     Raises:
         FormatError: a rule of section 2 is broken.
@@ -65,6 +66,7 @@ class SafetensorsFile(Mapping[str, Stream]):
         self._storage = open_storage(self.path) if content is None else MemoryFile(content)
         try:
             self.size = self._storage.size
+            self.tile = self._storage.tile
             self._start, header = self._read_header()
             self.metadata = _metadata(header)
             self.buffer_size = self.size - self._start
@@ -110,15 +112,6 @@ class SafetensorsFile(Mapping[str, Stream]):
         stream = self._streams[name]
         return frozen(self.read_part(name, 0, numel(stream.shape)).reshape(stream.shape))
 
-    def mapped(self, name: str) -> Array:
-        """The array ``name``, read-only, from a memory map of its own, which is freed with the array.
-
-        For checkpoints: memory stays at one tensor, however large the file. If the file is cut meanwhile, access kills the
-        process; if it is overwritten, the array changes.
-        """
-        stream = self._streams[name]
-        return _array(self._storage.view(self._start + stream.begin, self._start + stream.end), 0, stream)
-
     def read_part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         """Elements ``start`` to ``stop`` of the flat array ``name``, ``[stop - start]``, read into ``out`` or a new array.
 
@@ -140,12 +133,6 @@ class SafetensorsFile(Mapping[str, Stream]):
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
         self._storage.close()
-
-
-def _array(buffer: Any, offset: int, stream: Stream) -> Array:
-    return read_only(
-        np.frombuffer(buffer, DTYPES[stream.dtype], numel(stream.shape), offset).reshape(stream.shape)
-    )
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:

@@ -177,19 +177,24 @@ class Publisher:
                 raise SourceError(
                     f"{self._place.label}: a patch from version {base_version} to {self.version} is there already"
                 )
-            with tempfile.TemporaryDirectory(prefix="shira-") as folder:
-                before = mapped(Path(folder) / "base.safetensors", self._structure)
-                Subscriber(before, self._place, verify="all", threads=self._threads).update(base_version)
-                base = LiveCheckpoint(before)
-                state = self._structure.state(digests_of(base, self._structure.tensors, self._pool.map))
-                with ExitStack() as written:
-                    file = self._file("patches", self.version, "st", written, f"from-{base_version:010d}-")
-                    with self._place.writing(file) as path:
-                        report = self._convert(base, self._held(), path, self.version, base_version)
-                        patch = Stored.of(file, path)
-                    line = Line(self.version, self._state, self._token, base_version, state, patch, self._encoding)
-                    self._create(line, written)
-            return _published(line, report)
+            # After an exception the file may still be mapped, and cannot be removed on Windows.
+            with tempfile.TemporaryDirectory(prefix="shira-", ignore_cleanup_errors=True) as folder:
+                return self._composed(Path(folder) / "base.safetensors", base_version)
+
+    def _composed(self, path: Path, base_version: int) -> Published:
+        """Write the patch; ``path``: a temporary file for the earlier version, mapped until this returns."""
+        before = mapped(path, self._structure)
+        Subscriber(before, self._place, verify="all", threads=self._threads).update(base_version)
+        base = LiveCheckpoint(before)
+        state = self._structure.state(digests_of(base, self._structure.tensors, self._pool.map))
+        with ExitStack() as written:
+            file = self._file("patches", self.version, "st", written, f"from-{base_version:010d}-")
+            with self._place.writing(file) as patch_path:
+                report = self._convert(base, self._held(), patch_path, self.version, base_version)
+                patch = Stored.of(file, patch_path)
+            line = Line(self.version, self._state, self._token, base_version, state, patch, self._encoding)
+            self._create(line, written)
+        return _published(line, report)
 
     def prune(self, oldest: int) -> None:
         """Remove the versions before the newest snapshot that is not after version ``oldest``, and files of no version.

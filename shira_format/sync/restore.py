@@ -41,7 +41,12 @@ def restore(
     check_output_folder(Path(out), [Path(where)] if isinstance(where, (str, os.PathLike)) else [], force=force)
     structure = Structure.read(place)
     with atomic_folder(Path(out)) as folder:
-        arrays = mapped(folder / "model.safetensors", structure)
-        found = Subscriber(arrays, place, history=0, verify="all", threads=threads).update(version).version
+        return _fill(folder / "model.safetensors", place, structure, version, threads)
+
+
+def _fill(path: Path, place: Place, structure: Structure, version: int | None, threads: int | None) -> int:
+    """On return the file is not mapped any more, so that its folder can be renamed on Windows, too."""
+    subscriber = Subscriber(mapped(path, structure), place, history=0, verify="all", threads=threads)
+    found = subscriber.update(version).version
     assert found is not None
     return found

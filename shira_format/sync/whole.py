@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from shira_format._core import system
 from shira_format._core.arrays import Array
 from shira_format._core.dtypes import DTYPES
 from shira_format.checkpoints import Checkpoint
@@ -42,7 +43,10 @@ def open_whole(path: Path, structure: Structure, what: str) -> Checkpoint:
 def mapped(path: Path, structure: Structure) -> dict[str, Array]:
     """The tensors in a file, which is made if there is none, to be changed in place: the system decides what is in memory.
 
+    Nobody else may cut the file meanwhile: that ends the process.
+
     Raises:
+        OSError: the file cannot be made, or the disk has no room for it.
         SourceError: the file has other tensors.
     """
     if not path.exists():
@@ -51,7 +55,8 @@ def mapped(path: Path, structure: Structure) -> dict[str, Array]:
         size = sum(dtype.itemsize * numel(shape) for _, dtype, shape in layout)
         with atomic_file(path) as file:
             file.write(header)
-            file.truncate(len(header) + size)
+            file.flush()
+            system.allocate(file.fileno(), len(header) + size)
     streams = SafetensorsFile(path)
     found = {name: (DTYPES[stream.dtype], stream.shape) for name, stream in streams.items()}
     if found != dict(structure.tensors):

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
+from shira_format._core import system
 from shira_format.adapter import Adapter
 from shira_format.format import AdapterWriter, load, save
 from shira_format.storage import atomic, owners
@@ -198,8 +199,8 @@ if os.name == "posix":
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With a system call that exchanges two names, and as if there were none."""
     if request.param == "two renames":
-        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
-    elif atomic._system_exchange() is None:
+        monkeypatch.setattr(system, "exchange", lambda *_: False)
+    elif system._exchange() is None:
         pytest.skip("this system has none")
     return str(request.param)
 
@@ -278,7 +279,7 @@ if os.name == "posix":
         (Path, "mkdir"),
         (os, "fsync"),
         (os, "replace"),
-        (atomic, "_exchange"),
+        (system, "exchange"),
         (os, "unlink"),
         (os, "rmdir"),
         (shutil, "rmtree"),
@@ -332,14 +333,14 @@ if os.name == "posix":
         os.waitpid(process, 0)
         mine = owners.hidden(tmp_path / "a").name
         dead = mine.replace(f"-{os.getpid()}-", f"-{process}-")
-        earlier = mine.replace(f"-{owners._start(os.getpid())}-", "-1-")  # of an earlier process with this number
-        elsewhere = dead.replace(owners._host(), "elsewhere")
+        earlier = mine.replace(f"-{system.started(os.getpid())}-", "-1-")  # of an earlier process with this number
+        elsewhere = dead.replace(system.host(), "elsewhere")
         others = [".a.0123456789ab.tmp", ".a.tmp", "a.tmp", dead[1:], dead + "x", elsewhere, mine]
         for name in (dead, earlier, *others):
             (tmp_path / name).write_text("x")
         locked = dead.replace(".a.", ".locked.")
         with open(tmp_path / locked, "wb") as handle:
-            assert owners.lock(handle.fileno())  # as a process does that another container runs
+            assert system.lock(handle.fileno())  # as a process does that another container runs
             owners.clean(tmp_path)
             kept = [earlier] if sys.platform != "linux" else []  # elsewhere it is not known when a process began
             assert sorted([*others, locked, *kept]) == names(tmp_path)

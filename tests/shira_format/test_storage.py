@@ -16,13 +16,13 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save
 from upath import UPath
 
+from shira_format._core import system
 from shira_format.checkpoints import open_checkpoint
 from shira_format.errors import FormatError, SourceError
-from shira_format.storage import paths as storage
-from shira_format.storage.paths import LocalFile, RemoteFile, open_storage, resolve_path
+from shira_format.storage.paths import LocalFile, RemoteFile, Storage, open_storage, resolve_path
 from shira_format.storage.safetensors_file import SafetensorsFile
 
 TENSORS = {f"w{n}": np.random.default_rng(n).standard_normal((5, 7)).astype(np.float32) for n in range(4)}
@@ -245,6 +245,12 @@ def test_threads(put: Callable[[Path], str], tmp_path: Path, memory: MemoryFileS
         assert all(pool.map(read, range(400)))
 
 
+def read(file: Storage, start: int, size: int) -> bytes:
+    out = bytearray(size)
+    file.read_into(start, memoryview(out))
+    return bytes(out)
+
+
 def test_one_at_a_time_where_a_filesystem_has_one_connection(
     memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +266,7 @@ def test_one_at_a_time_where_a_filesystem_has_one_connection(
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     file = open_storage(resolve_path("memory://a"))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda start: bytes(file.view(start, start + 2))[0], range(1000)))
+        found = list(pool.map(lambda start: read(file, start, 2)[0], range(1000)))
     assert [start % 256 for start in range(1000)] == found
 
 
@@ -278,11 +284,11 @@ def local(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loca
 def test_local_ranges(local: LocalFile, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1000 == local.size
     for at_once in (1 << 30, 7):
-        monkeypatch.setattr(storage, "_AT_ONCE", at_once)
+        monkeypatch.setattr(system, "_AT_ONCE", at_once)
         for start, stop in [(0, 1000), (0, 1), (999, 1000), (10, 10), (1000, 1000), (250, 700)]:
             out = bytearray(stop - start)
             local.read_into(start, memoryview(out))
-            assert bytes(n % 251 for n in range(start, stop)) == out == bytes(local.view(start, stop))
+            assert bytes(n % 251 for n in range(start, stop)) == out
 
 
 def test_local_threads(local: LocalFile, request: Any) -> None:
@@ -303,18 +309,36 @@ def test_a_local_file_that_has_become_shorter(local: LocalFile, tmp_path: Path) 
     with pytest.raises(OSError, match="has become shorter") as caught:
         local.read_into(400, memoryview(bytearray(200)))
     assert str(tmp_path / "file") == caught.value.filename
-    with pytest.raises(OSError, match="has become shorter"):
-        local.view(400, 600)
 
 
-def test_a_remote_file_that_has_become_shorter(memory: MemoryFileSystem) -> None:
+def test_a_local_file_that_has_changed(local: LocalFile, tmp_path: Path) -> None:
+    local.read_into(0, memoryview(bytearray(200)))
+    with open(tmp_path / "file", "r+b") as other:
+        other.write(bytes(300))
+    os.utime(tmp_path / "file", ns=(1, 1))  # whatever the clock's ticks
+    with pytest.raises(OSError, match="has changed since it was opened") as caught:
+        local.read_into(0, memoryview(bytearray(200)))
+    assert str(tmp_path / "file") == caught.value.filename
+
+
+def test_a_local_file_that_is_replaced_is_read_to_its_end(local: LocalFile, tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(bytes(1000))
+    os.replace(tmp_path / "new", tmp_path / "file")
+    out = bytearray(1000)
+    local.read_into(0, memoryview(out))
+    assert bytes(n % 251 for n in range(1000)) == out
+
+
+@pytest.mark.parametrize("new", [bytes(50), bytes(100), bytes(200)])
+def test_a_remote_file_that_has_changed(new: bytes, memory: MemoryFileSystem) -> None:
     memory.pipe_file("/a", bytes(100))
     file = open_storage(resolve_path("memory://a"))
     assert isinstance(file, RemoteFile)
     assert 100 == file.size
-    memory.pipe_file("/a", bytes(50))
-    with pytest.raises(SourceError, match=r"^memory://a: 10 bytes came instead of bytes 40 to 60: "):
-        file.view(40, 60)
+    file.read_into(40, memoryview(bytearray(20)))
+    memory.pipe_file("/a", new)
+    with pytest.raises(SourceError, match=r"^memory://a: the file has changed since it was opened$"):
+        file.read_into(40, memoryview(bytearray(20)))
     memory.rm_file("/a")
     with pytest.raises(SourceError, match=r"^memory://a: no such file or folder$"):
         file.read_into(0, memoryview(bytearray(10)))
@@ -322,16 +346,27 @@ def test_a_remote_file_that_has_become_shorter(memory: MemoryFileSystem) -> None
 
 def test_a_size_must_be_known(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe_file("/a.safetensors", save(TENSORS))
-    monkeypatch.setattr(MemoryFileSystem, "size", lambda *_: None)
+    info = MemoryFileSystem.info
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda *a, **k: info(*a, **k) | {"size": None})
     with pytest.raises(SourceError, match=r"^memory://a.safetensors: its size is not known"):
         open_checkpoint("memory://a.safetensors")
 
 
-def test_views_outlive_the_file(tmp_path: Path) -> None:
-    save_file(TENSORS, tmp_path / "a.st")
-    file = LocalFile(tmp_path / "a.st")
-    view = file.view(8, 9)
-    file.close()
-    assert b"{" == bytes(view)
-    with pytest.raises(ValueError, match="closed file"):
-        file.view(8, 9)
+@pytest.mark.parametrize("put", [put_local, put_memory, put_zip])
+@pytest.mark.parametrize("tile", [None, 8, 24])
+def test_elements_are_gathered(
+    put: Callable[[Path], str],
+    tile: int | None,
+    tmp_path: Path,
+    memory: MemoryFileSystem,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if tile:
+        monkeypatch.setattr(LocalFile, "tile", tile)
+        monkeypatch.setattr(RemoteFile, "tile", tile)
+    checkpoint = open_checkpoint(put(tmp_path))
+    for indices in ([], [0], [34], [5, 6], [0, 7, 8, 20, 34], list(range(35))):
+        for name, array in TENSORS.items():
+            found = checkpoint.at(name, np.array(indices, np.int64))
+            assert np.array_equal(array.reshape(-1)[indices], found)
+            assert found.dtype == array.dtype

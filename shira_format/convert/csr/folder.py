@@ -15,6 +15,7 @@ import numpy as np
 
 from shira_format._core.dtypes import FLOATS, dtype_name, working_dtype
 from shira_format._core.strict_json import is_uint, parse_object
+from shira_format._core.system import is_device
 from shira_format.errors import FormatError, SourceError
 from shira_format.format.manifest import DERIVED, check_name
 from shira_format.storage.output_folder import write_json
@@ -30,8 +31,6 @@ VERSION = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]{0,250}\.npz")
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
-# Windows keeps these for devices, whatever follows after the dot.
-_DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 _LONGEST = 120
 
 
@@ -114,7 +113,7 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
     taken: set[str] = set()
     for name in names:
         plain = "".join(c if c in _PLAIN else "".join(f"%{b:02X}" for b in c.encode()) for c in name)
-        if plain.startswith(".") or plain.partition(".")[0].lower() in _DEVICES:
+        if plain.startswith(".") or is_device(plain):
             plain = f"%{ord(plain[0]):02X}{plain[1:]}"
         if len(plain) > _LONGEST or plain.lower() in taken:
             plain = f"{plain[: _LONGEST - 33]}~{hashlib.sha256(name.encode()).hexdigest()[:32]}"

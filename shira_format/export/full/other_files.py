@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from shira_format._core.files import naming
 from shira_format.errors import SourceError
 from shira_format.export.full.layout import Piece
-from shira_format.storage.output_folder import write_json
+from shira_format.storage.output_folder import new_file, write_json
 from shira_format.storage.paths import resolve_path
 
 # Weights in any format, which are not copied.
@@ -76,12 +76,17 @@ def copy_model_files(
         return None
     copied = []
     for name, path in _other_files(source):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as read, target.open("wb") as write:
-            shutil.copyfileobj(read, write, 1 << 20)
+        target = new_file(folder, name)
+        with naming(target), target.open("wb") as file:
+            file.writelines(_parts(path))
         copied.append(name)
     return copied
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    with naming(path), path.open("rb") as file:
+        while part := file.read(1 << 20):
+            yield part
 
 
 def _other_files(folder: Path, inside: str = "") -> Iterator[tuple[str, Path]]:

@@ -24,7 +24,7 @@ from shira_format.export.full.layout import Layout, Piece
 from shira_format.export.full.other_files import component_prefix, copy_model_files, write_indexes
 from shira_format.format import AdapterFile
 from shira_format.names.filters import name_filter
-from shira_format.storage.output_folder import output_folder, weights_file
+from shira_format.storage.output_folder import new_file, output_folder, weights_file
 from shira_format.storage.outputs import check_output_folder
 from shira_format.tensors import SparseTensor, numel
 
@@ -138,8 +138,7 @@ class _Restore:
                 for _ in parts(piece):
                     pass
             return
-        path = folder / shard
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = new_file(folder, shard)
         prefix = component_prefix(shard, self._base.components)
         metadata = self._base.metadata(shard) if self._base.shards else {"format": "pt"}
         tensors = [(piece.name.removeprefix(prefix), piece.dtype, piece.shape) for piece in pieces]
