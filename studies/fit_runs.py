@@ -54,7 +54,7 @@ def work(run: FitRun) -> dict[str, Any]:
 def _made(source: Source, task: Task, budget: int, run: FitRun, method: Method) -> tuple[Task, Found, int | None]:
     """What a method makes: the task with weights that are not sparse in it, entries, and bytes if it is no adapter."""
     if method.kind in ("base", "source"):
-        weights = task.source if method.kind == "source" else {}
+        weights = dict(task.source) if method.kind == "source" else {}
         return _with(task, weights), {}, source.bytes if weights else 0
     if method.kind == "low-rank":
         # As many bytes as the adapter has: an entry takes its value and about as much as an index.

@@ -209,4 +209,4 @@ def _budget(cut: TopK, task: Task) -> int:
     """As many entries as the plain cut has."""
     if cut.scope == "global":
         return cut.count(task.numel)
-    return sum(cut.count(weight.numel()) for weight in task.source.values())
+    return sum(cut.count(task.parameter(name).numel()) for name in task.source)

@@ -146,8 +146,8 @@ class _Run:
         if segment.block is None:
             stack.enter_context(showing_source(self.task))
         else:
-            inside = {k: v for k, v in self.task.source.items() if k.startswith(f"{segment.block.path}.")}
-            stack.enter_context(replaced(self.task, inside))
+            inside = [name for name in self.task.source if name.startswith(f"{segment.block.path}.")]
+            stack.enter_context(replaced(self.task, {name: self.task.source[name] for name in inside}))
         return stack
 
     def _watch_source(
@@ -329,5 +329,5 @@ class _Sums:
 
 def _update(task: Task, name: str) -> Tensor:
     """Source minus base, float32, in the weight's shape, where the weight is still the base's."""
-    parameter = task.parameter(name).detach()
-    return task.source[name].to(parameter.device).float() - parameter.float()
+    parameter = task.parameter(name)
+    return update_of(task, name).to(parameter.device).view(parameter.shape)

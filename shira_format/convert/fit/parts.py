@@ -25,7 +25,7 @@ class Part:
 
     data: Data
     held: Data | None
-    weights: Callable[[], dict[str, Tensor]]
+    weights: Callable[[], Mapping[str, Tensor]]
 
 
 def part_inputs(task: Task, parts: Sequence[Part], split: Split, tokenizer: Any) -> Inputs:
@@ -39,7 +39,7 @@ def part_inputs(task: Task, parts: Sequence[Part], split: Split, tokenizer: Any)
     base = {name: task.parameter(name).detach().clone() for name in task.source}
     found = Inputs([], [], (0, 0), {"name": "inputs of each adapter", "parts": []})
     for part in parts:
-        weights = base | part.weights()
+        weights = base | dict(part.weights())
         read = read_inputs(part.data, split, tokenizer, part.held)
         found.train += [_taught(batch, weights) for batch in read.train]
         found.held += [_taught(batch, weights) for batch in read.held]
@@ -49,7 +49,7 @@ def part_inputs(task: Task, parts: Sequence[Part], split: Split, tokenizer: Any)
     return found
 
 
-def _taught(batch: Any, weights: dict[str, Tensor]) -> TaughtBatch:
+def _taught(batch: Any, weights: Mapping[str, Tensor]) -> TaughtBatch:
     if not isinstance(batch, Mapping):
         raise SourceError(
             "inputs of each adapter are texts, arrays by name, or batches of keyword arguments; these are "

@@ -439,7 +439,9 @@ class _Fit:
         task.train, task.held = given.train, given.held
         return task, given
 
-    def _alone(self, conversion: AdapterConversion, together: SourceWeights, live: LiveModel) -> dict[str, Tensor]:
+    def _alone(
+        self, conversion: AdapterConversion, together: SourceWeights, live: LiveModel
+    ) -> Mapping[str, Tensor]:
         """What one of several adapters makes of the model's parameters."""
         inputs = conversion.open(together.inputs.base)
         return source_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from shira_format._core.arrays import Array, array_digest, as_array
 from shira_format._core.dtypes import round_to, upcast, working_dtype
 from shira_format._core.threads import Workers
 from shira_format.checkpoints import Checkpoint
+from shira_format.convert.fit.weights import ComputedWeights
 from shira_format.convert.inputs import ConversionInputs, DenseCopy, DenseSum
 from shira_format.entries.changes import Change, Tile
 from shira_format.errors import BaseMismatch, SourceError
@@ -35,7 +37,7 @@ class SourceWeights:
     """
 
     inputs: ConversionInputs
-    sparse: dict[str, Tensor] = field(default_factory=dict)
+    sparse: ComputedWeights = field(default_factory=ComputedWeights)
     whole: dict[str, Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
@@ -95,14 +97,14 @@ def source_weights(
             base = inputs.base[change.name]
             if not np.array_equal(_wide(base), _wide(as_array(parameter).reshape(base.shape))):
                 raise BaseMismatch(f"{where}: tensor {change.name!r}: {name} of the model has other values than the base {inputs.base.path}")  # fmt: skip
-            update += _wide(base).reshape(-1)
+            weight = _onto(base, update)
             if vectors and len(change.shape) < 2:
-                values = round_to(update, base.dtype).reshape(base.shape)
+                values = round_to(weight, base.dtype)
                 made.append(DenseTensor(change.name, values, base=base))
                 found.whole[name] = tensor_of(values)
                 continue
             kept.append(change)
-            found.sparse[name] = torch.from_numpy(update.reshape(change.shape))
+            found.sparse.add(name, torch.from_numpy(weight), partial(_weight, change, inputs.base, threads))
             found.names[name] = change.name
             found.dtypes[name] = tensor_of(base[:0]).dtype
     for key, values in dense.items():
@@ -203,6 +205,18 @@ def _update(change: Change, workers: Workers) -> Array:
 
     check_energy(change, sum(tiles(workers, change, work)))
     return found
+
+
+def _weight(change: Change, base: Checkpoint, threads: int | None) -> Tensor:
+    """What the source makes of a weight."""
+    with Workers(threads) as workers:
+        return torch.from_numpy(_onto(base[change.name], _update(change, workers)))
+
+
+def _onto(base: Array, update: Array) -> Array:
+    """Base plus update, which is used up, in the base's shape."""
+    update += _wide(base).reshape(-1)
+    return update.reshape(base.shape)
 
 
 def _wide(array: Array) -> Array:

@@ -28,9 +28,9 @@ def gradients_of(task: Task, batches: Sequence[Any], loss: Loss, *, squares: boo
     with sum_gradients(task.model, weights, batches, loss, squares=squares) as found:
         missing = set(found.unreached)
         return {
-            name: torch.zeros(task.source[name].numel())
+            name: torch.zeros(task.parameter(name).numel())
             if name in missing
-            else torch.from_numpy(np.array(found(name)(0, task.source[name].numel())))
+            else torch.from_numpy(np.array(found(name)(0, task.parameter(name).numel())))
             for name in task.source
         }
 
@@ -61,7 +61,7 @@ def scores(task: Task, rule: Rule, batches: Sequence[Any], loss: Loss, seed: int
         raise ValueError(f"no rule is named {rule!r}; the rules are {', '.join(RULES)}")
     if rule == "random":
         draw = torch.Generator().manual_seed(seed)
-        return {name: torch.rand(weight.numel(), generator=draw) for name, weight in task.source.items()}
+        return {name: torch.rand(task.parameter(name).numel(), generator=draw) for name in task.source}
     if rule == "wm":
         return {name: task.parameter(name).detach().float().abs().cpu().reshape(-1) for name in task.source}
     if rule == "magnitude":
@@ -75,8 +75,10 @@ def scores(task: Task, rule: Rule, batches: Sequence[Any], loss: Loss, seed: int
 
 
 def update_of(task: Task, name: str) -> Tensor:
-    """``[numel]`` float32: source minus base; the model shows the base."""
-    return (task.source[name] - task.parameter(name).detach().cpu()).float().reshape(-1)
+    """``[numel]`` float32, on the CPU: source minus what the weight is now."""
+    source, weight = task.source[name].cpu(), task.parameter(name).detach().cpu()
+    wide = torch.promote_types(torch.float32, torch.promote_types(source.dtype, weight.dtype))
+    return (source.to(wide) - weight.to(wide)).float().reshape(-1)
 
 
 def largest(found: Mapping[str, Tensor], budget: int, *, run: int = 1) -> dict[str, Tensor]:

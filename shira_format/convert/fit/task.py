@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shira_format._core.arrays import as_array
 from shira_format.calibration.layers import attention_mask, run_model
+from shira_format.convert.fit.weights import ComputedWeights
 from shira_format.live.weights import live_weight
 
 # By the parameter's name: int64 ``[n]`` flat indices, strictly increasing, and ``[n]`` the new values of the weight there.
@@ -31,7 +32,8 @@ class Task:
 
     Attributes:
         model: the base in evaluation mode, without the adapter.
-        source: by parameter, the source's weights: the shape of the parameter, floats; only those that may become sparse.
+        source: by parameter, the source's weights: the shape of the parameter, floats; only those that may become sparse. They may be
+            computed when they are asked for, so that all of them at once may not fit into memory.
         whole: by parameter, the tensors that the adapter replaces whole; in the model for all comparisons.
         train: batches to fit on: keyword arguments as a mapping, positional ones as a sequence, or one argument.
         held: batches to measure on.
@@ -44,7 +46,7 @@ class Task:
     """
 
     model: nn.Module
-    source: dict[str, Tensor]
+    source: Mapping[str, Tensor]
     whole: dict[str, Tensor]
     train: Sequence[Any]
     held: Sequence[Any]
@@ -63,7 +65,7 @@ class Task:
     @property
     def numel(self) -> int:
         """Elements of all weights that may become sparse."""
-        return sum(weight.numel() for weight in self.source.values())
+        return sum(self.parameter(name).numel() for name in self.source)
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter by name."""
@@ -89,9 +91,9 @@ class TaughtBatch(dict[str, Any]):
         weights: these, of each parameter in the task's source.
     """
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
 
-    def __init__(self, batch: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+    def __init__(self, batch: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Args: ``batch``: the keyword arguments; ``weights``: see the class."""
         super().__init__(batch)
         self.weights = weights
@@ -108,8 +110,37 @@ def showing_base(task: Task) -> Iterator[None]:
 def showing_source(task: Task, batch: Any = None) -> Iterator[None]:
     """The model is the source, or the one for this batch; afterwards it is what it was, bit for bit."""
     weights = batch.weights if isinstance(batch, TaughtBatch) else task.source
-    with replaced(task, task.whole | weights):
+    blocks = task.layers if isinstance(weights, ComputedWeights) and not weights.are_kept else ()
+    inside = {block: [name for name in weights if name.startswith(f"{block}.")] for block in blocks}
+    late = {name for names in inside.values() for name in names}
+    with ExitStack() as stack:
+        stack.enter_context(
+            replaced(task, task.whole | {name: weights[name] for name in weights if name not in late})
+        )
+        for block, names in inside.items():
+            stack.enter_context(_replaced_in_calls(task, block, names, weights))
         yield
+
+
+@contextmanager
+def _replaced_in_calls(
+    task: Task, block: str, names: Sequence[str], weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Parameters of a block have other data while it runs, so that those of one block at a time are in memory."""
+    running = ExitStack()
+
+    def enter(*_: object) -> None:
+        running.enter_context(replaced(task, {name: weights[name] for name in names}))
+
+    module = task.model.get_submodule(block)
+    first = module.register_forward_pre_hook(enter, prepend=True)
+    last = module.register_forward_hook(lambda *_: running.close(), always_call=True)
+    try:
+        yield
+    finally:
+        first.remove()
+        last.remove()
+        running.close()
 
 
 @contextmanager
