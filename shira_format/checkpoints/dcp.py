@@ -16,7 +16,7 @@ from shira_format.checkpoints.pickles import PickleError
 from shira_format.checkpoints.strided import Box, boxes
 from shira_format.checkpoints.torch_file import TORCH_DTYPES, StoredTensor, TorchFile
 from shira_format.errors import SourceError
-from shira_format.storage.paths import Storage, open_storage
+from shira_format.storage.paths import LocalFile, Storage, open_storage
 from shira_format.tensors import numel
 
 # Names that training programs give to the optimizer's and to the model's dict.
@@ -172,6 +172,8 @@ def _open_chunk(
 
 class _Window:
     """A part of a file as a storage of its own; the file is reopened if it was closed in between."""
+
+    tile = LocalFile.tile
 
     def __init__(self, opener: Callable[[], Storage], begin: int, size: int) -> None:
         self._opener = opener
