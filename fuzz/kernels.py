@@ -22,7 +22,7 @@ def loops(*, machine_code: bool) -> Iterator[None]:
     """Use numba's functions, or those that run where it is not installed."""
     with (
         mock.patch.object(compiled, "_kernels", _COMPILED if machine_code else None),
-        mock.patch.object(compiled, "load", lambda: machine_code),
+        mock.patch.object(compiled, "load", return_value=machine_code),
     ):
         yield
 

@@ -7,7 +7,28 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
-SIZES = [0, 1, 2, 3, 5, 7, 15, 16, 17, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 2**53 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1]
+SIZES = [
+    0,
+    1,
+    2,
+    3,
+    5,
+    7,
+    15,
+    16,
+    17,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53 - 1,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 NUMBERS: list[Any] = [*SIZES, -1, -(2**63), 0.5, -0.0, 1.0, 1e308, 5e-324, 10**400]
 # Controls, reordering, bidi isolates, markup, half a surrogate pair, other planes, paths, formats, long.
 TEXTS = [
@@ -64,7 +85,9 @@ def at(value: Any, path: Sequence[Any]) -> Any:
     return value
 
 
-def mutated_json(random: Random, original: Any, keys: Sequence[str], values: Sequence[Any] = (), most: int = 3) -> Any:
+def mutated_json(
+    random: Random, original: Any, keys: Sequence[str], values: Sequence[Any] = (), most: int = 3
+) -> Any:
     """With up to ``most`` places set, removed, added, exchanged or doubled; values are numbers, texts, others of it, and ``values``."""
     value = copy.deepcopy(original)
     for _ in range(random.randint(1, most)):

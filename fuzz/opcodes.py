@@ -15,7 +15,13 @@ def ran(*_: object) -> None:
 
 
 Names = Sequence[tuple[str, str]]
-_HARM: Names = [(__name__, "ran"), ("builtins", "exec"), ("os", "system"), ("builtins", "getattr"), ("nt", "system")]
+_HARM: Names = [
+    (__name__, "ran"),
+    ("builtins", "exec"),
+    ("os", "system"),
+    ("builtins", "getattr"),
+    ("nt", "system"),
+]
 _INTEGERS = [0, 1, 2, 3, 7, 64, 255, 2**31 - 1, -1]
 
 
@@ -54,12 +60,19 @@ class Program:
         body = self._value(self._random.choice([1, 2, 3, 5]))
         if self._random.random() < 0.1:
             body = self._nested(body)
-        noise = b"".join(self._random.choice([b"0", b"2", b"(", b"t", b"a", b"s", b"u", b"b", b"R", b"Q", b"\x93", b"."]) for _ in range(3))
+        noise = b"".join(
+            self._random.choice([b"0", b"2", b"(", b"t", b"a", b"s", b"u", b"b", b"R", b"Q", b"\x93", b"."])
+            for _ in range(3)
+        )
         return b"\x80\x02" + body + (noise if self._random.random() < 0.15 else b"") + b"."
 
     def _value(self, depth: int) -> bytes:
         random = self._random
-        kind = random.choice(["atom", "atom", "plain", "dict", "dict", "list", "tuple", "call", "memo", "build"] if depth else ["atom", "plain", "memo"])
+        kind = random.choice(
+            ["atom", "atom", "plain", "dict", "dict", "list", "tuple", "call", "memo", "build"]
+            if depth
+            else ["atom", "plain", "memo"]
+        )
         if kind == "atom" and self._atoms:
             return random.choice(self._atoms)
         if kind == "dict":
@@ -70,7 +83,9 @@ class Program:
             return b"](" + items + b"e" if kind == "list" else b"(" + items + b"t"
         if kind == "call":
             module, name = random.choice(self._names)
-            return called(module, name, *(self._value(depth - 1) for _ in range(random.choice([0, 1, 1, 2, 4, 6]))))
+            return called(
+                module, name, *(self._value(depth - 1) for _ in range(random.choice([0, 1, 1, 2, 4, 6])))
+            )
         if kind == "build":
             return self._value(depth - 1) + self._value(depth - 1) + b"b"
         if kind == "memo":
@@ -88,7 +103,12 @@ class Program:
     def _key(self) -> bytes:
         if self._random.random() < 0.1:
             return self._value(1)
-        return text(self._random.choice(["w", "b.weight", "state_dict", "model", "module", "_metadata", "x/y", "a\u202eb", ""]) + str(self._random.randrange(9)))
+        return text(
+            self._random.choice(
+                ["w", "b.weight", "state_dict", "model", "module", "_metadata", "x/y", "a\u202eb", ""]
+            )
+            + str(self._random.randrange(9))
+        )
 
     def _remembered(self) -> bytes:
         """A value that is put into the memo, or got from there, at indices near and absurd."""
@@ -104,5 +124,7 @@ class Program:
         if kind == "itself":
             return b"]q\x00h\x00a" + body + b"a"
         if kind == "twice":
-            return body + b"".join(b"q" + bytes([n]) + b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60))
+            return body + b"".join(
+                b"q" + bytes([n]) + b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60)
+            )
         return body + b"\x85" * self._random.choice([100, 100_000])

@@ -83,5 +83,8 @@ def _judge_once(target: Target, folder: Path) -> tuple[str, str]:
     if seconds > target.seconds:
         return VIOLATION, f"{_LIMIT}{seconds:.1f} CPU seconds; {target.seconds:g} are allowed"
     if peak > (most := TIMES_THE_FILES * size + target.room):
-        return VIOLATION, f"{_LIMIT}{peak / MEGABYTE:.0f} MiB for files of {size} bytes; {most / MEGABYTE:.0f} are allowed"
+        return (
+            VIOLATION,
+            f"{_LIMIT}{peak / MEGABYTE:.0f} MiB for files of {size} bytes; {most / MEGABYTE:.0f} are allowed",
+        )
     return outcome, ""

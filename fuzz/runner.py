@@ -46,7 +46,9 @@ class Tally:
         return self.outcomes.total()
 
 
-def run(target: Target, *, seed: int, seconds: float | None = None, cases: int | None = None, found: Path = FOUND) -> Tally:
+def run(
+    target: Target, *, seed: int, seconds: float | None = None, cases: int | None = None, found: Path = FOUND
+) -> Tally:
     """Run cases until a time in CPU seconds or a number of cases is reached.
 
     Args:
@@ -59,7 +61,11 @@ def run(target: Target, *, seed: int, seconds: float | None = None, cases: int |
     tally = Tally()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder, number = Path(name), 0
-        while (seconds is None or tally.cpu < seconds) and (cases is None or number < cases) and len(tally.found) < _ENOUGH:
+        while (
+            (seconds is None or tally.cpu < seconds)
+            and (cases is None or number < cases)
+            and len(tally.found) < _ENOUGH
+        ):
             left = None if seconds is None else seconds - tally.cpu
             number = _run_child(target, seed, number, cases, left, folder, tally, found)
     return tally
@@ -74,9 +80,18 @@ def replay(folder: Path) -> tuple[str, str]:
 
 
 def _run_child(
-    target: Target, seed: int, number: int, cases: int | None, seconds: float | None, folder: Path, tally: Tally, found: Path
+    target: Target,
+    seed: int,
+    number: int,
+    cases: int | None,
+    seconds: float | None,
+    folder: Path,
+    tally: Tally,
+    found: Path,
 ) -> int:
     """Run cases from ``number`` on in one child until it ends; returns the number of the next case."""
+    if not target.environment:
+        target.module()  # once for all children, where they are forked
     context = system.children()
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(target, seed, number, cases, seconds, folder, theirs))
@@ -118,7 +133,13 @@ def _reason(code: int | None) -> str:
 
 
 def _work(
-    target: Target, seed: int, number: int, cases: int | None, seconds: float | None, folder: Path, results: Connection
+    target: Target,
+    seed: int,
+    number: int,
+    cases: int | None,
+    seconds: float | None,
+    folder: Path,
+    results: Connection,
 ) -> None:
     """In the child: cases one after the other; the files of the last one stay where they are until the parent has answered."""
     os.environ.update(target.environment)
@@ -127,18 +148,25 @@ def _work(
     while (seconds is None or system.seconds() - began < seconds) and (cases is None or number < cases):
         started = system.seconds()
         case = folder / str(number)
-        case.mkdir()
         system.limit(int(target.seconds) + _HANGS)
         try:
-            target.make(Random(f"{target.name} {seed} {number}"), case)  # noqa: S311 - the same cases again
+            _make(target, seed, number, case)
+            outcome, why = oracle.judge(target, case)
+            if outcome == oracle.VIOLATION:  # without what it wrote beside its files
+                _make(target, seed, number, case)
+            else:
+                shutil.rmtree(case)
         except Exception:
             results.send((0.0, _BROKEN, traceback.format_exc()))
             return
-        outcome, why = oracle.judge(target, case)
-        if outcome != oracle.VIOLATION:
-            shutil.rmtree(case)
         results.send((system.seconds() - started, outcome, why))
         number += 1
+
+
+def _make(target: Target, seed: int, number: int, case: Path) -> None:
+    shutil.rmtree(case, ignore_errors=True)
+    case.mkdir()
+    target.make(Random(f"{target.name} {seed} {number}"), case)
 
 
 def _store(target: Target, seed: int, number: int, folder: Path, why: str, tally: Tally, found: Path) -> None:

@@ -12,7 +12,16 @@ import numpy as np
 from fuzz.mutate import mutated_bytes, mutated_json
 
 Arrays = Mapping[str, Any]
-_DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "uint16": "BF16", "int64": "I64", "uint8": "U8", "int8": "F8_E4M3", "bool": "BOOL"}
+_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "float64": "F64",
+    "uint16": "BF16",
+    "int64": "I64",
+    "uint8": "U8",
+    "int8": "F8_E4M3",
+    "bool": "BOOL",
+}
 
 
 def content(arrays: Arrays, metadata: Mapping[str, str] | None = None, random: Random | None = None) -> bytes:
@@ -20,10 +29,16 @@ def content(arrays: Arrays, metadata: Mapping[str, str] | None = None, random: R
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     at = 0
     for name, array in arrays.items():
-        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
         at += array.nbytes
     if random is not None:
-        header = mutated_json(random, header, ["dtype", "shape", "data_offsets"], ["F16", "I64", "U8", [0, 4], [2]])
+        header = mutated_json(
+            random, header, ["dtype", "shape", "data_offsets"], ["F16", "I64", "U8", [0, 4], [2]]
+        )
     text = json.dumps(header).encode()
     data = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
     return len(text).to_bytes(8, "little") + text + data

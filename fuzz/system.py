@@ -16,7 +16,9 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_ADDRESSES = 4 << 30  # bytes of address space beyond what there is: an absurd allocation fails before it takes the machine
+_ADDRESSES = (
+    4 << 30
+)  # bytes of address space beyond what there is: an absurd allocation fails before it takes the machine
 
 
 def children() -> BaseContext:

@@ -103,6 +103,7 @@ def test_links_of_pages_outside_the_site_lead_somewhere() -> None:
         "README.md",
         "CONTRIBUTING.md",
         "SECURITY.md",
+        "fuzz/README.md",
         "benchmarks/README.md",
         "cli/shira_cli/data/README.md",
     ):
@@ -147,7 +148,7 @@ def test_the_merges_are_those_of_the_benchmark() -> None:
     assert all(table in BENCHMARKS for table in tables)
 
 
-@pytest.mark.parametrize("page", ["README.md", "SECURITY.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
 def test_the_number_of_vectors(page: str) -> None:
     count = len([*(ROOT / "spec" / "vectors").glob("*/*.st")])
     assert f"{count} test vectors" in (ROOT / page).read_text(encoding="utf-8")

@@ -31,7 +31,8 @@ class Target:
         about: what a case is, in a line.
         seconds: CPU seconds that a case may take.
         room: bytes of memory that a case may take beyond four times its files.
-        environment: variables that are set before the module is imported.
+        environment: variables that are set before the module is imported, in long runs.
+        quick: cases in the tests: a second or two.
     """
 
     name: str
@@ -39,34 +40,71 @@ class Target:
     seconds: float = 2.0
     room: int = 64 * MEGABYTE
     environment: Mapping[str, str] = field(default_factory=dict)
+    quick: int = 100
+
+    def module(self) -> Any:
+        """The target's module, imported."""
+        return import_module(f"{__name__}.{self.name}")
 
     def make(self, random: Random, folder: Path) -> None:
         """Write the files of a case into an empty folder."""
-        self._module().make(random, folder)
+        self.module().make(random, folder)
 
     def check(self, folder: Path) -> None:
         """Do with a case's files what a user would; raises what is right or a violation, see above."""
-        self._module().check(folder)
-
-    def _module(self) -> Any:
-        return import_module(f"{__name__}.{self.name}")
+        self.module().check(folder)
 
 
 # Numba's functions check their bounds; its cache does not tell them from others, so they have one of their own.
 _BOUNDS = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(Path(gettempdir()) / "shira-fuzz-numba")}
 _EVERY = (
-    Target("adapters", "an adapter file with changed bytes, manifest or streams, through both readers"),
-    Target("codecs", "a stream of a codec with changed bytes, through compiled and plain decoders", environment=_BOUNDS),
-    Target("kernels", "arguments of a compiled loop, against numpy", environment=_BOUNDS),
-    Target("pickles", "a file of torch.save, from a generator of opcodes or with changed bytes"),
-    Target("distributed", "a folder of torch.distributed.checkpoint with changed metadata"),
-    Target("gguf_files", "a GGUF file with wrong counts, types and offsets"),
-    Target("loras", "a LoRA of some dialect whose names, shapes, options and patterns contradict each other"),
-    Target("folders", "a folder of CSR matrices, or a file of moments, with changed arrays and numbers"),
-    Target("commands", "a command on files with hostile names and provenance, as text, JSON and HTML", seconds=4.0, room=256 * MEGABYTE),
-    Target("switching", "a Switcher under resized, replaced, tied and overlapping weights, files cut short, arrays reused", seconds=60.0, room=256 * MEGABYTE),
-    Target("kills", "a writer killed at each call that changes the disk, one after the other", seconds=60.0, room=256 * MEGABYTE),
-    Target("threads", "threads that load, switch, revert, save and read the same objects", seconds=30.0, room=256 * MEGABYTE),
+    Target("adapters", "an adapter file with changed bytes, manifest or streams, through both readers", quick=400),
+    Target(
+        "codecs",
+        "a stream of a codec with changed bytes, through compiled and plain decoders",
+        environment=_BOUNDS,
+        quick=60,
+    ),
+    Target("kernels", "arguments of a compiled loop, against numpy", environment=_BOUNDS, quick=400),
+    Target("pickles", "a file of torch.save, from a generator of opcodes or with changed bytes", quick=300),
+    Target("distributed", "a folder of torch.distributed.checkpoint with changed metadata", quick=150),
+    Target("gguf_files", "a GGUF file with wrong counts, types and offsets", quick=600),
+    Target(
+        "loras",
+        "a LoRA of some dialect whose names, shapes, options and patterns contradict each other",
+        quick=150,
+    ),
+    Target(
+        "folders", "a folder of CSR matrices, or a file of moments, with changed arrays and numbers", quick=200
+    ),
+    Target(
+        "commands",
+        "a command on files with hostile names and provenance, as text, JSON and HTML",
+        seconds=4.0,
+        room=256 * MEGABYTE,
+        quick=60,
+    ),
+    Target(
+        "switching",
+        "a Switcher under resized, replaced, tied and overlapping weights, files cut short, arrays reused",
+        seconds=60.0,
+        room=256 * MEGABYTE,
+        quick=2,
+    ),
+    Target(
+        "kills",
+        "a writer killed at each call that changes the disk, one after the other",
+        seconds=60.0,
+        room=256 * MEGABYTE,
+        quick=1,
+    ),
+    Target(
+        "threads",
+        "threads that load, switch, revert, save and read the same objects",
+        seconds=30.0,
+        room=256 * MEGABYTE,
+        quick=15,
+    ),
 )
 
 TARGETS = {target.name: target for target in _EVERY}

@@ -58,11 +58,10 @@ def make(random: Random, folder: Path) -> None:
     if b"mask_files" in data:
         for masks in vector.parent.glob("masks*.st"):
             shutil.copy(masks, folder)
-    how = random.choice(["bytes", "header", "manifest", "manifest", "manifest", "streams", "streams", "streams", "both"])
-    if how == "bytes":
-        changed = mutated_bytes(random, data)
-    else:
-        changed = _changed(random, data, folder, how)
+    how = random.choice(
+        ["bytes", "header", "manifest", "manifest", "manifest", "streams", "streams", "streams", "both"]
+    )
+    changed = mutated_bytes(random, data) if how == "bytes" else _changed(random, data, folder, how)
     (folder / FILE).write_bytes(changed)
 
 
@@ -122,7 +121,9 @@ def _changed(random: Random, data: bytes, folder: Path, how: str) -> bytes:
     header, buffer = json.loads(data[8 : 8 + size], parse_int=reader.integer), data[8 + size :]
     metadata = header.pop("__metadata__", {})
     manifest = json.loads(metadata["shira"], parse_int=reader.integer)
-    streams = {name: [one["dtype"], one["shape"], buffer[slice(*one["data_offsets"])]] for name, one in header.items()}
+    streams = {
+        name: [one["dtype"], one["shape"], buffer[slice(*one["data_offsets"])]] for name, one in header.items()
+    }
     if how in ("streams", "both") and streams:
         for name in random.sample(sorted(streams), k=min(len(streams), random.choice([1, 1, 2]))):
             streams[name] = _mutated_stream(random, *streams[name])
@@ -159,13 +160,21 @@ def _items(manifest: Any, key: str) -> list[Any]:
 
 def _put_right(manifest: Any, streams: dict[str, list[Any]]) -> None:
     """Digests of streams as they are now; those of coded base values, which are of the values, stay."""
-    for key, suffixes in (("tensors", ("indices", "blocks", "values", "base", "rows")), ("whole", ("values", "base"))):
+    for key, suffixes in (
+        ("tensors", ("indices", "blocks", "values", "base", "rows")),
+        ("whole", ("values", "base")),
+    ):
         for item in _items(manifest, key):
             coding = item.get("coding")
             coded = isinstance(coding, dict) and "base" in coding
             for role in suffixes:
                 stream = item.get("name") if key == "whole" and role == "values" else f"{item.get('name')}#{role}"
-                if role in item["digests"] and isinstance(stream, str) and stream in streams and not (coded and role == "base"):
+                if (
+                    role in item["digests"]
+                    and isinstance(stream, str)
+                    and stream in streams
+                    and not (coded and role == "base")
+                ):
                     item["digests"][role] = hashlib.sha256(streams[stream][2]).hexdigest()
 
 
@@ -196,7 +205,9 @@ def _file(streams: dict[str, list[Any]], metadata: dict[str, str], manifest: Any
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
         at += len(data)
     if random is not None:
-        header = mutated_json(random, header, ["dtype", "shape", "data_offsets", "__metadata__"], ["F16", "U8", [0, 4], [2]])
+        header = mutated_json(
+            random, header, ["dtype", "shape", "data_offsets", "__metadata__"], ["F16", "U8", [0, 4], [2]]
+        )
     head = json.dumps(header).encode()
     return len(head).to_bytes(8, "little") + head + b"".join(data for *_, data in streams.values())
 

@@ -41,7 +41,9 @@ def make(random: Random, folder: Path) -> None:
 
 
 def _indices(random: Random, generator: np.random.Generator, kind: str) -> dict[str, Any]:
-    shape = random.choice(_SHAPES if kind in ("varint", "classes", "flat") else [one for one in _SHAPES if numel(one) < 1 << 20])
+    shape = random.choice(
+        _SHAPES if kind in ("varint", "classes", "flat") else [one for one in _SHAPES if numel(one) < 1 << 20]
+    )
     size, count = numel(shape), random.choice([0, 1, 5, 60, 700, 5000])
     indices = np.unique(generator.integers(0, size, min(count, size)))
     if kind == "runs":
@@ -50,7 +52,11 @@ def _indices(random: Random, generator: np.random.Generator, kind: str) -> dict[
         indices = (starts[:, None] + np.arange(length)).reshape(-1)
         indices = indices[indices < size]
     dtype = random.choice(_DTYPES)
-    base = _bits(generator, FLOATS[dtype], size) if kind == "classes" and size <= 1 << 16 and random.random() < 0.5 else None
+    base = (
+        _bits(generator, FLOATS[dtype], size)
+        if kind == "classes" and size <= 1 << 16 and random.random() < 0.5
+        else None
+    )
     if kind == "classes":
         made = encode_classes(indices, shape, base)
     elif kind == "runs" and CODECS[kind].size(indices, shape) is None:
@@ -70,7 +76,9 @@ def _indices(random: Random, generator: np.random.Generator, kind: str) -> dict[
 def _values(random: Random, generator: np.random.Generator, kind: str) -> dict[str, Any]:
     dtype = FLOATS[random.choice(_DTYPES)]
     count = random.choice([0, 1, 5, 60, 700, 9000])
-    base = _bits(generator, dtype, count) if random.random() < 0.1 else generator.standard_normal(count).astype(dtype)
+    base = (
+        _bits(generator, dtype, count) if random.random() < 0.1 else generator.standard_normal(count).astype(dtype)
+    )
     if kind == "floats":
         stream = encode_floats(base)
         base = base[:0]
@@ -114,7 +122,9 @@ def _decode_indices(case: dict[str, Any], stream: Array, base: Array | None) -> 
     blocks = None if case["blocks"] is None else np.array(case["blocks"], np.int64).reshape(-1, 2)
     codec.check_params(case["params"], "w")
     declared = codec.streams(case["params"], count)
-    if ("blocks" in declared) != (blocks is not None) or (blocks is not None and declared["blocks"][1] != blocks.shape):
+    if ("blocks" in declared) != (blocks is not None) or (
+        blocks is not None and declared["blocks"][1] != blocks.shape
+    ):
         return  # which is refused when a file is opened
     if (wanted := declared["indices"][1]) is not None and wanted != stream.shape:
         return

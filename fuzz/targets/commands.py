@@ -35,7 +35,19 @@ _COMMANDS = [
     "convert repack A --base D -o new.st", "mask --base D --rule wm --density 0.1 --within A -o new.st", "mask --rule union A B -o new.st",
     "mask --combine union A B -o new.st", "inspect D", "convert lora_to_shira A --base D -o new.st", "convert peft_to_shira A --base D -o new.st",
 ]  # fmt: skip
-_NAMES = ["a.st", "b.st", "-x.st", "--json.st", "a\u202eb.st", "c\x1b[2Kd.st", "e\nf.st", "é 語.st", "<b>&.st", "a%s{0}.st", "$(id).st"]
+_NAMES = [
+    "a.st",
+    "b.st",
+    "-x.st",
+    "--json.st",
+    "a\u202eb.st",
+    "c\x1b[2Kd.st",
+    "e\nf.st",
+    "é 語.st",
+    "<b>&.st",
+    "a%s{0}.st",
+    "$(id).st",
+]
 _KEYS = [
     "description", "license", "writer", "base_model", "source", "selection", "mask", "id", "revision", "files", "dialect", "kind", "rule", "density",
     "energy", "scope", "alpha", "name", "digest", "mine",
@@ -55,7 +67,12 @@ def make(random: Random, folder: Path) -> None:
         _adapter(random, folder / name, base)
     words = random.choice(_COMMANDS).split()
     words += ["--json"] if random.random() < 0.3 and words[0] != "mask" else []
-    places = {"A": f"./{names[0]}", "B": f"./{names[1]}", "D": "base.safetensors", "P": text(random, ["(", "w", "a{1,99999}"])}
+    places = {
+        "A": f"./{names[0]}",
+        "B": f"./{names[1]}",
+        "D": "base.safetensors",
+        "P": text(random, ["(", "w", "a{1,99999}"]),
+    }
     words = [places.get(word, word) for word in words]
     (folder / _CASE).write_text(json.dumps(words), "utf-8")
 
@@ -87,7 +104,11 @@ def _rewrite(random: Random, path: Path) -> None:
     file = SafetensorsFile(path)
     data, size = path.read_bytes(), sum(stream.nbytes for stream in file.values())
     manifest = json.loads(file.metadata[METADATA_KEY])
-    kept = {key: manifest[key] for key in ("format_version", "features", "digest", "tensors", "whole") if key in manifest}
+    kept = {
+        key: manifest[key]
+        for key in ("format_version", "features", "digest", "tensors", "whole")
+        if key in manifest
+    }
     told: Any = {
         "description": text(random), "license": text(random), "writer": text(random), "alpha": random.choice([1, 0.5, 0, -2, 1e30]),
         "base_model": {"id": text(random), "revision": text(random), "files": [{"name": text(random), "digest": text(random)}]},
@@ -139,7 +160,7 @@ def _judge(words: list[str], code: int, out: str, err: str, before: dict[str, by
         _check_characters(where, shown)
     for name, data in new.items():
         if name.endswith((".html", ".json")):
-            _check_characters(name, data.decode("utf-8").replace("\u00a0%", " %"))  # ours
+            _check_characters(name, data.decode("utf-8").replace("\u00a0", " "))  # between numbers and units
         if name.endswith(".html") and b"<script>alert" in data:
             raise Violation(f"{name}: a name is markup")
     if "error:" in err and code == 0:
@@ -156,7 +177,7 @@ def _check_characters(where: str, shown: str) -> None:
     for line in shown.split("\n"):
         if not line.isprintable():
             bad = next(char for char in line if not char.isprintable())
-            raise Violation(f"{where} has the character U+{ord(bad):04X}: {ascii(line[:300])}")
+            raise Violation(f"{where} has the character U+{ord(bad):04X}: {line[:300]!a}")
 
 
 def _no_constant(word: str) -> None:

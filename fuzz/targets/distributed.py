@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from fuzz.mutate import NUMBERS, TEXTS, mutated_bytes
 from fuzz.opcodes import RAN, Program, called
@@ -57,7 +62,10 @@ def check(folder: Path) -> None:
 
 @functools.cache
 def _saved() -> dict[str, bytes]:
-    state = {"model": {"a.weight": torch.arange(24.0).reshape(4, 6), "b": torch.ones(5, dtype=torch.bfloat16)}, "step": 7}
+    state = {
+        "model": {"a.weight": torch.arange(24.0).reshape(4, 6), "b": torch.ones(5, dtype=torch.bfloat16)},
+        "step": 7,
+    }
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.distributed is disabled, it says
@@ -81,9 +89,13 @@ def _change(random: Random, metadata: Metadata) -> None:
         places[index] = replace(places[index], **{field: value})
     elif how == "key":
         index = random.choice(sorted(places, key=str))
-        places[MetadataIndex(random.choice([index.fqn, "x"]), random.choice([None, torch.Size([0]), size]))] = places.pop(index)
+        places[MetadataIndex(random.choice([index.fqn, "x"]), random.choice([None, torch.Size([0]), size]))] = (
+            places.pop(index)
+        )
     elif how == "paths":
-        metadata.planner_data = random.choice([None, {"a": ("model", 3)}, {"a": odd}, {odd if isinstance(odd, str) else "x": ()}, 5])
+        metadata.planner_data = random.choice(
+            [None, {"a": ("model", 3)}, {"a": odd}, {odd if isinstance(odd, str) else "x": ()}, 5]
+        )
     elif how == "item":
         items[random.choice([*items, "new"])] = random.choice([BytesStorageMetadata(), None, odd])
     else:

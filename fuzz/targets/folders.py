@@ -26,8 +26,36 @@ from shira_format.format import load, save
 from shira_format.tensors import DenseTensor, SparseTensor
 
 CSR, OUT, MOMENTS = "csr", "adapter.st", "moments.safetensors"
-_KEYS = ["name", "file", "shape", "dtype", "values", "data_dtype", "digests", "original", "whole", "manifest", "version", "format"]
-_VALUES: list[Any] = ["target", "delta", "none", "F32", "BF16", "float32", "float64", "w.npz", "../w.npz", "CON.npz", [6, 8], [48], {}, *TEXTS]
+_KEYS = [
+    "name",
+    "file",
+    "shape",
+    "dtype",
+    "values",
+    "data_dtype",
+    "digests",
+    "original",
+    "whole",
+    "manifest",
+    "version",
+    "format",
+]
+_VALUES: list[Any] = [
+    "target",
+    "delta",
+    "none",
+    "F32",
+    "BF16",
+    "float32",
+    "float64",
+    "w.npz",
+    "../w.npz",
+    "CON.npz",
+    [6, 8],
+    [48],
+    {},
+    *TEXTS,
+]
 _NUMBERS = [-1, 0, 1, 2, 7, 2**31 - 1, -(2**31), 2**62]
 
 
@@ -39,7 +67,9 @@ def make(random: Random, folder: Path) -> None:
     files = dict(_exported())
     how = random.choice(["index", "index", "arrays", "arrays", "arrays", "bytes", "both"])
     if how in ("index", "both"):
-        files["index.json"] = json.dumps(mutated_json(random, json.loads(files["index.json"]), _KEYS, _VALUES)).encode()
+        files["index.json"] = json.dumps(
+            mutated_json(random, json.loads(files["index.json"]), _KEYS, _VALUES)
+        ).encode()
     if how in ("arrays", "both"):
         name = random.choice([name for name in files if name.endswith(".npz")])
         files[name] = _npz(random, files[name])
@@ -82,7 +112,10 @@ def _exported() -> dict[str, bytes]:
         SparseTensor("m", (48,), indices, value_kind="none", dtype=np.float16),
     ]
     place = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    save(Adapter(tensors, dense=[DenseTensor("d", base, base=target)], manifest={"description": "x"}), place / "a.st")
+    save(
+        Adapter(tensors, dense=[DenseTensor("d", base, base=target)], manifest={"description": "x"}),
+        place / "a.st",
+    )
     shira_to_csr(place / "a.st", place / "csr")
     found = {path.name: path.read_bytes() for path in (place / "csr").iterdir()}
     shutil.rmtree(place)
@@ -100,7 +133,9 @@ def _npz(random: Random, data: bytes) -> bytes:
         if how == "cell" and array.size and array.dtype.kind in "iuf":
             array.reshape(-1)[random.randrange(array.size)] = np.array(random.choice(_NUMBERS)).astype(array.dtype)
         elif how == "dtype" and array.dtype.kind in "iuf":
-            array = array.astype(random.choice(["int64", "int8", "uint64", "float16", "float64", ">i4", "complex64", "bool"]))
+            array = array.astype(
+                random.choice(["int64", "int8", "uint64", "float16", "float64", ">i4", "complex64", "bool"])
+            )
         elif how == "shape":
             array = array.reshape(random.choice([(-1,), (1, -1)])) if array.size else array
         elif how == "length" and array.size:
@@ -138,7 +173,11 @@ def _mutated_member(random: Random, data: bytes) -> bytes:
 
 def _moments(random: Random) -> bytes:
     width, samples = random.choice([1, 3, 4]), random.choice([1, 10, 0, -1, 2**70])
-    inputs = np.random.default_rng(random.getrandbits(32)).standard_normal((10, width)).astype(random.choice(["float32", "float64"]))
+    inputs = (
+        np.random.default_rng(random.getrandbits(32))
+        .standard_normal((10, width))
+        .astype(random.choice(["float32", "float64"]))
+    )
     blocks = (inputs.T @ inputs / 10)[None, None]
     if random.random() < 0.4:
         blocks.reshape(-1)[random.randrange(blocks.size)] = random.choice([np.nan, np.inf, -1.0, 1e30, 0.0])

@@ -18,7 +18,13 @@ _NAMES = [
     "blk.0.ffn_down.weight", "blk.1.attn_q.bias", "rope_freqs.weight",
 ]  # fmt: skip
 _PLAIN = {0: 4, 1: 2, 30: 2, 24: 1, 28: 8}  # types: bytes of an element
-_BLOCKS = {2: (32, 18), 8: (32, 34), 12: (256, 144), 14: (256, 210), 10: (256, 84)}  # types: elements and bytes of a block
+_BLOCKS = {
+    2: (32, 18),
+    8: (32, 34),
+    12: (256, 144),
+    14: (256, 210),
+    10: (256, 84),
+}  # types: elements and bytes of a block
 
 
 def make(random: Random, folder: Path) -> None:

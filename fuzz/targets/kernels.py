@@ -123,7 +123,14 @@ def _exchange(given: _Arguments) -> None:
 def _overlay(given: _Arguments) -> None:
     dtype, size = given.dtype(), given.size()
     indices, other = given.rising(size), given.rising(size)
-    _changes(given, compiled.overlay, [given.values(indices.size, dtype)], indices, other, given.values(other.size, dtype))
+    _changes(
+        given,
+        compiled.overlay,
+        [given.values(indices.size, dtype)],
+        indices,
+        other,
+        given.values(other.size, dtype),
+    )
 
 
 def _union(given: _Arguments) -> None:
@@ -186,7 +193,10 @@ def _product(given: _Arguments) -> None:
 def _sampled(given: _Arguments) -> None:
     rows, columns = (int(side) for side in given.random.integers(1, 40, 2))
     first = int(given.random.integers(0, 4))
-    factors = [given.random.integers(-3, 4, (first + sampled_kernel.TOKENS, side)).astype(np.float32) for side in (rows, columns)]
+    factors = [
+        given.random.integers(-3, 4, (first + sampled_kernel.TOKENS, side)).astype(np.float32)
+        for side in (rows, columns)
+    ]
     chosen = np.flatnonzero(given.random.random(rows * columns) < 0.3)
     starts = np.searchsorted(chosen // columns, np.arange(rows + 1)).astype(np.int32)
     places = (chosen % columns).astype(np.int32)

@@ -33,7 +33,16 @@ from shira_format.tensors import SparseTensor
 from shira_format.training.sparse import sparse_parameters
 
 _KILLED = 137
-_CALLS = ["replace", "rename", "fsync", "mkdir", "rmdir", "unlink", "remove", "truncate"]  # of os; shutil.rmtree calls these
+_CALLS = [
+    "replace",
+    "rename",
+    "fsync",
+    "mkdir",
+    "rmdir",
+    "unlink",
+    "remove",
+    "truncate",
+]  # of os; shutil.rmtree calls these
 _SHAPE = (6, 8)
 _NAMES = ["a.weight", "b.weight"]
 
@@ -45,7 +54,11 @@ Writer = Callable[[Path], object]
 
 def make(random: Random, folder: Path) -> None:
     """The name of a writer, whether there is an old result, and whether the system can exchange two names."""
-    case = {"writer": random.choice(sorted(_WRITERS)), "old": random.random() < 0.6, "exchange": random.random() < 0.6}
+    case = {
+        "writer": random.choice(sorted(_WRITERS)),
+        "old": random.random() < 0.6,
+        "exchange": random.random() < 0.6,
+    }
     (folder / "case.json").write_text(json.dumps(case | {"seed": random.randrange(1000)}), "utf-8")
 
 
@@ -74,7 +87,9 @@ def check(folder: Path) -> None:
         _check_state(killed, _state(place), old, new)
         _must_end(write, place, exchange)
         if (after := _state(place)) != new:
-            wrong = sorted(str(name) for name in after.keys() ^ new.keys()) or [name for name in new if after[name] != new[name]]
+            wrong = sorted(str(name) for name in after.keys() ^ new.keys()) or [
+                name for name in new if after[name] != new[name]
+            ]
             raise Violation(f"call {killed}: the next run leaves others than a run that was not killed: {wrong}")
         shutil.rmtree(place)
 
@@ -130,7 +145,9 @@ def _state(place: Path) -> dict[str, Any]:
         if path.name == "published":
             found[path.name] = _published(path)
         elif path.is_dir():
-            found[path.name] = {str(one.relative_to(path)): one.read_bytes() for one in sorted(path.rglob("*")) if one.is_file()}
+            found[path.name] = {
+                str(one.relative_to(path)): one.read_bytes() for one in sorted(path.rglob("*")) if one.is_file()
+            }
         else:
             found[path.name] = path.read_bytes()
     return found
@@ -153,7 +170,11 @@ def _inputs(place: Path, seed: int) -> None:
         for name, weight in base.items():
             indices = np.flatnonzero(random.random(weight.size) < 0.3)
             own = weight.reshape(-1)[indices]
-            tensors.append(SparseTensor(name, _SHAPE, indices, own + random.standard_normal(indices.size).astype(np.float32), base=own))
+            tensors.append(
+                SparseTensor(
+                    name, _SHAPE, indices, own + random.standard_normal(indices.size).astype(np.float32), base=own
+                )
+            )
         save(Adapter(tensors), place / file)
     (place / "lora").mkdir(exist_ok=True)
     pairs = {"lora_A": (2, _SHAPE[1]), "lora_B": (_SHAPE[0], 2)}
@@ -162,7 +183,9 @@ def _inputs(place: Path, seed: int) -> None:
         for name in _NAMES for part, shape in pairs.items()
     }  # fmt: skip
     (place / "lora" / "adapter_model.safetensors").write_bytes(safetensors.content(factors))
-    (place / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}), "utf-8")
+    (place / "lora" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}), "utf-8"
+    )
     np.save(place / "step.npy", random.standard_normal(_SHAPE).astype(np.float32))
 
 
@@ -187,12 +210,24 @@ def _publish(place: Path) -> None:
 
 _WRITERS: dict[str, Writer] = {
     "adapter": lambda place: save(Adapter({}), place / "new.st"),
-    "conversion": lambda place: lora_to_shira(place / "lora", place / "base.safetensors", place / "new.st", density=0.3, threads=1, resume=True, force=True),
+    "conversion": lambda place: lora_to_shira(
+        place / "lora",
+        place / "base.safetensors",
+        place / "new.st",
+        density=0.3,
+        threads=1,
+        resume=True,
+        force=True,
+    ),
     "csr": lambda place: shira_to_csr(place / "one.st", place / "new", force=True),
     "full": lambda place: shira_to_full(place / "one.st", place / "base.safetensors", place / "new", threads=1),
-    "lora": lambda place: shira_to_lora(place / "one.st", out=place / "new", base=place / "base.safetensors", rank=2, force=True),
+    "lora": lambda place: shira_to_lora(
+        place / "one.st", out=place / "new", base=place / "base.safetensors", rank=2, force=True
+    ),
     "merge": lambda place: merge([place / "one.st", place / "two.st"], place / "new.st", threads=1),
-    "peft": lambda place: shira_to_peft(place / "one.st", out=place / "new", base=place / "base.safetensors", pad=True, force=True),
+    "peft": lambda place: shira_to_peft(
+        place / "one.st", out=place / "new", base=place / "base.safetensors", pad=True, force=True
+    ),
     "publisher": _publish,
     "training": _train,
 }

@@ -21,7 +21,27 @@ _MODULES = {
     "model.layers.0.mlp.up_proj": (16, 8), "model.layers.1.self_attn.q_proj": (8, 8), "model.layers.1.mlp.down_proj": (8, 16),
     "lm_head": (12, 8),
 }  # fmt: skip
-_ATOMS = ["q_proj", "self_attn", "layers", "0", "1", ".", r"\.", "[0-9]", r"\d", r"\w", "[a-z_]", "[^.]", "a", "^", "$", r"\b", "(?=q)", "model", "proj"]
+_ATOMS = [
+    "q_proj",
+    "self_attn",
+    "layers",
+    "0",
+    "1",
+    ".",
+    r"\.",
+    "[0-9]",
+    r"\d",
+    r"\w",
+    "[a-z_]",
+    "[^.]",
+    "a",
+    "^",
+    "$",
+    r"\b",
+    "(?=q)",
+    "model",
+    "proj",
+]
 _TYPES = [
     "LORA", "LORA", "LORA", "LOHA", "LOKR", "IA3", "ADALORA", "VERA", "OFT", "BOFT", "HRA", "FOURIERFT", "C3A", "LN_TUNING", "MISS",
     "SHIRA", "ROAD", "RANDLORA", "DELORA", "TRAINABLE_TOKENS", "XLORA", "nonsense",
@@ -89,7 +109,16 @@ def _odd(random: Random, arrays: dict[str, Any]) -> dict[str, Any]:
         if how == "renamed":
             found[name + text(random, [".default", ".weight", ".0"])] = array
         elif how == "more":
-            found[text(random, [f"{module}.{key}" for module in _MODULES for key in ("alpha", "lora_A.weight", "diff", "bias")])] = array
+            found[
+                text(
+                    random,
+                    [
+                        f"{module}.{key}"
+                        for module in _MODULES
+                        for key in ("alpha", "lora_A.weight", "diff", "bias")
+                    ],
+                )
+            ] = array
         elif how == "shape":
             found[name] = array.reshape(random.choice([(-1,), (1, -1), (-1, 1), (1, 1, -1)]))
     return {name.encode("utf-8", "replace").decode(): array for name, array in found.items()}
@@ -101,21 +130,34 @@ def _peft(random: Random, folder: Path) -> None:
     for module in _chosen(random):
         kind = tuner if random.random() < 0.97 else random.choice(_TYPES)
         place = f"base_model.model.{module}."
-        arrays |= {place + part: safetensors.some(random, *shape) for part, shape in _parts(kind, rank, *_MODULES[module]).items()}
+        arrays |= {
+            place + part: safetensors.some(random, *shape)
+            for part, shape in _parts(kind, rank, *_MODULES[module]).items()
+        }
     config: dict[str, Any] = {"peft_type": "LORA" if tuner == "DORA" else tuner, "target_modules": ["q_proj"]}
     if tuner in ("LORA", "DORA", "LOHA", "LOKR"):
         alpha = random.choice([rank, 16, 0.5])
-        config |= {"r": rank, "lora_alpha": alpha, "use_dora": tuner == "DORA"} if "ORA" in tuner else {"r": rank, "alpha": alpha}
+        config |= (
+            {"r": rank, "lora_alpha": alpha, "use_dora": tuner == "DORA"}
+            if "ORA" in tuner
+            else {"r": rank, "alpha": alpha}
+        )
         for key in ("rank_pattern", "alpha_pattern"):
             if random.random() < 0.3:
                 numbers = [rank, rank, rank, 1, 4] if key == "rank_pattern" else [1, 2, 0.5, 16]
-                config[key] = {pattern(random): random.choice(numbers) for _ in range(random.choice([1, 1, 2, 40]))}
+                config[key] = {
+                    pattern(random): random.choice(numbers) for _ in range(random.choice([1, 1, 2, 40]))
+                }
     if random.random() < 0.3:
         config["target_modules"] = pattern(random)
     if random.random() < 0.25:
-        config = mutated_json(random, config, _KEYS, [pattern(random), {pattern(random): 2}, [[0, 2]], True, "all", "pissa"])
+        config = mutated_json(
+            random, config, _KEYS, [pattern(random), {pattern(random): 2}, [[0, 2]], True, "all", "pissa"]
+        )
     (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
-    (folder / "adapter_model.safetensors").write_bytes(safetensors.damaged(random, _odd(random, arrays), {"format": "pt"}))
+    (folder / "adapter_model.safetensors").write_bytes(
+        safetensors.damaged(random, _odd(random, arrays), {"format": "pt"})
+    )
 
 
 def _parts(kind: str, rank: int, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -138,7 +180,9 @@ def _pairs(random: Random, down: str, up: str, name: Callable[[str], str], more:
     for module in _chosen(random):
         rows, columns = _MODULES[module]
         shapes = ((columns, rank), (rank, rows)) if turned else ((rank, columns), (rows, rank))
-        arrays[name(module) + down], arrays[name(module) + up] = (safetensors.some(random, *shape) for shape in shapes)
+        arrays[name(module) + down], arrays[name(module) + up] = (
+            safetensors.some(random, *shape) for shape in shapes
+        )
         arrays |= {} if more is None else more(name(module), rank)
     return _odd(random, arrays)
 
@@ -148,29 +192,54 @@ def _kohya(random: Random, folder: Path) -> None:
 
     def more(name: str, rank: int) -> dict[str, Any]:
         found = {f"{name}.alpha": safetensors.some(random)} if random.random() < 0.8 else {}
-        kind = random.choice([*[""] * 8, "dora_scale", "lora_mid.weight", "hada_w1_a", "lokr_w1", "oft_blocks", "diff", "scalar"])
+        kind = random.choice(
+            [*[""] * 8, "dora_scale", "lora_mid.weight", "hada_w1_a", "lokr_w1", "oft_blocks", "diff", "scalar"]
+        )
         return found | ({f"{name}.{kind}": safetensors.some(random, rank, random.choice([1, 8]))} if kind else {})
 
-    arrays = _pairs(random, ".lora_down.weight", ".lora_up.weight", lambda module: prefix + module.replace(".", "_"), more)
-    metadata = {"ss_network_dim": text(random, ["2"]), "ss_network_args": json.dumps({"algo": text(random, ["lora", "loha"])})}
+    arrays = _pairs(
+        random, ".lora_down.weight", ".lora_up.weight", lambda module: prefix + module.replace(".", "_"), more
+    )
+    metadata = {
+        "ss_network_dim": text(random, ["2"]),
+        "ss_network_args": json.dumps({"algo": text(random, ["lora", "loha"])}),
+    }
     metadata = {key: value.encode("utf-8", "replace").decode() for key, value in metadata.items()}
     (folder / "kohya.safetensors").write_bytes(safetensors.damaged(random, arrays, metadata))
 
 
 def _diffusers(random: Random, folder: Path) -> None:
     prefix = random.choice(["unet.", "transformer.", "text_encoder.", ""])
-    endings = random.choice([(".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight"), (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")])
+    endings = random.choice(
+        [
+            (".lora_A.weight", ".lora_B.weight"),
+            (".lora.down.weight", ".lora.up.weight"),
+            (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+        ]
+    )
     arrays = _pairs(random, *endings, lambda module: prefix + module)
-    config: dict[str, Any] = {f"{prefix}r": 2, f"{prefix}lora_alpha": 4, f"{prefix}rank_pattern": {pattern(random): 2}}
+    config: dict[str, Any] = {
+        f"{prefix}r": 2,
+        f"{prefix}lora_alpha": 4,
+        f"{prefix}rank_pattern": {pattern(random): 2},
+    }
     if random.random() < 0.4:
         config = mutated_json(random, config, ["transformer.r", "unet.alpha_pattern"], [{pattern(random): 2}, 2])
     path = folder / "pytorch_lora_weights.safetensors"
-    path.write_bytes(safetensors.damaged(random, arrays, {"lora_adapter_metadata": json.dumps(config)} if random.random() < 0.7 else None))
+    path.write_bytes(
+        safetensors.damaged(
+            random, arrays, {"lora_adapter_metadata": json.dumps(config)} if random.random() < 0.7 else None
+        )
+    )
 
 
 def _mlx(random: Random, folder: Path) -> None:
     arrays = _pairs(random, ".lora_a", ".lora_b", lambda module: module, turned=True)
-    config: Any = {"fine_tune_type": random.choice(["lora", "lora", "lora", "dora", "full"]), "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": ["q_proj"]}, "num_layers": 2}
+    config: Any = {
+        "fine_tune_type": random.choice(["lora", "lora", "lora", "dora", "full"]),
+        "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": ["q_proj"]},
+        "num_layers": 2,
+    }
     if random.random() < 0.4:
         config = mutated_json(random, config, ["rank", "scale", "num_layers", "lora_layers"], [2, 0.5])
     (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
@@ -180,13 +249,24 @@ def _mlx(random: Random, folder: Path) -> None:
 def _bare(random: Random, folder: Path) -> None:
     style = random.choice(["xlabs", "torchtune", "processor"])
     if style == "torchtune":
-        arrays = _pairs(random, ".lora_a.weight", ".lora_b.weight", lambda module: module.replace("model.", "").replace("self_attn", "attn"))
+        arrays = _pairs(
+            random,
+            ".lora_a.weight",
+            ".lora_b.weight",
+            lambda module: module.replace("model.", "").replace("self_attn", "attn"),
+        )
         config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA"}
-        (folder / "adapter_config.json").write_text(json.dumps(mutated_json(random, config, _KEYS) if random.random() < 0.3 else config), "utf-8")
+        (folder / "adapter_config.json").write_text(
+            json.dumps(mutated_json(random, config, _KEYS) if random.random() < 0.3 else config), "utf-8"
+        )
     else:
-        place = "double_blocks.0.processor.qkv_lora1" if style == "xlabs" else "unet.down_blocks.0.processor.to_q_lora"
+        place = (
+            "double_blocks.0.processor.qkv_lora1" if style == "xlabs" else "unet.down_blocks.0.processor.to_q_lora"
+        )
         arrays = _pairs(random, ".down.weight", ".up.weight", lambda module: f"{place}.{module}")
-    (folder / ("adapter_0.safetensors" if style == "torchtune" else "lora.safetensors")).write_bytes(safetensors.damaged(random, arrays))
+    (folder / ("adapter_0.safetensors" if style == "torchtune" else "lora.safetensors")).write_bytes(
+        safetensors.damaged(random, arrays)
+    )
 
 
 _DIALECTS: dict[str, Callable[[Random, Path], None]] = {

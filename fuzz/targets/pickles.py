@@ -33,7 +33,11 @@ def make(random: Random, folder: Path) -> None:
     else:
         program = Program(random, sorted(_names()), _tensors(random, legacy=how == "legacy")).pickled()
         if random.random() < 0.5:
-            program = b"\x80\x02}(" + b"".join(text(f"w{n}") + atom for n, atom in enumerate(_tensors(random, legacy=how == "legacy"))) + b"u."
+            program = (
+                b"\x80\x02}("
+                + b"".join(text(f"w{n}") + atom for n, atom in enumerate(_tensors(random, legacy=how == "legacy")))
+                + b"u."
+            )
         if random.random() < 0.2:
             program = mutated_bytes(random, program)
         data = _zip(random, program) if how == "zip" else _legacy(random, program)
@@ -58,11 +62,30 @@ def _tensors(random: Random, *, legacy: bool) -> list[bytes]:
 
 
 def _tensor(random: Random, *, legacy: bool) -> bytes:
-    kind = random.choice(["FloatStorage", "HalfStorage", "BFloat16Storage", "LongStorage", "BoolStorage", "ComplexFloatStorage", "No"])
+    kind = random.choice(
+        [
+            "FloatStorage",
+            "HalfStorage",
+            "BFloat16Storage",
+            "LongStorage",
+            "BoolStorage",
+            "ComplexFloatStorage",
+            "No",
+        ]
+    )
     width = {"FloatStorage": 4, "LongStorage": 8, "ComplexFloatStorage": 8, "BoolStorage": 1}.get(kind, 2)
     count = _BYTES // width if random.random() < 0.8 else random.choice(_SIDES)
     key = text("0" if random.random() < 0.9 else random.choice(["1", "../0", ""]))
-    storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + key + text("cpu") + integer(count) + (b"N" if legacy else b"") + b"tQ"
+    storage = (
+        b"("
+        + text("storage")
+        + f"ctorch\n{kind}\n".encode()
+        + key
+        + text("cpu")
+        + integer(count)
+        + (b"N" if legacy else b"")
+        + b"tQ"
+    )
     shape = [random.choice([1, 2, 3, 4]) for _ in range(random.choice([0, 1, 2, 2, 3]))]
     strides = [1] * len(shape)
     for at in range(len(shape) - 2, -1, -1):
@@ -71,8 +94,18 @@ def _tensor(random: Random, *, legacy: bool) -> bytes:
         (shape if random.random() < 0.5 else strides)[random.randrange(len(shape))] = random.choice([*_SIDES, -1])
     sizes = [b"(" + b"".join(map(integer, one)) + b"t" for one in (shape, strides)]
     offset = integer(random.choice([0, 0, 0, 1, 2**40, -1]))
-    rebuilt = called("torch._utils", "_rebuild_tensor_v2", storage, offset, *sizes, b"\x89", called("collections", "OrderedDict"))
-    return called("torch._utils", "_rebuild_parameter", rebuilt, b"\x89", b"N") if random.random() < 0.2 else rebuilt
+    rebuilt = called(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        storage,
+        offset,
+        *sizes,
+        b"\x89",
+        called("collections", "OrderedDict"),
+    )
+    return (
+        called("torch._utils", "_rebuild_parameter", rebuilt, b"\x89", b"N") if random.random() < 0.2 else rebuilt
+    )
 
 
 def _zip(random: Random, program: bytes) -> bytes:
@@ -97,7 +130,12 @@ def _legacy(random: Random, program: bytes) -> bytes:
 def _real() -> list[bytes]:
     """Files that torch writes."""
     shared = torch.arange(12.0).reshape(3, 4)
-    state = {"a.weight": shared, "b.weight": shared.T, "c": torch.ones(5, dtype=torch.bfloat16), "d": torch.tensor(True)}
+    state = {
+        "a.weight": shared,
+        "b.weight": shared.T,
+        "c": torch.ones(5, dtype=torch.bfloat16),
+        "d": torch.tensor(True),
+    }
     found = []
     for legacy in (False, True):
         data = io.BytesIO()

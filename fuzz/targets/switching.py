@@ -43,7 +43,13 @@ def make(random: Random, folder: Path) -> None:
 def check(folder: Path) -> None:
     """Some runs of the machine."""
     seed = json.loads((folder / "case.json").read_text("utf-8"))["seed"]
-    how = settings(max_examples=6, stateful_step_count=25, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    how = settings(
+        max_examples=6,
+        stateful_step_count=25,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     run_state_machine_as_test(hypothesis.seed(seed)(type("Machine", (Machine,), {})), settings=how)
 
 
@@ -72,7 +78,9 @@ class Machine(RuleBasedStateMachine):
         """A model of torch tensors or numpy arrays; two names are one weight."""
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         made = torch.Generator().manual_seed(seed)
-        self.blocks = {name: _Block(torch.randn(shape, generator=made).to(dtype)) for name, shape in _SHAPES.items()}
+        self.blocks = {
+            name: _Block(torch.randn(shape, generator=made).to(dtype)) for name, shape in _SHAPES.items()
+        }
         self.numpy = numpy and dtype == torch.float32
         self.weights: dict[str, Any] = {name: self._as_live(block.weight) for name, block in self.blocks.items()}
         self.weights["tied"] = self.weights["w"]
@@ -102,7 +110,11 @@ class Machine(RuleBasedStateMachine):
                 own = base.reshape(-1)[indices]
                 values = random.standard_normal(indices.size).astype(base.dtype)
                 known = {"base": own} if random.random() < 0.7 or kind == "target" else {}
-                tensors.append(SparseTensor(name, base.shape, indices, values, value_kind=str(kind), dtype=base.dtype, **known))  # type: ignore[arg-type]
+                tensors.append(
+                    SparseTensor(
+                        name, base.shape, indices, values, value_kind=str(kind), dtype=base.dtype, **known
+                    )
+                )  # type: ignore[arg-type]
                 self.arrays += [indices, values, own]
         return Adapter(tensors, dense=dense)
 
@@ -135,7 +147,10 @@ class Machine(RuleBasedStateMachine):
             self._check_base()
 
     @precondition(lambda self: not self.undo)
-    @rule(name=st.sampled_from(["v", "w", "x"]), kind=st.sampled_from(["cut", "turn", "flat", "other", "overlap", "tie", "untie", "lose", "expand"]))
+    @rule(
+        name=st.sampled_from(["v", "w", "x"]),
+        kind=st.sampled_from(["cut", "turn", "flat", "other", "overlap", "tie", "untie", "lose", "expand"]),
+    )
     def tamper(self, name: str, kind: str) -> None:
         """Something else takes the weight's name, until :meth:`put_back`."""
         before = dict(self.weights)
@@ -148,7 +163,9 @@ class Machine(RuleBasedStateMachine):
         if kind == "lose":
             del self.weights[name]
         else:
-            self.weights["tied" if kind == "untie" else "more" if kind == "overlap" else name] = self._as_live(new[kind]())
+            self.weights["tied" if kind == "untie" else "more" if kind == "overlap" else name] = self._as_live(
+                new[kind]()
+            )
 
         def put_back() -> None:
             self.weights.clear()
@@ -181,7 +198,9 @@ class Machine(RuleBasedStateMachine):
     def train(self, name: str, seed: int) -> None:
         """The base changes, which is allowed while no adapter is on."""
         if not self.switcher.report.adapters:
-            self.blocks[name].weight.copy_(torch.randn(self.blocks[name].weight.shape, generator=torch.Generator().manual_seed(seed)))
+            self.blocks[name].weight.copy_(
+                torch.randn(self.blocks[name].weight.shape, generator=torch.Generator().manual_seed(seed))
+            )
             self.blocks[name].base = self.blocks[name].bits()
 
     @precondition(lambda self: any(isinstance(one, Path) for one in self.adapters))
@@ -221,7 +240,9 @@ class Machine(RuleBasedStateMachine):
         return True
 
     def _everything(self) -> Any:
-        return [block.bits() for block in self.blocks.values()], {name: as_array(one).tobytes() for name, one in self.weights.items()}
+        return [block.bits() for block in self.blocks.values()], {
+            name: as_array(one).tobytes() for name, one in self.weights.items()
+        }
 
     def _check_base(self) -> None:
         for name, block in self.blocks.items():

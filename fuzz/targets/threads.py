@@ -63,8 +63,12 @@ class _Shared:
         for path in self.paths:
             save(Adapter([self._tensor(random, name) for name in self.base]), path)
         self.opened = [load(path) for path in self.paths]
-        self.expected = [{name: tensor.values.tobytes() for name, tensor in adapter.items()} for adapter in self.opened]
-        pool = AdapterPool({path.stem: path for path in self.paths}, budget=int(random.choice([0, 1 << 14, 1 << 30])))
+        self.expected = [
+            {name: tensor.values.tobytes() for name, tensor in adapter.items()} for adapter in self.opened
+        ]
+        pool = AdapterPool(
+            {path.stem: path for path in self.paths}, budget=int(random.choice([0, 1 << 14, 1 << 30]))
+        )
         self.switcher = Switcher(self.model, pool=pool, threads=2)
 
     def _tensor(self, random: np.random.Generator, name: str) -> SparseTensor:
@@ -78,7 +82,9 @@ class _Shared:
         for step in range(_STEPS):
             at = random.randrange(_ADAPTERS)
             source: Any = random.choice([self.paths[at], self.paths[at].stem, self.opened[at]])
-            how = random.choice(["load", "switch", "unload", "revert", "serving", "applied", "read", "save", "replace"])
+            how = random.choice(
+                ["load", "switch", "unload", "revert", "serving", "applied", "read", "save", "replace"]
+            )
             try:
                 self._step(how, at, source, random, self.folder / f"{number}-{step}.st")
             except (ShiraError, KeyError) as error:
@@ -95,7 +101,10 @@ class _Shared:
         elif how == "serving":
             with self.switcher.serving() as report:
                 before = [weight.tobytes() for weight in self.model.values()]
-                if before != [weight.tobytes() for weight in self.model.values()] or report != self.switcher.report:
+                if (
+                    before != [weight.tobytes() for weight in self.model.values()]
+                    or report != self.switcher.report
+                ):
                     raise Violation("weights changed while they served")
         elif how == "applied":
             with self.switcher.applied(source, 1.0):

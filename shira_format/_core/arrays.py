@@ -106,8 +106,13 @@ def distinct(values: Array) -> Array:
 def distinct_counts(values: Array) -> tuple[Array, Indices]:
     """The distinct values, sorted, and how often each occurs: ``[n]`` and int64 ``[n]``."""
     ordered = np.sort(values, axis=None, kind="stable")
-    first = np.flatnonzero(_is_new(ordered))
-    return ordered[first], np.diff(first, append=ordered.size)
+    ends = np.flatnonzero(_is_new(ordered))
+    found = ordered[ends]
+    counts = np.empty(ends.size, np.int64)  # quicker than np.diff, which a hundred thousand small tensors show
+    if ends.size:
+        np.subtract(ends[1:], ends[:-1], out=counts[:-1])
+        counts[-1] = ordered.size - ends[-1]
+    return found, counts
 
 
 def _is_new(ordered: Array) -> npt.NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from shira_analysis.measures.adapter import measure
 from shira_analysis.measures.deltas import open_deltas
 from shira_analysis.measures.pairs import measure_pairs
-from shira_analysis.reports.html import page, report, words
+from shira_analysis.reports.html import adapters, page, report, words
 from shira_analysis.reports.html.adapter_facts import AdapterFacts, read_facts
 from shira_analysis.reports.html.adapters import adapters_page
 from shira_cli import inspect
@@ -487,3 +487,20 @@ def test_in_a_browser(
     assert b"\x89PNG" == picture[:4]
     assert width == int.from_bytes(picture[16:20], "big")
     assert len(picture) > 20_000
+
+
+def test_a_table_of_many_tensors_shows_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "MOST_ROWS", 2)
+    one = np.ones(3, np.float32)
+    tensors = [SparseTensor(f"w{n}", (9,), np.arange(n), one[:n], base=one[:n] - 1) for n in (1, 3, 2)]
+    dense = [DenseTensor(f"d{n}", one[:n], base=one[:n] - 1) for n in (1, 3, 2)]
+    save(Adapter(tensors, dense=dense), tmp_path / "a.st")
+    text = report(tmp_path / "a.st")
+    assert "The 2 with the most entries are shown; shira-inspect --json lists all 3." in text
+    assert "The 2 of the most bytes are shown; shira-inspect --json lists all 3." in text
+    rows = [
+        name
+        for name in ("w1", "w3", "w2", "d1", "d3", "d2")
+        if f'<tr><td><code class="name">{name}</code>' in text
+    ]
+    assert ["w3", "w2", "d3", "d2"] == rows

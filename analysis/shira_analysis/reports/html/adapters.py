@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from shira_analysis.figures.layers import LayerGrid, What, layer_grid
 from shira_analysis.figures.style import digits
@@ -16,6 +16,9 @@ from shira_format._core.text import counted
 from shira_format.calibration.moments import Moments
 from shira_format.version import __version__
 
+_T = TypeVar("_T")
+# Rows of a table of tensors: a browser takes seconds for many more, and nobody reads them.
+MOST_ROWS = 5000
 _UNITS = ("B", "kB", "MB", "GB")
 
 
@@ -77,10 +80,12 @@ def _section(number: int, label: str, adapter: AdapterFacts) -> Iterator[str]:
     yield from _effect(info["fit"])
     yield from _charts(adapter, grid)
     if adapter.tensors:
-        yield f"<details><summary>{counted(len(adapter.tensors), 'tensor')}</summary>{_tensors(adapter)}</details>"
+        yield f"<details><summary>{counted(len(adapter.tensors), 'tensor')}</summary>{_tensors(adapter, grid)}</details>"
     if info["whole"]:
-        rows = [(name(w["name"]), w["dtype"], _shape(w["shape"]), _size(w["bytes"])) for w in info["whole"]]
-        yield f"<details><summary>{counted(len(rows), 'tensor')} replaced as a whole</summary>"
+        shown = _largest(info["whole"], lambda one: one["bytes"])
+        rows = [(name(w["name"]), w["dtype"], _shape(w["shape"]), _size(w["bytes"])) for w in shown]
+        yield f"<details><summary>{counted(len(info['whole']), 'tensor')} replaced as a whole</summary>"
+        yield _left_out(len(info["whole"]), "of the most bytes")
         yield table(("tensor", "dtype", "shape", "size"), rows) + "</details>"
     yield "</section>"
 
@@ -161,11 +166,24 @@ def _charts(adapter: AdapterFacts, grid: LayerGrid) -> Iterator[str]:
         yield charts.mask_image(adapter.mask, caption)
 
 
-def _tensors(adapter: AdapterFacts) -> str:
+def _largest(items: Sequence[_T], size: Callable[[_T], int]) -> list[_T]:
+    """The items that a table shows, in their order: all, or the largest."""
+    if len(items) <= MOST_ROWS:
+        return list(items)
+    kept = sorted(range(len(items)), key=lambda number: -size(items[number]))[:MOST_ROWS]
+    return [items[number] for number in sorted(kept)]
+
+
+def _left_out(count: int, which: str) -> str:
+    if count <= MOST_ROWS:
+        return ""
+    return paragraph([f"The {MOST_ROWS:,} {which} are shown; shira-inspect --json lists all {count:,}."])
+
+
+def _tensors(adapter: AdapterFacts, grid: LayerGrid) -> str:
     rows_by_name = {row["name"]: row for row in adapter.info["tensors"]}
-    grid = layer_grid(adapter.tensors)
     rows = []
-    for tensor in adapter.tensors:
+    for tensor in _largest(adapter.tensors, lambda one: one.mask.nnz):
         row, norms = rows_by_name[tensor.name], tensor.norms
         energy = (
             ""
@@ -192,7 +210,7 @@ def _tensors(adapter: AdapterFacts) -> str:
         "largest change",
         "size",
     )
-    return table(head, rows)
+    return _left_out(len(adapter.tensors), "with the most entries") + table(head, rows)
 
 
 def _shape(shape: Sequence[int]) -> str:

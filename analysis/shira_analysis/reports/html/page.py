@@ -64,10 +64,12 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 
 def text(value: object) -> str:
     """Any text as HTML: escaped, without invisible characters, bidirectional controls or line breaks; no-break spaces stay."""
-    printable = "".join(
-        c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode() for c in str(value)
-    )
-    return html.escape(printable, quote=True)
+    plain = str(value)
+    if not plain.isprintable():
+        plain = "".join(
+            c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode() for c in plain
+        )
+    return html.escape(plain, quote=True)
 
 
 def name(value: object) -> str:
