@@ -166,7 +166,9 @@ def _full(run: ScaleRun) -> dict[str, Any]:
     chosen = _matrices(model)
     for one in chosen.values():
         one.requires_grad_(True)
-    _train(model, list(chosen.values()), _texts(TARGET, "train"), _tuning(run), TUNED_RATE / run.hidden, run.seed + 1)
+    _train(
+        model, list(chosen.values()), _texts(TARGET, "train"), _tuning(run), TUNED_RATE / run.hidden, run.seed + 1
+    )
     _keep(model, run)
     return {"losses": losses_of(model, _held()), "entries": sum(one.numel() for one in chosen.values())}
 
