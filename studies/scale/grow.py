@@ -112,7 +112,7 @@ def _each(model: nn.Module, passages: Tensor) -> Tensor:
 @torch.no_grad()
 def losses_of(model: nn.Module, passages: Tensor) -> list[float]:
     """Of each passage, nats a byte."""
-    found = torch.cat([_each(model, some) for some in passages.split(BATCH)])
+    found = torch.cat([_each(model, some) for some in torch.split(passages, BATCH)])
     return [round(one, 4) for one in found.tolist()]
 
 
