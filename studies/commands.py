@@ -55,12 +55,19 @@ def _masks(options: argparse.Namespace, store: Store) -> int:
 
 def _fits(options: argparse.Namespace, store: Store) -> int:
     from shira_cli.shipped import find_base
-    from studies.fit_runs import find_tuned, start, work
+    from studies.fit_language import find_language_model, train_lora
+    from studies.fit_runs import work
+    from studies.fit_sources import find_tuned, start
 
     plan = QUICK_FITS if options.quick else fits.Plan()
     plan = replace(plan, only=options.only or plan.only)
-    given = (find_base(), find_tuned())
-    return run_all(store, plan.following, work, workers=options.workers, start=start, given=given)
+    with tempfile.TemporaryDirectory(prefix="shira-studies-") as scratch:
+        lora = (options.texts or Path(scratch)) / "language-lora"
+        language = find_language_model()
+        if any(run.source == fits.LANGUAGE for run in plan.following(store)) and not lora.exists():
+            train_lora(language, lora)
+        given = (find_base(), find_tuned(), language, lora)
+        return run_all(store, plan.following, work, workers=options.workers, start=start, given=given)
 
 
 def _prepare(options: argparse.Namespace, tasks: Any, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What a sparse adapter keeps of its source: cuts, fits, supports, and other small forms of the same source at equal bytes.
 
-The sources are the two LoRAs that ship with the commands, for classifiers on all-MiniLM-L6-v2, and a full fine-tune of the same model
-for embeddings. Fits see texts without labels; what is kept is measured on the held-out texts that ship.
+The sources are the two LoRAs that ship with the commands, for classifiers on all-MiniLM-L6-v2, a full fine-tune of the same model for
+embeddings, and a LoRA of SmolLM2 that is trained here on one genre's passages. Fits see texts without labels; what is kept is measured on the held-out texts that ship.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from studies.runs import Run, Store
 
 LORAS = ("spam", "genre")
 TUNED = "sre"
-SOURCES = (*LORAS, TUNED)
-DENSITIES = (0.0001, 0.0005, 0.002, 0.01, 0.05)
+LANGUAGE = "smollm2"
+SOURCES = (*LORAS, TUNED, LANGUAGE)
+DENSITIES = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 MAIN = (0.0005, 0.002, 0.01)  # with all seeds, and for the fine-tune
+LANGUAGE_DENSITIES = (0.0, 0.005, 1.0)
 SUPPORTED = 0.002  # the density at which supports and rivals are compared
 SEEDS = (0, 1)
-STEPS = 300
+STEPS, LANGUAGE_STEPS = 300, 60
 TOKENS, BATCH = 64, 8
 # Of how many texts to fit on; None: all.
 COUNTS = (16, 64, 128, None)
@@ -53,7 +55,7 @@ METHODS = {
     "source": Method("source", "source", densities=(1.0,), sources=SOURCES),
     "cut": Method("plain cut, per tensor", "cut", "tensor", densities=DENSITIES, sources=SOURCES),
     "cut-global": Method("plain cut, all tensors together", "cut", "global", densities=DENSITIES, sources=SOURCES),
-    "moments": Method("moments", "moments", densities=MAIN, sources=SOURCES),
+    "moments": Method("moments", "moments", densities=DENSITIES, sources=SOURCES),
     "distill": Method("distill", "distill", "product", drawn=True, densities=DENSITIES, sources=SOURCES),
     "magnitude": Method("distill, largest updates", "distill", "magnitude", sources=("spam",)),
     "gradient": Method("distill, largest gradients", "distill", "gradient", sources=("spam",)),
@@ -91,6 +93,13 @@ class FitRun(Run):
     texts: int = 0
 
 
+def _fits(source: str, method: Method, density: float) -> bool:
+    """Whether this density of a source is in the study: all of the LoRAs, some of those that take longer."""
+    if source == LANGUAGE:
+        return density in LANGUAGE_DENSITIES
+    return source in LORAS or method.kind not in ("distill", "moments") or density in MAIN
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the study consists of.
@@ -109,19 +118,20 @@ class Plan:
         """All runs: first one seed of all, then the others, then fewer texts."""
         for number, seed in enumerate(self.seeds):
             for name, method in METHODS.items():
-                steps = self.steps if method.kind in ("distill", "low-rank", "learned") else 0
                 for source in method.sources:
                     for density in method.densities:
-                        main = density in MAIN and source != TUNED
-                        if (source == TUNED and method.drawn and density not in MAIN) or (
-                            number and not (method.drawn and main)
-                        ):
-                            continue
-                        yield FitRun(source, name, density, seed, steps)
+                        again = method.drawn and density in MAIN and source in LORAS
+                        if _fits(source, method, density) and (again or not number):
+                            yield FitRun(source, name, density, seed, self._steps(source, method))
         for count in COUNTS[:-1]:
             yield from (
                 FitRun(source, "distill", SUPPORTED, self.seeds[0], self.steps, count or 0) for source in LORAS
             )
+
+    def _steps(self, source: str, method: Method) -> int:
+        if method.kind not in ("distill", "low-rank", "learned"):
+            return 0
+        return min(self.steps, LANGUAGE_STEPS) if source == LANGUAGE else self.steps
 
     def following(self, store: Store) -> list[FitRun]:
         """The runs that are left."""

@@ -5,11 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import exp
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from studies.fits import BATCH, DENSITIES, LORAS, METHODS, SOURCES, SUPPORTED, TOKENS, TUNED
+from studies import fit_language
+from studies.fits import (
+    BATCH,
+    COUNTS,
+    DENSITIES,
+    LANGUAGE,
+    LANGUAGE_STEPS,
+    LORAS,
+    METHODS,
+    SOURCES,
+    SUPPORTED,
+    TOKENS,
+    TUNED,
+)
 from studies.report import facts_table, filled, write_csv
 from studies.runs import Result, Store
 
@@ -34,6 +48,8 @@ class Row:
         r2_sd: standard deviation over seeds; None for one.
         accuracy: of a classifier on held-out texts, the mean over seeds.
         cosine: of embeddings to the source's, likewise.
+        kl: divergence of a language model's or classifier's outputs from the source's, in nats, likewise.
+        log_perplexity: of a language model on held-out texts, in nats a token, likewise.
         share: of the file's bytes in the source's.
         bytes: of the file.
         seconds: of one core, to fit.
@@ -50,6 +66,8 @@ class Row:
     r2_sd: float | None
     accuracy: float | None
     cosine: float | None
+    kl: float | None
+    log_perplexity: float | None
     share: float
     bytes: int
     seconds: float
@@ -76,7 +94,7 @@ def _row(group: Sequence[Result]) -> Row:
     return Row(
         first["source"], first["method"], first["density"], first["texts"], len(group), mean(r2),
         mean(one["low"] for one in group), mean(one["high"] for one in group), stdev(r2) if len(r2) > 1 else None,
-        average("accuracy"), average("cosine"), mean(one["bytes"] / one["source_bytes"] for one in group),
+        average("accuracy"), average("cosine"), average("kl"), average("log_perplexity"), mean(one["bytes"] / one["source_bytes"] for one in group),
         round(mean(one["bytes"] for one in group)), mean(one["fit_seconds"] for one in group),
     )  # fmt: skip
 
@@ -106,6 +124,40 @@ def _cells(row: Row) -> list[str]:
     kept = f"{row.r2:.3f} ± {(row.r2_high - row.r2_low) / 2:.3f}"
     quality = f"{row.cosine:.4f}" if row.accuracy is None else f"{100 * row.accuracy:.1f}"
     return [kept, quality, f"{100 * row.share:.1f} %", f"{row.seconds:.0f}"]
+
+
+def language_table(found: Sequence[Row]) -> str:
+    """Of the language model: the perplexity, and the share of what the source gains of it."""
+    here = [row for row in found if row.source == LANGUAGE]
+    ends = {row.method: row.log_perplexity or 0.0 for row in here if row.method in ("base", "source")}
+    lines = [
+        "|  | entries, % | R² | KL, nats | perplexity | gain kept | bytes | s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in here if len(ends) == 2 else ():
+        own = row.log_perplexity or 0.0
+        gain = (ends["base"] - own) / (ends["base"] - ends["source"])
+        density = f"{100 * row.density:g}" if 0 < row.density < 1 else ""
+        lines.append(
+            f"| {METHODS[row.method].label} | {density} | {row.r2:.3f} ± {(row.r2_high - row.r2_low) / 2:.3f} | {row.kl or 0.0:.4f} | "
+            f"{exp(own):.2f} | {100 * gain:.1f} % | {100 * row.share:.1f} % | {row.seconds:.0f} |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def texts_table(found: Sequence[Row]) -> str:
+    """What fewer texts to fit on cost."""
+    lines = [f"| texts | {' | '.join(f'{source}: R² | accuracy, %' for source in LORAS)} |", "|--:|" + "--:|" * 4]
+    for count in COUNTS:
+        here = {
+            row.source: row
+            for row in found
+            if (row.method, row.density, row.texts) == ("distill", SUPPORTED, count or 0)
+        }
+        if all(source in here for source in LORAS):
+            cells = [cell for source in LORAS for cell in _cells(here[source])[:2]]
+            lines.append(f"| {count or 'all 512'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 _README = (
@@ -143,9 +195,11 @@ def settings(results: Sequence[Result], machine: dict[str, Any]) -> str:
     """What was fitted, how, and on what."""
     steps = max(one["steps"] for one in results)
     facts = {
-        "sources": "spam and genre, the LoRAs that ship (rank 8, 1.34 MB); sre, a full fine-tune of all-MiniLM-L6-v2 (90.9 MB)",
-        "texts": f"512 of each task to fit on, without labels; 300 held out; cut to {TOKENS} tokens. For sre those of both tasks",
-        "distill": f"{steps} steps of {BATCH} texts",
+        "sources": "spam and genre, the LoRAs that ship (rank 8, 1.34 MB); sre, a full fine-tune of all-MiniLM-L6-v2 (90.9 MB); smollm2, a "
+        f"LoRA of SmolLM2 (135 M, from its GGUF file) on all linear layers, rank {fit_language.RANK}, trained on 256 passages of romance",
+        "texts": f"512 of each task to fit on, without labels; 300 held out; cut to {TOKENS} tokens. For sre those of both tasks, for smollm2 "
+        "256 and 150 passages of romance",
+        "distill": f"{steps} steps of {BATCH} texts; of smollm2 {LANGUAGE_STEPS}",
         "seeds": ", ".join(map(str, sorted({one["seed"] for one in results}))),
         "runs": f"{len(results)}, {sum(one['seconds'] for one in results) / 3600:.1f} hours of one thread on a shared machine",
     }  # fmt: skip
@@ -164,6 +218,8 @@ def parts(results: Sequence[Result], machine: dict[str, Any]) -> dict[str, str]:
         "settings": settings(results, machine),
         "fits": table(found, FITS, (0.0, *DENSITIES, 1.0), LORAS),
         "tuned": table(found, FITS, (0.0, *DENSITIES, 1.0), (TUNED,)),
+        "language": language_table(found),
+        "texts": texts_table(found),
         "supports": table(found, SUPPORTS, (SUPPORTED, 0.01), ("spam",)),
         "rivals": table(found, RIVALS, (0.0005, SUPPORTED, 0.01), ("spam",)),
     }
@@ -196,6 +252,9 @@ _LINES = {
 }
 
 
+_DRAWN = (*LORAS, TUNED)
+
+
 def picture(found: Sequence[Row]) -> bytes:
     """What is kept by the bytes of the file, one panel a source."""
     from matplotlib.ticker import NullFormatter
@@ -205,8 +264,8 @@ def picture(found: Sequence[Row]) -> bytes:
     colours = dict(zip(_LINES, (GREY, "black", GREEN, BLUE, RED, ORANGE), strict=True))
     with our_style():
         drawn = figure(7.6, 3.2)
-        axes = drawn.subplots(1, len(SOURCES), sharey=True)
-        for axis, source in zip(axes, SOURCES, strict=True):
+        axes = drawn.subplots(1, len(_DRAWN), sharey=True)
+        for axis, source in zip(axes, _DRAWN, strict=True):
             for method, (mark, dashes) in _LINES.items():
                 here = [row for row in found if (row.source, row.method, row.texts) == (source, method, 0)]
                 if not here:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,14 @@ class AdapterConversion:
     strengths: tuple[float, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def alone(self) -> list[AdapterConversion]:
+        """Each adapter by itself, at its strength."""
+        strengths = self.strengths or (1.0,) * len(self.adapters)
+        return [
+            replace(self, adapters=(path,), strengths=(strength,))
+            for path, strength in zip(self.adapters, strengths, strict=True)
+        ]
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the adapters, and the base if it is not open yet, and check that they are of it.

@@ -284,6 +284,40 @@ def test_refit(lora: Run, folder: Path, tmp_path: Path, capsys: Capture) -> None
     assert "--weights: 1 for 2 adapters" in capsys.readouterr().err
 
 
+def test_refit_with_texts_of_each(lora: Run, folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert 0 == lora("--density", "0.02", "--quiet")
+    adapter, texts = tmp_path / "a.st", folder / "texts.jsonl"
+    capsys.readouterr()
+
+    def refit(*options: object) -> int:
+        words = (
+            "refit",
+            adapter,
+            adapter,
+            "--base",
+            folder / "bert",
+            "--steps",
+            "2",
+            "--density",
+            "0.01",
+            *options,
+        )
+        return convert.main([str(word) for word in (*words, "-o", tmp_path / "both.st", "--force")])
+
+    assert 0 == refit("--texts", texts, "--texts", texts, "--steps", "2")
+    where = load(tmp_path / "both.st").manifest["fit"]["inputs"]
+    assert [part["name"] for part in where["parts"]] == [texts.name] * 2
+    assert where["held"] == 2 * 12
+    for options, message in (
+        (("--texts", texts, "--texts", texts, "--texts", texts), "--texts: 3 for 2 adapters"),
+        (("--texts", texts, "--texts", texts, "--test", texts), "give both once, or both once for each adapter"),
+        (("--texts", texts, "--texts", texts, "--fit", "moments"), "moments follow one source"),
+    ):
+        with pytest.raises(SystemExit):
+            sys.exit(refit(*options))
+        assert message in capsys.readouterr().err
+
+
 def test_inspect_tells_what_is_kept(lora: Run, folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert 0 == lora("--density", "0.05", "--quiet")
     capsys.readouterr()

@@ -53,8 +53,8 @@ def fit_options(*, needed: bool) -> Callable[[_F], _F]:
             click.option("--task", type=click.Choice(list(KINDS)), help="What the model does, and so what is compared: logits of texts (classify) or tokens (causal), mean-pooled embeddings (embed), or all last hidden states (states); default: what base and source say."),
             click.option("--max-bytes", type=options.BYTES, metavar="S", help="Keep as many entries as FILE has room for in S bytes, such as 200k or 1.5M (powers of 1000) or 1MiB (of 1024)."),
             click.option("--keep", type=float, metavar="R2", help="Keep the fewest entries that keep this share of the effect, such as 0.95: 1 is the source, 0 the base."),
-            click.option("--test", type=options.PATH, metavar="FILE", help="Other texts to measure the result on (default: a fifth of --texts is held out)."),
-            click.option("--texts", type=options.PATH, metavar="FILE", help="Texts like those that the model will see: .jsonl with 'text', or one a line; labels are not used. Without it, a causal model writes its own."),
+            click.option("--test", type=options.PATH, multiple=needed, metavar="FILE", help="Other texts to measure the result on (default: a fifth of --texts is held out)."),
+            click.option("--texts", type=options.PATH, multiple=needed, metavar="FILE", help="Texts like those that the model will see: .jsonl with 'text', or one a line; labels are not used. Without it, a causal model writes its own."),
             choice,
         ):  # fmt: skip
             command = option(command)
@@ -121,7 +121,7 @@ def run(
     found = DEFAULTS | {name: value for name, value in given.items() if value is not None}
     target, picture = None if dry_run else output, None if dry_run else found["picture"]
     read = [found["texts"], found["test"]]
-    for one in inputs:
+    for one in (*inputs, settings.get("parts", ()), settings.get("held_parts", ())):
         read += one if isinstance(one, list | tuple) else [one]
     check_output_files(target, picture, inputs=read, force=force)
     with optional_import("a fit runs the model, for which it needs torch and transformers", "torch"):

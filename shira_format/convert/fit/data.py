@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shira_format._core.arrays import file_digest
+from shira_format._core.text import counted
 from shira_format.calibration.texts import batches, read_texts
 from shira_format.errors import SourceError
 
@@ -104,7 +105,7 @@ class _Texts:
         self.texts = list(dict.fromkeys(texts))
         self.notices = list(notices)
         if len(self.texts) < len(texts):
-            self.notices.append(f"{len(texts) - len(self.texts)} texts that occur again are left out")
+            self.notices.append(f"left out: {counted(len(texts) - len(self.texts), 'repeated text')}")
 
     def __len__(self) -> int:
         return len(self.texts)

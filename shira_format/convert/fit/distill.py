@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from shira_format.calibration.layers import evaluating, restoring_gradients
 from shira_format.convert.fit.quality import kl_divergence
 from shira_format.convert.fit.support import Rule, largest, scores
-from shira_format.convert.fit.task import Entries, OnStep, SourceOutputs, Task, see, showing_base
+from shira_format.convert.fit.task import Entries, OnStep, SourceOutputs, Task, changed, see, showing_base
 from shira_format.errors import SourceError
 from shira_format.training.sparse import SparseParameters, sparse_parameters
 
+_NO_INDICES = torch.empty(0, dtype=torch.int64)
 KEPT = 1 << 30  # bytes of the source's outputs that are kept; beyond that they are computed again at each step
 
 
@@ -30,9 +32,12 @@ class Distillation:
         warmup: share of the steps in which the learning rate rises; then it falls as a cosine.
         rule: by which entries are scored; see :func:`shira_format.convert.fit.support.scores`.
         run: choose aligned runs of so many entries; 1: single entries.
-        wide: how many times as many entries are trained at first as are kept; 1: those that are kept.
+        wide: how many times as many entries are trained at first as are kept; 1: those that are kept; None: 8 times, but no more
+            than 2 % of all, beyond which the texts are too few to tell good entries from bad ones.
         prune: share of the steps after which no more than the budget is left.
         stages: in how many steps entries are dropped.
+        regrow: share of the entries that is exchanged, each time, for those with the largest scores at the fitted point; 0: none.
+        regrowths: how many times, spread evenly over the first half of the steps that are left once the budget is reached.
         hidden: the weight of the hidden states in the loss, beside the outputs'.
         batches: how many batches the scores are computed on.
         start: entries to start from, such as those of another fit, in place of a support by ``rule`` and the source's values; if they
@@ -44,16 +49,25 @@ class Distillation:
     warmup: float = 0.05
     rule: Rule = "product"
     run: int = 1
-    wide: float = 8.0
+    wide: float | None = None
     prune: float = 0.6
     stages: int = 12
+    regrow: float = 0.0
+    regrowths: int = 3
     hidden: float = 0.3
     batches: int = 8
     start: Entries | None = None
 
     def rate(self, share: float) -> float:
-        """The learning rate for a share of the entries."""
-        return self.learning_rate or min(1e-2, max(1e-3, 2e-4 / math.sqrt(share)))
+        """The learning rate for a share of the entries: the fewer they are, the farther each has to go.
+
+        ``docs/studies/fits.md`` says what it was chosen by.
+        """
+        return self.learning_rate or min(1e-2, max(1e-4, 1e-5 * share**-0.85))
+
+    def width(self, share: float) -> float:
+        """How many times as many entries as this share are trained at first."""
+        return max(1.0, min(8.0, 0.02 / share) if self.wide is None else self.wide)
 
 
 def distill(
@@ -98,9 +112,13 @@ class _Run:
         for stage, size in enumerate(sizes):
             if size < state.size:
                 state = state.largest(size, task, options.run)
-            last = stage == len(sizes) - 1
-            steps = options.steps - self.step if last else round(options.steps * options.prune / (len(sizes) - 1))
-            state = self._train(state, steps, rate)
+            if stage < len(sizes) - 1:
+                state = self._train(state, round(options.steps * options.prune / (len(sizes) - 1)), rate)
+        if exchanged := round(options.regrow * budget):
+            between = (options.steps - self.step) // (2 * options.regrowths)
+            for _ in range(options.regrowths):
+                state = self._regrown(self._train(state, between, rate), exchanged)
+        state = self._train(state, options.steps - self.step, rate)
         return {name: (state.support[name], state.values[name]) for name in state.support}
 
     def _start(self, budget: int) -> _State:
@@ -109,17 +127,33 @@ class _Run:
         known = sum(len(at) for at, _ in given.values())
         support = {name: at.cpu() for name, (at, _) in given.items()}
         if known < budget:
-            found = scores(
-                task, options.rule, self._spread(options.batches), lambda _, number: self._loss(number), self.seed
-            )
+            found = self._scores()
             for name, at in support.items():
                 found[name][at] = math.inf
-            wide = 1.0 if given else max(1.0, options.wide)
+            wide = 1.0 if given else options.width(budget / task.numel)
             support = largest(found, min(task.numel, round(budget * wide)), run=1 if given else options.run)
         values = {name: task.source[name].reshape(-1)[at].float() for name, at in support.items()}
         for name, (at, new) in given.items():
             values[name][torch.searchsorted(support[name], at.cpu())] = new.float().cpu()
         return _State(support, values)
+
+    def _regrown(self, state: _State, count: int) -> _State:
+        """With ``count`` entries exchanged: those whose change matters least, for those that promise most where the fit is now."""
+        with ExitStack() as stack:
+            for name, at in state.support.items():
+                stack.enter_context(changed(self.task, name, at, state.values[name]))
+            found = self._scores()
+        for name, at in state.support.items():
+            found[name][at] = 0.0
+        new = largest(found, count)
+        source = {name: self.task.source[name].reshape(-1)[at].float() for name, at in new.items()}
+        return state.largest(state.size - count, self.task, 1).joined(_State(new, source))
+
+    def _scores(self) -> dict[str, Tensor]:
+        """Of all entries, by the rule, for the model as it is now."""
+        return scores(
+            self.task, self.options.rule, self._spread(self.options.batches), lambda _, number: self._loss(number), self.seed
+        )  # fmt: skip
 
     def _spread(self, count: int) -> list[int]:
         """Numbers of batches, spread evenly over all lengths."""
@@ -217,6 +251,29 @@ class _State:
                 steps = held["step"].cpu()
         kept = {name: self.support[name] for name in values}
         return _State(kept, values, first or None, second or None, steps)
+
+    def joined(self, new: _State) -> _State:
+        """With other entries, which training has not moved yet."""
+        orders = {
+            name: torch.argsort(
+                torch.cat([self.support.get(name, _NO_INDICES), new.support.get(name, _NO_INDICES)])
+            )
+            for name in self.support | new.support
+        }
+
+        def both(one: Mapping[str, Tensor], other: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+            found = {}
+            for name, order in orders.items():
+                added = len(new.support.get(name, _NO_INDICES))
+                tail = torch.zeros(added) if other is None else other.get(name, _NO_INDICES)
+                found[name] = torch.cat([one.get(name, tail[:0]), tail])[order]
+            return found
+
+        return _State(
+            both(self.support, new.support), both(self.values, new.values),
+            None if self.first is None else both(self.first, None),
+            None if self.second is None else both(self.second, None), self.steps,
+        )  # fmt: skip
 
     def largest(self, size: int, task: Task, run: int) -> _State:
         """The entries whose change matters most."""

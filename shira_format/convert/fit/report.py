@@ -89,7 +89,7 @@ class FitReport:
         found = self.conversion.warnings()
         if self.written.r2 < LOW_R2:
             found.append(
-                f"R^2 is {self.written.r2:.3f} on held-out inputs: the adapter does not all that its source does. More entries, more "
+                f"R^2 is {self.written.r2:.3f} on held-out inputs: the adapter does less than its source. More entries, more "
                 "steps or more inputs bring it nearer."
             )
         keep = self.goal.get("keep")

@@ -20,6 +20,7 @@ from shira_format.convert.fit.data import Data, Inputs, Split, read_inputs, samp
 from shira_format.convert.fit.distill import Distillation, distill
 from shira_format.convert.fit.live import Kind, LiveModel, load_base
 from shira_format.convert.fit.moments import Reconstruction, moments
+from shira_format.convert.fit.parts import Part, part_inputs
 from shira_format.convert.fit.quality import effect
 from shira_format.convert.fit.report import FitReport
 from shira_format.convert.fit.search import Trial, halved, input_count
@@ -249,6 +250,8 @@ def fit_adapter(
     data: Data | None = None,
     *,
     strengths: Sequence[float] = (),
+    parts: Sequence[Data] = (),
+    held_parts: Sequence[Data] = (),
     density: float | None = None,
     top_k: int | None = None,
     keep: float | None = None,
@@ -267,8 +270,9 @@ def fit_adapter(
 ) -> FitReport:
     """Fit an adapter of fewer entries to one adapter, or to what several do together.
 
-    Of several the source is their sum, as a :class:`shira_format.live.switcher.Switcher` loads them one upon the other; for another
-    merge give the merged adapter.
+    Of several the source is their sum, as a :class:`shira_format.live.switcher.Switcher` loads them one upon the other. With inputs of
+    each (``parts``) the result is distilled from the separate adapters instead: on the inputs of one it is to do what that one alone
+    does, and it is measured so; training starts at the sum. For another merge give the merged adapter.
 
     Args:
         adapters: one adapter file, or several of one base.
@@ -276,6 +280,8 @@ def fit_adapter(
         out: see :func:`fit_lora`, also for all that is not listed here.
         data: see there.
         strengths: of each adapter, beside its own alpha; 1 by default.
+        parts: inputs of each adapter, in their order, in place of ``data``.
+        held_parts: inputs of each adapter to measure on, likewise; by default a share of ``parts``.
         density: see there.
         top_k: see there.
         keep: see there.
@@ -299,9 +305,34 @@ def fit_adapter(
     conversion = AdapterConversion(
         tuple(os.fspath(path) for path in paths), location(base, None), tuple(map(float, strengths)), tuple(include), tuple(exclude)
     )  # fmt: skip
+    _check_parts(len(paths), parts, held_parts, data, held, options)
     amount = Amount(density, top_k, keep, max_bytes)
     fit = _Fit(data, held, model, options, amount, self_contained, compact, threads, force, on_step, on_stage)
+    each: Sequence[Data | None] = held_parts or [None] * len(parts)
+    fit.parts = list(zip(conversion.alone(), parts, each, strict=True)) if parts else []
     return fit.run(conversion, conversion.open(base if isinstance(base, Checkpoint) else None), out)
+
+
+def _check_parts(
+    adapters: int,
+    parts: Sequence[Data],
+    held: Sequence[Data],
+    data: Data | None,
+    all_held: Data | None,
+    options: FitOptions,
+) -> None:
+    """Raise ValueError for inputs of each adapter that do not go with the rest."""
+    if held and not parts:
+        raise ValueError("held_parts go with parts")
+    if not parts:
+        return
+    if data is not None or all_held is not None:
+        raise ValueError("parts are inputs of each adapter: they stand in place of data and held")
+    if options.method == "moments":
+        raise ValueError("moments follow one source: give data, or choose the method distill")
+    for what, given in (("parts", parts), ("held_parts", held)):
+        if given and len(given) != adapters:
+            raise ValueError(f"{len(given)} {what} for {adapters} adapters")
 
 
 @dataclass
@@ -320,6 +351,7 @@ class _Fit:
     on_step: OnStep
     on_stage: Callable[[str], object]
     seconds: dict[str, float] = field(default_factory=dict)
+    parts: list[tuple[AdapterConversion, Data, Data | None]] = field(default_factory=list)
 
     def run(
         self, conversion: Conversion, inputs: ConversionInputs, out: str | os.PathLike[str] | None
@@ -330,7 +362,8 @@ class _Fit:
             source = source_weights(
                 inputs,
                 live.model,
-                vectors=self.options.whole_vectors,
+                # One vector cannot be what several adapters make of it: it competes for entries like a matrix.
+                vectors=self.options.whole_vectors and not self.parts,
                 prefix=self.options.prefix,
                 threads=self.threads,
             )
@@ -393,12 +426,25 @@ class _Fit:
             live.model, source.sparse, source.whole, [], [], live.outputs, live.is_logits, live.is_causal, blocks_of(live.model),
             source.dtypes,
         )  # fmt: skip
-        if self.data is None:
+        if self.parts:
+            parts = [
+                Part(data, held, partial(self._alone, conversion, source, live))
+                for conversion, data, held in self.parts
+            ]
+            given = part_inputs(task, parts, split, live.tokenizer)
+        elif self.data is None:
             given = self._sampled(task, live, split)
         else:
             given = read_inputs(self.data, split, live.tokenizer, self.held)
         task.train, task.held = given.train, given.held
         return task, given
+
+    def _alone(self, conversion: AdapterConversion, together: SourceWeights, live: LiveModel) -> dict[str, Tensor]:
+        """What one of several adapters makes of the model's parameters."""
+        inputs = conversion.open(together.inputs.base)
+        return source_weights(
+            inputs, live.model, vectors=False, prefix=self.options.prefix, threads=self.threads
+        ).sparse
 
     def _sampled(self, task: Task, live: LiveModel, split: Split) -> Inputs:
         if not live.is_causal or live.tokenizer is None:

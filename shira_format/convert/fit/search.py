@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shira_format._core.text import count, file_size, percent
 from shira_format.convert.fit.quality import Effect
-from shira_format.convert.fit.task import Entries
+from shira_format.convert.fit.task import Entries, TaughtBatch
 from shira_format.errors import SourceError
 
 FIRST = 0.01  # density of the first fit of a search for a share of the effect
@@ -252,5 +252,6 @@ def _rows(batch: Any) -> int | None:
 
 def _every_second(batch: Any, first: int) -> Any:
     if isinstance(batch, Mapping):
-        return {name: value[first::2] for name, value in batch.items()}
+        some = {name: value[first::2] for name, value in batch.items()}
+        return TaughtBatch(some, batch.weights) if isinstance(batch, TaughtBatch) else some
     return batch[first::2]

@@ -82,6 +82,21 @@ class Task:
         return values.to(self.dtypes.get(name, parameter.dtype)).to(parameter.dtype)
 
 
+class TaughtBatch(dict[str, Any]):
+    """Keyword arguments of the model, on which other weights than the task's source are the example to follow.
+
+    Attributes:
+        weights: these, of each parameter in the task's source.
+    """
+
+    weights: dict[str, Tensor]
+
+    def __init__(self, batch: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+        """Args: ``batch``: the keyword arguments; ``weights``: see the class."""
+        super().__init__(batch)
+        self.weights = weights
+
+
 @contextmanager
 def showing_base(task: Task) -> Iterator[None]:
     """The model is the base with the tensors that are stored whole; afterwards it is what it was, bit for bit."""
@@ -90,9 +105,10 @@ def showing_base(task: Task) -> Iterator[None]:
 
 
 @contextmanager
-def showing_source(task: Task) -> Iterator[None]:
-    """The model is the source; afterwards it is what it was, bit for bit."""
-    with replaced(task, task.whole | task.source):
+def showing_source(task: Task, batch: Any = None) -> Iterator[None]:
+    """The model is the source, or the one for this batch; afterwards it is what it was, bit for bit."""
+    weights = batch.weights if isinstance(batch, TaughtBatch) else task.source
+    with replaced(task, task.whole | weights):
         yield
 
 
@@ -172,7 +188,7 @@ class SourceOutputs:
         """For one batch."""
         if number in self._kept:
             return self._kept[number]
-        with torch.no_grad(), showing_source(self._task):
+        with torch.no_grad(), showing_source(self._task, self._batches[number]):
             found = see(self._task, self._batches[number])
         size = sum(one.nbytes for one in (found.outputs, *found.hidden))
         if size <= self._left:

@@ -58,6 +58,23 @@ def test_every_rule_and_runs(rule: str, run: int) -> None:
     assert sum(len(at) for at, _ in found.values()) == 200
 
 
+def test_entries_are_exchanged_for_better_ones() -> None:
+    task = fits.net_task()
+    before = fits.state(task.model)
+    start = distill(task, 200, options=replace(QUICK, steps=0, rule="random", wide=1))
+    options = replace(QUICK, wide=1, rule="random")
+    stays = distill(task, 200, options=options)
+    found = distill(task, 200, options=replace(options, rule="product", start=start, regrow=0.2, regrowths=3))
+    again = distill(task, 200, options=replace(options, rule="product", start=start, regrow=0.2, regrowths=3))
+    for name, (at, values) in found.items():
+        assert (at.diff() > 0).all() and torch.equal(at, again[name][0]) and torch.equal(values, again[name][1])
+    assert sum(len(at) for at, _ in found.values()) == 200
+    left = sum(len(set(at.tolist()) & set(found[name][0].tolist())) for name, (at, _) in start.items())
+    assert 200 - 3 * 40 <= left < 200 - 40
+    assert effect(task, found).r2 > effect(task, stays).r2
+    assert fits.same_state(task.model, before)
+
+
 def test_it_goes_on_from_other_entries() -> None:
     task = fits.net_task()
     start = plain(task, 250)

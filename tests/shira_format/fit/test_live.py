@@ -126,7 +126,7 @@ def test_texts_that_occur_again_are_on_one_side_only() -> None:
     found = read_inputs(["a", "b", "a", "c", " a "], Split(batch=1), Words())
     shown = [one["texts"][0] for one in (*found.train, *found.held)]
     assert sorted(shown) == ["a", "b", "c"]
-    assert "2 texts that occur again" in found.notices[0]
+    assert "left out: 2 repeated texts" == found.notices[0]
 
 
 def test_texts_without_a_tokenizer() -> None:

@@ -150,6 +150,43 @@ def test_several_adapters_are_one_source(tmp_path: Path) -> None:
     assert shira_format.load(out).manifest["source"]["strengths"] == [1, 0.5]
 
 
+def test_each_adapter_teaches_on_its_own_inputs(tmp_path: Path) -> None:
+    base = models.save_base(models.net(), tmp_path / "base")
+    paths, inputs = [], []
+    for seed, name in ((1, "wide"), (2, "square")):
+        peft = models.random_lora(models.net(), seed, scale=0.4, r=2, target_modules=[name])
+        models.save_lora(peft, tmp_path / name)
+        paths.append(tmp_path / f"{name}.st")
+        shira_format.lora_to_shira(tmp_path / name, base, paths[-1], density=1.0)
+        inputs.append([{"x": one} for one in (fits.rows(96, seed) + 3 * (-1) ** seed).split(8)])
+    out = tmp_path / "out.st"
+    live = fits.live_net()
+    options = replace(OPTIONS, distillation=Distillation(steps=120, learning_rate=0.01))
+    report = fit_adapter(paths, base, out, parts=inputs, density=1.0, model=live, options=options)
+    assert report.fit.r2 > report.plain.r2 + 0.1
+    found = models.net()
+    Switcher(found).load(out)
+    error = base_error = 0.0
+    for path, batches in zip(paths, inputs, strict=True):
+        one = models.net()
+        Switcher(one).load(path)
+        x = torch.cat([batch["x"] for batch in batches])
+        with torch.no_grad():
+            error += float((one(x) - found(x)).square().sum())
+            base_error += float((one(x) - models.net()(x)).square().sum())
+    assert 1 - error / base_error > report.plain.r2 + 0.1
+    assert 1 - error / base_error == pytest.approx(report.fit.r2, abs=0.15)
+    for bad, message in (
+        ({"parts": inputs[:1]}, "1 parts for 2 adapters"),
+        ({"parts": inputs, "data": fits.rows(9)}, "in place of data"),
+        ({"held_parts": inputs}, "go with parts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_adapter(paths, base, None, model=live, **bad)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="batches of keyword arguments; these are Tensor"):
+        fit_adapter(paths, base, None, parts=[fits.rows(9)] * 2, model=live)
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     lora, base, live = fits.net_lora(tmp_path)
     with torch.no_grad():
