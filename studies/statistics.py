@@ -97,14 +97,31 @@ def kept(cases: Sequence[Case]) -> Estimate:
     return interval(float(np.median(found)), np.median(draws, axis=0))
 
 
-def spearman(x: Floats, y: Floats) -> float:
-    """Rank correlation, ties at their mean rank; nan if one of them does not vary."""
-    from scipy.stats import rankdata
+def spearman(x: Floats, y: Floats, counts: Floats | None = None) -> Floats:
+    """Rank correlations of repeated values, ties at their mean rank; nan where one side does not vary.
 
-    a, b = rankdata(x), rankdata(y)
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else float("nan")
+    Args:
+        x: ``[n]``.
+        y: ``[n]``.
+        counts: ``[draws, n]``, how often each pair of values is there in each draw; once by default.
+
+    Returns:
+        ``[draws]``.
+    """
+    often = np.ones((1, x.size)) if counts is None else counts
+    total = often.sum(1, keepdims=True)
+
+    def centred(values: Floats) -> Floats:
+        _, group = np.unique(values, return_inverse=True)
+        sizes = often @ np.eye(group.max() + 1)[group]
+        ranks = (np.cumsum(sizes, axis=1) - (sizes - 1) / 2)[:, group]
+        centre: Floats = ranks - (often * ranks).sum(1, keepdims=True) / total
+        return centre
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw without a pair, or without variation
+        a, b = centred(x), centred(y)
+        found: Floats = (often * a * b).sum(1) / np.sqrt((often * a * a).sum(1) * (often * b * b).sum(1))
+    return found
 
 
 def spearman_over_pairs(
@@ -118,18 +135,13 @@ def spearman_over_pairs(
         None if one of them does not vary.
     """
     a, b = np.array(x, np.float64), np.array(y, np.float64)
-    value = spearman(a, b)
+    value = float(spearman(a, b)[0])
     if not np.isfinite(value):
         return None
     tasks = sorted({task for pair in pairs for task in pair})
     first, second = (np.array([tasks.index(pair[side]) for pair in pairs]) for side in (0, 1))
-    rng, draws = np.random.default_rng(seed), []
-    for _ in range(DRAWS):
-        counts = np.bincount(rng.integers(0, len(tasks), len(tasks)), minlength=len(tasks))
-        often = counts[first] * counts[second]
-        if np.count_nonzero(often) > 2:
-            draws.append(spearman(np.repeat(a, often), np.repeat(b, often)))
-    known = np.array(draws)
-    if not np.isfinite(known).any():
-        return None
-    return interval(value, known)
+    drawn = np.random.default_rng(seed).integers(0, len(tasks), (DRAWS, len(tasks)))
+    counts = (drawn[:, :, None] == np.arange(len(tasks))).sum(1)
+    often = (counts[:, first] * counts[:, second]).astype(np.float64)
+    draws = spearman(a, b, often[np.count_nonzero(often, axis=1) > 2])
+    return interval(value, draws) if np.isfinite(draws).any() else None

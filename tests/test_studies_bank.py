@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -105,7 +106,10 @@ def test_rank_correlation_is_that_of_scipy() -> None:
 
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 5, 30).astype(float), rng.standard_normal(30)
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert spearman(x, y) == pytest.approx([spearmanr(x, y).statistic])
+    counts = rng.integers(0, 3, (4, 30))
+    expected = [spearmanr(np.repeat(x, often), np.repeat(y, often)).statistic for often in counts]
+    assert spearman(x, y, counts.astype(float)) == pytest.approx(expected)
     tasks = [(a, b) for a in TASKS for b in TASKS if a != b]
     found = spearman_over_pairs(tasks, x, x)
     assert found is not None
@@ -252,6 +256,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from studies import statistics
 
     monkeypatch.setattr(statistics, "DRAWS", 20)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand of them take long
     bank = made_up(tmp_path)
     names = ("bank", "fusion", "interference", "neighbours", "trained", "choice")
     pages = {name: tmp_path / f"{name}.md" for name in names}

@@ -87,7 +87,7 @@ def distilled(base: Path, start: Adapter, parts: Sequence[Part], seed: int) -> A
         logits, layers = _see(encoder.model, part.batches[at], part.head).apart(taught[number][at])
         of_logits, of_layers = scales[number]
         hidden = torch.stack([one / scale for one, scale in zip(layers, of_layers, strict=True)]).mean()
-        (logits / of_logits + HIDDEN * hidden).backward()  # type: ignore[no-untyped-call]
+        (logits / of_logits + HIDDEN * hidden).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

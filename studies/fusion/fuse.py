@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,8 @@ from shira_format.format import load
 from shira_format.merging.run import open_merge
 from studies.bank import train
 from studies.bank.encoder import Encoder, Head, LoraEncoder, features, margins, read_head, some
-from studies.bank.forms import FORMS
+from studies.bank.forms import FORMS, TASKS
 from studies.bank.plan import Bank, BankRun
-from studies.bank.plan import Plan as BankPlan
 from studies.fusion.distilled import Part, distilled
 from studies.fusion.plan import FusionRun, Merge, merges_of
 from studies.learning import BATCH
@@ -60,12 +60,15 @@ def encoder() -> Encoder:
     return Encoder(_place.base)
 
 
-@lru_cache(maxsize=2)
 def loras(seed: int) -> LoraEncoder:
-    """All LoRAs of a seed, by task."""
+    """All LoRAs of a seed that are there, by task."""
     done = _place.bank.store()
-    runs = [BankRun(task, "lora", seed) for task in BankPlan().tasks]
-    return LoraEncoder(_place.base, {run.task: _place.bank.adapter(run) for run in runs if run in done})
+    return _loras(seed, tuple(task for task in TASKS if BankRun(task, "lora", seed) in done))
+
+
+@lru_cache(maxsize=2)
+def _loras(seed: int, tasks: tuple[str, ...]) -> LoraEncoder:
+    return LoraEncoder(_place.base, {task: _place.bank.adapter(BankRun(task, "lora", seed)) for task in tasks})
 
 
 def head(run: BankRun) -> Head:
@@ -80,14 +83,29 @@ def margins_of(model: nn.Module, task: str, under: Head) -> list[float]:
 
 
 def work(run: FusionRun) -> dict[str, Any]:
-    """Do one run."""
+    """Do one run; a merge that is the same as one before, as many are of disjoint masks, is not tried again."""
     begin = time.perf_counter()
     with showing_fused(run) as model:
         merged = time.perf_counter()
-        found = margins_of_all(model, run)
+        state = _state(model)
+        if (run.members, run.form, run.seed, state) not in _known:
+            _known[run.members, run.form, run.seed, state] = margins_of_all(model, run)
+        found = _known[run.members, run.form, run.seed, state]
     return {
         "margins": found, "merge_seconds": round(merged - begin, 2), "seconds": round(time.perf_counter() - begin, 2)
     }  # fmt: skip
+
+
+_known: dict[tuple[str, str, int, str], dict[str, list[float]]] = {}
+
+
+def _state(model: nn.Module) -> str:
+    """A digest of all parameters."""
+    digest = hashlib.sha256()
+    for name, one in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(one.detach().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def margins_of_all(model: nn.Module, run: FusionRun) -> dict[str, list[float]]:

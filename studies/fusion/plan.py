@@ -91,9 +91,9 @@ def runs_methods(form: str, count: int) -> list[str]:
     if count == 2:
         return ["sum"]
     wanted = list(known) if count == 3 and (form in COMPARED or known is PEFT) else list(EVERYWHERE)
-    if form in DISTILLED:
+    if form in (DISTILLED if count == 3 else COMPARED):
         wanted.append("distilled")
-    return [name for name in known if name in wanted and (name != "distilled" or form in DISTILLED)]
+    return [name for name in known if name in wanted]
 
 
 @dataclass(frozen=True)

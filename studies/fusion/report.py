@@ -182,10 +182,8 @@ def table_of_seeds(found: Sequence[Row]) -> str:
     return markdown(["drop, points", *(f"seed {seed}" for seed in seeds)], lines)
 
 
-def parts(folder: Path, bank: Bank) -> dict[str, str]:
+def parts(results: Sequence[Result], found: Sequence[Row], folder: Path, bank: Bank) -> dict[str, str]:
     """What the page has of the results."""
-    results = list(Store(folder / "runs.jsonl").results.values())
-    found = rows(results, Singles(bank.store()))
     about = {
         "fused": "sums of all 15 pairs; two threes without a task in common, by every method; all six",
         "densities": f"methods that prune keep {100 * DENSITY:.0f} % of an adapter's entries",
@@ -210,9 +208,10 @@ def write(folder: Path, bank: Path, page: Path = PAGE) -> None:
         bank: the folder of the bank.
         page: whose parts are replaced; the picture goes beside it.
     """
-    found = rows(list(Store(folder / "runs.jsonl").results.values()), Singles(Bank(bank).store()))
+    results = list(Store(folder / "runs.jsonl").results.values())
+    found = rows(results, Singles(Bank(bank).store()))
     write_csv(found, folder / "fusion.csv")
-    write_page(page, parts(folder, Bank(bank)))
+    write_page(page, parts(results, found, folder, Bank(bank)))
     (page.parent / "fusion.png").write_bytes(picture(found))
 
 

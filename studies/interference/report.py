@@ -147,11 +147,10 @@ def _quartiles(column: Sequence[float]) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-def parts(folder: Path, fused: Path, bank: Bank) -> dict[str, str]:
+def parts(
+    results: Sequence[Result], found: Sequence[Row], made: Sequence[Line], folder: Path, bank: Bank
+) -> dict[str, str]:
     """What the page has of the results."""
-    results = list(Store(folder / "runs.jsonl").results.values())
-    found = rows(results, Store(fused / "runs.jsonl"), Singles(bank.store()))
-    made = lines(found)
     about = {
         "pairs": f"all pairs of tasks, each adapter of a pair counted for itself: {len(found)} cases",
         "inputs": "128 inputs of each layer, from texts that no adapter was trained on",
@@ -175,8 +174,9 @@ def write(folder: Path, bank: Path, page: Path = PAGE, fused: Path = RESULTS / "
     """
     results = list(Store(folder / "runs.jsonl").results.values())
     found = rows(results, Store(fused / "runs.jsonl"), Singles(Bank(bank).store()))
-    write_csv(lines(found), folder / "interference.csv")
-    write_page(page, parts(folder, fused, Bank(bank)))
+    made = lines(found)
+    write_csv(made, folder / "interference.csv")
+    write_page(page, parts(results, found, made, folder, Bank(bank)))
     (page.parent / "interference.png").write_bytes(picture(found))
 
 

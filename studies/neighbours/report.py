@@ -105,8 +105,8 @@ def table_of_forms(results: Sequence[Result], singles: Singles) -> str:
                 )  # fmt: skip
                 cells.append(Estimate(*_gain(here)).shown(100, sign=True) if here else "not tried")
         lines.append([LABELS[form].label, *cells])
-    head = ["gain, points", "on neighbours", "on others", "on neighbours, own head", "on others, own head"]
-    return markdown(head, lines)
+    titles = ["gain, points", "on neighbours", "on others", "on neighbours, own head", "on others, own head"]
+    return markdown(titles, lines)
 
 
 def write(folder: Path, bank: Path, page: Path = PAGE) -> None:

@@ -12,8 +12,8 @@ MODELS = ((64, 2), (64, 4), (128, 2), (128, 4), (256, 2))
 """Hidden size and layers."""
 DENSITIES = (0.001, 0.005, 0.02, 0.1)
 METHODS = {"trained": "SHiRA-WM, trained", "fitted": "fitted to the fine-tune"}
-PRETRAINING, TUNING = 240, 60  # steps
-LENGTH, BATCH = 128, 16  # bytes of a passage, passages of a step
+PRETRAINING, TUNING = 600, 150  # steps
+LENGTH, BATCH = 128, 8  # bytes of a passage, passages of a step
 HELD = 160  # passages
 CORPUS = ("genre", "editorial", "hobbies", "learned", "lore")  # of which the texts are pretrained on
 TARGET = "spam"  # mails, to which the model is tuned
