@@ -20,6 +20,7 @@ from benchmarks import (
     merging,
     overwriting,
     pairs,
+    profiles,
     ranks,
     reading,
     sizes,
@@ -38,6 +39,7 @@ GROUPS = (
     "overwriting",
     "drift",
     "sizes",
+    "profiles",
     "reading",
     "pairs",
     "ranks",
@@ -112,6 +114,9 @@ def _rows(folder: Path, only: re.Pattern[str], pictures: Path | None, *, quick: 
     if only.search("tasks"):
         _say("merging on real tasks ...")
         yield from tasks.rows(folder, embeddings.shipped(*embeddings.BASE), texts=40 if quick else None)
+    if only.search("profiles"):
+        _say("profiles of the format ...")
+        yield from profiles.rows(shape, folder, quick=quick)
     if only.search("training"):
         _say("training steps ...")
         yield from training.rows(quick=quick)
@@ -123,7 +128,7 @@ def _rows(folder: Path, only: re.Pattern[str], pictures: Path | None, *, quick: 
         yield from sizes.rows(shape, folder, uniform)
     if only.search("reading"):
         _say("reading ...")
-        yield from reading.rows(uniform, folder)
+        yield from reading.rows(uniform, folder, quick=quick)
 
 
 def _drawn(name: str, pictures: Path | None, rows: list[Row], records: list[figures.Record]) -> list[Row]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -15,13 +16,16 @@ from safetensors.torch import save_file
 
 from benchmarks.sizes import uniform
 from benchmarks.table import Row, seconds
-from shira_format.format import AdapterFile, load
+from shira_format.format import AdapterFile, AdapterWriter, load
 from shira_format.format.codecs import BLOCK_SIZE, CODECS
 from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.tensors import SparseTensor
+
+MANY = 10_000  # tensors of a file of many small ones, as of experts
 
 
-def rows(adapter: Path, folder: Path) -> Iterator[Row]:
-    """Reading beside safetensors, and what is beneath it."""
+def rows(adapter: Path, folder: Path, *, quick: bool = False) -> Iterator[Row]:
+    """Reading beside safetensors, and what is beneath it; if ``quick``, the file of many tensors has a tenth of them."""
     file = AdapterFile(adapter)
     name = max(file.manifest.tensors, key=lambda key: file.manifest.tensors[key].nnz)
     plain = _plain(adapter, folder / "plain.safetensors")
@@ -50,8 +54,27 @@ def rows(adapter: Path, folder: Path) -> Iterator[Row]:
         yield Row(f"read one tensor of an open file, decoded, {what}", 1e3 * ours, 1e3 * ready, "ms", "safetensors, not checked, summed")  # fmt: skip
     touched, plainly = _bytes(adapter, name), _bytes(plain, name)
     yield Row("bytes of the file that opening and reading it needs", touched, plainly, "bytes", "int32 + bf16")
+    yield _opening_many(folder, MANY // 10 if quick else MANY)
     yield from _coding()
     yield _start(adapter)
+
+
+def _opening_many(folder: Path, count: int) -> Row:
+    path, random = folder / "many.st", np.random.default_rng(6)
+    with AdapterWriter(path) as writer:
+        for number in range(count):
+            indices = np.sort(random.choice(4096, 20 + number % 50, replace=False))
+            values = random.standard_normal(indices.size, np.float32).astype(ml_dtypes.bfloat16)
+            name = f"model.layers.{number // 100}.experts.{number % 100}.weight"
+            writer.add(SparseTensor(name, (64, 64), indices, values, base_digest="0" * 64))
+    plain = _plain(path, folder / "many.safetensors")
+
+    def open_plain() -> object:
+        with safe_open(plain, "pt") as opened:
+            return opened.keys()
+
+    ours, peer = seconds(lambda: load(path), repeat=9), seconds(open_plain, repeat=9)
+    return Row(f"open a file of {count} tensors, header and manifest checked", 1e3 * ours, 1e3 * peer, "ms", "safetensors, int32 + bf16")  # fmt: skip
 
 
 def _touch(opened: Any, name: str) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Hooks of MkDocs: parts of pages that are generated from the repository, each where a page has its marker.
 
-``<!-- benchmarks -->``: all rows of benchmarks/results/*.json; ``<!-- api: PACKAGE -->``: the public names of a package;
+``<!-- benchmarks -->``: all rows of benchmarks/results/*.json; ``<!-- profiles -->``: the profiles of the format in them; ``<!-- api: PACKAGE -->``: the public names of a package;
 ``<!-- schemas -->``: the schemas of JSON outputs in docs/schemas; ``<!-- commands -->``: the help of all commands; ``<!-- quantised -->``: the schemes of quantised weights.
 """
 
@@ -37,6 +37,9 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Replace the markers of a page by what they stand for."""
     del page, config, files
     markdown = markdown.replace("<!-- benchmarks -->", "\n\n".join(benchmarks(path) for path in results()))
+    if "<!-- profiles -->" in markdown:
+        stored = [json.loads(path.read_text("utf-8"))["rows"] for path in results()]
+        markdown = markdown.replace("<!-- profiles -->", "\n\n".join(filter(None, map(profiles, stored))))
     markdown = markdown.replace("<!-- schemas -->", "\n".join(map(schema_line, sorted(SCHEMAS.glob("*.json")))))
     if "<!-- quantised -->" in markdown:
         markdown = markdown.replace("<!-- quantised -->", quantised())
@@ -81,6 +84,24 @@ def benchmarks(path: Path) -> str:
         )  # fmt: skip
         lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def profiles(rows: list[dict[str, Any]]) -> str:
+    """The profiles of the format in a stored run, by what is stored; empty without any."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        parts = row["case"].split("; ")  # as benchmarks.profiles names them
+        if len(parts) == 3:
+            found.setdefault((parts[1], parts[0]), []).append(row["ours"])
+    lines = [
+        "| what is stored | profile | bits an entry | encode, ns an entry | decode, ns an entry |",
+        "|---|---|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {case} | {profile} | {size:.1f} | {encode:.0f} | {decode:.0f} |"
+        for (case, profile), (size, encode, decode) in found.items()
+    ]
+    return "\n".join(lines) if found else ""
 
 
 def quantised() -> str:

@@ -26,6 +26,7 @@ examples:
 @click.argument("first", type=options.PATH, metavar="A")
 @click.argument("second", type=options.PATH, metavar="B")
 @click.option("--all", "every", is_flag=True, help="List equal tensors as well.")
+@options.base_option(" that both are for; needed for compact files that are read with their base")
 @options.filters("Compare")
 @options.printing_options("Print nothing but errors; the exit code is the answer.")
 @app.version_option
@@ -33,6 +34,7 @@ def command(
     first: Path,
     second: Path,
     every: bool,
+    base: str | None,
     include: Sequence[str],
     exclude: Sequence[str],
     printer: Printer,
@@ -49,7 +51,7 @@ def command(
     from shira_format.merging.diff import diff
 
     with printer.bar("tensors") as bar:
-        found = diff(first, second, include=include, exclude=exclude, progress=lambda _: bar.update())
+        found = diff(first, second, base=base, include=include, exclude=exclude, progress=lambda _: bar.update())
     if not printer.quiet:
         listed = found.tensors if every else found.different
         printer.result(lambda: as_json(found, listed, first, second), lambda: as_text(found, listed))

@@ -46,7 +46,6 @@ _WEIGHING = (
     "density",
     "max_density",
     "self_contained",
-    "compact",
     "threads",
     "report",
     "moments",
@@ -258,7 +257,7 @@ def _combine(
 
     with printer.bar("tensors") as bar:
         shared: dict[str, Any] = {
-            "base": base, "include": settings["include"], "exclude": settings["exclude"],
+            "base": base, "compact": settings["compact"], "include": settings["include"], "exclude": settings["exclude"],
             "progress": lambda _: bar.update(),
         }  # fmt: skip
         if method == "subtract":

@@ -12,7 +12,6 @@ import numpy as np
 from shira_format._core.kernels import _compiled
 
 _LOW = 1 << 16
-_NEVER = 1 << 62
 _LENGTHS = np.array([value.bit_length() for value in range(256)], np.uint8)
 _STATE, _COUNT, _VALUE = 1, 2, 3  # what is wrong: the coder's end, the number of entries, a value
 
@@ -84,6 +83,21 @@ def histogram(numbers: Any, contexts: Any, split: int, counts: Any) -> int:
 
 
 @_compiled
+def _put(words: Any, at: Any, x: Any, value: Any, width: Any) -> Any:
+    """Code the lowest ``width`` bits of a value as they are; returns the state and where the words begin."""
+    place = (width + 15) // 16 * 16
+    while place > 0:
+        place -= 16
+        some = min(width - place, 16)
+        if x >= np.int64(1) << (32 - some):
+            at -= 1
+            words[at] = x & 0xFFFF
+            x >>= 16
+        x = x << some | np.int64((value >> np.uint64(place)) & np.uint64((1 << some) - 1))
+    return x, at
+
+
+@_compiled
 def encode(
     numbers: Any,
     contexts: Any,
@@ -99,7 +113,7 @@ def encode(
 ) -> int:
     """Fill ``words`` with the blocks and ``counts`` with their numbers of words; returns how many, or -1 if there is no room.
 
-    A block is written from its end backwards, at the end of ``words``, and then moved to its place.
+    A block is written from its end backwards, at the end of ``words``, and then moved to its place. ``tails`` may be empty.
     """
     used = 0
     begin: Any = 0
@@ -110,18 +124,10 @@ def encode(
             if at - used < 16:
                 return -1
             token, rest = _token(numbers[i], split)
-            for kind in range(2):
-                width = np.int64(tail_bits[i]) if kind == 0 else rest
-                value = np.uint64(tails[i]) if kind == 0 else np.uint64(numbers[i])
-                place = (width + 15) // 16 * 16
-                while place > 0:
-                    place -= 16
-                    some = min(width - place, 16)
-                    if x >= np.int64(1) << (32 - some):
-                        at -= 1
-                        words[at] = x & 0xFFFF
-                        x >>= 16
-                    x = x << some | np.int64((value >> np.uint64(place)) & np.uint64((1 << some) - 1))
+            if tails.size:
+                x, at = _put(words, at, x, np.uint64(tails[i]), np.int64(tail_bits[i]))
+            if rest:
+                x, at = _put(words, at, x, np.uint64(numbers[i]), rest)
             context = contexts[i]
             size = frequencies[context, token - firsts[context]]
             if x >= size << 20:
@@ -141,6 +147,70 @@ def encode(
         counts[block] = count
         used += count
     return used
+
+
+@_compiled
+def count_steps(new: Any, old: Any, top: Any, shift: int, mask: int, counts: Any, token_split: int) -> Any:
+    """Count the tokens of the steps from ``old`` to ``new``, bits of floats, in ``counts``, int64 ``[classes, tokens]``.
+
+    Returns:
+        How many signs differ, and the largest distance.
+    """
+    flips, most = 0, np.int64(0)
+    magnitude = top - np.uint64(1)
+    for i in range(new.size):
+        a, b = np.uint64(new[i]), np.uint64(old[i])
+        distance = abs(np.int64(a & magnitude) - np.int64(b & magnitude))
+        most = max(most, distance)
+        flips += (a ^ b) & top != 0
+        if distance < 1 << 60:  # of one beyond, the caller hears by the largest
+            token, _ = _token(distance + 1, token_split)
+            counts[mask - (np.int64(b >> np.uint64(shift)) & mask), token] += 1
+    return flips, most
+
+
+@_compiled
+def list_steps(
+    new: Any,
+    old: Any,
+    top: Any,
+    shift: int,
+    contexts: Any,
+    numbers: Any,
+    rows: Any,
+    tails: Any,
+    tail_bits: Any,
+    block: int,
+    ends: Any,
+) -> None:
+    """The numbers that code the steps from ``old`` to ``new``, their contexts and tails, and where each block's end.
+
+    Args:
+        new: bits of the targets.
+        old: bits of the base's values.
+        top: the bit of the sign.
+        shift: of the exponent.
+        contexts: uint8, by the bits from the exponent on.
+        numbers: int64, filled; likewise the next three.
+        rows: uint8: contexts.
+        tails: uint8.
+        tail_bits: uint8.
+        block: values of a block.
+        ends: int64, filled.
+    """
+    at = 0
+    magnitude = top - np.uint64(1)
+    for i in range(new.size):
+        a, b = np.uint64(new[i]), np.uint64(old[i])
+        step = np.int64(a & magnitude) - np.int64(b & magnitude)
+        context = contexts[np.int64(b >> np.uint64(shift))]
+        if (a ^ b) & top:  # a number of 0 stands before that of an entry whose sign changes
+            numbers[at], rows[at], tails[at], tail_bits[at] = 0, context, 0, 0
+            at += 1
+        numbers[at], rows[at], tails[at], tail_bits[at] = abs(step) + 1, context, step < 0, step != 0
+        at += 1
+        if (i + 1) % block == 0 or i + 1 == new.size:
+            ends[i // block] = at
 
 
 @_compiled
@@ -290,187 +360,4 @@ def decode_floats(
         if x != _LOW or at != stop:
             why[0] = _STATE
             return block
-    return -1
-
-
-# Elements of a weight, whose contexts are looked up: by the upper bits of the base's value alone, or also by row and column.
-
-
-@_compiled
-def ranks_by_base(
-    bits: Any, shift: int, contexts: Any, block: int, ends: Any, indices: Any, found: Any, of: Any
-) -> None:
-    """For each entry its context and its rank, from 1: how many elements of the context lie after the entry of this context before
-    it, in the same block, up to the entry.
-
-    Args:
-        bits: the base's, flat.
-        shift: of the upper bits, sign and exponent.
-        contexts: uint8: the context by these.
-        block: elements of a block.
-        ends: of each block the number of the entry after its last one.
-        indices: the entries.
-        found: int64, filled.
-        of: uint8, filled.
-    """
-    passed = np.empty(256, np.int64)
-    n = 0
-    for number in range(ends.size):
-        passed[:] = 0
-        i = number * block
-        while n < ends[number]:
-            for k in range(i, indices[n] + 1):
-                passed[contexts[bits[k] >> shift]] += 1
-            i = indices[n] + 1
-            context = contexts[bits[i - 1] >> shift]
-            found[n] = passed[context]
-            of[n] = context
-            passed[context] = 0
-            n += 1
-
-
-@_compiled
-def ranks_by_lines(
-    bits: Any,
-    shift: int,
-    exponents: Any,
-    rows: Any,
-    columns: Any,
-    contexts: Any,
-    block: int,
-    ends: Any,
-    indices: Any,
-    found: Any,
-    of: Any,
-) -> None:
-    """As :func:`ranks_by_base`.
-
-    Args:
-        bits: the base's, flat, or empty.
-        shift: see :func:`ranks_by_base`.
-        exponents: int64: what the upper bits add to a class number.
-        rows: the number of each row, 0 for one without entries.
-        columns: the number of each column.
-        contexts: uint8: the context of a class number.
-        block: see :func:`ranks_by_base`; likewise the others.
-        ends: likewise.
-        indices: likewise.
-        found: likewise.
-        of: likewise.
-    """
-    passed = np.empty(256, np.int64)
-    n = 0
-    for number in range(ends.size):
-        passed[:] = 0
-        i = number * block
-        while n < ends[number]:
-            entry, context = indices[n], contexts[0]
-            while i <= entry:
-                row = i // columns.size
-                first = row * columns.size
-                stop = min(first + columns.size, entry + 1)
-                if rows[row] == 0:
-                    i = stop
-                while i < stop:
-                    number_of = rows[row] + columns[i - first]
-                    if bits.size:
-                        number_of += exponents[bits[i] >> shift]
-                    context = contexts[number_of]
-                    passed[context] += 1
-                    i += 1
-            found[n] = passed[context]
-            of[n] = context
-            passed[context] = 0
-            n += 1
-
-
-@_compiled
-def _first_ranks(numbers: Any, counts: Any, n: int, at: Any, until: Any, left: Any) -> int:
-    """Where each context's ranks begin and end, from the ``n``-th on, and the first of each; returns where all end."""
-    left[:] = _NEVER
-    for context in range(counts.size):
-        at[context] = n
-        n += counts[context]
-        until[context] = n
-        if at[context] < n:
-            left[context] = numbers[at[context]]
-    return n
-
-
-@_compiled
-def positions_by_base(
-    bits: Any, shift: int, contexts: Any, block: int, first: int, numbers: Any, of_context: Any, out: Any
-) -> int:
-    """The inverse of :func:`ranks_by_base`; returns -1, or the block (from ``first``) in which a context has fewer elements than
-    its ranks say.
-
-    Args:
-        bits: see :func:`ranks_by_base`; likewise the next three.
-        shift: likewise.
-        contexts: likewise.
-        block: likewise.
-        first: the number of the first block.
-        numbers: the ranks, by block and context.
-        of_context: int64 ``[blocks, contexts]``: how many there are.
-        out: int64, filled with the entries.
-    """
-    left, at, until = np.empty(256, np.int64), np.empty(256, np.int64), np.empty(256, np.int64)
-    n = 0
-    for number in range(of_context.shape[0]):
-        end = _first_ranks(numbers, of_context[number], n, at, until, left)
-        begin = (first + number) * block
-        for i in range(begin, min(begin + block, bits.size)):
-            context = contexts[bits[i] >> shift]
-            left[context] -= 1
-            if left[context] == 0:
-                out[n] = i
-                n += 1
-                at[context] += 1
-                left[context] = numbers[at[context]] if at[context] < until[context] else _NEVER
-        if n != end:
-            return number
-    return -1
-
-
-@_compiled
-def positions_by_lines(
-    bits: Any,
-    shift: int,
-    exponents: Any,
-    rows: Any,
-    columns: Any,
-    contexts: Any,
-    block: int,
-    first: int,
-    numbers: Any,
-    of_context: Any,
-    out: Any,
-) -> int:
-    """The inverse of :func:`ranks_by_lines`, whose arguments these are; for the others see :func:`positions_by_base`."""
-    left, at, until = np.empty(256, np.int64), np.empty(256, np.int64), np.empty(256, np.int64)
-    n = 0
-    for number in range(of_context.shape[0]):
-        end = _first_ranks(numbers, of_context[number], n, at, until, left)
-        i = (first + number) * block
-        last = min(i + block, rows.size * columns.size)
-        while i < last:
-            row = i // columns.size
-            begin = row * columns.size
-            stop = min(begin + columns.size, last)
-            if rows[row] == 0:
-                i = stop
-            while i < stop:
-                number_of = rows[row] + columns[i - begin]
-                if bits.size:
-                    number_of += exponents[bits[i] >> shift]
-                context = contexts[number_of]
-                left[context] -= 1
-                if left[context] == 0:
-                    out[n] = i
-                    n += 1
-                    at[context] += 1
-                    left[context] = numbers[at[context]] if at[context] < until[context] else _NEVER
-                i += 1
-        if n != end:
-            return number
     return -1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import compress
 from typing import Any
 
 from shira_format.errors import FormatError
 
 MAX_DEPTH = 32
+_NESTED = {dict, list}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MINUS_ZERO = re.compile(rb"-0[\s,}\]]")  # begins with what is rare, which makes the search fast
 
@@ -18,7 +20,7 @@ def is_uint(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def parse_object(text: bytes, rule: str) -> dict[str, Any]:
+def parse_object(text: bytes | bytearray, rule: str) -> dict[str, Any]:
     """Parse one JSON object, which only spaces may follow: valid UTF-8, Unicode strings, no repeated keys, at most 32 levels.
 
     A text without anything unusual is parsed at the speed of the C parser; see :func:`_pairs_at_most`.
@@ -34,7 +36,7 @@ def parse_object(text: bytes, rule: str) -> dict[str, Any]:
     return _parse_slowly(text, rule) if parsed is None else parsed
 
 
-def _parse_plain(text: bytes) -> dict[str, Any] | None:
+def _parse_plain(text: bytes | bytearray) -> dict[str, Any] | None:
     """The object, if it is certain without a closer look that it keeps all rules; else None."""
     escapes = b"\\" in text
     if _MINUS_ZERO.search(text) or (escapes and _SURROGATE.search(text)):
@@ -53,7 +55,7 @@ def _refuse(word: str) -> Any:
     raise ValueError(f"{word} is not JSON")
 
 
-def _pairs_at_most(text: bytes) -> int:
+def _pairs_at_most(text: bytes | bytearray) -> int:
     """An upper bound on the pairs of key and value in a JSON text; exact for all but unusual texts.
 
     A pair has a colon outside of strings, after a quote or white space. Where that quote is escaped the colon is inside a
@@ -63,7 +65,7 @@ def _pairs_at_most(text: bytes) -> int:
     return bound + sum(text.count(space + b":") for space in (b" ", b"\n", b"\t", b"\r"))
 
 
-def _parse_slowly(text: bytes, rule: str) -> dict[str, Any]:
+def _parse_slowly(text: bytes | bytearray, rule: str) -> dict[str, Any]:
     """Parse with a check at each object and number."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,5 +111,5 @@ def _measure(parsed: Any) -> tuple[int, int]:
                 inner += item.values()
             else:
                 inner += item
-        level = [value for value in inner if type(value) is dict or type(value) is list]
+        level = list(compress(inner, map(_NESTED.__contains__, map(type, inner))))
     return depth, pairs

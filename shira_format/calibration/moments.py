@@ -25,7 +25,8 @@ from shira_format._core.arrays import Array, as_bytes
 from shira_format._core.strict_json import parse_object
 from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file
-from shira_format.storage.safetensors_file import SafetensorsFile, header_of
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.storage.safetensors_header import header_of
 
 _KEY = "shira_moments"
 _VERSION, _WITH_INPUTS = 1, 2

@@ -10,7 +10,7 @@ from shira_format.entries.base_check import base_values, check_dense
 from shira_format.errors import BaseMismatch, BaseRequired
 from shira_format.format import AdapterFile
 from shira_format.format.fields import representable
-from shira_format.format.manifest import SparseEntry, stream_name
+from shira_format.format.items import SparseEntry, stream_name
 from shira_format.names.filters import name_filter
 from shira_format.tensors import density, numel
 

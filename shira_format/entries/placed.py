@@ -24,7 +24,7 @@ from shira_format.entries.loaded import LoadedAdapter, load_adapter, refuse_remo
 from shira_format.entries.placer import Placer
 from shira_format.errors import BaseRequired, SourceError
 from shira_format.format import AdapterFile
-from shira_format.format.manifest import SparseEntry
+from shira_format.format.items import SparseEntry
 from shira_format.names.placement import Layout
 from shira_format.tensors import DenseTensor, SparseTensor
 

@@ -22,7 +22,7 @@ from shira_format.entries.moved import Moved, left_out, on_base
 from shira_format.entries.values import difference, wide
 from shira_format.errors import SourceError
 from shira_format.format import AdapterFile, AdapterWriter
-from shira_format.format.manifest import SparseEntry
+from shira_format.format.items import SparseEntry
 from shira_format.names.filters import name_filter
 from shira_format.storage.output_folder import folder_bytes, output_folder
 from shira_format.storage.outputs import check_output_folder

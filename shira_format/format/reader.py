@@ -19,16 +19,13 @@ from shira_format.adapter import Adapter, LazyMapping
 from shira_format.errors import BaseMismatch, BaseRequired, FormatError, SourceError
 from shira_format.format.codecs import CODECS, Encoded, IndexRange, cut
 from shira_format.format.compact.values import decode_floats, decode_steps
+from shira_format.format.items import DenseEntry, SparseEntry, check_shared_target, stream_name
 from shira_format.format.manifest import (
     DIGEST_KEY,
     ENTRIES_PER_BYTE,
     FREE_ENTRIES,
     METADATA_KEY,
-    DenseEntry,
-    SparseEntry,
-    check_shared_target,
     parse_manifest,
-    stream_name,
 )
 from shira_format.storage.paths import read_file
 from shira_format.storage.safetensors_file import SafetensorsFile
@@ -99,7 +96,7 @@ class AdapterFile:
             if text is None:
                 raise FormatError("no-manifest", "a safetensors file without a SHiRA manifest, so not an adapter")
             self.manifest = parse_manifest(text, self.streams.metadata.get(DIGEST_KEY, ""))
-            self.key = hashlib.sha256(text.encode()).hexdigest()
+            self.key = self.manifest.digest
             self._check_streams()
         except FormatError as error:
             self.streams.close()
@@ -364,16 +361,29 @@ class AdapterFile:
         return array
 
     def _check_streams(self) -> None:
-        for entry in self.manifest.tensors.values():
-            for role in entry.streams():
-                self._check_stream(entry, role)
+        number = self._fitting()
+        if number is None:
+            for entry in self.manifest.tensors.values():
+                for role in entry.streams():
+                    self._check_stream(entry, role)
         for whole in self.manifest.whole.values():
             self._check_whole(whole)
-        if stray := sorted(set(self.streams) - set(self.manifest.stream_names())):
-            raise FormatError("stray-stream", "the manifest does not list it", tensor=stray[0])
-        entries = sum(entry.nnz for entry in self.manifest.tensors.values())
+        stray = set() if number == len(self.streams) else set(self.streams) - set(self.manifest.stream_names())
+        if stray:
+            raise FormatError("stray-stream", "the manifest does not list it", tensor=min(stray))
+        entries = self.manifest.nnz
         if entries > (most := FREE_ENTRIES + ENTRIES_PER_BYTE * self.streams.buffer_size):
             raise FormatError("limit", f"{entries} entries; a file of this size may have {most}")
+
+    def _fitting(self) -> int | None:
+        """How many of the streams are those of sparse tensors, if all these are certainly as they should be."""
+        number = 0
+        for kind in self.manifest.kinds or ():
+            found = kind.fitting(self.streams.header.forms)
+            if found is None:
+                return None
+            number += found
+        return None if self.manifest.kinds is None else number
 
     def _check_stream(self, entry: SparseEntry, role: str) -> None:
         name = stream_name(entry.name, role)

@@ -25,6 +25,7 @@ from shira_format.adapter import Adapter
 from shira_format.errors import FormatError
 from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded, Hints, encode_smallest, encode_with, seed_of
 from shira_format.format.compact.values import encode_floats, encode_steps
+from shira_format.format.items import check_name, stream_name
 from shira_format.format.manifest import (
     DERIVED,
     DIGEST,
@@ -34,15 +35,13 @@ from shira_format.format.manifest import (
     FREE_ENTRIES,
     METADATA_KEY,
     NEWER,
-    check_name,
     parse_manifest,
-    stream_name,
 )
 from shira_format.format.provenance import check_provenance
 from shira_format.format.reader import AdapterFile
 from shira_format.storage.atomic import atomic_file
 from shira_format.storage.paths import read_file
-from shira_format.storage.safetensors_file import MAX_HEADER, Stream, file_header
+from shira_format.storage.safetensors_header import MAX_HEADER, Stream, file_header
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 from shira_format.version import __version__
 

@@ -61,7 +61,8 @@ class AdapterPool(Mapping[str, Path]):
         folder: whose ``.st`` and ``.safetensors`` files are adapters; or a mapping from names to paths.
         budget: bytes of decoded adapters that are kept. A larger adapter is read, used and not kept.
         layout: where a server's rank has the adapters' tensors: only what the rank has is decoded and kept.
-        base: see :class:`shira_format.live.Switcher`.
+        base: the checkpoint that the adapters are for: needed for files that are read with their base alone, and by a layout as by
+            :class:`shira_format.live.Switcher`.
 
     Example:
         >>> pool = AdapterPool("adapters/", budget=2 << 30)
@@ -78,14 +79,12 @@ class AdapterPool(Mapping[str, Path]):
         layout: Layout | None = None,
         base: str | os.PathLike[str] | Checkpoint | None = None,
     ) -> None:
-        """Raises: NotADirectoryError, FileNotFoundError; ValueError if two files have one name; TypeError: ``base`` without ``layout``."""
+        """Raises: NotADirectoryError, FileNotFoundError; ValueError if two files have one name; SourceError: ``base`` is no checkpoint."""
         if budget < 0:
             raise ValueError(f"budget {budget} is negative")
         self._folder = None if isinstance(folder, Mapping) else Path(folder)
         self._paths = {name: Path(path) for name, path in folder.items()} if isinstance(folder, Mapping) else {}
         self._budget = budget
-        if base is not None and layout is None:
-            raise TypeError("base is for a layout")
         self._layout = layout
         self._base = None if base is None else open_checkpoint(base)
         self._lock = threading.Lock()
@@ -211,7 +210,7 @@ class AdapterPool(Mapping[str, Path]):
 
     def _decoded(self, path: Path, executor: Executor | None) -> LoadedAdapter:
         if self._layout is None:
-            return load_adapter(path, executor)
+            return load_adapter(path, executor, base=self._base)
         return load_placed(path, self._layout, executor, base=self._base)
 
     def _count(self, **more: float) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from shira_format._core.arrays import Array, Indices, bits_differ
 from shira_format._core.compiled import union
 from shira_format.adapter import Adapter
+from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.errors import SourceError
 from shira_format.format import AdapterFile
 from shira_format.format.fields import representable
@@ -92,6 +93,7 @@ def diff(
     first: Adapter | str | os.PathLike[str],
     second: Adapter | str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Callable[[str], object] = lambda _: None,
@@ -101,12 +103,15 @@ def diff(
     Args:
         first: an adapter, or the path of its file.
         second: another one.
+        base: the checkpoint that both are for; needed for files that are read with their base alone.
         include: regexes; only tensors whose names match one are compared.
         exclude: regexes; tensors whose names match one are left out.
         progress: called with the name of each tensor that is done.
 
     Raises:
-        SourceError: an invalid regex, or no tensor is left.
+        SourceError: an invalid regex, no tensor is left, or ``base`` is no checkpoint.
+        BaseRequired: a file can be read with its base alone.
+        BaseMismatch: ``base`` is another one.
         FormatError: a file is no adapter, or is damaged.
         OSError: a file cannot be read.
 
@@ -115,7 +120,10 @@ def diff(
         True
     """
     chosen = name_filter(include, exclude)
-    a, b = (one if isinstance(one, Adapter) else AdapterFile(one).adapter() for one in (first, second))
+    opened = None if base is None else open_checkpoint(base)
+    a, b = (
+        one if isinstance(one, Adapter) else AdapterFile(one, base=opened).adapter() for one in (first, second)
+    )
     gone = [{name for name in one.removed if chosen(name)} for one in (a, b)]
     found = Differences(
         alpha=(a.alpha, b.alpha),

@@ -96,6 +96,7 @@ def subtract(
     out: Out,
     *,
     base: Base = None,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Progress = _no_progress,
@@ -106,7 +107,9 @@ def subtract(
     """
     checkpoint = open_base(base)
     result = algebra.subtract(first, second, checkpoint)
-    return _write("subtract", [first, second], result, out, checkpoint, include, exclude, progress)
+    return _write(
+        "subtract", [first, second], result, out, checkpoint, include, exclude, progress, compact=compact
+    )
 
 
 def compose(
@@ -114,6 +117,7 @@ def compose(
     out: Out,
     *,
     base: Base = None,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Progress = _no_progress,
@@ -126,7 +130,7 @@ def compose(
         raise SourceError(f"compose takes 2 adapters or more, not {len(adapters)}")
     checkpoint = open_base(base)
     result = algebra.compose(*adapters, base=checkpoint)
-    return _write("compose", adapters, result, out, checkpoint, include, exclude, progress)
+    return _write("compose", adapters, result, out, checkpoint, include, exclude, progress, compact=compact)
 
 
 def invert(
@@ -134,6 +138,7 @@ def invert(
     out: Out,
     *,
     base: Base = None,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Progress = _no_progress,
@@ -144,7 +149,7 @@ def invert(
     """
     checkpoint = open_base(base)
     result = algebra.invert(adapter, checkpoint)
-    return _write("invert", [adapter], result, out, checkpoint, include, exclude, progress)
+    return _write("invert", [adapter], result, out, checkpoint, include, exclude, progress, compact=compact)
 
 
 def intersect(
@@ -152,14 +157,15 @@ def intersect(
     out: Out,
     *,
     base: Base = None,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Progress = _no_progress,
 ) -> MergeReport:
     """Write the entries that all adapters have, with the values of the first; see :func:`merge`."""
     return merge(
-        adapters, out, method="intersect", options={"priority": "first"}, base=base, include=include, exclude=exclude,
-        progress=progress,
+        adapters, out, method="intersect", options={"priority": "first"}, base=base, compact=compact,
+        include=include, exclude=exclude, progress=progress,
     )  # fmt: skip
 
 
@@ -172,6 +178,8 @@ def _write(
     include: Sequence[str],
     exclude: Sequence[str],
     progress: Progress,
+    *,
+    compact: bool,
 ) -> MergeReport:
     """Write the chosen tensors of ``result`` one by one, and report on them."""
     inputs = [open_input(source, base, number) for number, source in enumerate(sources, 1)]
@@ -193,7 +201,12 @@ def _write(
             "shira_to_full; live models cannot remove tensors and refuse it"
         )
     with ExitStack() as stack:
-        writer = None if path is None else stack.enter_context(AdapterWriter(path, manifest))
+        known = None if method == "invert" else base  # it is made for other weights
+        writer = (
+            None
+            if path is None
+            else stack.enter_context(AdapterWriter(path, manifest, compact=compact, base=known))
+        )
         for name in names:
             tensor = result.get(name)
             if writer is not None and tensor is not None:

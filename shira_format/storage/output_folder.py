@@ -14,7 +14,7 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes
 from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file, atomic_folder
-from shira_format.storage.safetensors_file import header_of
+from shira_format.storage.safetensors_header import header_of
 
 # A tensor of a file to be written: name, dtype, shape.
 TensorLayout = tuple[str, np.dtype[Any], tuple[int, ...]]

@@ -11,9 +11,7 @@ Section numbers are those of ``spec/SPEC.md``.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,27 +19,10 @@ import numpy as np
 
 from shira_format._core.arrays import Array, as_bytes, frozen
 from shira_format._core.dtypes import DTYPES, dtype_name
-from shira_format._core.strict_json import is_uint, parse_object
 from shira_format.errors import FormatError
 from shira_format.storage.paths import MemoryFile, open_storage
-from shira_format.tensors import MAX_RANK, TOO_LARGE, is_too_large, numel
-
-MAX_HEADER = 100_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """One array of a file: dtype, shape and byte range in the buffer."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.end - self.begin
+from shira_format.storage.safetensors_header import MAX_HEADER, Stream, file_header, parse_header
+from shira_format.tensors import numel
 
 
 class SafetensorsFile(Mapping[str, Stream]):
@@ -49,6 +30,7 @@ class SafetensorsFile(Mapping[str, Stream]):
 
     Attributes:
         path: the file.
+        header: what it says of the arrays.
         metadata: the strings of ``__metadata__``.
         size: of the whole file, in bytes.
         buffer_size: of what follows the header, in bytes.
@@ -67,10 +49,10 @@ class SafetensorsFile(Mapping[str, Stream]):
         try:
             self.size = self._storage.size
             self.tile = self._storage.tile
-            self._start, header = self._read_header()
-            self.metadata = _metadata(header)
+            self._start, text = self._read_header()
             self.buffer_size = self.size - self._start
-            self._streams = _streams(header, self.buffer_size)
+            self.header = parse_header(text, self.buffer_size)
+            self.metadata = self.header.metadata
         except FormatError as error:
             self._storage.close()
             raise error.at(file=self.path) from None
@@ -78,7 +60,7 @@ class SafetensorsFile(Mapping[str, Stream]):
             self._storage.close()
             raise
 
-    def _read_header(self) -> tuple[int, dict[str, Any]]:
+    def _read_header(self) -> tuple[int, bytearray]:
         if self.size < 8:
             raise FormatError("file-truncated", f"not a safetensors file: it has only {self.size} bytes")
         prefix = self._read(0, 8)
@@ -90,26 +72,26 @@ class SafetensorsFile(Mapping[str, Stream]):
             raise FormatError("header-too-large", reason)
         if 8 + length > self.size:
             raise FormatError("file-truncated", f"a header of {length} bytes in a file of {self.size}")
-        return 8 + length, parse_object(self._read(8, length), "header-json")
+        return 8 + length, self._read(8, length)
 
-    def _read(self, start: int, size: int) -> bytes:
+    def _read(self, start: int, size: int) -> bytearray:
         """Read, not mapped: the file may be cut meanwhile."""
         found = bytearray(size)
         self._storage.read_into(start, memoryview(found))
-        return bytes(found)
+        return found
 
     def __getitem__(self, name: str) -> Stream:
-        return self._streams[name]
+        return self.header[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._streams)
+        return iter(self.header)
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self.header)
 
     def read(self, name: str) -> Array:
         """The array ``name``, read-only, read into memory of its own: later changes of the file do not reach it."""
-        stream = self._streams[name]
+        stream = self.header[name]
         return frozen(self.read_part(name, 0, numel(stream.shape)).reshape(stream.shape))
 
     def read_part(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
@@ -121,7 +103,7 @@ class SafetensorsFile(Mapping[str, Stream]):
             stop: flat index after the last.
             out: contiguous, of the array's dtype, with at least ``stop - start`` elements.
         """
-        stream = self._streams[name]
+        stream = self.header[name]
         if out is None:
             out = np.empty(stop - start, DTYPES[stream.dtype])
         part = out[: stop - start]
@@ -133,90 +115,6 @@ class SafetensorsFile(Mapping[str, Stream]):
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
         self._storage.close()
-
-
-def _metadata(header: dict[str, Any]) -> dict[str, str]:
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError("header-entry", "__metadata__ does not map strings to strings")
-    return metadata
-
-
-def _streams(header: dict[str, Any], buffer_size: int) -> dict[str, Stream]:
-    streams = {name: _stream(name, entry) for name, entry in header.items() if name != "__metadata__"}
-    at = 0
-    for name, stream in sorted(streams.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if stream.begin != at:
-            raise FormatError(
-                "offsets", f"it begins at byte {stream.begin}, but the stream before it ends at {at}", tensor=name
-            )
-        at = stream.end
-    if at > buffer_size:
-        raise FormatError(
-            "file-truncated", f"the streams have {at} bytes, but the file has only {buffer_size} after its header"
-        )
-    if at < buffer_size:
-        raise FormatError("file-trailing", f"{buffer_size - at} bytes follow after the last stream")
-    return streams
-
-
-def _stream(name: str, entry: Any) -> Stream:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise FormatError("header-entry", "its entry is not {dtype, shape, data_offsets}", tensor=name) from None
-    if not (
-        len(entry) == 3
-        and isinstance(dtype, str)
-        and isinstance(shape, list)
-        and len(shape) <= MAX_RANK
-        and all(is_uint(n) for n in [*shape, begin, end])
-        and begin <= end
-    ):
-        raise FormatError("header-entry", "its entry is not {dtype, shape, data_offsets}", tensor=name)
-    if dtype not in DTYPES:
-        raise FormatError("unknown-dtype", f"dtype {dtype!r} is not known", tensor=name)
-    if is_too_large(tuple(shape)):
-        raise FormatError("shape-overflow", f"shape {shape}: {TOO_LARGE}", tensor=name)
-    stream = Stream(dtype, tuple(shape), begin, end)
-    if stream.nbytes != numel(stream.shape) * DTYPES[dtype].itemsize:
-        raise FormatError("dtype-length", f"{stream.nbytes} bytes for {dtype} of shape {shape}", tensor=name)
-    return stream
-
-
-def file_header(streams: Mapping[str, Stream], metadata: Mapping[str, str], room: int = 0) -> bytes:
-    """The beginning of a file up to its buffer: the length of the header and the header, filled up with spaces.
-
-    Args:
-        streams: the arrays by name, in the order of the header.
-        metadata: strings by name; none is written if it is empty.
-        room: bytes of the result; by default as few as give a multiple of 8.
-    """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, stream in streams.items():
-        entries[name] = {
-            "dtype": stream.dtype, "shape": stream.shape, "data_offsets": [stream.begin, stream.end],
-        }  # fmt: skip
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text = text.ljust(room - 8 if room else (len(text) + 7) & ~7)
-    return len(text).to_bytes(8, "little") + text
-
-
-def header_of(
-    tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """:func:`file_header` of tensors that follow one another, and where in the file each tensor's bytes begin.
-
-    Args:
-        tensors: name, dtype and shape of each, in the order of the file.
-        metadata: see :func:`file_header`.
-    """
-    streams, at = {}, 0
-    for name, dtype, shape in tensors:
-        stop = at + numel(shape) * dtype.itemsize
-        streams[name], at = Stream(dtype_name(dtype), shape, at, stop), stop
-    header = file_header(streams, metadata)
-    return header, {name: len(header) + stream.begin for name, stream in streams.items()}
 
 
 class SafetensorsWriter:

@@ -18,7 +18,8 @@ from shira_format.convert.exact import read_parts
 from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file
 from shira_format.storage.output_folder import weights_file
-from shira_format.storage.safetensors_file import SafetensorsFile, header_of
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.storage.safetensors_header import header_of
 from shira_format.sync.structure import Structure
 from shira_format.tensors import numel
 

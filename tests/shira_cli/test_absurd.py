@@ -20,7 +20,8 @@ from shira_format.format import save
 from shira_format.format.manifest import DIGEST_KEY, METADATA_KEY
 from shira_format.names.filters import name_filter
 from shira_format.names.patterns import PatternError, is_inside_for_peft
-from shira_format.storage.safetensors_file import SafetensorsFile, file_header
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.storage.safetensors_header import file_header
 from shira_format.tensors import DenseTensor, SparseTensor
 from tests import models
 

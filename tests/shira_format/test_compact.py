@@ -92,14 +92,26 @@ def test_values_come_back(dtype: Any, count: int, seed: int, wild: bool) -> None
         assert values.tobytes() == decode_floats(floats, dtype, count).tobytes()
 
 
+def test_steps_of_float64_that_change_signs() -> None:
+    base = bits_of(1, 5000, np.dtype(np.float64), wild=False)
+    values = np.where(np.arange(5000) % 3 == 0, -base, bits_of(2, 5000, base.dtype, wild=False))
+    stream = encode_steps(values, base)
+    assert stream is not None
+    assert values.tobytes() == decode_steps(stream, base).tobytes()
+
+
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_the_same_bytes_with_numba_and_without(dtype: np.dtype[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     base, values = bits_of(1, 20000, dtype, wild=False), bits_of(2, 20000, dtype, wild=False)
     indices = np.flatnonzero(np.abs(base.astype(float)) < 0.01)[::3]
+    rows, columns = np.arange(100)[:, None], np.arange(200)
+    in_lines = np.flatnonzero((values.astype(float) > 0).reshape(100, 200) & (rows % 7 == 0) & (columns % 3 > 0))
 
     def streams() -> list[Any]:
-        found = [encode_steps(values, base), encode_floats(values)]
-        found += [encode_classes(indices, (100, 200), one).stream for one in (None, base)]
+        found = [encode_steps(values, base), encode_steps(-values, values), encode_floats(values)]
+        found += [
+            encode_classes(some, (100, 200), one).stream for one in (None, base) for some in (indices, in_lines)
+        ]
         return [None if one is None else one.tobytes() for one in found]
 
     here = streams()

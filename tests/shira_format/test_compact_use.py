@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,68 @@ def test_merges_of_compact_files(pair: tuple[Path, Path], tmp_path: Path) -> Non
     assert merged == load(tmp_path / "ab compact.st", base=shira.open_checkpoint(pair[0]))
     with pytest.raises(BaseRequired, match=r"compact\.st"):
         shira.merge([compact, second], tmp_path / "never.st")
+
+
+def test_algebra_of_compact_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = shira.open_checkpoint(pair[0])
+    last = models.save_arrays(tmp_path / "last.safetensors", weights(move=-3e-5))
+    first, other = (convert(one, tmp_path / f"{one[1].stem}.st", compact=True) for one in (pair, (pair[0], last)))
+    second = convert((pair[1], last), tmp_path / "second.st")
+    results: dict[str, Callable[[Path, bool], object]] = {
+        "subtract": lambda out, compact: shira.subtract(first, other, out, base=base, compact=compact),
+        "compose": lambda out, compact: shira.compose([first, second], out, base=base, compact=compact),
+        "intersect": lambda out, compact: shira.intersect([first, other], out, base=base, compact=compact),
+    }
+    for name, write in results.items():
+        plain, compact = tmp_path / f"{name}.st", tmp_path / f"{name} compact.st"
+        write(plain, False)
+        write(compact, True)
+        assert load(plain) == load(compact, base=base)
+        assert compact.stat().st_size < plain.stat().st_size
+        assert AdapterFile(compact).needs_base(NAMES[0])
+    inverse = tmp_path / "inverse.st"
+    shira.invert(first, inverse, base=base, compact=True)  # of the adapted weights, which a reader may not have
+    shira.shira_to_full(inverse, pair[1], tmp_path / "again")
+    found = shira.open_checkpoint(tmp_path / "again")
+    assert all(found[name].tobytes() == one.tobytes() for name, one in weights().items())
+
+
+def test_differences_of_compact_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    from shira_cli.diff import main
+
+    plain, compact = convert(pair, tmp_path / "plain.st"), convert(pair, tmp_path / "compact.st", compact=True)
+    assert shira.diff(plain, compact, base=pair[0]).same
+    assert 0 == main([str(plain), str(compact), "--base", str(pair[0])])
+    assert 2 == main([str(plain), str(compact)])
+    with pytest.raises(BaseRequired):
+        shira.diff(plain, compact)
+    with pytest.raises(BaseMismatch):
+        shira.diff(plain, compact, base=pair[1])
+
+
+def test_a_pool_of_compact_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    compact = convert(pair, tmp_path / "compact.st", compact=True)
+    live = {name: one.copy() for name, one in weights().items()}
+    switcher = shira.Switcher(live, pool=shira.AdapterPool({"step": compact}, base=pair[0]))
+    switcher.switch("step")
+    assert {name: one.tobytes() for name, one in weights(move=2e-5).items()} == {
+        k: v.tobytes() for k, v in live.items()
+    }
+    with pytest.raises(BaseRequired):
+        shira.AdapterPool({"step": compact}).get_adapter("step")
+    with pytest.raises(BaseMismatch):
+        shira.AdapterPool({"step": compact}, base=pair[1]).get_adapter("step")
+
+
+def test_matrices_of_compact_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    from shira_cli.convert import main
+
+    plain, compact = convert(pair, tmp_path / "plain.st"), convert(pair, tmp_path / "compact.st", compact=True)
+    shira.shira_to_csr(plain, tmp_path / "matrices", base=pair[0])
+    again = ["csr_to_shira", str(tmp_path / "matrices"), "--base", str(pair[0]), "--compact", "-o"]
+    assert 0 == main([*again, str(tmp_path / "again.st")])
+    assert compact.stat().st_size == pytest.approx((tmp_path / "again.st").stat().st_size, rel=0.05)
+    assert load(plain) == load(tmp_path / "again.st", base=shira.open_checkpoint(pair[0]))
 
 
 def test_measures_of_compact_files(pair: tuple[Path, Path], tmp_path: Path) -> None:

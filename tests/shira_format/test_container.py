@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -32,6 +32,7 @@ from shira_format.format import AdapterFile, AdapterWriter, load, save
 from shira_format.format import reader as reader_module
 from shira_format.format import writer as writer_module
 from shira_format.format.codecs import CODECS, encode_smallest
+from shira_format.format.items import stream_name
 from shira_format.format.manifest import DIGEST_KEY, METADATA_KEY
 from shira_format.storage.paths import LocalFile
 from shira_format.storage.safetensors_file import SafetensorsFile
@@ -92,6 +93,28 @@ def test_what_is_saved_is_loaded(folder: Path, adapter: Adapter, block_size: int
     assert path.read_bytes() == again.read_bytes()
     assert {"a.st", "b.st"} == {file.name for file in folder.iterdir()}
     again.unlink()
+
+
+@given(adapter=adapters())
+def test_streams_looked_at_together_are_those_looked_at_one_by_one(folder: Path, adapter: Adapter) -> None:
+    path = folder / "kinds.st"
+    save(adapter, path)
+    file = AdapterFile(path)
+    assume(file.manifest.kinds is not None)
+    sparse = [
+        stream_name(entry.name, role) for entry in file.manifest.tensors.values() for role in entry.streams()
+    ]
+    forms = file.streams.header.forms
+    assert len(sparse) == file._fitting()
+    for name in sparse:
+        dtype, shape = forms[name]
+        del forms[name]
+        assert file._fitting() is None
+        for other in (("I16", shape), (dtype, (*shape, 1))):
+            forms[name] = other
+            assert file._fitting() is None
+        forms[name] = dtype, shape
+    path.unlink()
 
 
 @given(adapter=adapters(), extra=json_values, note=json_values)

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from shira_format.errors import FormatError, ShiraError
-from shira_format.format.manifest import check_name, parse_manifest, stream_name
+from shira_format.format import manifest as parsing
+from shira_format.format.items import check_name, stream_name
+from shira_format.format.manifest import parse_manifest
 
 HEX = "0" * 64
 MINIMAL: dict[str, Any] = {"format_version": "1.0", "features": [], "digest": "sha256", "tensors": []}
@@ -262,3 +266,80 @@ def test_where_an_error_happened_is_told_once() -> None:
     assert "a.st: tensor 'w': it is bad (rule: name)" == str(error.at(file=Path("b.st"), tensor="v"))
     assert isinstance(error, ShiraError)
     assert isinstance(error, ValueError)
+
+
+# Values for the keys of an item: what may be there, and what may not.
+ODD: list[Any] = [None, True, 0, 1, 1.0, -1, "", "w", "BF16", HEX, [], [1], {}, {"codec": "flat"}]
+VALUES: dict[str, list[Any]] = {
+    "name": ["v", "a/b", "v#values", "__metadata__", "x" * 300, "\n", "é"],
+    "shape": [[4, 30], [120], [0, 3], [2.0, 60], [True, 120], [-4, -30], [1] * 65, [2**60], [10**400]],
+    "dtype": ["F32", "I8"],
+    "nnz": [10, 16, 20, 121, 20.0, True],
+    "values": ["delta", "none", "other"],
+    "indices": [
+        {"codec": "gap8", "block_size": 16}, {"codec": "gap8", "block_size": 16.0}, {"codec": "gap8", "block_size": True},
+        {"codec": "varint"}, {"codec": "shared", "tensor": "w"}, {"codec": "shared", "tensor": "u"}, {"codec": "shared"},
+        {"codec": "shared", "tensor": "w", "file": "m.st"}, {"codec": "shared", "tensor": "w", "file": None},
+        {"codec": "random", "seed": "0 w"}, {"codec": "random", "seed": 1}, {"codec": "random", "seed": "0" * 5000},
+        {"codec": "classes", "base": True}, {"codec": "classes"}, {"codec": "structured", "pattern": []}, {"codec": "zip"},
+    ],
+    "digests": [TENSOR["digests"], TENSOR["digests"] | {"entries": HEX}, TENSOR["digests"] | {"values": "A" * 64}, {"values": HEX}],
+    "base_values": [True, False, 1],
+    "coding": [{}, {"values": {"codec": "floats"}}, {"values": {"codec": "floats", "dtype": "F32"}}, {"base": {"codec": "x"}}],
+    "from": ["w", "u"],
+    "rows": [4, 7],
+    "energy_kept": [0.5, "much"],
+}  # fmt: skip
+
+
+@st.composite
+def items_of_manifests(draw: st.DrawFn) -> list[Any]:
+    found: list[Any] = [tensor(name=name) for name in draw(st.lists(st.sampled_from("wwuvst"), max_size=4))]
+    for _ in range(draw(st.integers(0, 3)) if found else 0):
+        item, key = draw(st.sampled_from(found)), draw(st.sampled_from(sorted(VALUES)))
+        item[key] = copy.deepcopy(draw(st.sampled_from(VALUES[key]) | st.sampled_from(ODD)))
+        if draw(st.integers(0, 9)) == 0:
+            del item[draw(st.sampled_from(sorted(item)))]
+    return found
+
+
+@given(
+    items=items_of_manifests(),
+    features=st.sampled_from(
+        [[], ["patch"], ["mask-file"], ["compact"], ["compact", "random", "patch", "mask-file"]]
+    ),
+    more=st.sampled_from([{}, {"components": {"a": {}}}, {"mask_files": {"m.st": HEX}}, {"removed": ["v"]}]),
+    whole=st.sampled_from([[], [{"name": "w#values", "shape": [2], "dtype": "F32", "digests": {"values": HEX}}]]),
+)
+@example([tensor(base_values=True), tensor(name="v", base_values=1)], [], {}, [])
+@example([tensor(), tensor(name="v", nnz=10, digests=TENSOR["digests"]), tensor(name="u", nnz=121)], [], {}, [])
+@example([tensor(), tensor(name="v", indices={"codec": "gap8", "block_size": 16.0})], [], {}, [])
+def test_items_looked_at_together_are_those_looked_at_one_by_one(
+    items: list[Any], features: list[str], more: dict[str, Any], whole: list[Any]
+) -> None:
+    text = manifest(*items, features=features, whole=whole, **more)
+
+    def outcome() -> Any:
+        try:
+            found = parse_manifest(text)
+        except FormatError as error:
+            return str(error)
+        return dict(found.tensors), list(found.stream_names()), found.nnz, found.raw, found.removed
+
+    together = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parsing, "alike", lambda raw: None)
+        assert outcome() == together
+
+
+def test_usual_items_are_looked_at_together() -> None:
+    compact = {"features": ["compact", "random"], "format_version": "1.1"}
+    entries = TENSOR["digests"] | {"entries": HEX}
+    text = manifest(
+        tensor(), tensor(name="v", nnz=19, shape=[7, 7, 7]), tensor(name="u", base_values=True), tensor(name="t", energy_kept=0.5),
+        tensor(name="s", indices={"codec": "shared", "tensor": "w"}), tensor(name="q", coding={"base": {"codec": "floats"}}, base_values=True),
+        *(tensor(name=name, indices={"codec": "random", "seed": f"0 {name}"}, digests=entries) for name in "ab"), **compact,
+    )  # fmt: skip
+    kinds = parse_manifest(text).kinds
+    assert kinds is not None
+    assert [["w", "v", "t"], ["u"], ["s"], ["q"], ["a", "b"]] == [kind.names for kind in kinds]

@@ -30,7 +30,7 @@ from shira_format.convert.peft_shira.layers import ShiraLayer
 from shira_format.errors import BaseMismatch, ShiraError, SourceError
 from shira_format.export.peft_shira import shira_to_peft
 from shira_format.export.peft_shira.padding import padded
-from shira_format.format import load, save
+from shira_format.format import AdapterFile, load, save
 from shira_format.tensors import DenseTensor, SparseTensor, same_bits
 from tests import models
 from tests.strategies import adapters, any_bits, float_dtypes, masks
@@ -127,6 +127,15 @@ def test_deltas_come_back_equal(name: str, dtype: torch.dtype, tmp_path: Path) -
         shira_to_peft(tmp_path / "a.st", tmp_path / "b", base=with_base, force=True)
         assert equal(tensors(folder), tensors(tmp_path / "b"))
     assert OPTIONS[name]["r"] == json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"]
+
+
+@pytest.mark.parametrize("values", ["target", "delta"])
+def test_compact_adapters_from_peft(values: str, small: Path) -> None:
+    options: dict[str, Any] = {"values": values}
+    peft_to_shira(small / "a", small / "base", small / "plain.st", **options)
+    peft_to_shira(small / "a", small / "base", small / "compact.st", compact=True, **options)
+    assert load(small / "plain.st") == load(small / "compact.st", base=open_checkpoint(small / "base"))
+    assert AdapterFile(small / "compact.st").manifest.raw["features"]
 
 
 def test_entries_that_change_nothing(tmp_path: Path) -> None:

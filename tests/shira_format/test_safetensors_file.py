@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from shira_format._core.arrays import Array, as_array
 from shira_format._core.dtypes import DTYPES, FLOATS
 from shira_format.errors import FormatError
-from shira_format.storage.safetensors_file import SafetensorsFile, Stream
+from shira_format.storage import safetensors_header
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.storage.safetensors_header import Stream
 from shira_format.tensors import same_bits
 from tests.strategies import any_bits, small_shapes
 
@@ -225,3 +227,61 @@ def test_every_dtype_is_read_bit_for_bit(tmp_path: Path) -> None:
     for name, array in arrays.items():
         assert same_bits(array.reshape(3, 1), file.read(name))
     assert set(FLOATS) < set(file)
+
+
+NAMES = ["w", "v", "v", "a.b", "é", "", "__metadata__", '\\"', "\\u0061"]
+FORMS = [
+    'F32","shape":[2',
+    'U8","shape":[8',
+    'BF16","shape":[0,7',
+    'F64","shape":[',
+    'F12","shape":[1',
+    'U8","shape":[08',
+    'U8","shape":[8,',
+]
+SPANS = ["0,8", "8,16", "16,24", "0,0", "8,8", "00,8", "8,0", "0,9"]
+METADATA = ['"__metadata__":{"a":"b"},', '"__metadata__":{},', "", "", '"__metadata__":{"a":"\\ud83e\\udde0"},']
+METADATA += [
+    '"__metadata__":{"a":"\\ud83e"},',
+    '"__metadata__":{"a":"b","a":"c"},',
+    '"__metadata__":{"a":1},',
+    '"__metadata__":{}',
+]
+arrays = st.tuples(st.sampled_from(NAMES), st.sampled_from(FORMS), st.sampled_from(SPANS)).map(
+    lambda one: f'"{one[0]}":{{"dtype":"{one[1]}],"data_offsets":[{one[2]}]}}'
+)
+
+
+@given(
+    before=st.sampled_from(METADATA),
+    found=st.lists(arrays, max_size=3),
+    change=st.none() | st.tuples(st.floats(0, 1), st.integers(0, 1), st.sampled_from(["", ",", "}", '"', " ", "1", "x", "é", "\t"])),
+    spaces=st.integers(0, 2),
+)  # fmt: skip
+def test_arrays_looked_at_together_are_those_looked_at_one_by_one(
+    before: str, found: list[str], change: tuple[float, int, str] | None, spaces: int
+) -> None:
+    text = f"{{{before}{','.join(found)}}}"
+    if change is not None:
+        at = int(change[0] * len(text))
+        text = text[:at] + change[2] + text[at + change[1] :]
+    data = (text + " " * spaces).encode()
+    for size in (0, 8, 16, 24):
+        together = safetensors_header._parse_usual(data, size)
+        if together is not None:
+            alone = safetensors_header._parse_any(data, size)
+            assert list(alone.items()) == list(together.items())
+            assert alone.metadata == together.metadata
+            assert alone.forms == together.forms
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_usual_headers_are_looked_at_together(ordered: bool) -> None:
+    arrays = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * at, 8 * at + 8]} for at, name in enumerate("abc")
+    }
+    if not ordered:
+        arrays = dict(reversed(arrays.items()))
+    for metadata in ({}, {"__metadata__": {"shira": json.dumps({"x": ["é", 1]})}}):
+        text = json.dumps(metadata | arrays, separators=(",", ":"))
+        assert safetensors_header._parse_usual(text.encode(), 24) is not None

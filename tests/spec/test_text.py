@@ -14,6 +14,9 @@ import pytest
 
 import shira_format
 from shira_format._core.dtypes import DTYPES, FLOATS
+from shira_format.convert.fit.quality import Effect
+from shira_format.convert.fit.report import FitReport
+from shira_format.convert.report import ConversionReport
 from shira_format.format.codecs import BLOCK_SIZE, CODECS, Encoded
 from shira_format.format.codecs.gaps import gaps_of
 from shira_format.format.codecs.magnitude import largest
@@ -319,6 +322,30 @@ def manifest_of(file: Path) -> Any:
 @pytest.mark.parametrize("file", run_vectors.vectors(only="^good/"), ids=lambda file: file.stem)
 def test_the_schema_accepts_good_vectors(file: Path) -> None:
     jsonschema.Draft202012Validator(SCHEMA).validate(manifest_of(file))
+
+
+def provenance() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator({"$ref": "#/$defs/provenance", "$defs": SCHEMA["$defs"]})
+
+
+def test_the_schema_knows_the_provenance_of_the_text() -> None:
+    keys = [key for row in rows(section("7")) for key in re.findall(r"`(\w+)`", row[0])]
+    assert set(keys) == SCHEMA["$defs"]["provenance"]["properties"].keys()
+    fit = next(row[1] for row in rows(section("7")) if row[0] == "`fit`")
+    named = {
+        *SCHEMA["$defs"]["provenance"]["properties"]["fit"]["properties"],
+        *SCHEMA["$defs"]["effect"]["properties"],
+    }
+    assert named <= set(re.findall(r"`(\w+)`", fit))
+
+
+def test_the_schema_knows_what_fits_say() -> None:
+    near = Effect(0.9, 0.8, 0.95, 0.01, 0.97, None, {"layers.0": float("nan")}, 300)
+    report = FitReport(
+        "distill", ConversionReport(), near, near, near, "fit", 1000, {"seed": 0}, {"texts": 16}, {"keep": 0.9}
+    )
+    provenance().validate(json.loads(json.dumps({"fit": report.provenance(), "selection": {"rule": "fit"}})))
+    assert not provenance().is_valid({"fit": {"kept": "both"}})
 
 
 def test_the_schema_refuses_most_vectors_that_are_bad_by_it() -> None:

@@ -23,6 +23,7 @@ example:
 @options.base_option(" that the adapter is for; needed where entries are new")
 @options.output_file()
 @options.self_contained_option
+@options.compact_option
 @options.filters("Convert")
 @options.allow_unused_option
 @options.force_adapter_option

@@ -24,6 +24,7 @@ example:
 @options.values_option("Store", "target")
 @options.output_file()
 @options.self_contained_option
+@options.compact_option
 @options.filters("Convert")
 @options.base_prefix_option
 @options.allow_unused_option

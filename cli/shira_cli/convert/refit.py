@@ -29,6 +29,7 @@ examples:
 @options.filters("Take")
 @options.output_file()
 @options.self_contained_option
+@options.compact_option
 @options.threads_option
 @options.force_adapter_option
 @options.dry_run_option

@@ -17,10 +17,11 @@ from shira_format._core.dtypes import FLOATS, dtype_name, working_dtype
 from shira_format._core.strict_json import is_uint, parse_object
 from shira_format._core.system import is_device
 from shira_format.errors import FormatError, SourceError
-from shira_format.format.manifest import DERIVED, check_name
+from shira_format.format.items import check_name
+from shira_format.format.manifest import DERIVED
 from shira_format.storage.output_folder import write_json
 from shira_format.storage.paths import read_file
-from shira_format.storage.safetensors_file import MAX_HEADER
+from shira_format.storage.safetensors_header import MAX_HEADER
 from shira_format.tensors import MAX_RANK, ValueKind, is_too_large
 
 INDEX = "index.json"

@@ -75,6 +75,7 @@ def csr_to_shira(
     *,
     base: str | os.PathLike[str] | Checkpoint | None = None,
     self_contained: bool = False,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_unused: bool = False,
@@ -93,6 +94,7 @@ def csr_to_shira(
         base: the checkpoint that the adapter is for: checked where it can be, and needed for entries that are new.
         self_contained: store the base's values, from ``base`` or ``original.st``. They are stored in any case where ``original.st``
             has them and they are known of all entries.
+        compact: take as few bytes as possible; with ``base``, a file that does not hold the base's values is read with its base.
         include: regexes; a tensor, sparse or whole, is taken only if one of them is found in its name.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         allow_unused: go on although the folder has matrices that ``index.json`` does not list.
@@ -115,7 +117,7 @@ def csr_to_shira(
     if not (items or whole or any(map(chosen, index.manifest.get("removed", ())))) and (include or exclude):
         raise SourceError(f"{source}: no tensor is left by the choice of names")
     checkpoint = None if base is None else open_checkpoint(base)
-    original = AdapterFile(inside(source, ORIGINAL)) if index.original else None
+    original = AdapterFile(inside(source, ORIGINAL), base=checkpoint) if index.original else None
     if out is not None:
         inputs = [source / file for file in index.files()] + (checkpoint.files if checkpoint is not None else [])
         check_not_input(Path(out), inputs)
@@ -126,7 +128,9 @@ def csr_to_shira(
     with ExitStack() as stack:
         if original is not None:
             stack.callback(original.streams.close)
-        writer = stack.enter_context(AdapterWriter(out)) if out is not None else None
+        writer = (
+            stack.enter_context(AdapterWriter(out, compact=compact, base=checkpoint)) if out is not None else None
+        )
         effects = folder_reader.write(items, whole, writer, report, progress)
         report.notices += _check_all_used(source, index, original, allow=allow_unused)
         if not force:

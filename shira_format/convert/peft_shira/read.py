@@ -52,6 +52,7 @@ def peft_to_shira(
     *,
     values: Values = "target",
     self_contained: bool = False,
+    compact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     prefix: str | None = None,
@@ -72,6 +73,7 @@ def peft_to_shira(
         out: the adapter file to write, which takes the place of what is there; None for a dry run.
         values: what to store.
         self_contained: store the base's values too.
+        compact: see :func:`shira_format.convert.lora.lora_to_shira`.
         include: regexes; a tensor is taken only if one of them is found in its name in the base.
         exclude: regexes; a tensor is left out if one of them is found in its name.
         prefix: what the base's names of the adapted weights start with, if several are possible.
@@ -111,7 +113,10 @@ def peft_to_shira(
         if read_from is not checkpoint:
             written = Path(stack.enter_context(TemporaryDirectory(prefix="shira-"))) / "by-peft.st"
         writing = stack.enter_context(ExitStack())
-        writer = writing.enter_context(AdapterWriter(written)) if written is not None else None
+        packing: dict[str, Any] = {"compact": compact, "base": None if self_contained else checkpoint}
+        writer = None
+        if written is not None:  # one that will be moved to the base's names is packed then
+            writer = writing.enter_context(AdapterWriter(written, **(packing if written is path else {})))
         for layer in source.updates:
             assert isinstance(layer, ShiraLayer)
             tensor, account, done = _convert_layer(layer, read_from, values, self_contained=self_contained)
@@ -140,7 +145,7 @@ def peft_to_shira(
             with on_base(AdapterFile(written), checkpoint, lambda _: True) as moved:
                 report.notices += moved.notices
                 if path is not None:
-                    save(moved.file.adapter(), path)
+                    save(moved.file.adapter(), path, **packing)
     if path is not None:
         report.file_bytes = path.stat().st_size
     if values == "target" and (lost := given - report.nnz):

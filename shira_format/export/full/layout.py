@@ -15,7 +15,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.entries.base_check import check_frame
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile
-from shira_format.format.manifest import SparseEntry
+from shira_format.format.items import SparseEntry
 from shira_format.tensors import numel
 
 SHARD_BYTES = 5_000_000_000  # the size of a shard in transformers

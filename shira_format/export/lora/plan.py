@@ -24,7 +24,8 @@ from shira_format._core.dtypes import FLOATS
 from shira_format.checkpoints import Checkpoint
 from shira_format.entries.base_check import check_frame
 from shira_format.errors import SourceError
-from shira_format.format.manifest import Manifest, SparseEntry
+from shira_format.format.items import SparseEntry
+from shira_format.format.manifest import Manifest
 from shira_format.names.filters import compiled
 from shira_format.names.patterns import PatternError, is_inside_for_peft
 

@@ -24,7 +24,7 @@ from shira_format.export.peft_shira.config import own_files, peft_config
 from shira_format.export.peft_shira.padding import padded
 from shira_format.export.peft_shira.plan import PeftPlan, Target, make_plan
 from shira_format.format import AdapterFile
-from shira_format.format.manifest import SparseEntry
+from shira_format.format.items import SparseEntry
 from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS
 from shira_format.names.filters import name_filter
 from shira_format.storage.output_folder import TensorLayout, folder_bytes, output_folder, weights_file, write_json

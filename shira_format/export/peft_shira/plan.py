@@ -10,7 +10,7 @@ from pathlib import Path
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import AdapterFile
-from shira_format.format.manifest import SparseEntry
+from shira_format.format.items import SparseEntry
 from shira_format.names.patterns import PatternError, is_inside_for_peft
 from shira_format.tensors import numel
 

@@ -28,6 +28,7 @@ BLOCK_SIZE = 4096  # entries per block: 16 bytes of directory for each are 0.03 
 _WRITTEN: tuple[IndexCodec, ...] = (Gap8(), Varint(), Structured())
 # One that readers of version 1.0 lack is written only where it takes half of the bytes, and this many fewer.
 _RUNS, _WORTH_A_FEATURE = Runs(), 256
+_NOT_BYTEWISE = [codec for codec in (*_WRITTEN, _RUNS) if not codec.bytewise]
 CODECS = {codec.name: codec for codec in (*_WRITTEN, Flat(), _RUNS, Seeded(), Magnitude(), Classes())}
 
 __all__ = [
@@ -67,10 +68,12 @@ def encode_with(indices: Indices, shape: tuple[int, ...], block_size: int, hints
         found = encode_largest(indices, hints.base)
     if found is not None:
         return found
-    found = encode_smallest(indices, shape, block_size)
-    if hints.compact and indices.size:
-        found = min(found, encode_classes(indices, shape, hints.base), key=stored_bytes)
-    return found
+    if not (hints.compact and indices.size):
+        return encode_smallest(indices, shape, block_size)
+    found = encode_classes(indices, shape, hints.base)
+    if stored_bytes(found) <= indices.size and all(codec.size(indices, shape) is None for codec in _NOT_BYTEWISE):
+        return found
+    return min(encode_smallest(indices, shape, block_size), found, key=stored_bytes)
 
 
 def encode_smallest(

@@ -62,11 +62,13 @@ class IndexCodec(ABC):
         name: as in the manifest.
         feature: that a file with this codec must list; None: every reader knows the codec.
         bytewise: whether an entry takes at least a byte.
+        own_text: a parameter that is another text for each tensor; None: tensors of one kind have the same parameters.
     """
 
     name: ClassVar[str]
     feature: ClassVar[str | None] = None
     bytewise: ClassVar[bool] = False
+    own_text: ClassVar[str | None] = None
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:  # noqa: B027 - most have none
         """Check the manifest's ``indices`` object of the tensor named ``tensor``, as far as no stream is needed.

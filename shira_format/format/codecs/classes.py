@@ -27,6 +27,7 @@ from shira_format.format.compact.coder import (
     encode,
     ended_wrong,
     entropy_bits,
+    is_compiled,
     kernels_for,
     table_bits,
 )
@@ -83,8 +84,9 @@ class Terms:
         """These terms with the numbers of rows and columns, 0 for those without entries."""
         return replace(self, rows=rows, columns=np.where(columns > 0, columns, _NONE))
 
-    def scan(self, kernels: Any, what: str, contexts: Array, *arguments: Any) -> Any:
+    def scan(self, what: str, contexts: Array, *arguments: Any) -> Any:
         """Run a compiled loop over elements, whose contexts are looked up in ``contexts`` by class number."""
+        kernels = _kernels()
         upper = self.mask - (np.arange(2 * (self.mask + 1)) & self.mask)  # of the bits of sign and exponent
         if self.rows.size:
             lines = self.bits, self.shift, upper, self.rows, self.columns, contexts
@@ -259,8 +261,8 @@ def _scanned(front: _Front, numbers: Indices, of_context: Indices, first: int) -
     """The entries of blocks from the ``first`` on, found by looking at all elements."""
     contexts, terms = lookup(front.bounds, _LOOKUP), front.terms
     found, bad = np.empty(numbers.size, np.int64), -1
-    if (kernels := kernels_for(numbers.size)) is not None:
-        bad = terms.scan(kernels, "positions", contexts, 1 << front.block, first, numbers, of_context, found)
+    if is_compiled(numbers.size):
+        bad = terms.scan("positions", contexts, 1 << front.block, first, numbers, of_context, found)
     else:
         done = 0
         for block, counts in enumerate(of_context):
@@ -305,16 +307,7 @@ def encode_classes(indices: Indices, shape: tuple[int, ...], base: Array | None 
     blocks, contexts = _parts(size, 1 << block), bounds.size - 1
     ends = np.searchsorted(indices, np.minimum(np.arange(1, blocks + 1) << block, size))
     numbers, of = _numbers(terms, bounds, block, ends, indices)
-    key = np.repeat(np.arange(blocks), np.diff(ends, prepend=0)) * contexts + of
-    # Numpy sorts 16 bits by radix.
-    order = np.argsort(key.astype(np.uint16) if blocks * contexts <= 1 << 16 else key, kind="stable")
-    # Each context of each block ends in a 0.
-    items = np.zeros(indices.size + blocks * contexts, np.int64)
-    rows = np.empty(items.size, np.uint8)
-    counts = np.bincount(key, minlength=blocks * contexts)
-    rows[:] = np.repeat(np.arange(blocks * contexts) % contexts, counts + 1)
-    items[np.arange(indices.size) + key[order]] = numbers[order]
-    coded = encode(_bare(rows, items, ends + np.arange(1, blocks + 1) * contexts), contexts)
+    coded = encode(_by_context(numbers, of, ends, contexts), contexts)
     split = coded.tables.split
     bits = BitWriter()
     bits.put(split, 3)
@@ -332,9 +325,27 @@ def encode_classes(indices: Indices, shape: tuple[int, ...], base: Array | None 
     return Encoded({"codec": Classes.name} | ({"base": True} if terms.bits.size else {}), stream)
 
 
-def _bare(contexts: Array, numbers: Indices, ends: Indices) -> Numbers:
-    """Numbers without tails."""
-    return Numbers(contexts, numbers, np.zeros(numbers.size, np.uint64), np.zeros(numbers.size, np.uint8), ends)
+def _by_context(numbers: Indices, of: Array, ends: Indices, contexts: int) -> Numbers:
+    """The numbers of each block by context; each context of each block ends in a 0."""
+    blocks = ends.size
+    items = np.zeros(numbers.size + blocks * contexts, np.int64)
+    rows = np.empty(items.size, np.uint8)
+    if is_compiled(numbers.size):
+        _kernels().arrange(numbers, of, ends, contexts, items, rows)
+    else:
+        key = np.repeat(np.arange(blocks), np.diff(ends, prepend=0)) * contexts + of
+        order = np.argsort(key, kind="stable")
+        rows[:] = np.repeat(
+            np.arange(blocks * contexts) % contexts, np.bincount(key, minlength=blocks * contexts) + 1
+        )
+        items[np.arange(numbers.size) + key[order]] = numbers[order]
+    return Numbers(rows, items, ends + np.arange(1, blocks + 1) * contexts)
+
+
+def _kernels() -> Any:
+    from shira_format._core import class_kernels
+
+    return class_kernels
 
 
 def _coded_lines(terms: Terms, split: int) -> list[Coded]:
@@ -343,7 +354,7 @@ def _coded_lines(terms: Terms, split: int) -> list[Coded]:
     numbers = np.concatenate([terms.rows, np.where(terms.columns == _NONE, 0, terms.columns)])
     contexts = np.repeat(np.array([0, 1], np.uint8), [terms.rows.size, terms.columns.size])
     ends = np.minimum(np.arange(1, _parts(numbers.size, _LINES) + 1) * _LINES, numbers.size)
-    return [encode(_bare(contexts, numbers, ends), 2, (split,))]
+    return [encode(Numbers(contexts, numbers, ends), 2, (split,))]
 
 
 def _numbers(terms: Terms, bounds: Indices, block: int, ends: Indices, indices: Indices) -> tuple[Indices, Array]:
@@ -356,8 +367,8 @@ def _numbers(terms: Terms, bounds: Indices, block: int, ends: Indices, indices: 
         found[starts[some]] = indices[starts[some]] - (some << block) + 1
         return found, of
     contexts = lookup(bounds, _LOOKUP)
-    if (kernels := kernels_for(indices.size)) is not None:
-        terms.scan(kernels, "ranks", contexts, 1 << block, ends, indices, found, of)
+    if is_compiled(indices.size):
+        terms.scan("ranks", contexts, 1 << block, ends, indices, found, of)
         return found, of
     for number, (first, last) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         if first == last:
@@ -376,9 +387,8 @@ def _numbers(terms: Terms, bounds: Indices, block: int, ends: Indices, indices: 
 def _best_terms(indices: Indices, shape: tuple[int, ...], base: Array | None) -> tuple[Terms, Indices]:
     """The terms that take the fewest bits, and the bounds of their contexts."""
     nothing = Terms(np.empty(0, np.uint8))
-    classes = np.zeros(indices.size, np.int64)  # of the entries
-    known = [(nothing, classes, np.array([float(numel(shape))]), 0.0)]
     rows, columns = matrix_shape(shape)
+    terms, side, line_sizes = nothing, 0.0, np.ones(1)
     if rows + columns <= min(indices.size, MAX_LINES):
         terms = nothing.with_lines(*_numbers_of_lines(indices, rows, columns))
         numbers = [np.bincount(lines[(lines > 0) & (lines < _NONE)]) for lines in (terms.rows, terms.columns)]
@@ -386,49 +396,73 @@ def _best_terms(indices: Indices, shape: tuple[int, ...], base: Array | None) ->
             entropy_bits(np.bincount(lines)[None]) + table_bits(one.size)
             for lines, one in zip((terms.rows, terms.columns), numbers, strict=True)
         )
-        known.append((terms, terms.of(indices), np.convolve(numbers[0].astype(np.float64), numbers[1]), side))
+        line_sizes = np.convolve(numbers[0].astype(np.float64), numbers[1])
+    own = nothing if base is None else of_base(base)
+    counts = _counts(replace(own, rows=terms.rows, columns=terms.columns), indices)
+    everything = np.array([float(numel(shape))])
+    known = [(nothing, counts.sum(keepdims=True)[0], everything, 0.0)]
+    if terms.rows.size:
+        known.append((terms, counts.sum(axis=0), line_sizes, side))
     if base is not None:
-        own = of_base(base)
-        share, of_entries = _shares(own, base.size), own.of(indices)
-        known += [
-            (
-                replace(own, rows=terms.rows, columns=terms.columns),
-                of_entries + classes,
-                np.convolve(elements, share),
-                side,
-            )
-            for terms, classes, elements, side in known
-        ]
+        share = _shares(own, base.size)
+        known.append((own, counts.sum(axis=1), np.convolve(everything, share), 0.0))
+        if terms.rows.size:
+            both = replace(own, rows=terms.rows, columns=terms.columns)
+            known.append((both, _of_sums(counts), np.convolve(line_sizes, share), side))
     return min((_contexts(*one) for one in known), key=lambda found: found[2])[:2]
+
+
+def _counts(terms: Terms, indices: Indices) -> Array:
+    """How many entries have each exponent's term and each line's, int64 ``[exponents, lines]``."""
+    found = np.zeros((terms.mask + 1, 2 * MAX_LINE + 1 if terms.rows.size else 1), np.int64)
+    if is_compiled(indices.size):
+        _kernels().count_classes(terms.bits, terms.shift, terms.mask, terms.rows, terms.columns, indices, found)
+        return found
+    of_base = replace(terms, rows=_nothing(), columns=_nothing()).of(indices)
+    of_lines = replace(terms, bits=terms.bits[:0]).of(indices)
+    key = of_base * found.shape[1] + of_lines
+    return np.bincount(key, minlength=found.size).reshape(found.shape)
+
+
+def _of_sums(counts: Array) -> Array:
+    """How many entries have each sum of two terms."""
+    found = np.zeros(sum(counts.shape), np.int64)
+    for exponent in np.flatnonzero(counts.any(axis=1)).tolist():
+        found[exponent : exponent + counts.shape[1]] += counts[exponent]
+    return found
 
 
 def _numbers_of_lines(indices: Indices, rows: int, columns: int) -> tuple[Indices, Indices]:
     """One more than the logarithm of how many entries each row and column has, rounded; 0 if it has none."""
-    row = indices // columns
-    counts = np.bincount(row, minlength=rows), np.bincount(indices - row * columns, minlength=columns)
+    counts = np.zeros(rows, np.int64), np.zeros(columns, np.int64)
+    if is_compiled(indices.size):
+        _kernels().count_lines(indices, *counts)
+    else:
+        row = indices // columns
+        counts[0][:] = np.bincount(row, minlength=rows)
+        counts[1][:] = np.bincount(indices - row * columns, minlength=columns)
     found = [np.where(one > 0, np.rint(np.log2(np.maximum(one, 1))) + 1, 0).astype(np.int64) for one in counts]
     return found[0], found[1]
 
 
 def _shares(terms: Terms, size: int) -> Array:
     """The share of the elements in each class, from some of them."""
-    step = max(1, size // (_CHUNK * _CHUNKS))
-    at = (np.arange(0, size, _CHUNK * step)[:, None] + np.arange(_CHUNK)).reshape(-1)
-    counts = np.bincount(terms.of(at[at < size]), minlength=terms.mask + 1)
+    step = _CHUNK * max(1, size // (_CHUNK * _CHUNKS))
+    some = np.concatenate([terms.bits[start : start + _CHUNK] for start in range(0, size, step)])
+    counts = np.bincount((some >> terms.shift & terms.mask).astype(np.int64), minlength=terms.mask + 1)[::-1]
     found: Array = counts / counts.sum()
     return found
 
 
-def _contexts(terms: Terms, of_entries: Indices, elements: Array, side: float) -> tuple[Terms, Indices, float]:
+def _contexts(terms: Terms, counts: Indices, elements: Array, side: float) -> tuple[Terms, Indices, float]:
     """The terms, the best bounds of their contexts, and about how many bits they take.
 
     Args:
         terms: the terms.
-        of_entries: the class number of each entry.
+        counts: how many entries are in each class.
         elements: how many elements are in each class, about.
         side: bits that the numbers of rows and columns take.
     """
-    counts = np.bincount(of_entries)
     classes = np.flatnonzero(counts)
     inside = np.append(0.0, np.cumsum(counts[classes]))
     # All elements between the first class and the last one of a context are in it.

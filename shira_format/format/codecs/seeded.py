@@ -129,6 +129,7 @@ class Seeded(IndexCodec):
     """No bits for random masks."""
 
     name = "random"
+    own_text = "seed"
     feature = "random"
 
     def check_params(self, params: Mapping[str, Any], tensor: str) -> None:

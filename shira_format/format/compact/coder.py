@@ -7,7 +7,7 @@ compiled if numba is installed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,23 +28,27 @@ _TABLE_BITS, _TOKEN_BITS = 24, 6  # that a table takes in a file
 Words = npt.NDArray[np.uint16]
 
 
+def _none() -> Array:
+    return np.empty(0, np.uint8)
+
+
 @dataclass(frozen=True)
 class Numbers:
-    """What is coded: numbers in contexts, each with a tail of bits as they are.
+    """What is coded: numbers in contexts, each with a tail of bits as they are, or none of them with one.
 
     Attributes:
         contexts: uint8 ``[n]``.
         numbers: int64 ``[n]``, at least 0, below 2^61.
-        tails: uint64 ``[n]``: the bits that follow.
-        tail_bits: uint8 ``[n]``: how many.
         ends: int64 ``[blocks]``: where each block ends.
+        tails: unsigned integers ``[n]``: the bits that follow; empty: none.
+        tail_bits: uint8 ``[n]``: how many; empty likewise.
     """
 
     contexts: Array
     numbers: Indices
-    tails: Array
-    tail_bits: Array
     ends: Indices
+    tails: Array = field(default_factory=_none)
+    tail_bits: Array = field(default_factory=_none)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Coded:
 def encode(given: Numbers, contexts: int, splits: Sequence[int] = _SPLITS) -> Coded:
     """Code numbers; every context has one at least."""
     split = _best_split(given, contexts, splits)
-    if (kernels := _kernels(given.numbers.size)) is not None:
+    if (kernels := kernels_for(given.numbers.size)) is not None:
         return _encode_compiled(kernels, given, contexts, split)
     tokens, rest = tokens_of(given.numbers, split)
     tables = Tables(split, tuple(map(Table.of, _histograms(given.contexts, tokens, contexts))))
@@ -79,15 +83,20 @@ def _best_split(given: Numbers, contexts: int, splits: Sequence[int]) -> int:
     if len(splits) == 1:
         return splits[0]
     # The tokens of large numbers may be too far apart for a table; those of splits up to 2 never are.
-    largest = given.numbers.max(keepdims=True)
-    splits = [split for split in splits if int(tokens_of(largest, split)[0][0]) < MAX_TOKENS]
+    largest = np.array([given.numbers.max()])
+    splits = [split for split in splits if tokens_of(largest, split)[0] < MAX_TOKENS]
     step = -(-given.numbers.size // _SAMPLE)
-    numbers, rows = given.numbers[::step], given.contexts[::step]
+    numbers, rows = np.ascontiguousarray(given.numbers[::step]), np.ascontiguousarray(given.contexts[::step])
+    kernels = kernels_for(given.numbers.size)
 
     def cost(split: int) -> float:
-        tokens, rest = tokens_of(numbers, split)
-        found = _histograms(rows, tokens, contexts)
-        return step * (entropy_bits(found) + float(rest.sum())) + _TOKEN_BITS * np.count_nonzero(found)
+        if kernels is not None:
+            found = np.zeros((contexts, MAX_TOKEN), np.int64)
+            rest = kernels.histogram(numbers, rows, split, found)
+        else:
+            tokens, widths = tokens_of(numbers, split)
+            found, rest = _histograms(rows, tokens, contexts), int(widths.sum())
+        return step * (entropy_bits(found) + rest) + _TOKEN_BITS * np.count_nonzero(found)
 
     return min(splits, key=cost)
 
@@ -106,20 +115,33 @@ def entropy_bits(counts: Array) -> float:
     return float(totals @ np.log2(totals) - some @ np.log2(some))
 
 
-def table_bits(tokens: float) -> float:
+def entropies(counts: Array) -> Array:
+    """Likewise of each row, float64 ``[rows]``; every row has a token."""
+    totals = counts.sum(axis=-1, dtype=np.float64)
+    some = counts.astype(np.float64)
+    found: Array = totals * np.log2(totals) - np.einsum("ij,ij->i", some, np.log2(np.maximum(some, 1)))
+    return found
+
+
+def table_bits(tokens: Any) -> Any:
     """About how many bits a table of so many tokens takes in a file."""
     return _TABLE_BITS + _TOKEN_BITS * tokens
 
 
-def _kernels(numbers: int) -> Any:
-    """The compiled functions, if they are loaded or worth loading."""
-    if numbers >= _MANY:
-        compiled.load()
-    if compiled.loaded() is None:
+def kernels_for(numbers: int) -> Any:
+    """:mod:`shira_format._core.coder_kernels`, if numba is loaded or worth loading for so many numbers; else None."""
+    if not is_compiled(numbers):
         return None
     from shira_format._core import coder_kernels
 
     return coder_kernels
+
+
+def is_compiled(numbers: int) -> bool:
+    """Whether numba is loaded, which it is here if so many numbers are worth it."""
+    if numbers >= _MANY:
+        compiled.load()
+    return compiled.loaded() is not None
 
 
 def _encode_compiled(kernels: Any, given: Numbers, contexts: int, split: int) -> Coded:
@@ -152,7 +174,9 @@ class _Steps:
 
 def _steps(given: Numbers, frequencies: Indices, starts: Indices, rest: Indices) -> _Steps:
     """The steps of all blocks in the order of decoding: for each number its token, its lower bits and its tail by 16 each."""
-    tails, tail_bits = given.tails.astype(np.uint64), given.tail_bits.astype(np.int64)
+    tails, tail_bits = np.zeros(given.numbers.size, np.uint64), np.zeros(given.numbers.size, np.int64)
+    if given.tails.size:
+        tails[:], tail_bits[:] = given.tails, given.tail_bits
     more, further = -(-rest // 16), -(-tail_bits // 16)
     passed = np.append(0, np.cumsum(1 + more + further))
     first = passed[:-1]
@@ -265,7 +289,7 @@ def decode_numbers(tables: Tables, words: Words, lengths: Indices, size: int, co
         FormatError: a block does not end where it should.
     """
     found = np.empty(contexts.size, np.int64)
-    if (kernels := _kernels(contexts.size)) is not None:
+    if (kernels := kernels_for(contexts.size)) is not None:
         bad = kernels.decode_numbers(
             words, np.cumsum(lengths), size, contexts, tables.slots, tables.firsts, tables.split, found
         )
@@ -276,8 +300,3 @@ def decode_numbers(tables: Tables, words: Words, lengths: Indices, size: int, co
         some = slice(block * size, (block + 1) * size)
         found[some] = [decoder.number(context) for context in contexts[some].tolist()]
     return found
-
-
-def kernels_for(numbers: int) -> Any:
-    """The compiled decoders, if they are loaded or worth loading for so many numbers; else None."""
-    return _kernels(numbers)

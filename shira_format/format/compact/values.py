@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from shira_format.format.compact.coder import (
     decoders,
     encode,
     ended_wrong,
-    entropy_bits,
+    entropies,
     kernels_for,
     table_bits,
 )
@@ -27,6 +28,7 @@ from shira_format.format.compact.tables import MAX_BITS, MAX_TOKENS, Table, Tabl
 
 BLOCK = 13  # bits of a block's size, as our writer chooses it
 _SMALLEST, _LARGEST = 4, 20
+_SPLIT, _TOKENS = 1, 128  # of steps when their contexts are chosen
 _STATE = 1  # what compiled decoders call wrong: the coder's end
 
 
@@ -40,25 +42,13 @@ def encode_steps(values: Array, base: Array) -> Array | None:
     if not values.size:
         return np.empty(0, np.uint8)
     new, old = as_unsigned(np.ascontiguousarray(values)), as_unsigned(np.ascontiguousarray(base))
-    top = new.dtype.type(1 << (8 * new.dtype.itemsize - 1))
-    sizes = [(one & ~top).astype(np.int64) for one in (new, old)]
-    steps = sizes[0] - sizes[1]
-    distances = np.abs(steps)
-    if int(distances.max()) >= 1 << (MAX_BITS - 1):
-        return None
-    flips = np.flatnonzero((new ^ old) & top)
     shift, mask = exponent_field(values.dtype)
-    classes = (mask - (old.astype(np.int64) >> shift & mask)).astype(np.int16)
-    bounds = _bounds(classes, distances, mask)
-    contexts = lookup(bounds, mask + 1)[classes]
-    # A number of 0 stands before that of an entry whose sign changes.
-    numbers = np.insert(distances + 1, flips, 0)
-    tails = np.insert((steps < 0).astype(np.uint8), flips, 0)
-    tail_bits = np.insert((distances > 0).astype(np.uint8), flips, 0)
-    rows = np.insert(contexts, flips, contexts[flips])
-    ends = _ends(values.size)
-    ends += np.searchsorted(flips, ends)
-    coded = encode(Numbers(rows, numbers, tails, tail_bits, ends), bounds.size - 1)
+    steps = _Steps(new, old, shift, mask)
+    counts, flips, most = steps.counted()
+    if most >= 1 << (MAX_BITS - 1):
+        return None
+    bounds = _bounds(counts)
+    coded = encode(steps.listed(lookup(bounds, mask + 1), flips), bounds.size - 1)
     bits = BitWriter()
     bits.put(coded.tables.split, 3)
     bits.put(BLOCK, 5)
@@ -68,20 +58,78 @@ def encode_steps(values: Array, base: Array) -> Array | None:
     return coded_stream.write(bits, [coded.words], coded.counts.tolist(), [])
 
 
-def _bounds(classes: Array, distances: Indices, mask: int) -> Indices:
-    """The bounds of the contexts that take the fewest bits."""
-    tokens, _ = tokens_of(distances + 1, 1)
-    width = int(tokens.max()) + 1
-    counts = np.bincount(classes.astype(np.int64) * width + tokens, minlength=(mask + 1) * width).reshape(
-        -1, width
-    )
+@dataclass(frozen=True)
+class _Steps:
+    """Steps from the base's values ``old`` to ``new``, both flat unsigned integers; where their exponent is."""
+
+    new: Array
+    old: Array
+    shift: int
+    mask: int
+
+    @property
+    def _top(self) -> int:
+        return 1 << (8 * self.new.dtype.itemsize - 1)
+
+    def counted(self) -> tuple[Array, int, int]:
+        """How often each token occurs in each class, ``[classes, tokens]``; how many signs change; the largest distance."""
+        if (kernels := kernels_for(self.new.size)) is not None:
+            counts = np.zeros((self.mask + 1, _TOKENS), np.int64)
+            flips, most = kernels.count_steps(
+                self.new, self.old, np.uint64(self._top), self.shift, self.mask, counts, _SPLIT
+            )
+            return counts, int(flips), int(most)
+        distances = np.abs(self._sizes(self.new) - self._sizes(self.old))
+        flips, most = int(np.count_nonzero(self._flipped())), int(distances.max())
+        if most >= 1 << (MAX_BITS - 1):
+            return np.empty((0, 0), np.int64), flips, most
+        tokens, _ = tokens_of(distances + 1, _SPLIT)
+        counts = np.bincount(self._classes() * _TOKENS + tokens, minlength=(self.mask + 1) * _TOKENS)
+        return counts.reshape(-1, _TOKENS), flips, most
+
+    def listed(self, contexts: Array, flips: int) -> Numbers:
+        """The numbers that code them; ``contexts`` by class. A number of 0 stands before that of an entry whose sign changes."""
+        if (kernels := kernels_for(self.new.size)) is not None:
+            upper = self.mask - (np.arange(2 * (self.mask + 1)) & self.mask)
+            numbers = np.empty(self.new.size + flips, np.int64)
+            rows, tails, widths = (np.empty(numbers.size, np.uint8) for _ in range(3))
+            ends = np.empty(_ends(self.new.size).size, np.int64)
+            kernels.list_steps(
+                self.new, self.old, np.uint64(self._top), self.shift, contexts[upper], numbers, rows, tails, widths,
+                1 << BLOCK, ends,
+            )  # fmt: skip
+            return Numbers(rows, numbers, ends, tails, widths)
+        at, steps = np.flatnonzero(self._flipped()), self._sizes(self.new) - self._sizes(self.old)
+        of = contexts[self._classes()]
+        ends = _ends(self.new.size)
+        ends += np.searchsorted(at, ends)
+        return Numbers(
+            np.insert(of, at, of[at]), np.insert(np.abs(steps) + 1, at, 0), ends,
+            np.insert((steps < 0).astype(np.uint8), at, 0), np.insert((steps != 0).astype(np.uint8), at, 0),
+        )  # fmt: skip
+
+    def _sizes(self, bits: Array) -> Indices:
+        found: Indices = (bits & ~bits.dtype.type(self._top)).astype(np.int64)
+        return found
+
+    def _flipped(self) -> Array:
+        found: Array = (self.new ^ self.old) & self.new.dtype.type(self._top)
+        return found
+
+    def _classes(self) -> Indices:
+        found: Indices = self.mask - (self.old.astype(np.int64) >> self.shift & self.mask)
+        return found
+
+
+def _bounds(counts: Array) -> Indices:
+    """The bounds of the contexts that take the fewest bits; ``counts``: how often each token occurs in each class."""
     present = np.flatnonzero(counts.any(axis=1))
-    passed = np.concatenate([np.zeros((1, width)), np.cumsum(counts[present], axis=0)])
+    used = counts[np.ix_(present, np.flatnonzero(counts.any(axis=0)))]
+    passed = np.concatenate([np.zeros((1, used.shape[1])), np.cumsum(used, axis=0)])
     costs = np.full((present.size + 1, present.size + 1), np.inf)
     for i in range(present.size):
-        for j in range(i + 1, present.size + 1):
-            inside = passed[j] - passed[i]
-            costs[i, j] = entropy_bits(inside[None]) + table_bits(int(np.count_nonzero(inside)))
+        inside = passed[i + 1 :] - passed[i]
+        costs[i, i + 1 :] = entropies(inside) + table_bits(np.count_nonzero(inside, axis=1))
     return merged(present, costs)
 
 
@@ -157,7 +205,7 @@ def encode_floats(values: Array) -> Array | None:
     low = bits_of & np.uint64((1 << shift) - 1)
     tails = bits_of >> np.uint64(8 * values.dtype.itemsize - 1) << np.uint64(shift) | low
     widths = np.full(values.size, shift + 1, np.uint8)
-    given = Numbers(np.zeros(values.size, np.uint8), exponents, tails, widths, _ends(values.size))
+    given = Numbers(np.zeros(values.size, np.uint8), exponents, _ends(values.size), tails, widths)
     split = 7  # so that exponents up to 255 are tokens
     coded = encode(given, 1, (split,))
     bits = BitWriter()
