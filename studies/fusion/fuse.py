@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from shira_cli.shipped import DATA
 from shira_format.adapter import Adapter
+from shira_format.convert.fit.support import largest
 from shira_format.format import load
 from shira_format.merging.run import open_merge
+from shira_format.tensors import SparseTensor
 from studies.bank import train
-from studies.bank.encoder import Encoder, Head, LoraEncoder, features, margins, read_head, some
-from studies.bank.forms import FORMS, TASKS
+from studies.bank.encoder import Encoder, Head, LoraEncoder, base_model, features, margins, read_head, some
+from studies.bank.forms import CUT, FORMS, TASKS
 from studies.bank.plan import Bank, BankRun
 from studies.fusion.distilled import Part, distilled
-from studies.fusion.plan import FusionRun, Merge, merges_of
+from studies.fusion.plan import SHIPPED, FusionRun, Merge, is_lora, merges_of
 from studies.learning import BATCH
 
 TEXTS = 0.5  # of the texts that a training sees, as many for each part of a distilled merge
@@ -50,7 +54,9 @@ def place() -> _Place:
 
 @lru_cache(maxsize=24)
 def adapter(run: BankRun) -> Adapter:
-    """A sparse adapter of the bank, in memory."""
+    """A sparse adapter of the bank, or cut from a LoRA that ships, in memory."""
+    if run.form == SHIPPED:
+        return _shipped(run.task)
     return Adapter(list(load(_place.bank.adapter(run)).values()))
 
 
@@ -73,7 +79,24 @@ def _loras(seed: int, tasks: tuple[str, ...]) -> LoraEncoder:
 
 def head(run: BankRun) -> Head:
     """The head that was trained with an adapter."""
+    if run.form == SHIPPED:
+        found = load_file(DATA / "loras" / run.task / "adapter_model.safetensors")
+        return found["base_model.model.classifier.weight"], found["base_model.model.classifier.bias"]
     return read_head(_place.bank.head(run))
+
+
+def _shipped(task: str) -> Adapter:
+    updates = LoraEncoder(_place.base, {task: DATA / "loras" / task}).updates(task)
+    model = base_model(_place.base)
+    tensors = []
+    for name, update in updates.items():
+        weight = model.get_parameter(name).detach()
+        size = update.abs().reshape(-1)
+        at = largest({name: size}, round(CUT * size.numel()))[name]
+        base = weight.reshape(-1)[at]
+        values = base + update.reshape(-1)[at]
+        tensors.append(SparseTensor(name, tuple(weight.shape), at.numpy(), values.numpy(), base=base.numpy()))
+    return Adapter(tensors)
 
 
 def margins_of(model: nn.Module, task: str, under: Head) -> list[float]:
@@ -91,9 +114,30 @@ def work(run: FusionRun) -> dict[str, Any]:
         if (run.members, run.form, run.seed, state) not in _known:
             _known[run.members, run.form, run.seed, state] = margins_of_all(model, run)
         found = _known[run.members, run.form, run.seed, state]
-    return {
+    more = {} if run.form != SHIPPED else {"alone": _alone(run), "base": _without(run)}
+    return more | {
         "margins": found, "merge_seconds": round(merged - begin, 2), "seconds": round(time.perf_counter() - begin, 2)
     }  # fmt: skip
+
+
+def _alone(run: FusionRun) -> dict[str, list[float]]:
+    """Margins with each part alone, for parts that the bank does not have."""
+    found = {}
+    for task in run.tasks:
+        part = BankRun(task, run.form, run.seed)
+        with encoder().showing(adapter(part)) as model:
+            found[task] = margins_of(model, task, head(part))
+    return found
+
+
+def _without(run: FusionRun) -> dict[str, list[float]]:
+    """Margins of the unchanged encoder under the heads of the parts."""
+    return {
+        task: margins(
+            train.base_features(task), head(BankRun(task, run.form, run.seed)), train.tokens(task)["test"].labels
+        )
+        for task in run.tasks
+    }
 
 
 _known: dict[tuple[str, str, int, str], dict[str, list[float]]] = {}
@@ -128,7 +172,7 @@ def showing(run: BankRun, alpha: float = 1.0) -> Iterator[nn.Module]:
 def showing_fused(run: FusionRun, alpha: float = 1.0) -> Iterator[nn.Module]:
     """The encoder with several adapters of the bank, fused, at a strength."""
     merge = merges_of(run.form)[run.merge]
-    if FORMS[run.form].kind == "lora":
+    if is_lora(run.form):
         weights = [alpha / len(run.tasks) if merge.halved else alpha] * len(run.tasks)
         with loras(run.seed).showing(run.tasks, weights, merge.method, **merge.options) as model:
             yield model
@@ -155,4 +199,4 @@ def fused(run: FusionRun, merge: Merge) -> Adapter:
         for part, one in zip(parts, adapters, strict=True)
     ]
     torch.manual_seed(run.seed)
-    return distilled(_place.base, open_merge(adapters, method="mean").adapter(), teachers, run.seed)
+    return distilled(_place.base, open_merge(adapters, method="linear").adapter(), teachers, run.seed)

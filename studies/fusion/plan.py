@@ -76,13 +76,21 @@ PEFT = {
 """On LoRAs."""
 
 COMPARED = ("wm", "cut")  # by all methods
+SHIPPED, SHIPPED_TASKS = "shipped", ("spam", "genre")
+"""The LoRAs that ship with the commands, trained much longer than those of the bank, cut to their largest 5 %: by all methods, too."""
+
 DISTILLED = ("wm", "wm-bands", "struct-apart", "cut")
 EVERYWHERE = ("sum", "average", "mean")
 
 
 def merges_of(form: str) -> dict[str, Merge]:
     """The ways to fuse adapters of a form."""
-    return PEFT if FORMS[form].kind == "lora" else MERGES
+    return PEFT if is_lora(form) else MERGES
+
+
+def is_lora(form: str) -> bool:
+    """Whether adapters of a form are merged by PEFT."""
+    return form != SHIPPED and FORMS[form].kind == "lora"
 
 
 def runs_methods(form: str, count: int) -> list[str]:
@@ -102,7 +110,7 @@ class FusionRun(Run):
 
     Attributes:
         members: tasks, joined by ``+``.
-        form: of :data:`studies.bank.forms.FORMS`.
+        form: of :data:`studies.bank.forms.FORMS`, or :data:`SHIPPED`.
         merge: of :data:`MERGES` or :data:`PEFT`.
         seed: of the parts.
     """
@@ -149,6 +157,8 @@ class Plan:
                     for merge in runs_methods(form, len(group)):
                         if seed == self.bank.seeds[0] or merge in EVERYWHERE:
                             yield FusionRun("+".join(group), form, merge, seed)
+        if set(SHIPPED_TASKS) <= set(self.bank.tasks):
+            yield from (FusionRun("+".join(SHIPPED_TASKS), SHIPPED, merge, self.bank.seeds[0]) for merge in MERGES)
 
     def following(self, store: Store, bank: Store) -> list[FusionRun]:
         """The runs whose parts are there."""
@@ -157,5 +167,5 @@ class Plan:
             for run in self.runs()
             if run not in store
             and re.search(self.only, f"{run.members} {run.form} {run.merge} {run.seed}")
-            and all(BankRun(task, run.form, run.seed) in bank for task in run.tasks)
+            and (run.form == SHIPPED or all(BankRun(task, run.form, run.seed) in bank for task in run.tasks))
         ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from studies.bank.forms import FORMS
 from studies.bank.plan import Bank, BankRun
-from studies.fusion.plan import COMPARED, DENSITY, EVERYWHERE, FusionRun, merges_of
+from studies.fusion.plan import COMPARED, DENSITY, EVERYWHERE, SHIPPED, FusionRun, merges_of
 from studies.report import write_csv
 from studies.runs import Result, Store
 from studies.statistics import Case, Estimate, accuracy, drop, kept
@@ -71,6 +71,11 @@ def run_of(result: Result) -> FusionRun:
 def cases_of(result: Result, singles: Singles) -> list[Case]:
     """A fused adapter on each of its tasks."""
     run = run_of(result)
+    if run.form == SHIPPED:
+        return [
+            Case.of(task, result["margins"][task], result["alone"][task], result["base"][task])
+            for task in run.tasks
+        ]
     return [singles.case(BankRun(task, run.form, run.seed), result["margins"][task]) for task in run.tasks]
 
 
@@ -86,7 +91,7 @@ def rows(results: Sequence[Result], singles: Singles) -> list[Row]:
             groups.setdefault((run.form, run.merge, len(run.tasks), 0), []).extend(cases)
         if (run.members, run.form, run.merge) in repeated:
             groups.setdefault((run.form, run.merge, len(run.tasks), run.seed), []).extend(cases)
-    forms = list(FORMS)
+    forms = [*FORMS, SHIPPED]
     keys = sorted(
         groups, key=lambda key: (forms.index(key[0]), key[2], key[3], list(merges_of(key[0])).index(key[1]))
     )
@@ -196,6 +201,7 @@ def parts(results: Sequence[Result], found: Sequence[Row], folder: Path, bank: B
         "all": table_of_merges(found, everything),
         "lora": table_of_methods(found, "lora", 3),
         **{form: table_of_methods(found, form, 3) for form in COMPARED},
+        SHIPPED: table_of_methods(found, SHIPPED, 2),
         "seeds": table_of_seeds(found),
     }
 
