@@ -42,7 +42,8 @@ def _largest(part: Contribution, free: Indices, options: Options) -> Indices:
     order = np.lexsort((-magnitudes(part)[free], number))  # stable, so of equal ones the first stays first
     starts = np.flatnonzero(np.diff(number[order], prepend=-1))
     rank = np.arange(order.size) - np.repeat(starts, np.diff(starts, append=order.size))
-    return free[order[rank < np.floor(options["density"] * size[order])]]
+    kept: Indices = free[order[rank < np.floor(options["density"] * size[order])]]
+    return kept
 
 
 METHODS = (
