@@ -99,7 +99,7 @@ def _best_split(given: Numbers, contexts: int, splits: Sequence[int]) -> int:
         else:
             tokens, widths = tokens_of(numbers, split)
             found, rest = _histograms(rows, tokens, contexts), int(widths.sum())
-        return step * (entropy_bits(found) + rest) + _TOKEN_BITS * np.count_nonzero(found)
+        return float(step * (entropy_bits(found) + rest) + _TOKEN_BITS * np.count_nonzero(found))
 
     return min(splits, key=cost)
 
