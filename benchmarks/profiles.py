@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,8 @@ def _peers(step: Load, path: Path) -> Iterator[Row]:
         case = f"compact file of {step.case} of {step.base.size / 1e6:.1f} M bf16, beside {peer}"
         yield Row(case, bits, 8 * sum(map(len, packed)) / count, "bits/changed entry", peer)
         yield Row(f"  encode, {peer}", 1e3 * encode, 1e3 * seconds(pack, repeat=3), "ms", peer)
-        yield Row(
-            f"  decode, {peer}", 1e3 * decode, 1e3 * seconds(lambda p=packed, u=unpack: u(p), repeat=3), "ms", peer
-        )  # type: ignore[misc]
+        unpacking = seconds(partial(unpack, packed), repeat=3)
+        yield Row(f"  decode, {peer}", 1e3 * decode, 1e3 * unpacking, "ms", peer)
 
 
 _Packer = tuple[Callable[[], list[bytes]], Callable[[list[bytes]], object]]
@@ -245,7 +245,8 @@ def _adamw_step(rate: float, *, quick: bool) -> list[dict[str, torch.Tensor]]:
             return_tensors="pt",
         )
         one, other = (torch.nn.functional.normalize(model(**batch).last_hidden_state.mean(1)) for _ in range(2))
-        torch.nn.functional.cross_entropy(20 * one @ other.T, torch.arange(size)).backward()
+        loss: Any = torch.nn.functional.cross_entropy(20 * one @ other.T, torch.arange(size))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return [*found, _rounded(model)]
@@ -297,9 +298,8 @@ def _switching(shape: Shape, folder: Path) -> Iterator[Row]:
     ours, plain = (1e3 * min(times[profile][1:]) for profile in ("compact", "plain"))
     case = f"switch to a compact file ({shape.adapted / 1e9:.2f} G bf16, 1 %)"
     yield Row(case, ours, plain, "ms", "the same, a plain file")
-    yield Row(
-        "  its file", *(files[name].stat().st_size / 1e6 for name in ("compact", "plain")), "MB", "the plain file"
-    )
+    size, size_plain = (files[name].stat().st_size / 1e6 for name in ("compact", "plain"))
+    yield Row("  its file", size, size_plain, "MB", "the plain file")
 
 
 def _syncing(shape: Shape, folder: Path) -> Iterator[Row]:

@@ -185,4 +185,4 @@ def _may_share(item: dict[str, Any], items: Mapping[str, dict[str, Any]], raw: M
         return "mask-file" in raw["features"] and indices["file"] in raw["mask_files"]
     other = items[indices["tensor"]]
     same = other["shape"] == item["shape"] and other["nnz"] == item["nnz"]
-    return same and other["indices"]["codec"] != "shared"
+    return bool(same and other["indices"]["codec"] != "shared")

@@ -124,18 +124,16 @@ def _parse_usual(text: bytes | bytearray, buffer_size: int) -> Header | None:
     begins, ends = (list(map(int, column)) for column in offsets)
     if list(map(sub, ends, begins)) != list(map(sizes.__getitem__, texts)):
         return None
-    if not (_follow(begins, ends, buffer_size) or _follow(*_ordered(begins, ends), buffer_size)):
-        return None
+    if not _follow(begins, ends, buffer_size):
+        ordered = sorted(zip(begins, ends, strict=True))
+        if not _follow([begin for begin, _ in ordered], [end for _, end in ordered], buffer_size):
+            return None
     return Header(metadata, cast(dict[str, Form], forms), begins, ends)
 
 
 def _follow(begins: Sequence[int], ends: Sequence[int], size: int) -> bool:
     """Whether parts of a buffer follow one another and fill it."""
     return [*begins, size] == [0, *ends]
-
-
-def _ordered(begins: list[int], ends: list[int]) -> Iterator[tuple[int, ...]]:
-    return zip(*sorted(zip(begins, ends, strict=True)), strict=True)
 
 
 def _metadata_ahead(text: str) -> tuple[dict[str, str], int]:

@@ -388,7 +388,8 @@ def _best_terms(indices: Indices, shape: tuple[int, ...], base: Array | None) ->
     """The terms that take the fewest bits, and the bounds of their contexts."""
     nothing = Terms(np.empty(0, np.uint8))
     rows, columns = matrix_shape(shape)
-    terms, side, line_sizes = nothing, 0.0, np.ones(1)
+    terms, side = nothing, 0.0
+    line_sizes: Array = np.ones(1)
     if rows + columns <= min(indices.size, MAX_LINES):
         terms = nothing.with_lines(*_numbers_of_lines(indices, rows, columns))
         numbers = [np.bincount(lines[(lines > 0) & (lines < _NONE)]) for lines in (terms.rows, terms.columns)]

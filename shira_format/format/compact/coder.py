@@ -23,7 +23,12 @@ _SPLITS = (0, 1, 2, 3)
 _SAMPLE = 1 << 15
 # From so many numbers on numba is loaded, which takes as long as plain Python needs for them.
 _MANY = 1 << 17
-_TABLE_BITS, _TOKEN_BITS = 24, 6  # that a table takes in a file
+_TABLE_BITS, _TOKEN_BITS = 24, 6  # that a table takes in a file, about
+_FRONT_BITS, _PLACE_BITS, _KEPT_BITS = (
+    32,
+    4,
+    2.5,
+)  # and more exactly: its front, each token's place, and each that occurs
 
 Words = npt.NDArray[np.uint16]
 
@@ -82,9 +87,7 @@ def encode(given: Numbers, contexts: int, splits: Sequence[int] = _SPLITS) -> Co
 def _best_split(given: Numbers, contexts: int, splits: Sequence[int]) -> int:
     if len(splits) == 1:
         return splits[0]
-    # The tokens of large numbers may be too far apart for a table; those of splits up to 2 never are.
-    largest = np.array([given.numbers.max()])
-    splits = [split for split in splits if tokens_of(largest, split)[0] < MAX_TOKENS]
+    splits = fitting_splits(int(given.numbers.max()))
     step = -(-given.numbers.size // _SAMPLE)
     numbers, rows = np.ascontiguousarray(given.numbers[::step]), np.ascontiguousarray(given.contexts[::step])
     kernels = kernels_for(given.numbers.size)
@@ -96,9 +99,14 @@ def _best_split(given: Numbers, contexts: int, splits: Sequence[int]) -> int:
         else:
             tokens, widths = tokens_of(numbers, split)
             found, rest = _histograms(rows, tokens, contexts), int(widths.sum())
-        return step * (entropy_bits(found) + rest) + _TOKEN_BITS * np.count_nonzero(found)
+        return float(step * (entropy_bits(found) + rest) + _TOKEN_BITS * np.count_nonzero(found))
 
     return min(splits, key=cost)
+
+
+def fitting_splits(largest: int) -> list[int]:
+    """Those with which a table holds the tokens of all numbers up to the largest: of float64 not all."""
+    return [split for split in _SPLITS if tokens_of(np.array([largest]), split)[0][0] < MAX_TOKENS]
 
 
 def _histograms(contexts: Array, tokens: Indices, count: int) -> Indices:
@@ -123,9 +131,19 @@ def entropies(counts: Array) -> Array:
     return found
 
 
-def table_bits(tokens: Any) -> Any:
+def table_bits(tokens: float) -> float:
     """About how many bits a table of so many tokens takes in a file."""
     return _TABLE_BITS + _TOKEN_BITS * tokens
+
+
+def tables_bits(counts: Array) -> Array:
+    """About how many bits each row's table takes with its bounds, float64 ``[rows]``: tokens between others take bits, too."""
+    some = counts > 0
+    spans = some.shape[1] - np.argmax(some, axis=1) - np.argmax(some[:, ::-1], axis=1)
+    found: Array = np.where(
+        some.any(axis=1), _FRONT_BITS + _PLACE_BITS * spans + _KEPT_BITS * some.sum(axis=1), 0.0
+    )
+    return found
 
 
 def kernels_for(numbers: int) -> Any:

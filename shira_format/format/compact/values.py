@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,16 @@ from shira_format.format.compact.coder import (
     encode,
     ended_wrong,
     entropies,
+    fitting_splits,
     kernels_for,
-    table_bits,
+    tables_bits,
 )
 from shira_format.format.compact.contexts import exponent_field, lookup, merged, read_bounds, write_bounds
 from shira_format.format.compact.tables import MAX_BITS, MAX_TOKENS, Table, Tables, tokens_of
 
 BLOCK = 13  # bits of a block's size, as our writer chooses it
 _SMALLEST, _LARGEST = 4, 20
-_SPLIT, _TOKENS = 1, 128  # of steps when their contexts are chosen
+_SPLIT, _TOKENS = 3, 480  # of steps when their contexts are chosen
 _STATE = 1  # what compiled decoders call wrong: the coder's end
 
 
@@ -47,8 +49,8 @@ def encode_steps(values: Array, base: Array) -> Array | None:
     counts, flips, most = steps.counted()
     if most >= 1 << (MAX_BITS - 1):
         return None
-    bounds = _bounds(counts)
-    coded = encode(steps.listed(lookup(bounds, mask + 1), flips), bounds.size - 1)
+    _, split, bounds = min((_contexts(counts, split) for split in fitting_splits(most + 1)), key=itemgetter(0))
+    coded = encode(steps.listed(lookup(bounds, mask + 1), flips), bounds.size - 1, (split,))
     bits = BitWriter()
     bits.put(coded.tables.split, 3)
     bits.put(BLOCK, 5)
@@ -121,16 +123,30 @@ class _Steps:
         return found
 
 
-def _bounds(counts: Array) -> Indices:
-    """The bounds of the contexts that take the fewest bits; ``counts``: how often each token occurs in each class."""
+def _contexts(counts: Array, split: int) -> tuple[float, int, Indices]:
+    """The bits that steps take with the best bounds of their contexts, about; the split; and these bounds.
+
+    Args:
+        counts: how often each token of :data:`_SPLIT` occurs in each class, ``[classes, tokens]``.
+        split: a coarser one, or the same.
+    """
+    fine = np.arange(_TOKENS)
+    lower = np.maximum((fine >> _SPLIT) - 1, 0)  # bits below those that the fine token holds
+    numbers = np.where(lower > 0, fine & ((1 << _SPLIT) - 1) | 1 << _SPLIT, fine) << lower
+    tokens, rest = tokens_of(numbers, split)
     present = np.flatnonzero(counts.any(axis=1))
-    used = counts[np.ix_(present, np.flatnonzero(counts.any(axis=0)))]
+    used = np.zeros((present.size, int(tokens.max()) + 1))
+    np.add.at(used.T, tokens, counts[present].T)
+    used = used[:, np.flatnonzero(used.any(axis=0))[0] : np.flatnonzero(used.any(axis=0))[-1] + 1]
     passed = np.concatenate([np.zeros((1, used.shape[1])), np.cumsum(used, axis=0)])
     costs = np.full((present.size + 1, present.size + 1), np.inf)
     for i in range(present.size):
         inside = passed[i + 1 :] - passed[i]
-        costs[i, i + 1 :] = entropies(inside) + table_bits(np.count_nonzero(inside, axis=1))
-    return merged(present, costs)
+        costs[i, i + 1 :] = entropies(inside) + tables_bits(inside)
+    bounds = merged(present, costs)
+    at = np.searchsorted(present, bounds[:-1])
+    total = float(costs[at, [*at[1:], present.size]].sum() + counts.sum(axis=0) @ rest)
+    return total, split, bounds
 
 
 def _ends(size: int) -> Indices:
