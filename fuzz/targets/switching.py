@@ -73,9 +73,14 @@ class _Block:
 class Machine(RuleBasedStateMachine):
     """One model, its switcher, and adapters in memory and in files."""
 
-    @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]), numpy=st.booleans(), seed=_SEEDS)
-    def start(self, dtype: torch.dtype, numpy: bool, seed: int) -> None:
-        """A model of torch tensors or numpy arrays; two names are one weight."""
+    @initialize(
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        numpy=st.booleans(),
+        overlap=st.booleans(),
+        seed=_SEEDS,
+    )
+    def start(self, dtype: torch.dtype, numpy: bool, overlap: bool, seed: int) -> None:
+        """A model of torch tensors or numpy arrays; two names are one weight, and one may lie across the half of another."""
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         made = torch.Generator().manual_seed(seed)
         self.blocks = {
@@ -84,6 +89,8 @@ class Machine(RuleBasedStateMachine):
         self.numpy = numpy and dtype == torch.float32
         self.weights: dict[str, Any] = {name: self._as_live(block.weight) for name, block in self.blocks.items()}
         self.weights["tied"] = self.weights["w"]
+        if overlap:
+            self.weights["across"] = self._as_live(self.blocks["w"].weight.reshape(-1)[20:])
         self.switcher = Switcher(self.weights, prefix="", threads=2)
         self.adapters: list[Any] = []
         self.arrays: list[np.ndarray] = []
@@ -94,6 +101,8 @@ class Machine(RuleBasedStateMachine):
 
     def _base(self, name: str) -> Any:
         """The base's array of a weight, apart from the model."""
+        if name == "across":
+            return self._base("w").reshape(-1)[20:]
         block = self.blocks[name]
         whole = np.frombuffer(block.base, as_array(block.memory).dtype)
         return whole[_GUARD:-_GUARD].reshape(tuple(block.weight.shape)).copy()
@@ -101,7 +110,9 @@ class Machine(RuleBasedStateMachine):
     def _made(self, seed: int) -> Adapter:
         random = np.random.default_rng(seed)
         tensors, dense = [], []
-        for name in self.blocks:
+        for name in ("across", *self.blocks):
+            if name == "across" and (name not in self.weights or random.random() < 0.7):
+                continue
             base, kind = self._base(name), random.choice(["target", "target", "delta", "dense", "no", "no"])
             if kind == "dense":
                 dense.append(DenseTensor(name, (base.astype(np.float32) + 1).astype(base.dtype), base=base))
