@@ -113,7 +113,8 @@ class Machine(RuleBasedStateMachine):
         for name in ("across", *self.blocks):
             if name == "across" and (name not in self.weights or random.random() < 0.7):
                 continue
-            base, kind = self._base(name), random.choice(["target", "target", "delta", "dense", "no", "no"])
+            base = self._base(name)
+            kind: Any = str(random.choice(["target", "target", "delta", "dense", "no", "no"]))
             if kind == "dense":
                 dense.append(DenseTensor(name, (base.astype(np.float32) + 1).astype(base.dtype), base=base))
             elif kind != "no":
@@ -122,10 +123,8 @@ class Machine(RuleBasedStateMachine):
                 values = random.standard_normal(indices.size).astype(base.dtype)
                 known = {"base": own} if random.random() < 0.7 or kind == "target" else {}
                 tensors.append(
-                    SparseTensor(
-                        name, base.shape, indices, values, value_kind=str(kind), dtype=base.dtype, **known
-                    )
-                )  # type: ignore[arg-type]
+                    SparseTensor(name, base.shape, indices, values, value_kind=kind, dtype=base.dtype, **known)
+                )
                 self.arrays += [indices, values, own]
         return Adapter(tensors, dense=dense)
 
@@ -166,7 +165,7 @@ class Machine(RuleBasedStateMachine):
         """Something else takes the weight's name, until :meth:`put_back`."""
         before = dict(self.weights)
         weight, memory = self.blocks[name].weight, self.blocks[name].memory
-        new = {
+        new: dict[str, Callable[[], torch.Tensor]] = {
             "cut": lambda: weight[: len(weight) // 2], "turn": lambda: weight.permute(*reversed(range(weight.ndim))), "flat": lambda: weight.reshape(-1), "tie": lambda: self.blocks["v"].weight,
             "other": lambda: torch.ones_like(weight), "overlap": lambda: memory[_GUARD + 3 : _GUARD + 3 + weight.numel()].view(weight.shape),
             "untie": weight.clone, "expand": lambda: weight.reshape(-1)[:1].expand(weight.shape),
