@@ -7,8 +7,8 @@ import os
 import platform
 import sys
 import time
-from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 try:
     import resource
@@ -21,7 +21,7 @@ _ADDRESSES = (
 )  # bytes of address space beyond what there is: an absurd allocation fails before it takes the machine
 
 
-def children() -> BaseContext:
+def children() -> Any:
     """How child processes start: forked, with all imports done, where that is safe; else spawned."""
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 

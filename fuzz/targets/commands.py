@@ -87,7 +87,7 @@ def _adapter(random: Random, path: Path, base: dict[str, Any]) -> None:
     for name, weight in base.items():
         flat = weight.reshape(-1)
         indices = np.array(sorted(random.sample(range(flat.size), k=random.choice([0, 1, 5, 20]))), np.int64)
-        kind = random.choice(["target", "target", "delta", "none", "dense", "absent"])
+        kind: Any = random.choice(["target", "target", "delta", "none", "dense", "absent"])
         if kind == "dense":
             dense.append(DenseTensor(name, weight + 1, base=weight))
         elif kind == "none":
@@ -131,7 +131,8 @@ def check(folder: Path) -> None:
     """Run the command in the folder."""
     words = json.loads((folder / _CASE).read_text("utf-8"))
     before, here = _contents(folder), Path.cwd()
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n", write_through=True) for _ in range(2))
+    raw = io.BytesIO(), io.BytesIO()
+    out, err = (io.TextIOWrapper(one, "utf-8", newline="\n", write_through=True) for one in raw)
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -142,8 +143,8 @@ def check(folder: Path) -> None:
     finally:
         os.chdir(here)
     with aside():
-        shown = [wrapper.buffer.getvalue().decode("utf-8") for wrapper in (out, err)]  # type: ignore[attr-defined]
-        _judge(words, code, *shown, before, folder)
+        shown, told = (one.getvalue().decode("utf-8") for one in raw)
+        _judge(words, code, shown, told, before, folder)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -14,13 +14,13 @@ from random import Random
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fuzz.mutate import NUMBERS, TEXTS, mutated_bytes
 from fuzz.opcodes import RAN, Program, called
@@ -69,7 +69,7 @@ def _saved() -> dict[str, bytes]:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.distributed is disabled, it says
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        save(state, checkpoint_id=folder, no_dist=True)
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     shutil.rmtree(folder)
     return found

@@ -182,8 +182,10 @@ def _matrix(given: _Arguments, rows: int, columns: int) -> Any:
 def _product(given: _Arguments) -> None:
     rows, inner, columns = (int(side) for side in given.random.integers(0, 30, 3))
     left, right = _matrix(given, rows, inner), _matrix(given, inner, columns)
-    arguments = [given.guarded(part) for one in (left, right) for part in (one.indptr, one.indices, one.data)]
-    energy, nonzero, _ = product_kernels.measure(*arguments, columns)
+    arguments: list[Any] = [
+        given.guarded(part) for one in (left, right) for part in (one.indptr, one.indices, one.data)
+    ]
+    energy, nonzero, _ = product_kernels.measure(*[*arguments, columns])
     given.check()
     dense = left.toarray() @ right.toarray()
     if (energy, nonzero) != (float((dense**2).sum()), int(np.count_nonzero(dense))):

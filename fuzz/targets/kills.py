@@ -114,8 +114,7 @@ def _in_child(write: Writer, place: Path, at: int, exchange: bool) -> int:
     child = system.children().Process(target=_run, args=(name, place, at, exchange))
     child.start()
     child.join()
-    assert child.exitcode is not None
-    return child.exitcode
+    return int(child.exitcode)
 
 
 def _run(name: str, place: Path, at: int, exchange: bool) -> None:
@@ -132,7 +131,6 @@ def _run(name: str, place: Path, at: int, exchange: bool) -> None:
 
     for call in _CALLS:
         setattr(os, call, killing(getattr(os, call)))
-    shutil.rmtree.__globals__["_use_fd_functions"] = False  # which asks os for the functions of before
     atomic._exchange = killing(atomic._exchange) if exchange else lambda *_: False
     owners._cleaned.clear()  # a new process has cleaned no folder yet
     _WRITERS[name](place)
@@ -190,10 +188,10 @@ def _inputs(place: Path, seed: int) -> None:
 
 
 def _train(place: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(_SHAPE[1], _SHAPE[0], bias=False))
+    model = torch.nn.Linear(_SHAPE[1], _SHAPE[0], bias=False)
     with torch.no_grad():
-        model[0].weight.copy_(torch.ones(_SHAPE))
-    training = sparse_parameters(model, {"0.weight": np.arange(0, 48, 5)})
+        model.weight.copy_(torch.ones(_SHAPE))
+    training = sparse_parameters(model, {"weight": np.arange(0, 48, 5)})
     optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
     (model(torch.from_numpy(np.load(place / "step.npy"))) ** 2).sum().backward()
     optimizer.step()

@@ -125,7 +125,8 @@ def _odd(random: Random, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peft(random: Random, folder: Path) -> None:
-    rank, arrays = _rank(random), {}
+    rank = _rank(random)
+    arrays: dict[str, Any] = {}
     tuner = random.choice(["LORA"] * 5 + ["DORA", "LOHA", "LOHA", "LOKR", "IA3", random.choice(_TYPES)])
     for module in _chosen(random):
         kind = tuner if random.random() < 0.97 else random.choice(_TYPES)
@@ -162,7 +163,7 @@ def _peft(random: Random, folder: Path) -> None:
 
 def _parts(kind: str, rank: int, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     """The tensors of a layer by a tuner, and their shapes."""
-    pair = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
+    pair: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
     known: dict[str, dict[str, tuple[int, ...]]] = {
         "LORA": pair if (rows, columns) != _MODULES["model.embed_tokens"] else {"lora_embedding_A": (rank, rows), "lora_embedding_B": (columns, rank)},
         "DORA": pair | {"lora_magnitude_vector": (rows,)}, "IA3": {"ia3_l": (rows, 1)}, "HRA": {"hra_u": (columns, rank)},
@@ -176,7 +177,8 @@ def _parts(kind: str, rank: int, rows: int, columns: int) -> dict[str, tuple[int
 
 
 def _pairs(random: Random, down: str, up: str, name: Callable[[str], str], more: Callable[[str, int], dict[str, Any]] | None = None, *, turned: bool = False) -> dict[str, Any]:  # fmt: skip
-    rank, arrays = 2 if random.random() < 0.8 else _rank(random), {}
+    rank = 2 if random.random() < 0.8 else _rank(random)
+    arrays: dict[str, Any] = {}
     for module in _chosen(random):
         rows, columns = _MODULES[module]
         shapes = ((columns, rank), (rank, rows)) if turned else ((rank, columns), (rows, rank))

@@ -73,9 +73,14 @@ class _Block:
 class Machine(RuleBasedStateMachine):
     """One model, its switcher, and adapters in memory and in files."""
 
-    @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]), numpy=st.booleans(), seed=_SEEDS)
-    def start(self, dtype: torch.dtype, numpy: bool, seed: int) -> None:
-        """A model of torch tensors or numpy arrays; two names are one weight."""
+    @initialize(
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        numpy=st.booleans(),
+        overlap=st.booleans(),
+        seed=_SEEDS,
+    )
+    def start(self, dtype: torch.dtype, numpy: bool, overlap: bool, seed: int) -> None:
+        """A model of torch tensors or numpy arrays; two names are one weight, and one may lie across the half of another."""
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         made = torch.Generator().manual_seed(seed)
         self.blocks = {
@@ -84,6 +89,8 @@ class Machine(RuleBasedStateMachine):
         self.numpy = numpy and dtype == torch.float32
         self.weights: dict[str, Any] = {name: self._as_live(block.weight) for name, block in self.blocks.items()}
         self.weights["tied"] = self.weights["w"]
+        if overlap:
+            self.weights["across"] = self._as_live(self.blocks["w"].weight.reshape(-1)[20:])
         self.switcher = Switcher(self.weights, prefix="", threads=2)
         self.adapters: list[Any] = []
         self.arrays: list[np.ndarray] = []
@@ -94,6 +101,8 @@ class Machine(RuleBasedStateMachine):
 
     def _base(self, name: str) -> Any:
         """The base's array of a weight, apart from the model."""
+        if name == "across":
+            return self._base("w").reshape(-1)[20:]
         block = self.blocks[name]
         whole = np.frombuffer(block.base, as_array(block.memory).dtype)
         return whole[_GUARD:-_GUARD].reshape(tuple(block.weight.shape)).copy()
@@ -101,8 +110,11 @@ class Machine(RuleBasedStateMachine):
     def _made(self, seed: int) -> Adapter:
         random = np.random.default_rng(seed)
         tensors, dense = [], []
-        for name in self.blocks:
-            base, kind = self._base(name), random.choice(["target", "target", "delta", "dense", "no", "no"])
+        for name in ("across", *self.blocks):
+            if name == "across" and (name not in self.weights or random.random() < 0.7):
+                continue
+            base = self._base(name)
+            kind: Any = str(random.choice(["target", "target", "delta", "dense", "no", "no"]))
             if kind == "dense":
                 dense.append(DenseTensor(name, (base.astype(np.float32) + 1).astype(base.dtype), base=base))
             elif kind != "no":
@@ -111,10 +123,8 @@ class Machine(RuleBasedStateMachine):
                 values = random.standard_normal(indices.size).astype(base.dtype)
                 known = {"base": own} if random.random() < 0.7 or kind == "target" else {}
                 tensors.append(
-                    SparseTensor(
-                        name, base.shape, indices, values, value_kind=str(kind), dtype=base.dtype, **known
-                    )
-                )  # type: ignore[arg-type]
+                    SparseTensor(name, base.shape, indices, values, value_kind=kind, dtype=base.dtype, **known)
+                )
                 self.arrays += [indices, values, own]
         return Adapter(tensors, dense=dense)
 
@@ -155,7 +165,7 @@ class Machine(RuleBasedStateMachine):
         """Something else takes the weight's name, until :meth:`put_back`."""
         before = dict(self.weights)
         weight, memory = self.blocks[name].weight, self.blocks[name].memory
-        new = {
+        new: dict[str, Callable[[], torch.Tensor]] = {
             "cut": lambda: weight[: len(weight) // 2], "turn": lambda: weight.permute(*reversed(range(weight.ndim))), "flat": lambda: weight.reshape(-1), "tie": lambda: self.blocks["v"].weight,
             "other": lambda: torch.ones_like(weight), "overlap": lambda: memory[_GUARD + 3 : _GUARD + 3 + weight.numel()].view(weight.shape),
             "untie": weight.clone, "expand": lambda: weight.reshape(-1)[:1].expand(weight.shape),
