@@ -21,7 +21,8 @@ from shira_cli.main import main as shira
 from shira_format.adapter import Adapter
 from shira_format.format import save
 from shira_format.format.manifest import DIGEST_KEY, METADATA_KEY
-from shira_format.storage.safetensors_file import SafetensorsFile, file_header
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.storage.safetensors_header import file_header
 from shira_format.tensors import DenseTensor, SparseTensor
 
 _CASE = "case.json"

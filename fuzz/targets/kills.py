@@ -19,6 +19,7 @@ import torch
 
 from fuzz import safetensors, system
 from fuzz.oracle import Violation
+from shira_format._core import system as files
 from shira_format.adapter import Adapter
 from shira_format.convert import lora_to_shira
 from shira_format.export.csr import shira_to_csr
@@ -27,7 +28,7 @@ from shira_format.export.lora import shira_to_lora
 from shira_format.export.peft_shira.export import shira_to_peft
 from shira_format.format import save
 from shira_format.merging.verbs import merge
-from shira_format.storage import atomic, owners
+from shira_format.storage import owners
 from shira_format.sync import Publisher, Subscriber
 from shira_format.tensors import SparseTensor
 from shira_format.training.sparse import sparse_parameters
@@ -131,7 +132,7 @@ def _run(name: str, place: Path, at: int, exchange: bool) -> None:
 
     for call in _CALLS:
         setattr(os, call, killing(getattr(os, call)))
-    atomic._exchange = killing(atomic._exchange) if exchange else lambda *_: False
+    files.exchange = killing(files.exchange) if exchange else lambda *_: False
     owners._cleaned.clear()  # a new process has cleaned no folder yet
     _WRITERS[name](place)
 

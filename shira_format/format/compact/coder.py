@@ -24,11 +24,8 @@ _SAMPLE = 1 << 15
 # From so many numbers on numba is loaded, which takes as long as plain Python needs for them.
 _MANY = 1 << 17
 _TABLE_BITS, _TOKEN_BITS = 24, 6  # that a table takes in a file, about
-_FRONT_BITS, _PLACE_BITS, _KEPT_BITS = (
-    32,
-    4,
-    2.5,
-)  # and more exactly: its front, each token's place, and each that occurs
+# And more exactly: its front, the place of each token, and each that occurs.
+_FRONT_BITS, _PLACE_BITS, _KEPT_BITS = 32, 4, 2.5
 
 Words = npt.NDArray[np.uint16]
 
