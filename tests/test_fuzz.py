@@ -72,7 +72,7 @@ def slow() -> None:
 
 
 def large() -> None:
-    bytearray(b"\1") * (40 * MEGABYTE)
+    bytearray(b"\1") * (200 * MEGABYTE)
 
 
 @dataclass(frozen=True)

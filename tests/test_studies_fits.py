@@ -11,7 +11,7 @@ import pytest
 
 from studies import __main__ as studies
 from studies import fits, fits_report
-from studies.fits import LORAS, TUNED, FitRun, Plan
+from studies.fits import LANGUAGE, LORAS, TUNED, FitRun, Plan
 from studies.report import filled
 from studies.runs import Store
 
@@ -24,7 +24,9 @@ def made_up(path: Path) -> Store:
     store, rng = Store(path), np.random.default_rng(0)
     for run in Plan().runs():
         r2 = float(rng.uniform(0, 1))
-        quality = {"cosine": r2} if run.source == TUNED else {"accuracy": r2}
+        quality = {TUNED: {"cosine": r2}, LANGUAGE: {"kl": 1 - r2, "log_perplexity": 5 - r2}}.get(
+            run.source, {"accuracy": r2}
+        )
         found = {
             "r2": r2,
             "low": r2 - 0.1,
@@ -99,12 +101,12 @@ def test_the_page_shows_what_is_stored() -> None:
 
 
 def test_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from studies import fit_runs
+    from studies import fit_sources
 
-    monkeypatch.setattr(fit_runs, "LIMIT", 8)
-    fit_runs._source.cache_clear()
+    monkeypatch.setattr(fit_sources, "LIMIT", 8)
+    fit_sources.source_of.cache_clear()
     assert 0 == studies.main(["fits", "--quick", "--out", str(tmp_path), "--workers", "0"])
-    fit_runs._source.cache_clear()
+    fit_sources.source_of.cache_clear()
     found = Store(tmp_path / "runs.jsonl").results
     assert {one["method"] for one in found.values()} == {"cut", "distill", "low-rank"}
     for one in found.values():

@@ -354,7 +354,8 @@ def test_a_folder_that_cannot_be_made(work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "when", ["SparseTensor.applied", "write_indexes", "shutil.copyfileobj", "os.fsync", "os.replace"]
+    "when",
+    ["restore.SparseTensor.applied", "restore.write_indexes", "other_files._parts", "os.fsync", "os.replace"],
 )
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_interrupt_leaves_everything_as_it_was(
@@ -369,7 +370,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(when if when[:2] in ("os", "sh") else f"shira_format.export.full.restore.{when}", stop)
+    monkeypatch.setattr(when if when.startswith("os.") else f"shira_format.export.full.{when}", stop)
     before = listing(tmp_path), sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
         shira_to_full(adapter, base, out)
