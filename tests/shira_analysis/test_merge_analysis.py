@@ -20,6 +20,7 @@ from shira_analysis.measures.pairs import measure_pairs
 from shira_analysis.merging import lemmas as merge_lemmas
 from shira_analysis.merging.analysis import analyse_merge
 from shira_analysis.merging.lemmas import struct_rows
+from shira_analysis.merging.sentences import NO_PROMISE, lemma_words
 from shira_analysis.merging.report import MergeAnalysis
 from shira_format._core.arrays import array_digest
 from shira_format._core.text import percent
@@ -135,6 +136,7 @@ def test_every_figure_by_dense_arithmetic(job: Merge) -> None:
             sizes = np.linalg.norm(a) * np.linalg.norm(b)
             margin = lemmas[one.name].margin
             assert margin is None if not sizes else margin == pytest.approx(np.linalg.norm(cells) / sizes)
+        assert (NO_PROMISE in lemma_words(pair)) is (pair.lemmas.zero > 0 or pair.lemmas.struct > 0)
         assert pair.pair.whole.overlap.shared == sum(one.measures.overlap.shared for one in pair.pair.tensors)
     assert [one.name for one in report.after] == names
     off = np.zeros(len(job.inputs))

@@ -54,6 +54,7 @@ def test_text(adapters: list[Path], capsys: Capture) -> None:
     assert "\u202e" not in out
     assert "w\\u202e with 1.st" in out
     assert 5 == lines[lines.index("SUMMARY") :].__str__().count("all hold")
+    assert "found that they do not (interference.md)" in " ".join(lines)
 
 
 def test_json_and_choice(adapters: list[Path], capsys: Capture) -> None:

@@ -10,6 +10,11 @@ from shira_format._core.text import percent
 MET = 0.01  # share of the smaller adapter's entries that must be shared for a warning about signs
 CLASH = 0.1  # share of sign conflicts among the shared entries
 ALIKE = 0.3  # cosine from which two adapters noticeably amplify or cancel each other
+# What the study of interference found, in docs/studies/interference.md.
+NO_PROMISE = (
+    "That the weights are orthogonal is no promise: of trained adapters it did not foretell what a pair lost, and large changes disturbed each other "
+    "even so. Try the result on some texts of each task."
+)
 LOST = 0.1  # of an adapter's energy
 BETTER = 0.01  # how much more another method must keep to be recommended
 
@@ -22,7 +27,8 @@ def lemma_words(pair: MergedPair) -> list[str]:
         none = "No weight" if not whole.both else "No matrix"
         return [f"{none} is changed by both: there is no product A1^T A2, and lemmas 4.4 and 4.5 do not apply."]
     of = f"{total:,} {'matrix' if total == 1 else 'matrices'} that both change"
-    return [*_zero(pair, of), *_struct(pair, of), *_neither(pair)]
+    found = [*_zero(pair, of), *_struct(pair, of), *_neither(pair)]
+    return [*found, NO_PROMISE] if lemmas.zero or lemmas.struct else found
 
 
 def _zero(pair: MergedPair, of: str) -> Iterator[str]:

@@ -23,6 +23,12 @@ def broken_laws(found: Verification) -> list[str]:
     ]
 
 
+_TRAINED = (
+    "These are laws of matrices. Whether orthogonal weights keep trained adapters from disturbing each other is another question: the studies in "
+    "docs/studies found that they do not (interference.md), and which merges lose least (fusion.md)."
+)
+
+
 def as_text(found: Verification) -> str:
     """The report for a terminal."""
     names = ", ".join(Path(file).name for file in found.files) or "none"
@@ -30,7 +36,8 @@ def as_text(found: Verification) -> str:
     for lemma in found.lemmas:
         lines += ["", *_lemma(lemma)]
     rows = [(f"{lemma.number} {lemma.title}", count(lemma.cases), "all hold" if lemma.ok else "BROKEN", lemma.verdict) for lemma in found.lemmas]  # fmt: skip
-    return "\n".join([*lines, "", "SUMMARY", *_columns(("lemma", "cases", "true laws", "the printed statement"), rows)])  # fmt: skip
+    summary = ["", "SUMMARY", *_columns(("lemma", "cases", "true laws", "the printed statement"), rows), ""]
+    return "\n".join([*lines, *summary, *_wrapped(_TRAINED, "", 0)])
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
