@@ -20,8 +20,8 @@ from shira_analysis.measures.pairs import measure_pairs
 from shira_analysis.merging import lemmas as merge_lemmas
 from shira_analysis.merging.analysis import analyse_merge
 from shira_analysis.merging.lemmas import struct_rows
-from shira_analysis.merging.sentences import NO_PROMISE, lemma_words
 from shira_analysis.merging.report import MergeAnalysis
+from shira_analysis.merging.sentences import NO_PROMISE, lemma_words
 from shira_format._core.arrays import array_digest
 from shira_format._core.text import percent
 from shira_format.adapter import Adapter

@@ -38,9 +38,9 @@ DEFAULTS: dict[str, Any] = {
 def fit_options(*, needed: bool) -> Callable[[_F], _F]:
     """``--fit`` and what goes with it; ``needed``: there is always a fit."""
     choice = (
-        click.option("--fit", type=click.Choice(METHODS), default="distill", help="How: distill trains the values (default); moments computes them layer by layer, which is faster and keeps less.")
+        click.option("--fit", type=click.Choice(METHODS), default="distill", help="How: distill trains the values (default); moments computes them layer by layer without training, which keeps less below a density of 0.5 %.")
         if needed
-        else click.option("--fit", type=click.Choice(["none", *METHODS]), default="none", help="Choose entries and values so that the model does what it does with the source: distill trains them, moments computes them layer by layer, which is faster and keeps less (default: none, the largest changes as they are).")
+        else click.option("--fit", type=click.Choice(["none", *METHODS]), default="none", help="Choose entries and values so that the model does what it does with the source: distill trains them, moments computes them layer by layer without training, which keeps less below a density of 0.5 % (default: none, the largest changes as they are).")
     )  # fmt: skip
 
     def add(command: _F) -> _F:
