@@ -258,7 +258,7 @@ def picture(found: Sequence[Row]) -> bytes:
         labels = [merges_of("wm")[merge].label.replace("`", "") for merge in order]
         right.set_yticks(range(len(order)), labels, fontsize=6.5)
         right.set_xlabel("drop of three, points")
-        right.legend(loc="lower right")
+        right.legend(loc="upper right", fontsize=6.5)
         for axis in (left, right):
             axis.grid()
         return render(drawn)

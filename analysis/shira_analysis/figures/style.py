@@ -13,9 +13,9 @@ from typing import Any
 BLUE, ORANGE, GREEN, SKY, PINK, YELLOW, RED, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#777777",
 )  # fmt: skip
-LINES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "black", GREY)
+LINES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "black", GREY, "saddlebrown")
 """Colours of lines, in order of use. Yellow is too pale for lines."""
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _DASHES = ("-", "--", ":", "-.")
 
 DPI = 160
