@@ -31,7 +31,10 @@ PAGES = [
     *sorted(f"docs/guides/{path.name}" for path in (ROOT / "docs/guides").glob("*.md")),
 ]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
-STORED = json.loads((ROOT / "benchmarks" / "results" / "2-core-xeon.json").read_text("utf-8"))["rows"]
+STORED, AGAIN = (
+    json.loads((ROOT / "benchmarks" / "results" / f"2-core-{machine}.json").read_text("utf-8"))["rows"]
+    for machine in ("xeon", "epyc")
+)
 
 
 def blocks(page: str) -> Iterator[tuple[str, str]]:
@@ -113,8 +116,8 @@ def test_links_of_pages_outside_the_site_lead_somewhere() -> None:
 
 @pytest.mark.parametrize(("text", "least"), [(README, 5), (BENCHMARKS, 30)], ids=["README", "benchmarks"])
 def test_the_figures_are_those_of_the_benchmark(text: str, least: int) -> None:
-    """Each row of the tables of figures is a rounded row of the stored run."""
-    found = {row["case"]: row for row in STORED}
+    """Each row of the tables of figures is a rounded row of the stored runs, of the later one if it is in both."""
+    found = {row["case"]: row for row in (*STORED, *AGAIN)}
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) ([^|]+) \| ([\d.]+) [^|]+\| `([^`]+)` \|$", text, re.MULTILINE)
     assert len(rows) >= least
     for _, ours, _, peer, case in rows:
