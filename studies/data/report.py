@@ -15,6 +15,7 @@ from studies.tables import PAGES, machine_of, markdown, write_page
 
 PAGE = PAGES / "data.md"
 ALONE = "head alone"
+NOT_RUN = "This task has not been run."
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,24 @@ def write(folder: Path, _: Path, page: Path = PAGE) -> None:
     write_csv(found, folder / "data.csv")
     facts = {
         "model": "all-MiniLM-L6-v2, float32, without dropout; a head of two classes",
-        "tasks": "spam: ham or spam; genre: news or romance",
+        "tasks": ", ".join(_tasks(found)),
         "texts": f"{len(results[0]['margins'])} held out for each task, cut to {TOKENS} tokens",
         "training": f"{results[0]['steps']} steps of {BATCH} texts for all, AdamW without decay",
         "sizes": ", ".join(f"{size}: {entries:,}".replace(",", " ") for size, entries in ENTRIES.items()) + " entries",
         "seeds": ", ".join(map(str, sorted({one["seed"] for one in results}))),
         "runs": f"{len(results)}, {sum(one['seconds'] for one in results) / 60:.0f} minutes of one thread on a shared machine",
     }  # fmt: skip
-    parts = {"settings": facts_table(facts, machine_of(folder)), **{task: table(found, task) for task in TASKS}}
+    parts = {
+        "settings": facts_table(facts, machine_of(folder)),
+        **{task: table(found, task) for task in _tasks(found)},
+    }
     write_page(page, parts)
     (page.parent / "data.png").write_bytes(picture(found))
+
+
+def _tasks(found: Sequence[Row]) -> list[str]:
+    """Those that were run."""
+    return [task for task in TASKS if any(row.task == task for row in found)]
 
 
 def picture(found: Sequence[Row]) -> bytes:
@@ -120,8 +129,9 @@ def picture(found: Sequence[Row]) -> bytes:
 
     with our_style():
         drawn = figure(7.6, 3.4)
-        axes = drawn.subplots(1, len(TASKS), sharey=True)
-        for axis, task in zip(axes, TASKS, strict=True):
+        tasks = _tasks(found)
+        axes = drawn.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+        for axis, task in zip(axes, tasks, strict=True):
             for number, size in enumerate(("", *SIZES)):
                 for method, dashes in ((ALONE, ":"), ("lora", "--"), ("wm", "-")):
                     here = [row for row in found if (row.task, row.method, row.size) == (task, method, size)]
