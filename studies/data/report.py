@@ -112,7 +112,7 @@ def write(folder: Path, _: Path, page: Path = PAGE) -> None:
     }  # fmt: skip
     parts = {
         "settings": facts_table(facts, machine_of(folder)),
-        **{task: table(found, task) for task in _tasks(found)},
+        **{task: table(found, task) if task in _tasks(found) else NOT_RUN for task in TASKS},
     }
     write_page(page, parts)
     (page.parent / "data.png").write_bytes(picture(found))
