@@ -72,11 +72,11 @@ def entries(weight: Array, name: str, indices: Any, values: Any, form: str = "va
 def make_adapter(
     base: Weights, seed: int, form: str = "values", alpha: float = 1.0, density: float = 0.25
 ) -> Adapter:
-    """Random targets at random entries of some weights, a few of them at both entries of -0.0 and 0.0."""
+    """Random targets at random entries of some weights, one at least, a few of them at both entries of -0.0 and 0.0."""
     rng = np.random.default_rng(seed)
     tensors = []
     for name in SHAPES:
-        if rng.random() < 0.8:
+        if rng.random() < 0.8 or (name == list(SHAPES)[-1] and not tensors):
             indices = np.flatnonzero(rng.random(base[name].size) < density)
             values = base[name].reshape(-1)[indices].astype(np.float64) + rng.standard_normal(indices.size)
             values[rng.random(indices.size) < 0.1] = rng.choice([0.0, -0.0])
