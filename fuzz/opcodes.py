@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
+
+from fuzz.oracle import Violation
+from shira_format.checkpoints import open_checkpoint
 
 RAN: list[str] = []  # what pickles made run: nothing ever
 
@@ -128,3 +132,20 @@ class Program:
                 b"q" + bytes([n]) + b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60)
             )
         return body + b"\x85" * self._random.choice([100, 100_000])
+
+
+def read_all(path: Path) -> None:
+    """Open a checkpoint and read every tensor; no function of the file's choice may run.
+
+    Raises:
+        Violation: one did.
+    """
+    RAN.clear()
+    try:
+        checkpoint = open_checkpoint(path)
+        for name in checkpoint:
+            checkpoint.shape(name), checkpoint.dtype(name)
+            checkpoint[name].tobytes()
+    finally:
+        if RAN:
+            raise Violation("the file's code ran")
