@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from studies.bank.forms import FORMS, TASKS
 from studies.runs import Run, Store
+
+_R = TypeVar("_R", bound=Run)
 
 SEEDS = (1, 2)
 REPEATED = ("spam", "genre", "learned")  # with all seeds; the other tasks have the first alone
@@ -134,3 +136,19 @@ class Bank:
             if getattr(found, name) != value:
                 raise ValueError(f"{path}: the bank was made with {name} {getattr(found, name)}, not {value}")
         return found
+
+
+def ready(
+    runs: Iterable[_R],
+    store: Store,
+    bank: Store,
+    only: str,
+    told: Callable[[_R], str],
+    needs: Callable[[_R], Iterable[BankRun]],
+) -> list[_R]:
+    """Of a study's runs those that are left, that ``only`` finds in what is told of them, and whose adapters are in the bank."""
+    return [
+        run
+        for run in runs
+        if run not in store and re.search(only, told(run)) and all(one in bank for one in needs(run))
+    ]

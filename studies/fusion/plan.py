@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 from studies.bank.forms import FORMS
-from studies.bank.plan import REPEATED, BankRun
+from studies.bank.plan import REPEATED, BankRun, ready
 from studies.bank.plan import Plan as BankPlan
 from studies.runs import Run, Store
 
@@ -162,10 +161,7 @@ class Plan:
 
     def following(self, store: Store, bank: Store) -> list[FusionRun]:
         """The runs whose parts are there."""
-        return [
-            run
-            for run in self.runs()
-            if run not in store
-            and re.search(self.only, f"{run.members} {run.form} {run.merge} {run.seed}")
-            and (run.form == SHIPPED or all(BankRun(task, run.form, run.seed) in bank for task in run.tasks))
-        ]
+        return ready(
+            self.runs(), store, bank, self.only, lambda run: f"{run.members} {run.form} {run.merge} {run.seed}",
+            lambda run: () if run.form == SHIPPED else (BankRun(task, run.form, run.seed) for task in run.tasks),
+        )  # fmt: skip

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from studies.bank.plan import BankRun
+from studies.bank.plan import BankRun, ready
 from studies.bank.plan import Plan as BankPlan
 from studies.runs import Run, Store
 
@@ -65,10 +64,7 @@ class Plan:
 
     def following(self, store: Store, bank: Store) -> list[PairRun]:
         """The runs whose adapters are there."""
-        return [
-            run
-            for run in self.runs()
-            if run not in store
-            and re.search(self.only, f"{run.first} {run.second} {run.form}")
-            and all(BankRun(task, run.form, run.seed) in bank for task in (run.first, run.second))
-        ]
+        return ready(
+            self.runs(), store, bank, self.only, lambda run: f"{run.first} {run.second} {run.form}",
+            lambda run: (BankRun(task, run.form, run.seed) for task in (run.first, run.second)),
+        )  # fmt: skip

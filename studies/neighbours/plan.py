@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from studies.bank.plan import BankRun
+from studies.bank.plan import BankRun, ready
 from studies.bank.plan import Plan as BankPlan
 from studies.runs import Run, Store
 
@@ -50,10 +49,7 @@ class Plan:
 
     def following(self, store: Store, bank: Store) -> list[NeighbourRun]:
         """The runs for which all adapters of the form are there: their heads are needed."""
-        return [
-            run
-            for run in self.runs()
-            if run not in store
-            and re.search(self.only, f"{run.source} {run.form}")
-            and all(BankRun(task, run.form, run.seed) in bank for task in self.bank.tasks)
-        ]
+        return ready(
+            self.runs(), store, bank, self.only, lambda run: f"{run.source} {run.form}",
+            lambda run: (BankRun(task, run.form, run.seed) for task in self.bank.tasks),
+        )  # fmt: skip

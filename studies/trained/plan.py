@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from studies.bank.plan import BankRun
+from studies.bank.plan import BankRun, ready
 from studies.bank.plan import Plan as BankPlan
 from studies.fusion.plan import Plan as FusionPlan
 from studies.runs import Run, Store
@@ -63,10 +62,7 @@ class Plan:
 
     def following(self, store: Store, bank: Store) -> list[TrainedRun]:
         """The runs whose adapters are there."""
-        return [
-            run
-            for run in self.runs()
-            if run not in store
-            and re.search(self.only, f"{run.kind} {run.members} {run.form}")
-            and all(BankRun(task, run.form, run.seed) in bank for task in run.tasks)
-        ]
+        return ready(
+            self.runs(), store, bank, self.only, lambda run: f"{run.kind} {run.members} {run.form}",
+            lambda run: (BankRun(task, run.form, run.seed) for task in run.tasks),
+        )  # fmt: skip
