@@ -135,17 +135,27 @@ class Threads:
         """``work`` of each item; when this returns or raises, no work is running any more."""
         futures: list[Future[_R]] = [self.executor.submit(work, item) for item in items]
         try:
-            return [future.result() for future in futures]
+            return list(map(Future.result, futures))
         except BaseException:
-            for future in futures:
-                future.cancel()
-            _wait(futures)
+            _end(futures)
             raise
+        finally:
+            # An error holds this frame, and a future its error: the circle would keep the pool's threads.
+            futures.clear()
 
     def run(self, work: Callable[[], Any]) -> None:
         """Run ``work`` to its end; an interrupt is raised after that."""
         _wait([future := self.executor.submit(work)])
-        future.result()
+        try:
+            future.result()
+        finally:
+            del future  # as in map
+
+
+def _end(futures: Sequence[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
+    _wait(futures)
 
 
 def _wait(futures: Sequence[Future[Any]]) -> None:

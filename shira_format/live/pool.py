@@ -178,7 +178,10 @@ class AdapterPool(Mapping[str, Path]):
             self._count(**({"prefetched": int(mine)} if ahead else {"misses": 1}))
         if mine:
             self._read(name, path, version, executor, future)
-        return future.result().adapter
+        try:
+            return future.result().adapter
+        finally:
+            del future  # an error holds this frame: a circle would keep all that the caller holds, such as threads
 
     def _read(
         self,
@@ -195,6 +198,7 @@ class AdapterPool(Mapping[str, Path]):
             with self._lock:
                 del self._reading[name]
             future.set_exception(error)
+            del future  # as above
             return
         with self._lock:
             del self._reading[name]

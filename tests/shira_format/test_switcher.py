@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -519,6 +522,34 @@ def test_threads_that_switch_and_one_that_looks() -> None:
         thread.join()
     assert not wrong
     check(weights, base)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_dropped_switcher_takes_its_threads_with_it(pooled: bool, tmp_path: Path) -> None:
+    """Also after a refusal, and at once: an error that held what raised it would keep the threads until the next collection."""
+    index, other = np.array([1]), np.ones(1, np.float32)
+    save(Adapter([SparseTensor("w", (4,), index, other, base=other)]), tmp_path / "other.st")
+    damaged = bytearray((tmp_path / "other.st").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "damaged.st").write_bytes(damaged)
+    pool = AdapterPool({path.stem: path for path in tmp_path.iterdir()})
+    before = threading.active_count()
+    gc.disable()
+    try:
+        for name in ("other", "damaged"):
+            switcher = Switcher({"w": np.zeros(4, np.float32)}, prefix="", pool=pool, threads=1)
+            with pytest.raises((BaseMismatch, FormatError)):
+                switcher.load(name if pooled else tmp_path / f"{name}.st")
+            threads = weakref.ref(switcher._threads.executor)
+            del switcher
+            assert threads() is None
+        for _ in range(100):
+            if threading.active_count() == before:
+                break
+            time.sleep(0.05)
+        assert threading.active_count() == before
+    finally:
+        gc.enable()
 
 
 def test_no_change_within_serving_of_the_same_thread() -> None:
