@@ -92,10 +92,11 @@ def _run_child(
     """Run cases from ``number`` on in one child until it ends; returns the number of the next case."""
     if not target.environment:
         target.module()  # once for all children, where they are forked
-    context = system.children()
+    context = system.children(anew=bool(target.environment))
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(target, seed, number, cases, seconds, folder, theirs))
-    child.start()
+    with _environment(target.environment):
+        child.start()
     theirs.close()
     try:
         while ours.poll(_SILENT):
@@ -142,7 +143,6 @@ def _work(
     results: Connection,
 ) -> None:
     """In the child: cases one after the other; the files of the last one stay where they are until the parent has answered."""
-    os.environ.update(target.environment)
     sys.setrecursionlimit(1000)
     began = system.seconds()
     while (seconds is None or system.seconds() - began < seconds) and (cases is None or number < cases):

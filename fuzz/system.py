@@ -21,9 +21,9 @@ _ADDRESSES = (
 )  # bytes of address space beyond what there is: an absurd allocation fails before it takes the machine
 
 
-def children() -> Any:
-    """How child processes start: forked, with all imports done, where that is safe; else spawned."""
-    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+def children(*, anew: bool = False) -> Any:
+    """How child processes start: forked, with all imports done, where that is safe; else, or ``anew``, spawned."""
+    return multiprocessing.get_context("fork" if sys.platform == "linux" and not anew else "spawn")
 
 
 def seconds() -> float:

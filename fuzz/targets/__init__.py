@@ -27,12 +27,13 @@ class Target:
     """One target.
 
     Attributes:
-        name: of its module.
+        name: its name.
         about: what a case is, in a line.
         seconds: CPU seconds that a case may take.
         room: bytes of memory that a case may take beyond four times its files.
         environment: variables that are set before the module is imported, in long runs.
         quick: cases in the tests: a second or two.
+        code: its module; that of its name by default.
     """
 
     name: str
@@ -41,10 +42,11 @@ class Target:
     room: int = 64 * MEGABYTE
     environment: Mapping[str, str] = field(default_factory=dict)
     quick: int = 100
+    code: str = ""
 
     def module(self) -> Any:
         """The target's module, imported."""
-        return import_module(f"{__name__}.{self.name}")
+        return import_module(f"{__name__}.{self.code or self.name}")
 
     def make(self, random: Random, folder: Path) -> None:
         """Write the files of a case into an empty folder."""
@@ -66,6 +68,18 @@ _EVERY = (
         quick=60,
     ),
     Target("kernels", "arguments of a compiled loop, against numpy", environment=_BOUNDS, quick=400),
+    Target(
+        "codecs_as_shipped",
+        "the same streams, through the machine code that users run, between pages without access",
+        code="codecs",
+        quick=5,
+    ),
+    Target(
+        "kernels_as_shipped",
+        "the same arguments, for the machine code that users run, between pages without access",
+        code="kernels",
+        quick=50,
+    ),
     Target("pickles", "a file of torch.save, from a generator of opcodes or with changed bytes", quick=300),
     Target("distributed", "a folder of torch.distributed.checkpoint with changed metadata", quick=150),
     Target("gguf_files", "a GGUF file with wrong counts, types and offsets", quick=600),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fuzz.guard import Guards
 from fuzz.kernels import both
 from fuzz.mutate import SIZES, mutated_bytes
 from fuzz.oracle import Violation
@@ -114,7 +115,7 @@ def check(folder: Path) -> None:
 
 
 def _array(text: str, dtype: np.dtype[Any]) -> Array:
-    return np.frombuffer(bytes.fromhex(text), dtype)
+    return Guards().copy(np.frombuffer(bytes.fromhex(text), dtype), at_end=True)
 
 
 def _decode_indices(case: dict[str, Any], stream: Array, base: Array | None) -> None:

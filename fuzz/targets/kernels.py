@@ -1,4 +1,4 @@
-"""Each compiled loop against the numpy code that runs where numba is not installed, with canaries around all memory."""
+"""Each compiled loop against the numpy code that runs where numba is not installed, between pages without access."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from fuzz.guard import Guards
 from fuzz.kernels import both
 from fuzz.oracle import Violation
 from shira_analysis.measures import product_kernels
@@ -18,8 +19,6 @@ from shira_format._core import compiled
 from shira_format._core.arrays import Array, Indices
 from shira_format._core.dtypes import FLOATS
 from shira_format.training import sampled_kernel
-
-_ROOM, _CANARY = 64, 0xA5  # bytes
 
 
 def make(random: Random, folder: Path) -> None:
@@ -35,23 +34,19 @@ def check(folder: Path) -> None:
 
 
 class _Arguments:
-    """Arguments at random; what was handed out lies between canaries."""
+    """Arguments at random; what was handed out lies against a page without access."""
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
-        self._guarded: list[tuple[Array, Array]] = []
+        self._guards = Guards()
 
     def guarded(self, array: Array) -> Array:
-        """A copy between canaries."""
-        memory = np.full(array.nbytes + 2 * _ROOM, _CANARY, np.uint8)
-        found = memory[_ROOM : _ROOM + array.nbytes].view(array.dtype).reshape(array.shape)
-        found[...] = array
-        self._guarded.append((memory[:_ROOM], memory[memory.size - _ROOM :]))
-        return found
+        """A copy that ends before such a page, or begins after one."""
+        return self._guards.copy(array, at_end=bool(self.random.random() < 0.7))
 
     def check(self) -> None:
-        """Raise Violation unless all canaries are alive."""
-        if any((side != _CANARY).any() for sides in self._guarded for side in sides):
+        """Raise Violation unless the memory around is as it was."""
+        if not self._guards.are_whole():
             raise Violation("memory outside of an array was written")
 
     def size(self) -> int:

@@ -1,11 +1,13 @@
 """Every writer, killed at each call that changes the disk: what it writes is the old, the new or not there; the next run leaves no trace.
 
-The n-th of these calls is a sudden end of the process, for n = 1, 2, ... until the writer gets through. What a power cut does to
-data that is not flushed is not covered.
+The n-th of these calls is a sudden end of the process, for n = 1, 2, ... until the writer gets through; of a write, half of the
+bytes are there then. What a power cut does to data that is not flushed is not covered, nor memory that is mapped.
 """
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import os
 import shutil
@@ -121,20 +123,48 @@ def _in_child(write: Writer, place: Path, at: int, exchange: bool) -> int:
 def _run(name: str, place: Path, at: int, exchange: bool) -> None:
     left = [at]
 
+    def is_last() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
     def killing(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
+            if is_last():
                 os._exit(_KILLED)
             return call(*arguments, **options)
 
         return called
 
+    builtins.open = io.open = _opening(is_last)
     for call in _CALLS:
         setattr(os, call, killing(getattr(os, call)))
     files.exchange = killing(files.exchange) if exchange else lambda *_: False
     owners._cleaned.clear()  # a new process has cleaned no folder yet
     _WRITERS[name](place)
+
+
+def _opening(is_last: Callable[[], bool]) -> Callable[..., Any]:
+    """``open`` of files whose writes are counted, and the last of which is not finished."""
+    plain = builtins.open
+
+    class Torn(io.FileIO):
+        def write(self, data: Any) -> int:
+            if is_last():
+                view = memoryview(data).cast("B")
+                super().write(view[: len(view) // 2])
+                os._exit(_KILLED)
+            return super().write(data)
+
+    def opened(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any) -> Any:
+        if not set("wax+") & set(mode) or "opener" in options:  # those are files without a name
+            return plain(file, mode, buffering, *text, **options)
+        raw = Torn(file, mode.translate({ord("b"): None, ord("t"): None}))
+        if buffering == 0:
+            return raw
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, *text, **options)
+
+    return opened
 
 
 def _state(place: Path) -> dict[str, Any]:

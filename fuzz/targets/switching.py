@@ -1,4 +1,4 @@
-"""A Switcher on weights between canaries, under everything that happens to weights, files and arrays meanwhile.
+"""A Switcher on weights between canaries, under everything that happens to weights, files, arrays and the process meanwhile.
 
 A machine of Hypothesis: a violation comes with the fewest steps that lead to it. The oracle are the base's bits: what is refused changes
 no byte, nothing changes outside of weights, and once all adapters are off, all memory is the base's, bit for bit.
@@ -6,12 +6,18 @@ no byte, nothing changes outside of weights, and once all adapters are off, all 
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import tempfile
+import time
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import hypothesis
 import numpy as np
@@ -31,6 +37,8 @@ from shira_format.tensors import DenseTensor, SparseTensor
 
 _GUARD = 64  # elements on both sides of each weight
 _SHAPES = {"v": (5, 7), "w": (8, 5), "x": (33,)}
+_IN_PLACE = ["resized", "set", "set short", "released", "half released"]  # as tensors of torch can be
+_WAIT = 60.0  # seconds after which a child that does not end is a deadlock
 _SEEDS = st.integers(0, 2**16)
 _ALPHAS = st.sampled_from([None, 1.0, 0.5, 0.0, -2.0])
 
@@ -50,7 +58,10 @@ def check(folder: Path) -> None:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(hypothesis.seed(seed)(type("Machine", (Machine,), {})), settings=how)
+    try:
+        run_state_machine_as_test(hypothesis.seed(seed)(type("Machine", (Machine,), {})), settings=how)
+    except (ShiraError, OSError) as error:  # where nothing may be refused
+        raise Violation(f"the machine ends with {error!r}") from error
 
 
 class _Block:
@@ -62,12 +73,44 @@ class _Block:
         self.weight.copy_(like)
         self.base = self.bits()
 
+    @property
+    def is_released(self) -> bool:
+        """Whether it has less memory than it had."""
+        return self.memory.untyped_storage().nbytes() < len(self.base)
+
     def bits(self) -> bytes:
-        return as_array(self.memory).tobytes()
+        storage = self.memory.untyped_storage()
+        return ctypes.string_at(storage.data_ptr(), storage.nbytes())
+
+    def take(self, weight: torch.Tensor) -> None:
+        """Let another tensor be this one's weight: the same object elsewhere, as ``module.to`` does it."""
+        weight.data = self.weight
+        self.weight = weight
+
+    def release(self, size: int) -> Callable[[], None] | None:
+        """Cut the memory to so many bytes, for all tensors in it; returns what gives it back elsewhere; None if numpy has seen it."""
+        storage, before = self.memory.untyped_storage(), self.memory.clone()
+        if not storage.resizable():
+            return None
+        storage.resize_(size)
+
+        def give_back() -> None:
+            storage.resize_(0)
+            others = torch.empty_like(before)  # often takes the place
+            storage.resize_(before.untyped_storage().nbytes())
+            self.memory.copy_(before)
+            del others
+
+        return give_back
 
     def guards(self, of: bytes) -> bytes:
         size = _GUARD * self.memory.element_size()
         return of[:size] + of[-size:]
+
+
+def _set(weight: torch.Tensor, other: torch.Tensor) -> None:
+    """Let a tensor, which stays the same object, be where another one is."""
+    weight.set_(other.untyped_storage(), other.storage_offset(), other.shape, other.stride())
 
 
 class Machine(RuleBasedStateMachine):
@@ -104,8 +147,8 @@ class Machine(RuleBasedStateMachine):
         if name == "across":
             return self._base("w").reshape(-1)[20:]
         block = self.blocks[name]
-        whole = np.frombuffer(block.base, as_array(block.memory).dtype)
-        return whole[_GUARD:-_GUARD].reshape(tuple(block.weight.shape)).copy()
+        whole = np.frombuffer(block.base, as_array(block.memory[:0].clone()).dtype)
+        return whole[_GUARD:-_GUARD].reshape(_SHAPES[name]).copy()
 
     def _made(self, seed: int) -> Adapter:
         random = np.random.default_rng(seed)
@@ -159,10 +202,16 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.undo)
     @rule(
         name=st.sampled_from(["v", "w", "x"]),
-        kind=st.sampled_from(["cut", "turn", "flat", "other", "overlap", "tie", "untie", "lose", "expand"]),
+        kind=st.sampled_from(
+            ["cut", "turn", "flat", "other", "overlap", "tie", "untie", "lose", "expand", *_IN_PLACE]
+        ),
     )
     def tamper(self, name: str, kind: str) -> None:
-        """Something else takes the weight's name, until :meth:`put_back`."""
+        """Something else takes the weight's name, or its memory, until :meth:`put_back`."""
+        if kind in _IN_PLACE:
+            if not self.numpy and name != "w":  # of which others are views
+                self._tamper_in_place(name, kind)
+            return
         before = dict(self.weights)
         weight, memory = self.blocks[name].weight, self.blocks[name].memory
         new: dict[str, Callable[[], torch.Tensor]] = {
@@ -183,6 +232,18 @@ class Machine(RuleBasedStateMachine):
 
         self.undo = put_back
 
+    def _tamper_in_place(self, name: str, kind: str) -> None:
+        """The weight stays the same object."""
+        block, (weight, shape) = self.blocks[name], (self.blocks[name].weight, _SHAPES[name])
+        if kind in ("released", "half released"):
+            self.undo = block.release(0 if kind == "released" else block.memory.untyped_storage().nbytes() // 2)
+        elif kind == "resized":
+            weight.resize_(shape[0] // 2, *shape[1:])
+            self.undo = lambda: weight.resize_(shape)
+        else:
+            _set(weight, torch.ones_like(weight) if kind == "set" else torch.ones(3, dtype=weight.dtype))
+            self.undo = lambda: _set(weight, block.memory[_GUARD:-_GUARD].view(shape))
+
     @precondition(lambda self: self.undo)
     @rule()
     def put_back(self) -> None:
@@ -193,13 +254,19 @@ class Machine(RuleBasedStateMachine):
         self.undo = None
 
     @precondition(lambda self: not self.undo)
-    @rule(name=st.sampled_from(["v", "x"]))
-    def move(self, name: str) -> None:
+    @rule(name=st.sampled_from(["v", "x"]), how=st.sampled_from(["copy", "same object", "same storage"]))
+    def move(self, name: str, how: str) -> None:
         """The weight is a copy of itself elsewhere, as after a move to another device and back."""
         old = self.blocks[name]
+        if how == "same storage" and not self.numpy:
+            if give_back := old.release(0):
+                give_back()
+            return
         new = _Block(old.weight)
         size = _GUARD * new.memory.element_size()
         new.base = new.base[:size] + old.base[size:-size] + new.base[-size:]
+        if how == "same object" and not self.numpy:
+            new.take(old.weight)
         self.blocks[name] = new
         self.weights[name] = self._as_live(new.weight)
 
@@ -235,6 +302,39 @@ class Machine(RuleBasedStateMachine):
         if array.size and array.flags.writeable:
             array[:] = np.array(value).astype(array.dtype)
 
+    @precondition(lambda self: self.adapters and hasattr(os, "fork"))
+    @rule(of=st.data())
+    def fork(self, of: st.DataObject) -> None:
+        """A child switches and reverts its copy, whose threads are not there any more; nothing changes here."""
+        adapter, before = of.draw(st.sampled_from(self.adapters)), self._everything()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads is the point
+            child = os.fork()
+        if not child:
+            self._end_as_child(adapter)
+        end = time.monotonic() + _WAIT
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise Violation(f"a child that switches and reverts has no end within {_WAIT:g} seconds")
+            time.sleep(0.001)
+        if ended[1]:
+            raise Violation(f"a child that switches and reverts ends with status {ended[1]}")
+        if before != self._everything():
+            raise Violation("a child changes the weights of its parent")
+
+    def _end_as_child(self, adapter: Any) -> NoReturn:
+        code = 1
+        try:
+            self._try(lambda: self.switcher.switch(adapter))
+            self.revert()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
     def _try(self, work: Callable[[], object]) -> bool:
         """Whether it was not refused; what is refused changes nothing, and nothing changes a guard."""
         before = self._everything()
@@ -245,18 +345,22 @@ class Machine(RuleBasedStateMachine):
                 raise Violation(f"refused, and memory was changed: {error}") from error
             return False
         for name, block in self.blocks.items():
-            if block.guards(block.bits()) != block.guards(block.base):
+            if not block.is_released and block.guards(block.bits()) != block.guards(block.base):
                 raise Violation(f"memory around {name!r} was written")
         return True
 
     def _everything(self) -> Any:
+        released = next((block.weight for block in self.blocks.values() if block.is_released), None)
         return [block.bits() for block in self.blocks.values()], {
-            name: as_array(one).tobytes() for name, one in self.weights.items()
+            # A copy: torch lets no memory go that numpy has seen.
+            name: (one if self.numpy else as_array(one.clone())).tobytes()
+            for name, one in self.weights.items()
+            if one is not released
         }
 
     def _check_base(self) -> None:
         for name, block in self.blocks.items():
-            if block.bits() != block.base:
+            if not block.is_released and block.bits() != block.base:
                 raise Violation(f"{name!r} is not the base's after revert")
 
     def teardown(self) -> None:
