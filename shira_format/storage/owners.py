@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,9 @@ _LONGEST = 100  # bytes of the visible name in a hidden one
 _HIDDEN = re.compile(
     r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9_]+)-(?P<process>[0-9]{1,10})-(?P<start>[0-9]{1,20})-[0-9a-f]{12}\.(?P<ending>tmp|old)"
 )
-_cleaned: set[tuple[int, int]] = set()  # folders, by device and inode, that this process has cleaned
+_AGAIN = 60.0  # seconds after which a folder is cleaned again
+# When this process has cleaned folders, by device and inode: which a later folder may have again, once this one is removed.
+_cleaned: dict[tuple[int, int], float] = {}
 
 
 def hidden(path: Path, ending: str = "tmp") -> Path:
@@ -53,12 +56,13 @@ def left_of(path: Path, ending: str) -> Iterator[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what dead writers left in a folder; once for each folder and process, since a folder may have many files."""
+    """Remove what dead writers left in a folder; once a minute, since a folder may have many files."""
     with contextlib.suppress(OSError):  # a folder that cannot be listed
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in _cleaned:
+        status, now = folder.stat(), time.monotonic()
+        place = status.st_dev, status.st_ino
+        if now - _cleaned.get(place, -_AGAIN) < _AGAIN:
             return
-        _cleaned.add((status.st_dev, status.st_ino))
+        _cleaned[place] = now
         for entry in list(os.scandir(folder)):
             match = _HIDDEN.fullmatch(entry.name)
             if match and match["ending"] == "tmp" and _is_left(match, Path(entry.path)):

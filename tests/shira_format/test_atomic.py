@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -344,5 +345,9 @@ if os.name == "posix":
             owners.clean(tmp_path)
             kept = [earlier] if sys.platform != "linux" else []  # elsewhere it is not known when a process began
             assert sorted([*others, locked, *kept]) == names(tmp_path)
-        owners.clean(tmp_path)  # once is enough, for a folder of many files
+        owners.clean(tmp_path)  # once a minute is enough, for a folder of many files
         assert locked in names(tmp_path)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+        owners.clean(tmp_path)  # it may be another folder meanwhile, and a writer may have died
+        assert locked not in names(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def test_steps_of_float64_that_change_signs() -> None:
     stream = encode_steps(values, base)
     assert stream is not None
     assert values.tobytes() == decode_steps(stream, base).tobytes()
+
+
+def test_steps_of_float64_with_all_exponents() -> None:
+    """A second at most, where contexts of all pairs of 2047 classes would be compared in several."""
+    random, count = np.random.default_rng(0), 100_000
+    base = random.integers(1 << 52, 2046 << 52, count, np.uint64)
+    values = base + np.exp2(random.uniform(0, 46, count)).astype(np.uint64)
+    start = time.process_time()
+    stream = encode_steps(values.view(np.float64), base.view(np.float64))
+    assert time.process_time() - start < 2.5
+    assert stream is not None
+    assert values.tobytes() == decode_steps(stream, base.view(np.float64)).tobytes()
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)

@@ -31,6 +31,7 @@ from shira_format.format.compact.tables import MAX_BITS, MAX_TOKENS, Table, Tabl
 BLOCK = 13  # bits of a block's size, as our writer chooses it
 _SMALLEST, _LARGEST = 4, 20
 _SPLIT, _TOKENS = 3, 480  # of steps when their contexts are chosen
+_CLASSES = 256  # that may have contexts of their own
 _STATE = 1  # what compiled decoders call wrong: the coder's end
 
 
@@ -137,15 +138,19 @@ def _contexts(counts: Array, split: int) -> tuple[float, int, Indices]:
     present = np.flatnonzero(counts.any(axis=1))
     used = np.zeros((present.size, int(tokens.max()) + 1))
     np.add.at(used.T, tokens, counts[present].T)
+    # Of float64, which has 2047 classes, some neighbours share a context in any case: the work grows with their square.
+    first = np.arange(0, present.size, -(-present.size // _CLASSES))
+    used, groups = np.add.reduceat(used, first), present[first]
     used = used[:, np.flatnonzero(used.any(axis=0))[0] : np.flatnonzero(used.any(axis=0))[-1] + 1]
     passed = np.concatenate([np.zeros((1, used.shape[1])), np.cumsum(used, axis=0)])
-    costs = np.full((present.size + 1, present.size + 1), np.inf)
-    for i in range(present.size):
+    costs = np.full((groups.size + 1, groups.size + 1), np.inf)
+    for i in range(groups.size):
         inside = passed[i + 1 :] - passed[i]
         costs[i, i + 1 :] = entropies(inside) + tables_bits(inside)
-    bounds = merged(present, costs)
-    at = np.searchsorted(present, bounds[:-1])
-    total = float(costs[at, [*at[1:], present.size]].sum() + counts.sum(axis=0) @ rest)
+    bounds = merged(groups, costs)
+    bounds[-1] = present[-1] + 1
+    at = np.searchsorted(groups, bounds[:-1])
+    total = float(costs[at, [*at[1:], groups.size]].sum() + counts.sum(axis=0) @ rest)
     return total, split, bounds
 
 
