@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fuzz import oracle, report, runner, system
+from fuzz.guard import Guards
 from fuzz.targets import MEGABYTE, TARGETS, Target
 from shira_format.errors import SourceError
 
@@ -144,6 +150,57 @@ def test_the_end_of_a_process_is_a_result(what: str, why: str, tmp_path: Path) -
     assert "'accepted': 2" in done.stdout
     assert why in done.stdout
     assert "1" == (tmp_path / "ending" / "0-1" / "case").read_text()
+
+
+TOO_FAR = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from numba import njit
+from fuzz import runner
+from fuzz.targets import TARGETS
+from shira_format._core import kernels
+
+@njit
+def take(flat, indices, out):
+    seen = 0
+    for i in range(indices.size):
+        seen ^= indices[i + 1]  # what comes next is prefetched, one too far at the end
+        out[i] = flat[indices[i]]
+    return seen
+
+kernels.take = take
+target = replace(TARGETS[sys.argv[1]], environment={}, name="kernels")
+tally = runner.run(target, seed=0, cases=40, found=Path(sys.argv[2]))
+print(len(tally.found), [why for _, why in tally.found])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as above")
+@pytest.mark.parametrize(("name", "why"), [("kernels", "IndexError"), ("kernels_as_shipped", "SIGSEGV")])
+def test_one_element_too_far_is_seen(name: str, why: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_FAR, name, str(tmp_path)],
+        env=os.environ | TARGETS[name].environment,
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert why in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize(("shape", "dtype"), [((), "f4"), (0, "u1"), (5, "i8"), ((3, 700), "u2"), (4096, "u1")])
+def test_guarded_arrays(shape: Any, dtype: str, at_end: bool) -> None:
+    guards = Guards()
+    array = guards.copy(np.ones(shape, dtype), at_end=at_end)
+    assert array.dtype == dtype
+    assert (array == 1).all()
+    array[...] = 3
+    assert guards.are_whole()
+    start = array.ctypes.data
+    assert (start + array.nbytes if at_end else start) % mmap.PAGESIZE == 0
+    if array.nbytes % mmap.PAGESIZE:
+        ctypes.memset(start - 1 if at_end else start + array.nbytes, 0, 1)
+        assert not guards.are_whole()
 
 
 def test_this_machine_has_a_name() -> None:

@@ -37,8 +37,9 @@ from shira_format.tensors import DenseTensor, SparseTensor
 
 _GUARD = 64  # elements on both sides of each weight
 _SHAPES = {"v": (5, 7), "w": (8, 5), "x": (33,)}
-_IN_PLACE = ["resized", "set", "set short", "released", "half released"]  # as tensors of torch can be
 _WAIT = 60.0  # seconds after which a child that does not end is a deadlock
+_MOST = 8  # adapters
+_ANY = st.integers(0, _MOST - 1)
 _SEEDS = st.integers(0, 2**16)
 _ALPHAS = st.sampled_from([None, 1.0, 0.5, 0.0, -2.0])
 
@@ -53,7 +54,7 @@ def check(folder: Path) -> None:
     seed = json.loads((folder / "case.json").read_text("utf-8"))["seed"]
     how = settings(
         max_examples=6,
-        stateful_step_count=25,
+        stateful_step_count=40,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -138,6 +139,9 @@ class Machine(RuleBasedStateMachine):
         self.adapters: list[Any] = []
         self.arrays: list[np.ndarray] = []
         self.undo: Callable[[], object] | None = None
+        self.forked = False
+        for number in range(4):
+            self.make_adapter(seed + number, in_file=bool(number % 2))
 
     def _as_live(self, weight: torch.Tensor) -> Any:
         return weight.numpy() if self.numpy else weight
@@ -171,6 +175,7 @@ class Machine(RuleBasedStateMachine):
                 self.arrays += [indices, values, own]
         return Adapter(tensors, dense=dense)
 
+    @precondition(lambda self: len(self.adapters) < _MOST)
     @rule(seed=_SEEDS, in_file=st.booleans())
     def make_adapter(self, seed: int, in_file: bool) -> None:
         """An adapter of the base."""
@@ -181,37 +186,49 @@ class Machine(RuleBasedStateMachine):
             adapter = path
         self.adapters.append(adapter)
 
-    @precondition(lambda self: self.adapters)
-    @rule(of=st.data(), alpha=_ALPHAS, how=st.sampled_from(["load", "switch", "unload", "two"]))
-    def use(self, of: st.DataObject, alpha: float | None, how: str) -> None:
-        """Load, switch, unload, or set two."""
-        adapter, other = of.draw(st.sampled_from(self.adapters)), of.draw(st.sampled_from(self.adapters))
-        if how == "two":
-            self._try(lambda: self.switcher.set([(adapter, alpha), (other, 1.0)]))
-        elif how == "unload":
-            self._try(lambda: self.switcher.unload(adapter))
-        else:
-            self._try(lambda: getattr(self.switcher, how)(adapter, alpha))
+    @rule(at=_ANY, alpha=_ALPHAS)
+    def load(self, at: int, alpha: float | None) -> None:
+        """One in addition."""
+        self._try(lambda: self.switcher.load(self._adapter(at), alpha))
 
+    @rule(at=_ANY, alpha=_ALPHAS)
+    def switch(self, at: int, alpha: float | None) -> None:
+        """One instead of all."""
+        self._try(lambda: self.switcher.switch(self._adapter(at), alpha))
+
+    @rule(at=_ANY, other=_ANY, alpha=_ALPHAS)
+    def set_two(self, at: int, other: int, alpha: float | None) -> None:
+        """Two instead of all."""
+        self._try(lambda: self.switcher.set([(self._adapter(at), alpha), (self._adapter(other), 1.0)]))
+
+    @precondition(lambda self: self.is_on)
+    @rule(at=_ANY)
+    def unload(self, at: int) -> None:
+        """One less, if it is on."""
+        self._try(lambda: self.switcher.unload(self._adapter(at)))
+
+    @precondition(lambda self: self.is_on)
     @rule()
     def revert(self) -> None:
         """Take all adapters off."""
         if self._try(self.switcher.revert):
             self._check_base()
 
+    @property
+    def is_on(self) -> bool:
+        """Whether an adapter is."""
+        return bool(self.switcher.report.adapters)
+
+    def _adapter(self, at: int) -> Any:
+        return self.adapters[at % len(self.adapters)]
+
     @precondition(lambda self: not self.undo)
     @rule(
         name=st.sampled_from(["v", "w", "x"]),
-        kind=st.sampled_from(
-            ["cut", "turn", "flat", "other", "overlap", "tie", "untie", "lose", "expand", *_IN_PLACE]
-        ),
+        kind=st.sampled_from(["cut", "turn", "flat", "other", "overlap", "tie", "untie", "lose", "expand"]),
     )
     def tamper(self, name: str, kind: str) -> None:
-        """Something else takes the weight's name, or its memory, until :meth:`put_back`."""
-        if kind in _IN_PLACE:
-            if not self.numpy and name != "w":  # of which others are views
-                self._tamper_in_place(name, kind)
-            return
+        """Something else takes the weight's name, until :meth:`put_back`."""
         before = dict(self.weights)
         weight, memory = self.blocks[name].weight, self.blocks[name].memory
         new: dict[str, Callable[[], torch.Tensor]] = {
@@ -232,8 +249,13 @@ class Machine(RuleBasedStateMachine):
 
         self.undo = put_back
 
-    def _tamper_in_place(self, name: str, kind: str) -> None:
-        """The weight stays the same object."""
+    @precondition(lambda self: not self.undo and not self.numpy)
+    @rule(
+        name=st.sampled_from(["v", "x"]),  # the others share their memory
+        kind=st.sampled_from(["resized", "set", "set short", "released", "half released"]),
+    )
+    def tamper_in_place(self, name: str, kind: str) -> None:
+        """The weight stays the same object, but its shape or memory does not, until :meth:`put_back`."""
         block, (weight, shape) = self.blocks[name], (self.blocks[name].weight, _SHAPES[name])
         if kind in ("released", "half released"):
             self.undo = block.release(0 if kind == "released" else block.memory.untyped_storage().nbytes() // 2)
@@ -248,6 +270,9 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def put_back(self) -> None:
         """The weights are those of before."""
+        self._put_back()
+
+    def _put_back(self) -> None:
         assert self.undo is not None
         self._try(self.switcher.revert)
         self.undo()
@@ -270,17 +295,14 @@ class Machine(RuleBasedStateMachine):
         self.blocks[name] = new
         self.weights[name] = self._as_live(new.weight)
 
-    @precondition(lambda self: not self.undo)
+    @precondition(lambda self: not self.undo and not self.is_on)
     @rule(name=st.sampled_from(["v", "w", "x"]), seed=_SEEDS)
     def train(self, name: str, seed: int) -> None:
         """The base changes, which is allowed while no adapter is on."""
-        if not self.switcher.report.adapters:
-            self.blocks[name].weight.copy_(
-                torch.randn(self.blocks[name].weight.shape, generator=torch.Generator().manual_seed(seed))
-            )
-            self.blocks[name].base = self.blocks[name].bits()
+        block = self.blocks[name]
+        block.weight.copy_(torch.randn(_SHAPES[name], generator=torch.Generator().manual_seed(seed)))
+        block.base = block.bits()
 
-    @precondition(lambda self: any(isinstance(one, Path) for one in self.adapters))
     @rule(of=st.data(), seed=_SEEDS, how=st.sampled_from(["cut", "bytes", "other", "in place"]))
     def overwrite(self, of: st.DataObject, seed: int, how: str) -> None:
         """A file becomes shorter, has other bytes, or is another adapter."""
@@ -294,7 +316,6 @@ class Machine(RuleBasedStateMachine):
         else:
             path.write_bytes(data[: len(data) // 2] if how == "cut" else mutated_bytes(random, data))
 
-    @precondition(lambda self: self.arrays)
     @rule(of=st.data(), value=st.sampled_from([-1, 2**40, 0]))
     def reuse_arrays(self, of: st.DataObject, value: int) -> None:
         """The caller writes something else to arrays of which adapters were made."""
@@ -302,11 +323,12 @@ class Machine(RuleBasedStateMachine):
         if array.size and array.flags.writeable:
             array[:] = np.array(value).astype(array.dtype)
 
-    @precondition(lambda self: self.adapters and hasattr(os, "fork"))
-    @rule(of=st.data())
-    def fork(self, of: st.DataObject) -> None:
-        """A child switches and reverts its copy, whose threads are not there any more; nothing changes here."""
-        adapter, before = of.draw(st.sampled_from(self.adapters)), self._everything()
+    @precondition(lambda self: not self.forked and hasattr(os, "fork"))
+    @rule(at=_ANY)
+    def fork(self, at: int) -> None:
+        """A child switches and reverts its copy, whose threads are not there any more; nothing changes here. Once: it takes long."""
+        self.forked = True
+        adapter, before = self._adapter(at), self._everything()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads is the point
             child = os.fork()
@@ -328,7 +350,8 @@ class Machine(RuleBasedStateMachine):
         code = 1
         try:
             self._try(lambda: self.switcher.switch(adapter))
-            self.revert()
+            if self._try(self.switcher.revert):
+                self._check_base()
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -367,10 +390,11 @@ class Machine(RuleBasedStateMachine):
         """With the weights of before, all adapters can be taken off."""
         if not hasattr(self, "switcher"):
             return
-        if self.undo:
-            self.undo()
         try:
+            if self.undo:
+                self._put_back()
             self.switcher.revert()
             self._check_base()
         finally:
             self._folder.cleanup()
+            del self.switcher, self.undo  # and its threads, which would wait until Python collects circles
