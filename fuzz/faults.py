@@ -44,7 +44,7 @@ class Fault:
     target: str
     about: str
     plant: Callable[[], AbstractContextManager[Any]]
-    cases: int = 10
+    cases: int = 100
 
 
 def seen_after(fault: Fault) -> int | None:
@@ -120,16 +120,16 @@ FAULTS = [
     Fault("switching", "a failure is not undone", _without(threads.Threads, "run")),
     Fault("switching", "a replaced weight is not noticed", _without(memory.Places, "check_same")),
     Fault("switching", "weights that overlap are not noticed", _without(memory.Places, "check_apart")),
-    Fault("switching", "released memory is not noticed", _without(weights, "_has_memory", True), 40),
+    Fault("switching", "released memory is not noticed", _without(weights, "_has_memory", True)),
     Fault("switching", "a fork goes on with the threads of its parent", _instead(threads.Threads, "executor", property(_same_pool))),
     Fault("switching", "an adapter does not copy its arrays", lambda: _everywhere(arrays.owned, lambda array: array)),
     Fault("kills", "a file is written under its own name", lambda: _everywhere(atomic.atomic_file, _in_place)),
     Fault("kills", "a file gets its name before it is written", lambda: _everywhere(atomic.atomic_file, _renamed_too_early)),
     Fault("kills", "what killed writers left is not removed", _without(owners, "clean")),
-    Fault("kills", "a folder that was moved away is not put back", lambda: _everywhere(atomic.restore, lambda _: None), 20),
+    Fault("kills", "a folder that was moved away is not put back", lambda: _everywhere(atomic.restore, lambda _: None)),
     Fault("threads", "changes do not wait for each other", _without(lock.ReadWriteLock, "writing", contextlib.nullcontext())),
     Fault("threads", "changes do not wait for serving", _without(lock.ReadWriteLock, "reading", contextlib.nullcontext())),
-    Fault("threads", "threads share the position in a file", _instead(files, "read_at", _read_without_turn), 150),
+    Fault("threads", "threads share the position in a file", _instead(files, "read_at", _read_without_turn)),
     Fault("threads", "a file is written under its own name", lambda: _everywhere(atomic.atomic_file, _in_place)),
 ]  # fmt: skip
 

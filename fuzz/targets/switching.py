@@ -53,7 +53,7 @@ def check(folder: Path) -> None:
     """Some runs of the machine."""
     seed = json.loads((folder / "case.json").read_text("utf-8"))["seed"]
     how = settings(
-        max_examples=6,
+        max_examples=10,
         stateful_step_count=40,
         database=None,
         deadline=None,
