@@ -203,13 +203,15 @@ class Subscriber:
         """Undo the last update: the weights are restored bit for bit.
 
         Raises:
-            BaseMismatch: no update is held, or entries that it changed have changed since; no weight was changed.
+            BaseMismatch: no update is held, or the model lost or resized a tensor, or entries that the update changed have changed
+                since; no weight was changed.
         """
         with self._turn:
             if not self._applied:
                 raise BaseMismatch(
                     f"{self._place.label}: no earlier update is held (history=): update to a version"
                 )
+            self._opened()  # the model still has what was published
             before = self.version
             with self._lock.writing(), ExitStack() as rollback:
                 undone = self._undo_to(self._applied[-1].before.number, rollback)
