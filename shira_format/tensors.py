@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shira_format._core import fits
-from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, frozen, owned, read_only
+from shira_format._core.arrays import Array, array_digest, as_array, as_bytes, frozen, owned
 from shira_format._core.compiled import is_strictly_increasing, mixed
 from shira_format._core.dtypes import dtype_name, is_float, with_one_nan, working_dtype
 from shira_format.errors import FormatError
@@ -368,6 +368,8 @@ def _rebuild(
 class DenseTensor(_Immutable):
     """A tensor that the adapter replaces whole, such as a bias, a norm or a head; any dtype and shape.
 
+    Arrays are copied, unless nothing can change them any more.
+
     Attributes:
         name: its name in the base's checkpoint, or a new one.
         values: ``[*shape]``, read-only.
@@ -385,9 +387,9 @@ class DenseTensor(_Immutable):
     def __init__(self, name: str, values: Any, *, base: Any = None, base_digest: str | None = None) -> None:
         set_ = object.__setattr__
         set_(self, "name", name)
-        set_(self, "values", read_only(as_array(values)))
+        set_(self, "values", owned(as_array(values)))
         dtype_name(self.values.dtype)
-        set_(self, "base", None if base is None else read_only(as_array(base)))
+        set_(self, "base", None if base is None else owned(as_array(base)))
         if self.base is not None:
             if self.base.dtype != self.values.dtype:
                 raise FormatError("stream-dtype", "the base has another dtype", tensor=name)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from shira_format._core.text import printable
+from shira_format._core.text import brief
 from shira_format.errors import ShiraError
 
 EXIT_FAILED = 1
@@ -57,7 +57,7 @@ def _fail(prog: str, message: str, code: int) -> int:
 
 def complain(prog: str, message: str) -> None:
     """Print an error as one line on stderr."""
-    print(f"{prog}: error: {printable(message)}", file=sys.stderr)
+    print(f"{prog}: error: {brief(message)}", file=sys.stderr)
 
 
 def _terminate_like_interrupt() -> None:

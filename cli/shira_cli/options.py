@@ -46,7 +46,7 @@ class Bytes(click.types.IntParamType):
     """A number of bytes such as 200k, 1.5M or 1MiB: k, M and G are powers of 1000, Ki, Mi and Gi of 1024; a B may follow."""
 
     name = "bytes"
-    _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmg])(i)?)?b?", re.IGNORECASE)
+    _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?) ?(?:([kmg])(i)?)?b?", re.IGNORECASE)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number; a usage error for others."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shira_format._core.text import printable
+from shira_format._core.text import brief
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -31,7 +31,7 @@ class Printer:
     def notice(self, message: str) -> None:
         """Print on stderr what is not the result."""
         if not self.quiet:
-            print(printable(message), file=sys.stderr)
+            print(brief(message), file=sys.stderr)
 
     def notes(self, messages: Iterable[str]) -> None:
         """Print each message on stderr after ``note:``."""

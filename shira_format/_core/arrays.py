@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
@@ -75,11 +76,17 @@ def read_only(array: Array) -> Array:
     return view
 
 
+# Arrays whose memory is theirs, and that :func:`frozen` has made read-only, by their identity.
+_FROZEN: WeakValueDictionary[int, Array] = WeakValueDictionary()
+
+
 def frozen(array: Array) -> Array:
     """An array that was just made, and that nobody else writes to, read-only from now on with all that it is a view of."""
     part: Any = array
     while isinstance(part, np.ndarray):
         part.flags.writeable = False
+        if part.base is None:
+            _FROZEN[id(part)] = part
         part = part.base
     return array
 
@@ -87,14 +94,19 @@ def frozen(array: Array) -> Array:
 def owned(array: Array) -> Array:
     """``array`` if nothing can change its memory any more, else a copy.
 
-    A read-only view is not enough: the array that it shows may still be written to, and a mapped file overwritten or cut.
+    A read-only array is not enough: its owner may make it writable again, the array that a view shows may still be written to,
+    and a mapped file overwritten or cut.
     """
     part: Any = array
-    while isinstance(part, np.ndarray) and not part.flags.writeable:
+    while isinstance(part, np.ndarray) and part.base is not None and not part.flags.writeable:
         part = part.base
         if isinstance(part, memoryview):
             part = part.obj
-    return array if part is None or isinstance(part, bytes) else frozen(array.copy())
+    if isinstance(part, np.ndarray):
+        is_ours = part.base is None and not part.flags.writeable and _FROZEN.get(id(part)) is part
+    else:
+        is_ours = isinstance(part, bytes)
+    return array if is_ours else frozen(array.copy())
 
 
 def distinct(values: Array) -> Array:

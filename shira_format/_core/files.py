@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from shira_format._core.system import open_without_waiting
 
@@ -25,6 +27,28 @@ def open_regular(path: Path) -> io.FileIO:
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
+
+
+@contextmanager
+def digested(path: Path) -> Iterator[tuple[IO[bytes], str]]:
+    """A regular file to read from its start, and its SHA-256.
+
+    Raises:
+        OSError: it cannot be opened, is a pipe or a device, or has changed before the block ends.
+        ValueError: the name holds a NUL.
+    """
+    with io.BufferedReader(open_regular(path)) as file:
+        before = _state(file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        yield file, digest
+        if _state(file) != before:
+            raise OSError(errno.EIO, "the file has changed while it was read", str(path))
+
+
+def _state(file: IO[bytes]) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 @contextmanager

@@ -10,6 +10,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def brief(text: str) -> str:
+    """A message as :func:`printable` has it, of which a stranger's name of megabytes shows its beginning and end alone."""
+    return printable(text if len(text) <= 4000 else f"{text[:2000]} ... {text[-1000:]}")
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns of text: the first is aligned left, the others right."""
     lines = [[printable(cell) for cell in row] for row in (head, *rows)]

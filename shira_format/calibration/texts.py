@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shira_format._core.files import open_regular
+from shira_format._core.files import digested
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.names.filters import name_filter
@@ -23,55 +23,84 @@ _LONGEST = 1 << 24  # characters of a line
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of a file, and the number of empty lines that were skipped."""
+    """Texts of a file.
+
+    Attributes:
+        texts: in its order.
+        empty: the number of empty lines that were skipped.
+        labels: of the texts, if they were asked for.
+        digest: SHA-256 of the whole file, from which the texts were read.
+    """
 
     texts: list[str]
     empty: int
+    labels: list[str]
+    digest: str
 
 
-def read_texts(path: Path, *, field: str = "text", limit: int | None = None) -> Texts:
+def read_texts(path: Path, *, field: str = "text", limit: int | None = None, labelled: bool = False) -> Texts:
     """The texts of a UTF-8 file: one per line, or in a ``.jsonl`` file the ``field`` of the object in each line.
 
     Args:
         path: the file.
         field: of the objects.
         limit: read at most this many texts.
+        labelled: each object has a ``label``, a text or an integer.
 
     Raises:
         SourceError: not UTF-8, an invalid line, or no text; names file, line and rule.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or changes meanwhile.
     """
-    found: list[str] = []
-    empty = 0
     objects = path.suffix.lower() == ".jsonl"
+    if labelled and not objects:
+        raise SourceError(f"{path}: a classifier needs labels: give .jsonl with objects of 'text' and 'label'")
+    found: list[str] = []
+    labels: list[str] = []
+    empty = 0
     try:
-        with io.TextIOWrapper(io.BufferedReader(open_regular(path)), "utf-8-sig") as lines:
+        with digested(path) as (file, digest):
+            lines = io.TextIOWrapper(file, "utf-8-sig")
             for number in range(1, 1 << 62):
                 if (limit is not None and len(found) == limit) or not (line := lines.readline(_LONGEST)):
                     break
+                where = f"{path}: line {number}"
                 if len(line) == _LONGEST:
-                    raise SourceError(f"{path}: line {number} has {_LONGEST} characters or more")
-                text = _field(line, field, f"{path}: line {number}") if objects and line.strip() else line
-                if text.strip():
-                    found.append(text.strip())
-                else:
+                    raise SourceError(f"{where} has {_LONGEST} characters or more")
+                entry = _object(line, where) if objects and line.strip() else None
+                text = line if entry is None else _field(entry, field, where)
+                if not text.strip():
                     empty += 1
+                    continue
+                found.append(text.strip())
+                if labelled and entry is not None:
+                    labels.append(_label(entry, where))
+            lines.detach()  # or it would close the file
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8: {error.reason} near byte {error.start}") from None
     if not found:
         raise SourceError(f"{path}: holds no text")
-    return Texts(found, empty)
+    return Texts(found, empty, labels, digest)
 
 
-def _field(line: str, field: str, where: str) -> str:
+def _object(line: str, where: str) -> Any:
     try:
-        entry = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
         raise SourceError(f"{where} is not JSON") from None
+
+
+def _field(entry: Any, field: str, where: str) -> str:
     text = entry.get(field) if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise SourceError(f"{where} is no object with a text in {field!r}")
     return text
+
+
+def _label(entry: dict[str, Any], where: str) -> str:
+    label = entry.get("label")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise SourceError(f"{where} has no 'label' that is a text or an integer")
+    return str(label)
 
 
 @dataclass(frozen=True)
@@ -110,6 +139,7 @@ def load_model(folder: Path, *, causal: bool = False) -> LoadedModel:
         import transformers
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder")
+    check_regular(folder)
     with silent(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -132,6 +162,13 @@ def load_model(folder: Path, *, causal: bool = False) -> LoadedModel:
     # A tokenizer without a limit has 10^30.
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
     return LoadedModel(model, tokenizer, min(known, default=None), tuple(random))
+
+
+def check_regular(folder: Path) -> None:
+    """Raise SourceError if a folder holds a pipe or a device, which transformers would wait for, or read for ever."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise SourceError(f"{path}: not a regular file")
 
 
 def _class(transformers: Any, config: Any, *, causal: bool) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, Indices, file_digest
+from shira_format._core.arrays import Array, Indices
 from shira_format._core.dtypes import round_to, working_dtype
 from shira_format.adapter import Adapter
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -128,7 +128,7 @@ class AdapterConversion:
         kept = [tensor for name, tensor in dense.items() if chosen(name)]
         if not changes and not kept:
             raise SourceError(f"{labels[0]}: no tensor is left by the choice of names")
-        sources = [{"name": file.path.name, "digest": file_digest(file.path)} for file in files]
+        sources = [{"name": file.path.name, "digest": file.streams.digest()} for file in files]
         source: dict[str, Any] = {"kind": "adapter" if len(files) == 1 else "adapters", "files": sources}
         if any(strength != 1 for strength in strengths):
             source["strengths"] = strengths

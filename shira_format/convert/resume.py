@@ -19,6 +19,7 @@ import numpy as np
 
 from shira_format._core import system
 from shira_format._core.dtypes import DTYPES, dtype_name
+from shira_format._core.files import open_regular
 from shira_format._core.threads import Progress
 from shira_format.convert.exact import DifferingEntries, Exact
 from shira_format.convert.given import Given
@@ -73,7 +74,7 @@ class ResumableEngine:
             if not os.path.lexists(self.folder) or self._is_left_behind():
                 self._make(fingerprint)
             try:
-                handle = open(self.folder / _NOTE, "rb")  # noqa: SIM115 - locked until the end
+                handle = io.BufferedReader(open_regular(self.folder / _NOTE))  # locked until the end
             except (FileNotFoundError, NotADirectoryError):
                 if not os.path.lexists(self.folder):  # another run has just finished
                     continue

@@ -124,6 +124,7 @@ def load_adapter(
     base_of: Callable[[LoadedAdapter], Mapping[str, Any]] | None = None,
     *,
     base: Mapping[str, Any] | None = None,
+    content: bytes | None = None,
 ) -> LoadedAdapter:
     """Read, decode and check an adapter.
 
@@ -136,6 +137,7 @@ def load_adapter(
         base_of: of a file that can be read with its base alone: the base's weights by the adapter's names, from the adapter
             without its entries.
         base: the same, if the caller has it: see :func:`shira_format.format.load`.
+        content: the file's bytes, if they have been read.
 
     Raises:
         FormatError: the file breaks a rule of the format.
@@ -149,7 +151,7 @@ def load_adapter(
         refuse_removed("", source.removed)
         return LoadedAdapter(source, list(source.values()), list(source.dense.values()), source.alpha)
     path = Path(source)
-    file = AdapterFile(path, base=base)
+    file = AdapterFile(path, base=base, content=content)
     try:
         refuse_removed(f"{path}: ", file.manifest.raw.get("removed", ()))
         names = list(file.manifest.tensors)

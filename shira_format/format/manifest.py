@@ -25,6 +25,7 @@ from shira_format.format.items import (
     stream_name,
 )
 from shira_format.format.provenance import leave_out_misfits
+from shira_format.storage import safetensors_header
 
 FORMAT_VERSION = "1.0"
 NEWER = {
@@ -34,7 +35,7 @@ NEWER = {
     "runs": "1.1",
 }  # the version that brought a feature, of those that are not in FORMAT_VERSION
 MAJOR = 1
-METADATA_KEY = "shira"
+METADATA_KEY = safetensors_header.METADATA_KEY
 DIGEST_KEY = "shira_digest"
 # Most entries of a file: so many, and so many for each byte of its buffer. Without it a few bytes could ask for any memory.
 FREE_ENTRIES, ENTRIES_PER_BYTE = 1 << 24, 64

@@ -72,7 +72,7 @@ def live_weight(name: str, weight: Any) -> LiveWeight:
     if isinstance(weight, np.ndarray):
         if not weight.flags.writeable:
             raise BaseMismatch(f"tensor {name!r}: the weight is read-only")
-        return ArrayWeight(weight)
+        return ArrayWeight(np.asarray(weight))  # a matrix or a masked array has other rules of indexing
     if isinstance(weight, UnusedOriginal):
         raise BaseMismatch(
             f"tensor {name!r}: PEFT uses a trained copy of this module (modules_to_save) instead of the base's: merge and "
@@ -92,6 +92,8 @@ def live_weight(name: str, weight: Any) -> LiveWeight:
         )
     if weight.layout != torch.strided or str(weight.dtype) not in _TORCH:
         raise BaseMismatch(f"tensor {name!r}: the weight is {weight.layout} of {weight.dtype}")
+    if weight.is_neg():
+        raise BaseMismatch(f"tensor {name!r}: the weight is a negated view of other memory: make a copy of it")
     if not _has_memory(weight):
         raise BaseMismatch(
             f"tensor {name!r}: the memory of the weight was released, as sharding and offloading do: load the weight first"

@@ -52,6 +52,7 @@ def open_tensors(path: Path, base: Collection[str] | None = None) -> Checkpoint:
 
 # Entries that state a LoRA's scale, by the last part of their path: lora_alpha, network_alphas, rank, r.
 _OF_SCALE = re.compile(r"(?:\A|[/._])(?:\w*alphas?|(?:lora_|network_)?(?:rank|dim|scale)|lora_r|r|scaling)\Z")
+_LONGEST_PATH = 200  # characters of such a path: a longer one of underscores alone would take for ever
 
 
 def refuse_scale_beside(tensors: Checkpoint) -> None:
@@ -60,11 +61,15 @@ def refuse_scale_beside(tensors: Checkpoint) -> None:
     Raises:
         SourceError: there is one; the message names it.
     """
-    if (stated := next(filter(_OF_SCALE.search, tensors.beside), None)) is not None:
+    if (stated := next(filter(_is_of_scale, tensors.beside), None)) is not None:
         raise SourceError(
             f"{tensors.path}: {stated!r} lies beside the tensors, and may change their scale: save the tensors alone, with a tensor "
             "MODULE.alpha for each module if the scale is not that of a file without alphas"
         )
+
+
+def _is_of_scale(key: str) -> bool:
+    return _OF_SCALE.search(key[-_LONGEST_PATH:]) is not None
 
 
 def read_tensors(path: Path, base: Collection[str]) -> tuple[dict[str, Array], dict[str, str]]:
@@ -152,7 +157,7 @@ _NAMED = re.compile(
     r"|vblora_(?:logits_[AB](?:_topk_(?:indices|weights))?|vector_bank)|miss_block|c3a_kernel|fourierft_spectrum)\.([^.]+)\Z)"
 )
 _BARE = re.compile(r"\.lora_[AB]\.weight\Z")
-_SAVED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)\Z")
+_SAVED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)\Z", re.DOTALL)
 _DEFAULT = "default"  # PEFT's name for an adapter without one
 
 

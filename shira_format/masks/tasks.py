@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shira_format._core.arrays import file_digest
-from shira_format._core.files import open_regular
 from shira_format.calibration.texts import LoadedModel, batches, by_length, load_model, names_in_files, read_texts
 from shira_format.checkpoints import Checkpoint
 from shira_format.errors import SourceError
@@ -86,8 +82,8 @@ def text_task(
         SourceError: torch or transformers is missing, or the model, the texts or the labels cannot be used.
         OSError: a file cannot be read.
     """
-    texts = read_texts(data, limit=limit)
-    labels = _labels(data, limit) if task == "classify" else []
+    texts = read_texts(data, limit=limit, labelled=task == "classify")
+    labels = texts.labels
     if task == "classify" and texts.empty:
         raise SourceError(f"{data}: {texts.empty} lines have no text, only a label")
     loaded = load_model(model, causal=task == "causal")
@@ -97,7 +93,7 @@ def text_task(
         )
     length = min(max_length, loaded.longest or max_length)
     tokens = list(batches(loaded.tokenizer, texts.texts, batch=batch, length=length))
-    digest = file_digest(data)
+    digest = texts.digest
     if task == "causal":
         return TextTask(loaded, tokens, _causal(own_outputs, seed), digest, len(texts.texts), empty=texts.empty)
     names = tuple(sorted(set(labels)))
@@ -152,24 +148,6 @@ def weights_in_files(
     if not found:
         raise SourceError("no weight of two dimensions or more is left by include and exclude")
     return list(found.values()), unknown
-
-
-def _labels(data: Path, limit: int | None) -> list[str]:
-    """The labels of the lines that are not empty, which :func:`read_texts` has checked to be objects."""
-    if data.suffix.lower() != ".jsonl":
-        raise SourceError(f"{data}: a classifier needs labels: give .jsonl with objects of 'text' and 'label'")
-    found: list[str] = []
-    with io.TextIOWrapper(io.BufferedReader(open_regular(data)), "utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and len(found) == limit:
-                break
-            if not line.strip():
-                continue
-            label = json.loads(line).get("label")
-            if isinstance(label, bool) or not isinstance(label, str | int):
-                raise SourceError(f"{data}: line {number} has no 'label' that is a text or an integer")
-            found.append(str(label))
-    return found
 
 
 def _device(model: Any) -> Any:

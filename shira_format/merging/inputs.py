@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-from shira_format._core.arrays import file_digest
 from shira_format.adapter import Adapter
 from shira_format.entries.base_check import dense_with_base, with_base
 from shira_format.errors import BaseMismatch, SourceError
@@ -114,7 +113,7 @@ class Input:
         """How the result's manifest names it."""
         if self.file is None:
             return {"name": self.label}
-        return {"name": self.file.path.name, "digest": file_digest(self.file.path)}
+        return {"name": self.file.path.name, "digest": self.file.streams.digest()}
 
 
 def open_base(base: Base) -> Checkpoint | None:

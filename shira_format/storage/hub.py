@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
 from shira_format.storage.paths import MOST_INDEX, one_line, read_file
-from shira_format.storage.weight_files import TRAINING, find_weights, is_index
+from shira_format.storage.weight_files import SHARD, TRAINING, find_weights, is_index
 
 _SYNTAX = "hf://OWNER/NAME[@REVISION][/PATH]"
 _LOCATION = re.compile(
@@ -28,7 +28,6 @@ _LOCATION = re.compile(
 # Files of a model other than weights: configs, vocabularies, templates.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _OF_ADAPTERS = (".safetensors", ".bin", ".pt", ".pth")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=(?:\.[\w-]+)?\.\w+$)")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 # Reads a file of the repository, downloaded if necessary.
@@ -159,8 +158,8 @@ def _weights(here: list[str], folder: str, peek: Peek, text: str) -> list[str]:
     if "adapter_config.json" in here:  # all, so that what is not used is found
         return [name for name in here if name.endswith(_OF_ADAPTERS) and not name.startswith(TRAINING)]
     for ending in (".safetensors.index.json", ".safetensors", "adapter_model.bin", ".bin", ".gguf"):
-        found = [name for name in here if name.endswith(ending) and (ending != ".bin" or _SHARD.search(name))]
-        heads = {_SHARD.sub("", name) for name in found}
+        found = [name for name in here if name.endswith(ending) and (ending != ".bin" or SHARD.search(name))]
+        heads = {SHARD.sub("", name) for name in found}
         if len(heads) > 1:
             first, second = sorted(heads)[:2]
             raise SourceError(f"{text}: several checkpoints ({first}, {second}, ...); name one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Iterable
 from itertools import combinations
@@ -10,7 +11,9 @@ from pathlib import Path
 from shira_format._core.system import is_usable
 from shira_format.errors import ShiraError, SourceError
 from shira_format.storage.atomic import LITTER, restore
-from shira_format.storage.weight_files import is_index
+from shira_format.storage.safetensors_file import SafetensorsFile
+from shira_format.storage.safetensors_header import METADATA_KEY
+from shira_format.storage.weight_files import SHARD, is_index
 
 # Endings of what commands write and no program reads as a part of a model: these may be replaced in an input's folder.
 _OURS = frozenset({".st", ".masks", ".html", ".png", ".svg", ".pdf", ".csv"})
@@ -62,10 +65,13 @@ def check_not_input(out: Path, inputs: Iterable[object]) -> None:
     if any(out.samefile(path) for path in read):
         raise SourceError(f"{out}: is one of the inputs")
     for path in read:
+        if any(mask.exists() and out.samefile(mask) for mask in _mask_files(path)):
+            raise SourceError(f"{out}: is a mask file of {path}, and is not replaced")
+    for path in read:
         folder = path.parent if is_index(path.name) else path
         if folder.is_dir() and folder.resolve() in out.resolve().parents and out.suffix.lower() not in _OURS:
             raise SourceError(f"{out}: is in {folder}, which is one of the inputs, and is not replaced")
-    if out.name in _BESIDE or is_index(out.name):
+    if out.name in _BESIDE or is_index(out.name) or SHARD.search(out.name):
         raise SourceError(f"{out}: is a part of a model, and is not replaced")
 
 
@@ -113,6 +119,19 @@ def check_output_folder(
             raise SourceError(f"{path}: is in {other}, which is one of the inputs, and is not replaced")
     if own_files is not None:
         _check_own(path, writer, own_files)
+
+
+def _mask_files(path: Path) -> list[Path]:
+    """The mask files that an adapter says it needs; what else is wrong with it is said when it is read."""
+    if not path.is_file():
+        return []
+    try:
+        file = SafetensorsFile(path)
+        file.close()
+        names = json.loads(file.metadata.get(METADATA_KEY, "{}"))["mask_files"]
+        return [path.parent / name for name in names]
+    except (ShiraError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _local(inputs: Iterable[object]) -> list[Path]:

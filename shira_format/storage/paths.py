@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from shira_format._core import system
 from shira_format._core.files import naming, open_regular
 from shira_format._core.optional import optional_import
-from shira_format.errors import SourceError
+from shira_format.errors import ShiraError, SourceError
 
 # One letter is a drive of Windows, not a protocol. A chain names several: zip://weights.st::s3://bucket/all.zip
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://|(?:[A-Za-z][A-Za-z0-9+.\-]+::)+[A-Za-z][A-Za-z0-9+.\-]+://")
@@ -158,7 +158,7 @@ def naming_url(url: str) -> Iterator[None]:
     """Turn any exception into a SourceError that names ``url``: every filesystem raises exceptions of its own."""
     try:
         yield
-    except SourceError:
+    except (ShiraError, MemoryError):
         raise
     except FileNotFoundError as error:
         cause = error.__cause__  # such as a lost connection; a failed dictionary look-up is no explanation

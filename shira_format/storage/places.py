@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from shira_format.storage.atomic import create_file
-from shira_format.storage.paths import naming_url, one_at_a_time, unresolved
+from shira_format.storage.paths import MOST_INDEX, naming_url, one_at_a_time, read_file, unresolved
 
 
 @runtime_checkable
@@ -85,7 +85,7 @@ class Folder:
         return sorted(path.name for path in found if not path.name.startswith("."))
 
     def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
+        return read_file(self._path / name, MOST_INDEX)
 
     def create(self, name: str, data: bytes) -> None:
         create_file(self._made(name), data)

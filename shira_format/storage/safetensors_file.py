@@ -11,6 +11,7 @@ Section numbers are those of ``spec/SPEC.md``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,8 @@ from shira_format.errors import FormatError
 from shira_format.storage.paths import MemoryFile, open_storage
 from shira_format.storage.safetensors_header import MAX_HEADER, Stream, file_header, parse_header
 from shira_format.tensors import numel
+
+_PART = 1 << 20  # bytes that are hashed at a time
 
 
 class SafetensorsFile(Mapping[str, Stream]):
@@ -111,6 +114,15 @@ class SafetensorsFile(Mapping[str, Stream]):
             at = self._start + stream.begin + start * part.itemsize
             self._storage.read_into(at, part.view(np.uint8).data)
         return part
+
+    def digest(self) -> str:
+        """SHA-256 of the whole file that was opened, whatever has its name now, as 64 hex digits."""
+        found, part = hashlib.sha256(), bytearray(min(self.size, _PART))
+        for start in range(0, self.size, _PART):
+            read = memoryview(part)[: self.size - start]
+            self._storage.read_into(start, read)
+            found.update(read)
+        return found.hexdigest()
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""

@@ -89,6 +89,7 @@ def _parse_any(text: bytes | bytearray, buffer_size: int) -> Header:
     return Header(metadata, forms, begins, ends)
 
 
+METADATA_KEY = "shira"  # of the metadata: an adapter's manifest
 _METADATA = '{"__metadata__":'
 _PAIRS = json.JSONDecoder(object_pairs_hook=list)
 _UINT = "(?:0|[1-9][0-9]{0,15})"

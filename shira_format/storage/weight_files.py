@@ -19,6 +19,7 @@ STEMS = {
 _INDEX = re.compile(r"(?P<stem>.+)(?P<ending>\.safetensors|\.bin)\.index\.(?:(?P<variant>[\w-]+)\.)?json")
 # model.fp16.safetensors and its shards, model.fp16-00001-of-00002.safetensors or model-00001-of-00002.fp16.safetensors
 _OF = r"-\d{5}-of-\d{5}"
+SHARD = re.compile(rf"{_OF}(?=(?:\.[\w-]+)?\.\w+$)")  # one of several files of a model
 _VARIANT = re.compile(
     rf"(?P<stem>[A-Za-z_]+)(?P<old>{_OF})?\.(?P<variant>\w[\w-]*?)(?P<new>{_OF})?(?P<ending>\.safetensors|\.bin)"
 )

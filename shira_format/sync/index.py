@@ -6,6 +6,7 @@ two publishers one is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from shira_format._core.arrays import file_digest
 from shira_format._core.strict_json import is_uint
 from shira_format.errors import SourceError
 from shira_format.format.fields import is_digest
+from shira_format.storage.paths import read_file
 from shira_format.storage.places import Place
 from shira_format.sync.structure import VERSION, parsed
 
@@ -43,13 +45,28 @@ class Stored:
         """That of the local file ``path``, to be known as ``file``."""
         return cls(file, path.stat().st_size, file_digest(path))
 
+    def read(self, path: Path, where: str) -> bytes:
+        """The bytes of ``path``, read once, so that what was checked is what is used.
+
+        Raises:
+            SourceError: it is not that file, whole; the message starts with ``where``, the place.
+            OSError: it cannot be read.
+        """
+        content = read_file(path)
+        self._check(len(content), hashlib.sha256(content).hexdigest(), where)
+        return content
+
     def check(self, path: Path, where: str) -> None:
-        """Raise SourceError unless ``path`` is that file, whole; the message starts with ``where``, the place."""
-        if (size := path.stat().st_size) != self.nbytes:
+        """As :meth:`read`, of a file that does not fit into memory."""
+        self._check(path.stat().st_size, None, where)
+        self._check(self.nbytes, file_digest(path), where)
+
+    def _check(self, size: int, digest: str | None, where: str) -> None:
+        if size != self.nbytes:
             raise SourceError(
                 f"{where}/{self.file}: {size} bytes instead of {self.nbytes}: written in part, or damaged"
             )
-        if file_digest(path) != self.sha256:
+        if digest not in (None, self.sha256):
             raise SourceError(f"{where}/{self.file}: damaged (its digest differs)")
 
     def to_json(self) -> dict[str, Any]:

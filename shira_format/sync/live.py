@@ -56,7 +56,7 @@ class LiveCheckpoint(IndexedCheckpoint[LiveWeight]):
 
 def readable(name: str, weight: Any) -> LiveWeight:
     """A weight that is only read, so that an array may be read-only."""
-    return ArrayWeight(weight) if isinstance(weight, np.ndarray) else live_weight(name, weight)
+    return ArrayWeight(np.asarray(weight)) if isinstance(weight, np.ndarray) else live_weight(name, weight)
 
 
 def open_source(model: Model) -> tuple[Checkpoint, dict[str, str]]:

@@ -203,13 +203,15 @@ class Subscriber:
         """Undo the last update: the weights are restored bit for bit.
 
         Raises:
-            BaseMismatch: no update is held, or entries that it changed have changed since; no weight was changed.
+            BaseMismatch: no update is held, or the model lost or resized a tensor, or entries that the update changed have changed
+                since; no weight was changed.
         """
         with self._turn:
             if not self._applied:
                 raise BaseMismatch(
                     f"{self._place.label}: no earlier update is held (history=): update to a version"
                 )
+            self._opened()  # the model still has what was published
             before = self.version
             with self._lock.writing(), ExitStack() as rollback:
                 undone = self._undo_to(self._applied[-1].before.number, rollback)
@@ -331,7 +333,8 @@ class Subscriber:
         """A patch for ``before``, whole and checked, in memory."""
         assert line.patch is not None
         with self._file(line.patch) as path:
-            found = load_adapter(path, self._threads.executor, base=before)
+            content = line.patch.read(path, self._place.label)
+            found = load_adapter(path, self._threads.executor, base=before, content=content)
         patch = LoadedAdapter(f"{self._place.label}/{line.patch.file}", found.tensors, found.dense, found.alpha)
         check_patch(patch, structure)
         return patch
@@ -342,6 +345,7 @@ class Subscriber:
         assert line.snapshot is not None
         where = f"{self._place.label}/{line.snapshot.file}"
         with self._file(line.snapshot) as path:
+            line.snapshot.check(path, self._place.label)
             found = open_whole(path, structure, where)
             if structure.state(digests_of(found, structure.tensors, self._threads.map)) != line.state:
                 raise SourceError(f"{where}: is not version {line.version} (digest of all tensors differs)")
@@ -354,7 +358,6 @@ class Subscriber:
                 path = stack.enter_context(self._place.local(stored.file))
             except FileNotFoundError:
                 raise SourceError(f"{self._place.label}/{stored.file}: is missing") from None
-            stored.check(path, self._place.label)
             yield path
 
     def _fill(self, found: Checkpoint, line: Line, names: Names) -> None:

@@ -19,7 +19,7 @@ from shira_format._core.arrays import Array, as_array
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
 from shira_format.live.weights import live_weight
-from shira_format.training.masks import Mask, MaskedWeight, masked_weights, read_mask
+from shira_format.training.masks import Mask, MaskedWeight, check_stays, masked_weights, read_mask
 from shira_format.training.trained import TrainedEntries, Training, freeze_others, whole_parameters
 
 _live: WeakSet[MaskedParameter] = WeakSet()
@@ -39,8 +39,8 @@ class MaskedParameter:
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
         self._index = torch.from_numpy(of.indices.copy()).to(parameter.device)
-        self.base: Array = as_array(self.read()).copy()
         self._whole: tuple[Tensor, Tensor | None] | None = None
+        self.base: Array = as_array(self.read()).copy()
         self._trained: Array | None = None
         parameter.requires_grad_(True)
         self._hook: Any = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
@@ -48,7 +48,17 @@ class MaskedParameter:
 
     def read(self) -> Tensor:
         """The entries now, ``[K]``."""
-        return self._at(self.of.parameter.detach())
+        return self._at(self._weight().detach())
+
+    def _weight(self) -> nn.Parameter:
+        """The parameter, whole.
+
+        Raises:
+            BaseMismatch: it was resized.
+        """
+        self.grow()  # if a step failed half-way
+        check_stays(self.of.path, self.of.shape, self.of.parameter)
+        return self.of.parameter
 
     def write_base(self) -> None:
         """Put the base's values into the weight."""
@@ -67,8 +77,8 @@ class MaskedParameter:
         return as_array(self.read()).copy() if self._trained is None else self._trained
 
     def check_state(self, optimizer: Any) -> None:
-        """Raise SourceError if the optimizer has a state of the parameter that cannot be cut to the entries."""
-        shape = self.of.parameter.shape
+        """Raise SourceError if the optimizer has a state of the parameter that cannot be cut to the entries, BaseMismatch if it was resized."""
+        shape = self._weight().shape
         for name, value in optimizer.state.get(self.of.parameter, {}).items():
             if self._is_of_elements(value) and value.shape != shape:
                 raise SourceError(
@@ -118,6 +128,7 @@ class MaskedParameter:
             raise SourceError(
                 f"{self.of.path}: the gradient is a sparse tensor: make the embedding with sparse=False"
             )
+        check_stays(self.of.path, self.of.shape, parameter)  # type: ignore[arg-type]
         flat = grad.reshape(-1)
         kept = flat.index_select(0, self._index_on(grad.device))
         grad.zero_()
@@ -135,7 +146,7 @@ class MaskedParameter:
         return self._index
 
     def _put(self, values: Array) -> None:
-        live_weight(self.of.path, self.of.parameter.detach()).put(self.of.indices, values)
+        live_weight(self.of.path, self._weight().detach()).put(self.of.indices, values)
 
 
 class MaskedGradients(Training):
@@ -154,7 +165,7 @@ class MaskedGradients(Training):
     def entries(self) -> Iterator[TrainedEntries]:
         """The entries of each weight."""
         for name, one in self.weights.items():
-            yield TrainedEntries(name, tuple(one.of.parameter.shape), one.of.indices, one.trained, one.base)
+            yield TrainedEntries(name, one.of.shape, one.of.indices, one.trained, one.base)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Paths and parameters for the optimizer."""
@@ -164,6 +175,10 @@ class MaskedGradients(Training):
 
     def _written(self) -> Iterable[MaskedParameter]:
         return self.weights.values()
+
+    def _holders(self) -> Iterator[tuple[str, nn.Module]]:
+        for one in self.weights.values():
+            yield one.of.path, one.of.places[0][0]
 
     def detach(self, *, restore: bool = False) -> None:
         """End the training; see :meth:`shira_format.training.sparse.SparseParameters.detach`."""

@@ -32,6 +32,7 @@ class MaskedWeight:
         name: in the mask, and in the file that will be saved.
         path: of the parameter in the model.
         places: each module that holds it, and under which attribute; several if it is tied.
+        shape: of the weight.
         indices: ``[K]``, flat, strictly increasing.
         tensor: of the adapter that the mask is; None for a mapping.
     """
@@ -39,6 +40,7 @@ class MaskedWeight:
     name: str
     path: str
     places: tuple[tuple[nn.Module, str], ...]
+    shape: tuple[int, ...]
     indices: Indices
     tensor: SparseTensor | None
 
@@ -49,6 +51,19 @@ class MaskedWeight:
         found = module._parameters[attribute]  # noqa: SLF001 - attributes may be properties
         assert found is not None
         return found
+
+
+def check_stays(path: str, shape: tuple[int, ...], parameter: nn.Parameter) -> None:
+    """Check that a parameter under training has the shape that its flat indices are for.
+
+    Raises:
+        BaseMismatch: it has another one.
+    """
+    if (now := tuple(parameter.shape)) != shape:
+        raise BaseMismatch(
+            f"tensor {path!r}: the weight of {list(shape)} became {list(now)} while it was under training: call detach() before "
+            "it is resized"
+        )
 
 
 def read_mask(mask: Mask) -> Adapter | Mapping[str, Any]:
@@ -98,7 +113,7 @@ def masked_weights(model: nn.Module, mask: Mask, *, prefix: str | None = None) -
                 f"{where}: {other!r} and {name!r} are one weight of the model, tied: leave one of them out"
             )
         kept = tensor if isinstance(found, Adapter) else None
-        weights.append(MaskedWeight(name, path, tuple(holders[path]), tensor.indices, kept))
+        weights.append(MaskedWeight(name, path, tuple(holders[path]), tensor.shape, tensor.indices, kept))
     if not weights:
         raise SourceError(f"{where}: has no entries to train")
     return weights

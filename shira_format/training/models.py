@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shira_format._core.optional import optional_import
-from shira_format.calibration.texts import silent
+from shira_format.calibration.texts import check_regular, silent
 from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.errors import SourceError
 
@@ -78,6 +78,8 @@ def load_live_model(base: Path, kind: Kind, *, dtype: Any = "auto", seed: int = 
         import torch
         import transformers
     folder, gguf = _place(base)
+    if not gguf:
+        check_regular(folder)
     options: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": gguf} if gguf else {})
     made = getattr(transformers, _CLASSES[kind])
     with silent(transformers):

@@ -100,7 +100,7 @@ class SparseParameters(Training):
         """The entries of each weight."""
         for name, weight in self.weights.items():
             values = as_array(weight.rounded()).copy()
-            yield TrainedEntries(name, tuple(weight.weight.shape), weight.indices, values, weight.base)
+            yield TrainedEntries(name, weight.shape, weight.indices, values, weight.base)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names in the model and parameters for the optimizer: the values, and what is trained whole."""
@@ -115,6 +115,10 @@ class SparseParameters(Training):
 
     def _written(self) -> Iterable[SparseWeight]:
         return self.weights.values()
+
+    def _holders(self) -> Iterator[tuple[str, nn.Module]]:
+        for weight in self.weights.values():
+            yield weight.path, weight.places[0][0]
 
     def regrow(self, steps: int, *, every: int = 100, summed: int = 5, rate: float = 0.2) -> Regrowth:
         """Drop and grow entries during the training (SpIEL, arXiv 2401.16405): they change after steps of the optimizer.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shira_format._core.arrays import file_digest
-from shira_format._core.files import open_regular
 from shira_format.calibration.texts import read_texts
 from shira_format.errors import SourceError
 
 Task = Literal["classify", "causal"]
+_NUMBER = re.compile("-?[0-9]{1,1000}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class TextFile:
     def labels(self) -> tuple[str, ...]:
         """The labels, numbers in order of size and others by the alphabet."""
         found = {one.label for one in self.texts if one.label is not None}
-        numbers = all(label.lstrip("-").isdigit() for label in found)
+        numbers = all(map(_NUMBER.fullmatch, found))
         return tuple(sorted(found, key=int if numbers else str))
 
 
@@ -55,24 +53,10 @@ def read_file(path: Path, task: Task, *, limit: int | None = None) -> TextFile:
         SourceError: not such a file, or fewer than two labels.
         OSError: it cannot be read.
     """
-    texts = read_texts(path, limit=limit)
-    if task == "causal":
-        return TextFile(path.name, file_digest(path), [LabelledText(text) for text in texts.texts])
-    if path.suffix.lower() != ".jsonl":
-        raise SourceError(f"{path}: a classifier needs labels: give .jsonl with objects of 'text' and 'label'")
-    found: list[LabelledText] = []
-    with io.TextIOWrapper(io.BufferedReader(open_regular(path)), "utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(found) == len(texts.texts):
-                break
-            if not line.strip() or not (entry := json.loads(line))["text"].strip():
-                continue
-            label = entry.get("label")
-            if isinstance(label, bool) or not isinstance(label, str | int):
-                raise SourceError(f"{path}: line {number} has no 'label' that is a text or an integer")
-            found.append(LabelledText(entry["text"].strip(), str(label)))
-    made = TextFile(path.name, file_digest(path), found)
-    if len(made.labels) < 2:
+    texts = read_texts(path, limit=limit, labelled=task == "classify")
+    labels = texts.labels if task == "classify" else [None] * len(texts.texts)
+    made = TextFile(path.name, texts.digest, list(map(LabelledText, texts.texts, labels)))
+    if task == "classify" and len(made.labels) < 2:
         raise SourceError(f"{path}: all labels are {made.labels[0]!r}; a classifier needs two or more")
     return made
 

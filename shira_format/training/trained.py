@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shira_format._core.arrays import Array, Indices, array_digest, as_array
 from shira_format.adapter import Adapter
-from shira_format.errors import SourceError
+from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import save
 from shira_format.names.filters import name_filter
 from shira_format.tensors import DenseTensor, SparseTensor
@@ -102,6 +102,10 @@ class Training(ABC):
     def _written(self) -> Iterable[Written]:
         """The weights with entries of the base and of the training."""
 
+    @abstractmethod
+    def _holders(self) -> Iterator[tuple[str, nn.Module]]:
+        """The path of each of these weights, and the module that holds it."""
+
     def parameters(self) -> list[nn.Parameter]:
         """Parameters for the optimizer."""
         return [parameter for _, parameter in self.named_parameters()]
@@ -131,7 +135,16 @@ class Training(ABC):
         Args:
             manifest: more provenance, such as ``base_model``, or ``source`` with the data.
             self_contained: keep the base's values.
+
+        Raises:
+            BaseMismatch: a weight was resized, or its module is not the model's any more.
         """
+        modules = {id(module) for module in self.model.modules()}
+        for path, module in self._holders():
+            if id(module) not in modules:
+                raise BaseMismatch(
+                    f"tensor {path!r}: the module under training was replaced in the model by another one"
+                )
         tensors = [_sparse(one, self_contained=self_contained) for one in self.entries()]
         dense = []
         for one in self.whole:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from shira_format._core.arrays import Array, Indices, as_array
+from shira_format.errors import SourceError
 from shira_format.live.weights import live_weight
 from shira_format.training.candidates import Candidates
-from shira_format.training.masks import MaskedWeight
+from shira_format.training.masks import MaskedWeight, check_stays
 from shira_format.training.pattern import MatrixPattern
 from shira_format.training.rounding import Rounding, generator, rounded
 
@@ -33,6 +34,7 @@ class SparseWeight:
         name: of the weight in mask and file.
         path: of the weight in the model.
         places: modules and attributes that hold it.
+        shape: of the weight.
         pattern: the entries, of the weight's matrix view or, for one of more dimensions, of its rows against all else.
         base: ``[K]``, what the entries were, in the weight's dtype, on the CPU.
         updates: how often the values were written after a change.
@@ -45,7 +47,7 @@ class SparseWeight:
         self, of: MaskedWeight, pattern: MatrixPattern, *, dtype: torch.dtype | None, rounding: Rounding, seed: int
     ) -> None:
         """Take the entries from the weight; ``dtype`` is that of the values, by default the weight's."""
-        self.name, self.path, self.places = of.name, of.path, of.places
+        self.name, self.path, self.places, self.shape = of.name, of.path, of.places, of.shape
         self.pattern = pattern
         self.rounding, self.seed, self.updates = rounding, seed, 0
         weight = self.weight
@@ -82,10 +84,15 @@ class SparseWeight:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight, frozen for autograd."""
+        """The weight, frozen for autograd.
+
+        Raises:
+            BaseMismatch: it was resized.
+        """
         module, attribute = self.places[0]
         found = module._parameters[attribute]  # noqa: SLF001 - the attribute is a property
         assert found is not None
+        check_stays(self.path, self.shape, found)
         return found
 
     def parameter(self, part: str) -> nn.Parameter:
@@ -159,10 +166,20 @@ class SparseWeight:
         return {"parts": parts, "updates": self.updates}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` gave."""
+        """Take over what :meth:`state` gave.
+
+        Raises:
+            SourceError: it is that of another weight.
+        """
+        parts = state["parts"]
+        for part in self.parameters:
+            if parts[part].shape != self.parameter(part).shape:  # a copy would repeat them
+                raise SourceError(
+                    f"the state has {list(parts[part].shape)} {part} for {list(self.parameter(part).shape)} of {self.path}"
+                )
         with torch.no_grad():
             for part in self.parameters:
-                self.parameter(part).copy_(state["parts"][part])
+                self.parameter(part).copy_(parts[part])
         self.write()
         self.updates = state["updates"]
         self.write()

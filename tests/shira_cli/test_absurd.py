@@ -169,3 +169,24 @@ def test_what_peft_takes_for_a_part_of_a_saved_module() -> None:
     assert is_inside_for_peft("a.head", "x.a_head")  # to PEFT, a dot is any character
     assert not is_inside_for_peft("head", "overhead")
     assert not is_inside_for_peft("head", "model.heads")
+
+
+def test_a_name_of_megabytes_in_a_message(tmp_path: Path, capsys: Capture) -> None:
+    models.save_base(models.net(), tmp_path / "base")
+    models.save_lora(models.random_lora(models.net(), r=2, target_modules=["head"]), tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bias": "x\u202e" * 1_000_000}))
+    words = [
+        "convert",
+        "lora_to_shira",
+        str(tmp_path / "lora"),
+        "--base",
+        str(tmp_path / "base"),
+        "-o",
+        str(tmp_path / "x.st"),
+    ]
+    assert 1 == shira.main(words)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "adapter_config.json: bias must be" in err
+    assert len(err) < 20_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -198,3 +199,37 @@ def test_a_folder_in_an_input_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="tokenizer: is in .*pipeline, which is one of the inputs"):
         check_output_folder(tmp_path / "pipeline" / "tokenizer", [tmp_path / "pipeline"], force=True)
     check_output_folder(tmp_path / "pipeline" / "new", [tmp_path / "pipeline"], force=True)
+
+
+def test_a_mask_file_that_an_input_needs(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It is named by the adapter alone, and without it the adapter cannot be read."""
+    folder = Path(shutil.copytree(template, tmp_path / "inputs"))
+    monkeypatch.chdir(folder)
+    one = np.ones(1, np.float32)
+    save(Adapter([SparseTensor("head.weight", (6, 40), [1], value_kind="none")]), Path("own.st"))
+    save(Adapter([SparseTensor("head.weight", (6, 40), [1], one, base=one)]), Path("s.st"), masks="own.st")
+    Path("other.html").hardlink_to("own.st")
+    before = content(folder)
+    for words in (
+        "merge s.st a.st --base model -o own.st",
+        "convert repack s.st -o own.st",
+        "convert refit s.st --base model --texts texts.jsonl -o own.st",
+        "plot layers s.st -o x.png --csv other.html",
+        "inspect s.st --html other.html",
+        "merge s.st a.st --base model -o x.st --report other.html",
+    ):
+        with suppress(SystemExit):  # the ending is wrong, too
+            assert 1 == shira.main([*words.split(), "--force"])
+            assert "is a mask file of s.st, and is not replaced\n" in capsys.readouterr().err
+        assert before == content(folder), words
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00003.safetensors", "m-00002-of-00002.gguf", "a-00001-of-00002.fp16.bin"]
+)
+def test_a_part_of_a_model_that_is_not_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(SourceError, match="is a part of a model"):
+        check_output_files(tmp_path / name, inputs=[], force=True)

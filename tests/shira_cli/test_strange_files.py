@@ -47,6 +47,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     models.save_lora(models.random_lora(models.net(), r=2, target_modules=["head"]), tmp_path / "lora")
     save(Adapter([SparseTensor("w", (2, 3), [1], ONE, base=ZERO)]), tmp_path / "a.st")
     shira_to_csr(tmp_path / "a.st", tmp_path / "csr")
+    weight = models.net().head.weight.detach().numpy()
+    base = weight.reshape(-1)[:1].copy()
+    save(Adapter([SparseTensor("head.weight", weight.shape, [0], base + 1, base=base)]), tmp_path / "head.st")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "vocab.txt").write_text("a")
     (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": 1}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -62,6 +67,7 @@ READ = {
     "csr/index.json": "convert csr_to_shira csr -o x.st",
     "csr/w.npz": "convert csr_to_shira csr -o x.st",
     "texts.jsonl": "moments base --texts texts.jsonl -o x.safetensors",
+    "base/vocab.txt": "convert shira_to_full head.st --base base -o x.full",
 }
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 
+from shira_format.lora.files import _is_of_scale, unwrapped_keys
 from shira_format.lora.keys import Key, parse_key
+from shira_format.lora.peft.base_names import _DEEP
 
 DOTTED = ("", "unet", "transformer", "transformer_2", "text_encoder_3", "diffusion_model", "model.diffusion_model", "base_model.model", "clip_l", "text_encoders.t5xxl.transformer")  # fmt: skip
 FLAT = ("lora_unet", "lora_transformer", "lora_prior_unet", "lora_te", "lora_te2", "lora_prior_te", "lycoris")
@@ -62,3 +65,14 @@ def test_special_names(key: str, expected: Key) -> None:
 )  # fmt: skip
 def test_other_keys(key: str) -> None:
     assert parse_key(key) is None
+
+
+@pytest.mark.parametrize("part", ["_", ".base_layer", ".modules_to_save.a", ".lora_A.default", "lora_", ".0"])
+def test_long_keys_take_time_in_proportion_to_their_length(part: str) -> None:
+    start = time.process_time()
+    for tail in ("", "!", "\n!", ".weight"):
+        key = part * (300_000 // len(part)) + tail
+        assert not _is_of_scale(key)
+        assert len(unwrapped_keys([key], "a LoRA", ["w"])) == 1
+        _DEEP.sub("", key)
+    assert time.process_time() - start < 10

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -285,3 +287,17 @@ def test_usual_headers_are_looked_at_together(ordered: bool) -> None:
     for metadata in ({}, {"__metadata__": {"shira": json.dumps({"x": ["é", 1]})}}):
         text = json.dumps(metadata | arrays, separators=(",", ":"))
         assert safetensors_header._parse_usual(text.encode(), 24) is not None
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 18) - 20, 1 << 19])
+def test_the_digest_is_that_of_the_file_that_was_opened(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.arange(size, dtype=torch.float32)}, path)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    file = SafetensorsFile(path)
+    assert expected == file.digest()
+    if os.name != "nt":  # there an open file cannot be replaced
+        (tmp_path / "b").write_bytes(b"another")
+        (tmp_path / "b").replace(path)
+        assert expected == file.digest()
+    file.close()

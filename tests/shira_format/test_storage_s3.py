@@ -226,6 +226,25 @@ def test_a_connection_that_is_always_cut(address: str, proxy: Proxy, monkeypatch
     assert 1000 > proxy.cuts
 
 
+def test_a_store_that_fails_as_a_checkpoint_is_opened(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filesystems raise errors of their own also when they are asked what is there."""
+    path = resolve_path(address)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Response payload is\nnot completed")  # noqa: EM101
+
+    for method in ("info", "isdir", "ls", "isfile"):
+        with monkeypatch.context() as patched:
+            patched.setattr(path.fs, method, fail)
+            try:
+                assert len(open_checkpoint(address))
+            except SourceError as error:
+                assert f"{address}: Response payload is not completed" == str(error)
+    monkeypatch.setattr(path.fs, "isdir", fail)
+    with pytest.raises(SourceError, match="Response payload is not completed"):
+        open_checkpoint(address)
+
+
 def test_a_server_without_ranges(tmp_path: Path) -> None:
     """It sends the whole file, whatever is asked for."""
     (tmp_path / "w.safetensors").write_bytes(save(weights(0)))

@@ -160,3 +160,32 @@ def test_a_new_weight_at_the_address_of_the_old_one() -> None:
     with pytest.raises(BaseMismatch, match="was replaced by one with other values"):
         switcher.revert()
     assert (weights["w"] == 1).all()
+
+
+BASE = np.arange(40, dtype=np.float32).reshape(8, 5)
+
+
+def _masked(order: Any) -> Any:
+    # To numpy, what is written to masked elements of a hard mask is lost.
+    return np.ma.array(np.array(BASE, order=order), mask=BASE % 2 == 0, hard_mask=True)
+
+
+@pytest.mark.parametrize("weight", [np.matrix(BASE), _masked("C"), _masked("F"), np.rec.array(BASE)], ids=type)
+@pytest.mark.parametrize("kind", ["entries", "whole"])
+def test_arrays_of_other_classes_are_plain_memory(weight: Any, kind: str) -> None:
+    base = torch.from_numpy(BASE)
+    adapter = Adapter([sparse("w", base)]) if kind == "entries" else Adapter(dense=[whole("w", base)])
+    switcher = Switcher({"w": weight})
+    switcher.load(adapter)
+    expected = BASE + (np.arange(40).reshape(8, 5) % 3 == 0 if kind == "entries" else 1)
+    assert np.array_equal(expected, np.asarray(weight))
+    switcher.revert()
+    assert np.array_equal(BASE, np.asarray(weight))
+
+
+def test_a_negated_view() -> None:
+    numbers = torch.complex(torch.zeros(8, 5), torch.ones(8, 5))
+    view = numbers.conj().imag  # its memory holds the elements with the other sign
+    with pytest.raises(BaseMismatch, match="tensor 'w': the weight is a negated view"):
+        Switcher({"w": view}).load(Adapter([sparse("w", -torch.ones(8, 5))]))
+    assert (numbers.imag == 1).all()

@@ -887,3 +887,27 @@ def test_a_crash_at_each_access(how: str, dies: bool, tmp_path: Path) -> None:
         if not crashed:
             break
     assert 5 <= at < 20
+
+
+MOVED: dict[str, Any] = {
+    "gone": lambda weights: weights.pop("layer.weight"),
+    "cut": lambda weights: weights.update({"layer.weight": weights["layer.weight"][:1]}),
+    "turned": lambda weights: weights.update({"layer.weight": weights["layer.weight"].T}),
+    "cast": lambda weights: weights.update({"layer.weight": weights["layer.weight"].astype(np.float64)}),
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+@pytest.mark.parametrize("then", ["back", "update", "verify"])
+def test_a_tensor_that_is_another_one_after_an_update(case: str, then: str, tmp_path: Path) -> None:
+    publisher, weights, states = run(tmp_path, 2)
+    live = held(states[0], weights)
+    subscriber = Subscriber(live, tmp_path)
+    subscriber.update()
+    MOVED[case](live)
+    before = bits(live)
+    step(weights, 2)
+    publisher.publish()
+    with pytest.raises(BaseMismatch, match=r"layer\.weight"):
+        getattr(subscriber, then)()
+    assert before == bits(live)

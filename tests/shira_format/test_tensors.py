@@ -247,6 +247,26 @@ def test_the_caller_keeps_its_arrays_and_may_change_them() -> None:
     assert sparse(values=shared).values is shared
 
 
+def test_an_array_that_its_owner_makes_writable_again() -> None:
+    indices, values = np.array([1, 4]), f32(1, 2)
+    for array in (indices, values):
+        array.flags.writeable = False
+    tensor, whole = sparse(indices=indices, values=values), DenseTensor("b", values, base=values)
+    for array in (indices, values):
+        array.flags.writeable = True
+        array[:] = 99
+    assert ([1, 4], [1, 2]) == (tensor.indices.tolist(), tensor.values.tolist())
+    assert [1, 2] == whole.values.tolist() == whole.base.tolist()
+
+
+def test_a_whole_tensor_is_not_the_memory_that_it_was_made_from() -> None:
+    weight, base = f32(1, 2), f32(3, 4)
+    whole = DenseTensor("b", weight, base=base)
+    weight[:] = base[:] = 9
+    assert ([1, 2], [3, 4]) == (whole.values.tolist(), whole.base.tolist())
+    assert DenseTensor("b", whole.values).values is whole.values
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -15,6 +15,7 @@ from shira_format._core.arrays import Array, Indices
 from shira_format._core.files import open_regular
 from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file
+from shira_format.storage.npz import Header, check_unpacked, header_of
 from shira_format.storage.paths import one_line
 from shira_format.tensors import matrix_shape
 
@@ -24,11 +25,6 @@ _ROWS_PER_ENTRY = 8
 # The members that load_npz reads, with the kinds of dtype that each may have; others are ignored.
 _MEMBERS = {"format": "SU", "shape": "iu", "data": "f", "indices": "i", "indptr": "i"}
 _OPTIONAL = {"_is_array": "b"}
-# The best ratio of deflate; a higher one means a forged file.
-_BEST_RATIO = 1032
-# How much more than their file the arrays may take together, so that a small file cannot fill the memory; and so much in any case.
-_MOST_RATIO = 16
-_ALWAYS = 1 << 24
 _WANTED = {
     "data": "; it must be float16, float32 or float64",
     "indices": ", not integers",
@@ -102,7 +98,7 @@ def _check_members(file: IO[bytes], view: tuple[int, int]) -> int:
 
     Returns how many entries it has.
     """
-    arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+    arrays: dict[str, Header] = {}
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
@@ -112,12 +108,10 @@ def _check_members(file: IO[bytes], view: tuple[int, int]) -> int:
                 continue
             if name in arrays or name == info.filename:
                 raise SourceError(f"the member {name!r} occurs twice, or is no .npy array")
-            arrays[name] = found = _header(archive, info, size)
+            arrays[name] = found = header_of(archive, info, size)
             if found[1].kind not in kinds or found[1].itemsize > (64 if name == "format" else 8):
                 raise SourceError(f"{name!r} is of dtype {found[1]}{_WANTED.get(name, '')}")
-    unpacked = sum(prod(shape) * dtype.itemsize for shape, dtype in arrays.values())
-    if unpacked > _MOST_RATIO * size + _ALWAYS:
-        raise SourceError(f"a file of {size} bytes with {unpacked} bytes of arrays: save it with compressed=False")
+    check_unpacked(size, arrays.values())
     if lacks := [name for name in _MEMBERS if name not in arrays]:
         raise SourceError(f"not a CSR matrix of scipy.sparse.save_npz: it has no {lacks[0]!r}")
     if prod(arrays["format"][0]) != 1 or prod(arrays.get("_is_array", ((), None))[0]) != 1:
@@ -141,26 +135,6 @@ def _check_members(file: IO[bytes], view: tuple[int, int]) -> int:
         raise SourceError(f"{entries[0]} entries, more than the matrix has elements")
     check_rows(view[0], entries[0])
     return entries[0]
-
-
-def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of a member, whose bytes are as many as these ask for."""
-    name = info.filename
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise SourceError(f"{name!r} is compressed in a way that numpy does not use")
-    if info.compress_size > size or info.file_size > _BEST_RATIO * info.compress_size + 64:
-        raise SourceError(f"{name!r} declares more bytes than it can hold")
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise SourceError(f"{name!r} is an array file of version {version}")
-        shape, _, dtype = readers[version](member)
-        if dtype.hasobject:
-            raise SourceError(f"{name!r} holds Python objects, which are not loaded")
-        if member.tell() + prod(shape) * dtype.itemsize != info.file_size:
-            raise SourceError(f"{name!r} is of shape {list(shape)} and dtype {dtype}, which is not its size")
-    return tuple(shape), dtype
 
 
 def _entries(matrix: Any, nnz: int) -> tuple[Indices, Array]:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shira_format._core.arrays import file_digest
 from shira_format._core.text import counted
 from shira_format.calibration.texts import batches, read_texts
 from shira_format.errors import SourceError
+from shira_format.storage.npz import read_arrays
 
 # A file of texts (.txt, .jsonl) or of arrays (.npy, .npz), texts, an array or a mapping of arrays whose first dimension counts
 # inputs, or batches as the model takes them.
@@ -170,11 +170,19 @@ class _Batches:
 def _items(data: Data, limit: int | None) -> tuple[_Texts | _Arrays | _Batches, dict[str, Any]]:
     if isinstance(data, str | os.PathLike):
         path = Path(data)
-        source = {"name": path.name, "digest": file_digest(path)}
         if path.suffix in (".npy", ".npz"):
-            return _cut(_Arrays(_read_arrays(path)), limit), source
+            arrays, digest = read_arrays(path)
+            try:
+                made = {name: _tensor(one) for name, one in arrays.items()}
+            except TypeError as error:  # texts, dates and the like
+                raise SourceError(f"{path}: {error}") from None
+            return _cut(_Arrays(next(iter(made.values())) if path.suffix == ".npy" else made), limit), {
+                "name": path.name,
+                "digest": digest,
+            }
         read = read_texts(path, limit=limit)
-        return _Texts(read.texts, [f"{read.empty} empty lines are left out"] if read.empty else []), source
+        notices = [f"{read.empty} empty lines are left out"] if read.empty else []
+        return _Texts(read.texts, notices), {"name": path.name, "digest": read.digest}
     if isinstance(data, Tensor | np.ndarray):
         return _cut(_Arrays(_tensor(data)), limit), {"name": "an array"}
     if isinstance(data, Mapping):
@@ -189,16 +197,6 @@ def _items(data: Data, limit: int | None) -> tuple[_Texts | _Arrays | _Batches, 
 
 def _cut(items: Any, limit: int | None) -> Any:
     return items if limit is None or limit >= len(items) else items.chosen(range(limit))
-
-
-def _read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
-    try:
-        found = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise SourceError(f"{path}: {error}") from None
-    return (
-        _tensor(found) if isinstance(found, np.ndarray) else {name: _tensor(found[name]) for name in found.files}
-    )
 
 
 def _tensor(array: Any) -> Tensor:

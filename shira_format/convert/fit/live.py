@@ -15,6 +15,7 @@ from shira_format.convert.fit.sources import whole_tensors
 from shira_format.convert.fit.task import Outputs
 from shira_format.convert.inputs import ConversionInputs
 from shira_format.errors import SourceError
+from shira_format.storage.paths import MOST_JSON, one_line, read_file
 from shira_format.training.models import load_live_model
 
 Kind = Literal["classifier", "causal", "embedding", "states"]
@@ -86,7 +87,12 @@ def _kind(base: Path, has_head: bool) -> Kind:
     config = base / "config.json"
     if base.suffix.lower() == ".gguf" or not config.is_file():
         return "causal"
-    names = json.loads(config.read_text("utf-8")).get("architectures") or [""]
+    try:
+        stated = json.loads(read_file(config, MOST_JSON))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{config}: not JSON: {one_line(error)}") from None
+    found = stated.get("architectures") if isinstance(stated, dict) else None
+    names = found if isinstance(found, list) and found else [""]
     if str(names[0]).endswith("ForSequenceClassification"):
         return "classifier"
     return "causal" if str(names[0]).endswith(("ForCausalLM", "LMHeadModel")) else "embedding"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shira_format._core.arrays import as_array
 from shira_format.calibration.layers import attention_mask, run_model
 from shira_format.convert.fit.weights import ComputedWeights
+from shira_format.errors import BaseMismatch
 from shira_format.live.weights import live_weight
 
 # By the parameter's name: int64 ``[n]`` flat indices, strictly increasing, and ``[n]`` the new values of the weight there.
@@ -162,7 +163,14 @@ def changed(task: Task, name: str, indices: Tensor, values: Tensor) -> Iterator[
         weight.put(at, as_array(task.rounded(name, values.detach()).cpu()))
         yield
     finally:
-        weight.put(at, before)
+        now = live_weight(
+            name, task.parameter(name).detach()
+        )  # where it is, if the model moved or resized it when it ran
+        if now.shape != weight.shape:
+            raise BaseMismatch(
+                f"tensor {name!r}: the weight of {list(weight.shape)} became {list(now.shape)} as the model ran"
+            )
+        now.put(at, before)
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from shira_format._core.files import naming
+from shira_format._core.files import naming, open_regular
 from shira_format.errors import SourceError
 from shira_format.export.full.layout import Piece
 from shira_format.storage.output_folder import new_file, write_json
@@ -84,7 +85,11 @@ def copy_model_files(
 
 
 def _parts(path: Path) -> Iterator[bytes]:
-    with naming(path), path.open("rb") as file:
+    # A pipe would block, and a device never end.
+    with (
+        naming(path),
+        io.BufferedReader(open_regular(path)) if isinstance(path, Path) else path.open("rb") as file,
+    ):
         while part := file.read(1 << 20):
             yield part
 

@@ -33,7 +33,7 @@ _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|modules_to_save)(?=\.)")
 _VELORA = ".lora_velora_embed"
 _OTHER = re.compile(r"\.lora_|\.trainable_tokens|\.token_adapter\.")
-_DEEP = re.compile(r"(?:\.base_layer)+\Z")
+_DEEP = re.compile(r"(?<!\.base_layer)(?:\.base_layer)+\Z")
 
 
 @dataclass(eq=False)

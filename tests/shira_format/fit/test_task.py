@@ -20,7 +20,7 @@ from shira_format.convert.fit.task import (
     showing_base,
     showing_source,
 )
-from shira_format.errors import SourceError
+from shira_format.errors import BaseMismatch, SourceError
 from tests import fits, models
 
 
@@ -54,6 +54,19 @@ def test_an_exception_restores_the_model_too() -> None:
     with pytest.raises(KeyError), showing(task, some(task)):
         raise KeyError
     assert fits.same_state(task.model, before)
+
+
+def test_a_weight_that_is_moved_or_resized_as_the_model_runs() -> None:
+    task = fits.net_task()
+    before = fits.state(task.model)
+    name = next(iter(task.source))
+    weight = task.parameter(name)
+    with showing(task, some(task)):
+        weight.data = weight.data.clone()  # as offloading does
+    assert fits.same_state(task.model, before)
+    with pytest.raises(BaseMismatch, match=rf"{name}': the weight of .* became"), showing(task, some(task)):
+        weight.data = weight.data.t().contiguous()[:, :-1]
+    assert weight.shape == (weight.shape[0], before[name].shape[0] - 1)
 
 
 def test_a_weight_that_is_not_contiguous_is_restored() -> None:
