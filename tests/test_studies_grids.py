@@ -13,6 +13,7 @@ import torch
 
 from studies import __main__ as studies
 from studies import statistics
+from studies.data import few
 from studies.data import plan as data_plan
 from studies.data import report as data_report
 from studies.data.few import balanced
@@ -40,15 +41,24 @@ def test_where_the_share_is_reached() -> None:
     assert crossing(densities, np.array([0.2, 0.3, 0.4])) == float("inf")
 
 
-def test_a_few_examples(tmp_path: Path) -> None:
+def test_all_examples_are_seen() -> None:
+    steps = {run.count: run.steps for run in data_plan.Plan(steps=64).runs()}
+    assert steps == {16: 64, 64: 64, 256: 64, 1024: 128}
+
+
+def test_a_few_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["data", "--quick", "--out", str(tmp_path / "data"), "--bank", str(tmp_path), "--workers", "0"]
+    monkeypatch.setattr(few, "LOOKS", (1,))
     assert studies.main([*arguments, "--only", "spam .* (0.04|0.4) %"]) == 0
     found = Store(tmp_path / "data" / "runs.jsonl").results.values()
     assert {(one["method"], one["size"]): one["entries"] for one in found} == {
         (method, size): data_plan.ENTRIES[size] for size in ("0.04 %", "0.4 %") for method in data_plan.METHODS
     }
     assert {one["examples"] for one in found} == {4}
-    assert all(len(one["margins"]) == len(one["start"]) for one in found)
+    for one in found:
+        assert list(one["during"]) == ["1"]
+        assert len(one["margins"]) == len(one["start"]) == len(one["during"]["1"])
+        assert one["start"] != one["during"]["1"] != one["margins"]
 
 
 def test_a_small_model(tmp_path: Path) -> None:
