@@ -16,6 +16,7 @@ from studies import statistics
 from studies.data import few
 from studies.data import plan as data_plan
 from studies.data import report as data_report
+from studies.data.course import added, reaches
 from studies.data.few import balanced
 from studies.learning import Tokens
 from studies.runs import Store
@@ -75,6 +76,42 @@ def test_a_small_model(tmp_path: Path) -> None:
     assert losses["fitted"] < losses["base"]
 
 
+def trained(method: str, size: str, right: dict[int, int]) -> dict[str, Any]:
+    """A result with so many of 100 texts right after so many steps; those are the same texts each time."""
+    margins = {step: [1.0] * count + [-1.0] * (100 - count) for step, count in right.items()}
+    (_, start), *during, (steps, last) = margins.items()
+    return {
+        "task": "spam", "method": method, "size": size, "examples": 16, "seed": 1, "steps": steps, "start": start,
+        "margins": last, "during": {str(step): one for step, one in during},
+    }  # fmt: skip
+
+
+def test_when_a_training_has_most_of_the_best_gain() -> None:
+    results = [
+        trained("lora", "0.4 %", {0: 50, 8: 60, 16: 92, 64: 90}),  # of the best gain of 40 it takes 38
+        trained("wm", "0.4 %", {0: 50, 8: 50, 16: 60, 64: 87}),
+        trained("wm", "5 %", {0: 50, 8: 87, 16: 88, 64: 86}),
+    ]
+    found = {(one.method, one.size): one for one in reaches(results)}
+    assert {key: one.reached for key, one in found.items()} == {
+        ("lora", "0.4 %"): 16, ("wm", "0.4 %"): None, ("wm", "5 %"): 16,
+    }  # fmt: skip
+    assert found["lora", "0.4 %"].shown == "16 (16 to 16)"
+    assert found["wm", "0.4 %"].shown == ">64 (64 to >64)"
+    assert found["wm", "5 %"].high is None
+
+
+def test_what_the_next_size_adds() -> None:
+    sizes = {"0.4 %": 80, "1.6 %": 90, "5 %": 85}
+    results = [trained("wm", size, {0: 50, 64: right}) for size, right in sizes.items()]
+    found = list(added([*results, trained("lora", "5 %", {0: 50, 64: 60})]))
+    assert [(one.method, one.smaller, one.larger) for one in found] == [
+        ("wm", "0.4 %", "1.6 %"), ("wm", "1.6 %", "5 %"),
+    ]  # fmt: skip
+    assert [round(one.more, 2) for one in found] == [0.1, -0.05]
+    assert found[0].low > 0 > found[1].high
+
+
 def made_up(folder: Path) -> None:
     rng = np.random.default_rng(0)
 
@@ -84,6 +121,7 @@ def made_up(folder: Path) -> None:
     data = Store(folder / "data" / "runs.jsonl")
     for run in data_plan.Plan().runs():
         found: dict[str, Any] = {"margins": some(0.2), "start": some(0.1), "examples": run.count, "loss": 0.1}
+        found["during"] = {str(step): some(0.1) for step in data_plan.LOOKS if step < run.steps}
         data.add(run, found | {"entries": data_plan.ENTRIES[run.size], "seconds": 1.0})
     scale = Store(folder / "scale" / "runs.jsonl")
     for one in scale_plan.Plan().runs():
@@ -109,3 +147,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(float(line["low"]) <= float(line["high"]) for line in csv.DictReader(lines))
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert text.count("x 4 |") == 2 * 2
+    data = (tmp_path / "data.md").read_text("utf-8")
+    assert "| 64 steps of 8 texts, 128 with 1024 examples, AdamW" in data
+    assert data.count("| genre: SHiRA-WM, 0.4 % to 1.6 % | ") == data.count("| genre: SHiRA-WM, 1.6 % | ") == 1
+    assert "not run" not in data

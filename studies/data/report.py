@@ -1,11 +1,12 @@
-"""Accuracy by examples and entries: a CSV, tables in the page, and a picture."""
+"""Accuracy by examples and entries: CSVs, tables in the page, and a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from studies.data.course import More, Reach, added, reaches
 from studies.data.plan import ENTRIES, METHODS, SIZES, TASKS, TOKENS
 from studies.learning import BATCH
 from studies.report import facts_table, write_csv
@@ -96,16 +97,58 @@ def table(found: Sequence[Row], task: str) -> str:
     return markdown(["accuracy, %", "entries", *(f"{count} examples" for count in counts)], lines)
 
 
+def by_examples(cells: Iterable[tuple[str, str, int, str]], about: str) -> str:
+    """A table of all tasks: from task, what a line is of, examples and the cell."""
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for task, label, count, cell in cells:
+        lines.setdefault((task, label), {})[count] = cell
+    counts = sorted({count for line in lines.values() for count in line})
+    order = sorted(lines, key=lambda key: TASKS.index(key[0]))
+    return markdown(
+        [about, *(f"{count} examples" for count in counts)],
+        ([f"{task}: {label}", *(lines[task, label].get(count, "not run") for count in counts)] for task, label in order),
+    )  # fmt: skip
+
+
+def steps_table(found: Iterable[Reach]) -> str:
+    """When each training has most of the best gain."""
+    return by_examples(
+        ((one.task, f"{METHODS[one.method]}, {one.size}", one.examples, one.shown) for one in found), "steps"
+    )
+
+
+def added_table(found: Iterable[More]) -> str:
+    """What each larger size adds."""
+    return by_examples(
+        (
+            (one.task, f"{METHODS[one.method]}, {one.smaller} to {one.larger}", one.examples, one.shown)
+            for one in found
+        ),
+        "more accuracy, points",
+    )
+
+
+def _steps(results: Sequence[Result]) -> str:
+    """How long the trainings are, by their examples."""
+    steps = {one["examples"]: one["steps"] for one in results}
+    usual = min(steps.values())
+    longer = ", ".join(f"{steps[count]} with {count} examples" for count in sorted(steps) if steps[count] > usual)
+    return f"{usual} steps of {BATCH} texts" + (f", {longer}" if longer else "")
+
+
 def write(folder: Path, _: Path, page: Path = PAGE) -> None:
-    """CSV, tables and a picture from what is stored in ``folder``."""
+    """CSVs, tables and a picture from what is stored in ``folder``."""
     results = list(Store(folder / "runs.jsonl").results.values())
     found = rows(results)
+    reached, more = list(reaches(results)), list(added(results))
     write_csv(found, folder / "data.csv")
+    write_csv(reached, folder / "steps.csv")
+    write_csv(more, folder / "entries.csv")
     facts = {
         "model": "all-MiniLM-L6-v2, float32, without dropout; a head of two classes",
         "tasks": ", ".join(_tasks(found)),
         "texts": f"{len(results[0]['margins'])} held out for each task, cut to {TOKENS} tokens",
-        "training": f"{results[0]['steps']} steps of {BATCH} texts for all, AdamW without decay",
+        "training": f"{_steps(results)}, AdamW without decay",
         "sizes": ", ".join(f"{size}: {entries:,}".replace(",", " ") for size, entries in ENTRIES.items()) + " entries",
         "seeds": ", ".join(map(str, sorted({one["seed"] for one in results}))),
         "runs": f"{len(results)}, {sum(one['seconds'] for one in results) / 60:.0f} minutes of one thread on a shared machine",
@@ -113,6 +156,8 @@ def write(folder: Path, _: Path, page: Path = PAGE) -> None:
     parts = {
         "settings": facts_table(facts, machine_of(folder)),
         **{task: table(found, task) if task in _tasks(found) else NOT_RUN for task in TASKS},
+        "entries": added_table(more),
+        "steps": steps_table(reached),
     }
     write_page(page, parts)
     (page.parent / "data.png").write_bytes(picture(found))
