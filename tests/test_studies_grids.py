@@ -18,11 +18,13 @@ from studies.data import plan as data_plan
 from studies.data import report as data_report
 from studies.data.course import added, reaches
 from studies.data.few import balanced
+from studies.fits_report import Row
 from studies.learning import Tokens
 from studies.runs import Store
 from studies.scale import plan as scale_plan
 from studies.scale import report as scale_report
-from studies.scale.report import crossing
+from studies.scale.crossing import crossing, shown
+from studies.scale.real import needed
 from tests.test_studies_bank import MACHINE
 
 
@@ -37,9 +39,21 @@ def test_examples_are_balanced() -> None:
 
 def test_where_the_share_is_reached() -> None:
     densities = [0.001, 0.01, 0.1]
-    assert crossing(densities, np.array([0.2, 0.9, 1.0])) == pytest.approx(10**-1.5)
-    assert crossing(densities, np.array([0.96, 0.9, 1.0])) == 0.001
-    assert crossing(densities, np.array([0.2, 0.3, 0.4])) == float("inf")
+    assert crossing(densities, np.array([0.2, 0.9, 1.0]), 0.95) == pytest.approx(10**-1.5)
+    assert crossing(densities, np.array([0.96, 0.9, 1.0]), 0.95) == 0.001
+    assert crossing(densities, np.array([0.2, 0.3, 0.4]), 0.95) == float("inf")
+    assert shown(0.015, 0.001, float("inf"), densities) == "1.5 % (≤0.1 % to >10 %)"
+    assert shown(float("inf"), float("inf"), float("inf"), densities) == ">10 %"
+
+
+def test_what_is_needed_on_real_models() -> None:
+    rows = [
+        Row("spam", "distill", density, 0, 1, r2, r2 - 0.1, r2 + 0.1, None, None, None, None, None, 0.1, 1, 1.0)
+        for density, r2 in ((0.001, 0.3), (0.01, 0.5), (0.1, 0.75))
+    ]
+    assert needed(rows, 0.6) == "2.5 % (1 % to 6.3 %)"
+    assert needed(rows[1:], 0.5) == "≤1 % (≤1 % to 2.5 %)"
+    assert needed(rows[:1], 0.95) == ">0.1 %"
 
 
 def test_all_examples_are_seen() -> None:
@@ -147,6 +161,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(float(line["low"]) <= float(line["high"]) for line in csv.DictReader(lines))
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert text.count("x 4 |") == 2 * 2
+    assert text.count("| SmolLM2 | smollm2 | 106.2 M |") == 4
     data = (tmp_path / "data.md").read_text("utf-8")
     assert "| 64 steps of 8 texts, 128 with 1024 examples, AdamW" in data
     assert data.count("| genre: SHiRA-WM, 0.4 % to 1.6 % | ") == data.count("| genre: SHiRA-WM, 1.6 % | ") == 1
