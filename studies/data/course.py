@@ -1,10 +1,9 @@
-"""After how many steps most of what can be had is there, and what the next larger size adds."""
+"""After how many steps most of what can be had is there, and what the largest size adds to the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class More:
-    """What a method's next larger size adds.
+    """What a method's largest size adds to a smaller one.
 
     Attributes:
         task: of the study's.
@@ -93,7 +92,7 @@ def _right(margins: Sequence[Sequence[float]]) -> Floats:
 
 
 def reaches(results: Sequence[Result]) -> Iterator[Reach]:
-    """Of all trainings; the best gain is drawn anew with the texts."""
+    """Of all trainings that were scored on their way; the best gain is drawn anew with the texts."""
     for (task, examples), group in grouped(results).items():
         margins = group[0]["margins"]
         draws = draws_of([Case.of(task, margins, margins, margins)])[task]
@@ -103,6 +102,8 @@ def reaches(results: Sequence[Result]) -> Iterator[Reach]:
         alone = _right([one["start"] for one in group])[draws].mean(1)
         best = np.max([_right([one["margins"] for one in some])[draws].mean(1) for some in of.values()], axis=0)
         for (method, size), some in of.items():
+            if any("during" not in one for one in some):
+                continue
             steps = some[0]["steps"]
             looks = {int(step): [one["during"][step] for one in some] for step in some[0]["during"]}
             looks[steps] = [one["margins"] for one in some]
@@ -121,10 +122,11 @@ def _some(group: Sequence[Result], method: str, size: str) -> list[Result]:
 
 
 def added(results: Sequence[Result]) -> Iterator[More]:
-    """Of each method and two sizes that follow each other, over the seeds that both have."""
+    """Of each method and each size but the largest, over the seeds that both have."""
+    *others, larger = SIZES
     for (task, examples), group in grouped(results).items():
         for method in METHODS:
-            for smaller, larger in pairwise(SIZES):
+            for smaller in others:
                 less = {one["seed"]: one for one in _some(group, method, smaller)}
                 pairs = [(one, less[one["seed"]]) for one in _some(group, method, larger) if one["seed"] in less]
                 if pairs:

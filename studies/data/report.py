@@ -97,7 +97,7 @@ def table(found: Sequence[Row], task: str) -> str:
     return markdown(["accuracy, %", "entries", *(f"{count} examples" for count in counts)], lines)
 
 
-def by_examples(cells: Iterable[tuple[str, str, int, str]], about: str) -> str:
+def by_examples(cells: Iterable[tuple[str, str, int, str]], about: str, missing: str = "not run") -> str:
     """A table of all tasks: from task, what a line is of, examples and the cell."""
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for task, label, count, cell in cells:
@@ -106,19 +106,21 @@ def by_examples(cells: Iterable[tuple[str, str, int, str]], about: str) -> str:
     order = sorted(lines, key=lambda key: TASKS.index(key[0]))
     return markdown(
         [about, *(f"{count} examples" for count in counts)],
-        ([f"{task}: {label}", *(lines[task, label].get(count, "not run") for count in counts)] for task, label in order),
+        ([f"{task}: {label}", *(lines[task, label].get(count, missing) for count in counts)] for task, label in order),
     )  # fmt: skip
 
 
 def steps_table(found: Iterable[Reach]) -> str:
     """When each training has most of the best gain."""
     return by_examples(
-        ((one.task, f"{METHODS[one.method]}, {one.size}", one.examples, one.shown) for one in found), "steps"
+        ((one.task, f"{METHODS[one.method]}, {one.size}", one.examples, one.shown) for one in found),
+        "steps",
+        "not scored",
     )
 
 
 def added_table(found: Iterable[More]) -> str:
-    """What each larger size adds."""
+    """What the largest size adds."""
     return by_examples(
         (
             (one.task, f"{METHODS[one.method]}, {one.smaller} to {one.larger}", one.examples, one.shown)
