@@ -140,13 +140,13 @@ def table(found: Mapping[tuple[int, int], Model], method: str) -> str:
             lines.append(
                 [
                     f"{hidden} x {layers}",
-                    f"{model.parameters:,}".replace(",", " "),
+                    *(f"{size:,}".replace(",", " ") for size in (model.parameters, model.entries["full", 1.0])),
                     model.gain.shown(digits=3),
                     *(here[density].shown for density in densities),
                     *(model.needed(method, wanted) for wanted in WANTED),
                 ]
             )
-    head = ["hidden x layers", "parameters", "gain of the fine-tune, nats a byte"]
+    head = ["hidden x layers", "parameters", "in the matrices", "gain of the fine-tune, nats a byte"]
     return markdown(
         [
             *head,
