@@ -131,4 +131,5 @@ def added(results: Sequence[Result]) -> Iterator[More]:
                 pairs = [(one, less[one["seed"]]) for one in _some(group, method, larger) if one["seed"] in less]
                 if pairs:
                     lost = drop([Case.of(task, a["margins"], b["margins"], b["start"]) for a, b in pairs])
-                    yield More(task, method, smaller, larger, examples, -lost.value, -lost.high, -lost.low)
+                    more = (0.0 - one for one in (lost.value, lost.high, lost.low))  # no -0.0
+                    yield More(task, method, smaller, larger, examples, *more)

@@ -98,15 +98,14 @@ def table(found: Sequence[Row], task: str) -> str:
 
 
 def by_examples(cells: Iterable[tuple[str, str, int, str]], about: str, missing: str = "not run") -> str:
-    """A table of all tasks: from task, what a line is of, examples and the cell."""
+    """A table of all tasks: from task, what a line is of, examples and the cell; lines in the order in which they come."""
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for task, label, count, cell in cells:
         lines.setdefault((task, label), {})[count] = cell
     counts = sorted({count for line in lines.values() for count in line})
-    order = sorted(lines, key=lambda key: TASKS.index(key[0]))
     return markdown(
         [about, *(f"{count} examples" for count in counts)],
-        ([f"{task}: {label}", *(lines[task, label].get(count, missing) for count in counts)] for task, label in order),
+        ([f"{task}: {label}", *(line.get(count, missing) for count in counts)] for (task, label), line in lines.items()),
     )  # fmt: skip
 
 
@@ -142,7 +141,9 @@ def write(folder: Path, _: Path, page: Path = PAGE) -> None:
     """CSVs, tables and a picture from what is stored in ``folder``."""
     results = list(Store(folder / "runs.jsonl").results.values())
     found = rows(results)
-    reached, more = list(reaches(results)), list(added(results))
+    results.sort(key=lambda one: (TASKS.index(one["task"]), one["examples"]))
+    reached = sorted(reaches(results), key=lambda one: (TASKS.index(one.task), list(SIZES).index(one.size)))
+    more = sorted(added(results), key=lambda one: (TASKS.index(one.task), list(METHODS).index(one.method)))
     write_csv(found, folder / "data.csv")
     write_csv(reached, folder / "steps.csv")
     write_csv(more, folder / "entries.csv")
@@ -191,7 +192,10 @@ def picture(found: Sequence[Row]) -> bytes:
                         yerr=[[100 * (row.accuracy - row.low) for row in here], [100 * (row.high - row.accuracy) for row in here]],
                         ls=dashes, marker="o", ms=3, lw=1.1, elinewidth=0.5, color=LINES[number - 1] if size else GREY, label=label,
                     )  # fmt: skip
-            axis.set_xscale("log", base=2)
+            axis.set_xscale("log")
+            counts = sorted({row.examples for row in found})
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.minorticks_off()
             axis.set_title(task)
             axis.set_xlabel("examples")
             axis.grid()
