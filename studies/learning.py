@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ def train(
     steps: int,
     rate: float,
     seed: int,
+    after: Callable[[int], None] = lambda _: None,
 ) -> Course:
     """Train the parameters and the head: AdamW without decay, a tenth of the steps to warm up, then a linear descent.
 
@@ -153,6 +154,7 @@ def train(
         steps: of :data:`BATCH` texts.
         rate: of the parameters at the peak.
         seed: of the order of the texts.
+        after: called after each step with the number of steps done.
     """
     head = list(model.get_submodule("classifier").parameters())
     for parameter in head:
@@ -173,6 +175,7 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        after(len(losses))
         if len(losses) in (steps // 2, steps):
             seen.append(score(model, watched).loss)
     pieces = [losses[start : start + PIECE] for start in range(0, steps, PIECE)]

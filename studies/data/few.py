@@ -15,7 +15,7 @@ from torch import nn
 from shira_format.masks import make_mask
 from shira_format.training.sparse import sparse_parameters
 from studies.bank.encoder import base_model, features, head_of, margins, tokens_of
-from studies.data.plan import ALL, ENTRIES, HEADS, HELD, SIZES, TOKENS, DataRun, rate_of
+from studies.data.plan import ALL, ENTRIES, HEADS, HELD, LOOKS, SIZES, TOKENS, DataRun, rate_of
 from studies.learning import BATCH, Tokens, quiet, train, with_head
 from studies.masks import MATRICES
 
@@ -61,19 +61,25 @@ def _started(task: str, count: int, seed: int) -> tuple[nn.Module, Tokens, list[
 
 
 def work(run: DataRun) -> dict[str, Any]:
-    """Do one run."""
+    """Do one run; ``during`` has the margins by the step after which they were taken, but for the last."""
     begin = time.perf_counter()
     known, examples, alone = _started(run.task, run.count, run.seed)
     model = copy.deepcopy(known)
     parameters = _lora(model, run) if run.method == "lora" else _sparse(model, run)
     parts = _tokens(run.task)
+    held = parts["test"][slice(0, HELD)]
+    seen: dict[str, list[float]] = {}
+
+    def look(step: int) -> None:
+        if step in LOOKS or step == run.steps:
+            seen[str(step)] = margins(features(model, held), head_of(model), held.labels)
+
     course = train(
         model, parameters, examples, parts["validation"][slice(0, BATCH)],
-        steps=run.steps, rate=rate_of(run.method, run.size), seed=run.seed + ORDER,
+        steps=run.steps, rate=rate_of(run.method, run.size), seed=run.seed + ORDER, after=look,
     )  # fmt: skip
-    held = parts["test"][slice(0, HELD)]
     return {
-        "margins": margins(features(model, held), head_of(model), held.labels), "start": alone,
+        "margins": seen.pop(str(run.steps)), "start": alone, "during": seen,
         "examples": len(examples), "entries": sum(one.numel() for one in parameters), "loss": course.train[-1],
         "seconds": round(time.perf_counter() - begin, 2),
     }  # fmt: skip

@@ -7,16 +7,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from studies.learning import BATCH
 from studies.masks import MATRICES
 from studies.runs import Run, Store
 
 TASKS = ("spam", "genre")
-COUNTS = (16, 64, 256, 512)
+# The task with fewer texts has 516 of each class to train on. In this order a study that is stopped has both ends.
+COUNTS = (1024, 16, 256, 64)
 STEPS, TOKENS, HELD, HEADS = 64, 48, 150, 192
+LOOKS = (8, 16, 32, 64)  # steps after which held-out texts are scored, beside the last one
 VALUES = r"encoder\.layer\.\d+\..*value\.weight$"  # 6
 # Rank of the LoRA and the matrices that it is on; a mask has as many entries, over all matrices.
-SIZES = {"0.04 %": (1, VALUES), "0.4 %": (1, MATRICES), "5 %": (13, MATRICES)}
-ENTRIES = {"0.04 %": 4_608, "0.4 %": 41_472, "5 %": 539_136}
+SIZES = {"0.04 %": (1, VALUES), "0.4 %": (1, MATRICES), "1.6 %": (4, MATRICES), "5 %": (13, MATRICES)}
+ENTRIES = {"0.04 %": 4_608, "0.4 %": 41_472, "1.6 %": 165_888, "5 %": 539_136}
 ALL = 10_616_832  # elements of all matrices
 METHODS = {"lora": "LoRA", "wm": "SHiRA-WM"}
 # Rates of the study of masks at its larger size; they fall with the root of the size, as they did between its two.
@@ -26,6 +29,11 @@ RATES, RATED = {"lora": 3e-3, "wm": 1e-2}, 82_944
 def rate_of(method: str, size: str) -> float:
     """The learning rate."""
     return RATES[method] * math.sqrt(RATED / ENTRIES[size])
+
+
+def steps_of(count: int, least: int) -> int:
+    """The steps of a training: as many as see each example once, if these are more."""
+    return max(least, count // BATCH)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Plan:
     Attributes:
         counts: of examples.
         seeds: how many.
-        steps: of each training.
+        steps: of each training at least, see :func:`steps_of`.
         only: those of whose "TASK METHOD SIZE COUNT" it finds a part.
     """
 
@@ -68,10 +76,11 @@ class Plan:
     def runs(self) -> Iterator[DataRun]:
         """All of them, one seed before the next; those of the same examples one after the other."""
         for seed in range(1, self.seeds + 1):
-            for task in TASKS:
-                for count in self.counts:
+            for count in self.counts:
+                steps = steps_of(count, self.steps)
+                for task in TASKS:
                     for size in SIZES:
-                        yield from (DataRun(task, method, size, count, seed, self.steps) for method in METHODS)
+                        yield from (DataRun(task, method, size, count, seed, steps) for method in METHODS)
 
     def following(self, store: Store) -> list[DataRun]:
         """The runs that are left."""

@@ -1,11 +1,12 @@
-"""Accuracy by examples and entries: a CSV, tables in the page, and a picture."""
+"""Accuracy by examples and entries: CSVs, tables in the page, and a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from studies.data.course import More, Reach, added, reaches
 from studies.data.plan import ENTRIES, METHODS, SIZES, TASKS, TOKENS
 from studies.learning import BATCH
 from studies.report import facts_table, write_csv
@@ -96,16 +97,61 @@ def table(found: Sequence[Row], task: str) -> str:
     return markdown(["accuracy, %", "entries", *(f"{count} examples" for count in counts)], lines)
 
 
+def by_examples(cells: Iterable[tuple[str, str, int, str]], about: str, missing: str = "not run") -> str:
+    """A table of all tasks: from task, what a line is of, examples and the cell; lines in the order in which they come."""
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for task, label, count, cell in cells:
+        lines.setdefault((task, label), {})[count] = cell
+    counts = sorted({count for line in lines.values() for count in line})
+    return markdown(
+        [about, *(f"{count} examples" for count in counts)],
+        ([f"{task}: {label}", *(line.get(count, missing) for count in counts)] for (task, label), line in lines.items()),
+    )  # fmt: skip
+
+
+def steps_table(found: Iterable[Reach]) -> str:
+    """When each training has most of the best gain."""
+    return by_examples(
+        ((one.task, f"{METHODS[one.method]}, {one.size}", one.examples, one.shown) for one in found),
+        "steps",
+        "not scored",
+    )
+
+
+def added_table(found: Iterable[More]) -> str:
+    """What the largest size adds."""
+    return by_examples(
+        (
+            (one.task, f"{METHODS[one.method]}, {one.smaller} to {one.larger}", one.examples, one.shown)
+            for one in found
+        ),
+        "more accuracy, points",
+    )
+
+
+def _steps(results: Sequence[Result]) -> str:
+    """How long the trainings are, by their examples."""
+    steps = {one["examples"]: one["steps"] for one in results}
+    usual = min(steps.values())
+    longer = ", ".join(f"{steps[count]} with {count} examples" for count in sorted(steps) if steps[count] > usual)
+    return f"{usual} steps of {BATCH} texts" + (f", {longer}" if longer else "")
+
+
 def write(folder: Path, _: Path, page: Path = PAGE) -> None:
-    """CSV, tables and a picture from what is stored in ``folder``."""
+    """CSVs, tables and a picture from what is stored in ``folder``."""
     results = list(Store(folder / "runs.jsonl").results.values())
     found = rows(results)
+    results.sort(key=lambda one: (TASKS.index(one["task"]), one["examples"]))
+    reached = sorted(reaches(results), key=lambda one: (TASKS.index(one.task), list(SIZES).index(one.size)))
+    more = sorted(added(results), key=lambda one: (TASKS.index(one.task), list(METHODS).index(one.method)))
     write_csv(found, folder / "data.csv")
+    write_csv(reached, folder / "steps.csv")
+    write_csv(more, folder / "entries.csv")
     facts = {
         "model": "all-MiniLM-L6-v2, float32, without dropout; a head of two classes",
         "tasks": ", ".join(_tasks(found)),
         "texts": f"{len(results[0]['margins'])} held out for each task, cut to {TOKENS} tokens",
-        "training": f"{results[0]['steps']} steps of {BATCH} texts for all, AdamW without decay",
+        "training": f"{_steps(results)}, AdamW without decay",
         "sizes": ", ".join(f"{size}: {entries:,}".replace(",", " ") for size, entries in ENTRIES.items()) + " entries",
         "seeds": ", ".join(map(str, sorted({one["seed"] for one in results}))),
         "runs": f"{len(results)}, {sum(one['seconds'] for one in results) / 60:.0f} minutes of one thread on a shared machine",
@@ -113,6 +159,8 @@ def write(folder: Path, _: Path, page: Path = PAGE) -> None:
     parts = {
         "settings": facts_table(facts, machine_of(folder)),
         **{task: table(found, task) if task in _tasks(found) else NOT_RUN for task in TASKS},
+        "entries": added_table(more),
+        "steps": steps_table(reached),
     }
     write_page(page, parts)
     (page.parent / "data.png").write_bytes(picture(found))
@@ -144,7 +192,10 @@ def picture(found: Sequence[Row]) -> bytes:
                         yerr=[[100 * (row.accuracy - row.low) for row in here], [100 * (row.high - row.accuracy) for row in here]],
                         ls=dashes, marker="o", ms=3, lw=1.1, elinewidth=0.5, color=LINES[number - 1] if size else GREY, label=label,
                     )  # fmt: skip
-            axis.set_xscale("log", base=2)
+            axis.set_xscale("log")
+            counts = sorted({row.examples for row in found})
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.minorticks_off()
             axis.set_title(task)
             axis.set_xlabel("examples")
             axis.grid()

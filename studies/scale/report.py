@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from studies.commands import RESULTS
 from studies.report import facts_table, write_csv
 from studies.runs import Result, Store
+from studies.scale import real
+from studies.scale.crossing import WANTED, crossing, shown
 from studies.scale.plan import BATCH, LENGTH, METHODS
 from studies.statistics import DRAWS, Estimate, Floats, interval
 from studies.tables import PAGES, machine_of, markdown, write_page
 
 PAGE = PAGES / "scale.md"
-WANTED = 0.95  # of the fine-tune's gain
 
 
 @dataclass(frozen=True)
@@ -90,31 +92,13 @@ class Model:
         each = np.array([(some[0] - one[self.draws].mean(1)) / (some[0] - some[1]) for one in mine])
         return value, each.T
 
-    def needed(self, method: str) -> str:
-        """The density at which :data:`WANTED` is reached, with its interval, as a cell; by straight lines over the logarithm."""
+    def needed(self, method: str, wanted: float) -> str:
+        """The density at which a share of the gain is reached, with its interval, as a cell."""
         densities = self.densities(method)
         value, draws = self.shares(method)
-        found = crossing(densities, value)
-        each = [crossing(densities, one) for one in draws]
+        each = [crossing(densities, one, wanted) for one in draws]
         low, high = np.percentile([one if np.isfinite(one) else 1e9 for one in each], [2.5, 97.5])
-        most = densities[-1]
-        shown = [
-            f"{100 * one:.2g} %" if one <= most else f"more than {100 * most:g} %" for one in (found, low, high)
-        ]
-        return f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
-def crossing(densities: Sequence[float], shares: Floats) -> float:
-    """The least density with the wanted share; infinite if none has it, the first if it has it already."""
-    logs = np.log(densities)
-    for at, share in enumerate(shares):
-        if share >= WANTED:
-            if not at:
-                return densities[0]
-            before = shares[at - 1]
-            part = (WANTED - before) / (share - before)
-            return float(np.exp(logs[at - 1] + part * (logs[at] - logs[at - 1])))
-    return float("inf")
+        return shown(crossing(densities, value, wanted), low, high, densities)
 
 
 def models(results: Sequence[Result]) -> Mapping[tuple[int, int], Model]:
@@ -156,15 +140,20 @@ def table(found: Mapping[tuple[int, int], Model], method: str) -> str:
             lines.append(
                 [
                     f"{hidden} x {layers}",
-                    f"{model.parameters:,}".replace(",", " "),
+                    *(f"{size:,}".replace(",", " ") for size in (model.parameters, model.entries["full", 1.0])),
                     model.gain.shown(digits=3),
                     *(here[density].shown for density in densities),
-                    model.needed(method),
+                    *(model.needed(method, wanted) for wanted in WANTED),
                 ]
             )
-    head = ["hidden x layers", "parameters", "gain of the fine-tune, nats a byte"]
+    head = ["hidden x layers", "parameters", "in the matrices", "gain of the fine-tune, nats a byte"]
     return markdown(
-        [*head, *(f"{100 * one:g} %: of the gain, %" for one in densities), f"for {100 * WANTED:.0f} %"], lines
+        [
+            *head,
+            *(f"{100 * one:g} %: of the gain, %" for one in densities),
+            *(f"for {100 * wanted:g} %" for wanted in WANTED),
+        ],
+        lines,
     )
 
 
@@ -184,6 +173,7 @@ def write(folder: Path, _: Path, page: Path = PAGE) -> None:
     parts = {
         "settings": facts_table(facts, machine_of(folder)),
         **{method: table(found, method) for method in METHODS},
+        "real": real.table(list(Store(RESULTS / "fits" / "runs.jsonl").results.values())),
     }
     write_page(page, parts)
     (page.parent / "scale.png").write_bytes(picture(rows(found)))
@@ -205,7 +195,8 @@ def picture(found: Sequence[Row]) -> bytes:
                     yerr=[[100 * (row.gain - row.low) for row in here], [100 * (row.high - row.gain) for row in here]],
                     color=LINES[number], marker=MARKS[number], ms=3.5, lw=1.1, elinewidth=0.6, label=f"{hidden} x {layers}",
                 )  # fmt: skip
-            axis.axhline(100 * WANTED, color=GREY, lw=0.8, ls=":")
+            for wanted in WANTED:
+                axis.axhline(100 * wanted, color=GREY, lw=0.8, ls=":")
             axis.set_xscale("log")
             axis.set_title(label)
             axis.set_xlabel("entries, %")
