@@ -58,10 +58,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     text = "the folder of the bank's results, for the studies of its adapters (default: studies/results/bank)"
     parser.add_argument("--bank", type=Path, default=RESULTS / "bank", metavar="FOLDER", help=text)
     for name, about in (
-        ("steps", "of each training, for a new bank, data and scale"),
+        ("steps", "of each training, for a new bank, data, scale and choice"),
         ("tokens", "of each text, for a new bank"),
         ("held", "held-out texts of each task, for a new bank"),
-        ("seeds", "how many, for data and scale"),
+        ("seeds", "how many, for data, scale and choice"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=about)
     for source, package in texts.PACKAGES.items():
