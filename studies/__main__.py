@@ -1,7 +1,7 @@
 """``python -m studies STUDY``: run a study, or go on with it, and report from what is stored.
 
-The study of masks takes about an hour and a half on two cores, that of fits two hours, the others a quarter of an hour or less; their
-pages say how long. They may be stopped at any time and go on where they were. ``bank`` trains the adapters that ``fusion`` and
+The study of masks takes about an hour and a half on two cores, that of fits two hours, that of the choice an hour, the others a quarter of
+an hour or less; their pages say how long. They may be stopped at any time and go on where they were. ``bank`` trains the adapters that ``fusion`` and
 ``interference`` are computed from.
 """
 
@@ -58,10 +58,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     text = "the folder of the bank's results, for the studies of its adapters (default: studies/results/bank)"
     parser.add_argument("--bank", type=Path, default=RESULTS / "bank", metavar="FOLDER", help=text)
     for name, about in (
-        ("steps", "of each training, for a new bank, data and scale"),
+        ("steps", "of each training, for a new bank, data, scale and choice"),
         ("tokens", "of each text, for a new bank"),
         ("held", "held-out texts of each task, for a new bank"),
-        ("seeds", "how many, for data and scale"),
+        ("seeds", "how many, for data, scale and choice"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=about)
     for source, package in texts.PACKAGES.items():

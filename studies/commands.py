@@ -23,6 +23,7 @@ QUICK_TEXTS = 8
 QUICK_BANK = BankPlan(tasks=("spam", "genre"), forms=("lora", "wm", "fitted", "cut"), seeds=(1,))
 QUICK_DATA: dict[str, Any] = {"counts": (4,), "steps": 2}
 QUICK_SCALE: dict[str, Any] = {"models": ((32, 1),), "densities": (0.1,), "steps": 8}
+QUICK_CHOICE: dict[str, Any] = {"methods": ("lora", "rows", "wm"), "densities": (0.001,), "seeds": 1, "steps": 2}
 QUICK_SETTINGS = {"steps": 2, "held": QUICK_TEXTS, "heads": QUICK_TEXTS}
 
 
@@ -142,6 +143,19 @@ def _scale(options: argparse.Namespace, store: Store) -> int:
     return run_all(store, plan.following, work, workers=options.workers, start=start, given=given_too)
 
 
+def _choice(options: argparse.Namespace, store: Store) -> int:
+    from shira_cli.shipped import find_base
+    from studies.choice import plan as of
+    from studies.choice.pairs import start, work
+
+    given = {name: value for name in ("steps", "seeds") if (value := getattr(options, name))}
+    rates = of.rates_of(Store(RESULTS / "masks" / "runs.jsonl"))
+    plan = of.Plan(rates, **(QUICK_CHOICE if options.quick else {}) | given, only=options.only)
+    folder = options.texts or Bank(options.bank).texts
+    _prepare(options, of.TASKS, folder)
+    return run_all(store, plan.following, work, workers=options.workers, start=start, given=(folder, find_base()))
+
+
 def _report(module: str, folder: Path, bank: Path) -> None:
     from importlib import import_module
 
@@ -160,5 +174,5 @@ STUDIES = {
     "trained": Study(partial(_on_bank, "trained"), partial(_report, "trained"), "KIND MEMBERS FORM"),
     "data": Study(_data, partial(_report, "data"), "TASK METHOD SIZE COUNT"),
     "scale": Study(_scale, partial(_report, "scale"), "HIDDEN LAYERS METHOD DENSITY"),
-    "choice": Study(lambda _, __: 0, partial(_report, "choice"), ""),
+    "choice": Study(_choice, partial(_report, "choice"), "METHOD DENSITY SEED"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from studies.learning import (
     train,
     with_head,
 )
+from studies.loras import add_lora, lora_parameters
 from studies.masks import (
     ALPHAS,
     CALIBRATION,
@@ -74,7 +75,8 @@ def _base() -> nn.Module:
 
 
 @lru_cache
-def _tokens(task: str) -> dict[str, Tokens]:
+def tokens_of(task: str) -> dict[str, Tokens]:
+    """The texts of a task by part."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(_place.base)
@@ -88,9 +90,9 @@ def _some(tokens: Tokens, count: int, seed: int) -> Tokens:
 
 
 @lru_cache(maxsize=3)
-def _started(task: str, seed: int) -> nn.Module:
+def started(task: str, seed: int) -> nn.Module:
     """The encoder with its fitted head."""
-    return with_head(_base(), _some(_tokens(task)["train"], HEAD_TEXTS, seed), seed)
+    return with_head(_base(), _some(tokens_of(task)["train"], HEAD_TEXTS, seed), seed)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def work(run: MaskRun) -> dict[str, Any]:
     import copy
 
     begin = time.perf_counter()
-    tokens = _tokens(run.task)
-    model = copy.deepcopy(_started(run.task, run.seed))
+    tokens = tokens_of(run.task)
+    model = copy.deepcopy(started(run.task, run.seed))
     attached = attach(model, run)
     prepared = time.perf_counter()
     watched = tokens["validation"][slice(0, WATCHED)]
@@ -159,17 +161,11 @@ def attach(model: nn.Module, run: MaskRun) -> Attached:
 
 
 def _lora(model: nn.Module, run: MaskRun) -> Attached:
-    from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    rank, where = LORAS[run.size]
-    torch.manual_seed(run.seed)
-    modules = rf".*{where.removesuffix('.weight$').removesuffix(chr(92))}"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0, target_modules=modules)
-    inject_adapter_in_model(config, model)
-    model.eval()
+    add_lora(model, *LORAS[run.size], run.seed)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    parameters = [one for name, one in model.named_parameters() if "lora_" in name]
+    parameters = lora_parameters(model)
 
     def scale(alpha: float) -> None:
         for layer in layers:
@@ -180,7 +176,8 @@ def _lora(model: nn.Module, run: MaskRun) -> Attached:
 
 def _sparse(model: nn.Module, run: MaskRun) -> Attached:
     method = METHODS[run.method]
-    training = sparse_parameters(model, mask_of(model, method, run), dora=method.dora)
+    mask = mask_of(model, method, method.mask_options(run.size), tokens_of(run.task)["train"], run.seed)
+    training = sparse_parameters(model, mask, dora=method.dora)
     if method.regrown:
         every = max(run.steps // CHANGES, 1)
         training.regrow(run.steps, every=every, summed=min(every, SUMMED))
@@ -201,17 +198,25 @@ def _sparse(model: nn.Module, run: MaskRun) -> Attached:
     return Attached(trained, nnz, scale)
 
 
-def mask_of(model: nn.Module, method: Method, run: MaskRun) -> Adapter:
-    """The mask of a run: gradients are those of training texts, with the head as it is."""
+def mask_of(model: nn.Module, method: Method, size: Mapping[str, Any], texts: Tokens, seed: int) -> Adapter:
+    """The mask of a method: gradients are those of training texts, with the head as it is.
+
+    Args:
+        model: with a head that was fitted.
+        method: with a rule.
+        size: what ``make_mask`` takes of size and place.
+        texts: to train on, of which some are drawn.
+        seed: of these, and of what the method draws.
+    """
     rule: str | Rule = method.rule
     if method.rule in ("struct", "rows"):
         rule = Struct("rows", diagonal=0 if method.rule == "struct" else None, exact=True)
-    options = method.mask_options(run.size) | {"threads": 1}
+    options = dict(size) | {"threads": 1}
     if method.rule in ("grad", "snip", "gallop", "talos"):
-        chosen = _some(_tokens(run.task)["train"], CALIBRATION, run.seed + GRADIENTS)
+        chosen = _some(texts, CALIBRATION, seed + GRADIENTS)
         own = method.rule == "talos"  # the Fisher information: text by text, labels of the model's own
         options |= {
             "batches": list(chosen.batches(1 if own else GRADIENT_BATCH)),
-            "loss": drawn_loss(run.seed) if own else loss_of,
+            "loss": drawn_loss(seed) if own else loss_of,
         }
-    return make_mask(model, rule, seed=run.seed if rule == "rand" else 0, **options)
+    return make_mask(model, rule, seed=seed if rule == "rand" else 0, **options)

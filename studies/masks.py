@@ -7,6 +7,7 @@ the head is trained on with what the method trains.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ ALPHAS = tuple(number / 8 for number in range(11))
 MATRICES = r"encoder\.layer\.\d+\..*(query|key|value|dense)\.weight$"  # 36, not the pooler
 ATTENTION = r"encoder\.layer\.\d+\..*(query|value)\.weight$"  # 12
 SIZES = ("large", "small")
+ENTRIES = {"large": 82_944, "small": 9_216}
 # As many as a LoRA of rank 2 on all matrices has parameters, 82 944; and as one of rank 1 on query and value has, 9216.
 MASK_SIZES: dict[str, dict[str, Any]] = {"large": {"rank": 2}, "small": {"density": 1 / 1152}}
+ALL = 10_616_832  # elements of all matrices
 LORAS = {"large": (2, MATRICES), "small": (1, ATTENTION)}
 
 
@@ -62,11 +65,12 @@ class Method:
     sizes: tuple[str, ...] = SIZES
     rate: float | None = None
 
-    def mask_options(self, size: str) -> dict[str, Any]:
-        """What ``make_mask`` takes."""
+    def mask_options(self, size: str, density: float | None = None) -> dict[str, Any]:
+        """What ``make_mask`` takes; with a density, which is near the size, of that instead where entries may be anywhere."""
+        where = {"scope": self.scope, "runs": self.runs}
         if self.lines and size == "small":
-            return {"rank": 1, "include": [ATTENTION], "scope": self.scope, "runs": self.runs}
-        return MASK_SIZES[size] | {"include": [MATRICES], "scope": self.scope, "runs": self.runs}
+            return {"rank": 1, "include": [ATTENTION]} | where
+        return (MASK_SIZES[size] if density is None else {"density": density}) | {"include": [MATRICES]} | where
 
 
 METHODS = {
@@ -92,6 +96,11 @@ METHODS = {
     "neuroada": Method("NeuroAda", "neuroada", "row", lines=True),
 }
 SCALED = ("lora", "wm", "grad")  # at the strengths of ALPHAS
+
+
+def rate_at(rate: float, size: str, entries: float) -> float:
+    """The rate of a size for other numbers of entries: it falls with their root, as the best rates did between the two sizes."""
+    return rate * math.sqrt(ENTRIES[size] / entries)
 
 
 @dataclass(frozen=True)

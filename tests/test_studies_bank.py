@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from studies.bank import train
 from studies.bank.encoder import Encoder, LoraEncoder, features, margins, read_head
 from studies.bank.forms import FORMS, TASKS, mask_of
 from studies.bank.plan import Bank, BankRun
+from studies.choice import plan as choice_plan
 from studies.choice import report as choice_report
+from studies.choice import scores
 from studies.fusion import fuse
 from studies.fusion import plan as fusion_plan
 from studies.fusion import report as fusion_report
@@ -31,10 +32,11 @@ from studies.interference import plan as pairs_plan
 from studies.interference import report as pairs_report
 from studies.interference.plan import MEASURES, PairRun
 from studies.learning import load_model
+from studies.masks import METHODS
 from studies.neighbours import plan as neighbours_plan
 from studies.neighbours import report as neighbours_report
 from studies.runs import Store
-from studies.statistics import Case, drop, kept, spearman, spearman_over_pairs
+from studies.statistics import Case, Estimate, drop, kept, spearman, spearman_over_pairs
 from studies.trained import plan as trained_plan
 from studies.trained import report as trained_report
 from tests import models
@@ -120,6 +122,35 @@ def test_rank_correlation_is_that_of_scipy() -> None:
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
     assert spearman_over_pairs(tasks, [1.0] * 30, y) is None
+
+
+def scored(*right: list[int]) -> scores.Score:
+    """Of one line of right and wrong a seed, the same for both tasks."""
+    margins = [{task: [2.0 * one - 1 for one in line] for task in choice_plan.TASKS} for line in right]
+    return scores.score([{"margins": one} for one in margins], "margins")
+
+
+def test_accuracies_are_drawn_by_texts_and_by_seeds() -> None:
+    one, same = scored([1] * 9 + [0]), scored([1] * 9 + [0])
+    assert one.value == 0.9
+    assert one.estimate.low < 0.9 < one.estimate.high
+    assert one.more_than(same) == Estimate(0, 0, 0)  # paired
+    apart = scored([1] * 10, [0] * 10)  # texts alone would leave no doubt
+    assert (apart.estimate.low, apart.value, apart.estimate.high) == (0, 0.5, 1)
+    assert apart.seeds == [1, 0]
+
+
+def test_the_front_has_what_is_not_beaten_at_both() -> None:
+    good, fair, poor = scored([1] * 10), scored([1] * 8 + [0] * 2), scored([1] * 5 + [0] * 5)
+    found = scores.front(
+        {"a": good, "b": fair, "c": fair, "d": poor, "e": fair},
+        {"a": fair, "b": good, "c": fair, "d": poor, "e": good},
+    )
+    assert {method: best for method, (best, _) in found.items()} == {
+        "a": True, "b": True, "c": False, "d": False, "e": True
+    }  # fmt: skip
+    assert found["a"][1] == 1
+    assert 0 < found["c"][1] < 0.5  # in draws in which those two texts are not
 
 
 # A few steps
@@ -244,10 +275,15 @@ def made_up(folder: Path) -> Bank:
         ranks = {name: [384.0] * 36 for name in ("rank", "full", "numerical", "stable", "holding")}
         spectrum = ranks | {"proven": 36, "matrices": 36, "spectrum": list(np.linspace(1, 0, 384))}
         trained.add(look, ({"alphas": alphas} if look.kind == "strength" else spectrum) | {"seconds": 1.0})
-    for name in ("bank", "fusion", "interference", "neighbours", "trained"):
+    choice = Store(folder / "choice" / "runs.jsonl")
+    for one in choice_plan.Plan(choice_plan.rates_of(Store(commands.RESULTS / "masks" / "runs.jsonl"))).runs():
+        states = ("margins", "base") if one.method == choice_plan.HEAD else ("margins", "base", "sum", "average")
+        size = {"entries": dict.fromkeys(choice_plan.TASKS, 10)}
+        choice.add(
+            one, {name: {task: some() for task in choice_plan.TASKS} for name in states} | size | {"seconds": 1.0}
+        )
+    for name in ("bank", "fusion", "interference", "neighbours", "trained", "choice"):
         (folder / name / "machine.json").write_text(json.dumps(MACHINE))
-    (folder / "masks").mkdir()
-    shutil.copy(commands.RESULTS / "masks" / "masks.csv", folder / "masks")
     return bank
 
 
@@ -283,6 +319,8 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "|  |" not in text
         for form in neighbours_plan.FORMS if name == "neighbours" else FORMS:
             assert FORMS[form].label in text
+        for method in choice_plan.MASKS if name == "choice" else ():
+            assert text.count(f"| {METHODS[method].label} ") >= len(choice_plan.SIZES)
         for picture in re.findall(r"\((\S+\.png)\)", text):
             assert (tmp_path / picture).stat().st_size > 10_000
     for merge in fusion_plan.MERGES.values():

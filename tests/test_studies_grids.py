@@ -12,19 +12,23 @@ import pytest
 import torch
 
 from studies import __main__ as studies
-from studies import statistics
+from studies import commands, statistics
+from studies.choice import plan as choice_plan
 from studies.data import few
 from studies.data import plan as data_plan
 from studies.data import report as data_report
 from studies.data.course import added, reaches
 from studies.data.few import balanced
 from studies.fits_report import Row
-from studies.learning import Tokens
+from studies.learning import Tokens, load_model
+from studies.loras import add_lora, lora_parameters
+from studies.masks import ALL
 from studies.runs import Store
 from studies.scale import plan as scale_plan
 from studies.scale import report as scale_report
 from studies.scale.crossing import crossing, shown
 from studies.scale.real import needed
+from tests import models
 from tests.test_studies_bank import MACHINE
 
 
@@ -74,6 +78,36 @@ def test_a_few_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert list(one["during"]) == ["1"]
         assert len(one["margins"]) == len(one["start"]) == len(one["during"]["1"])
         assert one["start"] != one["during"]["1"] != one["margins"]
+
+
+def test_two_tasks_alone_and_fused(tmp_path: Path) -> None:
+    arguments = ["choice", "--quick", "--out", str(tmp_path / "choice"), "--bank", str(tmp_path), "--workers", "0"]
+    assert studies.main(arguments) == 0
+    found = {one["method"]: one for one in Store(tmp_path / "choice" / "runs.jsonl").results.values()}
+    assert list(found) == ["head", "lora", "rows", "wm"]
+    assert found["head"]["margins"] == found["head"]["base"]
+    assert {method: one["entries"]["spam"] for method, one in found.items()} == {
+        "head": 0, "lora": 9_216, "rows": 9_216, "wm": 10_608
+    }  # fmt: skip
+    for method in ("lora", "rows", "wm"):
+        states = [found[method][name] for name in ("margins", "base", "sum", "average")]
+        assert all(sorted(one) == sorted(choice_plan.TASKS) for one in states)
+        assert len({str(one) for one in states}) == len(states)
+
+
+def test_loras_of_the_choice_are_as_large_as_masks() -> None:
+    for density, (rank, where, ranks) in choice_plan.LORAS.items():
+        model = load_model(models.minilm())
+        add_lora(model, rank, where, 1, ranks)
+        assert sum(one.numel() for one in lora_parameters(model)) == pytest.approx(density * ALL, rel=0.14)
+
+
+def test_rates_of_the_choice_are_those_of_the_masks_at_their_sizes() -> None:
+    rates = choice_plan.rates_of(Store(commands.RESULTS / "masks" / "runs.jsonl"))
+    assert rates["rows", 0.001] == 0.1  # the same 9 216 entries
+    assert rates["wm", 0.02] == pytest.approx(0.01 * (82_944 / 212_337) ** 0.5, rel=1e-2)
+    runs = list(choice_plan.Plan(rates).runs())
+    assert len(runs) == len(set(runs)) == 3 * (1 + 3 * 12)
 
 
 def test_a_small_model(tmp_path: Path) -> None:

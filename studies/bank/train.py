@@ -37,6 +37,7 @@ from studies.bank.encoder import (
 from studies.bank.forms import CUT, FORMS, RANK, TASKS, mask_of
 from studies.bank.plan import Bank, BankRun, Settings
 from studies.learning import BATCH, Tokens, quiet, train, with_head
+from studies.loras import add_lora, lora_parameters
 from studies.masks import MATRICES
 
 ORDER = 1000  # added to a run's seed for the order of texts
@@ -114,15 +115,8 @@ def _trained(model: nn.Module, parameters: list[Any], run: BankRun) -> None:
 
 
 def _lora(model: nn.Module, run: BankRun) -> int:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(run.seed)
-    modules = rf".*{MATRICES.removesuffix('.weight$').removesuffix(chr(92))}"
-    wrapped = get_peft_model(
-        model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0, target_modules=modules)
-    )
-    wrapped.eval()
-    parameters = [one for name, one in model.named_parameters() if "lora_" in name]
+    wrapped = add_lora(model, RANK, MATRICES, run.seed)
+    parameters = lora_parameters(model)
     _trained(model, parameters, run)
     path = _place.bank.adapter(run)
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")

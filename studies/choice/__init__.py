@@ -1,1 +1,1 @@
-"""Which form is good alone and fused: computed from bank, fusion and the study of masks."""
+"""Which mask is good alone and fused: all masks at three densities, and the forms of the bank."""

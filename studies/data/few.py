@@ -15,9 +15,10 @@ from torch import nn
 from shira_format.masks import make_mask
 from shira_format.training.sparse import sparse_parameters
 from studies.bank.encoder import base_model, features, head_of, margins, tokens_of
-from studies.data.plan import ALL, ENTRIES, HEADS, HELD, LOOKS, SIZES, TOKENS, DataRun, rate_of
+from studies.data.plan import ENTRIES, HEADS, HELD, LOOKS, SIZES, TOKENS, DataRun, rate_of
 from studies.learning import BATCH, Tokens, quiet, train, with_head
-from studies.masks import MATRICES
+from studies.loras import add_lora, lora_parameters
+from studies.masks import ALL, MATRICES
 
 ORDER = 1000  # added to a run's seed for the order of texts
 
@@ -86,15 +87,8 @@ def work(run: DataRun) -> dict[str, Any]:
 
 
 def _lora(model: nn.Module, run: DataRun) -> list[Any]:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    rank, where = SIZES[run.size]
-    torch.manual_seed(run.seed)
-    modules = rf".*{where.removesuffix('.weight$').removesuffix(chr(92))}"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0, target_modules=modules)
-    inject_adapter_in_model(config, model)
-    model.eval()
-    return [one for name, one in model.named_parameters() if "lora_" in name]
+    add_lora(model, *SIZES[run.size], run.seed)
+    return lora_parameters(model)
 
 
 def _sparse(model: nn.Module, run: DataRun) -> list[Any]:

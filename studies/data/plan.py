@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from studies.learning import BATCH
-from studies.masks import MATRICES
+from studies.masks import MATRICES, rate_at
 from studies.runs import Run, Store
 
 TASKS = ("spam", "genre")
@@ -20,15 +19,14 @@ VALUES = r"encoder\.layer\.\d+\..*value\.weight$"  # 6
 # Rank of the LoRA and the matrices that it is on; a mask has as many entries, over all matrices.
 SIZES = {"0.04 %": (1, VALUES), "0.4 %": (1, MATRICES), "1.6 %": (4, MATRICES), "5 %": (13, MATRICES)}
 ENTRIES = {"0.04 %": 4_608, "0.4 %": 41_472, "1.6 %": 165_888, "5 %": 539_136}
-ALL = 10_616_832  # elements of all matrices
 METHODS = {"lora": "LoRA", "wm": "SHiRA-WM"}
-# Rates of the study of masks at its larger size; they fall with the root of the size, as they did between its two.
-RATES, RATED = {"lora": 3e-3, "wm": 1e-2}, 82_944
+# Of the study of masks at its larger size.
+RATES = {"lora": 3e-3, "wm": 1e-2}
 
 
 def rate_of(method: str, size: str) -> float:
     """The learning rate."""
-    return RATES[method] * math.sqrt(RATED / ENTRIES[size])
+    return rate_at(RATES[method], "large", ENTRIES[size])
 
 
 def steps_of(count: int, least: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -173,12 +173,25 @@ def showing_fused(run: FusionRun, alpha: float = 1.0) -> Iterator[nn.Module]:
     """The encoder with several adapters of the bank, fused, at a strength."""
     merge = merges_of(run.form)[run.merge]
     if is_lora(run.form):
-        weights = [alpha / len(run.tasks) if merge.halved else alpha] * len(run.tasks)
-        with loras(run.seed).showing(run.tasks, weights, merge.method, **merge.options) as model:
+        with showing_loras(loras(run.seed), run.tasks, merge, alpha) as model:
             yield model
     else:
         with encoder().showing(fused(run, merge), alpha) as model:
             yield model
+
+
+@contextmanager
+def showing_loras(of: LoraEncoder, names: list[str], merge: Merge, alpha: float = 1.0) -> Iterator[nn.Module]:
+    """The encoder with several LoRAs, fused by PEFT, at a strength."""
+    weights = [alpha / len(names) if merge.halved else alpha] * len(names)
+    with of.showing(names, weights, merge.method, **merge.options) as model:
+        yield model
+
+
+def merged(adapters: Sequence[Adapter], merge: Merge) -> Adapter:
+    """Sparse adapters, fused without training."""
+    options = dict(merge.options) | ({"density": 1 / len(adapters)} if merge.share else {})
+    return open_merge(adapters, method=merge.method, options=options).adapter()
 
 
 def fused(run: FusionRun, merge: Merge) -> Adapter:
@@ -186,8 +199,7 @@ def fused(run: FusionRun, merge: Merge) -> Adapter:
     parts = [BankRun(task, run.form, run.seed) for task in run.tasks]
     adapters = [adapter(part) for part in parts]
     if merge.method != "distilled":
-        options = dict(merge.options) | ({"density": 1 / len(parts)} if merge.share else {})
-        return open_merge(adapters, method=merge.method, options=options).adapter()
+        return merged(adapters, merge)
     settings = _place.bank.settings()
     count = max(1, round(TEXTS * settings.steps)) * BATCH
     teachers = [
