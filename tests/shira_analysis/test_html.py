@@ -18,6 +18,7 @@ from shira_analysis.measures.adapter import measure
 from shira_analysis.measures.deltas import open_deltas
 from shira_analysis.measures.pairs import measure_pairs
 from shira_analysis.reports.html import adapters, page, report, words
+from shira_analysis.reports.html import files as of_files
 from shira_analysis.reports.html.adapter_facts import AdapterFacts, read_facts
 from shira_analysis.reports.html.adapters import adapters_page
 from shira_cli import inspect
@@ -504,3 +505,23 @@ def test_a_table_of_many_tensors_shows_the_largest(tmp_path: Path, monkeypatch: 
         if f'<tr><td><code class="name">{name}</code>' in text
     ]
     assert ["w3", "w2", "d3", "d2"] == rows
+
+
+def test_of_very_many_tensors_the_same_sample_of_all_files_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_files, "MOST_MEASURED", 2)
+    one = np.ones(9, np.float32)
+    for name, sizes in (("a.st", (1, 5, 2, 3)), ("b.st", (4, 1, 1, 3))):
+        tensors = [
+            SparseTensor(f"w{at}", (9,), np.arange(n), one[:n], base=one[:n] - 1) for at, n in enumerate(sizes)
+        ]
+        save(Adapter(tensors), tmp_path / name)
+    seen: list[int] = []
+    text = report([tmp_path / "a.st", tmp_path / "b.st"], progress=seen.append)
+    assert "4 of 8 tensors were measured: a sample of all sizes, with the largest." in text
+    measured = [name for name in ("w0", "w1", "w2", "w3") if f'<tr><td><code class="name">{name}</code>' in text]
+    assert ["w1", "w3"] == measured  # by the larger of both files: w1 5, w0 4, w3 3, w2 2
+    assert 2 + 2 + 2 == sum(seen)
+    assert "sets 11 of the 36 elements of 4 weights" in text  # of all tensors
+    assert "were measured" not in report(tmp_path / "a.st", include=["w[01]"])

@@ -41,7 +41,7 @@ def adapters_page(
     """
     called = labels(adapters)
     title = f"Adapter report: {called[0]}" if len(adapters) == 1 else f"Adapter report: {len(adapters)} adapters"
-    parts = [f"<h1>{page.text(title)}</h1>"]
+    parts = [f"<h1>{page.text(title)}</h1>", _sampled(adapters)]
     if len(adapters) > 1:
         parts.append(_contents(called, adapters))
     for number, (label, one) in enumerate(zip(called, adapters, strict=True), 1):
@@ -53,6 +53,17 @@ def adapters_page(
         "description are the file’s own statements, and so is what a fit keeps. Densities and energies are measured.</p></footer>"
     )
     return page.page(title, parts)
+
+
+def _sampled(adapters: Sequence[AdapterFacts]) -> str:
+    """That not all tensors were measured, if so."""
+    measured = sum(len(one.tensors) for one in adapters)
+    every = sum(len(one.info["tensors"]) for one in adapters)
+    if measured == every:
+        return ""
+    what = f"{measured:,} of {every:,} tensors were measured: a sample of all sizes, with the largest."
+    rest = "Numbers of entries and sizes of files are of all; energies, densities by kind and block, and pairs are of the sample."
+    return paragraph([what, rest, "With --include others are chosen."])
 
 
 def _contents(called: Sequence[str], adapters: Sequence[AdapterFacts]) -> str:

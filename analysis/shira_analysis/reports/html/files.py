@@ -16,6 +16,9 @@ from shira_format.checkpoints import Checkpoint, open_checkpoint
 from shira_format.format import AdapterFile
 from shira_format.names.filters import name_filter
 
+# Tensors that are measured: more take longer than anyone waits for a page.
+MOST_MEASURED = 20_000
+
 
 def report(
     adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -29,6 +32,8 @@ def report(
     on_start: Callable[[int], object] = lambda _: None,
 ) -> str:
     """An HTML page on adapter files and on how each two of them interfere, as text.
+
+    Of more than :data:`MOST_MEASURED` tensors a sample is measured, and the page says so.
 
     Args:
         adapters: one file or several.
@@ -54,7 +59,8 @@ def report(
     if moments is not None and not isinstance(moments, Moments):
         moments = Moments.read(Path(moments))
     keep = name_filter(include, exclude)
-    listed = [tuple(row["name"] for row in info["tensors"]) for info in infos]
+    sample = _sample(infos)
+    listed = [tuple(row["name"] for row in info["tensors"] if row["name"] in sample) for info in infos]
     on_start(sum(map(len, listed)) + (len(set().union(*listed)) if len(infos) > 1 else 0))
     facts = []
     for info, names in zip(infos, listed, strict=True):
@@ -63,3 +69,12 @@ def report(
         whole = tuple(name for name in file.manifest.whole if keep(name))
         facts.append(read_facts(DeltaFile(file, fitting, names, whole), info, progress))
     return adapters_page(facts, moments, progress=lambda _: progress(1))
+
+
+def _sample(infos: Sequence[dict[str, Any]]) -> set[str]:
+    """The tensors to measure, the same in all files: every n-th by the number of entries, from the largest on."""
+    entries: dict[str, int] = {}
+    for row in (row for info in infos for row in info["tensors"]):
+        entries[row["name"]] = max(row["nnz"], entries.get(row["name"], 0))
+    step = max(1, -(-len(entries) // MOST_MEASURED))
+    return set(sorted(entries, key=lambda name: -entries[name])[::step])
