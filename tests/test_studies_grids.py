@@ -200,7 +200,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = (tmp_path / "data.md").read_text("utf-8")
     assert "| 64 steps of 8 texts, 128 with 1024 examples, AdamW" in data
     assert data.count("| genre: SHiRA-WM, 0.4 % to 5 % | ") == data.count("| genre: SHiRA-WM, 1.6 % | ") == 1
-    assert "not run" not in data
+    assert "| not run |" not in data
     assert (
         data.count("| spam: LoRA, 5 % | not scored | ") == data.count("| spam: SHiRA-WM, 5 % | not scored | ") == 1
     )
