@@ -23,6 +23,7 @@ PAGE = PAGES / "choice.md"
 MARKS = {"sum": "\\*", "average": "†"}
 """Of the front, by the way to fuse."""
 NOTHING = "none"
+METHODS_RUN = ("lora", *MASKS)
 NOT_RUN = "This density has not been run."
 COMPARED = (
     ("wm-runs", "wm"), ("grad-runs", "grad"), ("rows", "wm"), ("rows", "rand"), ("struct", "wm"), ("struct", "rand")
@@ -52,7 +53,7 @@ class Row:
         r2: what is kept of the parts' effect on margins, the median, with its interval over the texts.
         r2_low: likewise.
         r2_high: likewise.
-        front: whether no other method is as good alone and fused and better at one.
+        front: whether no other method is as good alone and fused and better at one; False while some have not been run.
         front_share: of the draws, in which that is so.
     """
 
@@ -103,6 +104,11 @@ class Density:
         """Of the groups."""
         return [one["seed"] for one in self.head]
 
+    @property
+    def whole(self) -> bool:
+        """Whether all methods are there."""
+        return len(self.groups) == len(METHODS_RUN)
+
 
 def densities(results: Sequence[Result]) -> list[Density]:
     """All with a seed that all methods have of which something is stored there."""
@@ -112,7 +118,7 @@ def densities(results: Sequence[Result]) -> list[Density]:
 def _density(results: Sequence[Result], density: float) -> Density | None:
     groups = {
         method: [one for one in results if (one["method"], one["density"]) == (method, of)]
-        for method, of in [(HEAD, 0.0), *((method, density) for method in ("lora", *MASKS))]
+        for method, of in [(HEAD, 0.0), *((method, density) for method in METHODS_RUN)]
     }
     found = {method: {one["seed"]: one for one in group} for method, group in groups.items() if group}
     seeds = sorted(set.intersection(*(set(group) for group in found.values()))) if len(found) > 1 else []
@@ -127,7 +133,9 @@ def _density(results: Sequence[Result], density: float) -> Density | None:
 def rows(found: Density) -> list[Row]:
     """The methods of a density by each way to fuse, those that are best alone and summed first, and at the end the head alone."""
     of = {state: {method: one[state] for method, one in found.scores.items()} for state in (ALONE, *FUSED)}
-    fronts = {merge: front(of[ALONE], of[merge]) for merge in FUSED}
+    # A front of some of the methods would be none.
+    unknown = dict.fromkeys(found.scores, (False, 0.0))
+    fronts = {merge: front(of[ALONE], of[merge]) if found.whole else unknown for merge in FUSED}
     made = []
     for method in sorted(of[ALONE], key=lambda one: -(of[ALONE][one].value + of["sum"][one].value)):
         group, alone = found.groups[method], _figures(of[ALONE][method])
@@ -153,11 +161,12 @@ def table(found: Sequence[Row]) -> str:
     """Of one density."""
     head = ["accuracy, %", "entries", "alone", *FUSED.values(), "R² of the sum", "R² of the average"]
     lines = []
+    whole = any(row.front for row in found)
     for method in dict.fromkeys(row.method for row in found):
         here = [row for row in found if row.method == method]
         marks = "".join(f" {MARKS[row.merge]}" for row in here if row.front)
         cells = [row.shown("fused") for row in here] + [row.shown("r2", 1.0, 2) for row in here]
-        shares = [f"{100 * row.front_share:.0f}" for row in here]
+        shares = [f"{100 * row.front_share:.0f}" if whole else "not all run" for row in here]
         lines.append(
             [
                 METHODS[method].label + marks,
@@ -214,7 +223,7 @@ def write(folder: Path, bank: Path, page: Path = PAGE, others: Path = RESULTS) -
 def settings(results: Sequence[Result], found: Sequence[Density], folder: Path) -> str:
     """What was trained, how, and on what."""
     seeds = "; ".join(
-        f"{100 * one.density:g} %: {len(one.groups)} of {1 + len(MASKS)} methods, seeds {', '.join(map(str, one.seeds))}"
+        f"{100 * one.density:g} %: {len(one.groups)} of {len(METHODS_RUN)} methods, seeds {', '.join(map(str, one.seeds))}"
         for one in found
     )
     facts = {
@@ -237,8 +246,9 @@ def picture(made: Sequence[Sequence[Row]]) -> bytes:
         axes = drawn.subplots(len(FUSED), len(made), squeeze=False, sharex=True, sharey=True)
         for line, (merge, label) in zip(axes, FUSED.items(), strict=True):
             for axis, some in zip(line, made, strict=True):
-                order = ("lora", *MASKS)
-                here = sorted((row for row in some if row.merge == merge), key=lambda row: order.index(row.method))
+                here = sorted(
+                    (row for row in some if row.merge == merge), key=lambda row: METHODS_RUN.index(row.method)
+                )
                 for row in here:
                     x, y = (
                         [100 * getattr(row, f"{key}{end}") for end in ("", "_low", "_high")]
@@ -246,7 +256,7 @@ def picture(made: Sequence[Sequence[Row]]) -> bytes:
                     )
                     axis.errorbar(
                         x[0], y[0], xerr=[[x[0] - x[1]], [x[2] - x[0]]], yerr=[[y[0] - y[1]], [y[2] - y[0]]],
-                        **line_style(order.index(row.method)) | {"ls": ""}, ms=5, elinewidth=0.3, label=METHODS[row.method].label,
+                        **line_style(METHODS_RUN.index(row.method)) | {"ls": ""}, ms=5, elinewidth=0.3, label=METHODS[row.method].label,
                     )  # fmt: skip
                 best = sorted((row for row in here if row.front), key=lambda row: row.alone)
                 axis.plot(

@@ -38,7 +38,8 @@ class Score:
 
     def more_than(self, other: Score) -> Estimate:
         """The difference, seed by seed and text by text."""
-        return interval(self.value - other.value, self.draws - other.draws)
+        value, draws = self.value - other.value, self.draws - other.draws
+        return interval(round(value, 9) + 0.0, np.round(draws, 9) + 0.0)  # else "-0.0"
 
 
 def score(group: Sequence[Result], state: str) -> Score:
