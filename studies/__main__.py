@@ -1,8 +1,8 @@
 """``python -m studies STUDY``: run a study, or go on with it, and report from what is stored.
 
-The study of masks takes about an hour and a half on two cores, that of fits two hours, that of the choice an hour, the others a quarter of
-an hour or less; their pages say how long. They may be stopped at any time and go on where they were. ``bank`` trains the adapters that ``fusion`` and
-``interference`` are computed from.
+The study of masks takes about an hour and a half on two cores, that of fits two hours, those of choice, data and scale an hour or less, the
+others a quarter of an hour or less; their pages say how long. They may be stopped at any time and go on where they were. ``bank`` trains the
+adapters that ``fusion`` and ``interference`` are computed from.
 """
 
 from __future__ import annotations
