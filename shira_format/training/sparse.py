@@ -25,7 +25,7 @@ from shira_format.training.masks import Mask, masked_weights, read_mask
 from shira_format.training.pattern import MatrixPattern, Method
 from shira_format.training.regrow import Regrowth
 from shira_format.training.rounding import ROUNDINGS, Rounding
-from shira_format.training.state import drop_state, load_states, read_state, write_state
+from shira_format.training.state import check_state, drop_state, load_states, read_state, write_state
 from shira_format.training.trained import (
     TrainedEntries,
     Training,
@@ -192,7 +192,12 @@ class SparseParameters(Training):
             self.regrowth.set_state(state["regrowth"])
 
     def save(self, path: str | os.PathLike[str], **more: Any) -> None:
-        """Write the adapter file, at any step; see :meth:`Training.save`. A state beside it, of what it replaces, is removed."""
+        """Write the adapter file, at any step; see :meth:`Training.save`. A state beside it, of what it replaces, is removed.
+
+        Raises:
+            SourceError: what has the name of that state is none; nothing is written.
+        """
+        check_state(path)
         super().save(path, **more)
         drop_state(path)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import pickletools
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from shira_format.errors import SourceError
 from shira_format.storage.atomic import atomic_file
 
 _VERSION = 1
+_KEYS = frozenset({"version", "adapter", "options", "weights", "optimizer"})
 
 
 def state_path(path: str | os.PathLike[str]) -> Path:
@@ -24,8 +27,34 @@ def state_path(path: str | os.PathLike[str]) -> Path:
 
 
 def drop_state(path: str | os.PathLike[str]) -> None:
-    """Remove the state of an adapter that was replaced."""
+    """Remove the state of an adapter that was replaced; see :func:`check_state`."""
     state_path(path).unlink(missing_ok=True)
+
+
+def check_state(path: str | os.PathLike[str]) -> None:
+    """Refuse to write an adapter beside a file that has the name of its state and is none, since that would be removed.
+
+    Raises:
+        SourceError: there is one.
+    """
+    where = state_path(path)
+    if os.path.lexists(where) and not _is_state(where):
+        raise SourceError(
+            f"{where}: not a training state, and so not removed: move it away, or write to another name"
+        )
+
+
+def _is_state(where: Path) -> bool:
+    """Whether :func:`write_state` made a file, by the names in it: its tensors are not read, and no code in it is run."""
+    try:
+        with io.BufferedReader(open_regular(where)) as file, zipfile.ZipFile(file) as archive:
+            content = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            found = {value for _, value, _ in pickletools.genops(archive.read(content)) if isinstance(value, str)}
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+    return found >= _KEYS
 
 
 def write_state(path: str | os.PathLike[str], training: Mapping[str, Any], optimizer: Any) -> None:
@@ -62,10 +91,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(f"{where}: not a training state: {reason}") from error
-    if (
-        not isinstance(found, dict)
-        or not {"version", "adapter", "options", "weights", "optimizer"} <= found.keys()
-    ):
+    if not isinstance(found, dict) or not found.keys() >= _KEYS:
         raise SourceError(f"{where}: not a training state")
     if found["version"] != _VERSION:
         raise SourceError(f"{where}: is of version {found['version']}; this reads version {_VERSION}")
