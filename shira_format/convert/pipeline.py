@@ -91,7 +91,7 @@ def convert(
         if dask is not None:
             from shira_format.convert.cluster import ClusterEngine
 
-            engine = stack.enter_context(ClusterEngine(dask, conversion, progress))
+            engine = stack.enter_context(ClusterEngine(dask, conversion, inputs, progress))
         if resume and path is not None:
             from shira_format.convert.resume import ResumableEngine, partial_folder
 

@@ -188,9 +188,16 @@ def _keep(path: Path, result: Callable[[], _R]) -> _R:
 
 def _fingerprint(conversion: Conversion, rule: TopK | Exact | Given, inputs: ConversionInputs) -> str:
     """A digest of the inputs, the rule and the writer's version."""
-    files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in inputs.files]
     changes = [(change.name, list(change.shape), change.size) for change in inputs.changes]
-    what = [__version__, repr(conversion), type(rule).__name__, asdict(rule), files, changes]
+    what = [
+        __version__,
+        repr(conversion),
+        type(rule).__name__,
+        asdict(rule),
+        inputs.states(),
+        changes,
+        inputs.source,
+    ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 

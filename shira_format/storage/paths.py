@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -36,10 +38,14 @@ class Storage(Protocol):
     Attributes:
         size: its size in bytes.
         tile: about how many bytes are read as fast at once as the few of them that are needed.
+        version: tells this content from another one of the file, as far as the storage can.
     """
 
     size: int
     tile: int
+
+    @property
+    def version(self) -> object: ...
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill ``out`` (bytes, writable) with the file's bytes from ``start`` on; safe from several threads.
@@ -74,6 +80,11 @@ class LocalFile:
         found = os.fstat(self._file.fileno())
         return found.st_size, found.st_mtime_ns
 
+    @property
+    def version(self) -> object:
+        found = os.fstat(self._file.fileno())
+        return self.size, self._modified, found.st_ino, found.st_dev
+
     def read_into(self, start: int, out: memoryview) -> None:
         with naming(self._path):
             while out:
@@ -96,6 +107,10 @@ class MemoryFile:
     def __init__(self, content: bytes) -> None:
         self._content = content
         self.size = len(content)
+
+    @property
+    def version(self) -> object:
+        return self.size
 
     def read_into(self, start: int, out: memoryview) -> None:
         out[:] = memoryview(self._content)[start : start + len(out)]
@@ -121,6 +136,10 @@ class RemoteFile:
         if self._opened[0] is None:
             raise SourceError(f"{self._url}: its size is not known, so parts of it cannot be read")
         self.size = int(self._opened[0])
+
+    @property
+    def version(self) -> object:
+        return self._opened
 
     def _state(self) -> tuple[Any, Any]:
         """The size and the version that the file has now."""
@@ -178,9 +197,52 @@ def open_storage(path: Path) -> Storage:
 
     Raises:
         OSError: it cannot be read.
-        SourceError: the same for a remote file.
+        SourceError: the same for a remote file; or it is another one than before, see :func:`same_files`.
     """
-    return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
+    storage: Storage = LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
+    opened = _opened.get()
+    if opened is not None and opened.setdefault(str(path), storage.version) != storage.version:
+        storage.close()
+        raise SourceError(f"{path}: the file has changed while it was read")
+    return storage
+
+
+_opened: ContextVar[dict[str, object] | None] = ContextVar("opened", default=None)
+
+
+@contextmanager
+def same_files() -> Iterator[None]:
+    """A file that is opened more than once in the block is the same each time, so that its digest is of what was read.
+
+    :func:`open_storage` raises SourceError if it has been replaced, or overwritten, since it was opened first.
+    """
+    token = _opened.set({} if (known := _opened.get()) is None else known)
+    try:
+        yield
+    finally:
+        _opened.reset(token)
+
+
+_PART = 1 << 20  # bytes that are hashed at a time
+
+
+def storage_digest(storage: Storage) -> str:
+    """SHA-256 of the whole file that was opened, whatever has its name now, as 64 hex digits."""
+    found, part = hashlib.sha256(), bytearray(min(storage.size, _PART))
+    for start in range(0, storage.size, _PART):
+        read = memoryview(part)[: storage.size - start]
+        storage.read_into(start, read)
+        found.update(read)
+    return found.hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of the file at a path that :func:`resolve_path` returned; see :func:`open_storage`."""
+    storage = open_storage(path)
+    try:
+        return storage_digest(storage)
+    finally:
+        storage.close()
 
 
 def read_file(path: Path, limit: int | None = None) -> bytes:

@@ -16,7 +16,6 @@ from torch import nn
 from shira_format._core.arrays import Array, as_array
 from shira_format.adapter import Adapter
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.format import load
 from shira_format.masks import spiel
 from shira_format.tensors import DenseTensor, matrix_shape
 from shira_format.training.dora import DoraWeight
@@ -25,7 +24,7 @@ from shira_format.training.masks import Mask, masked_weights, read_mask
 from shira_format.training.pattern import MatrixPattern, Method
 from shira_format.training.regrow import Regrowth
 from shira_format.training.rounding import ROUNDINGS, Rounding
-from shira_format.training.state import check_state, drop_state, load_states, read_state, write_state
+from shira_format.training.state import check_state, drop_state, load_resumable, load_states, write_state
 from shira_format.training.trained import (
     TrainedEntries,
     Training,
@@ -291,7 +290,7 @@ def resume(
         BaseMismatch: the model is not the base of the adapter.
         SourceError: the adapter does not fit the model, or the state is not of this adapter.
     """
-    found, state = load(adapter), read_state(adapter)
+    found, state = load_resumable(adapter)
     _check_resumable(adapter, found)
     dense = found.dense
     new = [name for name in dense if dense[name].base_digest is None]

@@ -14,8 +14,11 @@ import torch
 
 from shira_format._core.arrays import file_digest
 from shira_format._core.files import open_regular
+from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
+from shira_format.format import load
 from shira_format.storage.atomic import atomic_file
+from shira_format.storage.paths import digest_of, same_files
 
 _VERSION = 1
 _KEYS = frozenset({"version", "adapter", "options", "weights", "optimizer"})
@@ -74,12 +77,19 @@ def write_state(path: str | os.PathLike[str], training: Mapping[str, Any], optim
         torch.save(content, file)
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The state beside an adapter file; None if there is none. No code in it is run.
+def load_resumable(path: str | os.PathLike[str]) -> tuple[Adapter, dict[str, Any] | None]:
+    """An adapter and the state beside its file; None if there is none. No code in it is run.
 
     Raises:
-        SourceError: it cannot be read, or is not of this adapter.
+        SourceError: the state cannot be read, or is not of this adapter; or the adapter is replaced meanwhile.
+        FormatError: the adapter file is damaged.
+        OSError: it cannot be read.
     """
+    with same_files():
+        return load(path), _read_state(path)
+
+
+def _read_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     where = state_path(path)
     if not where.exists():
         return None
@@ -95,7 +105,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise SourceError(f"{where}: not a training state")
     if found["version"] != _VERSION:
         raise SourceError(f"{where}: is of version {found['version']}; this reads version {_VERSION}")
-    if found["adapter"] != file_digest(Path(path)):
+    if found["adapter"] != digest_of(Path(path)):
         raise SourceError(
             f"{where}: is not the state of {path}: save both together, or remove the state to go on without it"
         )
