@@ -9,7 +9,7 @@ import re
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -180,11 +180,62 @@ def naming_url(url: str) -> Iterator[None]:
     except (ShiraError, MemoryError):
         raise
     except FileNotFoundError as error:
-        cause = error.__cause__  # such as a lost connection; a failed dictionary look-up is no explanation
+        cause = error.__cause__  # such as an answer of a server; a failed dictionary look-up is no explanation
+        if is_failure(error):
+            raise SourceError(f"{url}: {one_line(cause or error)}") from None
         why = f" ({one_line(cause)})" if cause and not isinstance(cause, LookupError) else ""
         raise SourceError(f"{url}: no such file or folder{why}") from None
     except Exception as error:
         raise SourceError(f"{url}: {one_line(error)}") from None
+
+
+def naming_remote(path: Path) -> AbstractContextManager[None]:
+    """:func:`naming_url` for a path that :func:`resolve_path` returned, if it is a remote one."""
+    return nullcontext() if isinstance(path, Path) else naming_url(str(path))
+
+
+def is_failure(error: FileNotFoundError) -> bool:
+    """Whether a filesystem of fsspec says "not found" since a server or the connection failed, which HTTP's does."""
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    if isinstance(status, int) and status > 0:
+        return status >= 500 or status in (408, 429)
+    of_connection = type(cause).__module__.partition(".")[0] == "aiohttp" or isinstance(cause, OSError)
+    return of_connection and not isinstance(cause, FileNotFoundError)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file at a path that :func:`resolve_path` returned, or beside one: what lies there has a meaning.
+
+    Raises:
+        SourceError: storage behind fsspec failed, whose own method says that there is none.
+    """
+    if isinstance(path, Path):
+        return path.is_file()
+    remote: Any = path
+    with naming_url(str(path)):
+        try:
+            return bool(remote.fs.info(remote.path)["type"] == "file")
+        except PermissionError:  # object stores say that of files that are not there, unless they may be listed
+            return False
+        except FileNotFoundError as error:
+            if is_failure(error):
+                raise
+            return False
+
+
+def check_exists(path: Path) -> None:
+    """Refuse a path that :func:`resolve_path` returned at which there is nothing.
+
+    Raises:
+        SourceError: there is nothing, or the storage failed, which is said.
+    """
+    with naming_remote(path):
+        if path.exists():
+            return
+        if not isinstance(path, Path):
+            path.stat()  # raises the reason
+    raise SourceError(f"{path}: no such file or folder")
 
 
 def one_line(error: BaseException) -> str:
