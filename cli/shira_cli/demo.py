@@ -64,6 +64,7 @@ def command(
     from shira_analysis.measures.classifier import LabelledTexts
     from shira_analysis.measures.ways import Adapters, adapter_path, compare_ways
     from shira_analysis.reports.text import demo
+    from shira_format.training.state import state_path
 
     adapters = Adapters(
         densities or CUT, () if cut_only else densities or FITTED, () if cut_only else TRAINED, scope
@@ -73,7 +74,7 @@ def command(
         # What transformers and PEFT deprecate in each other tells our users nothing.
         warnings.simplefilter("ignore")
         paths = [adapter_path(folder, task, *one) for task in tasks or TASKS for one in adapters.all()]
-        check_output_files(*paths, inputs=[found], force=force)
+        check_output_files(*paths, *map(state_path, paths), inputs=[found], force=force)
         for task in tasks or TASKS:
             texts = DATA / "text"
             held_out = LabelledTexts.read(texts / f"{task}.jsonl")

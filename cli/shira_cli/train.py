@@ -110,7 +110,7 @@ def _text_options(command: _F) -> _F:
 @options.compact_option
 @options.self_contained_option
 @options.output_file()
-@options.force_option("Replace FILE if it exists.")
+@options.force_option("Replace FILE if it exists, and remove the training state beside it (FILE.state).")
 @options.dry_run_option
 @options.printing
 @app.version_option
@@ -134,9 +134,13 @@ def command(
     """
     from shira_cli import train_report
     from shira_format.training.run import Events, train_adapter
+    from shira_format.training.state import state_path
 
     plan = _plan(settings)
-    check_output_files(output, picture, inputs=[base, data, test, plan.mask, checkpoints], force=force)
+    # The state of an adapter that is replaced is removed.
+    check_output_files(
+        output, state_path(output), picture, inputs=[base, data, test, plan.mask, checkpoints], force=force
+    )
     if base.is_dir() and base.resolve() in output.resolve().parents:
         raise SourceError(f"{output}: is in the folder of the model")
     with printer.bar("steps") as bar:

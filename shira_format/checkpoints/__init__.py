@@ -7,7 +7,6 @@ another layout, and one line in :data:`LAYOUTS`.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from shira_format.checkpoints.base import Checkpoint
 from shira_format.checkpoints.beside import not_read, weight_files_beside
 from shira_format.checkpoints.wrapped import unwrapped
 from shira_format.errors import SourceError
-from shira_format.storage.paths import naming_url, resolve_path
+from shira_format.storage.paths import check_exists, naming_remote, resolve_path
 
 # Module and function of each layout, in the order in which they are tried; and the file that a folder of it holds, if
 # that is enough to tell that a path has another layout. A module is imported when its layout is tried.
@@ -46,13 +45,12 @@ def open_checkpoint(path: str | os.PathLike[str] | Checkpoint, *, wrapped: bool 
     if isinstance(path, Checkpoint):
         return path
     path = resolve_path(path)
-    with nullcontext() if isinstance(path, Path) else naming_url(str(path)):
+    with naming_remote(path):
         return _opened(path, wrapped=wrapped)
 
 
 def _opened(path: Path, *, wrapped: bool) -> Checkpoint:
-    if not path.exists():
-        raise SourceError(f"{path}: no such file or folder")
+    check_exists(path)
     if (checkpoint := try_layouts(path)) is not None:
         checkpoint.notices += not_read(path, weight_files_beside(path, checkpoint.files))
         return checkpoint if wrapped else unwrapped(checkpoint)

@@ -180,6 +180,10 @@ class _Window:
         self._begin = begin
         self.size = size
 
+    @property
+    def version(self) -> object:
+        return self._opener().version
+
     def read_into(self, start: int, out: memoryview) -> None:
         self._opener().read_into(self._begin + start, out)
 

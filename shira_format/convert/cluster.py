@@ -6,6 +6,7 @@ writes in order, so that the bytes are those of a local run.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any, Self, TypeVar, cast
 from shira_format._core.optional import optional_import
 from shira_format._core.threads import Progress, Workers
 from shira_format.convert.inputs import Conversion, ConversionInputs
-from shira_format.errors import ShiraError, WorkError
+from shira_format.errors import ShiraError, SourceError, WorkError
 from shira_format.selection.stages import Pending, Stage
 
 _C = TypeVar("_C")
@@ -29,8 +30,10 @@ _TASKS_PER_THREAD = 4  # tasks that are submitted ahead
 class ClusterEngine:
     """An engine on a cluster; a context manager."""
 
-    def __init__(self, scheduler: str, conversion: Conversion, progress: Progress) -> None:
-        """Connect to the scheduler at an address such as ``tcp://host:8786``.
+    def __init__(
+        self, scheduler: str, conversion: Conversion, inputs: ConversionInputs, progress: Progress
+    ) -> None:
+        """Connect to the scheduler at an address such as ``tcp://host:8786``; ``inputs`` are those that were opened here.
 
         Raises:
             WorkError: it does not answer, has no workers, or the package is not installed.
@@ -43,6 +46,7 @@ class ClusterEngine:
         except (OSError, TimeoutError, ValueError) as error:
             raise WorkError(f"{scheduler}: {error}") from None
         self._scheduler, self._conversion, self._progress = scheduler, conversion, progress
+        self._source, self._files = json.dumps(inputs.source), inputs.states()
 
     def __enter__(self) -> Self:
         return self
@@ -61,8 +65,9 @@ class ClusterEngine:
                 named = cast(Any, change)
                 # Not pure: the same task of an earlier run must not stand in for this one, whose inputs may differ.
                 future = self._client.submit(
-                    compute, self._conversion, named.name, stage, pure=False, retries=RETRIES, key=None
-                )
+                    compute, self._conversion, self._source, self._files, named.name, stage, pure=False, retries=RETRIES,
+                    key=None,
+                )  # fmt: skip
                 running.append((future, named.size * stage.passes))
                 if len(running) > _TASKS_PER_THREAD * threads:
                     yield self._next(running)
@@ -83,17 +88,24 @@ class ClusterEngine:
         return getattr(result, "size", 0), lambda: result
 
 
-def compute(conversion: Conversion, name: str, stage: Stage[Any, _R]) -> _R:
-    """One stage for one change; runs on a worker."""
+def compute(conversion: Conversion, source: str, files: Any, name: str, stage: Stage[Any, _R]) -> _R:
+    """One stage for one change; runs on a worker.
+
+    Raises:
+        SourceError: what the worker opens is another source than that of ``source``.
+    """
+    inputs = _opened(cast(Any, conversion), source, files)
+    changes = {change.name: change for change in inputs.changes}
     with Workers(1) as workers:
-        _, result = stage(_changes(conversion)[name], workers, lambda _: None)
+        _, result = stage(changes[name], workers, lambda _: None)
         return result()
 
 
 @lru_cache(maxsize=2)
-def _opened(conversion: Conversion) -> ConversionInputs:
-    return conversion.open()
-
-
-def _changes(conversion: Conversion) -> dict[str, Any]:
-    return {change.name: change for change in _opened(cast(Any, conversion)).changes}
+def _opened(conversion: Conversion, source: str, files: Any) -> ConversionInputs:  # noqa: ARG001 - other files, other inputs
+    inputs = conversion.open()
+    if json.dumps(inputs.source) != source:
+        raise SourceError(
+            f"{inputs.source_file}: the worker's is another file, or it has changed while it was read"
+        )
+    return inputs

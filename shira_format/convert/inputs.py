@@ -75,6 +75,11 @@ class ConversionInputs:
     source_file: Path | None = None
     notices: list[str] = field(default_factory=list)
 
+    def states(self) -> tuple[tuple[str, int, int | None], ...]:
+        """Name, size and time of change of each file, by which inputs that were opened before are told from these."""
+        found = [(str(path), path.stat()) for path in self.files]
+        return tuple((name, state.st_size, getattr(state, "st_mtime_ns", None)) for name, state in found)
+
 
 class Conversion(Protocol):
     """Paths and options of a conversion: a frozen dataclass of plain values, which workers of a cluster are sent."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shira_format._core.arrays import Array, array_digest, file_digest, sum_of_squares
+from shira_format._core.arrays import Array, array_digest, sum_of_squares
 from shira_format._core.dtypes import dtype_name, is_float, working_dtype
 from shira_format._core.threads import Progress
 from shira_format.checkpoints import Checkpoint, open_checkpoint
@@ -25,7 +25,7 @@ from shira_format.errors import SourceError
 from shira_format.lora import Lora, open_lora
 from shira_format.lora.base import Update
 from shira_format.names.filters import NOT_CHOSEN, name_filter
-from shira_format.storage.paths import hub_identity, resolve_path
+from shira_format.storage.paths import digest_of, hub_identity, resolve_path, same_files
 from shira_format.tensors import DenseTensor, SparseTensor
 
 
@@ -45,6 +45,10 @@ class LoraConversion:
 
     def open(self, base: Checkpoint | None = None) -> ConversionInputs:
         """Open the LoRA, and the base if it is not open yet."""
+        with same_files():
+            return self._open(base)
+
+    def _open(self, base: Checkpoint | None) -> ConversionInputs:
         base = open_checkpoint(self.base) if base is None else base
         with quantised_named(base):
             lora = open_lora(
@@ -58,7 +62,7 @@ class LoraConversion:
 
 
 def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | None = None) -> ConversionInputs:
-    """The inputs of a conversion from an open LoRA.
+    """The inputs of a conversion from an open LoRA; call it in the block of :func:`same_files` in which that was read.
 
     Args:
         source: the LoRA.
@@ -72,7 +76,7 @@ def lora_inputs(source: Lora, base: Checkpoint, base_model: dict[str, Any] | Non
     refuse_quantised(view, [*(update.name for update in source.updates), *source.whole, *source.additions])
     _check_base(source.updates, view)
     renamed = _untouched(source)
-    files = [{"name": path.name, "digest": file_digest(path)} for path in source.files]
+    files = [{"name": path.name, "digest": digest_of(path)} for path in source.files]
     return ConversionInputs(
         base=base,
         changes=[UpdateChange(update, view) for update in source.updates],

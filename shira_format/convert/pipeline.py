@@ -24,7 +24,7 @@ from shira_format.entries.changes import Change, CheckpointChange, Entries
 from shira_format.errors import SourceError
 from shira_format.format import AdapterWriter, Prepared
 from shira_format.selection import AMOUNTS, Engine, LocalEngine, Pending, TopK, passes, select
-from shira_format.storage.outputs import check_not_input
+from shira_format.storage.outputs import check_holds_none, check_not_input
 from shira_format.tensors import DenseTensor, SparseTensor
 
 Rule = TopK | Exact | Given
@@ -91,10 +91,11 @@ def convert(
         if dask is not None:
             from shira_format.convert.cluster import ClusterEngine
 
-            engine = stack.enter_context(ClusterEngine(dask, conversion, progress))
+            engine = stack.enter_context(ClusterEngine(dask, conversion, inputs, progress))
         if resume and path is not None:
-            from shira_format.convert.resume import ResumableEngine
+            from shira_format.convert.resume import ResumableEngine, partial_folder
 
+            check_holds_none(partial_folder(path), [inputs.base.path, *inputs.files])
             engine = stack.enter_context(ResumableEngine(engine, path, conversion, rule, inputs, progress))
         # Opened last: the adapter file is in place before the parts kept for resuming are deleted.
         writer = (

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -30,13 +31,14 @@ from shira_format.selection import Engine, Pending, TopK
 from shira_format.selection.radix import Survey
 from shira_format.selection.stages import Stage
 from shira_format.storage import owners
-from shira_format.storage.atomic import atomic_file
+from shira_format.storage.atomic import LITTER, atomic_file
 from shira_format.version import __version__
 
 _C = TypeVar("_C")
 _R = TypeVar("_R")
 
 _NOTE = "conversion"  # the file in the folder that says of which conversion the parts are
+_OWN = re.compile(rf"{_NOTE}|[0-9]+-[0-9]{{6,}}\.npz")  # the files that are made here
 _BYTES_PER_ENTRY = 16  # of a part: index, value, base, target
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (DifferingEntries, Entries, Survey)}
 
@@ -49,7 +51,7 @@ def partial_folder(out: Path) -> Path:
 class ResumableEngine:
     """An engine that keeps the results of another one on disk and does not compute them again; a context manager.
 
-    The folder is deleted if the block ends without an exception.
+    The folder is deleted if the block ends without an exception; one that holds anything else is refused.
     """
 
     def __init__(
@@ -92,8 +94,18 @@ class ResumableEngine:
                         f"{self.folder}: holds parts of a conversion of other inputs or by another rule: delete it, or convert "
                         "without resuming"
                     )
+                if others := self._others():
+                    raise WorkError(f"{others[0]}: not a part of a conversion, and so not deleted: move it away")
                 self._note = opened.pop_all()
                 return
+
+    def _others(self) -> list[Path]:
+        """What is in the folder and was not made here."""
+        return [
+            path
+            for path in sorted(self.folder.iterdir())
+            if not (_OWN.fullmatch(path.name) or path.name in LITTER or owners.is_hidden(path))
+        ]
 
     def _make(self, fingerprint: str) -> None:
         """The folder appears with its note, so that at no time it is one without."""
@@ -126,7 +138,10 @@ class ResumableEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and self._others():  # put there meanwhile
+                for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]:
+                    owners.remove(path)
+            elif kind is None:
                 # Renamed first: what is left if this is interrupted is no folder of parts any more.
                 done = owners.hidden(self.folder)
                 if not system.MOVES_OPEN_FILES:
@@ -173,9 +188,16 @@ def _keep(path: Path, result: Callable[[], _R]) -> _R:
 
 def _fingerprint(conversion: Conversion, rule: TopK | Exact | Given, inputs: ConversionInputs) -> str:
     """A digest of the inputs, the rule and the writer's version."""
-    files = [(str(path), path.stat().st_size, getattr(path.stat(), "st_mtime_ns", None)) for path in inputs.files]
     changes = [(change.name, list(change.shape), change.size) for change in inputs.changes]
-    what = [__version__, repr(conversion), type(rule).__name__, asdict(rule), files, changes]
+    what = [
+        __version__,
+        repr(conversion),
+        type(rule).__name__,
+        asdict(rule),
+        inputs.states(),
+        changes,
+        inputs.source,
+    ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from shira_format.checkpoints.beside import is_part, names_in, not_read, weight_
 from shira_format.checkpoints.index import some
 from shira_format.checkpoints.same import same_tensor
 from shira_format.errors import ShiraError, SourceError
+from shira_format.storage.paths import naming_remote
 from shira_format.storage.weight_files import is_in_other_dtype
 
 _WAY_OUT = "name the file to convert, or allow unused tensors (--allow-unused)"
@@ -31,6 +32,11 @@ def check_all_used(path: Path, read: Sequence[Path], opened: Sequence[Checkpoint
     Raises:
         SourceError: there are such files or entries; the message names them.
     """
+    with naming_remote(path):
+        return _all_used(path, read, opened, allow=allow)
+
+
+def _all_used(path: Path, read: Sequence[Path], opened: Sequence[Checkpoint], *, allow: bool) -> list[str]:
     entries = [f"{found.path.name}: {some(list(found.unused))}" for found in opened if found.unused]
     beside = weight_files_beside(path, read)
     parts = [file for file in beside if is_part(path, file) and not is_in_other_dtype(file.name)]

@@ -94,18 +94,22 @@ def live_weight(name: str, weight: Any) -> LiveWeight:
         raise BaseMismatch(f"tensor {name!r}: the weight is {weight.layout} of {weight.dtype}")
     if weight.is_neg():
         raise BaseMismatch(f"tensor {name!r}: the weight is a negated view of other memory: make a copy of it")
-    if not _has_memory(weight):
-        raise BaseMismatch(
-            f"tensor {name!r}: the memory of the weight was released, as sharding and offloading do: load the weight first"
-        )
+    check_memory(name, weight)
     return ArrayWeight(as_array(weight), weight) if weight.device.type == "cpu" else DeviceWeight(weight)
 
 
-def _has_memory(tensor: Any) -> bool:
-    """Whether the storage of a torch tensor has all elements: ``resize_`` of a storage does not tell its tensors."""
+def check_memory(name: str, tensor: Any) -> None:
+    """Check that the storage of a torch tensor has all elements: ``resize_`` of a storage does not tell its tensors.
+
+    Raises:
+        BaseMismatch: it has not.
+    """
     steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + sum(steps) + 1) * tensor.element_size()
-    return not tensor.numel() or bool(tensor.untyped_storage().nbytes() >= end)
+    if tensor.numel() and tensor.untyped_storage().nbytes() < end:
+        raise BaseMismatch(
+            f"tensor {name!r}: the memory of the weight was released, as sharding and offloading do: load the weight first"
+        )
 
 
 class ArrayWeight:

@@ -23,7 +23,7 @@ from shira_format.lora.peft.placed import placed
 from shira_format.lora.products import LowRank
 from shira_format.lora.refusals import why_unknown
 from shira_format.names.located import LocatedCheckpoint, in_any_names, other_names
-from shira_format.storage.paths import resolve_path
+from shira_format.storage.paths import check_exists, is_file, naming_remote, resolve_path
 
 
 class _Dialects(Mapping[str, Dialect]):
@@ -95,8 +95,14 @@ def open_lora(
         FormatError: a safetensors file is damaged.
     """
     path = resolve_path(path)
-    if not path.exists():
-        raise SourceError(f"{path}: no such file or folder")
+    with naming_remote(path):
+        return _opened(path, base, dialect, prefix, rank, alpha)
+
+
+def _opened(
+    path: Path, base: Checkpoint, dialect: str | None, prefix: str | None, rank: int | None, alpha: float | None
+) -> Lora:
+    check_exists(path)
     dialect = _detected(path) if dialect is None else dialect
     if rank is not None or alpha is not None:
         if dialect not in (None, "peft"):
@@ -138,7 +144,7 @@ def _only_weights(path: Path) -> Path | None:
     names = ", ".join(file.name for file in weights)
     if len(weights) > 1:
         raise SourceError(f"{path}: several files ({names}); name one")
-    if weights and path.is_dir() and (path / CONFIG).is_file():
+    if weights and path.is_dir() and is_file(path / CONFIG):
         raise SourceError(
             f"{path}: {CONFIG}, and no weights of the name that PEFT gives them, but {names}: name this file"
         )
@@ -167,7 +173,7 @@ def _checked(dialect: str, lora: Lora, base: Checkpoint) -> Lora:
         SourceError: PEFT's configuration is beside it, and its dialect has no use for it.
     """
     config = lora.files[0].with_name(CONFIG) if lora.files else None
-    if dialect in _OWN_SCALES and config is not None and config.is_file():
+    if dialect in _OWN_SCALES and config is not None and is_file(config):
         raise SourceError(
             f"{lora.files[0]} and {config}: a LoRA of {dialect} has no such configuration: move it away if it belongs to "
             "another adapter"

@@ -24,6 +24,7 @@ from shira_format.lora.keys import ALPHA, BIAS, DOWN, MAGNITUDE
 from shira_format.lora.peft.config import CHANGES_BASE, CONFIG, REFUSED, read_config, read_scales
 from shira_format.lora.peft.wrapped import check_patterns
 from shira_format.names.components import DENOISERS
+from shira_format.storage.paths import is_file
 
 # Options under which B @ A is not the update.
 _UNSUPPORTED = (*REFUSED, "layer_replication", "target_parameters", "trainable_token_indices", "modules_to_save")
@@ -71,7 +72,7 @@ class _Options(Scaling):
     def of_components(self, components: Mapping[str, Groups], tensors: Checkpoint, path: Path) -> dict[str, Scale]:
         unnamed = any(not group.key.prefix for groups in components.values() for group in groups.values())
         options = _in_header(tensors.metadata(path.name), components, path, unnamed=unnamed)
-        if (config := path.with_name(CONFIG)).is_file():
+        if is_file(config := path.with_name(CONFIG)):
             self._config = config
             options = _beside(options, components, path, config)
         self._options = options

@@ -27,6 +27,7 @@ from shira_format.lora.keys import by_pattern, group_keys
 from shira_format.lora.products import LowRank, fits_shapes, low_rank, transposed
 from shira_format.lora.rope import Attention, attention_of, deinterleave_heads
 from shira_format.names.prefixes import match_names
+from shira_format.storage.paths import is_file
 
 _SUFFIX = ".gguf"
 _KEY = re.compile(r"(?P<module>.*)\.(?P<part>lora_a|lora_b)")
@@ -56,7 +57,7 @@ def _find(path: Path) -> Path | None:
     """The file, or the only one in a folder that is not the PEFT adapter that it was converted from."""
     if path.is_file():
         return path if path.name.lower().endswith(_SUFFIX) else None
-    if (path / "adapter_config.json").is_file():
+    if is_file(path / "adapter_config.json"):
         return None
     found = [inner for inner in path.iterdir() if inner.name.lower().endswith(_SUFFIX) and inner.is_file()]
     return found[0] if len(found) == 1 else None

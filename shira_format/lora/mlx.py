@@ -24,6 +24,7 @@ from shira_format.lora.keys import by_pattern, group_keys
 from shira_format.lora.products import LowRank, Stacked, fits_factors, low_rank
 from shira_format.lora.rope import CONFIG as MODEL_CONFIG
 from shira_format.names.prefixes import AmbiguousNames, Renaming, match_names
+from shira_format.storage.paths import is_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
@@ -63,7 +64,7 @@ def _find(path: Path) -> tuple[Path, Path] | None:
     """The weights and the configuration; checkpoints of a run are called ``0000100_adapters.safetensors``."""
     weights = path if path.is_file() else path / WEIGHTS
     config = weights.with_name(CONFIG)
-    found = _WEIGHTS.fullmatch(weights.name) and weights.is_file() and config.is_file()
+    found = _WEIGHTS.fullmatch(weights.name) and is_file(weights) and is_file(config)
     return (weights, config) if found else None
 
 
@@ -218,7 +219,7 @@ class _Reader:
     def _normalises_head(self) -> bool:
         """Whether mlx-lm normalises ``lm_head``: Baichuan-M1, and Bailing (Ling) with ``norm_head``."""
         path = None if self.base.folder is None else self.base.folder / MODEL_CONFIG
-        if path is None or not path.is_file():
+        if path is None or not is_file(path):
             return False
         config = read_json(path)
         return bool(config.get("norm_head")) or str(config.get("model_type")).startswith("baichuan")

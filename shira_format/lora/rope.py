@@ -17,6 +17,7 @@ from shira_format.checkpoints.gguf import GGUFCheckpoint
 from shira_format.checkpoints.gguf_names import HEADS
 from shira_format.errors import SourceError
 from shira_format.lora.files import is_rank, read_json
+from shira_format.storage.paths import is_file
 
 CONFIG = "config.json"
 
@@ -48,7 +49,7 @@ def attention_of(base: Checkpoint, where: object) -> Attention:
         query, key = (header.get(f"{kind}.{HEADS[stem]}") for stem in ("attn_q", "attn_k"))
         return _attention(base.path, where, kind, query, key)
     path = None if base.folder is None else base.folder / CONFIG
-    if path is None or not path.is_file():
+    if path is None or not is_file(path):
         raise SourceError(
             f"{where}: the rows of queries and keys have another rotary embedding's order within each head: the number of "
             f"heads is needed, but {base.path} has no {CONFIG} beside it and is no GGUF file"

@@ -28,6 +28,7 @@ from shira_format.lora.peft.config import WEIGHTS as PEFT_WEIGHTS
 from shira_format.lora.products import fits_factors, low_rank
 from shira_format.lora.rope import Attention, attention_of, deinterleave_heads
 from shira_format.names.prefixes import match_names
+from shira_format.storage.paths import is_file
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[ab](?=\.weight\Z)|magnitude\Z)(?:\.weight)?")
 _LAYER = re.compile(r"layers\.(?P<number>0|[1-9][0-9]*)\.(?P<inner>.+)")
@@ -54,7 +55,7 @@ class Torchtune:
     name = "torchtune"
 
     def recognises(self, path: Path) -> bool:
-        if path.is_dir() and any((path / name).is_file() for name in PEFT_WEIGHTS):
+        if path.is_dir() and any(is_file(path / name) for name in PEFT_WEIGHTS):
             return False
         return any(map(_is_torchtune, _candidates(path)))
 
@@ -165,7 +166,7 @@ class _Reader:
 
 def _parameters(path: Path, config: Path) -> tuple[int, float]:
     """Rank and alpha, which torchtune writes only to PEFT's configuration."""
-    if not config.is_file():
+    if not is_file(config):
         raise SourceError(
             f"{path}: alpha is not in the file, and {CONFIG}, to which torchtune writes it, is not beside it: create one, "
             '{"r": ..., "lora_alpha": ...}, with lora_rank and lora_alpha of the recipe'

@@ -106,19 +106,30 @@ def check_output_folder(
         return
     if not force:
         raise SourceError(f"{path}: exists; --force replaces it")
-    here = path.resolve()
-    if not here.is_dir():
+    if not path.is_dir():
         if own_files is None:
             raise SourceError(f"{path}: is a file, not a folder to write")
         raise SourceError(f"{path}: not a folder that {writer} wrote, and so not replaced")
-    for other in (*_local(inputs), Path.cwd()):
-        there = other.resolve()
-        if here == there or here in there.parents:
-            raise SourceError(f"{path}: holds {other}, and is not replaced")
-        if own_files is None and there in here.parents and there.is_dir() and other != Path.cwd():
+    read = list(inputs)
+    check_holds_none(path, [*read, Path.cwd()])
+    for other in _local(read) if own_files is None else ():
+        if other.is_dir() and other.resolve() in path.resolve().parents and other != Path.cwd():
             raise SourceError(f"{path}: is in {other}, which is one of the inputs, and is not replaced")
     if own_files is not None:
         _check_own(path, writer, own_files)
+
+
+def check_holds_none(folder: Path, inputs: Iterable[object]) -> None:
+    """Refuse to replace or remove a folder that is an input, or holds one.
+
+    Raises:
+        SourceError: it does.
+    """
+    here = folder.resolve()
+    for other in _local(inputs):
+        there = other.resolve()
+        if here == there or here in there.parents:
+            raise SourceError(f"{folder}: holds {other}, and is not replaced")
 
 
 def _mask_files(path: Path) -> list[Path]:

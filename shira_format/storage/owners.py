@@ -45,6 +45,11 @@ def naming_visible(path: Path, hidden: Path) -> Iterator[None]:
         raise
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder has a name that :func:`hidden` gives."""
+    return _HIDDEN.fullmatch(path.name) is not None
+
+
 def left_of(path: Path, ending: str) -> Iterator[Path]:
     """What dead owners left beside ``path`` under its hidden names."""
     name = _shortened(path.name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -36,10 +38,14 @@ class Storage(Protocol):
     Attributes:
         size: its size in bytes.
         tile: about how many bytes are read as fast at once as the few of them that are needed.
+        version: tells this content from another one of the file, as far as the storage can.
     """
 
     size: int
     tile: int
+
+    @property
+    def version(self) -> object: ...
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill ``out`` (bytes, writable) with the file's bytes from ``start`` on; safe from several threads.
@@ -74,6 +80,11 @@ class LocalFile:
         found = os.fstat(self._file.fileno())
         return found.st_size, found.st_mtime_ns
 
+    @property
+    def version(self) -> object:
+        found = os.fstat(self._file.fileno())
+        return self.size, self._modified, found.st_ino, found.st_dev
+
     def read_into(self, start: int, out: memoryview) -> None:
         with naming(self._path):
             while out:
@@ -96,6 +107,10 @@ class MemoryFile:
     def __init__(self, content: bytes) -> None:
         self._content = content
         self.size = len(content)
+
+    @property
+    def version(self) -> object:
+        return self.size
 
     def read_into(self, start: int, out: memoryview) -> None:
         out[:] = memoryview(self._content)[start : start + len(out)]
@@ -121,6 +136,10 @@ class RemoteFile:
         if self._opened[0] is None:
             raise SourceError(f"{self._url}: its size is not known, so parts of it cannot be read")
         self.size = int(self._opened[0])
+
+    @property
+    def version(self) -> object:
+        return self._opened
 
     def _state(self) -> tuple[Any, Any]:
         """The size and the version that the file has now."""
@@ -161,11 +180,62 @@ def naming_url(url: str) -> Iterator[None]:
     except (ShiraError, MemoryError):
         raise
     except FileNotFoundError as error:
-        cause = error.__cause__  # such as a lost connection; a failed dictionary look-up is no explanation
+        cause = error.__cause__  # such as an answer of a server; a failed dictionary look-up is no explanation
+        if is_failure(error):
+            raise SourceError(f"{url}: {one_line(cause or error)}") from None
         why = f" ({one_line(cause)})" if cause and not isinstance(cause, LookupError) else ""
         raise SourceError(f"{url}: no such file or folder{why}") from None
     except Exception as error:
         raise SourceError(f"{url}: {one_line(error)}") from None
+
+
+def naming_remote(path: Path) -> AbstractContextManager[None]:
+    """:func:`naming_url` for a path that :func:`resolve_path` returned, if it is a remote one."""
+    return nullcontext() if isinstance(path, Path) else naming_url(str(path))
+
+
+def is_failure(error: FileNotFoundError) -> bool:
+    """Whether a filesystem of fsspec says "not found" since a server or the connection failed, which HTTP's does."""
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    if isinstance(status, int) and status > 0:
+        return status >= 500 or status in (408, 429)
+    of_connection = type(cause).__module__.partition(".")[0] == "aiohttp" or isinstance(cause, OSError)
+    return of_connection and not isinstance(cause, FileNotFoundError)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file at a path that :func:`resolve_path` returned, or beside one: what lies there has a meaning.
+
+    Raises:
+        SourceError: storage behind fsspec failed, whose own method says that there is none.
+    """
+    if isinstance(path, Path):
+        return path.is_file()
+    remote: Any = path
+    with naming_url(str(path)):
+        try:
+            return bool(remote.fs.info(remote.path)["type"] == "file")
+        except PermissionError:  # object stores say that of files that are not there, unless they may be listed
+            return False
+        except FileNotFoundError as error:
+            if is_failure(error):
+                raise
+            return False
+
+
+def check_exists(path: Path) -> None:
+    """Refuse a path that :func:`resolve_path` returned at which there is nothing.
+
+    Raises:
+        SourceError: there is nothing, or the storage failed, which is said.
+    """
+    with naming_remote(path):
+        if path.exists():
+            return
+        if not isinstance(path, Path):
+            path.stat()  # raises the reason
+    raise SourceError(f"{path}: no such file or folder")
 
 
 def one_line(error: BaseException) -> str:
@@ -178,9 +248,52 @@ def open_storage(path: Path) -> Storage:
 
     Raises:
         OSError: it cannot be read.
-        SourceError: the same for a remote file.
+        SourceError: the same for a remote file; or it is another one than before, see :func:`same_files`.
     """
-    return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
+    storage: Storage = LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
+    opened = _opened.get()
+    if opened is not None and opened.setdefault(str(path), storage.version) != storage.version:
+        storage.close()
+        raise SourceError(f"{path}: the file has changed while it was read")
+    return storage
+
+
+_opened: ContextVar[dict[str, object] | None] = ContextVar("opened", default=None)
+
+
+@contextmanager
+def same_files() -> Iterator[None]:
+    """A file that is opened more than once in the block is the same each time, so that its digest is of what was read.
+
+    :func:`open_storage` raises SourceError if it has been replaced, or overwritten, since it was opened first.
+    """
+    token = _opened.set({} if (known := _opened.get()) is None else known)
+    try:
+        yield
+    finally:
+        _opened.reset(token)
+
+
+_PART = 1 << 20  # bytes that are hashed at a time
+
+
+def storage_digest(storage: Storage) -> str:
+    """SHA-256 of the whole file that was opened, whatever has its name now, as 64 hex digits."""
+    found, part = hashlib.sha256(), bytearray(min(storage.size, _PART))
+    for start in range(0, storage.size, _PART):
+        read = memoryview(part)[: storage.size - start]
+        storage.read_into(start, read)
+        found.update(read)
+    return found.hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of the file at a path that :func:`resolve_path` returned; see :func:`open_storage`."""
+    storage = open_storage(path)
+    try:
+        return storage_digest(storage)
+    finally:
+        storage.close()
 
 
 def read_file(path: Path, limit: int | None = None) -> bytes:

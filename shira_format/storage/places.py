@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from shira_format.errors import SourceError
 from shira_format.storage.atomic import create_file
-from shira_format.storage.paths import MOST_INDEX, naming_url, one_at_a_time, read_file, unresolved
+from shira_format.storage.paths import MOST_INDEX, is_failure, naming_url, one_at_a_time, read_file, unresolved
 
 
 @runtime_checkable
@@ -124,14 +125,23 @@ class RemoteFolder:
             self._fs.invalidate_cache()  # others write there
             try:
                 found = self._fs.ls(path, detail=False)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if is_failure(error):
+                    raise
                 return []
         names = (str(one).rstrip("/").rpartition("/")[2] for one in found)
         return sorted(name for name in names if not name.startswith("."))
 
     def read(self, name: str) -> bytes:
         with self._errors(name):
-            return bytes(self._fs.cat_file(self._path(name)))
+            path = self._path(name)
+            self._fs.invalidate_cache(path)
+            size = self._fs.info(path).get("size")
+            if size is None:
+                raise SourceError(f"{self.label}/{name}: its size is not known")
+            if size > MOST_INDEX:
+                raise SourceError(f"{self.label}/{name}: has {size} bytes; at most {MOST_INDEX} are read")
+            return bytes(self._fs.cat_file(path, start=0, end=size)) if size else b""
 
     def create(self, name: str, data: bytes) -> None:
         self._make_folder(name)
@@ -191,7 +201,9 @@ class RemoteFolder:
         with naming_url(url), self._turn:
             try:
                 yield
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if is_failure(error):
+                    raise
                 found = FileNotFoundError(f"{url}: no such file")
             except FileExistsError:
                 found = FileExistsError(f"{url}: exists")

@@ -11,7 +11,6 @@ Section numbers are those of ``spec/SPEC.md``.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,11 +20,9 @@ import numpy as np
 from shira_format._core.arrays import Array, as_bytes, frozen
 from shira_format._core.dtypes import DTYPES, dtype_name
 from shira_format.errors import FormatError
-from shira_format.storage.paths import MemoryFile, open_storage
+from shira_format.storage.paths import MemoryFile, open_storage, storage_digest
 from shira_format.storage.safetensors_header import MAX_HEADER, Stream, file_header, parse_header
 from shira_format.tensors import numel
-
-_PART = 1 << 20  # bytes that are hashed at a time
 
 
 class SafetensorsFile(Mapping[str, Stream]):
@@ -117,12 +114,7 @@ class SafetensorsFile(Mapping[str, Stream]):
 
     def digest(self) -> str:
         """SHA-256 of the whole file that was opened, whatever has its name now, as 64 hex digits."""
-        found, part = hashlib.sha256(), bytearray(min(self.size, _PART))
-        for start in range(0, self.size, _PART):
-            read = memoryview(part)[: self.size - start]
-            self._storage.read_into(start, read)
-            found.update(read)
-        return found.hexdigest()
+        return storage_digest(self._storage)
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""

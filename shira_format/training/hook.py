@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shira_format._core.arrays import Array, as_array
 from shira_format.adapter import Adapter
 from shira_format.errors import SourceError
-from shira_format.live.weights import live_weight
+from shira_format.live.weights import check_memory, live_weight
 from shira_format.training.masks import Mask, MaskedWeight, check_stays, masked_weights, read_mask
 from shira_format.training.trained import TrainedEntries, Training, freeze_others, whole_parameters
 
@@ -54,10 +54,11 @@ class MaskedParameter:
         """The parameter, whole.
 
         Raises:
-            BaseMismatch: it was resized.
+            BaseMismatch: it was resized, or its memory was released.
         """
         self.grow()  # if a step failed half-way
         check_stays(self.of.path, self.of.shape, self.of.parameter)
+        check_memory(self.of.path, self.of.parameter)
         return self.of.parameter
 
     def write_base(self) -> None:

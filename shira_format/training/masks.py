@@ -15,6 +15,7 @@ from shira_format._core.arrays import Indices, as_array
 from shira_format.adapter import Adapter
 from shira_format.errors import BaseMismatch, SourceError
 from shira_format.format import load
+from shira_format.live.weights import check_memory
 from shira_format.names.prefixes import match_names
 from shira_format.tensors import SparseTensor
 
@@ -152,6 +153,7 @@ def _check_parameter(where: str, name: str, path: str, parameter: nn.Parameter) 
         raise BaseMismatch(
             f"{where}: tensor {name!r}: {path} is on the meta device, without data: load the model first"
         )
+    check_memory(path, parameter)
     if parameter.dtype not in TRAINED_DTYPES:
         raise BaseMismatch(f"{where}: tensor {name!r}: {path} is {parameter.dtype}; trained are float32, bfloat16, float16 and float64")  # fmt: skip
 

@@ -20,14 +20,16 @@ from shira_format.masks.gradients import Loss
 from shira_format.masks.make import Calibration, MaskReport, mask_tensors, provenance
 from shira_format.masks.plan import MaskPlan
 from shira_format.masks.tasks import own_loss, weights_in_files
+from shira_format.storage.outputs import check_holds_none, check_not_input
 from shira_format.storage.paths import hub_identity
 from shira_format.tensors import matrix_shape
 from shira_format.training.fit import Fitter, OnStep, Rows, Schedule
 from shira_format.training.models import TrainedModel, load_trained_model
 from shira_format.training.report import Run, TrainingReport
 from shira_format.training.sparse import Options, SparseParameters, sparse_parameters
+from shira_format.training.state import check_state, state_path
 from shira_format.training.texts import Task, TextFile, read_file, split, tokenized
-from shira_format.training.trainer import adapter_trainer
+from shira_format.training.trainer import ADAPTER, adapter_trainer
 
 _SUMMED = 5  # steps whose gradients are summed before entries change
 
@@ -110,9 +112,15 @@ def train_adapter(
         events: what is called on the way.
 
     Raises:
-        SourceError: an input cannot be used, a package is missing, or the loss is no number.
+        SourceError: an input cannot be used, or would be replaced or removed; a package is missing; or the loss is no number.
         OSError: a file cannot be read or written.
     """
+    read = [base, data, test, plan.mask]
+    if out is not None:
+        for path in (out, state_path(out)):
+            check_not_input(path, [*read, checkpoints])
+        check_state(out)
+        _check_checkpoints(checkpoints, [*read, out.parent])
     texts = read_file(data, plan.task, limit=plan.limit)
     tested = None if test is None else read_file(test, plan.task)
     labels = texts.labels
@@ -263,6 +271,14 @@ def _folder(kept: Path | None) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="shira-train-") as folder:
             yield Path(folder)
+
+
+def _check_checkpoints(folder: Path | None, kept: list[Any]) -> None:
+    """Refuse a folder of checkpoints that are not this trainer's or hold what is to stay, since old ones are removed."""
+    for one in [] if folder is None else sorted(folder.glob("checkpoint-*")):
+        if one.is_dir() and not (one / ADAPTER).is_file():
+            raise SourceError(f"{one}: has no {ADAPTER}, which checkpoints of this trainer have")
+        check_holds_none(one, kept)
 
 
 def _last(checkpoints: Path | None) -> str | None:

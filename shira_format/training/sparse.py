@@ -16,7 +16,6 @@ from torch import nn
 from shira_format._core.arrays import Array, as_array
 from shira_format.adapter import Adapter
 from shira_format.errors import BaseMismatch, SourceError
-from shira_format.format import load
 from shira_format.masks import spiel
 from shira_format.tensors import DenseTensor, matrix_shape
 from shira_format.training.dora import DoraWeight
@@ -25,7 +24,7 @@ from shira_format.training.masks import Mask, masked_weights, read_mask
 from shira_format.training.pattern import MatrixPattern, Method
 from shira_format.training.regrow import Regrowth
 from shira_format.training.rounding import ROUNDINGS, Rounding
-from shira_format.training.state import drop_state, load_states, read_state, write_state
+from shira_format.training.state import check_state, drop_state, load_resumable, load_states, write_state
 from shira_format.training.trained import (
     TrainedEntries,
     Training,
@@ -192,7 +191,12 @@ class SparseParameters(Training):
             self.regrowth.set_state(state["regrowth"])
 
     def save(self, path: str | os.PathLike[str], **more: Any) -> None:
-        """Write the adapter file, at any step; see :meth:`Training.save`. A state beside it, of what it replaces, is removed."""
+        """Write the adapter file, at any step; see :meth:`Training.save`. A state beside it, of what it replaces, is removed.
+
+        Raises:
+            SourceError: what has the name of that state is none; nothing is written.
+        """
+        check_state(path)
         super().save(path, **more)
         drop_state(path)
 
@@ -286,7 +290,7 @@ def resume(
         BaseMismatch: the model is not the base of the adapter.
         SourceError: the adapter does not fit the model, or the state is not of this adapter.
     """
-    found, state = load(adapter), read_state(adapter)
+    found, state = load_resumable(adapter)
     _check_resumable(adapter, found)
     dense = found.dense
     new = [name for name in dense if dense[name].base_digest is None]

@@ -10,9 +10,8 @@ from torch import nn
 
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
-from shira_format.format import load
 from shira_format.training.sparse import SparseParameters, take_adapter
-from shira_format.training.state import read_state
+from shira_format.training.state import load_resumable
 from shira_format.training.trained import training_of
 
 ADAPTER = "adapter.st"
@@ -72,7 +71,7 @@ def load_checkpoint(model: nn.Module, folder: Path) -> None:
     path = folder / ADAPTER
     if not path.is_file():
         raise SourceError(f"{folder}: has no {ADAPTER}, which checkpoints of this trainer have")
-    take_adapter(_under_training(model), load(path), read_state(path))
+    take_adapter(_under_training(model), *load_resumable(path))
 
 
 def _under_training(model: Any) -> SparseParameters:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shira_format._core.arrays import Array, Indices, as_array
 from shira_format.errors import SourceError
-from shira_format.live.weights import live_weight
+from shira_format.live.weights import check_memory, live_weight
 from shira_format.training.candidates import Candidates
 from shira_format.training.masks import MaskedWeight, check_stays
 from shira_format.training.pattern import MatrixPattern
@@ -107,16 +107,22 @@ class SparseWeight:
         for part, name in self.parameters.items():
             yield (f"{path}.{name}" if path else name), self.parameter(part)
 
+    def _here(self) -> Tensor:
+        """The weight to read or write; BaseMismatch if its memory was released. The values have memory of their own."""
+        weight = self.weight.detach()
+        check_memory(self.path, weight)
+        return weight
+
     def read(self) -> Tensor:
         """The entries in the weight, ``[K]``."""
-        weight = self.weight.detach()
+        weight = self._here()
         return weight.view(-1).index_select(0, self.pattern.index_on(weight.device))
 
     def write(self) -> None:
         """Write the values into the weight."""
         if (values := self._values_now()) != self._written:
             self.updates, self._written = self.updates + 1, values
-        weight = self.weight.detach()
+        weight = self._here()
         with torch.no_grad():
             weight.view(-1).index_copy_(0, self.pattern.index_on(weight.device), self.rounded())
         self._into = self._weight_now()

@@ -25,6 +25,7 @@ from shira_format.errors import SourceError
 from shira_format.format import load
 from shira_format.live import Switcher
 from shira_format.training.report import Quality, Run, TrainingReport
+from shira_format.training.sparse import sparse_parameters
 
 Capture = pytest.CaptureFixture[str]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "four", "five", "six"]
@@ -185,6 +186,45 @@ def test_a_run_goes_on_from_its_checkpoints(
     assert not (tmp_path / "again.st").exists()
     assert 0 == run(*classify(folder, tmp_path / "again.st"), *common, *kept)
     assert load(tmp_path / "whole.st") == load(tmp_path / "again.st")
+
+
+def test_nothing_that_is_read_or_not_its_own_is_removed(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The state beside the adapter, and checkpoints: old ones are removed."""
+    out, state, kept = tmp_path / "a.st", tmp_path / "a.st.state", tmp_path / "kept"
+    texts = (folder / "texts.jsonl").read_bytes()
+    state.write_bytes(texts)
+    data = ["--base", folder / "bert", "--data", state, "--task", "classify", "-o", out, "--steps", "1"]
+    model = BertModel(BertConfig.from_pretrained(folder / "bert"))
+    sparse_parameters(model, {"encoder.layer.0.output.dense.weight": np.arange(3)}).save_state(tmp_path / "b.st")
+    own = (tmp_path / "b.st.state").read_bytes()
+    short = [*classify(folder, out), "--steps", "1"]
+    for content, arguments, reason in (
+        (texts, data, "a.st.state: exists; --force replaces it"),
+        (texts, [*data, "--force"], "a.st.state: is one of the inputs"),
+        (texts, [*short, "--force"], "a.st.state: not a training state, and so not removed"),
+        (own, short, "a.st.state: exists; --force replaces it"),
+    ):
+        state.write_bytes(content)
+        assert 1 == run(*arguments)
+        assert reason in capsys.readouterr().err
+        assert content == state.read_bytes()
+        assert not out.exists()
+    state.unlink()
+    (kept / "checkpoint-3").mkdir(parents=True)
+    (kept / "checkpoint-9").mkdir()
+    (kept / "checkpoint-9" / "adapter.st").write_bytes(b"")
+    assert 1 == run(*short, "--checkpoints", kept)
+    assert "checkpoint-3: has no adapter.st" in capsys.readouterr().err
+    (kept / "checkpoint-3" / "adapter.st").write_bytes(b"")
+    test = kept / "checkpoint-3" / "test.jsonl"
+    test.write_bytes((folder / "test.jsonl").read_bytes())
+    assert 1 == run(*short, "--checkpoints", kept, "--test", test)
+    assert "checkpoint-3: holds " in capsys.readouterr().err
+    assert test.exists()
+    state.write_bytes(own)
+    assert 0 == run(*short, "--force")
+    assert out.exists()
+    assert not state.exists()
 
 
 def test_errors_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path, capsys: Capture) -> None:

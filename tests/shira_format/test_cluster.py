@@ -136,3 +136,30 @@ def test_a_scheduler_that_does_not_answer(
     with pytest.raises(WorkError, match=r"^tcp://127\.0\.0\.1:1: "):
         full_to_shira(*tune, tmp_path / "a.st", dask="tcp://127.0.0.1:1")
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="replaces files that are open")
+def test_inputs_that_are_replaced_between_two_runs(cluster: Any, tmp_path: Path) -> None:
+    """Workers keep what they have opened."""
+    base, lora = models.save_base(models.net(), tmp_path / "base"), tmp_path / "lora"
+    other = models.net()
+    for parameter in other.parameters():
+        parameter.data.add_(1)
+    models.save_base(other, tmp_path / "other")
+    for seed, folder in ((0, lora), (1, tmp_path / "more")):
+        models.save_lora(
+            models.random_lora(models.net(), seed, r=2, target_modules=["wide", "square", "head"]), folder
+        )
+    made = set()
+    for new, file in (
+        (None, None),
+        (tmp_path / "more" / "adapter_model.safetensors", lora / "adapter_model.safetensors"),
+        (tmp_path / "other" / "model.safetensors", base / "model.safetensors"),
+    ):
+        if new is not None:
+            new.replace(file)
+        lora_to_shira(lora, base, tmp_path / "here.st", density=0.1)
+        lora_to_shira(lora, base, tmp_path / "there.st", density=0.1, dask=cluster.scheduler_address)
+        assert (tmp_path / "here.st").read_bytes() == (tmp_path / "there.st").read_bytes()
+        made.add((tmp_path / "here.st").read_bytes())
+    assert len(made) == 3

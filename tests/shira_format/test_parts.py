@@ -19,7 +19,7 @@ from shira_format.convert import full_to_shira, lora_to_shira
 from shira_format.convert import resume as parts
 from shira_format.convert.exact import DifferingEntries, Exact
 from shira_format.entries.changes import Entries
-from shira_format.errors import WorkError
+from shira_format.errors import SourceError, WorkError
 from shira_format.selection import TopK
 from shira_format.selection.radix import Survey
 from shira_format.storage import owners
@@ -273,3 +273,33 @@ def same(a: Any, b: Any) -> bool:
     if hasattr(a, "__dict__"):
         return type(a) is type(b) and all(same(value, getattr(b, key)) for key, value in vars(a).items())
     return bool(a == b)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_files_of_others_among_the_parts_stay(late: bool, tune: Tune, tmp_path: Path) -> None:
+    folder, out = tmp_path / "a.st.partial", tmp_path / "a.st"
+    with pytest.raises(Cut):
+        full_to_shira(*tune, out, resume=True, progress=cut_after(5))
+
+    def put(_: int = 0) -> None:
+        (folder / "notes.txt").write_text("mine")
+
+    if late:
+        full_to_shira(*tune, out, resume=True, progress=put)
+        assert out.exists()
+        assert ["notes.txt"] == [path.name for path in folder.iterdir()]
+    else:
+        put()
+        with pytest.raises(WorkError, match=r"notes.txt: not a part of a conversion"):
+            full_to_shira(*tune, out, resume=True)
+        assert not out.exists()
+    assert "mine" == (folder / "notes.txt").read_text()
+
+
+def test_an_input_among_the_parts_is_not_removed(tune: Tune, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        full_to_shira(*tune, tmp_path / "a.st", resume=True, progress=cut_after(5))
+    moved = tune[0].rename(tmp_path / "a.st.partial" / "tuned")
+    with pytest.raises(SourceError, match=r"a.st.partial: holds .*tuned"):
+        full_to_shira(moved, tune[1], tmp_path / "a.st", resume=True)
+    assert (moved / "model.safetensors").is_file()

@@ -11,15 +11,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shira_format._core.files import digested
+from shira_format.adapter import Adapter
 from shira_format.calibration.texts import load_model, read_texts
+from shira_format.convert import lora, lora_to_shira
 from shira_format.convert.fit import data
+from shira_format.convert.peft_shira import peft_to_shira, read
 from shira_format.errors import SourceError
+from shira_format.export.peft_shira import shira_to_peft
+from shira_format.format import save
 from shira_format.storage.npz import read_arrays
 from shira_format.sync import Publisher, Subscriber
 from shira_format.sync.index import Stored
+from shira_format.tensors import SparseTensor
+from shira_format.training import state
+from shira_format.training.sparse import sparse_parameters
 from shira_format.training.texts import read_file
+from tests import models
 
 
 def test_a_file_that_changes_after_its_digest(tmp_path: Path) -> None:
@@ -171,3 +181,58 @@ def test_arrays_that_can_be_used(tmp_path: Path) -> None:
     items, source = data._items(tmp_path / "a.npy", 2)
     assert 2 == len(items)
     assert "a.npy" == source["name"]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("convert", [lora_to_shira, peft_to_shira])
+def test_a_lora_that_is_replaced_between_reading_and_hashing(
+    convert: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its files is opened several times."""
+    base = models.save_base(models.net(), tmp_path / "base")
+    if convert is lora_to_shira:
+        made, module, reader = models.random_lora(models.net(), r=2, target_modules=["head"]), lora, "open_lora"
+        models.save_lora(made, tmp_path / "it")
+    else:
+        delta = SparseTensor("head.weight", (6, 40), [1], np.ones(1, np.float32), value_kind="delta")
+        save(Adapter([delta]), tmp_path / "a.st")
+        shira_to_peft(tmp_path / "a.st", tmp_path / "it", pad=True)
+        module, reader = read, "check_all_used"
+    file = tmp_path / "it" / name
+    real = getattr(module, reader)
+
+    def replacing(*given: Any, **options: Any) -> Any:
+        found = real(*given, **options)
+        file.write_bytes(file.read_bytes() + b" ")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, reader, replacing)
+        with pytest.raises(SourceError, match=f"{name}: the file has changed while it was read"):
+            convert(tmp_path / "it", base, tmp_path / "out.st")
+    assert not (tmp_path / "out.st").exists()
+
+
+def test_a_training_whose_adapter_is_replaced_while_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is loaded is another adapter than the one that belongs to the state."""
+    path = tmp_path / "a.st"
+    trained = sparse_parameters(models.net(), {"head.weight": np.arange(3)})
+    trained.save_state(path)
+    saved = path.read_bytes()
+    other = models.net()
+    with torch.no_grad():
+        other.head.weight.add_(1)
+    sparse_parameters(other, {"head.weight": np.arange(3)}).save(tmp_path / "other.st")
+    path.write_bytes((tmp_path / "other.st").read_bytes())
+    real = state.load
+
+    def replacing(name: Any) -> Any:
+        found = real(name)
+        path.write_bytes(saved)
+        return found
+
+    monkeypatch.setattr(state, "load", replacing)
+    with pytest.raises(SourceError, match=r"a\.st: the file has changed while it was read"):
+        state.load_resumable(path)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,13 @@ from safetensors.numpy import save
 from upath import UPath
 
 from shira_format._core import system
-from shira_format.checkpoints import open_checkpoint
+from shira_format.checkpoints import Checkpoint, open_checkpoint
+from shira_format.convert import lora_to_shira
 from shira_format.errors import FormatError, SourceError
-from shira_format.storage.paths import LocalFile, RemoteFile, Storage, open_storage, resolve_path
+from shira_format.storage.paths import LocalFile, RemoteFile, Storage, is_file, open_storage, resolve_path
+from shira_format.storage.places import open_place
 from shira_format.storage.safetensors_file import SafetensorsFile
+from tests import models
 
 TENSORS = {f"w{n}": np.random.default_rng(n).standard_normal((5, 7)).astype(np.float32) for n in range(4)}
 
@@ -370,3 +377,98 @@ def test_elements_are_gathered(
             found = checkpoint.at(name, np.array(indices, np.int64))
             assert np.array_equal(array.reshape(-1)[indices], found)
             assert found.dtype == array.dtype
+
+
+@pytest.fixture
+def lora(memory: MemoryFileSystem, tmp_path: Path) -> Checkpoint:
+    """A LoRA at ``memory://lora``; its base."""
+    base = models.save_base(models.net(), tmp_path / "base")
+    models.save_lora(models.random_lora(models.net(), r=2, target_modules=["head"]), tmp_path / "lora")
+    for path in (tmp_path / "lora").iterdir():
+        memory.pipe_file(f"/lora/{path.name}", path.read_bytes())
+    return open_checkpoint(base)
+
+
+def test_a_remote_lora(lora: Checkpoint, tmp_path: Path) -> None:
+    lora_to_shira(tmp_path / "lora", lora, tmp_path / "here.st")
+    lora_to_shira("memory://lora", lora, tmp_path / "there.st")
+    assert (tmp_path / "here.st").read_bytes() == (tmp_path / "there.st").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["info", "isdir", "isfile", "ls", "exists", "cat_file"])
+def test_a_store_that_fails_as_a_lora_is_opened(
+    method: str, lora: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any of its calls: one error that names the URL, or what is read is right."""
+    real = getattr(MemoryFileSystem, method)
+    for at in range(40):
+        calls: list[None] = []
+
+        def fail(*given: Any, _calls: list[None] = calls, _at: int = at, **options: Any) -> Any:
+            _calls.append(None)
+            if len(_calls) > _at:
+                raise RuntimeError("Response payload is\nnot completed")  # noqa: EM101
+            return real(*given, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(MemoryFileSystem, method, fail)
+            try:
+                assert 1 == len(lora_to_shira("memory://lora", lora, None).tensors)
+            except SourceError as error:
+                assert re.fullmatch(r"memory://lora\S*: Response payload is not completed", str(error))
+        if len(calls) <= at:
+            break
+
+
+def test_what_a_server_says_is_passed_on(tmp_path: Path) -> None:
+    """A failure is not taken for a file that is not there, which has a meaning for a configuration and in a place."""
+    pytest.importorskip("aiohttp")
+    answers = {"/broken": 500, "/busy": 503, "/gone": 404, "/secret": 403}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(next((code for path, code in answers.items() if self.path.startswith(path)), 404))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815 - its name
+
+        def log_message(self, *_: Any) -> None:
+            """Silence."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"http://127.0.0.1:{http.server_port}"
+        try:
+            for path, said in {
+                "/broken": "500",
+                "/busy": "503",
+                "/gone": "no such file or folder",
+                "/secret": "",
+            }.items():
+                with pytest.raises(SourceError, match=rf"^{url}{path}/w.safetensors: .*{said}") as caught:
+                    open_checkpoint(f"{url}{path}/w.safetensors")
+                assert ("no such file" in str(caught.value)) == (path in ("/gone", "/secret"))
+                config, place = UPath(f"{url}{path}/config.json"), open_place(f"{url}{path}")
+                if path in ("/broken", "/busy"):
+                    for use in (partial(is_file, config), partial(place.read, "a.json")):
+                        with pytest.raises(SourceError, match=f"^{url}{path}/.*json: {said}"):
+                            use()
+                else:
+                    assert not is_file(config)
+                    with pytest.raises(FileNotFoundError, match="no such file"):
+                        place.read("a.json")
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+def test_a_file_of_a_place_that_is_too_large(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.pipe_file("/run/a.json", b"12345")
+    place = open_place("memory://run")
+    assert b"12345" == place.read("a.json")
+    monkeypatch.setattr("shira_format.storage.places.MOST_INDEX", 4)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", None)
+    with pytest.raises(SourceError, match=r"^memory://run/a.json: has 5 bytes; at most 4 are read$"):
+        place.read("a.json")

@@ -107,6 +107,23 @@ def test_resuming_an_adapter_without_its_state(tmp_path: Path) -> None:
         resumed.restore_optimizer(adamw(resumed))
 
 
+def test_a_file_with_the_name_of_a_state_stays(tmp_path: Path) -> None:
+    model = models.net()
+    trained = sparse_parameters(model, mask(model))
+    state = tmp_path / "a.st.state"
+    for content in (b"mine", None):
+        if content is None:
+            torch.save({"version": 1, "weights": {}}, state)
+        else:
+            state.write_bytes(content)
+        before = state.read_bytes()
+        for write in (trained.save, trained.save_state):
+            with pytest.raises(SourceError, match=r"a\.st\.state: not a training state, and so not removed"):
+                write(tmp_path / "a.st")
+        assert before == state.read_bytes()
+        assert not (tmp_path / "a.st").exists()
+
+
 def test_a_state_of_another_file_and_another_base_are_refused(tmp_path: Path) -> None:
     model = models.net()
     trained = sparse_parameters(model, mask(model))

@@ -77,6 +77,29 @@ def test_an_embedding_of_transformers_that_is_resized() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_weight_whose_memory_was_released(way: str) -> None:
+    """As sharding and offloading do."""
+    _, weight, training, _ = started(way)
+    weight.untyped_storage().resize_(0)
+    for use in (
+        training.show_base,
+        training.show_trained,
+        training.adapter,
+        lambda: training.detach(restore=True),
+    ):
+        if way == "attach" and use == training.show_trained:
+            continue  # the weight has the trained values
+        if way == "sparse_parameters" and use == training.adapter:
+            continue  # the values have memory of their own
+        with pytest.raises(BaseMismatch, match="'0.weight': the memory of the weight was released"):
+            use()
+    model = nn.Sequential(nn.Embedding(8, 5), nn.Linear(5, 5))
+    model[0].weight.untyped_storage().resize_(0)
+    with pytest.raises(BaseMismatch, match="'0.weight': the memory of the weight was released"):
+        WAYS[way](model, {"0.weight": np.arange(0, 40, 3)})
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_module_that_is_replaced(way: str) -> None:
     """What is trained on is not in the model any more."""
     model, _, training, _ = started(way)

@@ -37,7 +37,7 @@ from shira_format.names.filters import NOT_CHOSEN, name_filter
 from shira_format.names.located import in_any_names
 from shira_format.names.prefixes import match_names, match_others
 from shira_format.storage.outputs import check_not_input
-from shira_format.storage.paths import hub_identity, resolve_path
+from shira_format.storage.paths import hub_identity, resolve_path, same_files
 from shira_format.tensors import DenseTensor, SparseTensor, numel
 
 _LARGEST = 1e150  # of float64; the sums of squares in the report must stay numbers
@@ -89,19 +89,20 @@ def peft_to_shira(
     """
     if values not in ("target", "delta"):
         raise ValueError(f"values {values!r} is neither 'target' nor 'delta'")
-    weights, config_path = find(resolve_path(folder))
-    kind, config = read_config(config_path)
-    checkpoint = open_checkpoint(base)
     chosen = name_filter(include, exclude)
-    with quantised_named(checkpoint):
-        read_from, source = in_any_names(
-            lambda known: _Reader(weights, config_path, kind, config, known, prefix).read(chosen), checkpoint
+    with same_files():
+        weights, config_path = find(resolve_path(folder))
+        kind, config = read_config(config_path)
+        checkpoint = open_checkpoint(base)
+        with quantised_named(checkpoint):
+            read_from, source = in_any_names(
+                lambda known: _Reader(weights, config_path, kind, config, known, prefix).read(chosen), checkpoint
+            )
+        notices = check_all_used(
+            resolve_path(folder), [weights, *checkpoint.files], opened_files([weights]), allow=allow_unused
         )
-    notices = check_all_used(
-        resolve_path(folder), [weights, *checkpoint.files], opened_files([weights]), allow=allow_unused
-    )
-    source = replace(source, notices=notices + source.notices)
-    job = lora_inputs(source, read_from, {} if isinstance(base, Checkpoint) else hub_identity(base))
+        source = replace(source, notices=notices + source.notices)
+        job = lora_inputs(source, read_from, {} if isinstance(base, Checkpoint) else hub_identity(base))
     path = None if out is None else Path(out)
     if path is not None:
         check_not_input(path, job.files)

@@ -9,6 +9,7 @@ from shira_format.checkpoints import Checkpoint
 from shira_format.errors import FormatError, SourceError
 from shira_format.lora.files import PICKLES, SAFETENSORS, open_tensors
 from shira_format.lora.peft.config import CONFIG, PREFIX, WEIGHTS, Config, checked_config, find_peft_files
+from shira_format.storage.paths import is_file
 
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _GIVEN = "the given rank"
@@ -17,8 +18,8 @@ _GIVEN = "the given rank"
 def bare_weights(path: Path, base: Checkpoint | None = None) -> Path | None:
     """The file at ``path``, or in this folder, whose keys are PEFT's and beside which no configuration is; or None."""
     if path.is_dir():
-        path = next((path / name for name in WEIGHTS if (path / name).is_file()), path)
-    if path.suffix not in (SAFETENSORS, *PICKLES) or path.with_name(CONFIG).is_file():
+        path = next((path / name for name in WEIGHTS if is_file(path / name)), path)
+    if path.suffix not in (SAFETENSORS, *PICKLES) or is_file(path.with_name(CONFIG)):
         return None
     try:
         keys = list(open_tensors(path, base))

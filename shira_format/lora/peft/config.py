@@ -13,6 +13,7 @@ from typing import Any
 from shira_format.errors import SourceError
 from shira_format.lora.files import is_number, is_rank, read_json
 from shira_format.lora.peft.end_patterns import EndPatterns
+from shira_format.storage.paths import is_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -64,12 +65,12 @@ def find_peft_files(path: Path) -> tuple[Path, Path] | None:
     """
     if path.is_file():
         config = path.with_name(CONFIG)
-        return (path, config) if config.is_file() else None
+        return (path, config) if is_file(config) else None
     config = path / CONFIG
-    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-    if found is not None and config.is_file():
+    found = next((path / name for name in WEIGHTS if is_file(path / name)), None)
+    if found is not None and is_file(config):
         return found, config
-    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and (folder / CONFIG).is_file()]
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and is_file(folder / CONFIG)]
     if len(inner) > 1:
         raise SourceError(f"{path}: several adapters ({', '.join(folder.name for folder in inner)}); name one")
     return find_peft_files(inner[0]) if inner else None

@@ -13,7 +13,7 @@ from shira_format.names.patterns import Pattern, PatternError, UnsupportedPatter
 from shira_format.names.prefixes import Statement
 from shira_format.names.renaming import leading
 from shira_format.names.towers import tower_of_class, towers_in
-from shira_format.storage.paths import MOST_JSON, read_file
+from shira_format.storage.paths import MOST_JSON, is_file, read_file
 
 _LIBRARY = re.compile(r"transformers\.models\.(\w+)\.")
 _SHOWN = 100  # characters of a value in a message
@@ -102,7 +102,7 @@ def _of_path(config: Mapping[str, Any]) -> Iterator[Statement]:
 def base_config(base: Checkpoint) -> dict[str, Any]:
     """``config.json`` in the base's folder; {} if it is missing or unreadable."""
     folder = base.folder
-    if folder is None or not (folder / "config.json").is_file():
+    if folder is None or not is_file(folder / "config.json"):
         return {}
     try:
         config = json.loads(read_file(folder / "config.json", MOST_JSON))
