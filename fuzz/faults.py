@@ -120,7 +120,7 @@ FAULTS = [
     Fault("switching", "a failure is not undone", _without(threads.Threads, "run")),
     Fault("switching", "a replaced weight is not noticed", _without(memory.Places, "check_same")),
     Fault("switching", "weights that overlap are not noticed", _without(memory.Places, "check_apart")),
-    Fault("switching", "released memory is not noticed", _without(weights, "_has_memory", True)),
+    Fault("switching", "released memory is not noticed", _without(weights, "check_memory")),
     Fault("switching", "a fork goes on with the threads of its parent", _instead(threads.Threads, "executor", property(_same_pool))),
     Fault("switching", "an adapter does not copy its arrays", lambda: _everywhere(arrays.owned, lambda array: array)),
     Fault("kills", "a file is written under its own name", lambda: _everywhere(atomic.atomic_file, _in_place)),
