@@ -54,6 +54,8 @@ def main() -> int:
             print(f"{place}:\n{why}", flush=True)
         if options.results:
             _record(options.results, rows[-1])
+        if tally.interrupted:
+            return 130
     return int(any(row["violation"] for row in rows))
 
 

@@ -34,11 +34,13 @@ class Tally:
         outcomes: how many cases were accepted, refused, violations.
         cpu: CPU seconds of all cases and their making.
         found: the folders of violations, with what is wrong.
+        interrupted: whether somebody ended it before its time.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     cpu: float = 0.0
     found: list[tuple[Path, str]] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def cases(self) -> int:
@@ -49,7 +51,7 @@ class Tally:
 def run(
     target: Target, *, seed: int, seconds: float | None = None, cases: int | None = None, found: Path = FOUND
 ) -> Tally:
-    """Run cases until a time in CPU seconds or a number of cases is reached.
+    """Run cases until a time in CPU seconds or a number of cases is reached, or until an interrupt.
 
     Args:
         target: what is fuzzed.
@@ -61,13 +63,16 @@ def run(
     tally = Tally()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder, number = Path(name), 0
-        while (
-            (seconds is None or tally.cpu < seconds)
-            and (cases is None or number < cases)
-            and len(tally.found) < _ENOUGH
-        ):
-            left = None if seconds is None else seconds - tally.cpu
-            number = _run_child(target, seed, number, cases, left, folder, tally, found)
+        try:
+            while (
+                (seconds is None or tally.cpu < seconds)
+                and (cases is None or number < cases)
+                and len(tally.found) < _ENOUGH
+            ):
+                left = None if seconds is None else seconds - tally.cpu
+                number = _run_child(target, seed, number, cases, left, folder, tally, found)
+        except KeyboardInterrupt:
+            tally.interrupted = True
     return tally
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fuzz import __main__ as fuzz_main
 from fuzz import oracle, report, runner, system
 from fuzz.guard import Guards
 from fuzz.targets import MEGABYTE, TARGETS, Target
@@ -201,6 +202,21 @@ def test_guarded_arrays(shape: Any, dtype: str, at_end: bool) -> None:
     if array.nbytes % mmap.PAGESIZE:
         ctypes.memset(start - 1 if at_end else start + array.nbytes, 0, 1)
         assert not guards.are_whole()
+
+
+def test_an_interrupt_keeps_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> int:
+        tally = next(one for one in arguments if isinstance(one, runner.Tally))
+        tally.outcomes["accepted"] += 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_run_child", interrupted)
+    results = tmp_path / "results.json"
+    monkeypatch.setattr(
+        sys, "argv", ["fuzz", "--target", "loras", "--target", "folders", "--results", str(results)]
+    )
+    assert 130 == fuzz_main.main()
+    assert [("loras", 3)] == [(row["target"], row["cases"]) for row in json.loads(results.read_text())["targets"]]
 
 
 def test_this_machine_has_a_name() -> None:
