@@ -385,6 +385,22 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "LOHA", {f"hada_w{i}_{h}": zeros(*s) for i in (1, 2) for h, s in (("a", (8, 2)), ("b", (2, 12)))}, {"r": 3, "alpha": 1},
         "should have rank 3",
     ),
+    "loha pattern": (
+        "LOHA", {f"hada_w{i}_{h}": zeros(*s) for i in (1, 2) for h, s in (("a", (8, 2)), ("b", (2, 12)))},
+        {"r": 2, "alpha": 1, "rank_pattern": {"x": 0}}, "must be a positive integer, not 0 by rank_pattern",
+    ),
+    "lokr rank": (
+        "LOKR", {"lokr_w1": zeros(2, 2), "lokr_w2": zeros(4, 6)}, {"r": 2, "alpha": 1, "rank_pattern": {"x": 2.4}},
+        "must be a positive integer, not 2.4 by rank_pattern",
+    ),
+    "delora rank": (
+        "DELORA", {"delora_A": zeros(0, 12), "delora_B": zeros(8, 0), "delora_lambda": zeros(1), "delora_w_norm": zeros(12)},
+        {"r": 2, "rank_pattern": {"x": 0}}, "must be a positive integer",
+    ),
+    "fourier pattern": (
+        "FOURIERFT", {"fourierft_spectrum": zeros(5)},
+        {"n_frequency": 5, "scaling": 1, "random_loc_seed": 1, "n_frequency_pattern": {"x": -5}}, "to positive integers",
+    ),
     "loha shape": (
         "LOHA", {f"hada_w{i}_{h}": zeros(*s) for i in (1, 2) for h, s in (("a", (8, 2)), ("b", (2, 11)))}, {"r": 2, "alpha": 1},
         "8 rows and 11 columns",

@@ -67,6 +67,19 @@ class Options:
             raise SourceError(f"{self.path}: {option} must be a positive integer, not {value!r}")
         return int(value)  # type: ignore[arg-type]
 
+    def rank(self, module: str) -> int:
+        """The rank of a module: ``r``, or what ``rank_pattern`` says.
+
+        Raises:
+            SourceError: it is no positive integer.
+        """
+        found = self.by_pattern("rank_pattern", module, self.size("r"))
+        if found != int(found) or found < 1:
+            raise SourceError(
+                f"{self.path}: the rank of {module} must be a positive integer, not {found:g} by rank_pattern"
+            )
+        return int(found)
+
     def by_pattern(self, option: str, module: str, default: float, *, after_dot: bool = False) -> float:
         """See :class:`shira_format.lora.peft.end_patterns.EndPatterns`.
 

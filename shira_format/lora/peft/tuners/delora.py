@@ -17,7 +17,7 @@ _LEAST = 1e-4
 def _effect(layer: TunerLayer) -> Effect:
     a, b = layer.part("delora_A", 2), layer.part("delora_B", 2)
     bound, norms = layer.part("delora_lambda", 1), layer.part("delora_w_norm", 1)
-    rank = round(layer.options.by_pattern("rank_pattern", layer.module, layer.options.size("r")))
+    rank = layer.options.rank(layer.module)
     if a.shape[0] != rank or b.shape[1] != rank or bound.size != 1 or norms.size != a.shape[1]:
         raise SourceError(
             f"{layer.where} should have rank {rank} by {layer.options.path.name}; delora_A has shape {list(a.shape)}, delora_B "

@@ -14,6 +14,7 @@ import numpy as np
 from shira_format._core.arrays import Array
 from shira_format._core.optional import optional_import
 from shira_format.errors import SourceError
+from shira_format.lora.files import is_rank
 from shira_format.lora.peft.tuners.common import Effect, Tuner, TunerLayer
 from shira_format.lora.products import common_dtype
 
@@ -82,8 +83,8 @@ def _effect(layer: TunerLayer) -> Effect:
 def _count(layer: TunerLayer) -> int:
     """As PEFT decides: here a pattern matches only after a dot."""
     patterns = layer.options["n_frequency_pattern"] or {}
-    if not isinstance(patterns, dict) or not all(type(value) is int for value in patterns.values()):
-        raise SourceError(f"{layer.options.path}: n_frequency_pattern must map module names to integers")
+    if not isinstance(patterns, dict) or not all(map(is_rank, patterns.values())):
+        raise SourceError(f"{layer.options.path}: n_frequency_pattern must map module names to positive integers")
     found = layer.options.by_pattern("n_frequency_pattern", layer.module, -1, after_dot=True)
     return layer.options.size("n_frequency") if found < 0 else round(found)
 

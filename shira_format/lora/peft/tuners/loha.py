@@ -25,7 +25,7 @@ def _effect(layer: TunerLayer) -> Effect:
     cores = [layer.parts.get(name) for name in _CORES]
     if (cores[0] is None) != (cores[1] is None):
         raise SourceError(f"{layer.where} has one of hada_t1 and hada_t2 only")
-    rank = round(layer.options.by_pattern("rank_pattern", layer.module, layer.options.size("r")))
+    rank = layer.options.rank(layer.module)
     scale = layer.options.by_pattern("alpha_pattern", layer.module, layer.options.number("alpha")) / rank
     dtype = common_dtype(*factors, *(core for core in cores if core is not None))
     halves = [

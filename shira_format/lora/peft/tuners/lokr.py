@@ -21,7 +21,7 @@ from shira_format.tensors import numel
 def _effect(layer: TunerLayer) -> Effect:
     dtype = common_dtype(*layer.parts.values())
     left, right = _left(layer), _right(layer)
-    rank = round(layer.options.by_pattern("rank_pattern", layer.module, layer.options.size("r")))
+    rank = layer.options.rank(layer.module)
     scale = layer.options.by_pattern("alpha_pattern", layer.module, layer.options.number("alpha")) / rank
     columns = numel(layer.shape[1:])
     if right.ndim == 3:
