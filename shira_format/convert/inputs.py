@@ -75,10 +75,16 @@ class ConversionInputs:
     source_file: Path | None = None
     notices: list[str] = field(default_factory=list)
 
-    def states(self) -> tuple[tuple[str, int, int | None], ...]:
-        """Name, size and time of change of each file, by which inputs that were opened before are told from these."""
+    def states(self) -> tuple[tuple[str, int, int | None, int | None], ...]:
+        """Name, size, time of change and inode of each file, by which inputs that were opened before are told from these.
+
+        The time alone does not tell two files that were written in the same tick of the clock.
+        """
         found = [(str(path), path.stat()) for path in self.files]
-        return tuple((name, state.st_size, getattr(state, "st_mtime_ns", None)) for name, state in found)
+        return tuple(
+            (name, state.st_size, getattr(state, "st_mtime_ns", None), getattr(state, "st_ino", None))
+            for name, state in found
+        )
 
 
 class Conversion(Protocol):

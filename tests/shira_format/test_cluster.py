@@ -157,6 +157,8 @@ def test_inputs_that_are_replaced_between_two_runs(cluster: Any, tmp_path: Path)
         (tmp_path / "other" / "model.safetensors", base / "model.safetensors"),
     ):
         if new is not None:
+            then = file.stat()
+            os.utime(new, ns=(then.st_atime_ns, then.st_mtime_ns))  # as if written in the same tick of the clock
             new.replace(file)
         lora_to_shira(lora, base, tmp_path / "here.st", density=0.1)
         lora_to_shira(lora, base, tmp_path / "there.st", density=0.1, dask=cluster.scheduler_address)
