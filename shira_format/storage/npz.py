@@ -36,7 +36,7 @@ def read_arrays(path: Path) -> tuple[dict[str, Array], str]:
         with digested(path) as (file, digest):
             if path.suffix.lower() == ".npy":
                 return {"": _single(file)}, digest
-            size, headers = os.fstat(file.fileno()).st_size, []
+            size = os.fstat(file.fileno()).st_size
             with zipfile.ZipFile(file) as archive:
                 names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
                 if len(set(names)) < len(names):

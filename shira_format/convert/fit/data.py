@@ -176,10 +176,8 @@ def _items(data: Data, limit: int | None) -> tuple[_Texts | _Arrays | _Batches, 
                 made = {name: _tensor(one) for name, one in arrays.items()}
             except TypeError as error:  # texts, dates and the like
                 raise SourceError(f"{path}: {error}") from None
-            return _cut(_Arrays(next(iter(made.values())) if path.suffix == ".npy" else made), limit), {
-                "name": path.name,
-                "digest": digest,
-            }
+            items = _Arrays(made[""] if path.suffix == ".npy" else made)
+            return _cut(items, limit), {"name": path.name, "digest": digest}
         read = read_texts(path, limit=limit)
         notices = [f"{read.empty} empty lines are left out"] if read.empty else []
         return _Texts(read.texts, notices), {"name": path.name, "digest": read.digest}

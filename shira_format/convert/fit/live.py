@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from shira_format.convert.fit.sources import whole_tensors
 from shira_format.convert.fit.task import Outputs
 from shira_format.convert.inputs import ConversionInputs
 from shira_format.errors import SourceError
-from shira_format.storage.paths import MOST_JSON, one_line, read_file
+from shira_format.lora.files import read_json
 from shira_format.training.models import load_live_model
 
 Kind = Literal["classifier", "causal", "embedding", "states"]
@@ -87,11 +86,7 @@ def _kind(base: Path, has_head: bool) -> Kind:
     config = base / "config.json"
     if base.suffix.lower() == ".gguf" or not config.is_file():
         return "causal"
-    try:
-        stated = json.loads(read_file(config, MOST_JSON))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{config}: not JSON: {one_line(error)}") from None
-    found = stated.get("architectures") if isinstance(stated, dict) else None
+    found = read_json(config).get("architectures")
     names = found if isinstance(found, list) and found else [""]
     if str(names[0]).endswith("ForSequenceClassification"):
         return "classifier"
